@@ -1,0 +1,463 @@
+"""The configuration: one pydantic model a section, every default in one place, unknown keys refused with the nearest name.
+
+A YAML file and `--section.key value` options are merged as plain data and validated once, so that both speak the same
+language and get the same one-line errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from isdaa.errors import UserError, nearest
+from isdaa.objectives.presets import PRESETS, resolve
+
+FromPreset = Literal["preset"]
+Stage = Literal["sft", "reward", "label", "align"]
+STAGES: tuple[str, ...] = get_args(Stage)
+
+
+def _yaml_float(value: Any) -> Any:
+    """YAML 1.1 reads `1e-6` as text; people write it all the time."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Float = Annotated[float, BeforeValidator(_yaml_float)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, infinities and NaN are errors."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ObjectiveConfig(Section):
+    """What is minimised. `preset` means: the value that the named method has (`isdaa methods`)."""
+
+    method: str = Field("is_dpo", description="preset to start from; `isdaa methods` lists them")
+    beta: Annotated[float | FromPreset, BeforeValidator(_yaml_float)] = Field(
+        "preset", description="strength of the implicit KL penalty"
+    )
+    implicit_reward: Literal["log_ratio", "chi_squared"] | FromPreset = Field("preset", description="r(Δ)")
+    loss: Literal["logistic", "squared", "hinge"] | FromPreset = Field("preset", description="loss on the margin")
+    weight: Literal["none", "importance", "wpo", "shuffled", "mean"] | FromPreset = Field(
+        "preset", description="what each pair's loss is multiplied by"
+    )
+    clip: Literal["joint", "per_response"] | FromPreset = Field("preset", description="where the importance weight is clipped")
+    clip_eps: Annotated[float | None | FromPreset, BeforeValidator(_yaml_float)] = Field(
+        "preset", description="upper clip ε of the log-weight; null: no clip"
+    )
+    normalize: Literal["batch"] | None | FromPreset = Field("preset", description="divide by the global batch's mean weight")
+    length_penalty: Annotated[float | FromPreset, BeforeValidator(_yaml_float)] = Field("preset", description="α, per token")
+    sft_coefficient: Annotated[float | FromPreset, BeforeValidator(_yaml_float)] = Field("preset", description="η of the SFT term")
+    label_smoothing: Annotated[float | FromPreset, BeforeValidator(_yaml_float)] = Field("preset", description="s in [0, 0.5)")
+    length_normalized: bool | FromPreset = Field("preset", description="divide the log-ratios by the length in the margin")
+    max_reward: Annotated[float | None | FromPreset, BeforeValidator(_yaml_float)] = Field(
+        "preset", description="R_max of χPO: β·h is clipped to ±2·R_max"
+    )
+
+    @model_validator(mode="after")
+    def _meaningful(self) -> ObjectiveConfig:
+        self.arguments()
+        return self
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of `isdaa.Objective`."""
+        chosen = {name: value for name, value in self if name != "method" and value != "preset"}
+        return resolve(self.method, **chosen)
+
+
+class ModelConfig(Section):
+    """The model that training starts from."""
+
+    path: str | None = Field(None, description="folder or Hub name; null with `random` set: a new small model")
+    random: dict[str, Any] | None = Field(None, description="config of a randomly initialised model, with its `model_type`")
+    tokenizer: str | None = Field(None, description="folder, Hub name or `world:small`; null: the model's own")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field("float32", description="of the weights in memory")
+    trust_remote_code: bool = Field(False, description="run code that a Hub repository ships")
+    revision: str | None = Field(None, description="branch, tag or commit on the Hub")
+
+
+class ReferenceConfig(Section):
+    """π_ref, in every margin."""
+
+    path: str | None = Field(None, description="null: the policy exactly as loaded, an SFT adapter included")
+    cache_dir: str | None = Field(None, description="of reference logps; null: `.isdaa_cache` beside the output folder")
+
+
+class BehaviourConfig(Section):
+    """μ, in the denominator of the importance weight."""
+
+    model_path: str | None = Field(None, description="model that wrote the responses; null: the rows' own logps, else π_ref")
+
+
+class DataConfig(Section):
+    """Preference pairs for `align` and `reward`, SFT examples and prompts for the earlier stages."""
+
+    pairs: str | None = Field(None, description="file, folder, Hub name; null: what the `label` stage wrote")
+    pairs_split: str = Field("train", description="split of a Hub data set or of a folder with splits")
+    eval_pairs: str | None = Field(None, description="held-out pairs; null: eval_fraction of the prompts")
+    eval_split: str = Field("test", description="split of `eval_pairs`")
+    eval_fraction: Float = Field(0.05, ge=0, lt=1, description="of the prompts, held out where `eval_pairs` is null")
+    sft: str | None = Field(None, description="SFT examples: file, folder, Hub name or `world:small`")
+    sft_split: str = "train"
+    prompts: str | None = Field(None, description="prompts that `label` samples for")
+    prompts_split: str = "train"
+    evaluation: str | None = Field(None, description="held-out prompts of `isdaa evaluate`; null: the held-out pairs' prompts")
+    evaluation_split: str = "test"
+    limit: int | None = Field(None, ge=1, description="read at most this many rows of each source")
+
+
+class TokenizationConfig(Section):
+    """How text becomes token ids; METHOD 'Decisions where sources differ'."""
+
+    max_length: int = Field(640, ge=2, description="tokens of prompt + response")
+    max_prompt_length: int = Field(512, ge=1, description="tokens of the prompt")
+    truncation: Literal["keep_end", "keep_start"] = Field("keep_end", description="the part of a long prompt that is kept")
+
+    @model_validator(mode="after")
+    def _room_for_a_response(self) -> TokenizationConfig:
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError(f"max_prompt_length ({self.max_prompt_length}) must be below max_length ({self.max_length})")
+        return self
+
+
+class OptimisationConfig(Section):
+    """Optimiser and schedule of one training stage."""
+
+    epochs: Float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="stop after this many optimiser steps; null: `epochs` decides")
+    batch_size: int = Field(8, ge=1, description="rows (pairs) of one forward pass on one device")
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    learning_rate: Float = Field(1e-6, ge=0)
+    lr_scheduler: Literal["cosine_with_min_lr", "cosine", "linear", "constant", "constant_with_warmup"] = "cosine_with_min_lr"
+    min_lr_ratio: Float = Field(0.1, ge=0, le=1, description="floor of `cosine_with_min_lr`")
+    warmup_steps: int = Field(150, ge=0)
+    optimizer: Literal["adamw", "sgd", "rmsprop", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    adam_epsilon: Float = Field(1e-5, gt=0)
+    weight_decay: Float = Field(0.0, ge=0)
+    max_grad_norm: Float = Field(1.0, ge=0, description="0: no gradient clipping")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast on top of `model.dtype`")
+    gradient_checkpointing: bool = False
+    seed: int | None = Field(None, description="null: the run's seed")
+    logging_steps: int = Field(10, ge=1)
+    report_to: list[str] = Field(default_factory=list, description="tensorboard, wandb, trackio")
+
+
+class SftConfig(OptimisationConfig):
+    """Supervised fine-tuning, on the completion alone."""
+
+    learning_rate: Float = Field(1e-5, ge=0)
+
+
+class RewardConfig(OptimisationConfig):
+    """A reward model on preference pairs (TRL's RewardTrainer)."""
+
+    path: str | None = Field(None, description="base model; null: the model that this run starts from (or trained in `sft`)")
+
+
+class LabelConfig(Section):
+    """Sample n responses a prompt, score them, make pairs."""
+
+    scorer: str | None = Field(None, description="`gold` (embedded world) or a sequence-classification model's path")
+    samples: int = Field(2, ge=2, description="responses a prompt")
+    pairing: Literal["random", "best_worst"] = Field("random", description="best_worst is not a draw from μ × μ, and is marked")
+    label: Literal["sample", "argmax"] = Field("sample", description="Bradley–Terry draw, or the larger reward")
+    scale: Float = Field(1.0, gt=0, description="σ(scale · reward difference) is the Bradley–Terry probability")
+    max_new_tokens: int = Field(128, ge=1)
+    temperature: Float = Field(1.0, ge=0)
+    top_p: Float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    batch_size: int = Field(64, ge=1)
+    seed: int | None = Field(None, description="null: the run's seed")
+
+
+class AlignConfig(OptimisationConfig):
+    """Preference training."""
+
+    batch_tokens: int | None = Field(None, ge=1, description="split a forward pass into pieces of at most so many tokens")
+    logp_chunk: int = Field(0, ge=0, description="tokens of one piece of the vocabulary projection; 0: chosen by vocabulary size")
+    eval_steps: int | None = Field(None, ge=1, description="held-out loss and accuracy every n steps; null: at each save")
+    save_steps: int | None = Field(None, ge=1, description="null: ten checkpoints a run")
+    save_total_limit: int | None = Field(None, ge=1)
+    probe: bool = Field(True, description="compare shared-prefix logps with plain rows before training")
+
+
+class LoraConfig(Section):
+    """A new low-rank adapter on the policy (peft)."""
+
+    rank: int = Field(0, ge=0, description="0: full fine-tuning")
+    alpha: Float = Field(16.0, gt=0)
+    dropout: Float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = Field("all-linear")
+
+
+class EvaluationConfig(Section):
+    """Sampling, KL and win rate of checkpoints."""
+
+    scorer: str | None = Field(None, description="`gold`, or a sequence-classification model's path; null: no verdict")
+    prompts: int = Field(512, ge=1, description="held-out prompts")
+    opponent: Literal["reference", "chosen"] = Field("reference", description="win rate against its samples, or the data's chosen")
+    opponent_samples: int = Field(4, ge=1, description="reference samples a prompt")
+    ties: Literal["half", "loss"] = "half"
+    max_new_tokens: int = Field(128, ge=1)
+    temperature: Float = Field(0.7, ge=0, description="of the samples for win rates; KL always samples at 1")
+    top_p: Float = Field(0.95, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    batch_size: int = Field(64, ge=1)
+    bootstrap: int = Field(1000, ge=100, description="resamples of the prompts")
+    confidence: Float = Field(0.95, gt=0.5, lt=1)
+    seed: int = 0
+
+
+class Config(Section):
+    """Everything one `isdaa train` does."""
+
+    output_dir: str = Field("runs/isdaa", description="folder of the run; one run, one folder")
+    stages: list[Stage] = Field(default_factory=lambda: ["align"], min_length=1, description="what runs, in this order")
+    seed: int = 1
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
+    behaviour: BehaviourConfig = Field(default_factory=BehaviourConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    tokenization: TokenizationConfig = Field(default_factory=TokenizationConfig)
+    sft: SftConfig = Field(default_factory=SftConfig)
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    label: LabelConfig = Field(default_factory=LabelConfig)
+    align: AlignConfig = Field(default_factory=AlignConfig)
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+    @model_validator(mode="after")
+    def _stages_make_sense(self) -> Config:
+        if len(set(self.stages)) != len(self.stages):
+            raise ValueError("stages: each stage at most once")
+        if self.model.path is None and self.model.random is None:
+            raise ValueError("model: give model.path (a folder or Hub name) or model.random (a config)")
+        if self.model.path is not None and self.model.random is not None:
+            raise ValueError("model: give model.path or model.random, not both")
+        if self.model.random is not None and self.model.tokenizer is None:
+            raise ValueError("model.tokenizer: a random model has no tokenizer of its own; name one")
+        if "sft" in self.stages and self.data.sft is None:
+            raise ValueError("data.sft: the sft stage needs examples")
+        if "label" in self.stages and (self.data.prompts is None or self.label.scorer is None):
+            raise ValueError("label: the label stage needs data.prompts and label.scorer")
+        needs_pairs = {"align", "reward"} & set(self.stages)
+        if needs_pairs and self.data.pairs is None and "label" not in self.stages:
+            raise ValueError(f"data.pairs: the {sorted(needs_pairs)[0]} stage needs preference pairs")
+        return self
+
+
+def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a YAML file, lay dotted overrides over it and validate.
+
+    Errors: `UserError` of one line that names the file, the key, the nearest known key, or what was expected.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such config file") from None
+        except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+            raise UserError(f"{path}: not a YAML file ({error})") from None
+        if loaded is not None and not isinstance(loaded, dict):
+            raise UserError(f"{path}: expected `key: value` lines, found {type(loaded).__name__}")
+        data = loaded or {}
+    for key, value in (overrides or {}).items():
+        _lay_over(data, key, value)
+    return validate(data, str(path) if path is not None else "command line", overrides or {})
+
+
+def _lay_over(data: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, last = dotted.split(".")
+    for name in sections:
+        if not isinstance(data.get(name), dict):
+            data[name] = {}
+        data = data[name]
+    data[last] = value
+
+
+def validate(data: Mapping[str, Any], where: str, overrides: Mapping[str, Any] = {}) -> Config:  # noqa: B006
+    """Validate plain data; the first error becomes a `UserError` of one line."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        # Unknown keys come first: they are usually the cause of what else is missing.
+        first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+        raise UserError(_describe(first, where, overrides)) from None
+
+
+def _describe(error: Any, where: str, overrides: Mapping[str, Any]) -> str:
+    keys: list[str] = []
+    section: type[BaseModel] | None = Config
+    for part in error["loc"]:
+        known = section.model_fields if section is not None else {}
+        if section is not None and part not in known and error["type"] != "extra_forbidden":
+            break  # a member of a union, not a key
+        keys.append(str(part))
+        annotation = known[part].annotation if part in known else None
+        section = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+        if section is None and error["type"] != "extra_forbidden":
+            break
+    dotted = ".".join(keys)
+    place = f"--{dotted}" if dotted in overrides else f"{where}: {dotted}" if dotted else where
+    if error["type"] == "extra_forbidden":
+        parent: type[BaseModel] = Config
+        for name in keys[:-1]:
+            annotation = parent.model_fields[name].annotation
+            assert isinstance(annotation, type)
+            parent = annotation
+        hint = nearest(keys[-1], parent.model_fields) or _elsewhere(keys[-1])
+        return f"{place}: unknown key{hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{place}: {message}"
+    return f"{place}: {_expected(keys, message)}, got {error['input']!r}"
+
+
+def _expected(keys: Sequence[str], message: str) -> str:
+    field = _field(keys)
+    choices = [value for value in _literals(field.annotation) if value != "preset"] if field is not None else []
+    if choices and "nput should be" in message:
+        return "expected one of " + ", ".join("null" if c is None else str(c) for c in choices)
+    return message[0].lower() + message[1:]
+
+
+def _literals(annotation: Any) -> list[Any]:
+    found: list[Any] = []
+    for value in get_args(annotation):
+        if isinstance(value, str):
+            found.append(value)
+        elif value is not type(None):
+            found += _literals(value)
+    return found
+
+
+def _field(keys: Sequence[str]) -> Any:
+    section: Any = Config
+    field = None
+    for key in keys:
+        if not (isinstance(section, type) and issubclass(section, BaseModel)) or key not in section.model_fields:
+            return None
+        field = section.model_fields[key]
+        section = field.annotation
+    return field
+
+
+def _elsewhere(key: str) -> str:
+    """A key that is right but stands in the wrong section."""
+    matches = [dotted for dotted, _, _ in fields() if dotted.split(".")[-1] == key]
+    return f" (it belongs to {' or '.join(matches)})" if matches else ""
+
+
+def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every key of the configuration: `(dotted name, pydantic field, default)`."""
+    for name, field in section.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from fields(annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field, field.get_default(call_default_factory=True)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse whose errors are one line with the nearest option, as `UserError`; dashes and underscores are the same."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        known, unknown = self.parse_known_args([_underscored(a) for a in args or []], namespace)
+        if unknown:
+            options = [o for parser in self._with_subparsers(known) for o in parser._option_string_actions]
+            raise UserError(f"unknown option {unknown[0]}{nearest(unknown[0].split('=')[0], options)}")
+        return known
+
+    def _with_subparsers(self, namespace: argparse.Namespace) -> list[argparse.ArgumentParser]:
+        found: list[argparse.ArgumentParser] = [self]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found += [parser for name, parser in action.choices.items() if name == getattr(namespace, action.dest, None)]
+        return found
+
+
+def _underscored(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def add_options(parser: argparse.ArgumentParser, only: Sequence[str] = ()) -> None:
+    """One `--section.key` option for every key of the configuration, or of the sections in `only`."""
+    groups: dict[str, Any] = {}
+    for dotted, field, default in fields():
+        section = dotted.rpartition(".")[0]
+        if only and section not in only:
+            continue
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section or "run")
+        is_list = "list" in str(field.annotation) and "dict" not in str(field.annotation)
+        text = f"{field.description or ''} (default: {'null' if default is None else default})".strip().replace("%", "%%")
+        groups[section].add_argument(
+            f"--{dotted}", nargs="*" if is_list else None, default=argparse.SUPPRESS, help=text, metavar="VALUE"
+        )
+
+
+def overrides_of(namespace: argparse.Namespace) -> dict[str, Any]:
+    """The configuration options of a parsed command line, values read as YAML."""
+    names = {dotted for dotted, _, _ in fields()}
+    found: dict[str, Any] = {}
+    for name, value in vars(namespace).items():
+        if name not in names:
+            continue
+        if isinstance(value, list):
+            items = [_scalar(item) for item in value]
+            found[name] = items[0] if len(items) == 1 and isinstance(items[0], list) else items
+        else:
+            found[name] = _scalar(value)
+    return found
+
+
+def _scalar(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def section_from(name: str, overrides: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> Any:
+    """One validated section: its recorded values, or its defaults, with the overrides of a command line on top."""
+    section = Config.model_fields[name].annotation
+    assert isinstance(section, type) and issubclass(section, BaseModel)
+    given = {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith(f"{name}.")}
+    try:
+        return section.model_validate({**(base or {}), **given})
+    except ValidationError as error:
+        first = dict(error.errors()[0])
+        first["loc"] = (name, *first["loc"])
+        raise UserError(_describe(first, "command line", overrides)) from None
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """The configuration with every preset value spelled out, as plain data for a file."""
+    data = config.model_dump(mode="json")
+    data["objective"] = {"method": config.objective.method, **config.objective.arguments()}
+    return data
+
+
+def methods_table() -> list[tuple[str, str, str]]:
+    """`(name, formula, source)` of every preset."""
+    return [(name, preset.formula, preset.source) for name, preset in PRESETS.items()]

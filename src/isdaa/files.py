@@ -1,0 +1,163 @@
+"""Files that are either whole or absent: atomic writes, JSON Lines, content digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from isdaa.errors import UserError
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's own entry list, so that a rename inside it survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Write a file aside, sync it and rename it: a reader sees the old content or the new, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        os.fchmod(descriptor, 0o666 & ~current_umask())
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def current_umask() -> int:
+    """The process's umask; reading it means setting it twice."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_folder_atomically(folder: str | Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write into a folder aside, sync every file of it, then rename it into place.
+
+    An existing folder of that name is replaced; it is moved away first and removed last, so a kill leaves either one.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.parent / f".writing-{folder.name}"
+    old = folder.parent / f".old-{folder.name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    fill(aside)
+    sync_tree(aside)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(aside, folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file and folder below `folder` to disk."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            descriptor = os.open(os.path.join(root, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_folder(Path(root))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a JSON file atomically; NaN and infinities are refused, since no other tool reads them."""
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file; a missing or broken one is a `UserError` naming the file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def iterate_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield `(line number from 1, record)`; a broken line is a `UserError` of the form `file:line: …`."""
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                    raise UserError(f"{path}:{number}: not valid JSON ({error}); mend or remove the line") from None
+                if not isinstance(record, dict):
+                    raise UserError(f"{path}:{number}: expected a JSON object, found {type(record).__name__}")
+                yield number, record
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """Every record of a JSON Lines file."""
+    return [record for _, record in iterate_jsonl(path)]
+
+
+def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write a JSON Lines file atomically."""
+    write_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def append_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
+    """Append records and sync. A kill can leave one half line at the end: `whole_jsonl` reads past it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    with open(path, "ab") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def whole_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """Records of a file that this program appends to; a half line that a kill left at the end is cut off the file."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    end = data.rfind(b"\n") + 1
+    if end != len(data):
+        write_atomically(path, data[:end])
+    return read_jsonl(path)
+
+
+def digest(value: Any) -> str:
+    """A short hexadecimal SHA-256 of bytes, or of any JSON-able value in canonical form."""
+    data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
+    return hashlib.sha256(data).hexdigest()[:24]
+
+
+def file_digest(path: str | Path) -> str:
+    """`digest` of a file's content, read in pieces."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            sha.update(piece)
+    return sha.hexdigest()[:24]

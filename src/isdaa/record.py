@@ -1,0 +1,100 @@
+"""What is written beside every model and run: where it came from, so that a path alone is enough to evaluate it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from isdaa.errors import UserError
+from isdaa.files import read_json, write_json
+
+NAME = "isdaa.json"
+PACKAGES = ("isdaa", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy")
+
+
+@dataclass
+class ModelRecord:
+    """The record `isdaa.json` in a model's folder. Local paths are stored relative to that folder, so a run can be moved."""
+
+    kind: str  # "sft", "reward" or "policy"
+    config: dict[str, Any]  # resolved configuration of the run
+    step: int | None = None  # optimiser step of a checkpoint
+    reference: str | None = None  # model folder or Hub name of π_ref
+    evaluation: str | None = None  # held-out prompts or pairs: file, Hub name or world
+    evaluation_split: str | None = None
+    scorer: str | None = None  # "gold", a reward model's folder or name, or null
+    metrics: dict[str, float] = field(default_factory=dict)  # last training metrics
+    versions: dict[str, str] = field(default_factory=dict)
+    git_revision: str | None = None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide numbers."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision() -> str | None:
+    """The revision of the source tree that isdaa runs from, with `+changes` where files differ from it."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty=+changes", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def relative_to(folder: Path, target: str | None) -> str | None:
+    """A local path as seen from `folder`; anything that does not exist locally (a Hub name, `gold`) unchanged."""
+    if target is None or not Path(target).exists():
+        return target
+    return os.path.relpath(Path(target).resolve(), folder.resolve())
+
+
+def resolve_from(folder: Path, target: str | None) -> str | None:
+    """Undo `relative_to`."""
+    if target is None:
+        return None
+    inside = folder / target
+    return os.path.normpath(inside) if inside.exists() else target
+
+
+def write_record(folder: str | Path, record: ModelRecord, final_folder: str | Path | None = None) -> None:
+    """Write `isdaa.json`. `final_folder` is where the folder will be after a rename: relative paths count from there."""
+    folder = Path(folder)
+    home = Path(final_folder) if final_folder is not None else folder
+    data = asdict(record)
+    for key in ("reference", "evaluation", "scorer"):
+        data[key] = relative_to(home, data[key])
+    data["versions"] = data["versions"] or versions()
+    data["git_revision"] = data["git_revision"] or git_revision()
+    data["command"] = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    write_json(folder / NAME, data)
+
+
+def read_record(folder: str | Path) -> ModelRecord | None:
+    """The record beside a model, with its paths made usable from here; None where the folder has none."""
+    folder = Path(folder)
+    path = folder / NAME
+    if not path.is_file():
+        return None
+    data = read_json(path)
+    try:
+        data.pop("command", None)
+        record = ModelRecord(**data)
+    except (TypeError, AttributeError):
+        raise UserError(f"{path}: not a record of this version of isdaa; name --reference and --data instead") from None
+    for key in ("reference", "evaluation", "scorer"):
+        setattr(record, key, resolve_from(folder, getattr(record, key)))
+    return record
