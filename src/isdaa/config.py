@@ -54,15 +54,15 @@ class ObjectiveConfig(Section):
         "preset", description="what each pair's loss is multiplied by"
     )
     clip: Literal["joint", "per_response"] | FromPreset = Field("preset", description="where the importance weight is clipped")
-    clip_eps: Annotated[float | None | FromPreset, BeforeValidator(_yaml_float)] = Field(
+    clip_eps: Annotated[float | FromPreset | None, BeforeValidator(_yaml_float)] = Field(
         "preset", description="upper clip ε of the log-weight; null: no clip"
     )
-    normalize: Literal["batch"] | None | FromPreset = Field("preset", description="divide by the global batch's mean weight")
+    normalize: Literal["batch"] | FromPreset | None = Field("preset", description="divide by the global batch's mean weight")
     length_penalty: Annotated[float | FromPreset, BeforeValidator(_yaml_float)] = Field("preset", description="α, per token")
     sft_coefficient: Annotated[float | FromPreset, BeforeValidator(_yaml_float)] = Field("preset", description="η of the SFT term")
     label_smoothing: Annotated[float | FromPreset, BeforeValidator(_yaml_float)] = Field("preset", description="s in [0, 0.5)")
     length_normalized: bool | FromPreset = Field("preset", description="divide the log-ratios by the length in the margin")
-    max_reward: Annotated[float | None | FromPreset, BeforeValidator(_yaml_float)] = Field(
+    max_reward: Annotated[float | FromPreset | None, BeforeValidator(_yaml_float)] = Field(
         "preset", description="R_max of χPO: β·h is clipped to ±2·R_max"
     )
 
@@ -289,7 +289,7 @@ def _lay_over(data: dict[str, Any], dotted: str, value: Any) -> None:
     data[last] = value
 
 
-def validate(data: Mapping[str, Any], where: str, overrides: Mapping[str, Any] = {}) -> Config:  # noqa: B006
+def validate(data: Mapping[str, Any], where: str, overrides: Mapping[str, Any] = {}) -> Config:
     """Validate plain data; the first error becomes a `UserError` of one line."""
     try:
         return Config.model_validate(data)

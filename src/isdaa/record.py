@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
-import sys
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from isdaa.errors import UserError
-from isdaa.files import read_json, write_json
+from isdaa.files import read_json
 
 NAME = "isdaa.json"
 PACKAGES = ("isdaa", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy")
@@ -59,7 +59,7 @@ def relative_to(folder: Path, target: str | None) -> str | None:
     """A local path as seen from `folder`; anything that does not exist locally (a Hub name, `gold`) unchanged."""
     if target is None or not Path(target).exists():
         return target
-    return os.path.relpath(Path(target).resolve(), folder.resolve())
+    return os.path.relpath(Path(target).resolve(), Path(os.path.abspath(folder)).resolve())
 
 
 def resolve_from(folder: Path, target: str | None) -> str | None:
@@ -70,17 +70,14 @@ def resolve_from(folder: Path, target: str | None) -> str | None:
     return os.path.normpath(inside) if inside.exists() else target
 
 
-def write_record(folder: str | Path, record: ModelRecord, final_folder: str | Path | None = None) -> None:
-    """Write `isdaa.json`. `final_folder` is where the folder will be after a rename: relative paths count from there."""
-    folder = Path(folder)
-    home = Path(final_folder) if final_folder is not None else folder
+def record_text(record: ModelRecord, home: str | Path) -> str:
+    """The content of `isdaa.json` for a model whose folder is, or after a rename will be, `home`."""
     data = asdict(record)
     for key in ("reference", "evaluation", "scorer"):
-        data[key] = relative_to(home, data[key])
+        data[key] = relative_to(Path(home), data[key])
     data["versions"] = data["versions"] or versions()
     data["git_revision"] = data["git_revision"] or git_revision()
-    data["command"] = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    write_json(folder / NAME, data)
+    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_record(folder: str | Path) -> ModelRecord | None:
@@ -91,7 +88,6 @@ def read_record(folder: str | Path) -> ModelRecord | None:
         return None
     data = read_json(path)
     try:
-        data.pop("command", None)
         record = ModelRecord(**data)
     except (TypeError, AttributeError):
         raise UserError(f"{path}: not a record of this version of isdaa; name --reference and --data instead") from None

@@ -1,0 +1,189 @@
+"""The `isdaa` command: thin doors to functions. Heavy libraries are imported only by the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from isdaa import __version__
+from isdaa.errors import UserError
+
+EXAMPLES = """examples:
+  isdaa train --config config.yaml --objective.beta 0.05
+  isdaa evaluate --model_path runs/mini/model
+  isdaa methods
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command. Dashes and underscores in option names are the same."""
+    from isdaa.config import OneLineParser, add_options
+
+    parser = OneLineParser(
+        prog="isdaa",
+        description="Offline preference alignment that does not over-optimise.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"isdaa {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=OneLineParser)
+
+    train = commands.add_parser(
+        "train",
+        help="run the stages of a config: sft, reward, label, align",
+        usage="isdaa train [--config FILE] [--section.key VALUE ...]",
+    )
+    train.add_argument("--config", metavar="FILE", help="YAML file; every key can be overridden by an option")
+    add_options(train)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="KL, win rate and drift of one model, or of every checkpoint of a run",
+        usage="isdaa evaluate --model_path PATH [PATH ...] [options]",
+    )
+    evaluate.add_argument("--model_path", nargs="+", required=True, metavar="PATH", help="model, checkpoint or run folders")
+    evaluate.add_argument("--reference", metavar="PATH", help="reference model (default: from the record beside the model)")
+    evaluate.add_argument("--data", metavar="SOURCE", help="held-out prompts or pairs (default: from the record)")
+    evaluate.add_argument("--split", metavar="NAME", help="split of --data")
+    evaluate.add_argument("--scorer", metavar="NAME", help="`gold`, a reward model's path, or `none` (default: from the record)")
+    evaluate.add_argument("--output", metavar="DIR", help="where records go (default: `evaluation` in the run's folder)")
+    add_options(evaluate, only=("evaluation", "tokenization"))
+
+    logps = commands.add_parser("logps", help="add behaviour logps under a model to a file of pairs")
+    logps.add_argument("--model_path", required=True, metavar="PATH", help="the model that wrote the responses")
+    logps.add_argument("--data", required=True, metavar="SOURCE", help="preference pairs")
+    logps.add_argument("--split", default="train", metavar="NAME")
+    logps.add_argument("--output", required=True, metavar="FILE", help="JSONL file to write")
+    add_options(logps, only=("tokenization",))
+
+    methods = commands.add_parser("methods", help="list the presets with formula and source")
+    methods.add_argument("--json", action="store_true", help="as JSON")
+
+    demo = commands.add_parser(
+        "demo",
+        help="the embedded experiment, end to end: does DPO over-optimise, does IS-DPO?",
+        usage="isdaa demo [--methods NAME ...] [--section.key VALUE ...]",
+    )
+    demo.add_argument("--config", default="configs/mini/demo.yaml", metavar="FILE")
+    demo.add_argument("--methods", nargs="+", default=["dpo", "is_dpo"], metavar="NAME")
+    add_options(demo)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
+    try:
+        arguments = build_parser().parse_args(sys.argv[1:] if argv is None else argv)
+        return COMMANDS[arguments.command](arguments)
+    except UserError as error:
+        print(f"isdaa: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nisdaa: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        print(f"isdaa: error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 2
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from isdaa.config import load_config, overrides_of
+
+    config = load_config(arguments.config, overrides_of(arguments))
+    _quiet_libraries()
+    from isdaa.training.stages import run
+
+    run(config)
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from isdaa.config import overrides_of
+
+    overrides = overrides_of(arguments)
+    for name in ("reference", "data", "split", "scorer"):
+        overrides[name] = getattr(arguments, name)
+    overrides["output_dir"] = arguments.output
+    _quiet_libraries()
+    from isdaa.evaluation.evaluate import evaluate_request
+    from isdaa.evaluation.requests import requests
+    from isdaa.evaluation.table import print_table
+
+    request = requests(arguments.model_path, overrides)
+    print_table(evaluate_request(request))
+    print(f"records: {request.output_dir}")
+    return 0
+
+
+def _logps(arguments: argparse.Namespace) -> int:
+    from isdaa.config import overrides_of, section_from
+
+    tokenization = section_from("tokenization", overrides_of(arguments))
+    _quiet_libraries()
+    from isdaa.training.behaviour import write_behaviour_logps
+
+    write_behaviour_logps(arguments.model_path, arguments.data, arguments.split, Path(arguments.output), tokenization)
+    return 0
+
+
+def _methods(arguments: argparse.Namespace) -> int:
+    from isdaa.config import methods_table
+
+    rows = methods_table()
+    if arguments.json:
+        import json
+
+        print(json.dumps([{"name": n, "formula": f, "source": s} for n, f, s in rows], indent=2, ensure_ascii=False))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Presets: --objective.method NAME", title_justify="left", show_lines=False)
+    table.add_column("method", style="bold", no_wrap=True)
+    table.add_column("loss of a pair", overflow="fold")
+    table.add_column("source", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    console.print("Δ = log π − log π_ref of a response; h = r(Δ_w) − r(Δ_l); every preset's values can be overridden one by one.")
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from isdaa.config import load_config, overrides_of
+
+    config = load_config(arguments.config, overrides_of(arguments))
+    _quiet_libraries()
+    from isdaa.experiments.demo import run_demo
+
+    run_demo(config, arguments.methods)
+    return 0
+
+
+def _quiet_libraries() -> None:
+    """Libraries' own bars and notices would cover ours; warnings still come through `logging`."""
+    import logging
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("isdaa").setLevel(logging.INFO)
+
+
+COMMANDS = {"train": _train, "evaluate": _evaluate, "logps": _logps, "methods": _methods, "demo": _demo}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

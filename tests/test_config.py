@@ -1,0 +1,110 @@
+"""The configuration: every file loads, every mistake is one line that names file, key and mend."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from isdaa.config import ObjectiveConfig, fields, load_config, resolved
+from isdaa.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted([ROOT / "config.yaml", *(ROOT / "configs").rglob("*.yaml")])
+BASE = {"model": {"path": "m"}, "data": {"pairs": "p.jsonl"}}
+
+
+def write(tmp_path: Path, **changes: object) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**BASE, **changes}))
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_config_file_loads_and_resolves_to_itself(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    again = tmp_path / "resolved.yaml"
+    again.write_text(yaml.safe_dump(resolved(config)))
+    assert resolved(load_config(again)) == resolved(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"objektive": {}}, ["run.yaml", "objektive", 'did you mean "objective"']),
+        ({"objective": {"betta": 1}}, ["run.yaml", "objective.betta", 'did you mean "beta"']),
+        ({"align": {"bta": 1}}, ["align.bta"]),
+        ({"learning_rate": 1}, ["learning_rate", "align.learning_rate"]),
+        ({"objective": {"beta": "much"}}, ["run.yaml", "objective.beta", "number", "much"]),
+        ({"objective": {"beta": -1}}, ["objective", "beta", "-1"]),
+        ({"objective": {"method": "dop"}}, ["objective", "dop", "dpo"]),
+        ({"objective": {"loss": "log"}}, ["objective.loss", "logistic, squared, hinge"]),
+        ({"objective": {"method": "slic", "label_smoothing": 0.1}}, ["objective", "label_smoothing", "logistic"]),
+        ({"objective": {"method": "dpo", "max_reward": 1.0}}, ["objective", "max_reward", "chi_squared"]),
+        ({"objective": {"method": "dpo", "normalize": "batch"}}, ["objective", "normalize", "weight"]),
+        ({"align": {"learning_rate": -1}}, ["align.learning_rate", "greater than or equal to 0"]),
+        ({"align": {"learning_rate": float("inf")}}, ["align.learning_rate", "finite"]),
+        ({"align": {"batch_size": 0}}, ["align.batch_size", "greater than or equal to 1"]),
+        ({"align": {"batch_size": 2.5}}, ["align.batch_size", "integer"]),
+        ({"stages": ["sft", "sft"]}, ["stages", "once"]),
+        ({"stages": ["train"]}, ["stages", "sft", "align"]),
+        ({"stages": ["label"]}, ["label", "data.prompts"]),
+        ({"data": {}}, ["data.pairs"]),
+        ({"model": {}}, ["model.path", "model.random"]),
+        ({"model": {"path": "m", "random": {"model_type": "llama"}}}, ["not both"]),
+        ({"tokenization": {"max_length": 10, "max_prompt_length": 10}}, ["max_prompt_length", "below max_length"]),
+        ({"model": "m"}, ["run.yaml", "model"]),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path: Path, changes: dict, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(write(tmp_path, **changes))
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "\x00"])
+def test_a_file_that_is_no_mapping_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"broken\.yaml"):
+        load_config(path)
+    with pytest.raises(UserError, match="no such config file"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_options_override_the_file_and_are_named_as_options(tmp_path: Path) -> None:
+    path = write(tmp_path, objective={"method": "is_dpo", "beta": 0.1})
+    assert load_config(path, {"objective.beta": 0.05}).objective.arguments()["beta"] == 0.05
+    with pytest.raises(UserError, match="--objective.beta"):
+        load_config(path, {"objective.beta": "x"})
+
+
+def test_numbers_with_exponents_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {path: m}\ndata: {pairs: p}\nalign: {learning_rate: 1e-6}\nobjective: {beta: 5e-2}\n")
+    config = load_config(path)
+    assert config.align.learning_rate == 1e-6
+    assert config.objective.arguments()["beta"] == 0.05
+
+
+def test_null_is_a_value_and_preset_is_the_absence_of_one() -> None:
+    assert ObjectiveConfig(method="is_dpo").arguments()["clip_eps"] == 1.0
+    assert ObjectiveConfig(method="is_dpo", clip_eps=None).arguments()["clip_eps"] is None
+    assert ObjectiveConfig(method="is_dpo", clip_eps=0.25).arguments()["clip_eps"] == 0.25
+
+
+def test_the_configuration_names_every_argument_of_the_objective() -> None:
+    from dataclasses import fields as dataclass_fields
+
+    from isdaa import Objective
+
+    assert {f.name for f in dataclass_fields(Objective)} == set(ObjectiveConfig.model_fields) - {"method"}
+
+
+def test_every_key_has_one_option_and_a_default() -> None:
+    names = [dotted for dotted, _, _ in fields()]
+    assert len(names) == len(set(names))
+    assert "objective.beta" in names
+    assert "align.learning_rate" in names
