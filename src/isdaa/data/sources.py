@@ -1,0 +1,151 @@
+"""Where rows come from: local files and folders, the Hub, the embedded world. Every row knows its 'file:row'."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from isdaa.data.pairs import (
+    Counts,
+    NoCommonPromptError,
+    Row,
+    canonical_pair,
+    canonical_prompt,
+    canonical_sft,
+    same_response,
+)
+from isdaa.data.readers import iterate_rows
+from isdaa.errors import UserError
+from isdaa.files import digest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# Columns whose shape differs from row to row (text or messages; any object) are kept as JSON text and read on access.
+CODED = frozenset({"prompt", "chosen", "rejected", "completion", "facts"})
+TYPES = {
+    "id": "string",
+    "where": "string",
+    "prompt_ids": "ids",
+    "chosen_ids": "ids",
+    "rejected_ids": "ids",
+    "chosen_finished": "bool",
+    "rejected_finished": "bool",
+}
+
+
+def load_rows(source: str, split: str | None = None, *, subset: str | None = None, limit: int | None = None) -> list[Row]:
+    """Raw rows as they stand in the source, each with `where` ('file:row', lines and rows counted from 1)."""
+    return [{**row, "where": where} for row, where in iterate_rows(source, split, subset=subset, limit=limit)]
+
+
+def load_pairs(
+    source: str, split: str | None = None, *, subset: str | None = None, limit: int | None = None
+) -> tuple[Dataset, Counts]:
+    """Canonical pairs (`pairs.canonical_pair`) of any source and format, and the counts of those dropped.
+
+    split: of a Hub data set, a folder or the embedded world; subset: a Hub data set's configuration;
+    limit: at most so many rows are read. Raises UserError, also where no pair is left.
+    """
+    counts = Counts()
+    pairs: list[Row] = []
+    for row, where in iterate_rows(source, split, subset=subset, limit=limit, world_split="sft"):
+        counts.rows += 1
+        try:
+            pair = canonical_pair(row, where)
+        except NoCommonPromptError:
+            counts.dropped_no_common_prompt += 1
+            continue
+        if same_response(pair):
+            counts.dropped_equal += 1
+        else:
+            pairs.append(pair)
+    counts.kept = len(pairs)
+    if not pairs:
+        raise UserError(f"{source}: no pair is left: {'; '.join(counts.lines())}")
+    return as_dataset(pairs), counts
+
+
+def load_prompts(
+    source: str, split: str | None = None, *, subset: str | None = None, limit: int | None = None
+) -> tuple[Dataset, Counts]:
+    """Prompts to sample for: id, prompt, prompt_ids, chosen (a response to compare with, or None), facts, where.
+
+    Reads prompt files, SFT examples and pairs alike. A prompt that comes again is used once, with the first row's
+    response: intervals over prompts need different prompts.
+    """
+    counts = Counts()
+    prompts: dict[str, Row] = {}
+    for row, where in iterate_rows(source, split, subset=subset, limit=limit, world_split="prompts"):
+        counts.rows += 1
+        try:
+            prompt = canonical_prompt(row, where)
+        except NoCommonPromptError:
+            counts.dropped_no_common_prompt += 1
+            continue
+        if prompts.setdefault(prompt_key(prompt), prompt) is not prompt:
+            counts.repeated_prompts += 1
+    counts.kept = len(prompts)
+    if not prompts:
+        raise UserError(f"{source}: no prompt is left: {'; '.join(counts.lines())}")
+    return as_dataset(list(prompts.values())), counts
+
+
+def load_sft(
+    source: str, split: str | None = None, *, subset: str | None = None, limit: int | None = None
+) -> tuple[Dataset, Counts]:
+    """SFT examples: id, prompt (None for plain text and whole conversations), completion, where."""
+    rows = [
+        canonical_sft(row, where) for row, where in iterate_rows(source, split, subset=subset, limit=limit, world_split="sft")
+    ]
+    if not rows:
+        raise UserError(f"{source}: no example in it")
+    return as_dataset(rows), Counts(rows=len(rows), kept=len(rows))
+
+
+def hold_out(rows: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Dataset | None]:
+    """(rows to train on, rows held out), by prompt: no prompt is in both; at least one is held out where fraction > 0.
+
+    A checksum of seed and prompt decides, so the order of the rows changes nothing. Raises UserError
+    where fewer than two different prompts would have to be divided.
+    """
+    if fraction <= 0:
+        return rows, None
+    keys = [digest([seed, prompt_key(row)]) for row in rows]
+    order = sorted(set(keys))
+    if len(order) < 2:
+        raise UserError("the data has only one prompt, so none can be held out; set data.eval_pairs, or data.eval_fraction to 0")
+    held = set(order[: min(len(order) - 1, math.ceil(fraction * len(order)))])
+    sides = [[i for i, key in enumerate(keys) if (key in held) == side] for side in (False, True)]
+    return rows.select(sides[0]), rows.select(sides[1])
+
+
+def prompt_key(row: Mapping[str, Any]) -> str:
+    """What tells prompts apart: the token ids where there are any, for they win over the text."""
+    return json.dumps(row["prompt_ids"] if row.get("prompt_ids") is not None else row["prompt"], ensure_ascii=False)
+
+
+def as_dataset(rows: list[Row]) -> Dataset:
+    """Canonical rows (all with the same keys) as a Dataset whose rows come back as they were given."""
+    from datasets import Dataset, Features, List, Value
+
+    features, columns = {}, {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        kind = TYPES.get(name, "string" if name in CODED else "float64")
+        features[name] = List(Value("int32")) if kind == "ids" else Value(kind)
+        columns[name] = [_code(value) for value in values] if name in CODED else values
+    return Dataset.from_dict(columns, features=Features(features)).with_transform(_decode)
+
+
+def _code(value: Any) -> str | None:
+    return None if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _decode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    return {
+        name: [None if value is None else json.loads(value) for value in values] if name in CODED else values
+        for name, values in batch.items()
+    }

@@ -1,0 +1,117 @@
+"""Text to token ids: one prompt a pair, BOS once, EOS where the response ended, every cut counted.
+
+Prompt and response are tokenised apart and their ids concatenated; nothing is ever decoded and encoded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from isdaa.data.chat import stop_token_ids, template_hash, tokenizer_digest
+from isdaa.data.checks import Text
+from isdaa.data.encoding import Encoder, PairIds, TokenizationSettings
+from isdaa.data.pairs import Counts, Row
+from isdaa.data.tokens import tokenized
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = [
+    "Encoder",
+    "TokenizationSettings",
+    "stop_token_ids",
+    "template_hash",
+    "tokenize_pairs",
+    "tokenize_prompt",
+    "tokenize_prompts",
+    "tokenize_response",
+    "tokenize_sft",
+    "tokenizer_digest",
+]
+
+
+def tokenize_pairs(
+    pairs: Dataset, tokenizer: Any, settings: TokenizationSettings | None = None, cache_dir: str | Path | None = None
+) -> tuple[Dataset, Counts]:
+    """Canonical pairs (`load_pairs`) to token ids, and the counts of what was cut or dropped on the way.
+
+    Returns a Dataset with id, index (row number), prompt_ids, chosen_ids, rejected_ids (EOS included where the response
+    ended), behaviour_chosen_logps, behaviour_rejected_logps and weight (None where a row has none).
+    cache_dir: folder in which the result is kept under a key of its content; a damaged file there is made anew.
+    Raises UserError for a tokenizer without EOS, a missing or unusable chat template, foreign ids, no pair left.
+    """
+    encoder = Encoder(tokenizer, settings)
+    counts = encoder.counts
+
+    def columns(rows: list[Row]) -> dict[str, list[Any]]:
+        kept: list[tuple[Row, PairIds]] = []
+        for row, pair in zip(rows, encoder.pairs(rows), strict=True):
+            if pair.chosen == pair.rejected:
+                counts.dropped_equal += 1
+            elif row["behaviour_chosen_logps"] is not None and (pair.prompt.cut or pair.chosen_cut or pair.rejected_cut):
+                counts.dropped_behaviour_cut += 1
+            else:
+                counts.prompts_cut += pair.prompt.cut
+                counts.chosen_cut += pair.chosen_cut
+                counts.rejected_cut += pair.rejected_cut
+                kept.append((row, pair))
+        return {
+            "id": [row["id"] for row, _ in kept],
+            "prompt_ids": [pair.prompt.ids for _, pair in kept],
+            "chosen_ids": [pair.chosen for _, pair in kept],
+            "rejected_ids": [pair.rejected for _, pair in kept],
+            **{name: [row[name] for row, _ in kept] for name in ("behaviour_chosen_logps", "behaviour_rejected_logps", "weight")},
+        }
+
+    return tokenized(pairs, columns, counts, ["pairs", *encoder.key], cache_dir, "pairs")
+
+
+def tokenize_prompts(
+    rows: Iterable[Mapping[str, Any]], tokenizer: Any, settings: TokenizationSettings | None = None
+) -> tuple[list[list[int]], Counts]:
+    """Token ids of prompts (rows with `prompt` or `prompt_ids`), ready to be continued; in order, none dropped."""
+    encoder = Encoder(tokenizer, settings)
+    rows = list(rows)
+    prompts = encoder.prompts(rows)
+    encoder.counts.rows = encoder.counts.kept = len(rows)
+    encoder.counts.prompts_cut = sum(prompt.cut for prompt in prompts)
+    return [prompt.ids for prompt in prompts], encoder.counts
+
+
+def tokenize_prompt(row: Mapping[str, Any], tokenizer: Any, settings: TokenizationSettings | None = None) -> list[int]:
+    """Token ids of one row's prompt as in a pair: with BOS or the opened assistant turn, and cut the same way."""
+    return tokenize_prompts([row], tokenizer, settings)[0][0]
+
+
+def tokenize_response(
+    prompt: Text, response: Text, tokenizer: Any, settings: TokenizationSettings | None = None, finished: bool = True
+) -> list[int]:
+    """Token ids of a response to `prompt`, as in a pair: EOS where it ended, cut to the room that the prompt leaves."""
+    encoder = Encoder(tokenizer, settings)
+    row = {"prompt": prompt, "response": response, "response_finished": finished}
+    return encoder.responses([row], encoder.prompts([row]), "response")[0][0]
+
+
+def tokenize_sft(
+    rows: Dataset, tokenizer: Any, settings: TokenizationSettings | None = None, cache_dir: str | Path | None = None
+) -> tuple[Dataset, Counts]:
+    """SFT rows (`load_sft`) to a Dataset of id, index, input_ids, completion_mask (1: to be learnt), as TRL reads it.
+
+    A prompt with one answer is tokenised as in a pair. Of a longer conversation every assistant turn is learnt;
+    what is beyond max_length is cut off its end; plain text is learnt whole. EOS and cache as in `tokenize_pairs`.
+    """
+    encoder = Encoder(tokenizer, settings)
+
+    def columns(batch: list[Row]) -> dict[str, list[Any]]:
+        examples = list(zip(batch, encoder.examples(batch), strict=True))
+        kept = [(row, ids, mask) for row, (ids, mask) in examples if any(mask)]
+        encoder.counts.dropped_nothing_left += len(examples) - len(kept)
+        return {
+            "id": [row["id"] for row, _, _ in kept],
+            "input_ids": [ids for _, ids, _ in kept],
+            "completion_mask": [mask for _, _, mask in kept],
+        }
+
+    return tokenized(rows, columns, encoder.counts, ["sft", *encoder.key], cache_dir, "examples")
