@@ -1,0 +1,178 @@
+"""Step three of three: from records to `metrics.json`. Reads files alone: no model, no scorer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from isdaa.config import EvaluationConfig
+from isdaa.errors import UserError
+from isdaa.evaluation.collect import PAIRS, PLAN, SAMPLES
+from isdaa.evaluation.held_out import held_out_summary
+from isdaa.evaluation.kl import kl_summary
+from isdaa.evaluation.records import Blocks, Record
+from isdaa.evaluation.scoring import SCORES, chosen_key, scores_key
+from isdaa.evaluation.statistics import Interval, mean_interval
+from isdaa.evaluation.winrate import own_win_rates, tie_rate, win_rates
+from isdaa.files import read_json, write_json
+from isdaa.record import versions
+
+METRICS = "metrics.json"
+NO_SCORER = (
+    "No scorer was given, so there is no win rate and no verdict: KL, drift and held-out accuracy do not tell better "
+    "from worse. Name one with --scorer."
+)
+NO_VERDICT_YET = "Win rates and KL of each checkpoint; compare intervals before calling a fall a fall."
+N_GRAM = 4
+
+
+def analyse(folder: str | Path, settings: EvaluationConfig | None = None) -> dict[str, Any]:
+    """Metrics of the evaluation whose records lie in `folder`, also written to `metrics.json` there.
+
+    settings: other `opponent`, `ties`, `bootstrap`, `confidence` than the records were made with.
+    Raises UserError where records are missing.
+    """
+    folder = Path(folder)
+    plan = read_json(folder / PLAN)
+    settings = settings or EvaluationConfig(**plan["settings"])
+    bootstrap = {"resamples": settings.bootstrap, "confidence": settings.confidence, "seed": settings.seed}
+    samples, pairs, scores = Blocks(folder / SAMPLES), Blocks(folder / PAIRS), Blocks(folder / SCORES)
+    prompts, reference = samples[plan["prompts"]], plan["reference"]
+    judged = _Judged(plan, prompts, scores, settings, bootstrap)
+
+    origin = {
+        "path": reference["path"],
+        "digest": reference["digest"],
+        "kl": Interval(0.0, 0.0, 0.0, len(prompts)).to_json(),
+    }
+    origin |= judged.reference() | text_summary([r for key in reference["opponents"] for r in samples[key]], bootstrap)
+    models = []
+    for model in plan["models"]:
+        entry = {key: value for key, value in model.items() if key not in ("samples", "kl", "pairs")}
+        entry["kl"] = kl_summary(samples[model["kl"]], **bootstrap)
+        entry |= judged.policy(model["samples"]) | text_summary(samples[model["samples"]], bootstrap)
+        if model["pairs"] is not None:
+            entry["held_out"] = held_out_summary(pairs[model["pairs"]], pairs[reference["pairs"]], **bootstrap)
+        models.append(entry)
+    metrics = {
+        "format": plan["format"],
+        "scorer": plan["scorer"],
+        "verdict": None,  # the verdict on a run needs the law and the halves of METHOD.md
+        "note": NO_SCORER if plan["scorer"] is None else NO_VERDICT_YET,
+        "opponent": settings.opponent,
+        "prompts": len(prompts),
+        "settings": settings.model_dump(),
+        "reference": origin,
+        "models": models,
+        **{key: plan[key] for key in ("tokenization", "template", "tokenizer", "git_revision")},
+        "versions": versions(),
+    }
+    write_json(folder / METRICS, metrics)
+    return metrics
+
+
+class _Judged:
+    """Win rates and rewards, from the scores of one scorer; everything null without one."""
+
+    def __init__(
+        self,
+        plan: Record,
+        prompts: Sequence[Record],
+        scores: Blocks,
+        settings: EvaluationConfig,
+        bootstrap: Mapping[str, Any],
+    ) -> None:
+        self.plan, self.prompts, self.scores, self.settings, self.bootstrap = plan, prompts, scores, settings, bootstrap
+        self.opponents: np.ndarray | None = None
+        self.chosen: np.ndarray | None = None
+        self.with_chosen = [i for i, prompt in enumerate(prompts) if prompt["chosen"] is not None]
+        check_opponent(prompts, settings)
+        if plan["scorer"] is not None:
+            self.opponents = np.stack([self._of(key) for key in plan["reference"]["opponents"]], axis=1)
+            if self.with_chosen:
+                block = scores[chosen_key(plan["prompts"], plan["scorer"]["digest"])]
+                self.chosen = np.array([record["score"] for record in block])
+
+    def _of(self, samples: str) -> np.ndarray:
+        """(N,) scores of a block of samples."""
+        return np.array(
+            [r["score"] for r in self.scores[scores_key(samples, self.plan["prompts"], self.plan["scorer"]["digest"])]]
+        )
+
+    def policy(self, samples: str) -> dict[str, Any]:
+        """Of one checkpoint."""
+        return self._summary(self._of(samples) if self.opponents is not None else None, of_reference=False)
+
+    def reference(self) -> dict[str, Any]:
+        """Of the reference: its samples against each other, which is where every run starts."""
+        return self._summary(self.opponents, of_reference=True)
+
+    def _summary(self, ours: np.ndarray | None, of_reference: bool) -> dict[str, Any]:
+        found: dict[str, Any] = dict.fromkeys(("win_rate", "win_rate_reference", "win_rate_chosen", "tie_rate", "reward"))
+        if ours is None or self.opponents is None:
+            return found
+        ties = self.settings.ties
+        against: dict[str, np.ndarray | None] = {
+            "win_rate_reference": own_win_rates(ours, ties) if of_reference else win_rates(ours, self.opponents, ties)
+        }
+        found["tie_rate"] = None if of_reference else tie_rate(ours, self.opponents)
+        if self.chosen is not None:
+            against["win_rate_chosen"] = win_rates(ours[self.with_chosen], self.chosen, ties)
+            if self.settings.opponent == "chosen":
+                found["tie_rate"] = tie_rate(ours[self.with_chosen], self.chosen)
+        for name, values in against.items():
+            found[name] = None if values is None else mean_interval(values, **self.bootstrap).to_json()
+        found["win_rate"] = found[f"win_rate_{self.settings.opponent}"]
+        per_prompt = ours if ours.ndim == 1 else ours.mean(axis=1)
+        found["reward"] = mean_interval(per_prompt, **self.bootstrap).to_json()
+        return found
+
+
+def check_opponent(prompts: Sequence[Record], settings: EvaluationConfig) -> None:
+    """Raises UserError where the data's chosen responses are to be the opponent and a prompt has none."""
+    missing = sum(prompt["chosen"] is None for prompt in prompts)
+    if settings.opponent == "chosen" and missing:
+        raise UserError(
+            f"evaluation.opponent is `chosen`, but {missing} of {len(prompts)} prompts have no chosen response; "
+            "use `reference`, or data with a chosen response for every prompt"
+        )
+
+
+def text_summary(records: Sequence[Record], bootstrap: Mapping[str, Any]) -> dict[str, Any]:
+    """Length in tokens (with interval), share of samples that the limit cut, mean share of repeated 4-grams."""
+    prompts: dict[str, list[int]] = {}
+    for record in records:
+        prompts.setdefault(record["prompt_id"], []).append(record["tokens"])
+    lengths = [float(np.mean(tokens)) for tokens in prompts.values()]
+    return {
+        "length": mean_interval(lengths, **bootstrap).to_json(),
+        "truncated": sum(not record["finished"] for record in records) / len(records),
+        "repetition": float(np.mean([repetition(record["ids"]) for record in records])),
+    }
+
+
+def repetition(ids: Sequence[int], n: int = N_GRAM) -> float:
+    """Share of a response's n-grams that stood in it before; 0 where it has none."""
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def chart_records(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One plain record a checkpoint, as `isdaa.report.charts` takes them; empty where there is no win rate."""
+    return [
+        {
+            "method": model["method"] or model["label"],
+            **{key: model[key] for key in ("beta", "seed", "step", "label")},
+            "kl": model["kl"]["mean"],
+            "kl_low": model["kl"]["low"],
+            "kl_high": model["kl"]["high"],
+            "win_rate": model["win_rate"]["mean"],
+            "low": model["win_rate"]["low"],
+            "high": model["win_rate"]["high"],
+        }
+        for model in metrics["models"]
+        if model["win_rate"] is not None
+    ]

@@ -1,0 +1,315 @@
+"""Step one of three, all that needs a policy: samples, KL and held-out logps of checkpoints, as records on disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from isdaa.config import EvaluationConfig, TokenizationConfig
+from isdaa.errors import UserError
+from isdaa.evaluation.identity import model_digest
+from isdaa.evaluation.kl import KL_SETTINGS, divergences
+from isdaa.evaluation.records import Blocks, Record
+from isdaa.evaluation.requests import Checkpoint
+from isdaa.files import digest, write_json
+from isdaa.record import git_revision, versions
+from isdaa.terminal import progress
+
+SAMPLES, PAIRS, PLAN = "samples.jsonl", "pairs.jsonl", "plan.json"
+FORMAT = 1  # of the records; raise it when the same work would give other records
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The held-out prompts, tokenised once for every model. N prompts."""
+
+    rows: list[Record]  # prompt_id, prompt, prompt_ids, chosen, facts, chat
+    stop: dict[bool, set[int]]  # ids that end a response, in chat and elsewhere
+    tokenizer: Any
+    shared: Record  # what every header says of prompts and tokenizer
+
+    @cached_property
+    def key(self) -> str:
+        """Digest of what the models see."""
+        return digest([FORMAT, "prompts", [[row["prompt_id"], row["prompt_ids"]] for row in self.rows], self.shared["tokenizer"]])
+
+    @cached_property
+    def block(self) -> str:
+        """Key of the records, which hold what scorers see, too."""
+        return digest([self.key, self.rows])
+
+
+def tokenize(
+    rows: Iterable[Mapping[str, Any]], tokenizer: Any, settings: EvaluationConfig, tokenization: TokenizationConfig
+) -> Prompts:
+    """The first `settings.prompts` canonical prompt rows, as token ids. Raises UserError where there is none."""
+    from isdaa.data.chat import stop_token_ids, template_hash, tokenizer_digest
+    from isdaa.data.encoding import Encoder, TokenizationSettings
+
+    rows = [dict(row) for _, row in zip(range(settings.prompts), rows, strict=False)]
+    if not rows:
+        raise UserError("no prompt to evaluate on; give held-out prompts with --data")
+    encoder = Encoder(tokenizer, TokenizationSettings(**tokenization.model_dump()))
+    records, seen = [], set()
+    for row, prompt in zip(rows, encoder.prompts(rows), strict=True):
+        identity = str(row["id"])
+        if identity in seen:
+            raise UserError(f"{row.get('where', 'prompts')}: id {identity!r} occurs twice; records go by id, so make ids unique")
+        seen.add(identity)
+        # Rows of token ids alone still have to be read, by people and by reward models.
+        text = row["prompt"] or tokenizer.decode(prompt.ids, skip_special_tokens=True)
+        records.append(
+            {
+                "prompt_id": identity,
+                "prompt": text,
+                "prompt_ids": prompt.ids,
+                "chosen": row.get("chosen") or None,
+                "facts": row.get("facts"),
+                "chat": prompt.chat,
+            }
+        )
+    chats = {record["chat"] for record in records}
+    shared = {
+        "template": template_hash(tokenizer),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "tokenization": tokenization.model_dump(),
+        "versions": versions(),
+        "git_revision": git_revision(),
+    }
+    return Prompts(records, {chat: stop_token_ids(tokenizer, chat) for chat in chats}, tokenizer, shared)
+
+
+class Models:
+    """Loads a model when it is first needed; keeps the reference and the one policy in work."""
+
+    def __init__(self, reference: str, dtype: str, trust_remote_code: bool) -> None:
+        self.reference_path, self.dtype, self.trust_remote_code = reference, dtype, trust_remote_code
+        self.loaded: dict[str, tuple[Any, Any]] = {}
+
+    def get(self, path: str) -> tuple[Any, Any]:
+        """(model, its `PairForward`), on the GPU where there is one."""
+        import torch
+
+        from isdaa.models.forward import prepare
+        from isdaa.models.loading import load_model
+
+        if path not in self.loaded:
+            for other in [p for p in self.loaded if p != self.reference_path]:
+                del self.loaded[other]
+            device = "cuda" if torch.cuda.is_available() else None
+            model = load_model(path, dtype=self.dtype, device=device, trust_remote_code=self.trust_remote_code)
+            model.requires_grad_(False)
+            self.loaded[path] = (model, prepare(model))
+        return self.loaded[path]
+
+    @property
+    def reference(self) -> tuple[Any, Any]:
+        """(π_ref, its `PairForward`)."""
+        return self.get(self.reference_path)
+
+
+class Collection:
+    """The work of step one and where its records go."""
+
+    def __init__(
+        self,
+        models: Sequence[Checkpoint],
+        reference: str,
+        prompts: Prompts,
+        settings: EvaluationConfig,
+        folder: Path,
+        *,
+        held_out: Sequence[Record] = (),
+        scored: bool = True,
+        dtype: str = "float32",
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.checkpoints, self.prompts, self.settings, self.folder = models, prompts, settings, folder
+        self.held_out, self.dtype = held_out, dtype
+        self.models = Models(reference, dtype, trust_remote_code)
+        self.reference = reference
+        # Without a scorer, one sample a prompt shows the reference's length and repetition; opponents are not needed.
+        self.opponents = settings.opponent_samples if scored else 1
+        paths = [reference, *(model.path for model in models)]
+        self.digests = {path: model_digest(path) for path in dict.fromkeys(paths)}
+        self.samples, self.pairs = Blocks(folder / SAMPLES), Blocks(folder / PAIRS)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Sampling settings of win rates."""
+        chosen = self.settings
+        return {
+            "temperature": chosen.temperature,
+            "top_p": chosen.top_p,
+            "top_k": chosen.top_k,
+            "max_new_tokens": chosen.max_new_tokens,
+        }
+
+    def sample_key(self, path: str, purpose: str) -> str:
+        """Key of the samples of one model for one purpose (`opponent/2`, `policy/0`, `kl/0`)."""
+        sampling = KL_SETTINGS | {"max_new_tokens": self.settings.max_new_tokens} if purpose.startswith("kl") else self.sampling
+        reference = self.digests[self.reference] if purpose.startswith("kl") else None
+        return digest(
+            [FORMAT, self.digests[path], reference, purpose, sampling, self.settings.seed, self.prompts.key, self.dtype]
+        )
+
+    def pairs_key(self, path: str) -> str | None:
+        """Key of one model's logps of the held-out pairs."""
+        return digest([FORMAT, "pairs", self.digests[path], self.held_out, self.dtype]) if self.held_out else None
+
+    def plan(self) -> Record:
+        """Which blocks belong to this evaluation: what steps two and three read."""
+        opponents = [self.sample_key(self.reference, f"opponent/{k}") for k in range(self.opponents)]
+        return {
+            "format": FORMAT,
+            "settings": self.settings.model_dump(),
+            "prompts": self.prompts.block,
+            "reference": {
+                "path": self.reference,
+                "digest": self.digests[self.reference],
+                "opponents": opponents,
+                "pairs": self.pairs_key(self.reference),
+            },
+            "models": [
+                {
+                    **model.to_json(),
+                    "digest": self.digests[model.path],
+                    "samples": self.sample_key(model.path, "policy/0"),
+                    "kl": self.sample_key(model.path, "kl/0"),
+                    "pairs": self.pairs_key(model.path),
+                }
+                for model in self.checkpoints
+            ],
+            "scorer": None,
+            **self.prompts.shared,
+        }
+
+    def run(self) -> Record:
+        """Do what is not on disk yet; returns the plan, which is written last."""
+        plan = self.plan()
+        if self.prompts.block not in self.samples:
+            header = {"prompts": self.prompts.key, **self.prompts.shared}
+            self.samples.add("prompts", self.prompts.block, header, self.prompts.rows)
+        opponents = {f"opponent/{k}": key for k, key in enumerate(plan["reference"]["opponents"])}
+        # Model by model, so that each is loaded once. Checkpoints with the same weights share their keys.
+        work: list[tuple[str, str, Callable[[], None]]] = [
+            (key, self.reference, partial(self.draw, self.reference, opponents)) for key in opponents.values()
+        ]
+        for model in [plan["reference"], *plan["models"]]:
+            path = model["path"]
+            if "kl" in model:
+                work.append((model["samples"], path, partial(self.draw, path, {"policy/0": model["samples"]})))
+                work.append((model["kl"], path, partial(self.measure_kl, path, model["kl"])))
+            if model["pairs"] is not None:
+                work.append((model["pairs"], path, partial(self.score_pairs, path, model["pairs"])))
+        todo = [(key, path, do) for key, path, do in work if key not in self.samples and key not in self.pairs]
+        if todo:
+            with progress("evaluating", len(todo)) as bar:
+                for key, path, do in todo:
+                    bar.update(0, note=self.label(path))
+                    if key not in self.samples and key not in self.pairs:
+                        do()
+                    bar.update()
+        write_json(self.folder / PLAN, plan)
+        return plan
+
+    def label(self, path: str) -> str:
+        """What people call a model here."""
+        return next((model.label for model in self.checkpoints if model.path == path), "reference")
+
+    def draw(self, path: str, purposes: Mapping[str, str]) -> None:
+        """One sample a prompt for win rates, for each purpose (name -> block key) that lacks it."""
+        missing = {purpose: key for purpose, key in purposes.items() if key not in self.samples}
+        started = time.monotonic()
+        drawn = self._sample(path, self.sampling, list(missing))
+        header = self._header(path, "", self.sampling, started)
+        for (purpose, key), records in zip(missing.items(), drawn, strict=True):
+            self.samples.add("samples", key, header | {"purpose": purpose}, records)
+
+    def measure_kl(self, path: str, key: str) -> None:
+        """One sample a prompt of the policy itself, with both models' logps and the Rao–Blackwell KL."""
+        started = time.monotonic()
+        sampling = KL_SETTINGS | {"max_new_tokens": self.settings.max_new_tokens}
+        (records,) = self._sample(path, sampling, ["kl/0"])
+        rows = [(prompt["prompt_ids"], record["ids"]) for prompt, record in zip(self.prompts.rows, records, strict=True)]
+        _, policy = self.models.get(path)
+        _, reference = self.models.reference
+        for record, values in zip(records, divergences(policy, reference, rows), strict=True):
+            record.update(values)
+        header = self._header(path, "kl/0", sampling, started)
+        header |= {"reference": self.reference, "reference_digest": self.digests[self.reference]}
+        self.samples.add("kl", key, header, records)
+
+    def score_pairs(self, path: str, key: str) -> None:
+        """Logps of both responses of every held-out pair."""
+        from isdaa.evaluation.held_out import pair_logps
+
+        started = time.monotonic()
+        _, forward = self.models.get(path)
+        logps = pair_logps(forward, self.held_out)
+        records = [
+            {"pair_id": pair["id"], "prompt": pair["prompt"], "chosen_logps": chosen, "rejected_logps": rejected}
+            for pair, (chosen, rejected) in zip(self.held_out, logps, strict=True)
+        ]
+        self.pairs.add("pairs", key, self._header(path, "pairs", None, started), records)
+
+    def _header(self, path: str, purpose: str, sampling: Mapping[str, Any] | None, started: float) -> Record:
+        head: Record = {"model": path, "model_digest": self.digests[path], "purpose": purpose, "dtype": self.dtype}
+        if sampling is not None:
+            head |= {"sampling": dict(sampling), "seed": self.settings.seed, "prompts": self.prompts.block}
+        return head | self.prompts.shared | {"seconds": round(time.monotonic() - started, 3)}
+
+    def _sample(self, path: str, sampling: Mapping[str, Any], purposes: Sequence[str]) -> list[list[Record]]:
+        """For each purpose, one record a prompt in the prompts' order."""
+        from isdaa.models.sampling import SamplingSettings, sample
+
+        model, _ = self.models.get(path)
+        tokenizer, rows = self.prompts.tokenizer, self.prompts.rows
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        records: list[list[Record]] = [[{} for _ in rows] for _ in purposes]
+        with progress(f"  {purposes[0].split('/')[0]} samples", len(rows) * len(purposes)) as bar:
+            for chat, stop in self.prompts.stop.items():
+                chosen = [i for i, row in enumerate(rows) if row["chat"] == chat]
+                # Each purpose has random numbers of its own: a policy must not share the luck of its opponent.
+                keys = [f"{purpose}/{rows[i]['prompt_id']}" for i in chosen for purpose in purposes]
+                drawn = sample(
+                    model,
+                    [rows[i]["prompt_ids"] for i in chosen],
+                    SamplingSettings(**sampling),
+                    stop,
+                    pad,
+                    self.settings.seed,
+                    keys,
+                    self.settings.batch_size,
+                    progress=bar,
+                    n=len(purposes),
+                )
+                for place, result in enumerate(drawn):
+                    i, purpose = chosen[place // len(purposes)], place % len(purposes)
+                    words = [token for token in result.ids if token not in stop]
+                    records[purpose][i] = {
+                        "prompt_id": rows[i]["prompt_id"],
+                        "sample": int(purposes[purpose].split("/")[1]),
+                        "text": tokenizer.decode(words, skip_special_tokens=True),
+                        "ids": list(result.ids),
+                        "tokens": len(result.ids),
+                        "finished": bool(result.finished),
+                    }
+        return records
+
+
+def check_tokenizers(paths: Sequence[str], tokenizers: Sequence[Any]) -> None:
+    """Raises UserError where a token has different ids in two tokenizers: there is no KL between such models."""
+    first = tokenizers[0].get_vocab()
+    for path, tokenizer in zip(paths[1:], tokenizers[1:], strict=True):
+        other = tokenizer.get_vocab()
+        strange = next((token for token, index in first.items() if other.get(token, index) != index), None)
+        if strange is not None:
+            raise UserError(
+                f"{path}: its tokenizer gives {strange!r} id {other[strange]}, that of {paths[0]} {first[strange]}: "
+                "policies and reference must share one vocabulary"
+            )

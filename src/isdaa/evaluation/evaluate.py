@@ -1,0 +1,113 @@
+"""One call from checkpoints to numbers: sample, score, analyse, joined by records on disk.
+
+    samples.jsonl, pairs.jsonl   step one (`collect.py`): samples with KL, held-out logps
+    scores.jsonl                 step two (`scoring.py`)
+    metrics.json                 step three (`analysis.py`)
+    plan.json                    which of the records belong to the latest evaluation in the folder
+
+Each step can be run again alone; each block of work (one checkpoint, one purpose) is kept under a key of the model's
+weights, prompts and settings, so a second call reuses what is finished and a kill loses at most the block in work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from isdaa.config import EvaluationConfig, TokenizationConfig
+from isdaa.errors import UserError
+from isdaa.evaluation.analysis import analyse, check_opponent
+from isdaa.evaluation.collect import Collection, check_tokenizers, tokenize
+from isdaa.evaluation.held_out import tokenize_held_out
+from isdaa.evaluation.records import locked
+from isdaa.evaluation.requests import Checkpoint, Request, checkpoints
+from isdaa.evaluation.scorers import Scorer, load_scorer
+from isdaa.evaluation.scoring import score
+
+Row = Mapping[str, Any]
+
+
+def evaluate(
+    models: Sequence[str | Path | Checkpoint],
+    *,
+    reference: str | Path,
+    prompts: Iterable[Row],
+    scorer: Scorer | str | None = None,
+    settings: EvaluationConfig | None = None,
+    tokenization: TokenizationConfig | None = None,
+    output_dir: str | Path,
+    held_out: Iterable[Row] | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Evaluate checkpoints against their reference on held-out prompts; returns what `metrics.json` holds.
+
+    Args:
+        models: model folders or Hub names, all with the vocabulary of the first one, in the order of the table.
+        reference: π_ref; it is sampled and scored once for all models and all later calls.
+        prompts: canonical prompt rows (`isdaa.data.sources.load_prompts`); the first `settings.prompts` are used.
+        scorer: a `Scorer`, `gold`, or a reward model's folder or Hub name. Without one: no win rate, no verdict.
+        held_out: canonical pairs (`load_pairs`) for accuracy, margins and drift.
+        output_dir: folder of the records. One process at a time.
+        dtype: of the policies' weights in memory; a reward model always runs in fp32.
+        trust_remote_code: run code that a policy's Hub repository ships.
+
+    Raises UserError.
+    """
+    settings = settings or EvaluationConfig.model_validate({})
+    tokenization = tokenization or TokenizationConfig.model_validate({})
+    if not models:
+        raise UserError("no model to evaluate: give --model_path")
+    described = checkpoints([model for model in models if not isinstance(model, Checkpoint)])
+    known = {checkpoint.path: checkpoint for checkpoint in described}
+    entries = [model if isinstance(model, Checkpoint) else known[str(model)] for model in models]
+    judge = load_scorer(scorer, max_prompt_length=tokenization.max_prompt_length) if isinstance(scorer, str) else scorer
+    with locked(output_dir) as folder:
+        tokenizer = _tokenizer(entries, str(reference), trust_remote_code)
+        rows = tokenize(prompts, tokenizer, settings, tokenization)
+        check_opponent(rows.rows, settings)
+        Collection(
+            entries,
+            str(reference),
+            rows,
+            settings,
+            folder,
+            held_out=tokenize_held_out(held_out, tokenizer, tokenization) if held_out is not None else [],
+            scored=judge is not None,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        ).run()
+        if judge is not None:
+            score(folder, judge)
+        return analyse(folder, settings)
+
+
+def evaluate_request(request: Request) -> dict[str, Any]:
+    """`evaluate` for what `requests` found: reads the rows, then evaluates."""
+    from isdaa.data.sources import load_pairs, load_prompts
+
+    prompts, _ = load_prompts(request.data, request.split)
+    held_out = load_pairs(request.held_out)[0] if request.held_out is not None else None
+    return evaluate(
+        request.models,
+        reference=request.reference,
+        prompts=prompts,
+        scorer=request.scorer,
+        settings=request.settings,
+        tokenization=request.tokenization,
+        output_dir=request.output_dir,
+        held_out=held_out,
+        dtype=request.dtype,
+        trust_remote_code=request.trust_remote_code,
+    )
+
+
+def _tokenizer(models: Sequence[Checkpoint], reference: str, trust_remote_code: bool) -> Any:
+    """The first model's, after a look at all the others'."""
+    from isdaa.models.loading import load_tokenizer
+
+    paths = list(dict.fromkeys([*(model.path for model in models), reference]))
+    tokenizers = [load_tokenizer(path, trust_remote_code=trust_remote_code) for path in paths]
+    check_tokenizers(paths, tokenizers)
+    return tokenizers[0]

@@ -1,0 +1,74 @@
+"""Records on disk: JSON Lines files of blocks, each whole or absent.
+
+A block is what one piece of work gave: the samples of one checkpoint, the scores of those samples. It is a header line
+`{"header": kind, "block": key, "count": n, …}`, which names all that the n lines after it share (model, sampling
+settings, seed, scorer, template, versions), and n record lines, each with the block's key. The key is a digest of what
+decides the block's content, so work done once is found again, and a block that a kill left unfinished is redone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from isdaa.errors import UserError
+from isdaa.files import append_jsonl, whole_jsonl, write_jsonl
+
+Record = dict[str, Any]
+
+
+class Blocks:
+    """The blocks of one file, in memory and on disk."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.headers: dict[str, Record] = {}
+        self.records: dict[str, list[Record]] = {}
+        lines = whole_jsonl(self.path)
+        for line in lines:
+            key = line.get("block")
+            if not isinstance(key, str):
+                raise UserError(f"{self.path}: a line names no block, so isdaa did not write it; move the file away")
+            if "header" in line:
+                # Begun twice: the first was cut off before its end.
+                self.headers[key], self.records[key] = line, []
+            elif key in self.headers:
+                self.records[key].append(line)
+        broken = [key for key, header in self.headers.items() if len(self.records[key]) != header["count"]]
+        for key in broken:
+            del self.headers[key], self.records[key]
+        if broken or len(lines) != sum(1 + len(records) for records in self.records.values()):
+            write_jsonl(self.path, (line for key in self.headers for line in (self.headers[key], *self.records[key])))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.headers
+
+    def __getitem__(self, key: str) -> list[Record]:
+        if key not in self.records:
+            raise UserError(f"{self.path}: lacks the records of block {key}; run the evaluation again to make them")
+        return self.records[key]
+
+    def add(self, kind: str, key: str, header: Record, records: Sequence[Record]) -> None:
+        """Append a whole block and sync it."""
+        head = {"header": kind, "block": key, "count": len(records), **header}
+        lines = [{"block": key, **record} for record in records]
+        append_jsonl(self.path, [head, *lines])
+        self.headers[key], self.records[key] = head, lines
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[Path]:
+    """The folder, made if need be, while no other process writes records into it."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; choose another folder for the evaluation with --output_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder}: another isdaa process is evaluating into this folder; wait for it") from None
+        yield folder

@@ -1,0 +1,217 @@
+"""What to evaluate, from as little as a path: models that isdaa trained carry a record that names the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from isdaa.config import EvaluationConfig, TokenizationConfig, validate
+from isdaa.errors import UserError
+from isdaa.files import whole_jsonl
+from isdaa.record import ModelRecord, read_record
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model to evaluate, with what its record says of it."""
+
+    path: str
+    label: str
+    method: str | None = None
+    beta: float | None = None
+    seed: int | None = None
+    step: int | None = None
+    weight_mean: float | None = None  # of the training step that was logged last before the checkpoint
+    ess: float | None = None  # ESS/N at that step
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, as plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Request:
+    """All that `evaluate` needs, beside the rows themselves."""
+
+    models: list[Checkpoint]
+    reference: str
+    data: str  # held-out prompts (or pairs): file, folder, Hub name or world
+    split: str | None
+    scorer: str | None
+    settings: EvaluationConfig
+    tokenization: TokenizationConfig
+    output_dir: str
+    held_out: str | None  # held-out pairs with both responses, where the run kept them
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+
+
+def requests(model_paths: Sequence[str | Path], overrides: Mapping[str, Any] | None = None) -> Request:
+    """The request for some models, from the records beside them and what the user said.
+
+    model_paths: model folders, Hub names or run folders (all their checkpoints and the final model).
+    overrides: `reference`, `data`, `split`, `scorer` (`none`: no scorer), `output_dir`, `dtype`, `trust_remote_code`,
+    and dotted keys of the sections `evaluation` and `tokenization` (`evaluation.prompts`). They win over records; keys
+    whose value is None are ignored.
+    Raises UserError naming the option to give where neither a record nor an override says it or records disagree.
+    """
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    if not model_paths:
+        raise UserError("no model to evaluate: give --model_path (a model folder, a run folder or a Hub name)")
+    paths = list(dict.fromkeys(path for name in model_paths for path in expand(name)))
+    records = {path: read_record(path) for path in paths}
+    first = next((record for record in records.values() if record is not None), None)
+
+    def named(option: str, field: str, what: str) -> str:
+        if option in given:
+            return str(given[option])
+        found: set[str] = {getattr(record, field) for record in records.values() if record is not None} - {None}
+        bare = next((path for path, record in records.items() if record is None or getattr(record, field) is None), None)
+        if bare is not None and len(found) != 1:
+            lacks = "its record does not name" if records[bare] is not None else "no isdaa.json beside it names"
+            raise UserError(f"{bare}: {lacks} {what}; give it with --{option}")
+        if len(found) > 1:
+            raise UserError(f"the models' records name different {option} ({', '.join(sorted(found))}); choose with --{option}")
+        return str(found.pop())
+
+    reference = named("reference", "reference", "the reference model π_ref")
+    data = named("data", "evaluation", "held-out prompts")
+    split = given.get("split") if "data" in given or "split" in given else (first.evaluation_split if first else None)
+    scorers = {record.scorer for record in records.values() if record is not None and record.scorer is not None}
+    if len(scorers) > 1 and "scorer" not in given:
+        raise UserError(f"the models' records name different scorers ({', '.join(sorted(scorers))}); choose with --scorer")
+    sections = _sections(first, given)
+    scorer = given.get("scorer") or sections.evaluation.scorer or next(iter(scorers), None)
+    model = (first.config.get("model") if first else None) or {}
+    return Request(
+        models=checkpoints(paths, records),
+        reference=reference,
+        data=data,
+        split=split,
+        scorer=None if scorer in (None, "none") else str(scorer),
+        settings=sections.evaluation,
+        tokenization=sections.tokenization,
+        output_dir=str(given.get("output_dir") or _home(model_paths)),
+        held_out=None if "data" in given else _held_out_pairs(paths),
+        dtype=str(given.get("dtype") or model.get("dtype") or "float32"),
+        trust_remote_code=bool(given.get("trust_remote_code", model.get("trust_remote_code", False))),
+    )
+
+
+def expand(path: str | Path) -> list[str]:
+    """A run folder becomes its checkpoints in the order of their steps and its final model; any other path stays.
+
+    The last checkpoint is left out where the final model is of the same step. Raises UserError for a local path that
+    does not exist.
+    """
+    text, folder = str(path), Path(path)
+    if not folder.exists():
+        if text.startswith((".", "/", "~")) or text.count("/") > 1:
+            raise UserError(f"{text}: no such model folder")
+        return [text]  # a Hub name; loading it says whether it exists
+    if (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
+        return [text]
+    found = {int(p.name.split("-")[1]): p for p in (folder / "checkpoints").glob("checkpoint-*") if _is_checkpoint(p)}
+    final = folder / "model"
+    if final.is_dir():
+        record = read_record(final)
+        found.pop(record.step if record is not None and record.step is not None else -1, None)
+    models = [str(found[step]) for step in sorted(found)] + ([str(final)] if final.is_dir() else [])
+    if not models:
+        raise UserError(f"{text}: neither a model folder (config.json) nor a run folder with checkpoints/ or model/")
+    return models
+
+
+def checkpoints(paths: Sequence[str | Path], records: Mapping[str, ModelRecord | None] | None = None) -> list[Checkpoint]:
+    """What the records beside some models say of them; labels are unique and as short as that allows."""
+    texts = [str(path) for path in paths]
+    found = records if records is not None else {text: read_record(text) for text in texts}
+    return [_checkpoint(text, label, found[text]) for text, label in zip(texts, _labels(texts), strict=True)]
+
+
+def run_folder(path: str | Path) -> Path | None:
+    """The run that a checkpoint or final model lies in, or None."""
+    folder = Path(path).absolute()
+    if folder.parent.name == "checkpoints":
+        return folder.parent.parent
+    return folder.parent if folder.name == "model" else None
+
+
+def _checkpoint(path: str, label: str, record: ModelRecord | None) -> Checkpoint:
+    if record is None:
+        return Checkpoint(path, label)
+    objective = record.config.get("objective") or {}
+    is_policy = record.kind == "policy"
+    weights = _weights_at(run_folder(path), record.step) if is_policy else {}
+    return Checkpoint(
+        path,
+        label,
+        method=objective.get("method") if is_policy else None,
+        beta=objective.get("beta") if is_policy else None,
+        seed=record.config.get("seed"),
+        step=record.step,
+        weight_mean=weights.get("weights/mean"),
+        ess=weights.get("weights/ess"),
+    )
+
+
+def _weights_at(run: Path | None, step: int | None) -> dict[str, float]:
+    """The last logged line with weights at or before a step; without a step, the last one."""
+    if run is None or not (run / METRICS).is_file():
+        return {}
+    lines = [line for line in whole_jsonl(run / METRICS) if "weights/mean" in line]
+    if step is not None:
+        lines = [line for line in lines if line.get("step", 0) <= step]
+    return lines[-1] if lines else {}
+
+
+def _labels(paths: Sequence[str]) -> list[str]:
+    """The last one or two telling parts of each path, or whole paths where those are not unique."""
+    labels = []
+    for path in paths:
+        run = run_folder(path)
+        labels.append(f"{run.name}/{Path(path).name}" if run is not None else Path(path).name)
+    return labels if len(set(labels)) == len(set(paths)) else list(paths)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    number = folder.name.removeprefix("checkpoint-")
+    return number.isdecimal() and any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
+
+
+def _home(model_paths: Sequence[str | Path]) -> Path:
+    """Where records go: the run's folder; of several runs, the folder around them; of a lone model, its own."""
+    homes = []
+    for path in model_paths:
+        run = run_folder(path) or Path(path)
+        homes.append(run if run.is_dir() else Path("evaluation") / str(path).replace("/", "--"))
+    different = list(dict.fromkeys(home.absolute() for home in homes))
+    if len(different) == 1:
+        return homes[0] / "evaluation" if homes[0].is_dir() else homes[0]
+    parents = {home.parent for home in different}
+    return (parents.pop() if len(parents) == 1 else Path.cwd()) / "evaluation"
+
+
+def _held_out_pairs(paths: Sequence[str]) -> str | None:
+    """The held-out pairs that the first run kept."""
+    run = run_folder(paths[0])
+    file = run / "eval_pairs.jsonl" if run is not None else None
+    return str(file) if file is not None and file.is_file() else None
+
+
+def _sections(record: ModelRecord | None, given: Mapping[str, Any]) -> Any:
+    """The sections `evaluation` and `tokenization`: defaults, then the record's values, then the user's."""
+    data: dict[str, Any] = {"model": {"path": "-"}, "data": {"pairs": "-"}}
+    for name, section in (("evaluation", EvaluationConfig), ("tokenization", TokenizationConfig)):
+        recorded = (record.config.get(name) if record is not None else None) or {}
+        # A record of another version may hold keys that are gone.
+        data[name] = {key: value for key, value in recorded.items() if key in section.model_fields}
+    dotted = {key: value for key, value in given.items() if key.startswith(("evaluation.", "tokenization."))}
+    for key, value in dotted.items():
+        section_name, _, field = key.partition(".")
+        data[section_name][field] = value
+    return validate(data, "command line", dotted)

@@ -1,0 +1,206 @@
+"""What gives a response its score: the embedded world's gold reward or a reward model, behind one small interface.
+
+A scorer takes rows and returns one number a row. A row is a canonical prompt row (`prompt`: text or messages; `facts`:
+a dict or None) with `response` (text, or one assistant message in a list) and `finished` (False: a limit cut
+it). Nothing else in the project can tell which scorer it holds.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from isdaa.errors import UserError, nearest
+from isdaa.evaluation.identity import model_digest
+from isdaa.files import digest, file_digest
+from isdaa.terminal import Bar
+
+ScorerRow = Mapping[str, Any]
+log = logging.getLogger(__name__)
+
+GOLD = "gold"
+
+
+class Scorer(Protocol):
+    """`name` is what the user called it; `digest` changes whenever its scores may, and is part of every cache key."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    def score(self, rows: Sequence[ScorerRow], progress: Bar | None = None) -> list[float]:
+        """One finite score a row, in order; higher is better. Raises UserError for rows that it cannot judge."""
+        ...
+
+
+def load_scorer(name: str, *, batch_size: int = 32, max_prompt_length: int = 512, device: str | None = None) -> Scorer:
+    """`gold`, or a sequence-classification model's folder or Hub name. Nothing large is loaded before the first score.
+
+    max_prompt_length: tokens of a prompt that a reward model reads, `tokenization.max_prompt_length` of the policies.
+    Raises UserError where there is no such folder.
+    """
+    if name == GOLD:
+        return GoldScorer()
+    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+        raise UserError(
+            f"scorer {name!r}: no such folder{nearest(name, [GOLD])}; name `gold`, a reward model's folder or Hub name"
+        )
+    return RewardModelScorer(name, batch_size=batch_size, max_prompt_length=max_prompt_length, device=device)
+
+
+class GoldScorer:
+    """The embedded world's judge, who knows the facts behind each post."""
+
+    name = GOLD
+
+    def __init__(self) -> None:
+        from isdaa.world import lexicon, reward
+
+        # The judge is code: another version of it is another scorer.
+        self.digest = digest([file_digest(str(module.__file__)) for module in (lexicon, reward)])
+
+    def score(self, rows: Sequence[ScorerRow], progress: Bar | None = None) -> list[float]:
+        """Points by `isdaa.world.gold_reward`. Raises UserError where a row carries no facts."""
+        from isdaa.world import gold_reward
+
+        scores = []
+        for row in rows:
+            if not row.get("facts"):
+                raise UserError(
+                    f"{_place(row)}: scorer `gold` needs the column `facts` of the embedded world; "
+                    "for other data name a reward model with --scorer"
+                )
+            scores.append(float(gold_reward(row["facts"], response_text(row), bool(row["finished"]))))
+            if progress is not None:
+                progress.update()
+        return checked(scores, rows, self.name)
+
+
+class RewardModelScorer:
+    """A sequence-classification model with one output, in fp32.
+
+    The text is tokenised by the model's own tokenizer as a policy's would be: prompt and response apart (through the
+    chat template where the prompt is a conversation), EOS where the response ended, ids concatenated.
+    """
+
+    def __init__(
+        self, path: str | Path, *, batch_size: int = 32, max_prompt_length: int = 512, device: str | None = None
+    ) -> None:
+        self.name = str(path)
+        self.batch_size, self.max_prompt_length, self.device = batch_size, max_prompt_length, device
+        self._model: Any = None
+        self._tokenizer: Any = None
+        self._digest: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """Of the weights and of how a row is written for them."""
+        if self._digest is None:
+            from isdaa.data.chat import tokenizer_digest
+
+            self._digest = digest([model_digest(self.name), tokenizer_digest(self.tokenizer), self.max_prompt_length])
+        return self._digest
+
+    @property
+    def tokenizer(self) -> Any:
+        """The reward model's own."""
+        if self._tokenizer is None:
+            from isdaa.models.loading import load_tokenizer
+
+            self._tokenizer = load_tokenizer(self.name)
+        return self._tokenizer
+
+    @property
+    def model(self) -> Any:
+        """Loaded when first asked for."""
+        if self._model is None:
+            import torch
+
+            from isdaa.models.loading import load_sequence_classifier
+
+            device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+            self._model = load_sequence_classifier(self.name, device=device).requires_grad_(False)
+        return self._model
+
+    def score(self, rows: Sequence[ScorerRow], progress: Bar | None = None) -> list[float]:
+        """The model's output at the last token. Raises UserError where it is not finite."""
+        import torch
+
+        sequences = self.token_ids(rows)
+        order = sorted(range(len(rows)), key=lambda i: len(sequences[i]))
+        pad = self.model.config.get_text_config().pad_token_id
+        # transformers finds a row's last token by the pad id; a model without one was trained on whole rows.
+        size = 1 if pad is None else self.batch_size
+        scores = [math.nan] * len(rows)
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            longest = len(sequences[batch[-1]])
+            ids = torch.full((len(batch), longest), 0 if pad is None else pad)
+            mask = torch.zeros((len(batch), longest), dtype=torch.long)
+            for line, index in enumerate(batch):
+                ids[line, : len(sequences[index])] = torch.tensor(sequences[index])
+                mask[line, : len(sequences[index])] = 1
+            with torch.no_grad():
+                device = self.model.device
+                logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float()
+            for index, value in zip(batch, logits[:, 0].tolist(), strict=True):
+                scores[index] = value
+            if progress is not None:
+                progress.update(len(batch))
+        return checked(scores, rows, self.name)
+
+    def token_ids(self, rows: Sequence[ScorerRow]) -> list[list[int]]:
+        """Prompt and response ids of each row, concatenated. Only a lack of positions cuts a response."""
+        from isdaa.data.encoding import Encoder, TokenizationSettings
+
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1_000_000
+        prompt_length = min(self.max_prompt_length, positions - 1)
+        encoder = Encoder(self.tokenizer, TokenizationSettings(max_length=positions, max_prompt_length=prompt_length))
+        texts = [response_text(row) for row in rows]
+        plain = [
+            # An empty response that never ended has no token at all: EOS stands for it.
+            {
+                "prompt": row["prompt"],
+                "response": text,
+                "response_finished": bool(row["finished"]) or not text,
+                "where": _place(row),
+            }
+            for row, text in zip(rows, texts, strict=True)
+        ]
+        prompts = encoder.prompts(plain)
+        responses = encoder.responses(plain, prompts, "response")
+        cut = sum(was_cut for _, was_cut in responses)
+        if cut:
+            log.warning(
+                "scorer %s: %d of %d responses do not fit its %d positions and were cut",
+                self.name,
+                cut,
+                len(rows),
+                positions,
+            )
+        return [prompt.ids + ids for prompt, (ids, _) in zip(prompts, responses, strict=True)]
+
+
+def response_text(row: ScorerRow) -> str:
+    """The response's words, of text or of an assistant message."""
+    response = row["response"]
+    return response if isinstance(response, str) else str(response[-1]["content"])
+
+
+def checked(scores: Sequence[float], rows: Sequence[ScorerRow], name: str) -> list[float]:
+    """The scores, if there is a finite one for every row. Raises UserError naming the first row without."""
+    if len(scores) != len(rows):
+        raise UserError(f"scorer {name}: {len(scores)} scores for {len(rows)} rows")
+    for score, row in zip(scores, rows, strict=True):
+        if not math.isfinite(score):
+            raise UserError(f"scorer {name}: the score of {_place(row)} is {score}, not a finite number; check the reward model")
+    return list(scores)
+
+
+def _place(row: ScorerRow) -> str:
+    return str(row.get("where") or row.get("id") or "a row")

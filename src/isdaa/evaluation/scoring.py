@@ -1,0 +1,62 @@
+"""Step two of three: scores of recorded samples. Needs a scorer and the samples' file, no policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from isdaa.evaluation.collect import PLAN, SAMPLES
+from isdaa.evaluation.records import Blocks, Record
+from isdaa.evaluation.scorers import Scorer
+from isdaa.files import digest, read_json, write_json
+from isdaa.record import git_revision, versions
+from isdaa.terminal import progress
+
+SCORES = "scores.jsonl"
+
+
+def scores_key(samples: str, prompts: str, scorer_digest: str) -> str:
+    """Key of one scorer's scores of one block of samples; `prompts` decides the facts that it sees."""
+    return digest(["scores", samples, prompts, scorer_digest])
+
+
+def chosen_key(prompts: str, scorer_digest: str) -> str:
+    """Key of the scores of the data's chosen responses."""
+    return scores_key("chosen", prompts, scorer_digest)
+
+
+def score(folder: str | Path, scorer: Scorer) -> None:
+    """Score every sample of the evaluation in `folder`, and the chosen responses, that this scorer has not scored yet.
+
+    Raises UserError where step one has left no records, or for rows that the scorer cannot judge.
+    """
+    folder = Path(folder)
+    plan = read_json(folder / PLAN)
+    samples, scores = Blocks(folder / SAMPLES), Blocks(folder / SCORES)
+    prompts = {row["prompt_id"]: row for row in samples[plan["prompts"]]}
+    chosen = [
+        {"prompt_id": name, "sample": 0, "text": row["chosen"], "finished": True}
+        for name, row in prompts.items()
+        if row["chosen"] is not None
+    ]
+    work: dict[str, tuple[str, list[Record]]] = {}
+    if chosen:
+        work[chosen_key(plan["prompts"], scorer.digest)] = ("chosen", chosen)
+    for key in [*plan["reference"]["opponents"], *(model["samples"] for model in plan["models"])]:
+        work[scores_key(key, plan["prompts"], scorer.digest)] = (key, samples[key])
+    todo = {key: value for key, value in work.items() if key not in scores}
+    shared = {"scorer": scorer.name, "scorer_digest": scorer.digest, "prompts": plan["prompts"]}
+    shared |= {"versions": versions(), "git_revision": git_revision()}
+    if todo:
+        with progress("scoring", sum(len(records) for _, records in todo.values())) as bar:
+            for key, (of, records) in todo.items():
+                rows = [
+                    {**prompts[r["prompt_id"]], "id": r["prompt_id"], "response": r["text"], "finished": r["finished"]}
+                    for r in records
+                ]
+                values = scorer.score(rows, progress=bar)
+                scored = [
+                    {"prompt_id": r["prompt_id"], "sample": r["sample"], "score": value}
+                    for r, value in zip(records, values, strict=True)
+                ]
+                scores.add("scores", key, {"of": of, **shared}, scored)
+    write_json(folder / PLAN, plan | {"scorer": {"name": scorer.name, "digest": scorer.digest}})

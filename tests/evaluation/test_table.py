@@ -1,0 +1,81 @@
+"""The table that is printed: readable at 80 columns, plain where there is no terminal."""
+
+import io
+
+from isdaa.evaluation.table import percent, pm, print_table, short
+
+
+def interval(mean: float, half: float) -> dict:
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": 384}
+
+
+def metrics(scorer: str | None = "gold") -> dict:
+    def model(label: str, method: str, step: int, kl: float, rate: float) -> dict:
+        held_out = {name: interval(-12.5, 1.0) for name in ("accuracy", "margin", "chosen_drift", "rejected_drift")}
+        return {
+            "label": label,
+            "method": method,
+            "beta": 0.01,
+            "seed": 1,
+            "step": step,
+            "kl": interval(kl, 0.15),
+            "win_rate": interval(rate, 0.04) if scorer else None,
+            "reward": interval(2.13, 0.1) if scorer else None,
+            "length": interval(17.2, 0.4),
+            "truncated": 0.034,
+            "weight_mean": 0.713,
+            "ess": 0.134,
+            "held_out": held_out,
+        }
+
+    models = [
+        model("dpo/checkpoint-297", "dpo", 297, 11.13, 0.423),
+        model("is_dpo/checkpoint-150", "is_dpo", 150, 1.1, 0.712),
+        model("is_dpo/model", "is_dpo", 297, 1.24, 0.721),
+    ]
+    reference = {key: interval(0.5, 0.0) for key in ("kl", "win_rate", "reward", "length")} | {"truncated": 0.0}
+    settings = {"confidence": 0.95, "temperature": 1.0, "top_p": 1.0}
+    named = {"name": scorer, "digest": "x"} if scorer else None
+    note = "A note." if scorer else "No scorer, no verdict."
+    return {
+        "models": models, "reference": reference, "settings": settings, "prompts": 384, "scorer": named,
+        "opponent": "reference", "note": note,
+    }  # fmt: skip
+
+
+def printed(**options) -> str:
+    stream = io.StringIO()
+    print_table(metrics(options.pop("scorer", "gold")), file=stream, **options)
+    return stream.getvalue()
+
+
+def test_fits_80_columns_and_says_everything():
+    text = printed(width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    lines = [line for line in text.splitlines() if "is_dpo/final" in line]
+    assert len(lines) == 1
+    for value in ("1.24 ± 0.15", "0.721 ± 0.040", "0.713", "0.13", "3 %", "17.2"):
+        assert value in lines[0]
+    assert "is_dpo/150" in text and "dpo/297" in text
+    assert "384 held-out prompts" in text and "95 %" in text and "gold" in text
+
+
+def test_plain_without_a_terminal():
+    text = printed()
+    assert "\x1b" not in text and max(map(len, text.splitlines())) <= 100
+    assert not set(text) & set("─━│┃")
+
+
+def test_without_a_scorer_there_are_drift_and_accuracy_instead():
+    text = printed(scorer=None, width=80)
+    assert "win rate" not in text and "accuracy" in text and "drift chosen" in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert "no verdict" in text
+
+
+def test_parts():
+    assert pm(interval(0.5, 0.25), 2) == "0.50 ± 0.25"
+    assert pm({"mean": 0.5, "low": None, "high": None}, 2) == "0.50" == pm(interval(0.5, 0), 2)
+    assert pm(None, 2) == ""
+    assert [percent(x) for x in (0, 0.001, 0.034, 1)] == ["0 %", "<1 %", "3 %", "100 %"]
+    assert [short(x) for x in ("dpo/checkpoint-3", "dpo/model", "model", "a/b")] == ["dpo/3", "dpo/final", "model", "a/b"]
