@@ -1,0 +1,221 @@
+"""Tokenised pairs in memory, and the order in which training reads them.
+
+Legend: B pairs of a micro-batch, W ranks, A accumulation steps; a global batch is A·W·B pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from isdaa.data.collation import PairBatch, collate
+from isdaa.models.shared_prefix import Layout
+
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+BEHAVIOUR_COLUMNS = ("behaviour_chosen_logps", "behaviour_rejected_logps")
+REFERENCE_COLUMNS = ("reference_chosen_logps", "reference_rejected_logps")
+FLOAT_COLUMNS = (*REFERENCE_COLUMNS, *BEHAVIOUR_COLUMNS, "weight")
+
+
+class TokenisedPairs(Dataset):
+    """N tokenised pairs as flat arrays. Reading a row is slicing, so that a small model does not wait for its data.
+
+    rows: a `datasets.Dataset` or a sequence of mappings with `prompt_ids`, `chosen_ids`, `rejected_ids`, and optionally
+        `reference_*_logps`, `behaviour_*_logps` and `weight`. Raises ValueError where token ids are missing.
+    """
+
+    def __init__(self, rows: Any) -> None:
+        self.tokens: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # column -> ids (ΣT,), offsets (N + 1,)
+        self.floats: dict[str, np.ndarray] = {}  # column -> (N,) float64, NaN where a row has none
+        names = rows.column_names if hasattr(rows, "column_names") else {name for row in rows for name in row}
+        for name in TOKEN_COLUMNS:
+            if name not in names:
+                raise ValueError(f"the pairs are not tokenised: column {name} is missing")
+            self.tokens[name] = _ragged(rows, name)
+        for name in FLOAT_COLUMNS:
+            if name in names:
+                values = rows[name] if hasattr(rows, "column_names") else [row.get(name) for row in rows]
+                column = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+                if not np.isnan(column).all():
+                    self.floats[name] = column
+
+    def __len__(self) -> int:
+        return len(self.tokens["prompt_ids"][1]) - 1
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Row `index` for `collate`. `~index`, a negative number, is the same row as a fill-in: valid is False."""
+        at = ~index if index < 0 else index
+        row: dict[str, Any] = {"index": at, "valid": index >= 0}
+        for name, (ids, offsets) in self.tokens.items():
+            row[name] = ids[offsets[at] : offsets[at + 1]]
+        for name, values in self.floats.items():
+            row[name] = None if np.isnan(values[at]) else values[at]
+        return row
+
+    def lengths(self) -> np.ndarray:
+        """(N,) tokens of prompt + chosen + rejected: what a row costs in a packed batch."""
+        return np.sum([np.diff(offsets) for _, offsets in self.tokens.values()], axis=0)
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> PairBatch:
+        """The packed batch of some rows, in their order."""
+        return collate([self[int(index)] for index in indices])
+
+    def with_reference(self, chosen: np.ndarray, rejected: np.ndarray) -> TokenisedPairs:
+        """The same pairs (arrays shared) with reference logps, each (N,)."""
+        return self._with(dict(zip(REFERENCE_COLUMNS, (chosen, rejected), strict=True)))
+
+    def with_behaviour(self, chosen: np.ndarray, rejected: np.ndarray) -> TokenisedPairs:
+        """The same pairs (arrays shared) with behaviour logps, each (N,), where a row has none of its own."""
+        both = {}
+        for name, values in zip(BEHAVIOUR_COLUMNS, (chosen, rejected), strict=True):
+            own = self.floats.get(name)
+            both[name] = values if own is None else np.where(np.isnan(own), values, own)
+        return self._with(both)
+
+    def _with(self, columns: Mapping[str, np.ndarray]) -> TokenisedPairs:
+        for name, values in columns.items():
+            if values.shape != (len(self),):
+                raise ValueError(f"{name} must have shape ({len(self)},); got {values.shape}")
+        pairs = object.__new__(TokenisedPairs)
+        pairs.tokens = self.tokens
+        pairs.floats = self.floats | {name: np.asarray(values, dtype=np.float64) for name, values in columns.items()}
+        return pairs
+
+    def content_digest(self) -> str:
+        """Digest of the token ids, in order: what reference logps depend on besides the model."""
+        sha = hashlib.sha256()
+        for name in TOKEN_COLUMNS:
+            ids, offsets = self.tokens[name]
+            sha.update(np.ascontiguousarray(np.diff(offsets), dtype="<i8").tobytes())
+            sha.update(np.ascontiguousarray(ids, dtype="<i8").tobytes())
+        return sha.hexdigest()[:24]
+
+
+def tokenised(rows: Any) -> TokenisedPairs:
+    """`rows` as `TokenisedPairs`, which they may be already."""
+    return rows if isinstance(rows, TokenisedPairs) else TokenisedPairs(rows)
+
+
+def _ragged(rows: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """One column of lists of ints as flat int32 ids and int64 offsets."""
+    if hasattr(rows, "column_names"):
+        column = rows.with_format("arrow")[:][name].combine_chunks()
+        if column.null_count:
+            raise ValueError(f"the pairs are not tokenised: column {name} has rows without ids")
+        offsets = column.offsets.to_numpy().astype(np.int64)
+        ids = column.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
+        return ids.astype(np.int32), offsets - offsets[0]
+    lists = [row[name] for row in rows]
+    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in lists])]).astype(np.int64)
+    ids = np.concatenate([np.asarray(ids, dtype=np.int32) for ids in lists]) if lists else np.zeros(0, np.int32)
+    return ids, offsets
+
+
+class GlobalBatchSampler(Sampler[list[int]]):
+    """Micro-batches of one rank, so that every global batch is the next A·W·B pairs of a seeded permutation.
+
+    How a global batch is split over ranks and accumulation steps changes nothing but the splitting. At an epoch's end
+    the last global batch is smaller; where its pairs do not divide among the ranks, some repeat as fill-ins, marked by
+    `~index`. The epoch follows from the trainer's step, so that a resumed run reads on where it stopped.
+    """
+
+    def __init__(self, size: int, batch_size: int, accumulation: int, world: int, rank: int, seed: int) -> None:
+        self.size, self.batch_size, self.accumulation = size, batch_size, accumulation
+        self.world, self.rank, self.seed = world, rank, seed
+        self.step = 0  # optimiser step at which the next iteration starts; the trainer keeps it up to date
+
+    @property
+    def global_batch(self) -> int:
+        """Pairs of a full global batch."""
+        return self.batch_size * self.accumulation * self.world
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of one epoch."""
+        return -(-self.size // self.global_batch)
+
+    def pairs_seen(self, step: int) -> int:
+        """Pairs that `step` optimiser steps have read, fill-ins not counted."""
+        epochs, rest = divmod(step, self.steps_per_epoch)
+        return epochs * self.size + min(rest * self.global_batch, self.size)
+
+    def __len__(self) -> int:
+        return -(-self.size // (self.batch_size * self.world))
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The permutation of an epoch, (N,)."""
+        seed = int.from_bytes(hashlib.sha256(f"{self.seed},{epoch}".encode()).digest()[:8], "little")
+        return torch.randperm(self.size, generator=torch.Generator().manual_seed(seed)).numpy()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self.order(self.step // self.steps_per_epoch)
+        stride = self.batch_size * self.world
+        for start in range(0, self.size, stride):
+            yield shard(order[start : start + stride], self.world, self.rank)
+
+
+def shard(indices: np.ndarray, world: int, rank: int) -> list[int]:
+    """The `rank`-th of `world` equal consecutive parts; the last ones are filled up with `~indices[0]`."""
+    part = -(-len(indices) // world)
+    mine = indices[rank * part : (rank + 1) * part].tolist()
+    return [int(i) for i in mine] + [~int(indices[0])] * (part - len(mine))
+
+
+@dataclass
+class Piece:
+    """Pairs of one forward pass, on the device, and where they lie in the packed row."""
+
+    batch: PairBatch
+    layout: Layout
+
+
+@dataclass
+class MicroBatch:
+    """One accumulation step of one rank: the pieces that go through the model one after the other, in the pairs' order.
+
+    weights: final weights of each piece, each (B,), where they span the global batch and were computed ahead.
+    """
+
+    pieces: list[Piece]
+    weights: list[torch.Tensor] | None = None
+
+    @property
+    def pairs(self) -> int:
+        """Pairs in it, fill-ins included."""
+        return sum(len(piece.batch) for piece in self.pieces)
+
+
+def split_by_tokens(batch: PairBatch, budget: int | None, at_least: int = 1) -> list[PairBatch]:
+    """Consecutive pieces of at most `budget` tokens each (a longer pair is a piece of its own), at least `at_least`."""
+    lengths = batch.prompt_lengths + batch.chosen_lengths + batch.rejected_lengths
+    if (budget is None or int(lengths.sum()) <= budget) and at_least <= 1:
+        return [batch]
+    cuts, tokens = [0], 0
+    for index, length in enumerate(lengths.tolist()):
+        if budget is not None and tokens and tokens + length > budget:
+            cuts.append(index)
+            tokens = 0
+        tokens += length
+    cuts.append(len(batch))
+    while len(cuts) - 1 < min(at_least, len(batch)):
+        widest = int(np.argmax(np.diff(cuts)))
+        cuts.insert(widest + 1, (cuts[widest] + cuts[widest + 1]) // 2)
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).tolist()
+    return [_piece(batch, a, b, ends[a], ends[b]) for a, b in pairwise(cuts)]
+
+
+def _piece(batch: PairBatch, first: int, last: int, start: int, end: int) -> PairBatch:
+    """Pairs first … last − 1, whose tokens are start … end − 1 of the packed row."""
+    values = {}
+    for name, value in vars(batch).items():
+        if isinstance(value, torch.Tensor):
+            packed = name in ("input_ids", "position_ids")
+            values[name] = value[start:end] if packed else value[first:last]
+    return PairBatch(**values)

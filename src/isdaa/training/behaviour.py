@@ -1,0 +1,50 @@
+"""`isdaa logps`: behaviour logps under the model that wrote the responses, added to a file of pairs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from isdaa.config import TokenizationConfig
+from isdaa.data.sources import as_dataset, load_pairs
+from isdaa.data.tokenization import TokenizationSettings, tokenize_pairs, tokenizer_digest
+from isdaa.errors import UserError
+from isdaa.files import write_jsonl
+from isdaa.models.forward import prepare
+from isdaa.models.loading import load_model, load_tokenizer
+from isdaa.models.saving import weights_digest
+from isdaa.terminal import console
+from isdaa.training.reference import reference_logps
+from isdaa.training.start import device
+
+
+def write_behaviour_logps(
+    model_path: str, source: str, split: str, output: Path, tokenization: TokenizationConfig
+) -> None:
+    """Write every usable pair of `source` with `behaviour_chosen_logps` and `behaviour_rejected_logps` (nats, summed).
+
+    Pairs that would be cut are left out and counted: their logps would not be those of the whole response (METHOD.md).
+    Raises UserError for bad input, and where `output` exists already.
+    """
+    if output.exists():
+        raise UserError(f"{output}: exists already; choose another --output")
+    tokenizer = load_tokenizer(model_path)
+    pairs, counts = load_pairs(source, split)
+    rows = list(pairs)
+    # Marking every row as one with behaviour logps makes the tokeniser drop it where it would be cut.
+    marked = [{**row, "id": str(i), "behaviour_chosen_logps": 0.0, "behaviour_rejected_logps": 0.0} for i, row in enumerate(rows)]
+    settings = TokenizationSettings(**tokenization.model_dump())
+    tokens, more = tokenize_pairs(as_dataset(marked), tokenizer, settings)
+    model = load_model(model_path, device=device())
+    key = {"weights": weights_digest(model), "tokenizer": tokenizer_digest(tokenizer), "tokenization": asdict(settings)}
+    chosen, rejected = reference_logps(
+        prepare(model), tokens, key=key, cache_dir=output.resolve().parent / ".isdaa_cache", progress="behaviour logps"
+    )
+    with_logps = []
+    for i, c, r in zip(tokens["id"], chosen, rejected, strict=True):
+        kept = {name: value for name, value in rows[int(i)].items() if value is not None and name != "where"}
+        with_logps.append({**kept, "behaviour_chosen_logps": float(c), "behaviour_rejected_logps": float(r)})
+    write_jsonl(output, with_logps)
+    for line in (counts + more).lines():
+        console.print(line)
+    console.print(f"{len(tokens)} pairs with behaviour logps: {output}")

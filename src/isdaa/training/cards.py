@@ -1,0 +1,50 @@
+"""The model card: what was trained, how, on what, and what the metrics do not mean."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import yaml
+
+from isdaa.objectives.objective import Objective
+from isdaa.record import ModelRecord, git_revision, versions
+
+TITLES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "policy": "Preference alignment"}
+
+
+def model_card(record: ModelRecord, name: str) -> str:
+    """Markdown with the front matter that the Hub reads."""
+    config = record.config
+    front = {"library_name": "transformers", "tags": ["isdaa", record.kind]}
+    base = config["model"]["path"]
+    if base and not Path(base).exists():  # the Hub knows names alone
+        front["base_model"] = base
+    if record.kind == "reward":
+        front["pipeline_tag"] = "text-classification"
+    else:
+        front["pipeline_tag"] = "text-generation"
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {name}", ""]
+    step = f", optimiser step {record.step}" if record.step is not None else ""
+    lines += [f"{TITLES[record.kind]} with [isdaa](https://pypi.org/project/isdaa/){step}.", ""]
+    if record.kind == "policy":
+        arguments = {key: value for key, value in config["objective"].items() if key != "method"}
+        lines += [f"## Method: `{config['objective']['method']}`", "", "```text", Objective(**arguments).formula(), "```", ""]
+        lines += [f"- reference π_ref: `{record.reference}`"]
+        lines += [f"- behaviour μ: `{config['behaviour']['model_path'] or 'the rows’ own logps, else π_ref'}`", ""]
+    lines += ["## Data", ""]
+    lines += [f"- {key}: `{value}`" for key, value in config["data"].items() if value is not None]
+    section = {"sft": "sft", "reward": "reward", "policy": "align"}[record.kind]
+    lines += ["", "## Settings", "", "```yaml", yaml.safe_dump({"seed": config["seed"], section: config[section]}, sort_keys=False).strip(), "```", ""]
+    if record.metrics:
+        lines += ["## Training metrics, last logged", "", "| metric | value |", "|---|---|"]
+        lines += [f"| {key} | {value:.4g} |" for key, value in sorted(record.metrics.items())]
+        lines.append("")
+    if record.kind == "policy":
+        lines += [
+            "Accuracy, margins and loss on pairs do not tell whether the model over-optimises: "
+            "they go on improving while it gets worse. `isdaa evaluate --model_path .` measures KL and win rate.",
+            "",
+        ]
+    lines += ["## Versions", "", "```json", json.dumps({**versions(), "git": git_revision()}, indent=1), "```", ""]
+    return "\n".join(lines)

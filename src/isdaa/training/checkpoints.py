@@ -1,0 +1,143 @@
+"""Checkpoints that are whole or not there: written aside, listed in a manifest, synced, renamed, checked before use."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from isdaa.errors import UserError
+from isdaa.files import read_json, sync_folder, sync_tree, write_json
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "isdaa_manifest.json"
+PREFIX = "checkpoint-"
+ASIDE = ".writing-"
+OLD = ".old-"
+WINDOW = 1 << 20
+WHOLE = 64  # windows: files up to 64 MiB are read whole, of larger ones 64 MiB spread evenly
+
+
+def sampled_digest(path: Path) -> str:
+    """SHA-256 of a file's content, or, beyond 64 MiB, of 64 windows of 1 MiB spread over it, both ends included.
+
+    Syncing before the rename is what keeps a checkpoint whole; the digest catches a disk that lied and a file that was
+    changed. Reading every byte of optimiser states of 100 GB twice would cost minutes at each save.
+    """
+    size = path.stat().st_size
+    sha = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        if size <= WHOLE * WINDOW:
+            while piece := file.read(WINDOW):
+                sha.update(piece)
+        else:
+            for window in range(WHOLE):
+                file.seek((size - WINDOW) * window // (WHOLE - 1))
+                sha.update(file.read(WINDOW))
+    return sha.hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    """List every file of a folder with size and digest, but not its card, which people edit. Called last of all."""
+    files: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name not in (MANIFEST, "README.md"):
+            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sampled_digest(path)}
+    write_json(folder / MANIFEST, {"files": files})
+
+
+def defect(folder: str | Path) -> str | None:
+    """What is wrong with a checkpoint folder, in a few words; None where it is complete."""
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        return f"it has no {MANIFEST}"
+    try:
+        files = read_json(folder / MANIFEST)["files"]
+        for name, expected in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["size"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
+            if sampled_digest(path) != expected["sha256"]:
+                return f"{name} is damaged"
+    except (UserError, KeyError, TypeError, AttributeError, OSError) as error:
+        return f"its {MANIFEST} is not readable ({error})"
+    return None
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """Every `checkpoint-N` folder, complete or not, by rising N."""
+    found = [p for p in Path(folder).glob(f"{PREFIX}*") if p.is_dir() and re.fullmatch(r"\d+", p.name[len(PREFIX) :])]
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: str | Path) -> int:
+    """N of a `checkpoint-N` folder."""
+    return int(Path(folder).name[len(PREFIX) :])
+
+
+def newest_complete_checkpoint(folder: str | Path) -> str | None:
+    """The newest complete checkpoint below `folder`, or None. Broken ones are passed over with a word."""
+    folder = Path(folder)
+    for path in sorted(folder.glob(f"{ASIDE}{PREFIX}*")):
+        logger.warning("%s: a checkpoint that was interrupted while it was written; passed over", path)
+    for path in reversed(checkpoints(folder)):
+        wrong = defect(path)
+        if wrong is None:
+            return str(path)
+        logger.warning("%s: not a complete checkpoint (%s); passed over", path, wrong)
+    return None
+
+
+def complete_checkpoints(folder: str | Path) -> list[str]:
+    """Every complete checkpoint below `folder`, by rising step; the others are passed over with a word."""
+    found = []
+    for path in checkpoints(folder):
+        wrong = defect(path)
+        if wrong is None:
+            found.append(str(path))
+        else:
+            logger.warning("%s: not a complete checkpoint (%s); passed over", path, wrong)
+    return found
+
+
+def write_checkpoint(
+    folder: Path, fill: Callable[[Path], None], *, main: bool = True, barrier: Callable[[], None] = lambda: None
+) -> None:
+    """Let every rank `fill` the folder aside, then let the main one list, sync and rename it.
+
+    Until the rename there is no `folder` (or still the earlier one of that name); after it, `folder` is complete.
+    """
+    aside, old = folder.parent / f"{ASIDE}{folder.name}", folder.parent / f"{OLD}{folder.name}"
+    if main:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in (*folder.parent.glob(f"{ASIDE}{PREFIX}*"), *folder.parent.glob(f"{OLD}{PREFIX}*")):
+            shutil.rmtree(left, ignore_errors=True)
+        aside.mkdir()
+    barrier()
+    fill(aside)
+    barrier()
+    if main:
+        write_manifest(aside)
+        sync_tree(aside)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(aside, folder)
+        sync_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    barrier()
+
+
+def rotate(folder: Path, keep: int | None) -> None:
+    """Remove the oldest checkpoints beyond `keep`, each renamed first, so that none is ever half there."""
+    for path in checkpoints(folder)[: -keep if keep else 0]:
+        old = path.parent / f"{OLD}{path.name}"
+        os.rename(path, old)
+        shutil.rmtree(old, ignore_errors=True)

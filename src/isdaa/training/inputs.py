@@ -1,0 +1,70 @@
+"""What can be seen to be missing before a run starts: not after its first stage has worked for hours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from isdaa.config import Config, OptimisationConfig
+from isdaa.data.readers import iterate_rows
+from isdaa.errors import UserError
+
+
+def check_inputs(config: Config, stages: Sequence[str]) -> None:
+    """Look at the local files and folders, and at the optional packages, that `stages` will ask for.
+
+    Hub names are not looked up. Raises UserError for the first thing that is missing.
+    """
+    for key, source, split in _sources(config, stages):
+        if source is not None and not _may_be_on_the_hub(source):
+            try:
+                next(iter(iterate_rows(source, split, limit=1)), None)
+            except UserError as error:
+                raise UserError(f"{key}: {error}") from None
+    for key, name in _models(config, stages):
+        made_here = name is not None and Path(config.output_dir).absolute() in Path(name).absolute().parents
+        if name is not None and name.startswith((".", "/", "~")) and not made_here and not Path(name).expanduser().exists():
+            raise UserError(f"{key}: {name}: no such folder")
+    for stage in stages:
+        section = getattr(config, stage)
+        if isinstance(section, OptimisationConfig):
+            for tracker in section.report_to:
+                _installed(tracker, f"{stage}.report_to")
+            if "8bit" in section.optimizer:
+                _installed("bitsandbytes", f"{stage}.optimizer")
+
+
+def _sources(config: Config, stages: Sequence[str]) -> Iterator[tuple[str, str | None, str]]:
+    data = config.data
+    if "sft" in stages:
+        yield "data.sft", data.sft, data.sft_split
+    if "label" in stages:
+        yield "data.prompts", data.prompts, data.prompts_split
+    if {"reward", "align"} & set(stages):
+        yield "data.pairs", data.pairs, data.pairs_split
+    if "align" in stages:
+        yield "data.eval_pairs", data.eval_pairs, data.eval_split
+        yield "data.evaluation", data.evaluation, data.evaluation_split
+
+
+def _models(config: Config, stages: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    yield "model.path", config.model.path
+    yield "model.tokenizer", config.model.tokenizer
+    if "label" in stages:
+        yield "label.scorer", config.label.scorer
+    if "reward" in stages:
+        yield "reward.path", config.reward.path
+    if "align" in stages:
+        yield "reference.path", config.reference.path
+        yield "behaviour.model_path", config.behaviour.model_path
+
+
+def _may_be_on_the_hub(source: str) -> bool:
+    path = Path(source).expanduser()
+    return source.count("/") == 1 and not source.startswith((".", "~")) and not path.suffix and not path.exists()
+
+
+def _installed(package: str, key: str) -> None:
+    if find_spec(package) is None:
+        raise UserError(f"{key}: {package} is not installed; pip install {package}")

@@ -1,0 +1,176 @@
+"""What watches a run: `metrics.jsonl`, the bar on the terminal, the warning that a run has stalled."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from isdaa.files import append_jsonl, write_atomically
+from isdaa.terminal import Bar, progress
+
+logger = logging.getLogger(__name__)
+
+STALL_ESS = 0.02
+STALL_MEAN_WEIGHT = 1e-3
+STALL_STEPS = 20
+START_MEAN = 0.05  # nats; a policy that starts as its reference differs from it by rounding alone
+START_RMS = 0.3
+
+
+def metrics_line(entry: dict[str, Any]) -> dict[str, Any] | None:
+    """A Trainer log entry as a line of `metrics.jsonl`: `eval_x` is `eval/x`, numbers that no JSON knows are null.
+
+    None for the summary that the Trainer logs at its end: it describes one process, not the run.
+    """
+    if "train_runtime" in entry:
+        return None
+    line = {"step": entry["step"], "epoch": entry.get("epoch")}
+    for key, value in entry.items():
+        if key in line:
+            continue
+        name = f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else key
+        line[name] = None if isinstance(value, float) and not math.isfinite(value) else value
+    return line
+
+
+class MetricsFile(TrainerCallback):
+    """`metrics.jsonl`: one JSON object a line, with `step`, `epoch` and `<group>/<name>` metrics.
+
+    Every line is synced before the step's checkpoint is written. A run that resumes at step s starts its file from the
+    checkpoint's own log, so that the file equals that of an uninterrupted run (but for `time/…`), whatever a kill left.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        lines = [metrics_line(entry) for entry in state.log_history]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines if line is not None)
+        write_atomically(self.path, text)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or logs is None:
+            return
+        line = metrics_line({**logs, "step": state.global_step})
+        if line is not None:
+            append_jsonl(self.path, [line])
+
+
+class WholeIntervals(TrainerCallback):
+    """A checkpoint ends a logging interval: what is logged after a resume then covers the same steps as without one."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        if control.should_save or state.global_step >= state.max_steps:
+            control.should_log = True
+        return control
+
+
+class TrainingProgress(TrainerCallback):
+    """Steps, loss, ESS and the time left, on the terminal or as plain lines. The trainer closes it, errors or not."""
+
+    def __init__(self, description: str = "align") -> None:
+        self.description = description
+        self._context: AbstractContextManager[Bar] | None = None
+        self._bar: Bar | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.close()
+        where = f" (from step {state.global_step})" if state.global_step else ""
+        # Only the steps of this process: the time left is estimated from their pace.
+        self._context = progress(f"{self.description}{where}", total=max(state.max_steps - state.global_step, 1))
+        self._bar = self._context.__enter__()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._bar is None or not logs:
+            return
+        shown = [("loss", "loss"), ("rewards/accuracy", "accuracy"), ("weights/mean", "weight"), ("weights/ess", "ESS")]
+        parts = [f"{word} {logs[key]:.3g}" for key, word in shown if isinstance(logs.get(key), (int, float))]
+        if parts:
+            self._bar.update(0, note="  ".join(parts))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        if self._context is not None:
+            self._context.__exit__(None, None, None)
+        self._context = self._bar = None
+
+
+class StallWarning:
+    """Says when a run has stopped learning: for 20 steps ESS/N below 0.02, or a mean weight below 1e-3 (METHOD.md).
+
+    The steps are counted from the figures of each logging interval; a resumed process counts from 0 again.
+    """
+
+    def __init__(self, steps: int = STALL_STEPS) -> None:
+        self.steps = steps
+        self.low_ess = self.low_mean = 0
+        self.said: set[str] = set()
+
+    def update(self, step: int, ess: float, mean_weight: float) -> None:
+        """Take in one optimiser step (counted from 0)."""
+        self.low_ess = self.low_ess + 1 if ess < STALL_ESS else 0
+        self.low_mean = self.low_mean + 1 if mean_weight < STALL_MEAN_WEIGHT else 0
+        if self.low_ess == self.steps:
+            self._say(f"the effective sample size has been below {STALL_ESS:g} of the batch", step)
+        if self.low_mean == self.steps:
+            self._say(f"the mean importance weight has been below {STALL_MEAN_WEIGHT:g}", step)
+
+    def _say(self, what: str, step: int) -> None:
+        self.said.add(what)
+        logger.warning(
+            "step %d: %s for %d steps. The run has stalled: hardly any pair teaches any more. "
+            "A larger beta, a smaller learning rate or an earlier checkpoint is what helps",
+            step + 1,
+            what,
+            self.steps,
+        )
+
+
+def warn_about_start(start: dict[str, float]) -> bool:
+    """Say loudly that policy and reference, which are the same model, give different logps. True where they do."""
+    mean, rms = start["start/drift_mean"], start["start/drift_rms"]
+    # A NaN is no small difference.
+    if abs(mean) <= START_MEAN and rms <= START_RMS:
+        return False
+    logger.warning(
+        "BEFORE the first step the log-probabilities of the policy differ from those of its reference, though both are "
+        "the same model: mean %.3g (limit %g), RMS %.3g (limit %g), largest %.3g nats. Weights and margins carry this "
+        "error. Compute the reference with the same precision and packing, or train in float32",
+        mean,
+        START_MEAN,
+        rms,
+        START_RMS,
+        start["start/drift_max"],
+    )
+    return True

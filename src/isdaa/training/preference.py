@@ -1,0 +1,406 @@
+"""`PreferenceTrainer`: transformers' Trainer with the loss, the batches and the checkpoints of direct alignment.
+
+The Trainer keeps the loop, resuming, schedules, logging and the distributed strategies. Ours are: a loss that is the
+mean over the pairs of the GLOBAL batch (METHOD.md), weights that span it, figures that are read back only when they are
+logged, evaluation on held-out pairs, and checkpoints that are whole or absent.
+
+Legend: B pairs of a piece or micro-batch, N pairs of the global batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import logging as hf_logging
+
+from isdaa.data.collation import PairBatch, collate
+from isdaa.models.forward import PairForward, ResponseLogps, disable_dropout
+from isdaa.models.shared_prefix import Layout
+from isdaa.objectives.objective import Objective, ObjectiveOutput, PairLogps
+from isdaa.objectives.weights import batch_weights
+from isdaa.terminal import progress as show_progress
+from isdaa.training.batches import (
+    GlobalBatchSampler,
+    MicroBatch,
+    Piece,
+    TokenisedPairs,
+    shard,
+    split_by_tokens,
+    tokenised,
+)
+from isdaa.training.figures import Figures, gathered, pair_figures
+from isdaa.training.monitor import StallWarning, TrainingProgress, WholeIntervals, warn_about_start
+from isdaa.training.whole import WholeCheckpoints
+
+logger = logging.getLogger(__name__)
+
+
+class PreferenceTrainer(WholeCheckpoints, Trainer):
+    """Minimises an `Objective` over tokenised pairs that carry reference logps.
+
+    model: the policy, a transformers causal LM or a peft model around one. forward: `models.forward.prepare(model)`.
+    train_dataset, eval_dataset: `TokenisedPairs` or rows for it, with `reference_*_logps`. ValueError without.
+    tokenizer: saved into every checkpoint. before_rename(folder, step): writes further files into a checkpoint.
+    starts_at_reference: policy and reference start as the same model; their difference at step 0 is logged, and said
+        aloud where it is more than rounding.
+    batch_tokens: a micro-batch of more tokens goes through the model in pieces; loss and gradient stay the same.
+    Dropout is switched off in the model, LoRA's included (METHOD.md).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        *,
+        args: TrainingArguments,
+        forward: PairForward,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        starts_at_reference: bool = True,
+        batch_tokens: int | None = None,
+        before_rename: Callable[[Path, int], None] | None = None,
+        description: str = "align",
+        **kwargs: Any,
+    ) -> None:
+        args.remove_unused_columns = False
+        if args.n_gpu > 1:
+            # DataParallel would copy the model and cut packed rows apart at every step.
+            logger.warning("one process uses one of %d GPUs; start isdaa by `accelerate launch` for all", args.n_gpu)
+            args._n_gpu = 1
+        # The Trainer writes this into the model's config, and from there into the saved folder; ours stays as it was.
+        args.use_cache = bool(getattr(getattr(model, "config", None), "use_cache", True))
+        self.objective: Objective = objective
+        self.pair_forward, self.batch_tokens = forward, batch_tokens
+        self.tokenizer, self.before_rename = tokenizer, before_rename
+        self.starts_at_reference = starts_at_reference
+        train = _with_reference(train_dataset, "train")
+        held_out = None if eval_dataset is None else _with_reference(eval_dataset, "eval")
+        disable_dropout(model)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=cast(Any, collate),
+            train_dataset=train,
+            eval_dataset=held_out,
+            callbacks=[WholeIntervals(), *callbacks],
+            **kwargs,
+        )
+        hf_logging.disable_progress_bar()  # a bar of their own for each saved file; ours shows the run
+        for unwanted in (PrinterCallback, ProgressCallback):
+            self.remove_callback(unwanted)
+        self.progress = TrainingProgress(description)
+        self.add_callback(self.progress)
+        self.stall = StallWarning()
+        self.sampler = GlobalBatchSampler(
+            len(train),
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            args.world_size,
+            args.process_index,
+            args.seed if args.data_seed is None else args.data_seed,
+        )
+        self._tables: list[Tensor] = []  # figures since the last log
+        self._interval_started: float | None = None
+        self._interval_pairs = 0
+        self._parameters = sum(p.numel() for p in model.parameters())
+
+    # ---- data ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Micro-batches of this rank. Not prepared by accelerate: our sampler shards by itself, exactly."""
+        workers, rows = self.args.dataloader_num_workers, cast(TokenisedPairs, self.train_dataset)
+        sampler = _Following(self.sampler, self)
+        return DataLoader(rows, batch_sampler=sampler, collate_fn=collate, num_workers=workers)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list[Any], int | None]:
+        """The micro-batches of one optimiser step, on the device, and N, the valid pairs of all ranks.
+
+        Where weights span the global batch and it takes more than one forward pass, they are computed here first.
+        """
+        if self._interval_started is None:
+            self._interval_started = time.perf_counter()
+        batches: list[PairBatch] = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        if not batches:
+            return [], None
+        pairs = self._over_ranks(sum(int(batch.valid.sum()) for batch in batches), "sum")
+        self._interval_pairs += pairs
+        micro = [MicroBatch(self._pieces(batch, device)) for batch in batches]
+        if self.objective.needs_batch and sum(len(m.pieces) for m in micro) > 1:
+            self._weigh(micro)
+        return micro, pairs
+
+    def _pieces(self, batch: PairBatch, device: torch.device) -> list[Piece]:
+        parts = split_by_tokens(batch, self.batch_tokens)
+        if self.batch_tokens is not None:
+            # Sharded models gather their weights in each forward pass: every rank must make as many of them.
+            most = self._over_ranks(len(parts), "max")
+            if len(parts) < most:
+                parts = split_by_tokens(batch, self.batch_tokens, at_least=most)
+        # The layout comes from the lengths on the CPU: no forward pass waits for the device to send them back.
+        return [Piece(part.to(device, non_blocking=True), Layout(*part.parts())) for part in parts]
+
+    @property
+    def policy(self) -> nn.Module:
+        """The model as evaluation calls it: sharded where it is sharded, but without DDP around it."""
+        return cast(nn.Module, self.model)
+
+    def _over_ranks(self, number: int, how: str) -> int:
+        if self.args.world_size == 1:
+            return number
+        found = self.accelerator.gather(torch.tensor([number], device=self.args.device))
+        return int(found.sum() if how == "sum" else found.max())
+
+    # ---- weights that span the global batch ----
+
+    @torch.no_grad()
+    def _weigh(self, micro: list[MicroBatch]) -> None:
+        """Final weights of all pieces, from a pass without gradients over the whole global batch."""
+        training = self.policy.training
+        self.policy.eval()
+        raw = []
+        for piece in (piece for m in micro for piece in m.pieces):
+            with self.compute_loss_context_manager():
+                pairs, _ = self._pair_logps(self.policy, piece)
+            raw.append(self.objective.raw_weights(pairs)[1])
+        self.policy.train(training)
+        valid = torch.cat([piece.batch.valid for m in micro for piece in m.pieces])
+        final = self._global_weights(torch.cat(raw), valid, [m.pairs for m in micro])
+        start = 0
+        for m in micro:
+            m.weights = []
+            for piece in m.pieces:
+                m.weights.append(final[start : start + len(piece.batch)])
+                start += len(piece.batch)
+
+    def _global_weights(self, raw: Tensor, valid: Tensor, sizes: list[int]) -> Tensor:
+        """Final weights (P,) of this rank's pairs from their own weights (P,). sizes: pairs of each micro-batch.
+
+        Pairs are put into the order in which the sampler read them, so that a permutation by (seed, step) does not
+        depend on how the global batch is split over ranks.
+        """
+        world, rank, step = self.args.world_size, self.args.process_index, self.state.global_step
+        settings = (self.objective.weight, self.objective.normalize, self.sampler.seed, step)
+        if world == 1:
+            return batch_weights(raw, *settings, valid)
+        both = torch.stack([raw, valid.to(raw.dtype)], dim=1)
+        # (W·P, 2) rank by rank -> micro-batch by micro-batch, and rank by rank within.
+        ranks = self.accelerator.gather(both).view(world, len(raw), 2).split(sizes, dim=1)
+        ordered = torch.cat([part.reshape(-1, 2) for part in ranks])
+        final = batch_weights(ordered[:, 0], *settings, ordered[:, 1] > 0)
+        parts = final.split([world * size for size in sizes])
+        return torch.cat([part.view(world, -1)[rank] for part in parts])
+
+    # ---- the loss ----
+
+    def _pair_logps(self, model: nn.Module, piece: Piece) -> tuple[PairLogps, ResponseLogps]:
+        batch, wpo = piece.batch, self.objective.needs_wpo
+        logps = self.pair_forward(model, batch.input_ids, batch.position_ids, piece.layout, with_wpo=wpo)
+        assert batch.reference_chosen_logps is not None and batch.reference_rejected_logps is not None
+        pairs = PairLogps(
+            policy_chosen_logps=logps.chosen_logps,
+            policy_rejected_logps=logps.rejected_logps,
+            reference_chosen_logps=batch.reference_chosen_logps,
+            reference_rejected_logps=batch.reference_rejected_logps,
+            chosen_lengths=batch.chosen_lengths,
+            rejected_lengths=batch.rejected_lengths,
+            behaviour_chosen_logps=batch.behaviour_chosen_logps,
+            behaviour_rejected_logps=batch.behaviour_rejected_logps,
+            policy_chosen_wpo=logps.chosen_wpo,
+            policy_rejected_wpo=logps.rejected_wpo,
+        )
+        return pairs, logps
+
+    def _losses(self, model: nn.Module, piece: Piece, weights: Tensor | None = None) -> tuple[ObjectiveOutput, Tensor]:
+        """The objective's output, and (B, K) figures. weights: (B,) final ones, where they were computed ahead."""
+        batch = piece.batch
+        pairs, logps = self._pair_logps(model, piece)
+        raw = self.objective.raw_weights(pairs)[1]
+        if weights is None:
+            spans = self.objective.needs_batch and model.training
+            weights = self._global_weights(raw, batch.valid, [len(batch)]) if spans else raw
+        out = self.objective(pairs, weights, valid=batch.valid)
+        figures = pair_figures(self.objective, batch, logps, out, raw, self.state.global_step)
+        return out, figures
+
+    def compute_loss(  # type: ignore[override]
+        self,
+        model: nn.Module,
+        inputs: Piece,
+        return_outputs: bool = False,
+        num_items_in_batch: int | Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Any:
+        """world_size · Σ_local / N_global of one piece: the mean over ranks of its sum is the global batch's loss.
+
+        Without `num_items_in_batch` N is the piece's own number of valid pairs.
+        """
+        out, figures = self._losses(model, inputs, weights)
+        self._tables.append(figures)
+        batch = inputs.batch
+        losses = out.losses if batch.weights is None else out.losses * batch.weights.to(out.losses.dtype)
+        divisor = batch.valid.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = losses.sum() * (self.args.world_size / divisor)
+        return (loss, out) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: int | Tensor | None = None) -> Tensor:
+        """Forward and backward of one micro-batch, piece by piece. No division by accumulation steps comes on top."""
+        if not model.training:
+            model.train()
+        deepspeed = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+        state = self.accelerator.gradient_state
+        sync = state.sync_gradients
+        total = torch.zeros((), device=self.args.device)
+        for number, piece in enumerate(inputs.pieces):
+            last = number == len(inputs.pieces) - 1
+            weights = None if inputs.weights is None else inputs.weights[number]
+            state._set_sync_gradients(sync and last)
+            with nullcontext() if last or self.is_deepspeed_enabled else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    loss = self.compute_loss(model, piece, num_items_in_batch=num_items_in_batch, weights=weights)
+                self.accelerator.backward(loss, **deepspeed)
+            total += loss.detach()
+        return total
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """6·parameters·tokens of a micro-batch (Kaplan et al. 2020, arXiv 2001.08361, sec. 2.1)."""
+        return 6 * self._parameters * sum(piece.layout.tokens for piece in inputs.pieces)
+
+    # ---- figures ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the figures of all pairs since the last training log where these are training logs."""
+        if "loss" in logs and self._tables:
+            logs.update(self._interval_metrics())
+        super().log(logs, start_time)
+
+    def _interval_metrics(self) -> dict[str, float]:
+        figures = gathered(self._tables, self.accelerator.gather if self.args.world_size > 1 else None)
+        now = time.perf_counter()
+        metrics = figures.metrics(weighted=self.objective.weight != "none")
+        metrics["pairs_seen"] = self.sampler.pairs_seen(self.state.global_step)
+        if self.starts_at_reference and figures["step"].min().item() == 0:
+            metrics |= figures.start()
+            warn_about_start(metrics)
+        if self.objective.weight != "none":
+            for step, ess, mean in figures.steps():
+                self.stall.update(step, ess, mean)
+        if self._interval_started is not None:
+            metrics["time/pairs_per_second"] = self._interval_pairs / max(now - self._interval_started, 1e-9)
+        self._tables, self._interval_started, self._interval_pairs = [], None, 0
+        return metrics
+
+    def evaluate(  # type: ignore[override]
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The objective's loss and all figures on held-out pairs. Weights that span a batch span the held-out set."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        if rows is None:
+            raise ValueError("evaluation needs an eval_dataset")
+        dataset = _with_reference(rows, "eval")
+        started = time.perf_counter()
+        figures = self._held_out_figures(dataset)
+        found = {"loss": self._held_out_loss(figures), **figures.metrics(weighted=self.objective.weight != "none")}
+        found["time/pairs_per_second"] = len(figures) / max(time.perf_counter() - started, 1e-9)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def _held_out_figures(self, dataset: TokenisedPairs) -> Figures:
+        if not self.is_in_train and not self.accelerator._models:
+            # As the Trainer's own evaluation does it: mixed precision and sharding come with this call.
+            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            prepared = (
+                self.accelerator.prepare(self.model)
+                if sharded
+                else self.accelerator.prepare_model(self.model, evaluation_mode=True)
+            )
+            if sharded:
+                self.model = self.model_wrapped = prepared
+        training = self.policy.training
+        self.policy.eval()
+        # Pairs of like length together: nothing is padded, but short ones share one attention call.
+        order = np.argsort(dataset.lengths(), kind="stable")
+        size = self.args.per_device_eval_batch_size
+        world, rank = self.args.world_size, self.args.process_index
+        tables = []
+        shown = show_progress("held-out pairs", total=len(order)) if rank == 0 else nullcontext()
+        with shown as bar:
+            for start in range(0, len(order), size * world):
+                indices = order[start : start + size * world]
+                for piece in self._pieces(dataset.batch(shard(indices, world, rank)), self.args.device):
+                    with self.compute_loss_context_manager():
+                        tables.append(self._losses(self.policy, piece)[1])
+                if bar is not None:
+                    bar.update(len(indices))
+        self.policy.train(training)
+        return gathered(tables, self.accelerator.gather if world > 1 else None)
+
+    def _held_out_loss(self, figures: Figures) -> float:
+        objective = self.objective
+        weights = figures["raw_weight"]
+        if objective.needs_batch:
+            weights = batch_weights(weights, objective.weight, objective.normalize, self.sampler.seed, 0)
+        losses = weights * figures["unweighted"] + figures["sft"]
+        return (losses * figures["pair_weight"]).mean().item()
+
+    # ---- running, saving, resuming ----
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; the terminal is given back whatever happens."""
+        self._tables, self._interval_started, self._interval_pairs = [], None, 0
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.progress.close()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = str(self.args.output_dir if output_dir is None else output_dir)
+        if self.args.should_save:
+            # A pickle with the paths of this machine; nothing reads it.
+            Path(folder, "training_args.bin").unlink(missing_ok=True)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # Tied weights are saved once; loading them is not a loss.
+        tied = set(getattr(self.accelerator.unwrap_model(self.model), "_tied_weights_keys", None) or ())
+        load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
+        super()._issue_warnings_after_load(load_result)
+
+
+class _Following:
+    """The sampler as a batch sampler that starts where the trainer stands."""
+
+    def __init__(self, sampler: GlobalBatchSampler, trainer: Trainer) -> None:
+        self.sampler, self.trainer = sampler, trainer
+        self.batch_size, self.drop_last = sampler.batch_size, False
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.sampler.step = self.trainer.state.global_step
+        return iter(self.sampler)
+
+
+def _with_reference(rows: Any, which: str) -> TokenisedPairs:
+    pairs = tokenised(rows)
+    if "reference_chosen_logps" not in pairs.floats or "reference_rejected_logps" not in pairs.floats:
+        raise ValueError(f"{which}_dataset has no reference logps; `training.reference.reference_logps` computes them")
+    return pairs

@@ -1,0 +1,184 @@
+"""Logps of a frozen model on the pairs: the reference's and the behaviour policy's, computed once and kept on disk.
+
+The numbers come from the very forward that training uses (METHOD.md), and the file's name from everything they depend
+on: the model's weights, the token ids, the numerics. Runs share the files.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from isdaa.errors import UserError
+from isdaa.files import digest, write_atomically
+from isdaa.models.forward import PairForward
+from isdaa.models.shared_prefix import Layout
+from isdaa.terminal import progress as show_progress
+from isdaa.training.batches import TokenisedPairs, tokenised
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # raise it whenever the forward pass changes what it computes: older files are then not read
+NAMES = ("chosen_logps", "rejected_logps")
+
+Loader = Callable[[], PairForward]
+
+
+def reference_logps(
+    forward: PairForward | Loader,
+    pairs: Any,
+    *,
+    key: dict[str, Any],
+    cache_dir: str | Path | None,
+    batch_tokens: int = 16384,
+    precision: str = "float32",
+    progress: str = "reference logps",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Summed logps of all chosen and all rejected responses, each (N,) float32, in the rows' order.
+
+    forward: the prepared model, or a function that loads and prepares it, called only where something is to compute.
+    pairs: `TokenisedPairs` or rows for it.
+    key: what identifies the model and the text's way to tokens: its weights' digest, dtype, tokenizer, template,
+        truncation. Token ids, precision, versions and device are added here.
+    cache_dir: None computes without reading or writing. A file that is damaged or another's is recomputed, with a word.
+    precision: "bfloat16" runs under autocast, as training with `precision: bfloat16` does.
+    """
+    rows = tokenised(pairs)
+    full = cache_key(rows, key, precision)
+    path = None if cache_dir is None else Path(cache_dir) / f"logps-{digest(full)}.safetensors"
+    if path is not None:
+        found = read_cache(path, full, len(rows))
+        if _agreed(found is not None) and found is not None:
+            return found
+    prepared = forward if isinstance(forward, PairForward) else forward()
+    logps = _compute(prepared, rows, batch_tokens, precision, progress)
+    if path is not None and _rank() == 0:
+        write_cache(path, full, *logps)
+    return logps
+
+
+def cache_key(pairs: TokenisedPairs, key: dict[str, Any], precision: str) -> dict[str, Any]:
+    """Everything that the logps depend on, as JSON-able data."""
+    import transformers
+
+    return {
+        **key,
+        "format": FORMAT,
+        "pairs": pairs.content_digest(),
+        "precision": precision,
+        "torch": str(torch.__version__),
+        "transformers": str(transformers.__version__),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def write_cache(path: Path, key: dict[str, Any], chosen: np.ndarray, rejected: np.ndarray) -> None:
+    """Write both arrays, the key and a digest of the content as one file, atomically."""
+    from safetensors.numpy import save
+
+    metadata = {"key": json.dumps(key, sort_keys=True), "content": _content(chosen, rejected)}
+    write_atomically(path, save(dict(zip(NAMES, (chosen, rejected), strict=True)), metadata=metadata))
+
+
+def read_cache(path: Path, key: dict[str, Any], rows: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Both arrays, or None where there is no such file, or one that cannot be trusted (which is logged)."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            chosen, rejected = (file.get_tensor(name) for name in NAMES)
+        wrong = None
+        if json.loads(metadata.get("key", "null")) != json.loads(json.dumps(key)):
+            wrong = "it belongs to another model, data set or version"
+        elif chosen.shape != (rows,) or rejected.shape != (rows,) or chosen.dtype != np.float32:
+            wrong = f"its arrays have shape {chosen.shape} and {rejected.shape}, for {rows} pairs"
+        elif metadata.get("content") != _content(chosen, rejected):
+            wrong = "its content is damaged"
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        wrong = f"it cannot be read ({error})"
+    if wrong is None:
+        return chosen, rejected
+    logger.warning("%s: cached logps are not used, since %s; they are computed again", path, wrong)
+    return None
+
+
+def _content(chosen: np.ndarray, rejected: np.ndarray) -> str:
+    return digest(np.ascontiguousarray(chosen, "<f4").tobytes() + np.ascontiguousarray(rejected, "<f4").tobytes())
+
+
+@torch.no_grad()
+def _compute(
+    forward: PairForward, pairs: TokenisedPairs, batch_tokens: int, precision: str, description: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """One pass over this rank's share of the pairs, then everyone's results together."""
+    model: nn.Module = forward.model
+    device = next(model.parameters()).device
+    lengths = pairs.lengths()
+    # Longest first: what does not fit into memory fails at once, and pairs of like length share a batch.
+    order = np.argsort(-lengths, kind="stable")[_rank() :: _world()]
+    values = np.zeros((2, len(pairs)), dtype=np.float32)
+    was_training = model.training
+    model.eval()
+    try:
+        with (
+            show_progress(description, total=float(lengths[order].sum())) as bar,
+            torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"),
+        ):
+            for group in _groups(order, lengths, batch_tokens):
+                batch = pairs.batch(group)
+                layout = Layout(*batch.parts())
+                logps = forward(model, batch.input_ids.to(device), batch.position_ids.to(device), layout)
+                values[:, group] = torch.stack([logps.chosen_logps, logps.rejected_logps]).float().cpu().numpy()
+                bar.update(float(lengths[group].sum()))
+    finally:
+        model.train(was_training)
+    if _world() > 1:
+        # Every row is another rank's zero.
+        shares: list[Any] = [None] * _world()
+        torch.distributed.all_gather_object(shares, values)
+        values = np.sum(shares, axis=0, dtype=np.float32)
+    bad = np.argwhere(~np.isfinite(values).all(axis=0))[:, 0]
+    if len(bad):
+        raise UserError(f"{description}: {len(bad)} pairs have logps that are not finite, the first is row {bad[0]}")
+    return values[0], values[1]
+
+
+def _groups(order: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+    """`order` in consecutive groups of at most `budget` tokens; a longer pair is a group of its own."""
+    groups: list[list[int]] = []
+    tokens = 0
+    for index in order.tolist():
+        if not groups or tokens + lengths[index] > budget:
+            groups.append([])
+            tokens = 0
+        groups[-1].append(index)
+        tokens += int(lengths[index])
+    return [np.array(group, dtype=np.int64) for group in groups]
+
+
+def _world() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if _world() > 1 else 0
+
+
+def _agreed(found: bool) -> bool:
+    """Whether every rank found the file: one that computes alone would wait for the others for ever."""
+    if _world() == 1:
+        return found
+    answers: list[Any] = [None] * _world()
+    torch.distributed.all_gather_object(answers, found)
+    return all(answers)

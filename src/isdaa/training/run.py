@@ -1,0 +1,141 @@
+"""A run's folder: whose it is, which stages are done, and that one process at a time works in it."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from isdaa.config import Config, resolved
+from isdaa.errors import UserError
+from isdaa.files import read_json, write_atomically, write_json
+from isdaa.record import git_revision, versions
+from isdaa.terminal import console
+
+# What decides the outcome of a stage. A stage that began with other values is another run.
+DECIDES: dict[str, tuple[str, ...]] = {
+    "sft": ("seed", "model", "data.sft", "data.sft_split", "data.limit", "tokenization", "sft", "lora"),
+    "label": ("seed", "model", "data.prompts", "data.prompts_split", "data.limit", "tokenization", "label"),
+    "reward": ("seed", "model", "data.pairs", "data.pairs_split", "data.limit", "tokenization", "reward"),
+    "align": (
+        *("seed", "objective", "model", "reference.path", "behaviour", "tokenization", "align", "lora"),
+        *("data.pairs", "data.pairs_split", "data.eval_pairs", "data.eval_split", "data.eval_fraction", "data.limit"),
+    ),
+}
+# What a stage leaves behind before it is done. A stage that left nothing binds nobody: its settings may still be mended.
+LEAVES: dict[str, tuple[str, ...]] = {
+    "sft": ("sft-checkpoints", "sft"),
+    "label": ("pairs/responses.jsonl",),
+    "reward": ("reward-checkpoints", "reward"),
+    "align": ("checkpoints", "model"),
+}
+FREE = ("report_to", "logging_steps", "save_total_limit", "batch_tokens", "probe")  # change what is shown, not what comes out
+
+
+def deciding_values(config: Config, stage: str) -> dict[str, Any]:
+    """The dotted configuration values that decide what `stage` produces."""
+    flat = _flatten(resolved(config))
+    keys = DECIDES[stage]
+    return {
+        key: value
+        for key, value in flat.items()
+        if any(key == chosen or key.startswith(f"{chosen}.") for chosen in keys) and key.split(".")[-1] not in FREE
+    }
+
+
+def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict) and not (prefix == "model." and key == "random"):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+class Run:
+    """The folder of one run. `run.json` says which stages began with which values and which are done."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.folder = Path(config.output_dir)
+        self.path = self.folder / "run.json"
+        self.state: dict[str, Any] = {"stages": {}}
+
+    @contextmanager
+    def opened(self) -> Iterator[Run]:
+        """Check that the folder is this run's, take its lock, and write the resolved configuration."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder}: output_dir is a file; choose another folder with --output_dir")
+        # Hidden files are a lock, or what a kill left of a file being written.
+        strangers = [p.name for p in self.folder.iterdir() if p.name[0] != "."] if self.folder.is_dir() else []
+        if strangers and not self.path.exists():
+            raise UserError(
+                f"{self.folder}: not empty and not a run of isdaa (it holds {sorted(strangers)[0]}); "
+                "choose another folder with --output_dir"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"{self.folder}: another isdaa process is working in this folder; wait for it") from None
+            if self.path.exists():
+                self.state = self._read()
+            self._check_identity()
+            for left in self.folder.glob(".*.tmp"):
+                left.unlink()
+            self.state.update(versions=versions(), git_revision=git_revision())
+            self._save()  # first of all files: it is what makes the folder a run's
+            text = yaml.safe_dump(resolved(self.config), sort_keys=False, allow_unicode=True)
+            write_atomically(self.folder / "config.yaml", text)
+            yield self
+
+    def _read(self) -> dict[str, Any]:
+        state = read_json(self.path)
+        if not isinstance(state, dict) or not isinstance(state.get("stages"), dict):
+            raise UserError(f"{self.path}: not a record of isdaa; choose another folder with --output_dir")
+        return state
+
+    def _check_identity(self) -> None:
+        for stage, begun in self.state["stages"].items():
+            if not begun["done"] and not any((self.folder / name).exists() for name in LEAVES[stage]):
+                continue
+            now = deciding_values(self.config, stage)
+            keys = {*now, *begun["values"]}
+            if stage not in self.config.stages:  # its settings may be absent, but the later stages start from its model
+                keys = {key for key in keys if key.startswith("model.")}
+            for key in sorted(keys):
+                if now.get(key) != begun["values"].get(key):
+                    raise UserError(
+                        f"{self.folder}: holds a different run (its {stage} stage has {key} = {begun['values'].get(key)!r}, "
+                        f"this one {now.get(key)!r}); choose another --output_dir or repeat its settings"
+                    )
+
+    def is_done(self, stage: str) -> bool:
+        """Whether a stage has finished in this folder."""
+        return bool(self.state["stages"].get(stage, {}).get("done"))
+
+    def begin(self, stage: str) -> None:
+        """Note that a stage starts, with the values that decide it."""
+        self.state["stages"][stage] = {"done": False, "values": deciding_values(self.config, stage)}
+        self._save()
+
+    def finish(self, stage: str, **facts: Any) -> None:
+        """Note that a stage has finished, with what is worth knowing of it."""
+        self.state["stages"][stage].update(done=True, **facts)
+        self._save()
+
+    def say(self, stage: str, lines: Iterable[str]) -> None:
+        """Show what happened to the data, one line each, and keep it in `run.json`."""
+        for line in lines:
+            console.print(f"{stage}: {line}")
+            self.state["stages"].setdefault(stage, {"done": False, "values": {}}).setdefault("notes", []).append(line)
+        self._save()
+
+    def _save(self) -> None:
+        write_json(self.path, self.state)

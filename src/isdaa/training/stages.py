@@ -1,0 +1,77 @@
+"""One run: its stages in order, each skipped where it is done. The loop of every stage is a library's; the loss is ours."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from isdaa.config import STAGES, Config
+from isdaa.terminal import console
+from isdaa.training.inputs import check_inputs
+from isdaa.training.run import Run
+
+
+def _sft(run: Run) -> Path:
+    from isdaa.training.supervised import sft
+
+    return sft(run)
+
+
+def _reward(run: Run) -> Path:
+    from isdaa.training.supervised import reward
+
+    return reward(run)
+
+
+def _label(run: Run) -> Path:
+    from isdaa.training.label import label
+
+    return label(run)
+
+
+def _align(run: Run) -> Path:
+    from isdaa.training.align import align
+
+    return align(run)
+
+
+STAGE_FUNCTIONS: dict[str, Callable[[Run], Path]] = {"sft": _sft, "reward": _reward, "label": _label, "align": _align}
+assert set(STAGE_FUNCTIONS) == set(STAGES)
+
+
+def run(config: Config) -> Path:
+    """Run the configured stages, in their order; what is finished is reused. Returns the run's folder.
+
+    Raises UserError for bad input, and where the folder holds a run with other settings.
+    """
+    with Run(config).opened() as current:
+        missing = [stage for stage in config.stages if not current.is_done(stage)]
+        check_inputs(config, missing)
+        for stage in config.stages:
+            if stage in missing:
+                current.begin(stage)
+                with _tensorboard(current.folder / "tensorboard" / stage):
+                    output = STAGE_FUNCTIONS[stage](current)
+                current.finish(stage, output=str(output.relative_to(current.folder)))
+                console.print(f"{stage}: finished, {output}")
+            else:
+                console.print(f"{stage}: finished earlier, reused")
+            # The stage's model is kept; these only served a resume.
+            shutil.rmtree(current.folder / f"{stage}-checkpoints", ignore_errors=True)
+    return Path(config.output_dir)
+
+
+@contextmanager
+def _tensorboard(folder: Path) -> Iterator[None]:
+    """Where TensorBoard's events go, unless the user's environment says so: not among checkpoints, which are removed."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    given = os.environ.get(name)
+    os.environ.setdefault(name, str(folder))
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[name]

@@ -1,0 +1,157 @@
+"""The `sft` and `reward` stages: TRL's trainers, with every default that would change the result set explicitly."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from isdaa.config import OptimisationConfig
+from isdaa.data.sources import load_pairs, load_sft
+from isdaa.data.tokenization import tokenize_pairs, tokenize_sft
+from isdaa.errors import UserError
+from isdaa.models.adapters import add_lora
+from isdaa.models.loading import load_sequence_classifier
+from isdaa.training.arguments import training_arguments
+from isdaa.training.checkpoints import newest_complete_checkpoint
+from isdaa.training.monitor import TrainingProgress
+from isdaa.training.run import Run
+from isdaa.training.start import (
+    cache_folder,
+    keep_model,
+    policy_of,
+    record_of,
+    starting_path,
+    token_settings,
+    tokenizer_of,
+)
+from isdaa.training.whole import WholeCheckpoints
+
+IGNORED = -100  # the label of a token that is not learnt
+
+
+def sft(run: Run) -> Path:
+    """Fine-tune on the completions alone. Returns the model's folder."""
+    from trl import SFTConfig, SFTTrainer
+
+    config = run.config
+    assert config.data.sft is not None
+    tokenizer = tokenizer_of(config)
+    rows, _ = load_sft(config.data.sft, config.data.sft_split, limit=config.data.limit)
+    examples, counts = tokenize_sft(rows, tokenizer, token_settings(config), cache_dir=cache_folder(run))
+    run.say("sft", counts.lines())
+    data = examples.map(_labels, remove_columns=[c for c in examples.column_names if c != "input_ids"])
+    _check_labels(data)
+    model = policy_of(run, tokenizer, config.model.path)
+    if config.lora.rank:
+        model = add_lora(model, **config.lora.model_dump(), seed=config.seed)
+
+    class Trainer(WholeCheckpoints, SFTTrainer):
+        """TRL's, with checkpoints that are whole or absent."""
+
+    settings = _trl_arguments(
+        SFTConfig,
+        config.sft,
+        run.folder / "sft-checkpoints",
+        run,
+        len(data),
+        max_length=None,  # cut by the rules of METHOD.md already
+        packing=False,
+        completion_only_loss=False,  # the labels say what is learnt
+        dataset_kwargs={"skip_prepare_dataset": True},
+        shuffle_dataset=False,
+        loss_type="nll",
+    )
+    trainer = Trainer(model=model, args=settings, train_dataset=data, processing_class=tokenizer)
+    metrics = _train(trainer, "sft")
+    folder = run.folder / "sft"
+    record = record_of(run, "sft", step=trainer.state.global_step, metrics=metrics)
+    keep_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder, record)
+    return folder
+
+
+def _labels(row: dict[str, Any]) -> dict[str, Any]:
+    return {"labels": [i if learnt else IGNORED for i, learnt in zip(row["input_ids"], row["completion_mask"], strict=True)]}
+
+
+def _check_labels(data: Any) -> None:
+    """TRL would learn prompts, too, where labels are missing: make sure that they are not."""
+    for row in data.select(range(min(64, len(data)))):
+        learnt = [label for label in row["labels"] if label != IGNORED]
+        if not learnt or len(row["labels"]) != len(row["input_ids"]):
+            raise UserError("sft: an example has nothing to learn; every row needs a completion")
+
+
+def reward(run: Run) -> Path:
+    """Train a reward model on the pairs (Bradley–Terry). Returns its folder."""
+    from trl import RewardConfig, RewardTrainer
+
+    config = run.config
+    start = config.reward.path or starting_path(run)
+    if start is None:
+        raise UserError("reward.path: a reward model needs a base; name one, or run the sft stage first")
+    tokenizer = tokenizer_of(config, start)
+    pairs, counts = load_pairs(pairs_source(run), config.data.pairs_split, limit=config.data.limit)
+    tokens, more = tokenize_pairs(pairs, tokenizer, token_settings(config), cache_dir=cache_folder(run))
+    run.say("reward", (counts + more).lines())
+    data = tokens.map(_both_rows, remove_columns=[c for c in tokens.column_names if c not in ("chosen_ids", "rejected_ids")])
+    model = load_sequence_classifier(
+        start,
+        dtype=config.model.dtype,
+        trust_remote_code=config.model.trust_remote_code,
+        new_head=True,
+        pad_id=tokenizer.pad_token_id,
+        seed=config.seed,
+    )
+
+    class Trainer(WholeCheckpoints, RewardTrainer):
+        """TRL's, with checkpoints that are whole or absent."""
+
+    settings = _trl_arguments(
+        RewardConfig, config.reward, run.folder / "reward-checkpoints", run, len(data), max_length=None, disable_dropout=True
+    )
+    trainer = Trainer(model=model, args=settings, train_dataset=data, processing_class=tokenizer)
+    metrics = _train(trainer, "reward")
+    folder = run.folder / "reward"
+    record = record_of(run, "reward", step=trainer.state.global_step, metrics=metrics)
+    keep_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder, record)
+    return folder
+
+
+def _both_rows(row: dict[str, Any]) -> dict[str, Any]:
+    prompt = list(row["prompt_ids"])
+    return {"chosen_ids": prompt + list(row["chosen_ids"]), "rejected_ids": prompt + list(row["rejected_ids"])}
+
+
+def pairs_source(run: Run) -> str:
+    """The pairs of `align` and `reward`: `data.pairs`, else what this run's `label` stage wrote."""
+    return run.config.data.pairs or str(run.folder / "pairs" / "train.jsonl")
+
+
+def _trl_arguments(kind: Any, settings: OptimisationConfig, folder: Path, run: Run, rows: int, **explicit: Any) -> Any:
+    """TRL's own argument class with our explicit values: it defaults to bf16 and gradient checkpointing, which change results."""
+    from dataclasses import fields
+
+    common = training_arguments(settings, folder, seed=run.config.seed, pairs=rows)
+    names = {f.name for f in fields(type(common)) if f.init} & {f.name for f in fields(kind) if f.init}
+    arguments = kind(**{name: getattr(common, name) for name in names if not name.startswith("_")}, **explicit)
+    # The Trainer writes this into the saved config, and without it everyone's generation would be slow.
+    arguments.use_cache = True
+    return arguments
+
+
+def _train(trainer: Any, description: str) -> dict[str, float]:
+    """Train, from the newest complete checkpoint where there is one. Returns the metrics that were logged last."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    for unwanted in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(unwanted)
+    bar = TrainingProgress(description)
+    trainer.add_callback(bar)
+    try:
+        trainer.train(resume_from_checkpoint=newest_complete_checkpoint(trainer.args.output_dir))
+    finally:
+        bar.close()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    last = logged[-1] if logged else {}
+    return {key: float(value) for key, value in last.items() if isinstance(value, int | float) and math.isfinite(value)}

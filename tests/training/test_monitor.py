@@ -1,0 +1,113 @@
+"""metrics.jsonl, the stall warning and the figures' edges."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_helpers import tiny_model, token_rows, trainer_of, with_reference
+from transformers import TrainerControl, TrainerState
+
+from isdaa import Objective
+from isdaa.training.figures import COLUMNS, Figures
+from isdaa.training.monitor import MetricsFile, StallWarning, WholeIntervals, metrics_line, warn_about_start
+
+
+def test_a_line_is_json_that_every_reader_knows() -> None:
+    line = metrics_line({"step": 3, "epoch": 0.5, "loss": float("nan"), "eval_rewards/margin": float("inf"), "n": 2})
+    assert line == {"step": 3, "epoch": 0.5, "loss": None, "eval/rewards/margin": None, "n": 2}
+    assert metrics_line({"step": 3, "train_runtime": 1.0, "train_loss": 2.0}) is None
+
+
+def test_a_resumed_file_starts_from_the_checkpoints_log(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2, "epoch": 0.1, "loss": 1.0}\n{"step": 9, "loss": 7.0}\n{"step": 1')
+    state = TrainerState(log_history=[{"loss": 1.0, "epoch": 0.1, "step": 2}], is_world_process_zero=True, global_step=2)
+    file = MetricsFile(path)
+    file.on_train_begin(None, state, TrainerControl())  # type: ignore[arg-type]
+    state.global_step = 4
+    file.on_log(None, state, TrainerControl(), logs={"loss": 0.5, "epoch": 0.2})  # type: ignore[arg-type]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [{"step": 2, "epoch": 0.1, "loss": 1.0}, {"step": 4, "epoch": 0.2, "loss": 0.5}]
+    state.is_world_process_zero = False
+    file.on_log(None, state, TrainerControl(), logs={"loss": 0.4})  # type: ignore[arg-type]
+    assert len(path.read_text().splitlines()) == 2
+
+
+def test_a_checkpoint_ends_an_interval() -> None:
+    state = TrainerState(global_step=5, max_steps=9)
+    for save, step, expected in ((True, 5, True), (False, 5, False), (False, 9, True)):
+        state.global_step = step
+        control = WholeIntervals().on_step_end(None, state, TrainerControl(should_save=save))  # type: ignore[arg-type]
+        assert control.should_log is expected
+
+
+def test_the_stall_warning_needs_twenty_steps_on_end(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        stall = StallWarning()
+        for step in range(19):
+            stall.update(step, ess=0.01, mean_weight=0.5)
+        stall.update(19, ess=0.03, mean_weight=0.5)
+        for step in range(20, 39):
+            stall.update(step, ess=0.01, mean_weight=0.5)
+        assert not caplog.text
+        stall.update(39, ess=0.01, mean_weight=0.5)
+        assert "step 40" in caplog.text and "effective sample size" in caplog.text
+        assert len(caplog.records) == 1
+        for step in range(40, 100):
+            stall.update(step, ess=0.01, mean_weight=0.0)
+        assert len(caplog.records) == 2 and "mean importance weight" in caplog.records[1].message
+
+
+def test_a_run_that_stalls_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    # Behaviour logps far above the policy's: every weight is as good as 0.
+    data = with_reference(token_rows(8, behaviour_chosen_logps=[0.0] * 8, behaviour_rejected_logps=[0.0] * 8), tiny_model())
+    with caplog.at_level(logging.WARNING):
+        objective = Objective(weight="importance", normalize="batch")
+        trainer = trainer_of(tiny_model(), tmp_path, data, objective=objective, batch_size=4, max_steps=24, learning_rate=0.0)
+        trainer.train()
+    # The figures are of the weights before normalisation, which would hide that all of them shrink.
+    assert trainer.state.log_history[-2]["weights/mean"] < 1e-3
+    assert "stalled" in caplog.text
+
+
+def test_the_start_is_judged_by_mean_and_rms() -> None:
+    for mean, rms, expected in (
+        (0.0, 0.0, False),
+        (0.049, 0.29, False),
+        (-0.051, 0.06, True),
+        (0.0, 0.31, True),
+        (float("nan"), float("nan"), True),
+    ):
+        start = {"start/drift_mean": mean, "start/drift_rms": rms, "start/drift_max": 1.0}
+        assert warn_about_start(start) is expected
+
+
+def table(**columns: Any) -> torch.Tensor:
+    size = len(next(iter(columns.values())))
+    ones = {name: [1.0] * size for name in COLUMNS}
+    return torch.tensor([(ones | columns)[name] for name in COLUMNS]).T
+
+
+def test_figures_forget_fill_ins_and_count_ties_half() -> None:
+    figures = Figures(
+        table(
+            valid=[1.0, 1.0, 0.0, 1.0, 1.0],
+            chosen_reward=[1.0, 2.0, 9.0, 3.0, 0.0],
+            rejected_reward=[1.0, 1.0, 0.0, 4.0, 0.0],
+            step=[0.0, 0.0, 0.0, 1.0, 1.0],
+            raw_weight=[1.0, 3.0, 50.0, 0.0, 0.0],
+            chosen_drift=[0.5, -0.5, 70.0, 0.0, 0.0],
+            rejected_drift=[1.0, 0.0, 70.0, 0.0, 0.0],
+        )
+    )
+    metrics = figures.metrics()
+    assert len(figures) == 4
+    assert metrics["rewards/accuracy"] == pytest.approx((0.5 + 1 + 0 + 0.5) / 4)
+    assert figures.steps() == [(0, pytest.approx(16 / (2 * 10)), 2.0), (1, 0.0, 0.0)]
+    assert metrics["weights/ess"] == pytest.approx(0.4) and metrics["weights/mean"] == 1.0 and metrics["weights/max"] == 3.0
+    start = figures.start()
+    assert start["start/drift_mean"] == 0.25 and start["start/drift_max"] == 1.0
+    assert start["start/drift_rms"] == pytest.approx((1.5 / 4) ** 0.5)

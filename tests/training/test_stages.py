@@ -1,0 +1,583 @@
+"""The main job from nothing to an evaluated model, every way into it, and what a stop in the middle may cost: nothing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chains import (
+    ALIGN,
+    CHAIN,
+    EXAMPLES,
+    chat_model,
+    content,
+    jsonl,
+    plain_pairs,
+    read_lines,
+    same_weights,
+    train,
+    weights,
+    without_time,
+)
+
+from isdaa.cli import main
+from isdaa.data.sources import prompt_key
+from isdaa.models.sampling import sample
+from isdaa.training import preference, reference, supervised
+from isdaa.training import label as label_stage
+
+METRICS = {
+    *("loss", "loss/unweighted", "rewards/chosen", "rewards/margin", "rewards/accuracy", "drift/chosen", "drift/rejected"),
+    *("weights/log_weight_mean", "weights/log_weight_p05", "weights/log_weight_p50", "weights/log_weight_p95"),
+    *("weights/clip_fraction", "weights/mean", "weights/ess", "logps/chosen", "time/pairs_per_second"),
+}
+
+
+class Home:
+    """A folder with one finished chain in `study/run`, whose parts the tests read and whose stages they repeat."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.run = folder / "study" / "run"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    found = Home(tmp_path_factory.mktemp("chain"))
+    assert train(found.run, CHAIN) == 0
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "my_model"
+    chat_model(folder)
+    return folder
+
+
+@pytest.fixture
+def place(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with `my_model` and `pairs.jsonl`, to work in."""
+    (tmp_path / "my_model").symlink_to(model)
+    jsonl(tmp_path / "pairs.jsonl", plain_pairs(12))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def forbid(patch: pytest.MonkeyPatch, *targets: tuple[Any, str]) -> None:
+    """Make functions raise: they must not be called."""
+
+    def called(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("called, though everything is finished")
+
+    for owner, name in targets:
+        patch.setattr(owner, name, called)
+
+
+def evaluated(*paths: Path | str, output: Path, options: tuple[str, ...] = ()) -> dict[str, Any]:
+    """`isdaa evaluate` into its own folder, and what it wrote."""
+    assert main(["evaluate", "--model_path", *map(str, paths), "--output", str(output), *options]) == 0
+    return json.loads((output / "metrics.json").read_text())
+
+
+# --- the whole chain
+
+
+def test_the_chain_leaves_everything_that_was_promised(home: Home) -> None:
+    run = home.run
+    assert {p.name for p in run.iterdir()} == {
+        *("run.json", "config.yaml", "metrics.jsonl", "eval_pairs.jsonl", ".lock"),
+        *("sft", "pairs", "checkpoints", "model"),
+    }
+    state = json.loads((run / "run.json").read_text())
+    assert all(state["stages"][stage]["done"] for stage in ("sft", "label", "align"))
+    assert state["versions"]["torch"] == torch.__version__
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
+    assert same_weights(run / "model", run / "checkpoints" / "checkpoint-6")
+    assert not same_weights(run / "model", run / "sft")
+    lines = read_lines(run / "metrics.jsonl")
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == [1, 2, 3, 4, 5, 6]
+    assert METRICS <= training[0].keys()
+    held_out = [line for line in lines if "eval/loss" in line]
+    assert [line["step"] for line in held_out] == [2, 4, 6]
+    assert {"eval/rewards/accuracy", "eval/weights/ess", "eval/drift/chosen"} <= held_out[0].keys()
+
+
+def test_labelled_pairs_carry_ids_rewards_and_behaviour_logps(home: Home) -> None:
+    pairs = read_lines(home.run / "pairs" / "train.jsonl")
+    assert len(pairs) == 48
+    for pair in pairs:
+        assert {"prompt", "chosen", "rejected", "prompt_ids", "chosen_ids", "rejected_ids", "facts"} <= pair.keys()
+        assert isinstance(pair["chosen_finished"], bool)
+        assert isinstance(pair["chosen_reward"], float)
+        if pair["chosen_ids"] != pair["rejected_ids"]:
+            assert pair["behaviour_chosen_logps"] < 0 > pair["behaviour_rejected_logps"]
+    facts = json.loads((home.run / "pairs" / "label.json").read_text())
+    assert facts["settings"]["label"] == "sample"
+    assert facts["settings"]["temperature"] == 1
+    assert facts["pairs"] == 48
+
+
+def test_policy_and_reference_and_behaviour_agree_before_the_first_step(home: Home) -> None:
+    first = read_lines(home.run / "metrics.jsonl")[0]
+    assert first["start/drift_max"] <= 1e-3
+    assert abs(first["weights/log_weight_p05"]) <= 1e-3
+    assert abs(first["weights/log_weight_p95"]) <= 1e-3
+    assert first["weights/mean"] == pytest.approx(1, abs=1e-3)
+
+
+def test_a_path_alone_is_enough_to_evaluate(home: Home) -> None:
+    assert main(["evaluate", "--model_path", str(home.run / "model")]) == 0
+    metrics = json.loads((home.run / "evaluation" / "metrics.json").read_text())
+    assert metrics["scorer"]["name"] == "gold"
+    assert Path(metrics["reference"]["path"]).resolve() == (home.run / "sft").resolve()
+    (model,) = metrics["models"]
+    assert (model["method"], model["beta"], model["step"]) == ("is_dpo", 0.05, 6)
+    assert model["kl"]["mean"] >= 0
+    assert 0 <= model["win_rate"]["low"] <= model["win_rate"]["mean"] <= model["win_rate"]["high"] <= 1
+    last = [line for line in read_lines(home.run / "metrics.jsonl") if "weights/ess" in line][-1]
+    assert model["ess"] == last["weights/ess"]
+    posts = read_lines(home.run / "evaluation" / "samples.jsonl")[0]
+    assert "prompts" in json.dumps(posts)
+
+
+def test_every_checkpoint_of_a_run_in_one_call_and_without_a_scorer(home: Home, tmp_path: Path) -> None:
+    metrics = evaluated(home.run, output=tmp_path / "all", options=("--scorer", "none"))
+    assert [model["step"] for model in metrics["models"]] == [2, 4, 6]
+    assert metrics["scorer"] is None
+    assert metrics["verdict"] is None
+    assert "no verdict" in metrics["note"]
+    assert all(model["win_rate"] is None and model["kl"]["mean"] >= 0 for model in metrics["models"])
+    assert all("held_out" in model for model in metrics["models"])
+
+
+def test_a_second_call_reuses_all_and_runs_no_model(
+    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = content(home.run)
+    forbid(monkeypatch, (torch.nn.Linear, "forward"), (torch.nn.Embedding, "forward"))
+    assert train(home.run, CHAIN) == 0
+    assert capsys.readouterr().err.count("finished earlier, reused") == 3
+    after = content(home.run)
+    assert {name for name in after if before.get(name) != after[name]} <= {"run.json", "config.yaml"}
+
+
+def test_another_objective_reads_the_reference_logps_from_disk(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home.folder)
+    forbid(monkeypatch, (reference, "_compute"))
+    settings = {k: v for k, v in CHAIN.items() if not k.startswith(("model.", "data.sft", "data.prompts"))}
+    changes = {"model.path": "study/run/sft", "data.pairs": "study/run/pairs/train.jsonl", "stages": ["align"]}
+    assert train("study/other", settings | changes, objective__method="ipo", align__max_steps=1) == 0
+    facts = json.loads(Path("study/other/model/isdaa.json").read_text())
+    assert facts["reference"] == "../../run/sft"
+    assert facts["config"]["objective"]["loss"] == "squared"
+
+
+def test_a_damaged_cache_is_noticed(home: Home, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    study = tmp_path / "study"
+    shutil.copytree(home.folder / "study", study)
+    for file in (study / ".isdaa_cache").glob("logps-*.safetensors"):
+        data = bytearray(file.read_bytes())
+        data[-3] ^= 1
+        file.write_bytes(bytes(data))
+    shutil.rmtree(study / "run" / "checkpoints")
+    shutil.rmtree(study / "run" / "model")
+    state = json.loads((study / "run" / "run.json").read_text())
+    del state["stages"]["align"]
+    (study / "run" / "run.json").write_text(json.dumps(state))
+    assert train(study / "run", CHAIN) == 0
+    assert "damaged" in caplog.text
+    assert same_weights(study / "run" / "model", home.run / "model")
+
+
+# --- what is saved
+
+
+def test_a_saved_model_is_a_plain_hugging_face_folder(home: Home) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+    folder = home.run / "model"
+    names = {p.name for p in folder.iterdir()}
+    assert {"README.md", "isdaa.json", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert not any(name.endswith(".bin") for name in names)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.config.use_cache
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    generate = pipeline("text-generation", model=str(folder))
+    (answer,) = generate(tokenizer.decode(tokenizer("my boss").input_ids, skip_special_tokens=True), max_new_tokens=3)
+    assert isinstance(answer["generated_text"], str)
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert (generation["temperature"], generation["top_p"], generation["top_k"]) == (1, 1, 0)
+    assert generation["eos_token_id"] == tokenizer.eos_token_id
+
+
+def test_the_card_and_the_record_say_what_was_done(home: Home) -> None:
+    card = (home.run / "model" / "README.md").read_text()
+    for words in ("is_dpo", "log σ", "learning_rate: 0.003", "world:small", "rewards/accuracy", "torch", "isdaa evaluate", "sft"):
+        assert words in card, words
+    assert card.startswith("---\nlibrary_name: transformers")
+    record = json.loads((home.run / "model" / "isdaa.json").read_text())
+    assert record["reference"] == "../sft"
+    assert (record["evaluation"], record["scorer"], record["step"]) == ("world:small", "gold", 6)
+    assert record["config"]["objective"]["clip_eps"] == 1.0
+    assert json.loads((home.run / "checkpoints" / "checkpoint-4" / "isdaa.json").read_text())["reference"] == "../../sft"
+    assert json.loads((home.run / "sft" / "isdaa.json").read_text())["kind"] == "sft"
+
+
+def test_a_run_can_be_moved(home: Home, tmp_path: Path) -> None:
+    before = evaluated(home.run, output=tmp_path / "before")
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(home.folder / "study", moved)
+    home.folder.joinpath("study").rename(home.folder / "gone")
+    try:
+        after = evaluated(moved / "run", output=tmp_path / "after")
+    finally:
+        home.folder.joinpath("gone").rename(home.folder / "study")
+    assert [m["kl"] for m in after["models"]] == [m["kl"] for m in before["models"]]
+    assert str(moved) in after["reference"]["path"]
+
+
+# --- a learned reward
+
+
+def test_a_reward_model_is_learned_and_evaluates(home: Home, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(home.run / "sft", tmp_path / "sft")
+    shutil.copytree(home.run / "pairs", tmp_path / "pairs")
+    changes = {
+        "stages": ["reward", "align"],
+        "model.path": str(tmp_path / "sft"),
+        "model.random": None,
+        "data.pairs": str(tmp_path / "pairs" / "train.jsonl"),
+        "reward.max_steps": 3,
+        "reward.batch_size": 8,
+        "reward.learning_rate": 1e-2,
+        "reward.warmup_steps": 0,
+        "align.max_steps": 2,
+        "evaluation.scorer": str(run / "reward"),
+    }
+    assert train(run, CHAIN | changes) == 0
+    assert not (run / "reward-checkpoints").exists()
+    from transformers import AutoModelForSequenceClassification
+
+    head = AutoModelForSequenceClassification.from_pretrained(run / "reward")
+    assert head.config.num_labels == 1
+    assert float(head.score.weight.detach().abs().sum()) > 0
+    record = json.loads((run / "model" / "isdaa.json").read_text())
+    assert record["scorer"] == "../reward"
+    assert main(["evaluate", "--model_path", str(run / "model")]) == 0
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    assert Path(metrics["scorer"]["name"]).resolve() == (run / "reward").resolve()
+    assert metrics["models"][0]["win_rate"] is not None
+    # It labels, too.
+    label = {"stages": ["label"], "label.scorer": str(run / "reward"), "data.prompts": "world:small", "data.limit": 6}
+    assert train(tmp_path / "relabelled", CHAIN | changes | label, label__samples=4, label__pairing="best_worst") == 0
+    pairs = read_lines(tmp_path / "relabelled" / "pairs" / "train.jsonl")
+    assert len(pairs) == 6
+    assert all(pair["chosen_reward"] != pair["rejected_reward"] or pair["chosen"] == pair["rejected"] for pair in pairs)
+
+
+# --- `align` alone, from every kind of file
+
+
+def standard(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return rows
+
+
+def conversational(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def turns(row: dict[str, Any]) -> list[dict[str, str]]:
+        opening = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello!"}]
+        return [{"role": "system", "content": "Be short."}, *opening, {"role": "user", "content": row["prompt"]}]
+
+    return [
+        {
+            "prompt": turns(row),
+            "chosen": [{"role": "assistant", "content": row["chosen"]}],
+            "rejected": [{"role": "assistant", "content": row["rejected"]}],
+        }
+        for row in rows
+    ]
+
+
+def implicit(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in conversational(rows)]
+
+
+def of_the_authors(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**row, "chosen_logps": -20.0 - i, "rejected_logps": -15.0} for i, row in enumerate(rows)]
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "write"),
+    [
+        (standard, "pairs.jsonl", jsonl),
+        (standard, "pairs.csv", write_csv),
+        (standard, "pairs.parquet", write_parquet),
+        (conversational, "pairs.jsonl", jsonl),
+        (conversational, "pairs.parquet", write_parquet),
+        (implicit, "pairs.jsonl", jsonl),
+        (of_the_authors, "pairs.jsonl", jsonl),
+        (of_the_authors, "pairs.csv", write_csv),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_align_reads_every_format(place: Path, form: Callable, name: str, write: Callable) -> None:
+    write(place / name, form(plain_pairs(12)))
+    assert train("run", ALIGN, data__pairs=name) == 0
+    first = read_lines(place / "run" / "metrics.jsonl")[0]
+    assert first["start/drift_max"] <= 1e-3
+    own = form is of_the_authors
+    assert (abs(first["weights/log_weight_mean"]) <= 1e-3) is not own
+    held = {prompt_key(row) for row in read_lines(place / "run" / "eval_pairs.jsonl")}
+    assert len(held) == 3  # a fifth of twelve prompts, rounded up
+    assert not same_weights(place / "run" / "model", place / "my_model")
+    record = json.loads((place / "run" / "model" / "isdaa.json").read_text())
+    assert record["reference"] == "../../my_model"
+    assert record["evaluation"] == "../eval_pairs.jsonl"
+
+
+def test_held_out_prompts_never_train(place: Path) -> None:
+    pairs = plain_pairs(6)
+    again = [{**pair, "rejected": "Something else."} for pair in pairs]
+    jsonl(place / "pairs.jsonl", pairs + again)
+    seen: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = preference.PreferenceTrainer.__init__
+
+        def watch(self: Any, *args: Any, train_dataset: Any, eval_dataset: Any, **kwargs: Any) -> None:
+            seen.extend({tuple(rows[i]["prompt_ids"]) for i in range(len(rows))} for rows in (train_dataset, eval_dataset))
+            original(self, *args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+
+        patch.setattr(preference.PreferenceTrainer, "__init__", watch)
+        assert train("run", ALIGN, data__eval_fraction=0.3) == 0
+    trained, held = seen
+    assert len(trained) == 4
+    assert len(held) == 2
+    assert not trained & held
+    assert len(read_lines(place / "run" / "eval_pairs.jsonl")) == 4
+
+
+def test_held_out_pairs_of_their_own_file(place: Path) -> None:
+    jsonl(place / "held_out.jsonl", plain_pairs(15)[12:])
+    assert train("run", ALIGN, data__eval_pairs="held_out.jsonl") == 0
+    assert [row["prompt"] for row in read_lines(place / "run" / "eval_pairs.jsonl")] == [p["prompt"] for p in plain_pairs(15)[12:]]
+    metrics = evaluated("run/model", output=place / "records")
+    assert metrics["scorer"] is None
+    assert metrics["prompts"] == 3
+    assert metrics["models"][0]["held_out"]["accuracy"]["mean"] is not None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective__weight": "shuffled"},
+        {"objective__weight": "mean", "align__gradient_accumulation_steps": 2, "align__batch_size": 2},
+        {"objective__weight": "wpo"},
+        {"objective__normalize": "batch", "objective__clip": "per_response", "objective__clip_eps": None},
+        {"objective__method": "is_chi_po", "objective__max_reward": 1.0},
+        {"objective__method": "rpo", "objective__length_penalty": 0.01, "objective__length_normalized": True},
+        {"align__precision": "bfloat16"},
+        {"model__dtype": "bfloat16", "align__gradient_checkpointing": True},
+        {"align__batch_tokens": 60, "align__logp_chunk": 16, "align__optimizer": "sgd"},
+    ],
+    ids=lambda changes: " ".join(f"{k.split('__')[1]}={v}" for k, v in changes.items()),
+)
+def test_free_combinations_train(place: Path, changes: dict[str, Any]) -> None:
+    assert train("run", ALIGN, **changes) == 0
+    lines = [line for line in read_lines(place / "run" / "metrics.jsonl") if "loss" in line]
+    assert all(line["loss"] is not None and line["grad_norm"] is not None for line in lines)
+    assert all(torch.isfinite(tensor).all() for tensor in weights(place / "run" / "model").values())
+
+
+def test_lora_starts_at_the_policy_as_loaded_and_its_checkpoints_can_be_evaluated(place: Path) -> None:
+    assert train("run", ALIGN, lora__rank=4, align__learning_rate=0.05, align__max_steps=4) == 0
+    first = read_lines(place / "run" / "metrics.jsonl")[0]
+    assert first["start/drift_max"] <= 1e-3
+    assert (place / "run" / "model" / "model.safetensors").exists()
+    assert not (place / "run" / "model" / "adapter_config.json").exists()
+    assert not same_weights(place / "run" / "model", place / "my_model")
+    assert (place / "run" / "checkpoints" / "checkpoint-2" / "adapter_model.safetensors").exists()
+    metrics = evaluated("run/checkpoints/checkpoint-4", "run/model", output=place / "records")
+    adapter, merged = metrics["models"]
+    assert adapter["kl"]["mean"] == pytest.approx(merged["kl"]["mean"], rel=1e-3)
+    assert merged["kl"]["mean"] > 0
+    card = (place / "run" / "model" / "README.md").read_text()
+    assert "rank: 4" in card
+
+
+def test_another_model_is_the_reference(place: Path) -> None:
+    chat_model(place / "other", seed=5)
+    assert train("run", ALIGN, reference__path="other") == 0
+    first = read_lines(place / "run" / "metrics.jsonl")[0]
+    assert "start/drift_max" not in first
+    assert abs(first["drift/chosen"]) > 1e-3
+    assert json.loads((place / "run" / "model" / "isdaa.json").read_text())["reference"] == "../../other"
+
+
+def test_behaviour_logps_by_a_model_and_by_a_file_are_the_same(place: Path) -> None:
+    chat_model(place / "writer", seed=5)
+    assert train("run", ALIGN, behaviour__model_path="writer") == 0
+    options = ["--tokenization.max_length", "200", "--tokenization.max_prompt_length", "120"]
+    assert main(["logps", "--model_path", "writer", "--data", "pairs.jsonl", "--output", "with_logps.jsonl", *options]) == 0
+    rows = read_lines(place / "with_logps.jsonl")
+    assert len(rows) == 12
+    assert all(row["behaviour_chosen_logps"] < 0 > row["behaviour_rejected_logps"] for row in rows)
+    assert train("again", ALIGN, data__pairs="with_logps.jsonl") == 0
+    one, other = (without_time(place / name / "metrics.jsonl") for name in ("run", "again"))
+    assert abs(one[0]["weights/log_weight_mean"]) > 1e-3
+    for a, b in zip(one, other, strict=True):
+        assert a == {key: pytest.approx(value, rel=1e-4, abs=1e-5) for key, value in b.items()}
+
+
+def test_a_small_vocabulary_cannot_be_the_reference(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chat_model(place / "small", vocab_size=100)
+    assert train("run", ALIGN, reference__path="small") == 2
+    assert "vocabulary (100) is smaller" in capsys.readouterr().err
+
+
+def test_chat_and_plain_prompts_are_labelled_in_one_file(place: Path) -> None:
+    shutil.copy(EXAMPLES / "prompts.jsonl", place / "prompts.jsonl")
+    chat_model(place / "judge", seed=3)
+    from transformers import AutoModelForSequenceClassification
+
+    judge = AutoModelForSequenceClassification.from_pretrained("judge", num_labels=1)
+    judge.config.pad_token_id = 2
+    judge.save_pretrained("judge")
+    settings = ALIGN | {"stages": ["label", "align"], "data.pairs": None, "data.prompts": "prompts.jsonl"}
+    label = {"label.scorer": "judge", "label.max_new_tokens": 6, "label.samples": 3}
+    assert train("run", settings | label) == 0
+    pairs = read_lines(place / "run" / "pairs" / "train.jsonl")
+    assert {type(pair["prompt"]) for pair in pairs} == {str, list}
+    assert all(type(pair["chosen"]) is type(pair["prompt"]) for pair in pairs)
+
+
+def test_tensorboard_gets_the_metrics(place: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert train("run", ALIGN, align__report_to=["tensorboard"]) == 0
+    events = EventAccumulator(str(place / "run" / "tensorboard" / "align"))
+    events.Reload()
+    names = events.Tags()["scalars"]
+    assert any(name.endswith("weights/ess") for name in names), names
+    assert any("eval" in name and name.endswith("rewards/accuracy") for name in names), names
+
+
+# --- a stop in the middle
+
+
+class Stop:
+    """Raises KeyboardInterrupt at the n-th call of a method."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, owner: Any, name: str, calls: int) -> None:
+        original = getattr(owner, name)
+        self.left = calls
+
+        def stopping(*args: Any, **kwargs: Any) -> Any:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        patch.setattr(owner, name, stopping)
+
+
+def interrupted_run(folder: Path, settings: dict[str, Any], owner: Any, name: str, calls: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        Stop(patch, owner, name, calls)
+        assert train(folder, settings) == 130
+    assert train(folder, settings) == 0
+
+
+@pytest.mark.parametrize("calls", [0, 3, 5], ids=lambda n: f"step {n + 1}")
+def test_align_resumes_bit_for_bit(home: Home, tmp_path: Path, calls: int) -> None:
+    study = tmp_path / "study"
+    shutil.copytree(home.folder / "study", study, ignore=shutil.ignore_patterns("model", "checkpoints", "metrics.jsonl"))
+    state = json.loads((study / "run" / "run.json").read_text())
+    del state["stages"]["align"]
+    (study / "run" / "run.json").write_text(json.dumps(state))
+    interrupted_run(study / "run", CHAIN, preference.PreferenceTrainer, "training_step", calls)
+    assert same_weights(study / "run" / "model", home.run / "model")
+    assert without_time(study / "run" / "metrics.jsonl") == without_time(home.run / "metrics.jsonl")
+
+
+def test_align_stopped_after_its_last_step_only_saves(home: Home, tmp_path: Path) -> None:
+    from isdaa.training import align
+
+    study = tmp_path / "study"
+    shutil.copytree(home.folder / "study", study, ignore=shutil.ignore_patterns("model", "checkpoints", "metrics.jsonl"))
+    state = json.loads((study / "run" / "run.json").read_text())
+    del state["stages"]["align"]
+    (study / "run" / "run.json").write_text(json.dumps(state))
+    interrupted_run(study / "run", CHAIN, align, "keep_model", 0)
+    assert same_weights(study / "run" / "model", home.run / "model")
+    assert without_time(study / "run" / "metrics.jsonl") == without_time(home.run / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(("owner", "name", "calls"), [("SFTTrainer", "training_step", 4), (None, "keep_model", 0)])
+def test_sft_resumes_bit_for_bit(home: Home, tmp_path: Path, owner: str | None, name: str, calls: int) -> None:
+    import trl
+
+    where = getattr(trl, owner) if owner else supervised
+    interrupted_run(tmp_path / "run", CHAIN | {"stages": ["sft"]}, where, name, calls)
+    assert same_weights(tmp_path / "run" / "sft", home.run / "sft")
+    assert not (tmp_path / "run" / "sft-checkpoints").exists()
+
+
+def test_label_goes_on_from_its_responses(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(home.run / "sft", tmp_path / "sft")
+    monkeypatch.setattr(label_stage, "BLOCK", 16)
+    sampled: list[str] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        sampled.extend(args[6])
+        return sample(*args, **kwargs)
+
+    monkeypatch.setattr(label_stage, "sample", counted)
+    changes = {"stages": ["label"], "model.path": str(tmp_path / "sft"), "model.random": None, "data.sft": None}
+    interrupted_run(tmp_path / "run", CHAIN | changes, label_stage, "sample", 2)
+    assert len(sampled) == len(set(sampled)) == 2 * 48
+    assert (tmp_path / "run" / "pairs" / "train.jsonl").read_bytes() == (home.run / "pairs" / "train.jsonl").read_bytes()
+
+
+def test_a_lora_run_resumes_bit_for_bit(place: Path) -> None:
+    settings = ALIGN | {"lora.rank": 2, "lora.dropout": 0.1, "align.max_steps": 4}
+    assert train("whole", settings) == 0
+    interrupted_run(place / "run", settings, preference.PreferenceTrainer, "training_step", 3)
+    assert same_weights(place / "run" / "model", place / "whole" / "model")
+    assert without_time(place / "run" / "metrics.jsonl") == without_time(place / "whole" / "metrics.jsonl")
+
+
+def test_a_checkpoint_that_a_kill_left_half_is_passed_over(
+    home: Home, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    study = tmp_path / "study"
+    shutil.copytree(home.folder / "study", study, ignore=shutil.ignore_patterns("model", "metrics.jsonl"))
+    state = json.loads((study / "run" / "run.json").read_text())
+    state["stages"]["align"]["done"] = False
+    (study / "run" / "run.json").write_text(json.dumps(state))
+    (study / "run" / "checkpoints" / "checkpoint-6" / "optimizer.pt").unlink()
+    assert train(study / "run", CHAIN) == 0
+    assert "optimizer.pt is missing" in caplog.text
+    assert same_weights(study / "run" / "model", home.run / "model")
+    assert without_time(study / "run" / "metrics.jsonl") == without_time(home.run / "metrics.jsonl")
