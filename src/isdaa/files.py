@@ -52,7 +52,8 @@ def current_umask() -> int:
 def write_folder_atomically(folder: str | Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write into a folder aside, sync every file of it, then rename it into place.
 
-    An existing folder of that name is replaced; it is moved away first and removed last, so a kill leaves either one.
+    An existing folder of that name is replaced: moved away first, removed last. A kill between the two renames leaves no
+    folder of that name, never a part of one. Where `fill` fails, nothing is left of its work.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -60,8 +61,12 @@ def write_folder_atomically(folder: str | Path, fill: Callable[[Path], None]) ->
     old = folder.parent / f".old-{folder.name}"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    fill(aside)
-    sync_tree(aside)
+    try:
+        fill(aside)
+        sync_tree(aside)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.rename(folder, old)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ class Checkpoint:
     beta: float | None = None
     seed: int | None = None
     step: int | None = None
-    weight_mean: float | None = None  # of the training step that was logged last before the checkpoint
-    ess: float | None = None  # ESS/N at that step
+    weight_mean: float | None = None  # over the training steps since the checkpoint before
+    ess: float | None = None  # ESS/N over those steps
 
     def to_json(self) -> dict[str, Any]:
         """The fields, as plain data."""
@@ -146,7 +147,7 @@ def _checkpoint(path: str, label: str, record: ModelRecord | None) -> Checkpoint
         return Checkpoint(path, label)
     objective = record.config.get("objective") or {}
     is_policy = record.kind == "policy"
-    weights = _weights_at(run_folder(path), record.step) if is_policy else {}
+    weights = _weights_since(run_folder(path), record.step) if is_policy else {}
     return Checkpoint(
         path,
         label,
@@ -159,14 +160,21 @@ def _checkpoint(path: str, label: str, record: ModelRecord | None) -> Checkpoint
     )
 
 
-def _weights_at(run: Path | None, step: int | None) -> dict[str, float]:
-    """The last logged line with weights at or before a step; without a step, the last one."""
+def _weights_since(run: Path | None, step: int | None) -> dict[str, float]:
+    """Means of the logged weights over the optimiser steps since the checkpoint before; a line speaks for the steps since the last."""
     if run is None or not (run / METRICS).is_file():
         return {}
+    earlier = [int(p.name.split("-")[1]) for p in (run / "checkpoints").glob("checkpoint-*") if _is_checkpoint(p)]
     lines = [line for line in whole_jsonl(run / METRICS) if "weights/mean" in line]
     if step is not None:
-        lines = [line for line in lines if line.get("step", 0) <= step]
-    return lines[-1] if lines else {}
+        since = max((s for s in earlier if s < step), default=0)
+        steps = [0, *(int(line["step"]) for line in lines)]
+        covered = [min(step, end) - max(since, begin) for begin, end in pairwise(steps)]
+    else:
+        covered = [1 if line is lines[-1] else 0 for line in lines]
+    kept = [(count, line) for count, line in zip(covered, lines, strict=True) if count > 0]
+    total = sum(count for count, _ in kept)
+    return {key: sum(n * line[key] for n, line in kept) / total for key in ("weights/mean", "weights/ess") if total}
 
 
 def _labels(paths: Sequence[str]) -> list[str]:

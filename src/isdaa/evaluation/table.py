@@ -65,7 +65,7 @@ def legend(metrics: Mapping[str, Any]) -> list[str]:
         "cut: ended by the length limit."
     ]
     if any(model.get("ess") is not None for model in metrics["models"]):
-        lines.append("weight and ESS (a share of the batch): the training log's last line at or before the checkpoint.")
+        lines.append("weight, ESS (a share of the batch): means over the training steps since the checkpoint before.")
     if scorer is not None:
         opponent = "the reference's samples" if metrics["opponent"] == "reference" else "the data's chosen responses"
         at = f"temperature {settings['temperature']:g}, top-p {settings['top_p']:g}"
