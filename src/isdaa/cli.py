@@ -172,6 +172,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _quiet_libraries() -> None:
     """Libraries' own bars and notices would cover ours; warnings still come through `logging`."""
     import logging
+    import warnings
+
+    warnings.simplefilter("ignore", FutureWarning)  # for those who write the libraries
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

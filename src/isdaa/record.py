@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,11 @@ class ModelRecord:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide numbers."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -45,6 +51,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@cache  # of the code that this process has loaded, which later changes on disk do not touch
 def git_revision() -> str | None:
     """The revision of the source tree that isdaa runs from, with `+changes` where files differ from it."""
     here = Path(__file__).resolve().parent

@@ -1,4 +1,4 @@
-"""Progress on a terminal (rich) or, where there is none, a plain line every few seconds."""
+"""Progress on a terminal (rich) or, where there is none, a plain line every few seconds. Bars nest."""
 
 from __future__ import annotations
 
@@ -9,19 +9,40 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 console = Console(stderr=True, highlight=False)
-_live: Progress | None = None
 PLAIN_INTERVAL = 10.0  # seconds between two lines where there is no terminal
+SKIPPED = 0.5  # seconds; a part that takes less was finished earlier, and says nothing about the pace
+
+_live: Progress | None = None
+_open: list[Bar] = []
+
+
+def say(line: str) -> None:
+    """One line on stderr, above the bars. Not wrapped where there is no terminal: a path stays in one piece."""
+    console.print(line, soft_wrap=not console.is_terminal, markup=False)
+
+
+def clock(seconds: float | None) -> str:
+    """`0:42`, `1:03:20`; `-:--` where nothing is known."""
+    if seconds is None:
+        return "-:--"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class _Left(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{clock(task.fields['bar'].left())} left")
+
+
+class _Count(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        bar: Bar = task.fields["bar"]
+        return Text(f"{bar.share():.0%}" if bar.in_parts else bar.count())
 
 
 class Bar:
@@ -29,48 +50,91 @@ class Bar:
 
     def __init__(self, description: str, total: float | None, live: Progress | None) -> None:
         self.description, self.total, self.done, self.note = description, total, 0.0, ""
+        self.in_parts = False
         self.started = self.printed = time.monotonic()
-        self.live = live
-        self.task: TaskID | None = live.add_task(description, total=total, note="") if live else None
+        self._part: tuple[float, float, str] | None = None  # done before it, its weight, the bar that leads it
+        self._live = live
+        self._task: TaskID | None = live.add_task(description, total=total, note="", bar=self) if live else None
 
     def update(self, n: float = 1, note: str | None = None, total: float | None = None) -> None:
         """Count `n` more units of work done."""
-        self.done += n
         self.note = self.note if note is None else note
         self.total = self.total if total is None else total
-        if self.live is not None and self.task is not None:
-            self.live.update(self.task, completed=self.done, total=self.total, note=self.note)
-        elif time.monotonic() - self.printed >= PLAIN_INTERVAL:
-            self.printed = time.monotonic()
-            self._print()
+        self._reach(self.done + n)
+        for outer in _open:
+            outer._follow(self)
 
-    def _print(self) -> None:
+    @contextmanager
+    def part(self, weight: float, leader: str) -> Iterator[None]:
+        """`weight` units of this bar's work. Inside, it moves with the bar whose description begins with `leader`."""
+        self.in_parts = True
+        began, before = time.monotonic(), self.done
+        self._part = (before, weight, leader)
+        yield
+        self._part = None
+        if time.monotonic() - began < SKIPPED and self.total is not None:
+            self.total -= weight
+            self.started = time.monotonic() - (began - self.started)
+            self._reach(before)
+        else:
+            self._reach(before + weight)
+
+    def share(self) -> float:
+        """Share of the work that is done."""
+        return min(self.done / self.total, 1.0) if self.total else 0.0
+
+    def count(self) -> str:
+        """Units done, of how many."""
+        return f"{self.done:g}/{self.total:g}" if self.total else f"{self.done:g}"
+
+    def left(self) -> float | None:
+        """Seconds left at the pace so far, or None before there is one."""
         elapsed = time.monotonic() - self.started
-        left = ""
-        if self.total and 0 < self.done < self.total:
-            left = f", about {elapsed / self.done * (self.total - self.done):.0f} s left"
-        count = f"{self.done:g}/{self.total:g}" if self.total else f"{self.done:g}"
-        print(f"{self.description}: {count} in {elapsed:.0f} s{left} {self.note}".rstrip(), file=sys.stderr, flush=True)
+        if not self.total or self.done <= 0 or elapsed < 1:
+            return None
+        return max(self.total - self.done, 0.0) * elapsed / self.done
+
+    def _follow(self, inner: Bar) -> None:
+        if self._part is not None and inner is not self and inner.description.startswith(self._part[2]):
+            before, weight, _ = self._part
+            self._reach(max(self.done, before + weight * inner.share()))
+
+    def _reach(self, done: float) -> None:
+        self.done = done
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, completed=self.done, total=self.total, note=self.note)
+        elif time.monotonic() - self.printed >= PLAIN_INTERVAL:
+            self.say()
+
+    def say(self) -> None:
+        """Print the plain line."""
+        self.printed = time.monotonic()
+        count = f"{self.share():.0%}" if self.in_parts else self.count()
+        left = self.left()
+        rest = f", about {clock(left)} left" if left else ""
+        line = f"{self.description}: {count} after {clock(self.printed - self.started)}{rest}  {self.note}"
+        print(line.rstrip(), file=sys.stderr, flush=True)
 
 
 @contextmanager
 def progress(description: str, total: float | None = None) -> Iterator[Bar]:
-    """A bar with the time left, estimated from the work of the same bar; bars nest."""
+    """A bar with the time left, estimated from the pace of its own work. An inner bar goes away when it is done."""
     global _live
     outermost = _live is None and console.is_terminal
     if outermost:
-        columns: list[Any] = [TextColumn("{task.description:<34}"), BarColumn(bar_width=28), MofNCompleteColumn()]
-        columns += [TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=False), TextColumn("{task.fields[note]}")]
-        _live = Progress(*columns, console=console, transient=False)
+        columns: list[Any] = [TextColumn("{task.description:<30}"), BarColumn(bar_width=24), _Count()]
+        _live = Progress(*columns, TimeElapsedColumn(), _Left(), TextColumn("{task.fields[note]}"), console=console)
         _live.start()
     bar = Bar(description, total, _live)
+    _open.append(bar)
     try:
         yield bar
-        if bar.live is None and bar.printed > bar.started:
-            bar._print()
+        if bar._live is None and bar.printed > bar.started:
+            bar.say()
     finally:
-        if bar.live is not None and bar.task is not None and not outermost:
-            bar.live.remove_task(bar.task)
+        _open.remove(bar)
+        if bar._live is not None and bar._task is not None and not outermost:
+            bar._live.remove_task(bar._task)
         if outermost and _live is not None:
             _live.stop()
             _live = None

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from plain_objective import batches, pairs_of
 
 from isdaa.objectives import Objective, batch_weights, effective_sample_size, resolve, weight_metrics
-from isdaa.objectives.weights import permutation
+from isdaa.objectives.weights import importance_weights, permutation, wpo_weights
 
 BATCHES = st.lists(st.floats(0, 50, width=32), min_size=1, max_size=12)
 QUICK = settings(max_examples=80, deadline=None, derandomize=True)
@@ -139,6 +139,15 @@ def test_given_weights_are_used_as_they_are_and_without_gradient() -> None:
         out.losses, out.weights * out.unweighted_losses - 0.1 * 0.005 * pairs_of(rows).policy_chosen_logps
     )
     assert not out.weights.requires_grad
+
+
+def test_no_weight_carries_a_gradient() -> None:
+    ratios = [torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)]
+    found = [*importance_weights(*ratios, "joint", 1.0), *wpo_weights(*ratios), effective_sample_size(ratios[0].exp())]
+    found += [batch_weights(ratios[0].exp(), mode) for mode in ("importance", "shuffled", "mean")]
+    assert not any(tensor.requires_grad for tensor in found)
+    with pytest.raises(ValueError, match=r'clip must be "joint" or "per_response".*did you mean "joint"'):
+        importance_weights(*ratios, "jiont", 1.0)
 
 
 def test_invalid_pairs_have_no_loss_no_gradient_and_no_say() -> None:

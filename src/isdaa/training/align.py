@@ -11,9 +11,11 @@ from isdaa.data.pairs import Counts
 from isdaa.data.sources import hold_out, load_pairs
 from isdaa.data.tokenization import tokenize_pairs
 from isdaa.errors import UserError
+from isdaa.evaluation.collect import check_tokenizers
 from isdaa.files import write_jsonl
 from isdaa.models.adapters import add_lora
 from isdaa.models.forward import PairForward, prepare
+from isdaa.models.loading import load_tokenizer
 from isdaa.objectives.objective import Objective
 from isdaa.training.arguments import training_arguments
 from isdaa.training.batches import BEHAVIOUR_COLUMNS, TokenisedPairs
@@ -49,6 +51,9 @@ def align(run: Run) -> Path:
         # The reference is the policy exactly as loaded: its logps come before the new adapter.
         train, held_out = _with_logps(run, train, held_out, policy, forward, tokenizer)
         policy = add_lora(policy, **config.lora.model_dump(), seed=config.seed)
+        if start is not None and Path(start).is_dir():
+            # Checkpoints hold the adapter alone: they must find its base from any folder.
+            policy.peft_config["default"].base_model_name_or_path = str(Path(start).absolute())
         forward = prepare(policy, probe=False)
     else:
         train, held_out = _with_logps(run, train, held_out, policy, forward, tokenizer)
@@ -143,14 +148,27 @@ def _with_logps(
 def _filled_by(run: Run, sets: list[TokenisedPairs], which: str, path: str, tokenizer: Any) -> list[TokenisedPairs]:
     """Logps under another model, which is let go again."""
     model = other_model(run.config, path)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if vocabulary < len(tokenizer):
-        raise UserError(f"{path}: its vocabulary ({vocabulary}) is smaller than the tokenizer's ({len(tokenizer)}); {which} and policy must share one tokenizer")
+    _check_vocabulary(path, model, tokenizer)
     forward = prepare(model, probe=run.config.align.probe, longest_row=run.config.tokenization.max_length)
     filled = _filled(run, sets, which, model, forward, tokenizer)
     del model, forward
     gc.collect()
     return filled
+
+
+def _check_vocabulary(path: str, model: Any, tokenizer: Any) -> None:
+    """Raises UserError where the policy's token ids mean something else to the model at `path`, or nothing."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if vocabulary < len(tokenizer):
+        raise UserError(
+            f"{path}: its vocabulary ({vocabulary}) is smaller than that of the policy's tokenizer ({len(tokenizer)}); "
+            "name a model that shares the policy's tokenizer"
+        )
+    try:
+        own = load_tokenizer(path, require_eos=False)
+    except UserError:
+        return  # a folder of weights alone
+    check_tokenizers(["the policy", path], [tokenizer, own])
 
 
 def _filled(

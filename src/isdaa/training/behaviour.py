@@ -13,14 +13,12 @@ from isdaa.files import write_jsonl
 from isdaa.models.forward import prepare
 from isdaa.models.loading import load_model, load_tokenizer
 from isdaa.models.saving import weights_digest
-from isdaa.terminal import console
+from isdaa.terminal import say
 from isdaa.training.reference import reference_logps
 from isdaa.training.start import device
 
 
-def write_behaviour_logps(
-    model_path: str, source: str, split: str, output: Path, tokenization: TokenizationConfig
-) -> None:
+def write_behaviour_logps(model_path: str, source: str, split: str, output: Path, tokenization: TokenizationConfig) -> None:
     """Write every usable pair of `source` with `behaviour_chosen_logps` and `behaviour_rejected_logps` (nats, summed).
 
     Pairs that would be cut are left out and counted: their logps would not be those of the whole response (METHOD.md).
@@ -46,5 +44,5 @@ def write_behaviour_logps(
         with_logps.append({**kept, "behaviour_chosen_logps": float(c), "behaviour_rejected_logps": float(r)})
     write_jsonl(output, with_logps)
     for line in (counts + more).lines():
-        console.print(line)
-    console.print(f"{len(tokens)} pairs with behaviour logps: {output}")
+        say(line)
+    say(f"{len(tokens)} pairs with behaviour logps: {output}")

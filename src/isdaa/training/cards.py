@@ -35,7 +35,10 @@ def model_card(record: ModelRecord, name: str) -> str:
     lines += ["## Data", ""]
     lines += [f"- {key}: `{value}`" for key, value in config["data"].items() if value is not None]
     section = {"sft": "sft", "reward": "reward", "policy": "align"}[record.kind]
-    lines += ["", "## Settings", "", "```yaml", yaml.safe_dump({"seed": config["seed"], section: config[section]}, sort_keys=False).strip(), "```", ""]
+    settings = {"seed": config["seed"], "tokenization": config["tokenization"], section: config[section]}
+    if config["lora"]["rank"] and record.kind != "reward":
+        settings["lora"] = config["lora"]
+    lines += ["", "## Settings", "", "```yaml", yaml.safe_dump(settings, sort_keys=False).strip(), "```", ""]
     if record.metrics:
         lines += ["## Training metrics, last logged", "", "| metric | value |", "|---|---|"]
         lines += [f"| {key} | {value:.4g} |" for key, value in sorted(record.metrics.items())]

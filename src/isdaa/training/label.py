@@ -108,9 +108,7 @@ def _responses(run: Run, rows: Sequence[Row], model: Any, tokenizer: Any, path: 
             records = []
             for number, row in enumerate(block):
                 of_row = range(number * settings.samples, (number + 1) * settings.samples)
-                responses = [
-                    {"ids": list(answers[i].ids), "finished": answers[i].finished, "reward": rewards[i]} for i in of_row
-                ]
+                responses = [{"ids": list(answers[i].ids), "finished": answers[i].finished, "reward": rewards[i]} for i in of_row]
                 records.append({"id": str(row["id"]), "responses": responses})
                 found[str(row["id"])] = responses
             append_jsonl(path, records)

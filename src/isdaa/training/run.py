@@ -14,7 +14,7 @@ from isdaa.config import Config, resolved
 from isdaa.errors import UserError
 from isdaa.files import read_json, write_atomically, write_json
 from isdaa.record import git_revision, versions
-from isdaa.terminal import console
+from isdaa.terminal import say
 
 # What decides the outcome of a stage. A stage that began with other values is another run.
 DECIDES: dict[str, tuple[str, ...]] = {
@@ -133,7 +133,7 @@ class Run:
     def say(self, stage: str, lines: Iterable[str]) -> None:
         """Show what happened to the data, one line each, and keep it in `run.json`."""
         for line in lines:
-            console.print(f"{stage}: {line}")
+            say(f"{stage}: {line}")
             self.state["stages"].setdefault(stage, {"done": False, "values": {}}).setdefault("notes", []).append(line)
         self._save()
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from isdaa.config import STAGES, Config
-from isdaa.terminal import console
+from isdaa.terminal import say
 from isdaa.training.inputs import check_inputs
 from isdaa.training.run import Run
 
@@ -56,9 +56,9 @@ def run(config: Config) -> Path:
                 with _tensorboard(current.folder / "tensorboard" / stage):
                     output = STAGE_FUNCTIONS[stage](current)
                 current.finish(stage, output=str(output.relative_to(current.folder)))
-                console.print(f"{stage}: finished, {output}")
+                say(f"{stage}: finished, {output}")
             else:
-                console.print(f"{stage}: finished earlier, reused")
+                say(f"{stage}: finished earlier, reused")
             # The stage's model is kept; these only served a resume.
             shutil.rmtree(current.folder / f"{stage}-checkpoints", ignore_errors=True)
     return Path(config.output_dir)

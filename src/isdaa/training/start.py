@@ -98,9 +98,7 @@ def record_of(run: Run, kind: str, **facts: Any) -> ModelRecord:
     if evaluation is None and held_out.exists():
         evaluation, split = str(held_out), None
     scorer = config.evaluation.scorer
-    return ModelRecord(
-        kind=kind, config=resolved(config), evaluation=evaluation, evaluation_split=split, scorer=scorer, **facts
-    )
+    return ModelRecord(kind=kind, config=resolved(config), evaluation=evaluation, evaluation_split=split, scorer=scorer, **facts)
 
 
 def described(record: ModelRecord, folder: Path) -> dict[str, str]:

@@ -1,0 +1,93 @@
+"""The README's commands are the tested ones: its block for one's own data runs here exactly as it stands."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from chains import CHAIN, EXAMPLES, ROOT, TINY_LLAMA, chat_model
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"<!-- tested: own data -->\n```bash\n(.*?)```", re.DOTALL)
+
+
+def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user would, with the environment's programs first."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "120"}
+    return subprocess.run(["bash", "-euc", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+
+
+def test_ten_lines_for_ones_own_data(tmp_path: Path) -> None:
+    (block,) = BLOCK.findall(README)
+    assert len(block.splitlines()) <= 10
+    chat_model(tmp_path / "my_model", max_position_embeddings=1024)
+    for name in ("pairs.jsonl", "prompts.jsonl"):
+        shutil.copy(EXAMPLES / name, tmp_path / name)
+    done = shell(block, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "KL (nats)" in done.stdout
+    assert "mine/final" in done.stdout
+    (record,) = tmp_path.rglob("model/isdaa.json")
+    assert json.loads(record.read_text())["config"]["objective"]["method"] == "is_dpo"
+
+
+def test_the_example_pairs_are_what_the_readme_says() -> None:
+    pairs = [json.loads(line) for line in (EXAMPLES / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(pairs) >= 100
+    assert {type(pair["prompt"]) for pair in pairs} == {str, list}
+    assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "make demo",
+        "make test",
+        "make lint",
+        "make test-slow",
+        "pip install -r requirements.txt",
+        "python scripts/train.py --config config.yaml",
+        "python scripts/evaluate.py --model_path",
+        "isdaa methods",
+    ],
+)
+def test_the_readme_names_the_command(command: str) -> None:
+    assert command in README
+
+
+def test_what_the_commands_need_is_there() -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {"demo", "test", "test-slow", "lint"} <= set(targets)
+    pins = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] not in "#-."]
+    assert pins
+    assert all("==" in line for line in pins), pins
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:src|docs|tests|configs|scripts)/[\w./-]+)`", README))))
+def test_files_that_the_readme_names_exist(path: str) -> None:
+    assert (ROOT / path).exists()
+
+
+def test_the_scripts_train_and_evaluate_the_shipped_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # In this process: a new one would only load the libraries again.
+    monkeypatch.chdir(tmp_path)
+    tiny = {key: CHAIN[key] for key in CHAIN if key.split(".")[0] in ("sft", "label", "align", "evaluation")}
+    tiny |= {"data.limit": 48, "model.random": json.dumps(TINY_LLAMA)}
+    options = [word for key, value in tiny.items() for word in (f"--{key}", str(value))]
+    for words in (["train", "--config", str(ROOT / "config.yaml"), *options], ["evaluate", "--model_path", "runs/mini/model"]):
+        script = ROOT / "scripts" / f"{words[0]}.py"
+        monkeypatch.setattr(sys, "argv", [str(script), *words[1:]])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(script), run_name="__main__")
+        assert ended.value.code == 0
+    assert "win rate" in capsys.readouterr().out
+    assert Path("runs/mini/evaluation/metrics.json").exists()
