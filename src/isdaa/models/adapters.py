@@ -1,0 +1,88 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) through peft: a new one on a policy, and merged models."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from isdaa.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def add_lora(
+    model: nn.Module,
+    *,
+    rank: int = 16,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    target_modules: str | Sequence[str] = "all-linear",
+    seed: int = 0,
+) -> PeftModel:
+    """Freeze a model and put a new adapter on it; the new model computes what the old one did until it is trained.
+
+    METHOD 'reference under LoRA': the reference is the policy as loaded, so an adapter that the model already carries
+    (a supervised one) is first merged into its weights. `with model.disable_adapter():` is then exactly the reference.
+    `target_modules` are names (or ends of names) of linear layers, or "all-linear": every one but the output head.
+
+    Raises:
+        UserError: rank, alpha or dropout out of range; a target module that the model does not have.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
+        raise UserError(f"lora: rank {rank}, alpha {alpha}, dropout {dropout}; needs rank ≥ 1, alpha > 0, 0 ≤ dropout < 1")
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload(safe_merge=True)
+    targets: str | list[str] = target_modules if isinstance(target_modules, str) else list(target_modules)
+    if targets != "all-linear":
+        targets = [targets] if isinstance(targets, str) else targets
+        _check_targets(model, targets)
+    classifier = any(name.split(".")[-1] == "score" for name, _ in model.named_modules())
+    config = LoraConfig(
+        task_type="SEQ_CLS" if classifier else "CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_dropout=dropout,
+        target_modules=targets,
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft sets it right by itself, and says so
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)  # type: ignore[arg-type,return-value]
+
+
+def merged_copy(model: nn.Module) -> nn.Module:
+    """The plain model that a `PeftModel` computes, as a copy on the CPU; a model without adapter is returned itself.
+
+    A copy, because merging and taking apart again would leave rounding errors in a model that is still being trained.
+    """
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        return model
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("cpu", copy=True), requires_grad=False) for p in model.parameters()}
+    with torch.no_grad():
+        return copy.deepcopy(model, memo).merge_and_unload(safe_merge=True)
+
+
+def _check_targets(model: nn.Module, targets: list[str]) -> None:
+    # Linear in all but name: GPT-2's Conv1D.
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module)]
+    for target in targets:
+        if not any(name == target or name.endswith("." + target) for name in linear):
+            ends = sorted({name.split(".")[-1] for name in linear})
+            raise UserError(
+                f'lora: target module "{target}" is no linear layer of this model{nearest(target, ends)}; '
+                f"it has {', '.join(ends)}"
+            )
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"

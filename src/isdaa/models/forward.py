@@ -1,0 +1,170 @@
+"""The forward pass that training, reference logps and evaluation share: a packed row in, logps of the responses out."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isdaa.errors import UserError
+from isdaa.models import shared_prefix
+from isdaa.models.inner import (
+    REQUEST,
+    SHARED_PREFIX,
+    TWO_ROWS,
+    Request,
+    disable_dropout,
+    evaluating,
+    head_of,
+    inner_model,
+    install_forward,
+)
+from isdaa.models.logprobs import Head
+from isdaa.models.probe import head_trouble, make_probe
+from isdaa.models.shared_prefix import Layout
+
+__all__ = ["PairForward", "ResponseLogps", "disable_dropout", "evaluating", "inner_model", "prepare"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ResponseLogps:
+    """Logps of B pairs in fp32, summed over the tokens of a response (nats).
+
+    chosen_logps, rejected_logps: (B,); an empty response has logp 0.
+    token_logps: (N,) in packed order (see `Layout.response_of`).
+    chosen_wpo, rejected_wpo: (B,) mean over tokens of log π(y_t) − log Σ_v π(v)², without gradient, or None.
+    """
+
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    token_logps: Tensor
+    chosen_wpo: Tensor | None = None
+    rejected_wpo: Tensor | None = None
+
+
+@dataclass
+class PairForward:
+    """Callable of `prepare`: (model, input_ids, position_ids, layout, with_wpo) -> ResponseLogps.
+
+    `model` is what `prepare` was given or any wrapper around it. `mode` is "shared_prefix" or "two_rows";
+    `unprobed_window` is an attention window that the probe could not exceed: batches with longer rows are computed as
+    two rows.
+    """
+
+    model: nn.Module
+    mode: str
+    unprobed_window: int | None = None
+
+    def __call__(
+        self, model: nn.Module, input_ids: Tensor, position_ids: Tensor | None, layout: Layout, with_wpo: bool = False
+    ) -> ResponseLogps:
+        """Logps of both responses of every pair.
+
+        Args:
+            model: the prepared model, or a wrapper around it (its training mode and gradient mode are the caller's).
+            input_ids: (T,) or (1, T) packed row.
+            position_ids: (T,) or (1, T); None derives them from the layout.
+            layout: where the parts of the pairs lie.
+            with_wpo: also compute the WPO term.
+
+        Raises:
+            ValueError: the layout does not describe `input_ids`, or the model was not prepared.
+        """
+        out = self._request(model, input_ids, position_ids, layout, "wpo" if with_wpo else "logps")
+        tokens, wpo = out["token_logps"], out["wpo"]
+        chosen, rejected = layout.response_sums(tokens).chunk(2)
+        if wpo is None:
+            return ResponseLogps(chosen, rejected, tokens)
+        lengths = [n.to(tokens.device).clamp(min=1) for n in (layout.chosen_lengths, layout.rejected_lengths)]
+        chosen_wpo, rejected_wpo = (s / n for s, n in zip(layout.response_sums(wpo).chunk(2), lengths, strict=True))
+        return ResponseLogps(chosen, rejected, tokens, chosen_wpo, rejected_wpo)
+
+    def predicting_states(self, model: nn.Module, input_ids: Tensor, layout: Layout) -> tuple[Tensor, Head]:
+        """(N, D) hidden states that predict the response tokens, and the model's head; for comparing two models."""
+        out = self._request(model, input_ids, None, layout, "hidden")
+        return out["hidden"], head_of(inner_model(model))
+
+    def _request(
+        self, model: nn.Module, input_ids: Tensor, position_ids: Tensor | None, layout: Layout, want: str
+    ) -> dict[str, Any]:
+        input_ids = input_ids.reshape(1, -1)
+        if input_ids.shape[1] != layout.tokens:
+            raise ValueError(f"the layout describes {layout.tokens} tokens, the packed row has {input_ids.shape[1]}")
+        if position_ids is None:
+            position_ids = layout.on(input_ids.device, "position_ids")
+        mode = self.mode
+        if self.unprobed_window is not None and layout.longest > self.unprobed_window:
+            _warn_once(
+                f"rows of more than {self.unprobed_window} tokens exceed an attention window too long to probe:"
+                " their pairs are computed as two separate rows"
+            )
+            mode = TWO_ROWS
+        request = Request(layout, mode, want)
+        out = model(input_ids=input_ids, position_ids=position_ids.reshape(1, -1), **{REQUEST: request})
+        if not isinstance(out, dict) or "token_logps" not in out:
+            raise ValueError("the model was not prepared: call isdaa.models.forward.prepare on it, or on what it wraps")
+        return out
+
+
+def prepare(model: nn.Module, probe: bool = True, longest_row: int | None = None) -> PairForward:
+    """Installs the shared-prefix forward in a model and proves it on one pair.
+
+    The pair is longer than any attention window of the model, or than `longest_row` where the caller will send nothing
+    longer; at most as long as the model's positions allow, and 4352 tokens. A window beyond that stays unproved, and
+    batches that exceed it are computed as two rows. The token logps must equal those of two plain rows of
+    `model(...).logits`, up to rounding in the model's dtype. Where they do not, the forward computes two separate rows
+    with the model's plain attention instead, and a warning says so and why.
+
+    Args:
+        model: a transformers causal language model, or a PEFT model around one. Call it before DDP or FSDP wrap it.
+        probe: False trusts the shared prefix and the config's names for the head.
+        longest_row: the longest `prompt + response` the caller will send, in tokens.
+
+    Raises:
+        UserError: no causal language model, or one whose logps can be computed in neither way.
+    """
+    inner = inner_model(model)
+    state = install_forward(inner)
+    state.own_head = False
+    shared_prefix.install(inner)
+    if not probe:
+        return PairForward(model, SHARED_PREFIX)
+
+    def token_logps(mode: str) -> Callable[[Tensor, Layout], Tensor]:
+        return lambda ids, layout: PairForward(model, mode)(model, ids, None, layout).token_logps
+
+    name = type(inner).__name__
+    with torch.no_grad(), evaluating(model):
+        trouble = head_trouble(inner)
+        if trouble is not None:
+            state.own_head = True
+            logger.warning("%s: %s; response logits are computed by the model's own code", name, trouble)
+        pair = make_probe(model, longest_row)
+        trouble = pair.trouble(model, token_logps(SHARED_PREFIX))
+        if trouble is None:
+            return PairForward(model, SHARED_PREFIX, pair.unprobed_window)
+        logger.warning(
+            "%s: the shared prefix does not reproduce the model's own logps (%s); every pair is computed as two"
+            " separate rows, at up to twice the cost",
+            name,
+            trouble,
+        )
+        shared_prefix.uninstall(inner)
+        for own_head in (state.own_head, True):
+            state.own_head = own_head
+            trouble = pair.trouble(model, token_logps(TWO_ROWS))
+            if trouble is None:
+                return PairForward(model, TWO_ROWS)
+    raise UserError(f"{name}: chunked logps do not equal the model's own logits ({trouble}); this model is not supported")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)

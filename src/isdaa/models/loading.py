@@ -1,0 +1,376 @@
+"""Models, tokenizers and reward models from a folder or the Hub; what cannot be loaded is one clear line.
+
+Transformers starts weights that a folder lacks at random and merely logs it; here that is an error, since every number
+computed with such a model would be wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from isdaa.errors import UserError, nearest
+from isdaa.files import read_json
+from isdaa.models.adapters import add_lora
+from isdaa.models.hub import offline, quiet
+from isdaa.models.saving import save_model, weights_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [  # one door to models: what goes in, what comes out
+    "add_lora",
+    "load_model",
+    "load_sequence_classifier",
+    "load_tokenizer",
+    "random_model",
+    "save_model",
+    "torch_dtype",
+    "weights_digest",
+]
+
+logger = logging.getLogger(__name__)
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Public: language models, reward models, tokenizers
+
+
+def load_model(
+    path_or_name: str | Path,
+    *,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    merge_adapter: bool = True,
+) -> PreTrainedModel:
+    """A causal language model from a folder or the Hub, in evaluation mode.
+
+    A folder (or repository) that holds only a PEFT adapter gives its base model with the adapter merged into the
+    weights; `merge_adapter=False` keeps it beside them, as a `PeftModel`. `dtype` is that of the weights in memory,
+    "auto" that of the file. `device` None leaves the model on the CPU.
+
+    Raises:
+        UserError: nothing is there, a folder is incomplete or damaged, no causal language model, unknown dtype.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    options |= {"trust_remote_code": trust_remote_code, "revision": revision}
+    return _load(AutoModelForCausalLM, path_or_name, dtype, device, merge_adapter, options)
+
+
+def load_sequence_classifier(
+    path_or_name: str | Path,
+    *,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    new_head: bool = False,
+    pad_id: int | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A reward model: a sequence classifier with one output, in evaluation mode.
+
+    `new_head=True` starts a reward model from a language model, with a random head of one output drawn by `seed`.
+    `pad_id` is set in the model's configuration, which transformers needs to find the last token of each row.
+
+    Raises:
+        UserError: as `load_model`; a model without a trained head; a head with more than one output.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    options |= {"trust_remote_code": trust_remote_code, "revision": revision}
+    if new_head:
+        options["num_labels"] = 1
+    with _seeded(seed):
+        model = _load(AutoModelForSequenceClassification, path_or_name, dtype, device, True, options, new_head)
+    if model.config.num_labels != 1:
+        raise UserError(f"{path_or_name}: a classifier of {model.config.num_labels} labels; a reward model has one output")
+    if pad_id is not None:
+        model.config.get_text_config().pad_token_id = model.config.pad_token_id = pad_id
+    return model
+
+
+def load_tokenizer(
+    path_or_name: str | Path,
+    *,
+    require_eos: bool = True,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or Hub name; an adapter's folder without one gives its base model's.
+
+    Where there is no padding token, EOS serves: masks decide what is padding, and embeddings are never resized.
+
+    Raises:
+        UserError: nothing is there, no tokenizer in it, or no EOS token while `require_eos`.
+    """
+    from transformers import AutoTokenizer
+
+    name = str(path_or_name)
+    folder = _local_folder(name)
+    if folder is not None and not _has(folder, "tokenizer*", "vocab*", "*.model", "*.tiktoken"):
+        adapter = _adapter_config(name, folder, revision)
+        if adapter is None:
+            raise UserError(f"{name}: no tokenizer in this folder (tokenizer.json, tokenizer_config.json); name one")
+        name = _base_of(adapter, name)
+        folder = _local_folder(name)
+    options = {"trust_remote_code": trust_remote_code, "revision": revision} | offline(folder)
+    try:
+        with quiet(downloads=folder is None):
+            tokenizer = AutoTokenizer.from_pretrained(str(folder or name), **options)
+    except Exception as error:
+        raise _readable(error, name, folder, "tokenizer") from error
+    if tokenizer.eos_token_id is None and require_eos:
+        raise UserError(
+            f"{name}: the tokenizer has no EOS token, so no response could end; "
+            'set "eos_token" in its tokenizer_config.json to the token that ends a text'
+        )
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def random_model(config: dict[str, Any], seed: int, *, dtype: str = "float32") -> PreTrainedModel:
+    """A new causal language model with random weights: `config` is a `model_type` and arguments of its configuration.
+
+    The same config and seed give the same weights; the global random state is left alone.
+
+    Raises:
+        UserError: unknown model_type or key, or values that the architecture refuses.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+
+    values = dict(config)
+    model_type = values.pop("model_type", None)
+    if not isinstance(model_type, str):
+        raise UserError('the config of a random model names no model_type, such as "llama"')
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(f'model_type "{model_type}": transformers knows none{nearest(model_type, CONFIG_MAPPING)}')
+    try:
+        defaults = AutoConfig.for_model(model_type)
+        for key in values:
+            if not hasattr(defaults, key):
+                known = [name for name in defaults.to_dict() if not name.startswith("_")]
+                raise UserError(f'model_type {model_type}: unknown key "{key}"{nearest(key, known)}')
+        with _seeded(seed), quiet():
+            full = AutoConfig.for_model(model_type, **values)
+            model = AutoModelForCausalLM.from_config(full, dtype=torch_dtype(dtype) or torch.float32)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"model_type {model_type}: no model can be made of this config ({_short(error)})") from error
+    return model.eval()
+
+
+def torch_dtype(name: str) -> torch.dtype | None:
+    """The dtype of a name in `DTYPES`; None for "auto"."""
+    if name not in DTYPES:
+        raise UserError(f'dtype "{name}": one of {", ".join(DTYPES)}{nearest(str(name), DTYPES)}')
+    return None if name == "auto" else getattr(torch, name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One way to load, and what can go wrong
+
+
+def _load(
+    auto_class: Any,
+    path_or_name: str | Path,
+    dtype: str,
+    device: str | torch.device | None,
+    merge_adapter: bool,
+    options: dict[str, Any],
+    new_head: bool = False,
+) -> Any:
+    wanted = torch_dtype(dtype) or "auto"
+    name = str(path_or_name)
+    folder = _local_folder(name)
+    adapter = _adapter_config(name, folder, options["revision"])
+    if adapter is not None:
+        settings = _adapter_settings(adapter)
+        inner = options | {"revision": settings.get("revision")}
+        classifier = auto_class.__name__ == "AutoModelForSequenceClassification"
+        if classifier:
+            if settings.get("task_type") != "SEQ_CLS" and not new_head:
+                raise UserError(f"{name}: no trained reward head; it is a language model's adapter, not a reward model's")
+            inner["num_labels"] = 1  # the head comes with the adapter
+        base = _load(auto_class, _base_of(adapter, name), dtype, None, True, inner, new_head=classifier)
+        model = _with_adapter(base, name, folder, options["revision"], merge_adapter)
+    else:
+        if folder is not None:
+            _check_folder(name, folder)
+        options = {key: value for key, value in options.items() if not (key == "revision" and folder)}
+        try:
+            with quiet(downloads=folder is None):
+                model, report = auto_class.from_pretrained(
+                    str(folder or name),
+                    dtype=wanted,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # the report names them, and is checked
+                    **options,
+                    **offline(folder),
+                )
+        except Exception as error:
+            raise _readable(error, name, folder, "model") from error
+        _check_report(name, report, type(model).__name__, new_head)
+    model = model.eval()
+    return model if device is None else model.to(device)
+
+
+def _with_adapter(base: nn.Module, name: str, folder: Path | None, revision: str | None, merge: bool) -> Any:
+    from peft import PeftModel
+
+    try:
+        with quiet(downloads=folder is None):
+            model = PeftModel.from_pretrained(base, str(folder or name), revision=revision)  # type: ignore[arg-type]
+            return model.merge_and_unload(safe_merge=True) if merge else model
+    except Exception as error:
+        raise UserError(f"{name}: the adapter does not fit its base model or is damaged ({_short(error)})") from error
+
+
+def _adapter_config(name: str, folder: Path | None, revision: str | None) -> Path | None:
+    """The adapter_config.json of a place that holds an adapter and no model of its own."""
+    if folder is not None:
+        path = folder / ADAPTER_CONFIG
+        # Some trainers write the base model's config.json beside an adapter; its weights they do not.
+        return path if path.is_file() and not _has(folder, "model*.safetensors", "pytorch_model*.bin") else None
+    from transformers.utils import cached_file
+
+    def look(file: str) -> str | None:
+        with quiet():
+            return cached_file(
+                name,
+                file,
+                revision=revision,
+                **offline(folder),
+                _raise_exceptions_for_gated_repo=False,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+
+    adapter = look(ADAPTER_CONFIG)
+    return Path(adapter) if adapter is not None and look("config.json") is None else None
+
+
+def _adapter_settings(adapter: Path) -> dict[str, Any]:
+    settings = read_json(adapter)
+    if not isinstance(settings, dict):
+        raise UserError(f"{adapter}: not the configuration of an adapter")
+    return settings
+
+
+def _base_of(adapter: Path, name: str) -> str:
+    base = _adapter_settings(adapter).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{adapter}: names no base model (base_model_name_or_path); set it to the base's folder or name")
+    if _looks_like_path(base) and not Path(base).exists():
+        beside = adapter.parent / base
+        if not beside.exists():
+            raise UserError(f"{name}: its base model {base} does not exist; mend base_model_name_or_path in {adapter}")
+        return str(beside)
+    return base
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith(("/", ".", "~")) or "\\" in name or name.endswith("/") or name.count("/") > 1
+
+
+def _local_folder(name: str) -> Path | None:
+    """The folder of that name, or None for a Hub name; a path that leads nowhere is an error."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{name}: a file; a model is a folder with config.json and *.safetensors")
+    if not name or _looks_like_path(name):
+        raise UserError(f'"{name}": no such folder')
+    return None
+
+
+def _has(folder: Path, *patterns: str) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in patterns)
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        inside = sorted(p.parent for p in folder.glob("*/config.json"))
+        hint = f"; did you mean {inside[-1]}?" if inside else ""
+        raise UserError(f"{name}: no config.json in this folder, so it holds no model{hint}")
+    if not _has(folder, *_WEIGHTS):
+        raise UserError(f"{name}: config.json, but no weights (*.safetensors) in this folder")
+
+
+def _check_report(name: str, report: dict[str, Any], kind: str, new_head: bool) -> None:
+    """Weights that the file lacks, or has in another shape, would be random."""
+
+    def is_head(key: str) -> bool:
+        return key.split(".")[0] in ("score", "classifier")
+
+    mismatched = sorted(entry for entry in report["mismatched_keys"] if not (new_head and is_head(entry[0])))
+    if mismatched:
+        key, found, expected = mismatched[0]
+        raise UserError(
+            f"{name}: {len(mismatched)} weights do not have the shape that config.json says "
+            f"({key}: {_shape(found)}, not {_shape(expected)})"
+        )
+    missing = sorted(key for key in report["missing_keys"] if not (new_head and is_head(key)))
+    if missing and all(map(is_head, missing)):
+        raise UserError(f"{name}: no trained reward head ({missing[0]}); it is a language model, not a reward model")
+    if missing:
+        raise UserError(f"{name}: {len(missing)} weights of {kind} are not in the folder ({missing[0]}, …): is it complete?")
+    unexpected = sorted(report["unexpected_keys"])
+    if unexpected:
+        logger.warning("%s: %d weights are not part of %s (%s, …)", name, len(unexpected), kind, unexpected[0])
+
+
+def _shape(shape: Any) -> str:
+    return " × ".join(map(str, shape))
+
+
+def _readable(error: Exception, name: str, folder: Path | None, what: str) -> UserError:
+    """One line for what transformers raised."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return UserError(f"{name}: needs code of its own repository; set trust_remote_code only if you trust its authors")
+    if "Unrecognized configuration class" in text:
+        return UserError(f"{name}: not a decoder language model ({_short(error)})")
+    if folder is not None:
+        return UserError(f"{name}: the {what} in this folder cannot be loaded ({_short(error)})")
+    if isinstance(error, OSError):
+        return UserError(
+            f'"{name}": no such folder here, and no {what} of that name could be had from the Hub '
+            f"({'it cannot be reached' if offline(None) else _short(error)})"
+        )
+    return UserError(f"{name}: the {what} cannot be loaded ({_short(error)})")
+
+
+def _short(error: Exception) -> str:
+    """Kind and first sentence of an error; transformers' own go on with advice and tables."""
+    text = " ".join(str(error).split())
+    end = text.find(". ")
+    text = text if end < 0 else text[:end]
+    return f"{type(error).__name__}: {text if len(text) <= 240 else text[:240] + '…'}"
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,50 @@
+"""Full logits never exist: the peak memory of a step at a real vocabulary, against an explicit bound."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+VOCABULARY, HIDDEN, TOKENS = 128_256, 32, 512
+
+# One step of 4 pairs with 128 response tokens each. Prints MB: what full logits would take, and what the step took.
+PROGRAM = """
+import resource, sys
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from isdaa.models.forward import prepare
+from isdaa.models.shared_prefix import Layout
+
+vocabulary, hidden, tokens, way = {vocabulary}, {hidden}, {tokens}, sys.argv[1]
+torch.manual_seed(0)
+model = LlamaForCausalLM(LlamaConfig(
+    vocab_size=vocabulary, hidden_size=hidden, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=2, tie_word_embeddings=False))
+forward = prepare(model)
+for parameter in model.parameters():
+    parameter.grad = torch.zeros_like(parameter)
+ones = torch.ones(4, dtype=torch.long)
+layout = Layout(8 * ones, tokens // 8 * ones, tokens // 8 * ones)
+ids = torch.randint(0, vocabulary, (layout.tokens,))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = peak()
+if way == "ours":
+    out = forward(model, ids, None, layout, with_wpo=True)
+    (out.chosen_logps - out.rejected_logps).sum().backward()
+else:
+    torch.log_softmax(model(input_ids=ids[None, :tokens]).logits[0], -1)[:, 0].sum().backward()
+print(vocabulary * tokens * 4 / 2**20, peak() - before)
+"""
+
+
+@pytest.mark.parametrize("way", ["ours", "full"])
+def test_peak_memory_of_a_step(way):
+    program = PROGRAM.format(vocabulary=VOCABULARY, hidden=HIDDEN, tokens=TOKENS)
+    done = subprocess.run([sys.executable, "-c", program, way], capture_output=True, text=True, check=True)
+    full, used = map(float, done.stdout.split()[-2:])
+    # One chunk of 32 MiB and the gradients of two (V, D) matrices of 16 MiB fit; full logits do not.
+    bound = 120
+    assert full > 2 * bound
+    assert (used < bound) == (way == "ours"), f"{used:.0f} MiB, full logits alone are {full:.0f} MiB"
