@@ -50,6 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--split", metavar="NAME", help="split of --data")
     evaluate.add_argument("--scorer", metavar="NAME", help="`gold`, a reward model's path, or `none` (default: from the record)")
     evaluate.add_argument("--output", metavar="DIR", help="where records go (default: `evaluation` in the run's folder)")
+    evaluate.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "auto"], help="of the policies in memory (default: the record's)"
+    )
+    evaluate.add_argument(
+        "--trust_remote_code", action="store_true", default=None, help="run code that a model's repository ships"
+    )
     add_options(evaluate, only=("evaluation", "tokenization"))
 
     logps = commands.add_parser("logps", help="add behaviour logps under a model to a file of pairs")
@@ -90,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        print(f"isdaa: error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"isdaa: error: {where}{error.strerror or error}", file=sys.stderr)
         return 2
 
 
@@ -109,7 +116,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from isdaa.config import overrides_of
 
     overrides = overrides_of(arguments)
-    for name in ("reference", "data", "split", "scorer"):
+    for name in ("reference", "data", "split", "scorer", "dtype", "trust_remote_code"):
         overrides[name] = getattr(arguments, name)
     overrides["output_dir"] = arguments.output
     _quiet_libraries()

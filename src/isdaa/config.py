@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from isdaa.errors import UserError, nearest
 from isdaa.objectives.presets import PRESETS, resolve
@@ -22,6 +22,13 @@ Stage = Literal["sft", "reward", "label", "align"]
 STAGES: tuple[str, ...] = get_args(Stage)
 
 
+def _no_boolean(value: Any) -> Any:
+    """Python counts True as 1; nobody who writes `true` means it."""
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, got {value}")
+    return value
+
+
 def _yaml_float(value: Any) -> Any:
     """YAML 1.1 reads `1e-6` as text; people write it all the time."""
     if isinstance(value, str):
@@ -29,10 +36,12 @@ def _yaml_float(value: Any) -> Any:
             return float(value)
         except ValueError:
             return value
-    return value
+    return _no_boolean(value)
 
 
 Float = Annotated[float, BeforeValidator(_yaml_float)]
+Int = Annotated[int, BeforeValidator(_no_boolean)]
+Seed = Annotated[Int, Field(ge=0, le=2**32 - 1)]  # what torch and numpy both take
 
 
 class Section(BaseModel):
@@ -59,8 +68,10 @@ class ObjectiveConfig(Section):
     )
     normalize: Literal["batch"] | FromPreset | None = Field("preset", description="divide by the global batch's mean weight")
     length_penalty: Annotated[float | FromPreset, BeforeValidator(_yaml_float)] = Field("preset", description="α, per token")
-    sft_coefficient: Annotated[float | FromPreset, BeforeValidator(_yaml_float)] = Field("preset", description="η of the SFT term")
-    label_smoothing: Annotated[float | FromPreset, BeforeValidator(_yaml_float)] = Field("preset", description="s in [0, 0.5)")
+    sft_coefficient: Annotated[float | FromPreset, BeforeValidator(_yaml_float)] = Field(
+        "preset", description="η of the SFT term"
+    )
+    label_smoothing: Annotated[float | FromPreset, BeforeValidator(_yaml_float)] = Field("preset", description="s in [0, 0.5]")
     length_normalized: bool | FromPreset = Field("preset", description="divide the log-ratios by the length in the margin")
     max_reward: Annotated[float | FromPreset | None, BeforeValidator(_yaml_float)] = Field(
         "preset", description="R_max of χPO: β·h is clipped to ±2·R_max"
@@ -83,7 +94,7 @@ class ModelConfig(Section):
     path: str | None = Field(None, description="folder or Hub name; null with `random` set: a new small model")
     random: dict[str, Any] | None = Field(None, description="config of a randomly initialised model, with its `model_type`")
     tokenizer: str | None = Field(None, description="folder, Hub name or `world:small`; null: the model's own")
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field("float32", description="of the weights in memory")
+    dtype: Literal["float32", "bfloat16", "auto"] = Field("float32", description="of the weights in memory")
     trust_remote_code: bool = Field(False, description="run code that a Hub repository ships")
     revision: str | None = Field(None, description="branch, tag or commit on the Hub")
 
@@ -115,14 +126,14 @@ class DataConfig(Section):
     prompts_split: str = "train"
     evaluation: str | None = Field(None, description="held-out prompts of `isdaa evaluate`; null: the held-out pairs' prompts")
     evaluation_split: str = "test"
-    limit: int | None = Field(None, ge=1, description="read at most this many rows of each source")
+    limit: Int | None = Field(None, ge=1, description="read at most this many rows of each source")
 
 
 class TokenizationConfig(Section):
     """How text becomes token ids; METHOD 'Decisions where sources differ'."""
 
-    max_length: int = Field(640, ge=2, description="tokens of prompt + response")
-    max_prompt_length: int = Field(512, ge=1, description="tokens of the prompt")
+    max_length: Int = Field(640, ge=2, description="tokens of prompt + response")
+    max_prompt_length: Int = Field(512, ge=1, description="tokens of the prompt")
     truncation: Literal["keep_end", "keep_start"] = Field("keep_end", description="the part of a long prompt that is kept")
 
     @model_validator(mode="after")
@@ -136,22 +147,24 @@ class OptimisationConfig(Section):
     """Optimiser and schedule of one training stage."""
 
     epochs: Float = Field(1.0, gt=0)
-    max_steps: int | None = Field(None, ge=1, description="stop after this many optimiser steps; null: `epochs` decides")
-    batch_size: int = Field(8, ge=1, description="rows (pairs) of one forward pass on one device")
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    max_steps: Int | None = Field(None, ge=1, description="stop after this many optimiser steps; null: `epochs` decides")
+    batch_size: Int = Field(8, ge=1, description="rows (pairs) of one forward pass on one device")
+    gradient_accumulation_steps: Int = Field(1, ge=1)
     learning_rate: Float = Field(1e-6, ge=0)
     lr_scheduler: Literal["cosine_with_min_lr", "cosine", "linear", "constant", "constant_with_warmup"] = "cosine_with_min_lr"
     min_lr_ratio: Float = Field(0.1, ge=0, le=1, description="floor of `cosine_with_min_lr`")
-    warmup_steps: int = Field(150, ge=0)
+    warmup_steps: Int = Field(150, ge=0)
     optimizer: Literal["adamw", "sgd", "rmsprop", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     adam_epsilon: Float = Field(1e-5, gt=0)
     weight_decay: Float = Field(0.0, ge=0)
     max_grad_norm: Float = Field(1.0, ge=0, description="0: no gradient clipping")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast on top of `model.dtype`")
     gradient_checkpointing: bool = False
-    seed: int | None = Field(None, description="null: the run's seed")
-    logging_steps: int = Field(10, ge=1)
-    report_to: list[str] = Field(default_factory=list, description="tensorboard, wandb, trackio")
+    seed: Seed | None = Field(None, description="null: the run's seed")
+    logging_steps: Int = Field(10, ge=1)
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default_factory=list, description="tensorboard, wandb, trackio"
+    )
 
 
 class SftConfig(OptimisationConfig):
@@ -170,62 +183,69 @@ class LabelConfig(Section):
     """Sample n responses a prompt, score them, make pairs."""
 
     scorer: str | None = Field(None, description="`gold` (embedded world) or a sequence-classification model's path")
-    samples: int = Field(2, ge=2, description="responses a prompt")
+    samples: Int = Field(2, ge=2, description="responses a prompt")
     pairing: Literal["random", "best_worst"] = Field("random", description="best_worst is not a draw from μ × μ, and is marked")
     label: Literal["sample", "argmax"] = Field("sample", description="Bradley–Terry draw, or the larger reward")
     scale: Float = Field(1.0, gt=0, description="σ(scale · reward difference) is the Bradley–Terry probability")
-    max_new_tokens: int = Field(128, ge=1)
+    max_new_tokens: Int = Field(128, ge=1)
     temperature: Float = Field(1.0, ge=0)
     top_p: Float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    batch_size: int = Field(64, ge=1)
-    seed: int | None = Field(None, description="null: the run's seed")
+    top_k: Int = Field(0, ge=0)
+    batch_size: Int = Field(64, ge=1)
+    seed: Seed | None = Field(None, description="null: the run's seed")
 
 
 class AlignConfig(OptimisationConfig):
     """Preference training."""
 
-    batch_tokens: int | None = Field(None, ge=1, description="split a forward pass into pieces of at most so many tokens")
-    logp_chunk: int = Field(0, ge=0, description="tokens of one piece of the vocabulary projection; 0: chosen by vocabulary size")
-    eval_steps: int | None = Field(None, ge=1, description="held-out loss and accuracy every n steps; null: at each save")
-    save_steps: int | None = Field(None, ge=1, description="null: ten checkpoints a run")
-    save_total_limit: int | None = Field(None, ge=1)
+    batch_tokens: Int | None = Field(None, ge=1, description="split a forward pass into pieces of at most so many tokens")
+    eval_steps: Int | None = Field(None, ge=1, description="held-out loss and accuracy every n steps; null: at each save")
+    save_steps: Int | None = Field(None, ge=1, description="null: ten checkpoints a run")
+    save_total_limit: Int | None = Field(None, ge=1)
     probe: bool = Field(True, description="compare shared-prefix logps with plain rows before training")
 
 
 class LoraConfig(Section):
     """A new low-rank adapter on the policy (peft)."""
 
-    rank: int = Field(0, ge=0, description="0: full fine-tuning")
+    rank: Int = Field(0, ge=0, description="0: full fine-tuning")
     alpha: Float = Field(16.0, gt=0)
-    dropout: Float = Field(0.0, ge=0, lt=1)
-    target_modules: str | list[str] = Field("all-linear")
+    target_modules: str | list[str] = Field("all-linear", description="names, or ends of names, of linear layers")
+
+    @field_validator("target_modules")
+    @classmethod
+    def _some_module(cls, value: str | list[str]) -> str | list[str]:
+        if not value or not all(value):
+            raise ValueError(f"name at least one module, or all-linear, got {value!r}")
+        return value
 
 
 class EvaluationConfig(Section):
     """Sampling, KL and win rate of checkpoints."""
 
     scorer: str | None = Field(None, description="`gold`, or a sequence-classification model's path; null: no verdict")
-    prompts: int = Field(512, ge=1, description="held-out prompts")
-    opponent: Literal["reference", "chosen"] = Field("reference", description="win rate against its samples, or the data's chosen")
-    opponent_samples: int = Field(4, ge=1, description="reference samples a prompt")
+    prompts: Int = Field(512, ge=1, description="held-out prompts")
+    opponent: Literal["reference", "chosen"] = Field(
+        "reference", description="win rate against its samples, or the data's chosen"
+    )
+    opponent_samples: Int = Field(4, ge=1, description="reference samples a prompt")
     ties: Literal["half", "loss"] = "half"
-    max_new_tokens: int = Field(128, ge=1)
+    max_new_tokens: Int = Field(128, ge=1)
     temperature: Float = Field(0.7, ge=0, description="of the samples for win rates; KL always samples at 1")
     top_p: Float = Field(0.95, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    batch_size: int = Field(64, ge=1)
-    bootstrap: int = Field(1000, ge=100, description="resamples of the prompts")
+    top_k: Int = Field(0, ge=0)
+    batch_size: Int = Field(64, ge=1)
+    bootstrap: Int = Field(1000, ge=100, description="resamples of the prompts")
     confidence: Float = Field(0.95, gt=0.5, lt=1)
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Config(Section):
     """Everything one `isdaa train` does."""
 
     output_dir: str = Field("runs/isdaa", description="folder of the run; one run, one folder")
-    stages: list[Stage] = Field(default_factory=lambda: ["align"], min_length=1, description="what runs, in this order")
-    seed: int = 1
+    stages: list[Stage] = Field(["align"], min_length=1, description="what runs, in this order")
+    seed: Seed = 1
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
@@ -243,6 +263,11 @@ class Config(Section):
     def _stages_make_sense(self) -> Config:
         if len(set(self.stages)) != len(self.stages):
             raise ValueError("stages: each stage at most once")
+        if "sft" in self.stages[1:] or "align" in self.stages[:-1]:
+            raise ValueError("stages: sft comes first and align last, for each stage starts from what the earlier ones made")
+        before_label = self.stages[: self.stages.index("label")] if "label" in self.stages else []
+        if "reward" in before_label and self.data.pairs is None:
+            raise ValueError("stages: the reward stage has no pairs before label made them; put label first or set data.pairs")
         if self.model.path is None and self.model.random is None:
             raise ValueError("model: give model.path (a folder or Hub name) or model.random (a config)")
         if self.model.path is not None and self.model.random is not None:
@@ -317,7 +342,7 @@ def _describe(error: Any, where: str, overrides: Mapping[str, Any]) -> str:
         parent: type[BaseModel] = Config
         for name in keys[:-1]:
             annotation = parent.model_fields[name].annotation
-            assert isinstance(annotation, type)
+            assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
             parent = annotation
         hint = nearest(keys[-1], parent.model_fields) or _elsewhere(keys[-1])
         return f"{place}: unknown key{hint}"
@@ -374,6 +399,10 @@ def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tupl
 
 class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are one line with the nearest option, as `UserError`; dashes and underscores are the same."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)  # half a key is a mistyped key
+        super().__init__(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
@@ -446,8 +475,8 @@ def section_from(name: str, overrides: Mapping[str, Any], base: Mapping[str, Any
     try:
         return section.model_validate({**(base or {}), **given})
     except ValidationError as error:
-        first = dict(error.errors()[0])
-        first["loc"] = (name, *first["loc"])
+        found = error.errors()[0]
+        first = {**found, "loc": (name, *found["loc"])}
         raise UserError(_describe(first, "command line", overrides)) from None
 
 

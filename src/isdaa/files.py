@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from isdaa.errors import UserError
+
+DAY = 24 * 60 * 60  # seconds
 
 
 def sync_folder(folder: Path) -> None:
@@ -53,26 +59,48 @@ def write_folder_atomically(folder: str | Path, fill: Callable[[Path], None]) ->
     """Let `fill` write into a folder aside, sync every file of it, then rename it into place.
 
     An existing folder of that name is replaced: moved away first, removed last. A kill between the two renames leaves no
-    folder of that name, never a part of one. Where `fill` fails, nothing is left of its work.
+    folder of that name, never a part of one. Where `fill` fails, nothing is left of its work. Several processes may write
+    the same folder at once: each writes a folder of its own aside, and the last to rename wins.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.parent / f".writing-{folder.name}"
-    old = folder.parent / f".old-{folder.name}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    _remove_leftovers(folder)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".writing-{folder.name}-"))
     try:
+        aside.chmod(0o777 & ~current_umask())
         fill(aside)
         sync_tree(aside)
+        _rename_over(aside, folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(aside, folder)
     sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def _rename_over(aside: Path, folder: Path) -> None:
+    """Rename `aside` to `folder`, whatever stands there now or is put there meanwhile."""
+    old = folder.parent / aside.name.replace(".writing-", ".old-", 1)
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(folder, old)
+        try:
+            os.rename(aside, folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            return
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What kills left aside. Only what is a day old: a younger one may be another process's that writes now."""
+    for name in (".writing", ".old"):
+        for left in folder.parent.glob(f"{name}-{glob.escape(folder.name)}-????????"):
+            with contextlib.suppress(FileNotFoundError):
+                if left.stat().st_mtime < time.time() - DAY:
+                    shutil.rmtree(left, ignore_errors=True)
 
 
 def sync_tree(folder: Path) -> None:

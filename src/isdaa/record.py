@@ -16,6 +16,7 @@ from isdaa.errors import UserError
 from isdaa.files import read_json
 
 NAME = "isdaa.json"
+GOLD = "gold"  # the embedded world's scorer: a word, not a path
 PACKAGES = ("isdaa", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy")
 
 
@@ -54,26 +55,35 @@ def _versions() -> dict[str, str]:
 @cache  # of the code that this process has loaded, which later changes on disk do not touch
 def git_revision() -> str | None:
     """The revision of the source tree that isdaa runs from, with `+changes` where files differ from it."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty=+changes", "--abbrev=12", "--exclude=*"]
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "pyproject.toml").is_file():
+        return None
+
+    def git(*command: str) -> str:
+        called = ["git", "-C", str(root), *command]
+        return subprocess.run(called, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+        # Unpacked inside another repository, isdaa has no revision: that one's says nothing of it.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        return git("describe", "--always", "--dirty=+changes", "--abbrev=12", "--exclude=*") or None
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def relative_to(folder: Path, target: str | None) -> str | None:
     """A local path as seen from `folder`; anything that does not exist locally (a Hub name, `gold`) unchanged."""
-    if target is None or not Path(target).exists():
+    if target in (None, GOLD) or not Path(target).exists():
         return target
-    return os.path.relpath(Path(target).resolve(), Path(os.path.abspath(folder)).resolve())
+    return os.path.relpath(Path(target).resolve(), Path(folder).resolve())
 
 
 def resolve_from(folder: Path, target: str | None) -> str | None:
     """Undo `relative_to`."""
-    if target is None:
-        return None
-    inside = folder / target
+    if target in (None, GOLD):
+        return target
+    inside = folder.resolve() / target  # `..` leads out of where a symlink points, not of where it stands
     return os.path.normpath(inside) if inside.exists() else target
 
 

@@ -93,6 +93,35 @@ def test_conversations_without_a_common_prompt_are_told_apart() -> None:
         pair(chosen=[USER, GOOD, MORE, GOOD], rejected=[USER, BAD])
 
 
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ("The sky is blue.", "The sky is green."),
+        ("The sky is blue.", "The sky is black."),
+        ("\n\nHuman: Hi?\n\nAssistant: Yes.", "\n\nHuman: Hi?\n\nAssistant: No."),
+        ("It is so", "It is so."),
+        ("Is it so.", "Is it"),
+    ],
+)
+def test_an_implied_prompt_of_texts_is_what_trl_takes(chosen: str, rejected: str) -> None:
+    from trl import extract_prompt
+
+    expected = extract_prompt({"chosen": chosen, "rejected": rejected})
+    assert texts(pair(chosen=chosen, rejected=rejected, source="x", where="y")) == tuple(expected.values())
+    prompt = canonical_prompt({"chosen": chosen, "rejected": rejected}, WHERE)
+    assert (prompt["prompt"], prompt["chosen"]) == (expected["prompt"], expected["chosen"])
+
+
+def test_texts_with_no_common_start_are_dropped_and_a_misnamed_prompt_is_not_implied() -> None:
+    for chosen, rejected in (("Yes.", "No."), (" a", " b"), ("y", "y")):
+        with pytest.raises(NoCommonPromptError):
+            pair(chosen=chosen, rejected=rejected)
+    for name in ("promt", "question", "instruction"):
+        with pytest.raises(UserError, match="'prompt' is missing") as caught:
+            pair(chosen="The sea.", rejected="The sun.", **{name: "Where?"})
+        assert not isinstance(caught.value, NoCommonPromptError)
+
+
 def test_equal_responses() -> None:
     assert same_response(pair(**PLAIN | {"rejected": " Paris."}))
     assert not same_response(pair(**PLAIN))

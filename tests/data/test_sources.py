@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from isdaa.data.sources import as_dataset, hold_out, load_pairs, load_prompts, load_rows, load_sft
+from isdaa.data.sources import as_dataset, common_prompts, hold_out, load_pairs, load_prompts, load_rows, load_sft
 from isdaa.errors import UserError
 
 ROWS = [
@@ -305,3 +305,26 @@ def test_hold_out_is_by_prompt(write: Write) -> None:
     assert tiny is not None and len(tiny) == 2
     with pytest.raises(UserError, match="only one prompt"):
         hold_out(pairs.select([0, 1]), 0.1)
+
+
+def test_files_of_one_name_in_a_folder_have_their_own_ids(tmp_path: Path) -> None:
+    for home in ("here", "there/below"):
+        for part in ("a", "b"):
+            (tmp_path / home / part).mkdir(parents=True)
+            as_jsonl(tmp_path / home / part, ROWS)
+        as_jsonl(tmp_path / home, ROWS)
+    reads = [load_pairs, load_prompts, lambda source: load_sft(source)]
+    for read in reads:
+        ids = [[row["id"] for row in read(str(tmp_path / home))[0]] for home in ("here", "there/below")]
+        assert ids[0] == ids[1]
+        assert len(set(ids[0])) == len(ids[0])
+    assert load_pairs(str(tmp_path / "here"))[0]["id"] == [f"{p}pairs.jsonl:{n}" for p in ("a/", "b/", "") for n in (1, 3)]
+    assert load_pairs(str(tmp_path / "here" / "a" / "pairs.jsonl"))[0]["id"] == ["pairs.jsonl:1", "pairs.jsonl:3"]
+
+
+def test_common_prompts() -> None:
+    rows = [{"prompt": name, "prompt_ids": None, "chosen": "c"} for name in "aabc"]
+    with_ids = [{"prompt": "a", "prompt_ids": [1]}, {"prompt": "x", "prompt_ids": [2]}]
+    assert common_prompts(as_dataset(rows), as_dataset(rows[1:3])) == 2
+    assert common_prompts(rows, [{"prompt": [{"role": "user", "content": "a"}]}]) == 0
+    assert common_prompts(with_ids, [{"prompt": "y", "prompt_ids": [2]}]) == 1

@@ -550,3 +550,26 @@ def test_lengths_stay_within_bounds_and_ids_concatenate(
         ids = [*ids_of(tokenizer, said), tokenizer.eos_token_id]
         assert pair[f"{name}_ids"] == ids[: limit + room - len(pair["prompt_ids"])]
         assert getattr(counts, f"{name}_cut") == (len(pair[f"{name}_ids"]) < len(ids))
+
+
+def test_two_processes_fill_the_cache_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = as_dataset([canonical_pair(PLAIN, "pairs.jsonl:1")])
+    write = tokens_room._write
+    depth = 0
+
+    def meanwhile(*arguments: Any) -> None:
+        nonlocal depth
+        write(*arguments)
+        depth += 1
+        if depth == 1:
+            tokenize_pairs(rows, byte_level(), cache_dir=tmp_path)
+            assert depth == 2
+
+    monkeypatch.setattr(tokens_room, "_write", meanwhile)
+    first, _ = tokenize_pairs(rows, byte_level(), cache_dir=tmp_path)
+    assert list(first) == list(tokenize_pairs(rows, byte_level())[0])
+    assert [path.name[:7] for path in tmp_path.iterdir()] == ["tokens-"]
+    assert depth == 2
+    # Absent when it is read back, since another process is just putting its own there.
+    monkeypatch.setattr(tokens_room, "_read", lambda folder: None)
+    assert list(tokenize_pairs(rows, byte_level(), cache_dir=tmp_path)[0]) == list(first)

@@ -21,16 +21,21 @@ from evaluation_helpers import (
 
 import isdaa.models.forward
 import isdaa.models.loading
+import isdaa.models.sampling
 from isdaa.errors import UserError
 from isdaa.evaluation import collect
 from isdaa.evaluation.analysis import analyse, chart_records, repetition
 from isdaa.evaluation.evaluate import evaluate, evaluate_request
+from isdaa.evaluation.identity import model_digest
 from isdaa.evaluation.records import Blocks
 from isdaa.evaluation.requests import requests
 from isdaa.evaluation.scoring import score
 from isdaa.evaluation.winrate import win_rates
 from isdaa.files import read_json, read_jsonl
+from isdaa.models.sampling import Sample
+from isdaa.terminal import Bar
 from isdaa.world import build_tokenizer
+from isdaa.world.reward import explain
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +323,72 @@ def test_a_request_reads_its_own_rows(models, tmp_path):
     found = requests([models["near"]], overrides)
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps({k: v for k, v in p.items() if v is not None}) + "\n" for p in world_pairs()))
-    metrics = evaluate_request(dataclasses.replace(found, held_out=str(pairs)))
+    metrics = evaluate_request(dataclasses.replace(found, held_out=(str(pairs),)))
     assert metrics["prompts"] == 8 and metrics["scorer"] is None
     assert metrics["models"][0]["held_out"]["pairs"] == 6
     assert (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_data_of_pairs_gives_accuracy_and_drift(models, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps({k: v for k, v in p.items() if v is not None}) + "\n" for p in world_pairs()))
+    overrides = {"reference": models["reference"], "data": str(pairs), "output_dir": str(tmp_path / "out")}
+    overrides |= {f"evaluation.{key}": value for key, value in settings(prompts=4).model_dump().items()}
+    metrics = evaluate_request(requests([models["near"]], overrides))
+    assert metrics["scorer"] is None and metrics["models"][0]["held_out"]["pairs"] == 4
+
+
+def test_the_judge_sees_special_tokens_inside_a_response(models, tmp_path, monkeypatch):
+    tokenizer = build_tokenizer("small")
+    word, special, eos = tokenizer.convert_tokens_to_ids("my"), tokenizer.bos_token_id, tokenizer.eos_token_id
+
+    def written(model, prompts, *args, n=1, **kwargs):
+        return [Sample((word, special, word, eos), True) for _ in range(n * len(prompts))]
+
+    monkeypatch.setattr(isdaa.models.sampling, "sample", written)
+    words = WordCount()
+    run(models, tmp_path, names=("near",), scorer=words, held_out=None)
+    assert words.seen[-1]["response"] == f"my {tokenizer.bos_token} my"
+    facts = world_rows()[0]["facts"]
+    verdicts = [explain(facts, text, True) for text in (words.seen[-1]["response"], "my my")]
+    junk = [sum(clause.words for clause in verdict.clauses if clause.kind == "junk") for verdict in verdicts]
+    assert junk[0] > junk[1] and verdicts[0].total < verdicts[1].total
+
+
+def test_an_adapter_beside_a_config_is_known_by_its_base(models, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = Path(save(tiny(), tmp_path / "base"))
+    adapter = tmp_path / "adapter"
+    get_peft_model(tiny(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(adapter)
+    (adapter / "config.json").write_bytes((base / "config.json").read_bytes())
+    config = read_json(adapter / "adapter_config.json")
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    before = model_digest(adapter)
+    save(tiny(seed=5), base)
+    assert model_digest(adapter) != before
+
+
+def test_settings_name_the_scorer_that_judged(finished):
+    metrics, _ = finished
+    assert metrics["settings"]["scorer"] == "gold" == metrics["scorer"]["name"]
+
+
+def test_a_call_that_fails_on_its_input_leaves_nothing_behind(models, tmp_path):
+    for changes in ({"prompts": []}, {"settings": settings(opponent="chosen"), "prompts": [world_rows()[0] | {"chosen": None}]}):
+        with pytest.raises(UserError):
+            run(models, tmp_path / "out", **changes)
+        assert not (tmp_path / "out").exists()
+
+
+def test_progress_counts_samples(models, tmp_path, monkeypatch):
+    sizes = {}
+
+    class Watched(Bar):
+        def part(self, weight, leader):
+            sizes[leader.strip()] = weight
+            return super().part(weight, leader)
+
+    monkeypatch.setattr("isdaa.terminal.Bar", Watched)
+    run(models, tmp_path, names=("near",), settings=settings(opponent_samples=4))
+    assert sizes["opponent"] == 4 * 8 and sizes["policy"] == 8 < sizes["kl"] < 16 and 0 < sizes["pairs"] < 6

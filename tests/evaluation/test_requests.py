@@ -1,14 +1,19 @@
 """A path alone is enough for a model that isdaa trained; for any other the missing option is named."""
 
 import json
+import logging
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from evaluation_helpers import save, tiny
 
+import isdaa.record as record_module
 from isdaa.errors import UserError
+from isdaa.evaluation.held_out import common_pairs
 from isdaa.evaluation.requests import expand, requests
-from isdaa.record import NAME, ModelRecord, record_text
+from isdaa.record import NAME, ModelRecord, read_record, record_text, relative_to, resolve_from
 
 
 def run(folder: Path, method: str = "dpo", scorer: str | None = "gold", reference: Path | None = None) -> Path:
@@ -51,7 +56,7 @@ def test_a_run_folder_alone(tmp_path):
     assert (found.settings.prompts, found.settings.max_new_tokens) == (32, 24)
     assert found.tokenization.max_prompt_length == 64
     assert found.output_dir == str(folder / "evaluation")
-    assert found.held_out == str(folder.absolute() / "eval_pairs.jsonl")
+    assert found.held_out == (str(folder.absolute() / "eval_pairs.jsonl"),)
 
 
 def test_one_checkpoint_several_runs_and_overrides(tmp_path):
@@ -61,7 +66,7 @@ def test_one_checkpoint_several_runs_and_overrides(tmp_path):
     both = requests([first, second], {"evaluation.prompts": 7, "scorer": "none", "data": "my.jsonl", "split": None})
     assert [model.method for model in both.models] == ["dpo", "dpo", "is_dpo", "is_dpo"]
     assert both.output_dir == str(tmp_path / "evaluation")
-    assert (both.settings.prompts, both.scorer, both.data, both.split, both.held_out) == (7, None, "my.jsonl", None, None)
+    assert (both.settings.prompts, both.scorer, both.data, both.split, both.held_out) == (7, None, "my.jsonl", None, ())
     with pytest.raises(UserError, match=r"--evaluation.promts: unknown key .*prompts"):
         requests([first], {"evaluation.promts": 7})
 
@@ -95,3 +100,79 @@ def test_paths_that_are_no_models(tmp_path):
     with pytest.raises(UserError, match="--model_path"):
         requests([])
     assert expand("owner/name") == ["owner/name"]
+
+
+def test_pairs_are_held_out_from_every_run(tmp_path, caplog):
+    first, second = run(tmp_path / "dpo"), run(tmp_path / "is_dpo", "is_dpo")
+    assert len(requests([first, second]).held_out) == 1  # of one content
+
+    def write(folder: Path, *prompts: str) -> None:
+        rows = [{"prompt": prompt, "chosen": "yes", "rejected": "no"} for prompt in prompts]
+        (folder / "eval_pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write(first, "a", "b", "b", "c")
+    write(second, "b", "c", "d")
+    files = requests([first, second]).held_out
+    assert files == (str(first / "eval_pairs.jsonl"), str(second / "eval_pairs.jsonl"))
+    pairs = common_pairs(files)
+    assert pairs is not None and [pair["prompt"] for pair in pairs] == ["b", "b", "c"]
+    write(second, "d")
+    with caplog.at_level(logging.INFO, "isdaa"):
+        assert common_pairs(requests([first, second]).held_out) is None
+        (second / "eval_pairs.jsonl").unlink()
+        assert requests([first, second]).held_out == ()
+    assert len(caplog.records) == 2
+
+
+def test_a_line_in_writing_is_left_alone(tmp_path):
+    folder = run(tmp_path / "dpo")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 30, "weig')
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert requests([folder]).models[-1].weight_mean == 0.25
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_one_folder_by_two_names(tmp_path):
+    first, second = run(tmp_path / "a"), run(tmp_path / "b")
+    (tmp_path / "link").symlink_to(tmp_path / "sft")
+    for file in second.rglob(NAME):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"reference": str(tmp_path / "link")}))
+    assert requests([first, second]).reference == str((tmp_path / "sft").resolve())
+
+
+def test_records_of_a_symlinked_run(tmp_path):
+    run(tmp_path / "deep" / "down" / "dpo")
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "down" / "dpo" / "model")
+    record = read_record(tmp_path / "link")
+    assert record is not None and record.reference == str((tmp_path / "deep" / "down" / "sft").resolve())
+
+
+def test_what_is_gone_or_mistyped_is_named(tmp_path):
+    folder = run(tmp_path / "demo" / "dpo")
+    with pytest.raises(UserError, match=rf"did you mean {folder}\?"):
+        requests([tmp_path / "demo"])
+    shutil.rmtree(tmp_path / "demo" / "sft")
+    with pytest.raises(UserError, match=r"checkpoint-10/isdaa.json.*sft, is not there.*--reference"):
+        requests([folder])
+    with pytest.raises(UserError, match=r"runs/minni: no such folder here.*no record.*--reference"):
+        requests(["runs/minni"])
+
+
+def test_gold_is_a_word(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in (tmp_path / "gold", tmp_path / "run" / "gold"):
+        place.mkdir(parents=True)
+    assert relative_to(tmp_path / "run", "gold") == resolve_from(tmp_path / "run", "gold") == "gold"
+
+
+def test_the_revision_is_that_of_isdaa_alone(tmp_path, monkeypatch):
+    place = tmp_path / "vendored" / "src" / "isdaa"
+    place.mkdir(parents=True)
+    (tmp_path / "vendored" / "pyproject.toml").write_text("")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a", "-C"]
+    monkeypatch.setattr(record_module, "__file__", str(place / "record.py"))
+    for root, expected in ((tmp_path, False), (tmp_path / "vendored", True)):
+        for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "one"]):
+            subprocess.run([*git, str(root), *command], check=True)
+        assert (record_module.git_revision.__wrapped__() is not None) == expected

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, LlamaForSequenceCla
 from isdaa.data.tokenization import tokenize_prompt, tokenize_response
 from isdaa.errors import UserError
 from isdaa.evaluation.scorers import GoldScorer, RewardModelScorer, load_scorer
-from isdaa.world import gold_reward
+from isdaa.world import build_tokenizer, gold_reward
 
 
 def rows_with(*responses: tuple[str, bool]) -> list[dict]:
@@ -46,12 +46,29 @@ def test_reward_model_equals_one_row_at_a_time(tmp_path):
         assert score == pytest.approx(expected, abs=1e-5)
 
 
-def test_reward_model_without_a_pad_token_reads_rows_one_by_one(tmp_path):
+def test_a_reward_model_without_a_pad_token_takes_the_tokenizers(tmp_path):
     torch.manual_seed(3)
     model = LlamaForSequenceClassification(config(num_labels=1, pad_token_id=None)).eval()
     rows = rows_with(*[(row["chosen"], True) for row in world_rows(3)])
     scores = RewardModelScorer(save(model, tmp_path / "no_pad")).score(rows)
     assert scores == pytest.approx(RewardModelScorer(reward_model(tmp_path / "padded")).score(rows), abs=1e-5)
+
+
+def test_eos_is_scored_where_it_is_the_pad_token_too(tmp_path):
+    tokenizer = build_tokenizer("small")
+    tokenizer.pad_token = tokenizer.eos_token
+    torch.manual_seed(3)
+    model = LlamaForSequenceClassification(config(num_labels=1, pad_token_id=tokenizer.eos_token_id)).eval()
+    path = save(model, tmp_path / "reward", tokenizer)
+    texts = [row["chosen"] for row in world_rows(3)]
+    rows = rows_with(*[(text, True) for text in texts]) + rows_with(*[(text, False) for text in texts])
+    scorer = RewardModelScorer(path, batch_size=4)
+    scores = scorer.score(rows)
+    model.config.pad_token_id = None  # then transformers takes the last token, of one row at a time
+    with torch.no_grad():
+        expected = [model(torch.tensor([ids])).logits.item() for ids in scorer.token_ids(rows)]
+    assert scores == pytest.approx(expected, abs=1e-5)
+    assert all(abs(ended - cut) > 1e-3 for ended, cut in zip(scores[:3], scores[3:], strict=True))
 
 
 def test_a_response_that_does_not_fit_is_cut_and_said(tmp_path, caplog):

@@ -2,7 +2,7 @@
 
 import io
 
-from isdaa.evaluation.table import percent, pm, print_table, short
+from isdaa.evaluation.table import legend, percent, pm, print_table, short
 
 
 def interval(mean: float, half: float) -> dict:
@@ -79,3 +79,8 @@ def test_parts():
     assert pm(None, 2) == ""
     assert [percent(x) for x in (0, 0.001, 0.034, 1)] == ["0 %", "<1 %", "3 %", "100 %"]
     assert [short(x) for x in ("dpo/checkpoint-3", "dpo/model", "model", "a/b")] == ["dpo/3", "dpo/final", "model", "a/b"]
+
+
+def test_the_legend_counts_and_says_what_intervals_are_over():
+    assert legend(metrics() | {"prompts": 1})[0].startswith("1 held-out prompt;")
+    assert any("held-out pairs" in line for line in legend(metrics(scorer=None)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
@@ -354,6 +355,25 @@ def test_reward_adapters_bring_their_head(saved: Path, tmp_path: Path) -> None:
     save_model(model, words(), tmp_path / "adapter", merge=False)
     loaded = load_sequence_classifier(tmp_path / "adapter", pad_id=0)
     assert torch.allclose(score(loaded), score(model.eval()), atol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: add_lora(model, rank=2), copy.deepcopy])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_reward_model_reads_the_last_token_of_the_mask(tmp_path: Path, wrap: Any, family: str) -> None:
+    shape = CONFIG if family == "llama" else {"vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    save_model(random_model({"model_type": family, **shape}, seed=0), words(), tmp_path / "lm")
+    model = wrap(load_sequence_classifier(tmp_path / "lm", new_head=True, pad_id=2))  # 2 is EOS
+    rows = [[1, 5, 6, 2], [1, 5, 6], [2, 2], [1, 7, 2, 8, 9]]
+    ids, mask = torch.full((4, 5), 2), torch.zeros(4, 5, dtype=torch.int64)
+    for line, row in enumerate(rows):
+        ids[line, : len(row)], mask[line, : len(row)] = torch.tensor(row), 1
+    scores = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    model.config.get_text_config().pad_token_id = None  # then transformers takes the last token, of one row at a time
+    alone = torch.cat([model(input_ids=torch.tensor([row])).logits for row in rows])
+    assert scores.shape == (4, 1) and torch.allclose(scores, alone, atol=1e-5)
+    assert not torch.allclose(scores[0], scores[1], atol=1e-4)
+    scores.sum().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for name, p in model.named_parameters() if "score" in name)
 
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------

@@ -172,9 +172,7 @@ def test_the_margin_uses_the_reference_and_the_weight_the_behaviour() -> None:
     assert torch.equal(out.logits, without.logits)
     by_hand = [r["pw"] - r["mw"] + r["pl"] - r["ml"] for r in rows]
     assert out.log_weights.tolist() == pytest.approx(by_hand, rel=1e-12)
-    assert without.log_weights.tolist() == pytest.approx(
-        [r["pw"] - r["rw"] + r["pl"] - r["rl"] for r in rows], rel=1e-12
-    )
+    assert without.log_weights.tolist() == pytest.approx([r["pw"] - r["rw"] + r["pl"] - r["rl"] for r in rows], rel=1e-12)
 
 
 @pytest.mark.parametrize("reward, loss, weight", itertools.product(REWARDS, LOSSES, WEIGHTS))
@@ -196,9 +194,7 @@ def test_gradients_against_numeric_derivatives(reward: str, loss: str, weight: s
     frozen = out.weights
 
     def losses(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-        return objective(
-            replace(pairs, policy_chosen_logps=chosen, policy_rejected_logps=rejected), weights=frozen
-        ).losses
+        return objective(replace(pairs, policy_chosen_logps=chosen, policy_rejected_logps=rejected), weights=frozen).losses
 
     logps = (pairs.policy_chosen_logps, pairs.policy_rejected_logps)
     assert torch.autograd.gradcheck(losses, logps, eps=1e-6, atol=1e-7, rtol=1e-6)
@@ -212,9 +208,7 @@ ENUMERATED = [(reward, loss, 0.0) for reward in REWARDS for loss in LOSSES] + [(
 
 @pytest.mark.parametrize("reward, loss, smoothing", ENUMERATED)
 @pytest.mark.parametrize("length_penalty", [0.0, 0.05])
-def test_the_weighted_gradient_is_the_on_policy_gradient(
-    reward: str, loss: str, smoothing: float, length_penalty: float
-) -> None:
+def test_the_weighted_gradient_is_the_on_policy_gradient(reward: str, loss: str, smoothing: float, length_penalty: float) -> None:
     """E_{y~μ}[w ∇ℓ] = E_{y~π}[∇ℓ] exactly, over every pair of a softmax over five responses, with noisy labels."""
     generator = torch.Generator().manual_seed(3)
     theta = torch.randn(5, generator=generator, dtype=torch.float64).requires_grad_()

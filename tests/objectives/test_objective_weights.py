@@ -135,9 +135,7 @@ def test_given_weights_are_used_as_they_are_and_without_gradient() -> None:
     out = objective(pairs_of(rows, grad=True), weights=given_weights)
     assert out.weights.tolist() == [0.0, 1.0, 100.0]
     assert out.log_weights.tolist() == pytest.approx([0.0] * 3, abs=1e-15)
-    assert torch.equal(
-        out.losses, out.weights * out.unweighted_losses - 0.1 * 0.005 * pairs_of(rows).policy_chosen_logps
-    )
+    assert torch.equal(out.losses, out.weights * out.unweighted_losses - 0.1 * 0.005 * pairs_of(rows).policy_chosen_logps)
     assert not out.weights.requires_grad
 
 

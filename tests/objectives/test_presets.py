@@ -104,9 +104,7 @@ def test_formulas_with_their_numbers() -> None:
         "μ = the pairs' behaviour policy where they carry its logps, else π_ref",
         "w is constant under differentiation",
     ]
-    text = Objective(
-        **resolve("is_chi_po", clip="per_response", clip_eps=0.25, max_reward=5, label_smoothing=0.1)
-    ).formula()
+    text = Objective(**resolve("is_chi_po", clip="per_response", clip_eps=0.25, max_reward=5, label_smoothing=0.1)).formula()
     assert "ℓ = −0.9·log σ(u) − 0.1·log σ(−u)" in text
     assert "u = clamp(0.1·h, −10, 10)" in text
     assert "w = exp(min(ρ_w, 0.25) + min(ρ_l, 0.25))" in text

@@ -293,6 +293,16 @@ def test_writing_again_replaces_and_rotation_keeps_the_newest(tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
 
 
+def test_rotation_keeps_a_good_checkpoint_rather_than_a_broken_one(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-100").mkdir()
+    (tmp_path / "checkpoint-100" / "f").write_text("half")
+    for step in (50, 60):
+        write_checkpoint(tmp_path / f"checkpoint-{step}", lambda folder: (folder / "f").write_text("whole") and None)
+        rotate(tmp_path, 1)
+        assert newest_complete_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{step}")
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-60", "checkpoint-100"]
+
+
 def test_the_digest_of_a_large_file_sees_both_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints_module, "WINDOW", 16)
     monkeypatch.setattr(checkpoints_module, "WHOLE", 4)

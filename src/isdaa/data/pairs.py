@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.data.checks import Message, Text, check_messages, check_text, facts, flag, number, token_ids
-from isdaa.errors import UserError
+from isdaa.errors import UserError, nearest
 
 Row = dict[str, Any]
 
 PROMPT_NAMES = ("prompt", "query")
 RESPONSE_NAMES = ("completion", "response", "summary", "reference_response", "chosen")
+# Beside texts, a column of such a name means that the prompt is there under a name we do not read, not that it is implied.
+PROMPT_LIKE = frozenset({"question", "instruction", "input", "context", "post", "problem", "prompts"})
 PAIR_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 # The authors' files call the behaviour policy's logps plainly `chosen_logps` and `rejected_logps`.
 BEHAVIOUR_NAMES = (
@@ -81,7 +83,7 @@ class Counts:
 
 _COUNT_LINES = {
     "dropped_equal": "dropped: chosen equals rejected",
-    "dropped_no_common_prompt": "dropped: the two conversations differ before their last assistant turn",
+    "dropped_no_common_prompt": "dropped: chosen and rejected have no common prompt",
     "dropped_behaviour_cut": "dropped: would be cut, but carry behaviour logps of the whole response",
     "dropped_nothing_left": "dropped: nothing to learn is left within max_length",
     "repeated_prompts": "prompts repeated, used once",
@@ -95,10 +97,10 @@ _COUNT_LINES = {
 
 
 class NoCommonPromptError(UserError):
-    """Two conversations that differ before their last assistant turn: no pair of responses to one prompt, dropped."""
+    """Texts that begin differently, or conversations that differ before their last assistant turn: no pair, dropped."""
 
 
-def canonical_pair(row: Mapping[str, Any], where: str) -> Row:
+def canonical_pair(row: Mapping[str, Any], where: str, source: str = "") -> Row:
     """A canonical pair from any format that is read: standard, conversational (prompt given or implied), token ids.
 
     Raises UserError naming row and column for what is missing, empty or out of range; NoCommonPromptError (see there).
@@ -114,7 +116,7 @@ def canonical_pair(row: Mapping[str, Any], where: str) -> Row:
         prompt, chosen, rejected = _texts(row, where)
     behaviour_chosen, behaviour_rejected = _behaviour_logps(row, where)
     return {
-        "id": row_id(row, where),
+        "id": row_id(row, where, source),
         "prompt": prompt,
         "chosen": chosen,
         "rejected": rejected,
@@ -131,10 +133,10 @@ def canonical_pair(row: Mapping[str, Any], where: str) -> Row:
     }
 
 
-def canonical_prompt(row: Mapping[str, Any], where: str) -> Row:
+def canonical_prompt(row: Mapping[str, Any], where: str, source: str = "") -> Row:
     """{id, prompt, prompt_ids, chosen (a response to compare with, or None), facts, where} from any kind of row."""
     if row.get("chosen") is not None and row.get("rejected") is not None:
-        pair = canonical_pair(row, where)
+        pair = canonical_pair(row, where, source)
         return {name: pair[name] for name in ("id", "prompt", "prompt_ids", "chosen", "facts", "where")}
     ids = token_ids(row, "prompt_ids", where)
     chosen: Text | None = None
@@ -152,7 +154,7 @@ def canonical_prompt(row: Mapping[str, Any], where: str) -> Row:
         if answer is not None and (isinstance(row[answer], list) or str(row[answer]).strip()):
             chosen = check_text(row, answer, where)
     return {
-        "id": row_id(row, where),
+        "id": row_id(row, where, source),
         "prompt": prompt,
         "prompt_ids": ids,
         "chosen": chosen,
@@ -161,7 +163,7 @@ def canonical_prompt(row: Mapping[str, Any], where: str) -> Row:
     }
 
 
-def canonical_sft(row: Mapping[str, Any], where: str) -> Row:
+def canonical_sft(row: Mapping[str, Any], where: str, source: str = "") -> Row:
     """{id, prompt, completion, where}; every assistant turn of `completion` is learnt, or all of a plain text.
 
     `messages` with one answer become prompt and completion; longer ones, and `text`, a completion without prompt.
@@ -186,13 +188,16 @@ def canonical_sft(row: Mapping[str, Any], where: str) -> Row:
         roles = [message["role"] for message in [*(prompt or []), *completion]]
         if "assistant" not in roles[max(1, len(roles) - len(completion)) :]:
             raise UserError(f"{where}: no message with role 'assistant' answers another, so there is nothing to learn")
-    return {"id": row_id(row, where), "prompt": prompt, "completion": completion, "where": where}
+    return {"id": row_id(row, where, source), "prompt": prompt, "completion": completion, "where": where}
 
 
-def row_id(row: Mapping[str, Any], where: str) -> str:
-    """The row's own `id`, or 'file name:row': it does not depend on the folder from which the file is read."""
+def row_id(row: Mapping[str, Any], where: str, source: str = "") -> str:
+    """The row's own `id`, or 'file:row', the file as seen from the folder `source`: wherever that lies, the id is the same."""
     own = row.get("id")
-    return str(own) if own is not None and str(own) else Path(where).name
+    if own is not None and str(own):
+        return str(own)
+    place, folder = Path(where), Path(source).expanduser()
+    return place.relative_to(folder).as_posix() if source and place.is_relative_to(folder) else place.name
 
 
 def same_response(pair: Row) -> bool:
@@ -209,6 +214,8 @@ def _texts(row: Mapping[str, Any], where: str) -> tuple[Text, Text, Text]:
     chosen, rejected = check_text(row, "chosen", where), check_text(row, "rejected", where)
     name = _first_name(row, PROMPT_NAMES)
     if isinstance(chosen, str) and isinstance(rejected, str):
+        if name is None and not any(nearest("prompt", [column]) or column in PROMPT_LIKE for column in row):
+            return _without_common_start(chosen, rejected, where)
         prompt = check_text(row, name or "prompt", where)
         if isinstance(prompt, str):
             return prompt, chosen, rejected
@@ -230,6 +237,26 @@ def _texts(row: Mapping[str, Any], where: str) -> tuple[Text, Text, Text]:
             f"{where}: chosen and rejected differ before their last assistant turn, so they have no common prompt"
         )
     return first[:-1], first[-1:], second[-1:]
+
+
+def _without_common_start(chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
+    """An implied prompt: what both texts begin with, as TRL's `extract_prompt` divides them.
+
+    A space before the first difference goes to the responses; where one text begins with all of the other, the last
+    character of that does, so that no response is empty.
+    """
+    shorter = min(len(chosen), len(rejected))
+    end = next((i for i in range(shorter) if chosen[i] != rejected[i]), None)
+    if end is None:
+        end = shorter - 1
+    elif chosen[end - 1 : end] == " ":
+        end -= 1
+    if not chosen[:end].strip():
+        raise NoCommonPromptError(
+            f"{where}: column 'prompt' is missing, and chosen and rejected do not begin with the same words, so they have no "
+            "common prompt"
+        )
+    return chosen[:end], chosen[end:], rejected[end:]
 
 
 def _conversation(prompt: Text, response: Text, where: str) -> list[Message]:

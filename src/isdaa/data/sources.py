@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from isdaa.data.pairs import (
@@ -54,7 +54,7 @@ def load_pairs(
     for row, where in iterate_rows(source, split, subset=subset, limit=limit, world_split="sft"):
         counts.rows += 1
         try:
-            pair = canonical_pair(row, where)
+            pair = canonical_pair(row, where, source)
         except NoCommonPromptError:
             counts.dropped_no_common_prompt += 1
             continue
@@ -81,7 +81,7 @@ def load_prompts(
     for row, where in iterate_rows(source, split, subset=subset, limit=limit, world_split="prompts"):
         counts.rows += 1
         try:
-            prompt = canonical_prompt(row, where)
+            prompt = canonical_prompt(row, where, source)
         except NoCommonPromptError:
             counts.dropped_no_common_prompt += 1
             continue
@@ -98,7 +98,8 @@ def load_sft(
 ) -> tuple[Dataset, Counts]:
     """SFT examples: id, prompt (None for plain text and whole conversations), completion, where."""
     rows = [
-        canonical_sft(row, where) for row, where in iterate_rows(source, split, subset=subset, limit=limit, world_split="sft")
+        canonical_sft(row, where, source)
+        for row, where in iterate_rows(source, split, subset=subset, limit=limit, world_split="sft")
     ]
     if not rows:
         raise UserError(f"{source}: no example in it")
@@ -125,6 +126,17 @@ def hold_out(rows: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Da
 def prompt_key(row: Mapping[str, Any]) -> str:
     """What tells prompts apart: the token ids where there are any, for they win over the text."""
     return json.dumps(row["prompt_ids"] if row.get("prompt_ids") is not None else row["prompt"], ensure_ascii=False)
+
+
+def common_prompts(train: Dataset | Iterable[Mapping[str, Any]], held: Dataset | Iterable[Mapping[str, Any]]) -> int:
+    """How many different prompts are in both, as `prompt_key` tells them apart: text and messages never agree."""
+    return len(_prompt_keys(train) & _prompt_keys(held))
+
+
+def _prompt_keys(rows: Any) -> set[str]:
+    if hasattr(rows, "select_columns"):  # the responses need not be decoded
+        rows = rows.select_columns([name for name in ("prompt", "prompt_ids") if name in rows.column_names])
+    return {prompt_key(row) for row in rows}
 
 
 def as_dataset(rows: list[Row]) -> Dataset:

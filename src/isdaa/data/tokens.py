@@ -76,11 +76,12 @@ def tokenized(
     table = pa.Table.from_batches(batches)
     if folder is None:
         return Dataset(_in_memory(table)), counts
-    write_folder_atomically(folder, lambda aside: _write(aside, table, counts))
-    result = _read(folder)
-    if result is None:
-        raise UserError(f"{folder}: what was written there reads back damaged; check the disk")
-    return result
+    found = _read(folder)  # another process may have filled it meanwhile
+    if found is None:
+        write_folder_atomically(folder, lambda aside: _write(aside, table, counts))
+        found = _read(folder)
+    # Absent where another process is just replacing it by its own, equal one.
+    return (Dataset(_in_memory(table)), counts) if found is None else found
 
 
 def _record_batch(values: dict[str, list[Any]], first: int) -> pyarrow.RecordBatch:

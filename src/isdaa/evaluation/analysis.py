@@ -64,7 +64,7 @@ def analyse(folder: str | Path, settings: EvaluationConfig | None = None) -> dic
         "note": NO_SCORER if plan["scorer"] is None else NO_VERDICT_YET,
         "opponent": settings.opponent,
         "prompts": len(prompts),
-        "settings": settings.model_dump(),
+        "settings": settings.model_dump() | {"scorer": plan["scorer"]["name"] if plan["scorer"] is not None else None},
         "reference": origin,
         "models": models,
         **{key: plan[key] for key in ("tokenization", "template", "tokenizer", "git_revision")},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from isdaa.record import git_revision, versions
 from isdaa.terminal import progress
 
 SAMPLES, PAIRS, PLAN = "samples.jsonl", "pairs.jsonl", "plan.json"
-FORMAT = 1  # of the records; raise it when the same work would give other records
+FORWARD = 0.1  # work of one forward pass over a response, in samples
+FORMAT = 2  # of the records; raise it when the same work would give other records
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,16 @@ class Models:
         return self.get(self.reference_path)
 
 
+@dataclass(frozen=True)
+class _Work:
+    """One piece of work for one model."""
+
+    path: str
+    leader: str  # how the description of its own bar begins
+    do: Callable[[], None]
+    size: float = 0.0  # in samples
+
+
 class Collection:
     """The work of step one and where its records go."""
 
@@ -135,8 +146,17 @@ class Collection:
         # Without a scorer, one sample a prompt shows the reference's length and repetition; opponents are not needed.
         self.opponents = settings.opponent_samples if scored else 1
         paths = [reference, *(model.path for model in models)]
-        self.digests = {path: model_digest(path) for path in dict.fromkeys(paths)}
-        self.samples, self.pairs = Blocks(folder / SAMPLES), Blocks(folder / PAIRS)
+        self.digests = {path: model_digest(path, trust_remote_code) for path in dict.fromkeys(paths)}
+
+    @cached_property
+    def samples(self) -> Blocks:
+        """Samples on disk, read when the work begins."""
+        return Blocks(self.folder / SAMPLES)
+
+    @cached_property
+    def pairs(self) -> Blocks:
+        """Held-out logps on disk, read when the work begins."""
+        return Blocks(self.folder / PAIRS)
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -194,28 +214,42 @@ class Collection:
         if self.prompts.block not in self.samples:
             header = {"prompts": self.prompts.key, **self.prompts.shared}
             self.samples.add("prompts", self.prompts.block, header, self.prompts.rows)
-        opponents = {f"opponent/{k}": key for k, key in enumerate(plan["reference"]["opponents"])}
-        # Model by model, so that each is loaded once. Checkpoints with the same weights share their keys.
-        work: list[tuple[str, str, Callable[[], None]]] = [
-            (key, self.reference, partial(self.draw, self.reference, opponents)) for key in opponents.values()
-        ]
-        for model in [plan["reference"], *plan["models"]]:
-            path = model["path"]
-            if "kl" in model:
-                work.append((model["samples"], path, partial(self.draw, path, {"policy/0": model["samples"]})))
-                work.append((model["kl"], path, partial(self.measure_kl, path, model["kl"])))
-            if model["pairs"] is not None:
-                work.append((model["pairs"], path, partial(self.score_pairs, path, model["pairs"])))
-        todo = [(key, path, do) for key, path, do in work if key not in self.samples and key not in self.pairs]
+        todo = self._todo(plan)
         if todo:
-            with progress("evaluating", len(todo)) as bar:
-                for key, path, do in todo:
-                    bar.update(0, note=self.label(path))
-                    if key not in self.samples and key not in self.pairs:
-                        do()
-                    bar.update()
+            with progress("evaluating", sum(work.size for work in todo)) as bar:
+                for work in todo:
+                    bar.update(0, note=self.label(work.path))
+                    with bar.part(work.size, work.leader):
+                        work.do()
+                    bar.update(0)  # tells the bars around this one
         write_json(self.folder / PLAN, plan)
         return plan
+
+    def _todo(self, plan: Record) -> list[_Work]:
+        """What is not on disk yet, model by model, so that each is loaded once."""
+        todo: list[_Work] = []
+        planned: set[str] = set()  # checkpoints with the same weights share their keys
+
+        def add(keys: Iterable[str], size: float, work: _Work) -> None:
+            missing = [key for key in keys if key not in self.samples and key not in self.pairs and key not in planned]
+            planned.update(missing)
+            if missing:
+                todo.append(replace(work, size=size * len(missing)))
+
+        opponents = {f"opponent/{k}": key for k, key in enumerate(plan["reference"]["opponents"])}
+        prompts = len(self.prompts.rows)
+        draw = partial(self.draw, self.reference, opponents)
+        add(opponents.values(), prompts, _Work(self.reference, "  opponent", draw))
+        for model in [plan["reference"], *plan["models"]]:
+            path, pairs = model["path"], model["pairs"]
+            if "kl" in model:
+                key, kl = model["samples"], model["kl"]
+                add([key], prompts, _Work(path, "  policy", partial(self.draw, path, {"policy/0": key})))
+                add([kl], prompts * (1 + 2 * FORWARD), _Work(path, "  kl", partial(self.measure_kl, path, kl)))
+            if pairs is not None:
+                size = 2 * FORWARD * len(self.held_out)
+                add([pairs], size, _Work(path, "  pairs", partial(self.score_pairs, path, pairs)))
+        return todo
 
     def label(self, path: str) -> str:
         """What people call a model here."""
@@ -290,11 +324,14 @@ class Collection:
                 )
                 for place, result in enumerate(drawn):
                     i, purpose = chosen[place // len(purposes)], place % len(purposes)
-                    words = [token for token in result.ids if token not in stop]
+                    # A special token inside a response stays in its text: the judge is to see what the policy wrote.
+                    end = len(result.ids)
+                    while end and result.ids[end - 1] in stop:
+                        end -= 1
                     records[purpose][i] = {
                         "prompt_id": rows[i]["prompt_id"],
                         "sample": int(purposes[purpose].split("/")[1]),
-                        "text": tokenizer.decode(words, skip_special_tokens=True),
+                        "text": tokenizer.decode(result.ids[:end], skip_special_tokens=False),
                         "ids": list(result.ids),
                         "tokens": len(result.ids),
                         "finished": bool(result.finished),

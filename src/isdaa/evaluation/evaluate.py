@@ -12,6 +12,7 @@ weights, prompts and settings, so a second call reuses what is finished and a ki
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from isdaa.config import EvaluationConfig, TokenizationConfig
 from isdaa.errors import UserError
 from isdaa.evaluation.analysis import analyse, check_opponent
 from isdaa.evaluation.collect import Collection, check_tokenizers, tokenize
-from isdaa.evaluation.held_out import tokenize_held_out
+from isdaa.evaluation.held_out import common_pairs, tokenize_held_out
 from isdaa.evaluation.records import locked
 from isdaa.evaluation.requests import Checkpoint, Request, checkpoints
 from isdaa.evaluation.scorers import Scorer, load_scorer
@@ -63,21 +64,23 @@ def evaluate(
     known = {checkpoint.path: checkpoint for checkpoint in described}
     entries = [model if isinstance(model, Checkpoint) else known[str(model)] for model in models]
     judge = load_scorer(scorer, max_prompt_length=tokenization.max_prompt_length) if isinstance(scorer, str) else scorer
+    # All input is looked at before there is a folder: a call that fails on it leaves nothing behind.
+    tokenizer = _tokenizer(entries, str(reference), trust_remote_code)
+    rows = tokenize(prompts, tokenizer, settings, tokenization)
+    check_opponent(rows.rows, settings)
+    collection = Collection(
+        entries,
+        str(reference),
+        rows,
+        settings,
+        Path(output_dir),
+        held_out=tokenize_held_out(held_out, tokenizer, tokenization) if held_out is not None else [],
+        scored=judge is not None,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
     with locked(output_dir) as folder:
-        tokenizer = _tokenizer(entries, str(reference), trust_remote_code)
-        rows = tokenize(prompts, tokenizer, settings, tokenization)
-        check_opponent(rows.rows, settings)
-        Collection(
-            entries,
-            str(reference),
-            rows,
-            settings,
-            folder,
-            held_out=tokenize_held_out(held_out, tokenizer, tokenization) if held_out is not None else [],
-            scored=judge is not None,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-        ).run()
+        collection.run()
         if judge is not None:
             score(folder, judge)
         return analyse(folder, settings)
@@ -85,10 +88,10 @@ def evaluate(
 
 def evaluate_request(request: Request) -> dict[str, Any]:
     """`evaluate` for what `requests` found: reads the rows, then evaluates."""
-    from isdaa.data.sources import load_pairs, load_prompts
+    from isdaa.data.sources import load_prompts
 
     prompts, _ = load_prompts(request.data, request.split)
-    held_out = load_pairs(request.held_out)[0] if request.held_out is not None else None
+    held_out = common_pairs(request.held_out) if request.held_out else _pairs_of(request, prompts)
     return evaluate(
         request.models,
         reference=request.reference,
@@ -101,6 +104,18 @@ def evaluate_request(request: Request) -> dict[str, Any]:
         dtype=request.dtype,
         trust_remote_code=request.trust_remote_code,
     )
+
+
+def _pairs_of(request: Request, prompts: Iterable[Row]) -> list[Row] | None:
+    """The pairs of the prompts that are evaluated, where `request.data` holds pairs and not prompts alone."""
+    from isdaa.data.sources import load_pairs, load_rows, prompt_key
+
+    (first,) = load_rows(request.data, request.split, limit=1)
+    if all(first.get(name) is None for name in ("rejected", "rejected_ids")):
+        return None
+    pairs, _ = load_pairs(request.data, request.split)
+    evaluated = {prompt_key(row) for row in islice(prompts, request.settings.prompts)}
+    return [pair for pair in pairs if prompt_key(pair) in evaluated]
 
 
 def _tokenizer(models: Sequence[Checkpoint], reference: str, trust_remote_code: bool) -> Any:

@@ -6,6 +6,7 @@ worse.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,24 @@ from isdaa.evaluation.records import Record
 from isdaa.evaluation.statistics import mean_interval
 from isdaa.files import digest
 
+logger = logging.getLogger(__name__)
+
 BATCH_TOKENS = 16384  # tokens of one packed forward pass
+
+
+def common_pairs(files: Sequence[str]) -> list[dict[str, Any]] | None:
+    """Pairs of the first file whose prompt is in every file, so held out from all runs; None and a logged line, if there is none.
+
+    Raises UserError for a file without pairs.
+    """
+    from isdaa.data.sources import load_pairs, prompt_key
+
+    first, *others = ([(prompt_key(pair), pair) for pair in load_pairs(file)[0]] for file in files)
+    shared = [{key for key, _ in pairs} for pairs in others]
+    kept = [pair for key, pair in first if all(key in keys for keys in shared)]
+    if not kept:
+        logger.info("no pair is held out from all of these runs, so there is no accuracy and no drift; name pairs with --data")
+    return kept or None
 
 
 def tokenize_held_out(pairs: Iterable[Mapping[str, Any]], tokenizer: Any, tokenization: TokenizationConfig) -> list[Record]:

@@ -64,7 +64,7 @@ def locked(folder: str | Path) -> Iterator[Path]:
     """The folder, made if need be, while no other process writes records into it."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; choose another folder for the evaluation with --output_dir")
+        raise UserError(f"{folder}: is a file; choose another folder for the evaluation with --output")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -10,8 +13,10 @@ from typing import Any
 
 from isdaa.config import EvaluationConfig, TokenizationConfig, validate
 from isdaa.errors import UserError
-from isdaa.files import whole_jsonl
-from isdaa.record import ModelRecord, read_record
+from isdaa.files import file_digest
+from isdaa.record import GOLD, NAME, ModelRecord, read_record
+
+logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 
@@ -46,7 +51,7 @@ class Request:
     settings: EvaluationConfig
     tokenization: TokenizationConfig
     output_dir: str
-    held_out: str | None  # held-out pairs with both responses, where the run kept them
+    held_out: tuple[str, ...] = ()  # files of pairs that the runs held out; pairs of prompts that are in all of them count
     dtype: str = "float32"
     trust_remote_code: bool = False
 
@@ -70,19 +75,27 @@ def requests(model_paths: Sequence[str | Path], overrides: Mapping[str, Any] | N
     def named(option: str, field: str, what: str) -> str:
         if option in given:
             return str(given[option])
-        found: set[str] = {getattr(record, field) for record in records.values() if record is not None} - {None}
+        values = {path: getattr(record, field) for path, record in records.items() if record is not None}
+        found = {_resolved(value): path for path, value in values.items() if value is not None}
         bare = next((path for path, record in records.items() if record is None or getattr(record, field) is None), None)
         if bare is not None and len(found) != 1:
+            if not Path(bare).exists():
+                raise UserError(
+                    f"{bare}: no such folder here, and of a Hub model no record names {what}; give it with --{option}"
+                )
             lacks = "its record does not name" if records[bare] is not None else "no isdaa.json beside it names"
             raise UserError(f"{bare}: {lacks} {what}; give it with --{option}")
+        for value, path in found.items():
+            if value.startswith((".", "/")) and not Path(value).exists():
+                raise UserError(f"{Path(path) / NAME}: {what} that it names, {value}, is not there; give it with --{option}")
         if len(found) > 1:
             raise UserError(f"the models' records name different {option} ({', '.join(sorted(found))}); choose with --{option}")
-        return str(found.pop())
+        return next(iter(found))
 
     reference = named("reference", "reference", "the reference model π_ref")
     data = named("data", "evaluation", "held-out prompts")
     split = given.get("split") if "data" in given or "split" in given else (first.evaluation_split if first else None)
-    scorers = {record.scorer for record in records.values() if record is not None and record.scorer is not None}
+    scorers = {_resolved(record.scorer) for record in records.values() if record is not None and record.scorer is not None}
     if len(scorers) > 1 and "scorer" not in given:
         raise UserError(f"the models' records name different scorers ({', '.join(sorted(scorers))}); choose with --scorer")
     sections = _sections(first, given)
@@ -97,7 +110,7 @@ def requests(model_paths: Sequence[str | Path], overrides: Mapping[str, Any] | N
         settings=sections.evaluation,
         tokenization=sections.tokenization,
         output_dir=str(given.get("output_dir") or _home(model_paths)),
-        held_out=None if "data" in given else _held_out_pairs(paths),
+        held_out=() if "data" in given else _held_out_pairs(paths, records),
         dtype=str(given.get("dtype") or model.get("dtype") or "float32"),
         trust_remote_code=bool(given.get("trust_remote_code", model.get("trust_remote_code", False))),
     )
@@ -123,7 +136,9 @@ def expand(path: str | Path) -> list[str]:
         found.pop(record.step if record is not None and record.step is not None else -1, None)
     models = [str(found[step]) for step in sorted(found)] + ([str(final)] if final.is_dir() else [])
     if not models:
-        raise UserError(f"{text}: neither a model folder (config.json) nor a run folder with checkpoints/ or model/")
+        runs = sorted({str(inside.parent) for name in ("checkpoints", "model") for inside in folder.glob(f"*/{name}")})
+        hint = f"; did you mean {' '.join(runs)}?" if runs else ""
+        raise UserError(f"{text}: neither a model folder (config.json) nor a run folder with checkpoints/ or model/{hint}")
     return models
 
 
@@ -161,11 +176,11 @@ def _checkpoint(path: str, label: str, record: ModelRecord | None) -> Checkpoint
 
 
 def _weights_since(run: Path | None, step: int | None) -> dict[str, float]:
-    """Means of the logged weights over the optimiser steps since the checkpoint before; a line speaks for the steps since the last."""
+    """Means of the logged weights over the steps since the checkpoint before; a line speaks for the steps since the last line."""
     if run is None or not (run / METRICS).is_file():
         return {}
     earlier = [int(p.name.split("-")[1]) for p in (run / "checkpoints").glob("checkpoint-*") if _is_checkpoint(p)]
-    lines = [line for line in whole_jsonl(run / METRICS) if "weights/mean" in line]
+    lines = [line for line in _lines(run / METRICS) if "weights/mean" in line]
     if step is not None:
         since = max((s for s in earlier if s < step), default=0)
         steps = [0, *(int(line["step"]) for line in lines)]
@@ -175,6 +190,14 @@ def _weights_since(run: Path | None, step: int | None) -> dict[str, float]:
     kept = [(count, line) for count, line in zip(covered, lines, strict=True) if count > 0]
     total = sum(count for count, _ in kept)
     return {key: sum(n * line[key] for n, line in kept) / total for key in ("weights/mean", "weights/ess") if total}
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file that a live run may be appending to; nothing is written, a half line at the end left out."""
+    try:
+        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line.strip()]
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON Lines ({error}); mend the line or move the file away") from None
 
 
 def _labels(paths: Sequence[str]) -> list[str]:
@@ -204,11 +227,21 @@ def _home(model_paths: Sequence[str | Path]) -> Path:
     return (parents.pop() if len(parents) == 1 else Path.cwd()) / "evaluation"
 
 
-def _held_out_pairs(paths: Sequence[str]) -> str | None:
-    """The held-out pairs that the first run kept."""
-    run = run_folder(paths[0])
-    file = run / "eval_pairs.jsonl" if run is not None else None
-    return str(file) if file is not None and file.is_file() else None
+def _held_out_pairs(paths: Sequence[str], records: Mapping[str, ModelRecord | None]) -> tuple[str, ...]:
+    """The held-out pairs that the runs kept, one file of each content; none where a run, which may train on them, kept none."""
+    runs = dict.fromkeys(run_folder(path) for path in paths if records[path] is not None)
+    files = {run: run / "eval_pairs.jsonl" for run in runs if run is not None}
+    without = next((run for run, file in files.items() if not file.is_file()), None)
+    if without is not None:
+        if len(files) > 1:
+            logger.info("%s held no pairs out, so there is no accuracy and no drift; pairs can be named with --data", without)
+        return ()
+    return tuple({file_digest(file): str(file) for file in reversed(files.values())}.values())[::-1]
+
+
+def _resolved(value: str) -> str:
+    """One spelling of each local path; anything else as it is."""
+    return os.path.realpath(value) if Path(value).exists() and value != GOLD else value
 
 
 def _sections(record: ModelRecord | None, given: Mapping[str, Any]) -> Any:

@@ -124,23 +124,22 @@ class RewardModelScorer:
             from isdaa.models.loading import load_sequence_classifier
 
             device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-            self._model = load_sequence_classifier(self.name, device=device).requires_grad_(False)
+            model = load_sequence_classifier(self.name, device=device, pad_id=self.tokenizer.pad_token_id)
+            self._model = model.requires_grad_(False)
         return self._model
 
     def score(self, rows: Sequence[ScorerRow], progress: Bar | None = None) -> list[float]:
-        """The model's output at the last token. Raises UserError where it is not finite."""
+        """The model's output at each row's last token, EOS included. Raises UserError where it is not finite."""
         import torch
 
         sequences = self.token_ids(rows)
         order = sorted(range(len(rows)), key=lambda i: len(sequences[i]))
-        pad = self.model.config.get_text_config().pad_token_id
-        # transformers finds a row's last token by the pad id; a model without one was trained on whole rows.
-        size = 1 if pad is None else self.batch_size
+        pad = self.tokenizer.pad_token_id
         scores = [math.nan] * len(rows)
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
             longest = len(sequences[batch[-1]])
-            ids = torch.full((len(batch), longest), 0 if pad is None else pad)
+            ids = torch.full((len(batch), longest), pad)
             mask = torch.zeros((len(batch), longest), dtype=torch.long)
             for line, index in enumerate(batch):
                 ids[line, : len(sequences[index])] = torch.tensor(sequences[index])

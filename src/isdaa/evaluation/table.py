@@ -60,10 +60,12 @@ def legend(metrics: Mapping[str, Any]) -> list[str]:
     """What the columns mean, and what the table does not say."""
     settings, scorer = metrics["settings"], metrics["scorer"]
     level = f"{settings['confidence'] * 100:g} %"
+    prompts = "1 held-out prompt" if metrics["prompts"] == 1 else f"{metrics['prompts']} held-out prompts"
     lines = [
-        f"{metrics['prompts']} held-out prompts; ± is half of a {level} bootstrap interval over prompts; "
-        "cut: ended by the length limit."
+        f"{prompts}; ± is half of a {level} bootstrap interval over prompts; cut: ended by the length limit.",
     ]
+    if scorer is None and any("held_out" in model for model in metrics["models"]):
+        lines.append("accuracy, drift (log π − log π_ref, nats): over the prompts of the held-out pairs, intervals too.")
     if any(model.get("ess") is not None for model in metrics["models"]):
         lines.append("weight, ESS (a share of the batch): means over the training steps since the checkpoint before.")
     if scorer is not None:

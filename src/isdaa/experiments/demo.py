@@ -16,8 +16,8 @@ CHART = "win_rate_against_kl"
 SECONDS = {"sft": 45, "reward": 30, "label": 25, "align": 30, "evaluate": 25}  # on two idle cores; what the estimate starts from
 
 
-def run_demo(config: Config, methods: Sequence[str]) -> Path:
-    """Run or finish the experiment in `config.output_dir`. Returns the chart's path.
+def run_demo(config: Config, methods: Sequence[str]) -> Path | None:
+    """Run or finish the experiment in `config.output_dir`. Returns the chart's path; None without a scorer.
 
     `world/` holds the SFT model and the pairs that all methods share, `METHOD/` one run each, `evaluation/` the records.
     Raises UserError for unknown methods.
@@ -30,7 +30,9 @@ def run_demo(config: Config, methods: Sequence[str]) -> Path:
     started = time.monotonic()
     base = Path(config.output_dir)
     shared, runs = shared_config(config), [method_config(config, method) for method in methods]
-    with progress("demo", sum(SECONDS[name] for name in shared.stages) + len(runs) * (SECONDS["align"] + SECONDS["evaluate"])) as bar:
+    with progress(
+        "demo", sum(SECONDS[name] for name in shared.stages) + len(runs) * (SECONDS["align"] + SECONDS["evaluate"])
+    ) as bar:
         for stage in shared.stages:
             with bar.part(SECONDS[stage], stage):
                 run(shared.model_copy(update={"stages": [stage]}))
@@ -38,7 +40,7 @@ def run_demo(config: Config, methods: Sequence[str]) -> Path:
             with bar.part(SECONDS["align"], f"align: {one.objective.method}"):
                 run(one)
         with bar.part(len(runs) * SECONDS["evaluate"], "evaluating"):
-            metrics = evaluate_runs([Path(one.output_dir) for one in runs])
+            metrics = evaluate_runs([Path(one.output_dir) for one in runs], config)
     chart = draw(metrics, base)
     show(metrics, base, chart, time.monotonic() - started)
     return chart
@@ -63,23 +65,35 @@ def method_config(config: Config, method: str) -> Config:
     return validate(data, f"demo: {method}")
 
 
-def evaluate_runs(runs: Sequence[Path]) -> dict[str, Any]:
-    """Every checkpoint of every run against the one reference, in one call."""
+def evaluate_runs(runs: Sequence[Path], config: Config) -> dict[str, Any]:
+    """Every checkpoint of every run against the one reference, in one call, as `config.evaluation` says now."""
     from isdaa.evaluation.evaluate import evaluate_request
     from isdaa.evaluation.requests import requests
 
-    return evaluate_request(requests([str(run) for run in runs]))
+    settings = config.evaluation.model_dump()
+    overrides = {f"evaluation.{key}": value for key, value in settings.items()}
+    return evaluate_request(requests([str(run) for run in runs], overrides | {"scorer": settings["scorer"] or "none"}))
 
 
-def draw(metrics: dict[str, Any], folder: Path) -> Path:
-    """Win rate against √KL, as PNG and SVG."""
+def draw(metrics: dict[str, Any], folder: Path) -> Path | None:
+    """Win rate against √KL, as PNG and SVG; None where there are no win rates to draw."""
     from isdaa.evaluation.analysis import chart_records
     from isdaa.report.charts import save_chart, win_rate_chart
 
-    return save_chart(win_rate_chart(chart_records(metrics)), folder / CHART)[0]
+    records = chart_records(metrics)
+    if not records:
+        return None
+    start = metrics["reference"]["win_rate"]
+    chart = win_rate_chart(
+        records,
+        opponent="the reference" if metrics["opponent"] == "reference" else "the chosen responses",
+        start=start["mean"] if start is not None else None,
+        confidence=metrics["settings"]["confidence"],
+    )
+    return save_chart(chart, folder / CHART)[0]
 
 
-def show(metrics: dict[str, Any], base: Path, chart: Path, seconds: float) -> None:
+def show(metrics: dict[str, Any], base: Path, chart: Path | None, seconds: float) -> None:
     """The table, what it says, and where everything is."""
     from isdaa.evaluation.table import print_table
 
@@ -87,7 +101,8 @@ def show(metrics: dict[str, Any], base: Path, chart: Path, seconds: float) -> No
     print()
     for sentence in readings(metrics):
         print(sentence)
-    print(f"\nchart:   {chart}\nrecords: {base / 'evaluation'}\n{seconds:.0f} s in this call")
+    print(f"\nchart:   {chart or 'none, for without a scorer there are no win rates'}")
+    print(f"records: {base / 'evaluation'}\n{seconds:.0f} s in this call")
 
 
 def readings(metrics: dict[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ from isdaa.errors import UserError, nearest
 from isdaa.files import read_json
 from isdaa.models.adapters import add_lora
 from isdaa.models.hub import offline, quiet
+from isdaa.models.pooling import pool_by_mask
 from isdaa.models.saving import save_model, weights_digest
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ def load_sequence_classifier(
     """A reward model: a sequence classifier with one output, in evaluation mode.
 
     `new_head=True` starts a reward model from a language model, with a random head of one output drawn by `seed`.
-    `pad_id` is set in the model's configuration, which transformers needs to find the last token of each row.
+    `pad_id` is set in the model's configuration, without which transformers takes no batch. It may well be EOS: rows are
+    read at the last token of their attention mask (`pool_by_mask`).
 
     Raises:
         UserError: as `load_model`; a model without a trained head; a head with more than one output.
@@ -104,6 +106,7 @@ def load_sequence_classifier(
         raise UserError(f"{path_or_name}: a classifier of {model.config.num_labels} labels; a reward model has one output")
     if pad_id is not None:
         model.config.get_text_config().pad_token_id = model.config.pad_token_id = pad_id
+    pool_by_mask(model)
     return model
 
 

@@ -49,9 +49,7 @@ class PairLogps:
             raise ValueError(f"policy_chosen_logps must have shape (B,) with B ≥ 1; got {tuple(shape)}")
         for name, tensor in given.items():
             if tensor.shape != shape:
-                raise ValueError(
-                    f"{name} must have the shape {tuple(shape)} of policy_chosen_logps; got {tuple(tensor.shape)}"
-                )
+                raise ValueError(f"{name} must have the shape {tuple(shape)} of policy_chosen_logps; got {tuple(tensor.shape)}")
             if not name.endswith("_lengths") and not tensor.is_floating_point():
                 raise ValueError(f"{name} must be floating point; got {tensor.dtype}")
         for one, other in (

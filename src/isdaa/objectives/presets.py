@@ -153,9 +153,7 @@ def check_settings(**settings: Any) -> dict[str, Any]:
     """
     for name in settings:
         if name not in DEFAULTS:
-            raise ValueError(
-                f'unknown setting "{name}"{nearest(name, DEFAULTS)}; known settings: {", ".join(DEFAULTS)}'
-            )
+            raise ValueError(f'unknown setting "{name}"{nearest(name, DEFAULTS)}; known settings: {", ".join(DEFAULTS)}')
     full = {**DEFAULTS, **settings}
     for name, choices in CHOICES.items():
         _check_choice(name, full[name], choices)

@@ -97,9 +97,7 @@ def effective_sample_size(weights: Tensor, valid: Tensor | None = None) -> Tenso
 
 
 @torch.no_grad()
-def weight_metrics(
-    log_weights: Tensor, weights: Tensor, clipped: Tensor, valid: Tensor | None = None
-) -> dict[str, float]:
+def weight_metrics(log_weights: Tensor, weights: Tensor, clipped: Tensor, valid: Tensor | None = None) -> dict[str, float]:
     """What the log shows about the weights of a GLOBAL batch; keys `weights/…`.
 
     Arguments, each (B,): log-weights before the clip; the final weights; whether ε lowered the weight. `weights/capped`
@@ -131,9 +129,7 @@ def _checked(weights: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     if valid is None:
         valid = torch.ones_like(weights, dtype=torch.bool)
     if valid.shape != weights.shape or valid.dtype != torch.bool:
-        raise ValueError(
-            f"valid must be bool of shape {tuple(weights.shape)}; got {valid.dtype} of shape {tuple(valid.shape)}"
-        )
+        raise ValueError(f"valid must be bool of shape {tuple(weights.shape)}; got {valid.dtype} of shape {tuple(valid.shape)}")
     return _at_least_fp32(weights), valid
 
 

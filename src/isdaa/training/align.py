@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from isdaa.data.pairs import Counts
-from isdaa.data.sources import hold_out, load_pairs
-from isdaa.data.tokenization import tokenize_pairs
+from isdaa.data.sources import common_prompts, hold_out, load_pairs
+from isdaa.data.tokenization import tokenize_pairs, tokenizer_digest
 from isdaa.errors import UserError
 from isdaa.evaluation.collect import check_tokenizers
+from isdaa.evaluation.identity import model_digest
 from isdaa.files import write_jsonl
 from isdaa.models.adapters import add_lora
 from isdaa.models.forward import PairForward, prepare
 from isdaa.models.loading import load_tokenizer
+from isdaa.models.saving import save_model, weights_digest
 from isdaa.objectives.objective import Objective
-from isdaa.training.arguments import training_arguments
+from isdaa.training.arguments import total_steps, training_arguments
 from isdaa.training.batches import BEHAVIOUR_COLUMNS, TokenisedPairs
 from isdaa.training.checkpoints import newest_complete_checkpoint
 from isdaa.training.monitor import MetricsFile, metrics_line
@@ -26,6 +29,7 @@ from isdaa.training.reference import reference_logps
 from isdaa.training.run import Run
 from isdaa.training.start import (
     cache_folder,
+    check_rows,
     described,
     keep_model,
     logps_key,
@@ -46,17 +50,24 @@ def align(run: Run) -> Path:
     tokenizer = tokenizer_of(config, start)
     train, held_out = _pairs(run, tokenizer)
     policy = policy_of(run, tokenizer, start)
+    for pairs in (train, held_out):
+        if pairs is not None:
+            check_rows(policy, start, *pairs.extent())
+    run.pin("align", weights=weights_digest(policy), pairs=train.content_digest())
     forward = prepare(policy, probe=config.align.probe, longest_row=config.tokenization.max_length)
+    # The reference is the policy exactly as loaded: its logps come before a new adapter.
+    train, held_out = _with_logps(run, train, held_out, policy, forward, tokenizer)
     if config.lora.rank:
-        # The reference is the policy exactly as loaded: its logps come before the new adapter.
-        train, held_out = _with_logps(run, train, held_out, policy, forward, tokenizer)
+        base = _adapter_base(run, policy, tokenizer, start)
         policy = add_lora(policy, **config.lora.model_dump(), seed=config.seed)
-        if start is not None and Path(start).is_dir():
-            # Checkpoints hold the adapter alone: they must find its base from any folder.
-            policy.peft_config["default"].base_model_name_or_path = str(Path(start).absolute())
-        forward = prepare(policy, probe=False)
-    else:
-        train, held_out = _with_logps(run, train, held_out, policy, forward, tokenizer)
+        policy.peft_config["default"].base_model_name_or_path = base
+        # Probed again: what the base's probe found out must hold for the forward that trains.
+        forward = prepare(policy, probe=config.align.probe, longest_row=config.tokenization.max_length)
+    steps = total_steps(config.align, len(train))
+    if config.align.warmup_steps >= steps:
+        run.say(
+            "align", [f"warm-up ({config.align.warmup_steps} steps) is as long as the run ({steps}): the learning rate stays low"]
+        )
     reference = config.reference.path or start
     checkpoints = run.folder / "checkpoints"
 
@@ -88,6 +99,21 @@ def align(run: Run) -> Path:
     return folder
 
 
+def _adapter_base(run: Run, policy: Any, tokenizer: Any, start: str | None) -> str:
+    """Where checkpoints, which hold the adapter alone, find their base: the start, or, where that is itself an adapter or
+    a new random model, a merged copy in the run's folder."""
+    found = str(getattr(policy.config, "_name_or_path", "") or "")
+    path = Path(start).expanduser() if start is not None else None
+    if path is not None and path.is_dir() and (path / "config.json").is_file():
+        return str(path.absolute())
+    if start is not None and found == start:
+        return start
+    base = run.folder / "base"
+    if not base.is_dir():
+        save_model(policy, tokenizer, base)
+    return str(base.absolute())
+
+
 def _last_metrics(trainer: Any) -> dict[str, float]:
     """Each metric's last logged value, by its name in `metrics.jsonl`; values that are not finite are left out."""
     last: dict[str, float] = {}
@@ -105,6 +131,11 @@ def _pairs(run: Run, tokenizer: Any) -> tuple[TokenisedPairs, TokenisedPairs | N
     held_counts = Counts()
     if config.data.eval_pairs is not None:
         held, held_counts = load_pairs(config.data.eval_pairs, config.data.eval_split, limit=config.data.limit)
+        common = common_prompts(rows, held)
+        if common:
+            run.say(
+                "align", [f"{common} prompts are in data.pairs and in data.eval_pairs: the held-out figures flatter the policy"]
+            )
     else:
         rows, held = hold_out(rows, config.data.eval_fraction, config.seed)
         counts = replace(counts, rows=counts.rows - (len(held) if held is not None else 0))
@@ -112,6 +143,7 @@ def _pairs(run: Run, tokenizer: Any) -> tuple[TokenisedPairs, TokenisedPairs | N
     run.say("align", [f"training pairs: {line}" for line in (counts + more).lines()])
     if held is None:
         run.say("align", ["no pair held out"])
+        (run.folder / "eval_pairs.jsonl").unlink(missing_ok=True)
         return TokenisedPairs(tokens), None
     write_jsonl(run.folder / "eval_pairs.jsonl", (_plain(row) for row in held))
     held_tokens, more = _tokens(run, held, tokenizer)
@@ -135,7 +167,7 @@ def _with_logps(
     config = run.config
     sets = [s for s in (train, held_out) if s is not None]
     if config.reference.path is None:
-        sets = _filled(run, sets, "reference", policy, forward, tokenizer)
+        sets = _filled(run, sets, "reference", forward, logps_key(policy, forward.mode, tokenizer, token_settings(config)))
     else:
         sets = _filled_by(run, sets, "reference", config.reference.path, tokenizer)
     if config.behaviour.model_path is not None:
@@ -146,12 +178,24 @@ def _with_logps(
 
 
 def _filled_by(run: Run, sets: list[TokenisedPairs], which: str, path: str, tokenizer: Any) -> list[TokenisedPairs]:
-    """Logps under another model, which is let go again."""
-    model = other_model(run.config, path)
-    _check_vocabulary(path, model, tokenizer)
-    forward = prepare(model, probe=run.config.align.probe, longest_row=run.config.tokenization.max_length)
-    filled = _filled(run, sets, which, model, forward, tokenizer)
-    del model, forward
+    """Logps under another model, which is loaded only where they are not in the cache, and let go again."""
+    settings = run.config
+
+    def load() -> PairForward:
+        model = other_model(settings, path)
+        _check_vocabulary(path, model, tokenizer)
+        for pairs in sets:
+            check_rows(model, path, *pairs.extent())
+        return prepare(model, probe=settings.align.probe, longest_row=settings.tokenization.max_length)
+
+    key = {
+        "model": model_digest(Path(path).expanduser() if Path(path).expanduser().is_dir() else path),
+        "dtype": settings.model.dtype,
+        "probe": settings.align.probe,
+        "tokenizer": tokenizer_digest(tokenizer),
+        "tokenization": settings.tokenization.model_dump(),
+    }
+    filled = _filled(run, sets, which, load, key)
     gc.collect()
     return filled
 
@@ -172,9 +216,8 @@ def _check_vocabulary(path: str, model: Any, tokenizer: Any) -> None:
 
 
 def _filled(
-    run: Run, sets: list[TokenisedPairs], which: str, model: Any, forward: PairForward, tokenizer: Any
+    run: Run, sets: list[TokenisedPairs], which: str, forward: PairForward | Callable[[], PairForward], key: dict[str, Any]
 ) -> list[TokenisedPairs]:
-    key = {**logps_key(run.config, model, tokenizer), "mode": forward.mode}
     filled = []
     for pairs in sets:
         logps = reference_logps(

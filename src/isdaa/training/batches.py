@@ -63,6 +63,12 @@ class TokenisedPairs(Dataset):
         """(N,) tokens of prompt + chosen + rejected: what a row costs in a packed batch."""
         return np.sum([np.diff(offsets) for _, offsets in self.tokens.values()], axis=0)
 
+    def extent(self) -> tuple[int, int]:
+        """The highest token id, and the tokens of the longest prompt + response."""
+        lengths = {name: np.diff(offsets) for name, (_, offsets) in self.tokens.items()}
+        longest = lengths["prompt_ids"] + np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])
+        return max(int(ids.max(initial=0)) for ids, _ in self.tokens.values()), int(longest.max(initial=0))
+
     def batch(self, indices: Sequence[int] | np.ndarray) -> PairBatch:
         """The packed batch of some rows, in their order."""
         return collate([self[int(index)] for index in indices])

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 from isdaa.config import TokenizationConfig
 from isdaa.data.sources import as_dataset, load_pairs
-from isdaa.data.tokenization import TokenizationSettings, tokenize_pairs, tokenizer_digest
+from isdaa.data.tokenization import TokenizationSettings, tokenize_pairs
 from isdaa.errors import UserError
 from isdaa.files import write_jsonl
 from isdaa.models.forward import prepare
 from isdaa.models.loading import load_model, load_tokenizer
-from isdaa.models.saving import weights_digest
 from isdaa.terminal import say
+from isdaa.training.batches import TokenisedPairs
 from isdaa.training.reference import reference_logps
-from isdaa.training.start import device
+from isdaa.training.start import check_rows, device, logps_key
 
 
 def write_behaviour_logps(model_path: str, source: str, split: str, output: Path, tokenization: TokenizationConfig) -> None:
@@ -34,9 +33,11 @@ def write_behaviour_logps(model_path: str, source: str, split: str, output: Path
     settings = TokenizationSettings(**tokenization.model_dump())
     tokens, more = tokenize_pairs(as_dataset(marked), tokenizer, settings)
     model = load_model(model_path, device=device())
-    key = {"weights": weights_digest(model), "tokenizer": tokenizer_digest(tokenizer), "tokenization": asdict(settings)}
+    check_rows(model, model_path, *TokenisedPairs(tokens).extent())
+    forward = prepare(model)
+    key = logps_key(model, forward.mode, tokenizer, settings)
     chosen, rejected = reference_logps(
-        prepare(model), tokens, key=key, cache_dir=output.resolve().parent / ".isdaa_cache", progress="behaviour logps"
+        forward, tokens, key=key, cache_dir=output.resolve().parent / ".isdaa_cache", progress="behaviour logps"
     )
     with_logps = []
     for i, c, r in zip(tokens["id"], chosen, rejected, strict=True):
@@ -45,4 +46,7 @@ def write_behaviour_logps(model_path: str, source: str, split: str, output: Path
     write_jsonl(output, with_logps)
     for line in (counts + more).lines():
         say(line)
+    replaced = sum(row["behaviour_chosen_logps"] is not None for row in rows)
+    if replaced:
+        say(f"{replaced} rows had behaviour logps of their own, which are replaced")
     say(f"{len(tokens)} pairs with behaviour logps: {output}")

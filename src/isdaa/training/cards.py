@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -18,7 +19,7 @@ def model_card(record: ModelRecord, name: str) -> str:
     config = record.config
     front = {"library_name": "transformers", "tags": ["isdaa", record.kind]}
     base = config["model"]["path"]
-    if base and not Path(base).exists():  # the Hub knows names alone
+    if base and not Path(base).exists() and not Path(base).is_absolute():  # the Hub knows names alone
         front["base_model"] = base
     if record.kind == "reward":
         front["pipeline_tag"] = "text-classification"
@@ -26,14 +27,14 @@ def model_card(record: ModelRecord, name: str) -> str:
         front["pipeline_tag"] = "text-generation"
     lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {name}", ""]
     step = f", optimiser step {record.step}" if record.step is not None else ""
-    lines += [f"{TITLES[record.kind]} with [isdaa](https://pypi.org/project/isdaa/){step}.", ""]
+    lines += [f"{TITLES[record.kind]} with isdaa{step}.", ""]
     if record.kind == "policy":
         arguments = {key: value for key, value in config["objective"].items() if key != "method"}
         lines += [f"## Method: `{config['objective']['method']}`", "", "```text", Objective(**arguments).formula(), "```", ""]
-        lines += [f"- reference π_ref: `{record.reference}`"]
-        lines += [f"- behaviour μ: `{config['behaviour']['model_path'] or 'the rows’ own logps, else π_ref'}`", ""]
+        lines += [f"- reference π_ref: `{_shown(record.reference)}`"]
+        lines += [f"- behaviour μ: `{_shown(config['behaviour']['model_path']) or 'the rows’ own logps, else π_ref'}`", ""]
     lines += ["## Data", ""]
-    lines += [f"- {key}: `{value}`" for key, value in config["data"].items() if value is not None]
+    lines += [f"- {key}: `{_shown(value)}`" for key, value in config["data"].items() if value is not None]
     section = {"sft": "sft", "reward": "reward", "policy": "align"}[record.kind]
     settings = {"seed": config["seed"], "tokenization": config["tokenization"], section: config[section]}
     if config["lora"]["rank"] and record.kind != "reward":
@@ -51,3 +52,8 @@ def model_card(record: ModelRecord, name: str) -> str:
         ]
     lines += ["## Versions", "", "```json", json.dumps({**versions(), "git": git_revision()}, indent=1), "```", ""]
     return "\n".join(lines)
+
+
+def _shown(value: Any) -> Any:
+    """A card travels with its model: of a path that holds on one machine alone, the last part is enough."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

@@ -136,8 +136,14 @@ def write_checkpoint(
 
 
 def rotate(folder: Path, keep: int | None) -> None:
-    """Remove the oldest checkpoints beyond `keep`, each renamed first, so that none is ever half there."""
-    for path in checkpoints(folder)[: -keep if keep else 0]:
+    """Remove the oldest complete checkpoints beyond `keep`, each renamed first, so that none is ever half there.
+
+    A broken one is neither counted nor removed: it must not push out one that training can go on from.
+    """
+    if not keep:
+        return
+    complete = [path for path in checkpoints(folder) if defect(path) is None]
+    for path in complete[:-keep]:
         old = path.parent / f"{OLD}{path.name}"
         os.rename(path, old)
         shutil.rmtree(old, ignore_errors=True)

@@ -5,7 +5,8 @@ Works in blocks: each finished block of prompts is appended to `pairs/responses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,24 @@ from isdaa.data.sources import as_dataset, load_prompts
 from isdaa.data.tokenization import tokenize_pairs, tokenize_prompts
 from isdaa.errors import UserError
 from isdaa.evaluation.scorers import load_scorer
-from isdaa.files import append_jsonl, whole_jsonl, write_json, write_jsonl
+from isdaa.files import append_jsonl, digest, whole_jsonl, write_json, write_jsonl
 from isdaa.models.forward import prepare
 from isdaa.models.sampling import SamplingSettings, sample
+from isdaa.models.saving import weights_digest
 from isdaa.terminal import progress
 from isdaa.training.labelling import label_prompt
 from isdaa.training.reference import reference_logps
 from isdaa.training.run import Run
-from isdaa.training.start import cache_folder, logps_key, policy_of, starting_path, token_settings, tokenizer_of
+from isdaa.training.start import (
+    cache_folder,
+    check_rows,
+    config_digest,
+    logps_key,
+    policy_of,
+    starting_path,
+    token_settings,
+    tokenizer_of,
+)
 
 BLOCK = 1000  # prompts between two writes
 
@@ -41,13 +52,17 @@ def label(run: Run) -> Path:
     rows = [{**row, "prompt_ids": list(prompt)} for row, prompt in zip(prompts, ids, strict=True)]
     _check_ids(rows)
     model = policy_of(run, tokenizer, start)
-    responses = _responses(run, rows, model, tokenizer, folder / "responses.jsonl")
+    longest = max(len(row["prompt_ids"]) for row in rows) + settings.max_new_tokens
+    check_rows(model, start, max(max(row["prompt_ids"]) for row in rows), longest)
+    stop = {chat: stop_token_ids(tokenizer, chat=chat) for chat in {isinstance(row["prompt"], list) for row in rows}}
+    responses = _responses(run, rows, model, tokenizer, stop, folder / "responses.jsonl")
     seed = config.seed if settings.seed is None else settings.seed
-    pairs = [
-        pair
-        for row in rows
-        for pair in label_prompt(row, [_with_text(r, row, tokenizer) for r in responses[str(row["id"])]], settings, seed)
-    ]
+    pairs = []
+    for row in rows:
+        answers = [{**r, "text": _text(r["ids"], row, tokenizer, stop)} for r in responses[str(row["id"])]]
+        pairs += label_prompt(row, answers, settings, seed)
+    if settings.pairing == "best_worst":
+        run.say("label", ["best against worst is not a draw from μ × μ: importance weights on these pairs are biased"])
     if _is_plain_sampling(settings):
         pairs = _with_behaviour_logps(run, pairs, model, tokenizer)
     else:
@@ -76,22 +91,28 @@ def _check_ids(rows: Sequence[Row]) -> None:
         seen.add(str(row["id"]))
 
 
-def _responses(run: Run, rows: Sequence[Row], model: Any, tokenizer: Any, path: Path) -> dict[str, list[Row]]:
+def _responses(
+    run: Run, rows: Sequence[Row], model: Any, tokenizer: Any, stop: Mapping[bool, set[int]], path: Path
+) -> dict[str, list[Row]]:
     """`{prompt id: n responses with ids, finished, reward}`, from the file where they are there already."""
     settings = run.config.label
     assert settings.scorer is not None
     seed = run.config.seed if settings.seed is None else settings.seed
-    found = {str(record["id"]): record["responses"] for record in whole_jsonl(path)}
-    missing = [row for row in rows if str(row["id"]) not in found]
     scorer = load_scorer(settings.scorer, max_prompt_length=run.config.tokenization.max_prompt_length)
     sampling = SamplingSettings(settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens)
+    work = [weights_digest(model), config_digest(model), asdict(sampling), settings.samples, seed, scorer.digest]
+    # A record is used again only where it is what this very work would give.
+    keys = {str(row["id"]): digest([*work, row["prompt"], list(row["prompt_ids"])]) for row in rows}
+    kept = {str(record["id"]): record for record in whole_jsonl(path)}
+    found = {name: record["responses"] for name, record in kept.items() if record.get("key") == keys.get(name)}
+    missing = [row for row in rows if str(row["id"]) not in found]
     with progress("label: sample and score", len(missing) * settings.samples) as bar:
         for block in _blocks(missing):
             answers = sample(
                 model,
                 [row["prompt_ids"] for row in block],
                 sampling,
-                stop_token_ids(tokenizer, chat=isinstance(block[0]["prompt"], list)),
+                stop[isinstance(block[0]["prompt"], list)],
                 tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
                 seed,
                 [f"label/{row['id']}/{number}" for row in block for number in range(settings.samples)],
@@ -101,7 +122,7 @@ def _responses(run: Run, rows: Sequence[Row], model: Any, tokenizer: Any, path: 
             )
             flat = [row for row in block for _ in range(settings.samples)]
             judged = [
-                {**row, "response": _text(answer.ids, row, tokenizer), "finished": answer.finished}
+                {**row, "response": _text(answer.ids, row, tokenizer, stop), "finished": answer.finished}
                 for row, answer in zip(flat, answers, strict=True)
             ]
             rewards = scorer.score(judged)
@@ -109,7 +130,7 @@ def _responses(run: Run, rows: Sequence[Row], model: Any, tokenizer: Any, path: 
             for number, row in enumerate(block):
                 of_row = range(number * settings.samples, (number + 1) * settings.samples)
                 responses = [{"ids": list(answers[i].ids), "finished": answers[i].finished, "reward": rewards[i]} for i in of_row]
-                records.append({"id": str(row["id"]), "responses": responses})
+                records.append({"id": str(row["id"]), "key": keys[str(row["id"])], "responses": responses})
                 found[str(row["id"])] = responses
             append_jsonl(path, records)
     return found
@@ -123,16 +144,17 @@ def _blocks(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
             yield alike[first : first + BLOCK]
 
 
-def _text(ids: Sequence[int], prompt: Row, tokenizer: Any) -> Any:
-    """A response as text, or as one assistant message where the prompt is a conversation; for reading and for scorers."""
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    if not isinstance(prompt["prompt"], list):
-        return text
-    return [{"role": "assistant", "content": text}]
+def _text(ids: Sequence[int], prompt: Row, tokenizer: Any, stop: Mapping[bool, set[int]]) -> Any:
+    """A response as text, or as one assistant message where the prompt is a conversation; for reading and for scorers.
 
-
-def _with_text(response: Row, prompt: Row, tokenizer: Any) -> Row:
-    return {**response, "text": _text(response["ids"], prompt, tokenizer)}
+    The stop token at its end is left out; special tokens elsewhere stay, since a scorer should see them.
+    """
+    chat = isinstance(prompt["prompt"], list)
+    words = list(ids)
+    while words and words[-1] in stop[chat]:
+        words.pop()
+    text = tokenizer.decode(words, skip_special_tokens=False)
+    return [{"role": "assistant", "content": text}] if chat else text
 
 
 def _is_plain_sampling(settings: Any) -> bool:
@@ -141,12 +163,23 @@ def _is_plain_sampling(settings: Any) -> bool:
 
 
 def _with_behaviour_logps(run: Run, pairs: list[Row], model: Any, tokenizer: Any) -> list[Row]:
-    """The pairs with μ's logps, by the very forward that training uses. Pairs that training would drop get none."""
-    rows = as_dataset([{**canonical_defaults(), **pair, "where": f"pair {pair['id']}"} for pair in pairs])
-    tokens, _ = tokenize_pairs(rows, tokenizer, token_settings(run.config))
-    key = logps_key(run.config, model, tokenizer)
+    """The pairs with μ's logps, by the very forward that training uses. Pairs that would be cut or are equal get none."""
+    # A row that is marked as carrying behaviour logps is dropped where it would be cut: they are those of the whole response.
+    marked = {"facts": None, "weight": None, "behaviour_chosen_logps": 0.0, "behaviour_rejected_logps": 0.0}
+    known = [{k: v for k, v in pair.items() if k != "pairing"} for pair in pairs]
+    rows = as_dataset([{**marked, **pair, "where": f"pair {pair['id']}"} for pair in known])
+    settings = token_settings(run.config)
+    tokens, counts = tokenize_pairs(rows, tokenizer, settings)
+    if counts.dropped_behaviour_cut:
+        run.say("label", [f"{counts.dropped_behaviour_cut} pairs are longer than tokenization.max_length: no behaviour logps"])
+    forward = prepare(model, longest_row=run.config.tokenization.max_length)
     chosen, rejected = reference_logps(
-        lambda: prepare(model), tokens, key=key, cache_dir=cache_folder(run), progress="label: behaviour logps"
+        forward,
+        tokens,
+        key=logps_key(model, forward.mode, tokenizer, settings),
+        cache_dir=cache_folder(run),
+        precision=run.config.align.precision,
+        progress="label: behaviour logps",
     )
     by_id = {name: (float(c), float(r)) for name, c, r in zip(tokens["id"], chosen, rejected, strict=True)}
     result = []
@@ -157,11 +190,6 @@ def _with_behaviour_logps(run: Run, pairs: list[Row], model: Any, tokenizer: Any
     if not by_id:
         raise UserError("label: no pair is left; the model gives the same response every time")
     return result
-
-
-def canonical_defaults() -> Row:
-    """Every column of a canonical pair that a sampled pair may lack."""
-    return {"facts": None, "behaviour_chosen_logps": None, "behaviour_rejected_logps": None, "weight": None}
 
 
 def _agreement(pairs: Sequence[Row]) -> float:

@@ -70,6 +70,8 @@ def label_prompt(prompt: Row, responses: Sequence[Row], settings: LabelConfig, s
             pair[f"{side}_ids"] = list(response["ids"])
             pair[f"{side}_finished"] = bool(response["finished"])
             pair[f"{side}_reward"] = float(response["reward"])
+        if settings.pairing == "best_worst":
+            pair["pairing"] = settings.pairing
         if prompt.get("facts") is not None:
             pair["facts"] = prompt["facts"]
         pairs.append(pair)

@@ -78,7 +78,7 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
         args.remove_unused_columns = False
         if args.n_gpu > 1:
             # DataParallel would copy the model and cut packed rows apart at every step.
-            logger.warning("one process uses one of %d GPUs; start isdaa by `accelerate launch` for all", args.n_gpu)
+            logger.warning("one process uses one of %d GPUs", args.n_gpu)
             args._n_gpu = 1
         # The Trainer writes this into the model's config, and from there into the saved folder; ours stays as it was.
         args.use_cache = bool(getattr(getattr(model, "config", None), "use_cache", True))

@@ -20,7 +20,10 @@ from isdaa.terminal import say
 DECIDES: dict[str, tuple[str, ...]] = {
     "sft": ("seed", "model", "data.sft", "data.sft_split", "data.limit", "tokenization", "sft", "lora"),
     "label": ("seed", "model", "data.prompts", "data.prompts_split", "data.limit", "tokenization", "label"),
-    "reward": ("seed", "model", "data.pairs", "data.pairs_split", "data.limit", "tokenization", "reward"),
+    "reward": (
+        *("seed", "model", "tokenization", "reward", "data.pairs", "data.pairs_split", "data.limit"),
+        *("data.eval_pairs", "data.eval_fraction"),
+    ),
     "align": (
         *("seed", "objective", "model", "reference.path", "behaviour", "tokenization", "align", "lora"),
         *("data.pairs", "data.pairs_split", "data.eval_pairs", "data.eval_split", "data.eval_fraction", "data.limit"),
@@ -29,11 +32,14 @@ DECIDES: dict[str, tuple[str, ...]] = {
 # What a stage leaves behind before it is done. A stage that left nothing binds nobody: its settings may still be mended.
 LEAVES: dict[str, tuple[str, ...]] = {
     "sft": ("sft-checkpoints", "sft"),
-    "label": ("pairs/responses.jsonl",),
+    "label": ("pairs/train.jsonl",),  # responses.jsonl knows by itself what its records are good for
     "reward": ("reward-checkpoints", "reward"),
     "align": ("checkpoints", "model"),
 }
-FREE = ("report_to", "logging_steps", "save_total_limit", "batch_tokens", "probe")  # change what is shown, not what comes out
+FREE = ("report_to", "logging_steps", "save_total_limit")  # change what is shown or kept, not what comes out
+FREE_KEYS = ("label.batch_size",)  # samples do not depend on it
+# Whose output the later stages start from.
+UPSTREAM = {"sft": ("label", "reward", "align"), "label": ("reward", "align")}
 
 
 def deciding_values(config: Config, stage: str) -> dict[str, Any]:
@@ -43,7 +49,9 @@ def deciding_values(config: Config, stage: str) -> dict[str, Any]:
     return {
         key: value
         for key, value in flat.items()
-        if any(key == chosen or key.startswith(f"{chosen}.") for chosen in keys) and key.split(".")[-1] not in FREE
+        if any(key == chosen or key.startswith(f"{chosen}.") for chosen in keys)
+        and key.split(".")[-1] not in FREE
+        and key not in FREE_KEYS
     }
 
 
@@ -102,8 +110,15 @@ class Run:
         return state
 
     def _check_identity(self) -> None:
+        for stage in self.config.stages:
+            later = [name for name in UPSTREAM.get(stage, ()) if not self.is_done(stage) and self._left(name)]
+            if later:
+                raise UserError(
+                    f"{self.folder}: holds a different run (its {later[0]} stage began without a finished {stage} stage); "
+                    "choose another --output_dir"
+                )
         for stage, begun in self.state["stages"].items():
-            if not begun["done"] and not any((self.folder / name).exists() for name in LEAVES[stage]):
+            if not self._left(stage):
                 continue
             now = deciding_values(self.config, stage)
             keys = {*now, *begun["values"]}
@@ -120,9 +135,30 @@ class Run:
         """Whether a stage has finished in this folder."""
         return bool(self.state["stages"].get(stage, {}).get("done"))
 
+    def _left(self, stage: str) -> bool:
+        """Whether a stage has finished here, or was stopped and left something that its resume builds on."""
+        return self.is_done(stage) or (
+            stage in self.state["stages"] and any((self.folder / name).exists() for name in LEAVES[stage])
+        )
+
     def begin(self, stage: str) -> None:
-        """Note that a stage starts, with the values that decide it."""
-        self.state["stages"][stage] = {"done": False, "values": deciding_values(self.config, stage)}
+        """Note that a stage starts, or goes on, with the values that decide it."""
+        pinned = self.state["stages"][stage].get("pinned", {}) if self._left(stage) else {}
+        self.state["stages"][stage] = {"done": False, "values": deciding_values(self.config, stage), "pinned": pinned}
+        self._save()
+
+    def pin(self, stage: str, **digests: str) -> None:
+        """Note the weights and data that a stage works on, which no configuration value identifies.
+
+        Raises UserError where the stage was stopped in the middle of working on others: the rest would be another run's.
+        """
+        pinned = self.state["stages"][stage].setdefault("pinned", {})
+        for name, value in digests.items():
+            if pinned.setdefault(name, value) != value:
+                raise UserError(
+                    f"{self.folder}: its {stage} stage began with other {name} than lie at the same place now; "
+                    "restore them or choose another --output_dir"
+                )
         self._save()
 
     def finish(self, stage: str, **facts: Any) -> None:

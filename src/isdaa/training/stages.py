@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from isdaa.config import STAGES, Config
+from isdaa.errors import UserError
 from isdaa.terminal import say
 from isdaa.training.inputs import check_inputs
 from isdaa.training.run import Run
@@ -47,6 +48,8 @@ def run(config: Config) -> Path:
 
     Raises UserError for bad input, and where the folder holds a run with other settings.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("isdaa train runs in one process for now; start it without torchrun or accelerate launch")
     with Run(config).opened() as current:
         missing = [stage for stage in config.stages if not current.is_done(stage)]
         check_inputs(config, missing)

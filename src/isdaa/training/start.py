@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from isdaa.config import Config, resolved
 from isdaa.data.tokenization import TokenizationSettings, tokenizer_digest
 from isdaa.errors import UserError
+from isdaa.files import digest
 from isdaa.models.loading import load_model, load_tokenizer, random_model
 from isdaa.models.saving import save_model, weights_digest
 from isdaa.record import NAME as RECORD
@@ -20,6 +22,7 @@ from isdaa.training.cards import model_card
 from isdaa.training.run import Run
 
 WORLD = "world:"
+NO_NUMBERS = ("architectures", "transformers_version", "use_cache", "dtype", "torch_dtype", "name_or_path")  # of a model's config
 
 
 def tokenizer_of(config: Config, folder: str | None = None) -> Any:
@@ -74,14 +77,41 @@ def token_settings(config: Config) -> TokenizationSettings:
     return TokenizationSettings(**config.tokenization.model_dump())
 
 
-def logps_key(config: Config, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """What reference logps depend on beside the token ids: weights, dtype, tokenizer, template, truncation (METHOD.md)."""
+def logps_key(model: Any, mode: str, tokenizer: Any, settings: TokenizationSettings) -> dict[str, Any]:
+    """What reference logps depend on beside the token ids: weights, architecture, dtype, forward, tokenizer, truncation.
+
+    mode: of the prepared forward (`PairForward.mode`).
+    """
     return {
         "weights": weights_digest(model),
+        "config": config_digest(model),
         "dtype": str(next(model.parameters()).dtype),
+        "mode": mode,
         "tokenizer": tokenizer_digest(tokenizer),
-        "tokenization": asdict(token_settings(config)),
+        "tokenization": asdict(settings),
     }
+
+
+def config_digest(model: Any) -> str:
+    """Digest of a model's configuration: eps, rope, soft caps and scales change logps and are no weights."""
+    values = {k: v for k, v in model.config.to_dict().items() if k not in NO_NUMBERS and not k.startswith("_")}
+    return digest(json.loads(json.dumps(values, default=str)))
+
+
+def check_rows(model: Any, path: str | None, highest_id: int, longest: int) -> None:
+    """Raises UserError where token ids or positions of the data are beyond what the model has."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if highest_id >= vocabulary:
+        raise UserError(
+            f"{path or 'model.random'}: token id {highest_id} occurs in the data, but the model's vocabulary has {vocabulary}; "
+            "name the tokenizer that belongs to the model"
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < longest:
+        raise UserError(
+            f"{path or 'model.random'}: rows of {longest} tokens, but the model has {positions} positions; "
+            "lower tokenization.max_length"
+        )
 
 
 def cache_folder(run: Run) -> Path:

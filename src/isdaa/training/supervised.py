@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.config import OptimisationConfig
-from isdaa.data.sources import load_pairs, load_sft
+from isdaa.data.sources import hold_out, load_pairs, load_sft
 from isdaa.data.tokenization import tokenize_pairs, tokenize_sft
+from isdaa.data.tokens import content_digest
 from isdaa.errors import UserError
 from isdaa.models.adapters import add_lora
 from isdaa.models.loading import load_sequence_classifier
+from isdaa.models.saving import weights_digest
 from isdaa.training.arguments import training_arguments
 from isdaa.training.checkpoints import newest_complete_checkpoint
 from isdaa.training.monitor import TrainingProgress
 from isdaa.training.run import Run
 from isdaa.training.start import (
     cache_folder,
+    check_rows,
     keep_model,
     policy_of,
     record_of,
@@ -43,6 +46,8 @@ def sft(run: Run) -> Path:
     data = examples.map(_labels, remove_columns=[c for c in examples.column_names if c != "input_ids"])
     _check_labels(data)
     model = policy_of(run, tokenizer, config.model.path)
+    check_rows(model, config.model.path, *_extent(data, ("input_ids",)))
+    run.pin("sft", weights=weights_digest(model), examples=content_digest(data))
     if config.lora.rank:
         model = add_lora(model, **config.lora.model_dump(), seed=config.seed)
 
@@ -70,6 +75,12 @@ def sft(run: Run) -> Path:
     return folder
 
 
+def _extent(data: Any, columns: tuple[str, ...]) -> tuple[int, int]:
+    """The highest token id, and the tokens of the longest row."""
+    rows = [ids for name in columns for ids in data[name]]
+    return max(max(ids) for ids in rows), max(len(ids) for ids in rows)
+
+
 def _labels(row: dict[str, Any]) -> dict[str, Any]:
     return {"labels": [i if learnt else IGNORED for i, learnt in zip(row["input_ids"], row["completion_mask"], strict=True)]}
 
@@ -92,6 +103,9 @@ def reward(run: Run) -> Path:
         raise UserError("reward.path: a reward model needs a base; name one, or run the sft stage first")
     tokenizer = tokenizer_of(config, start)
     pairs, counts = load_pairs(pairs_source(run), config.data.pairs_split, limit=config.data.limit)
+    if config.data.eval_pairs is None:
+        # The pairs that `align` holds out stay unseen by the model that may judge on them.
+        pairs, _ = hold_out(pairs, config.data.eval_fraction, config.seed)
     tokens, more = tokenize_pairs(pairs, tokenizer, token_settings(config), cache_dir=cache_folder(run))
     run.say("reward", (counts + more).lines())
     data = tokens.map(_both_rows, remove_columns=[c for c in tokens.column_names if c not in ("chosen_ids", "rejected_ids")])
@@ -104,6 +118,9 @@ def reward(run: Run) -> Path:
         seed=config.seed,
     )
 
+    check_rows(model, start, *_extent(data, ("chosen_ids", "rejected_ids")))
+    run.pin("reward", weights=weights_digest(model), pairs=content_digest(data))
+
     class Trainer(WholeCheckpoints, RewardTrainer):
         """TRL's, with checkpoints that are whole or absent."""
 
@@ -114,7 +131,11 @@ def reward(run: Run) -> Path:
     metrics = _train(trainer, "reward")
     folder = run.folder / "reward"
     record = record_of(run, "reward", step=trainer.state.global_step, metrics=metrics)
-    keep_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder, record)
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        # Plain transformers would stop before the EOS; without a pad id it reads the last token, one row at a time.
+        trained.config.get_text_config().pad_token_id = trained.config.pad_token_id = None
+    keep_model(trained, tokenizer, folder, record)
     return folder
 
 
