@@ -148,6 +148,9 @@ def prepare(model: nn.Module, probe: bool = True, longest_row: int | None = None
             logger.warning("%s: %s; response logits are computed by the model's own code", name, trouble)
         pair = make_probe(model, longest_row)
         trouble = pair.trouble(model, token_logps(SHARED_PREFIX))
+        if trouble is None and not pair.layout.attended:
+            # Small random weights hardly attend at all: numbers alone would not tell.
+            trouble = "its attention does not go through transformers' attention interface"
         if trouble is None:
             return PairForward(model, SHARED_PREFIX, pair.unprobed_window)
         logger.warning(

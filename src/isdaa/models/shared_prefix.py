@@ -52,6 +52,7 @@ class Layout:
     prompt_lengths: Tensor
     chosen_lengths: Tensor
     rejected_lengths: Tensor
+    attended: bool = field(default=False, init=False, repr=False)  # whether any attention has read this layout
     _device_copies: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -192,6 +193,7 @@ def shared_prefix_attention(
         raise NotImplementedError(f"a packed row of {isdaa_layout.tokens} tokens was expected, not {tuple(query.shape)}")
     if sliding_window is not None and sliding_window >= isdaa_layout.longest:
         sliding_window = None
+    isdaa_layout.attended = True
     how = _Kernel(scaling, dropout if module.training else 0.0, sliding_window, softcap)
     # The one place that chooses an algorithm: a GPU kernel for variable lengths would be a third branch here.
     if isdaa_layout.pairs > 1 and isdaa_layout.longest_pair <= _SHORT_PAIR:
