@@ -65,7 +65,7 @@ def test_a_model_that_falls_back_falls_back_under_lora_too(place: Path, monkeypa
         "__init__",
         lambda self, *a, **k: (modes.append(k["forward"].mode), original(self, *a, **k))[1],
     )
-    settings = ALIGN | {"model.path": "neo", "lora.rank": 2, "lora.target_modules": ["q_proj", "v_proj"]}
+    settings = ALIGN | {"model.path": "neo", "align.probe": True, "lora.rank": 2, "lora.target_modules": ["q_proj", "v_proj"]}
     assert train("run", settings) == 0
     assert modes == [TWO_ROWS]
     assert abs(read_lines(Path("run/metrics.jsonl"))[0]["start/drift_rms"]) < 1e-3
@@ -108,7 +108,9 @@ def test_an_sft_stage_cannot_slip_under_a_begun_alignment(place: Path, capsys: p
     assert "began without a finished sft stage" in capsys.readouterr().err
 
 
-def test_responses_of_another_model_or_prompt_are_not_taken_for_this_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_responses_of_another_model_or_prompt_are_not_taken_for_this_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert train(tmp_path / "run", CHAIN, stages=["sft", "label"]) == 0
     whole = read_lines(tmp_path / "run/pairs/train.jsonl")
     responses = tmp_path / "run/pairs/responses.jsonl"
