@@ -54,6 +54,8 @@ def test_accelerate_autocast_and_unwrapping():
     forward = prepare(model)
     ids, layout = packed(lengths_of(3))
     truth = plain_logps(truth_model, ids, layout)[0].detach()
+    AcceleratorState._reset_state(True)  # a trainer of another test may have left its own in this process
+    PartialState._reset_state()
     try:
         accelerator = Accelerator(cpu=True, mixed_precision="bf16")
         wrapped = accelerator.prepare(model)
