@@ -48,9 +48,10 @@ class _Count(ProgressColumn):
 class Bar:
     """One line of progress: `update(n)` counts work done, `note` shows a word beside it."""
 
-    def __init__(self, description: str, total: float | None, live: Progress | None) -> None:
+    def __init__(self, description: str, total: float | None, live: Progress | None, pace: float | None = None) -> None:
         self.description, self.total, self.done, self.note = description, total, 0.0, ""
         self.in_parts = False
+        self.pace = pace  # seconds a unit is expected to take
         self.started = self.printed = time.monotonic()
         self._part: tuple[float, float, str] | None = None  # done before it, its weight, the bar that leads it
         self._live = live
@@ -88,11 +89,19 @@ class Bar:
         return f"{self.done:g}/{self.total:g}" if self.total else f"{self.done:g}"
 
     def left(self) -> float | None:
-        """Seconds left at the pace so far, or None before there is one."""
+        """Seconds left at the pace so far, or None before there is one.
+
+        An expected pace counts as much as a tenth of the work that has been seen to go that way.
+        """
         elapsed = time.monotonic() - self.started
-        if not self.total or self.done <= 0 or elapsed < 1:
+        if not self.total:
             return None
-        return max(self.total - self.done, 0.0) * elapsed / self.done
+        seen, took = self.done, elapsed
+        if self.pace is not None:
+            seen, took = seen + self.total / 10, took + self.pace * self.total / 10
+        elif self.share() < 0.01 or elapsed < 1:
+            return None
+        return max(self.total - self.done, 0.0) * took / seen
 
     def _follow(self, inner: Bar) -> None:
         if self._part is not None and inner is not self and inner.description.startswith(self._part[2]):
@@ -117,15 +126,18 @@ class Bar:
 
 
 @contextmanager
-def progress(description: str, total: float | None = None) -> Iterator[Bar]:
-    """A bar with the time left, estimated from the pace of its own work. An inner bar goes away when it is done."""
+def progress(description: str, total: float | None = None, pace: float | None = None) -> Iterator[Bar]:
+    """A bar with the time left, estimated from the pace of its own work. An inner bar goes away when it is done.
+
+    pace: seconds that a unit of work is expected to take, where that is known before anything has been seen.
+    """
     global _live
     outermost = _live is None and console.is_terminal
     if outermost:
         columns: list[Any] = [TextColumn("{task.description:<30}"), BarColumn(bar_width=24), _Count()]
         _live = Progress(*columns, TimeElapsedColumn(), _Left(), TextColumn("{task.fields[note]}"), console=console)
         _live.start()
-    bar = Bar(description, total, _live)
+    bar = Bar(description, total, _live, pace)
     _open.append(bar)
     try:
         yield bar
