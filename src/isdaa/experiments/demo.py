@@ -30,9 +30,8 @@ def run_demo(config: Config, methods: Sequence[str]) -> Path | None:
     started = time.monotonic()
     base = Path(config.output_dir)
     shared, runs = shared_config(config), [method_config(config, method) for method in methods]
-    with progress(
-        "demo", sum(SECONDS[name] for name in shared.stages) + len(runs) * (SECONDS["align"] + SECONDS["evaluate"])
-    ) as bar:
+    total = sum(SECONDS[name] for name in shared.stages) + len(runs) * (SECONDS["align"] + SECONDS["evaluate"])
+    with progress("demo", total, pace=1.0) as bar:
         for stage in shared.stages:
             with bar.part(SECONDS[stage], stage):
                 run(shared.model_copy(update={"stages": [stage]}))
