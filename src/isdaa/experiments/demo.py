@@ -13,7 +13,7 @@ from isdaa.objectives.presets import PRESETS
 from isdaa.terminal import progress
 
 CHART = "win_rate_against_kl"
-SECONDS = {"sft": 45, "reward": 30, "label": 25, "align": 30, "evaluate": 25}  # on two idle cores; what the estimate starts from
+SECONDS = {"sft": 75, "reward": 40, "label": 45, "align": 42, "evaluate": 17}  # measured on two idle cores; what the estimate starts from
 
 
 def run_demo(config: Config, methods: Sequence[str]) -> Path | None:
