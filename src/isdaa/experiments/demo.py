@@ -13,7 +13,8 @@ from isdaa.objectives.presets import PRESETS
 from isdaa.terminal import progress
 
 CHART = "win_rate_against_kl"
-SECONDS = {"sft": 75, "reward": 40, "label": 45, "align": 42, "evaluate": 17}  # measured on two idle cores; what the estimate starts from
+# Measured on two idle cores; the estimate starts from it.
+SECONDS = {"sft": 75, "reward": 40, "label": 45, "align": 42, "evaluate": 17}
 
 
 def run_demo(config: Config, methods: Sequence[str]) -> Path | None:
