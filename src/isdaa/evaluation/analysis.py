@@ -38,10 +38,10 @@ def analyse(folder: str | Path, settings: EvaluationConfig | None = None) -> dic
     folder = Path(folder)
     plan = read_json(folder / PLAN)
     settings = settings or EvaluationConfig(**plan["settings"])
-    bootstrap = {"resamples": settings.bootstrap, "confidence": settings.confidence, "seed": settings.seed}
+    bootstrap = bootstrap_settings(settings)
     samples, pairs, scores = Blocks(folder / SAMPLES), Blocks(folder / PAIRS), Blocks(folder / SCORES)
     prompts, reference = samples[plan["prompts"]], plan["reference"]
-    judged = _Judged(plan, prompts, scores, settings, bootstrap)
+    judged = WinTable(plan, prompts, scores, settings)
 
     origin = {
         "path": reference["path"],
@@ -74,18 +74,17 @@ def analyse(folder: str | Path, settings: EvaluationConfig | None = None) -> dic
     return metrics
 
 
-class _Judged:
+def bootstrap_settings(settings: EvaluationConfig) -> dict[str, Any]:
+    """Keyword arguments of `statistics.mean_interval`."""
+    return {"resamples": settings.bootstrap, "confidence": settings.confidence, "seed": settings.seed}
+
+
+class WinTable:
     """Win rates and rewards, from the scores of one scorer; everything null without one."""
 
-    def __init__(
-        self,
-        plan: Record,
-        prompts: Sequence[Record],
-        scores: Blocks,
-        settings: EvaluationConfig,
-        bootstrap: Mapping[str, Any],
-    ) -> None:
-        self.plan, self.prompts, self.scores, self.settings, self.bootstrap = plan, prompts, scores, settings, bootstrap
+    def __init__(self, plan: Record, prompts: Sequence[Record], scores: Blocks, settings: EvaluationConfig) -> None:
+        self.plan, self.prompts, self.scores, self.settings = plan, prompts, scores, settings
+        self.bootstrap = bootstrap_settings(settings)
         self.opponents: np.ndarray | None = None
         self.chosen: np.ndarray | None = None
         self.with_chosen = [i for i, prompt in enumerate(prompts) if prompt["chosen"] is not None]
@@ -101,6 +100,15 @@ class _Judged:
         return np.array(
             [r["score"] for r in self.scores[scores_key(samples, self.plan["prompts"], self.plan["scorer"]["digest"])]]
         )
+
+    def policy_rows(self, samples: str) -> tuple[np.ndarray, np.ndarray]:
+        """Per prompt, win rate against the chosen opponent and points of one checkpoint, each (N,). Needs a scorer."""
+        assert self.opponents is not None
+        ours = self._of(samples)
+        if self.settings.opponent == "chosen":
+            assert self.chosen is not None  # check_opponent: every prompt has a chosen response
+            return win_rates(ours, self.chosen, self.settings.ties), ours
+        return win_rates(ours, self.opponents, self.settings.ties), ours
 
     def policy(self, samples: str) -> dict[str, Any]:
         """Of one checkpoint."""

@@ -1,0 +1,169 @@
+"""What analysis and report read: a run's checkpoints in the order of training, measured on the same prompts.
+
+Legend: C checkpoints, N held-out prompts, K reference samples a prompt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from isdaa.config import EvaluationConfig
+from isdaa.errors import UserError
+from isdaa.evaluation.analysis import METRICS, WinTable
+from isdaa.evaluation.collect import PLAN, SAMPLES
+from isdaa.evaluation.records import Blocks, Record
+from isdaa.evaluation.requests import METRICS as HISTORY
+from isdaa.evaluation.requests import run_folder
+from isdaa.evaluation.scoring import SCORES
+from isdaa.files import read_json
+
+SWEEP = "sweep.json"  # what a sweep leaves: its runs and where each one's evaluation lies
+LONE = "checkpoints"  # name of the models that lie in no run's folder
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """One run. Every (C, N) array has a row a checkpoint and a column a prompt; prompts are the same for all rows.
+
+    kl: Rao–Blackwell KL from the reference, nats. wins: win rate of the prompt in [0, 1]; None without a scorer.
+    rewards: the scorer's points; None without one. lengths: tokens of the sample that was judged.
+    start: the reference's own win rate (½ with ties at half), None without a scorer.
+    metrics: the checkpoints' entries of `metrics.json`, with means and intervals. history: the run's `metrics.jsonl`.
+    """
+
+    name: str
+    steps: np.ndarray  # (C,) int, rising; 1..C where no record says a step
+    labels: Sequence[str]
+    paths: Sequence[str]
+    kl: np.ndarray
+    wins: np.ndarray | None
+    start: float | None = None
+    rewards: np.ndarray | None = None
+    lengths: np.ndarray | None = None
+    method: str | None = None
+    beta: float | None = None
+    seed: int | None = None
+    cell: str | None = None  # the sweep's cell: runs of one cell differ by their seed alone
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what the cell sets, dotted
+    evaluation: Path | None = None  # folder of the records
+    metrics: Sequence[Mapping[str, Any]] = ()
+    history: Path | None = None
+
+    @property
+    def root_kl(self) -> np.ndarray:
+        """(C,) d = √(mean KL over prompts)."""
+        return np.sqrt(np.maximum(self.kl.mean(axis=1), 0.0))
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """Trajectories that are looked at together, with what they share: prompts, scorer, reference, sampling."""
+
+    runs: Sequence[Trajectory]
+    metrics: Mapping[str, Any]  # `metrics.json` of the (first) evaluation: scorer, settings, opponent, reference, versions
+    title: str
+    folder: Path
+    cells: Sequence[Mapping[str, Any]] = ()  # of a sweep: {"name", "grids", "settings"}
+    missing: Sequence[str] = ()  # runs of a sweep that have no evaluation yet
+
+    @property
+    def scored(self) -> bool:
+        """Whether there are win rates."""
+        return self.metrics["scorer"] is not None
+
+
+def read_study(path: str | Path) -> Study:
+    """The study in a sweep's folder, a run's folder or an evaluation's folder.
+
+    Raises UserError where there is none, or where a sweep has no evaluated run yet.
+    """
+    folder = Path(path)
+    if (folder / SWEEP).is_file():
+        return _sweep(folder)
+    evaluation = folder if (folder / PLAN).is_file() else folder / "evaluation"
+    if not (evaluation / METRICS).is_file():
+        raise UserError(f"{folder}: no evaluation ({METRICS}) here; run `isdaa evaluate --model_path {folder}` first")
+    return Study(trajectories(evaluation), read_json(evaluation / METRICS), folder.resolve().name, folder)
+
+
+def _sweep(folder: Path) -> Study:
+    content = read_json(folder / SWEEP)
+    runs: list[Trajectory] = []
+    missing: list[str] = []
+    metrics: Mapping[str, Any] | None = None
+    cells = {cell["name"]: cell for cell in content["cells"]}
+    for run in content["runs"]:
+        evaluation = folder / run["evaluation"]
+        if not (evaluation / METRICS).is_file():
+            missing.append(run["name"])
+            continue
+        found = trajectories(evaluation)
+        if len(found) != 1:
+            raise UserError(f"{evaluation}: holds {len(found)} runs, expected the one of {run['name']}")
+        cell = cells[run["cell"]]
+        fields = {**vars(found[0]), "name": run["name"], "cell": run["cell"], "seed": run["seed"], "settings": cell["settings"]}
+        runs.append(Trajectory(**fields))
+        metrics = metrics or read_json(evaluation / METRICS)
+    if metrics is None:
+        raise UserError(f"{folder}: no run of this sweep has been evaluated yet")
+    return Study(runs, metrics, content.get("title") or folder.resolve().name, folder, content["cells"], missing)
+
+
+def trajectories(folder: str | Path) -> list[Trajectory]:
+    """The runs of one evaluation, each a run's folder; models outside any run's folder are one run, in the order given."""
+    folder = Path(folder)
+    plan, metrics = read_json(folder / PLAN), read_json(folder / METRICS)
+    settings = EvaluationConfig(**{k: v for k, v in metrics["settings"].items() if k in EvaluationConfig.model_fields})
+    samples, scores = Blocks(folder / SAMPLES), Blocks(folder / SCORES)
+    table = WinTable(plan, samples[plan["prompts"]], scores, settings) if plan["scorer"] is not None else None
+    groups: dict[str, list[tuple[Record, Record]]] = {}
+    for planned, entry in zip(plan["models"], metrics["models"], strict=True):
+        run = run_folder(planned["path"])
+        groups.setdefault(str(run) if run is not None else LONE, []).append((planned, entry))
+    found = []
+    for name, members in groups.items():
+        entries = [entry for _, entry in members]
+        steps = [entry["step"] for entry in entries]
+        known = None not in steps and all(a < b for a, b in pairwise(steps))
+        kl = np.array([[r["kl"] for r in samples[p["kl"]]] for p, _ in members])
+        lengths = np.array([[float(r["tokens"]) for r in samples[p["samples"]]] for p, _ in members])
+        judged = [table.policy_rows(p["samples"]) for p, _ in members] if table is not None else []
+        run = Path(name) if name != LONE else None
+        history = run / HISTORY if run is not None and (run / HISTORY).is_file() else None
+        start = metrics["reference"]["win_rate"]
+        found.append(
+            Trajectory(
+                name=run.name if run is not None else LONE,
+                steps=np.array(steps if known else range(1, len(members) + 1), dtype=np.int64),
+                labels=[entry["label"] for entry in entries],
+                paths=[entry["path"] for entry in entries],
+                kl=kl,
+                wins=np.stack([wins for wins, _ in judged]) if judged else None,
+                start=start["mean"] if start is not None else None,
+                rewards=np.stack([rewards for _, rewards in judged]) if judged else None,
+                lengths=lengths,
+                **{key: _common(entries, key) for key in ("method", "beta", "seed")},
+                evaluation=folder,
+                metrics=entries,
+                history=history,
+            )
+        )
+    return found
+
+
+def _common(entries: Sequence[Mapping[str, Any]], key: str) -> Any:
+    """The value that all entries share, else None."""
+    values = {entry.get(key) for entry in entries}
+    return values.pop() if len(values) == 1 else None
+
+
+def slug(text: str) -> str:
+    """`text` as the name of a file."""
+    return re.sub(r"[^A-Za-z0-9._=-]+", "-", text).strip("-") or "run"
