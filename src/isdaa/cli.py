@@ -68,6 +68,20 @@ def build_parser() -> argparse.ArgumentParser:
     methods = commands.add_parser("methods", help="list the presets with formula and source")
     methods.add_argument("--json", action="store_true", help="as JSON")
 
+    sweep = commands.add_parser(
+        "sweep",
+        help="a grid of methods, settings and seeds: every run trained, every checkpoint evaluated",
+        usage="isdaa sweep --config FILE [--jobs N] [options]",
+    )
+    sweep.add_argument("--config", required=True, metavar="FILE", help="the sweep's YAML file: base, seeds, grids")
+    sweep.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: the file's, else 1)")
+    sweep.add_argument("--output_dir", metavar="DIR", help="folder of the sweep (default: the file's)")
+    sweep.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="seeds of the grids that name none of their own")
+    sweep.add_argument("--grids", nargs="+", metavar="NAME", help="only these grids of the file")
+    sweep.add_argument("--cluster", choices=["none", "local", "slurm"], help="submit runs through submitit")
+    sweep.add_argument("--keep", choices=["all", "models", "best"], help="what is left of an evaluated run's checkpoints")
+    sweep.add_argument("--dry_run", action="store_true", help="list the runs and stop")
+
     demo = commands.add_parser(
         "demo",
         help="the embedded experiment, end to end: does DPO over-optimise, does IS-DPO?",
@@ -176,6 +190,25 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _sweep(arguments: argparse.Namespace) -> int:
+    from isdaa.experiments.grid import cells_of, load_sweep, tasks_of
+
+    names = ("jobs", "output_dir", "seeds", "cluster", "keep")
+    sweep, base = load_sweep(arguments.config, {name: getattr(arguments, name) for name in names})
+    if arguments.dry_run:
+        tasks = tasks_of(sweep, base, cells_of(sweep, base, arguments.config), arguments.config, arguments.grids)
+        for task in tasks:
+            print(task.name)
+        print(f"{sum(task.cell is not None for task in tasks)} runs, {sum(task.cell is None for task in tasks)} shared worlds")
+        return 0
+    _quiet_libraries()
+    from isdaa.experiments.sweep import run_sweep
+
+    folder = run_sweep(sweep, base, arguments.config, arguments.grids)
+    print(f"{folder}: every run is finished; `isdaa report {folder}` makes the report")
+    return 0
+
+
 def _quiet_libraries() -> None:
     """Libraries' own bars and notices would cover ours; warnings still come through `logging`."""
     import logging
@@ -192,7 +225,7 @@ def _quiet_libraries() -> None:
     logging.getLogger("isdaa").setLevel(logging.INFO)
 
 
-COMMANDS = {"train": _train, "evaluate": _evaluate, "logps": _logps, "methods": _methods, "demo": _demo}
+COMMANDS = {"train": _train, "evaluate": _evaluate, "logps": _logps, "methods": _methods, "sweep": _sweep, "demo": _demo}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,9 @@ from rich.text import Text
 console = Console(stderr=True, highlight=False)
 PLAIN_INTERVAL = 10.0  # seconds between two lines where there is no terminal
 SKIPPED = 0.5  # seconds; a part that takes less was finished earlier, and says nothing about the pace
+
+# Hears of every bar that moves: (description, share done, note). A sweep's processes tell it so how they fare.
+listener: Callable[[str, float, str], None] | None = None
 
 _live: Progress | None = None
 _open: list[Bar] = []
@@ -110,6 +113,8 @@ class Bar:
 
     def _reach(self, done: float) -> None:
         self.done = done
+        if listener is not None:
+            listener(self.description, self.share(), self.note)
         if self._live is not None and self._task is not None:
             self._live.update(self._task, completed=self.done, total=self.total, note=self.note)
         elif time.monotonic() - self.printed >= PLAIN_INTERVAL:

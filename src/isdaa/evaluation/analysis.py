@@ -13,7 +13,7 @@ from isdaa.errors import UserError
 from isdaa.evaluation.collect import PAIRS, PLAN, SAMPLES
 from isdaa.evaluation.held_out import held_out_summary
 from isdaa.evaluation.kl import kl_summary
-from isdaa.evaluation.records import Blocks, Record
+from isdaa.evaluation.records import Blocks, Record, blocks_of
 from isdaa.evaluation.scoring import SCORES, chosen_key, scores_key
 from isdaa.evaluation.statistics import Interval, mean_interval
 from isdaa.evaluation.winrate import own_win_rates, tie_rate, win_rates
@@ -39,7 +39,7 @@ def analyse(folder: str | Path, settings: EvaluationConfig | None = None) -> dic
     plan = read_json(folder / PLAN)
     settings = settings or EvaluationConfig(**plan["settings"])
     bootstrap = bootstrap_settings(settings)
-    samples, pairs, scores = Blocks(folder / SAMPLES), Blocks(folder / PAIRS), Blocks(folder / SCORES)
+    samples, pairs, scores = (blocks_of(folder, name, plan) for name in (SAMPLES, PAIRS, SCORES))
     prompts, reference = samples[plan["prompts"]], plan["reference"]
     judged = WinTable(plan, prompts, scores, settings)
 

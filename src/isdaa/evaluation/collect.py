@@ -13,10 +13,10 @@ from isdaa.config import EvaluationConfig, TokenizationConfig
 from isdaa.errors import UserError
 from isdaa.evaluation.identity import model_digest
 from isdaa.evaluation.kl import KL_SETTINGS, divergences
-from isdaa.evaluation.records import Blocks, Record
+from isdaa.evaluation.records import Blocks, Record, blocks_of
 from isdaa.evaluation.requests import Checkpoint
 from isdaa.files import digest, write_json
-from isdaa.record import git_revision, versions
+from isdaa.record import git_revision, relative_to, versions
 from isdaa.terminal import progress
 
 SAMPLES, PAIRS, PLAN = "samples.jsonl", "pairs.jsonl", "plan.json"
@@ -138,8 +138,10 @@ class Collection:
         scored: bool = True,
         dtype: str = "float32",
         trust_remote_code: bool = False,
+        shared: Path | None = None,
     ) -> None:
         self.checkpoints, self.prompts, self.settings, self.folder = models, prompts, settings, folder
+        self.shared = relative_to(folder, str(shared)) if shared is not None else None
         self.held_out, self.dtype = held_out, dtype
         self.models = Models(reference, dtype, trust_remote_code)
         self.reference = reference
@@ -151,12 +153,12 @@ class Collection:
     @cached_property
     def samples(self) -> Blocks:
         """Samples on disk, read when the work begins."""
-        return Blocks(self.folder / SAMPLES)
+        return blocks_of(self.folder, SAMPLES, {"shared": self.shared})
 
     @cached_property
     def pairs(self) -> Blocks:
         """Held-out logps on disk, read when the work begins."""
-        return Blocks(self.folder / PAIRS)
+        return blocks_of(self.folder, PAIRS, {"shared": self.shared})
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -205,6 +207,7 @@ class Collection:
                 for model in self.checkpoints
             ],
             "scorer": None,
+            "shared": self.shared,
             **self.prompts.shared,
         }
 

@@ -41,6 +41,7 @@ def evaluate(
     held_out: Iterable[Row] | None = None,
     dtype: str = "float32",
     trust_remote_code: bool = False,
+    shared: str | Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate checkpoints against their reference on held-out prompts; returns what `metrics.json` holds.
 
@@ -53,6 +54,7 @@ def evaluate(
         output_dir: folder of the records. One process at a time.
         dtype: of the policies' weights in memory; a reward model always runs in fp32.
         trust_remote_code: run code that a policy's Hub repository ships.
+        shared: folder of another evaluation, whose records (the reference's samples, say) are read and not made again.
 
     Raises UserError.
     """
@@ -78,6 +80,7 @@ def evaluate(
         scored=judge is not None,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        shared=Path(shared) if shared is not None else None,
     )
     with locked(output_dir) as folder:
         collection.run()
@@ -103,6 +106,7 @@ def evaluate_request(request: Request) -> dict[str, Any]:
         held_out=held_out,
         dtype=request.dtype,
         trust_remote_code=request.trust_remote_code,
+        shared=request.shared,
     )
 
 

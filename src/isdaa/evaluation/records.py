@@ -21,12 +21,16 @@ Record = dict[str, Any]
 
 
 class Blocks:
-    """The blocks of one file, in memory and on disk."""
+    """The blocks of one file, in memory and on disk.
 
-    def __init__(self, path: str | Path) -> None:
+    shared: another file of blocks, which is read and never written: what several evaluations have in common.
+    """
+
+    def __init__(self, path: str | Path, shared: str | Path | None = None) -> None:
         self.path = Path(path)
         self.headers: dict[str, Record] = {}
         self.records: dict[str, list[Record]] = {}
+        self.shared = Blocks(shared) if shared is not None else None
         lines = whole_jsonl(self.path)
         for line in lines:
             key = line.get("block")
@@ -44,9 +48,11 @@ class Blocks:
             write_jsonl(self.path, (line for key in self.headers for line in (self.headers[key], *self.records[key])))
 
     def __contains__(self, key: str) -> bool:
-        return key in self.headers
+        return key in self.headers or (self.shared is not None and key in self.shared)
 
     def __getitem__(self, key: str) -> list[Record]:
+        if key not in self.records and self.shared is not None and key in self.shared:
+            return self.shared[key]
         if key not in self.records:
             raise UserError(f"{self.path}: lacks the records of block {key}; run the evaluation again to make them")
         return self.records[key]
@@ -57,6 +63,12 @@ class Blocks:
         lines = [{"block": key, **record} for record in records]
         append_jsonl(self.path, [head, *lines])
         self.headers[key], self.records[key] = head, lines
+
+
+def blocks_of(folder: Path, name: str, plan: Record) -> Blocks:
+    """The blocks of file `name` that an evaluation's plan speaks of, those that it shares with others included."""
+    shared = plan.get("shared")
+    return Blocks(folder / name, folder / shared / name if shared is not None else None)
 
 
 @contextmanager

@@ -54,13 +54,14 @@ class Request:
     held_out: tuple[str, ...] = ()  # files of pairs that the runs held out; pairs of prompts that are in all of them count
     dtype: str = "float32"
     trust_remote_code: bool = False
+    shared: str | None = None  # folder of an evaluation whose records are read, too
 
 
 def requests(model_paths: Sequence[str | Path], overrides: Mapping[str, Any] | None = None) -> Request:
     """The request for some models, from the records beside them and what the user said.
 
     model_paths: model folders, Hub names or run folders (all their checkpoints and the final model).
-    overrides: `reference`, `data`, `split`, `scorer` (`none`: no scorer), `output_dir`, `dtype`, `trust_remote_code`,
+    overrides: `reference`, `data`, `split`, `scorer` (`none`: no scorer), `output_dir`, `dtype`, `trust_remote_code`, `shared`,
     and dotted keys of the sections `evaluation` and `tokenization` (`evaluation.prompts`). They win over records; keys
     whose value is None are ignored.
     Raises UserError naming the option to give where neither a record nor an override says it or records disagree.
@@ -113,6 +114,7 @@ def requests(model_paths: Sequence[str | Path], overrides: Mapping[str, Any] | N
         held_out=() if "data" in given else _held_out_pairs(paths, records),
         dtype=str(given.get("dtype") or model.get("dtype") or "float32"),
         trust_remote_code=bool(given.get("trust_remote_code", model.get("trust_remote_code", False))),
+        shared=str(given["shared"]) if "shared" in given else None,
     )
 
 

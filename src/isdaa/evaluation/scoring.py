@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from isdaa.evaluation.collect import PLAN, SAMPLES
-from isdaa.evaluation.records import Blocks, Record
+from isdaa.evaluation.records import Record, blocks_of
 from isdaa.evaluation.scorers import Scorer
 from isdaa.files import digest, read_json, write_json
 from isdaa.record import git_revision, versions
@@ -31,7 +31,7 @@ def score(folder: str | Path, scorer: Scorer) -> None:
     """
     folder = Path(folder)
     plan = read_json(folder / PLAN)
-    samples, scores = Blocks(folder / SAMPLES), Blocks(folder / SCORES)
+    samples, scores = (blocks_of(folder, name, plan) for name in (SAMPLES, SCORES))
     prompts = {row["prompt_id"]: row for row in samples[plan["prompts"]]}
     chosen = [
         {"prompt_id": name, "sample": 0, "text": row["chosen"], "finished": True}

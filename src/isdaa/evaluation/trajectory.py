@@ -18,7 +18,7 @@ from isdaa.config import EvaluationConfig
 from isdaa.errors import UserError
 from isdaa.evaluation.analysis import METRICS, WinTable
 from isdaa.evaluation.collect import PLAN, SAMPLES
-from isdaa.evaluation.records import Blocks, Record
+from isdaa.evaluation.records import Record, blocks_of
 from isdaa.evaluation.requests import METRICS as HISTORY
 from isdaa.evaluation.requests import run_folder
 from isdaa.evaluation.scoring import SCORES
@@ -121,7 +121,7 @@ def trajectories(folder: str | Path) -> list[Trajectory]:
     folder = Path(folder)
     plan, metrics = read_json(folder / PLAN), read_json(folder / METRICS)
     settings = EvaluationConfig(**{k: v for k, v in metrics["settings"].items() if k in EvaluationConfig.model_fields})
-    samples, scores = Blocks(folder / SAMPLES), Blocks(folder / SCORES)
+    samples, scores = (blocks_of(folder, name, plan) for name in (SAMPLES, SCORES))
     table = WinTable(plan, samples[plan["prompts"]], scores, settings) if plan["scorer"] is not None else None
     groups: dict[str, list[tuple[Record, Record]]] = {}
     for planned, entry in zip(plan["models"], metrics["models"], strict=True):

@@ -1,0 +1,266 @@
+"""What a sweep consists of: a YAML file of grids becomes cells, and cells times seeds become runs.
+
+    base: demo.yaml              one run's configuration; a path is relative to this file
+    output_dir: runs/sweep
+    seeds: [21, 22, 23, 24, 25]
+    grids:
+      main:                      a grid is the product of its lists; a value that is no list is the same for all its cells
+        objective.method: [dpo, is_dpo]
+        objective.beta: [0.01, 0.1]
+      clip:
+        objective.method: is_dpo
+        objective.clip_eps: [0.25, null]
+        seeds: [21, 22]          seeds of this grid alone
+
+A cell is what its resolved configuration says: one that two grids name is run once, and belongs to both. SFT model, pairs
+and reference samples are shared by all runs of a seed, but for cells that change how those are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator
+
+from isdaa.config import Config, Int, Section, Seed, fields, load_config, resolved, validate
+from isdaa.errors import UserError, nearest
+from isdaa.files import digest
+
+Keep = Literal["all", "models", "best"]
+# A grid's keys below these change the stages that runs share; all others belong to the alignment alone.
+UPSTREAM = ("sft", "reward", "label", "model", "tokenization")
+UPSTREAM_KEYS = ("data.sft", "data.sft_split", "data.prompts", "data.prompts_split")
+SHARED_STAGES = ("sft", "reward", "label")
+
+
+class SlurmConfig(Section):
+    """What `submitit` asks the cluster for, for each run."""
+
+    partition: str | None = None
+    minutes: Int = Field(24 * 60, ge=1, description="time limit of one run; a run that exceeds it goes on where it stopped")
+    gpus: Int = Field(1, ge=0)
+    cpus: Int = Field(8, ge=1)
+    memory_gb: Int | None = Field(None, ge=1)
+    options: dict[str, Any] = Field(default_factory=dict, description="further parameters of submitit's executor")
+
+
+class SweepConfig(Section):
+    """One sweep. `grids`: name -> {dotted key of the run's configuration: list of values}."""
+
+    title: str | None = None
+    base: str = Field(..., description="the runs' configuration; relative to the sweep's file")
+    output_dir: str = "runs/sweep"
+    seeds: list[Seed] = Field(..., min_length=1)
+    grids: dict[str, dict[str, Any]] = Field(..., min_length=1)
+    jobs: Int = Field(1, ge=1, description="runs at a time")
+    cluster: Literal["none", "local", "slurm"] = Field("none", description="none: processes here; else through submitit")
+    slurm: SlurmConfig = Field(default_factory=SlurmConfig)
+    keep: Keep = Field("models", description="of an evaluated run: all, its models alone, or the recommended one and the last")
+
+    @field_validator("seeds")
+    @classmethod
+    def _different(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) != len(seeds):
+            raise ValueError("the same seed twice")
+        return seeds
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting, run with several seeds."""
+
+    name: str
+    settings: dict[str, Any]  # dotted keys that its grid sets
+    grids: list[str]
+    seeds: list[int]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"name": self.name, "settings": self.settings, "grids": self.grids, "seeds": self.seeds}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One process's work: a shared world, or one run. `needs` is the name of the task that comes first."""
+
+    name: str
+    config: Config
+    folder: Path
+    needs: str | None = None
+    cell: str | None = None
+    seed: int | None = None
+    shared: Path | None = None  # evaluation whose records a run reads
+    key: str = field(default="")  # digest of all that decides what comes out
+
+    @property
+    def evaluation(self) -> Path:
+        """Folder of the records."""
+        return self.folder / "evaluation"
+
+
+def load_sweep(path: str | Path, overrides: Mapping[str, Any] | None = None) -> tuple[SweepConfig, Config]:
+    """A sweep's file and the base configuration that it names.
+
+    overrides: keys of the sweep (`output_dir`, `seeds`, `jobs`, …), where None counts as not given. Raises UserError of one
+    line.
+    """
+    file = Path(path)
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such sweep file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise UserError(f"{path}: not a YAML file ({error})") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected `key: value` lines with base, seeds and grids")
+    sweep = sweep_config(data | {k: v for k, v in (overrides or {}).items() if v is not None}, str(path))
+    return sweep, load_config(file.parent / sweep.base)
+
+
+def sweep_config(data: Mapping[str, Any], where: str) -> SweepConfig:
+    """Validated plain data; the first error becomes a `UserError` of one line."""
+    try:
+        return SweepConfig.model_validate(data)
+    except ValidationError as error:
+        first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise UserError(f"{where}: {key}: unknown key{nearest(key, SweepConfig.model_fields)}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        got = "" if first["type"] in ("value_error", "missing") else f", got {first['input']!r}"
+        raise UserError(f"{where}: {key}: {message[0].lower() + message[1:]}{got}") from None
+
+
+def cells_of(sweep: SweepConfig, base: Config, where: str = "sweep") -> list[Cell]:
+    """Every cell once, in the order of the grids. Raises UserError naming grid and key."""
+    known = {dotted for dotted, _, _ in fields()}
+    cells: dict[str, Cell] = {}
+    names: dict[str, str] = {}
+    for grid, axes in sweep.grids.items():
+        place = f"{where}: grids.{grid}"
+        if not isinstance(axes, dict) or not set(axes) - {"seeds"}:
+            raise UserError(f"{place}: expected `dotted.key: [values]` lines")
+        seeds = axes.get("seeds", sweep.seeds)
+        if not isinstance(seeds, list) or not seeds or not all(isinstance(s, int) and not isinstance(s, bool) for s in seeds):
+            raise UserError(f"{place}.seeds: expected a list of seeds, got {seeds!r}")
+        keys = [key for key in axes if key != "seeds"]
+        for key in keys:
+            if key not in known or key in ("seed", "output_dir", "stages"):
+                raise UserError(f"{place}: {key}: not a key that a grid can set{nearest(key, known)}")
+        values = [axes[key] if isinstance(axes[key], list) else [axes[key]] for key in keys]
+        for combination in product(*values):
+            settings = dict(zip(keys, combination, strict=True))
+            identity = _identity(base, settings, place)
+            if identity in cells:
+                cell = cells[identity]
+                cell.grids.extend(g for g in [grid] if g not in cell.grids)
+                cell.seeds.extend(s for s in seeds if s not in cell.seeds)
+                continue
+            name = cell_name(settings, base)
+            if names.setdefault(name, identity) != identity:
+                raise UserError(f"{place}: two different cells would both be called {name}")
+            cells[identity] = Cell(name, settings, [grid], list(seeds))
+    return list(cells.values())
+
+
+def _identity(base: Config, settings: Mapping[str, Any], where: str) -> str:
+    return digest(resolved(_laid_over(base, settings, where)))
+
+
+def _laid_over(base: Config, settings: Mapping[str, Any], where: str, **top: Any) -> Config:
+    """`base` with dotted settings over it. Another method brings its own preset's values, not the base method's."""
+    data = base.model_dump()
+    data["objective"] = {key: value for key, value in data["objective"].items() if value != "preset"}
+    for dotted, value in settings.items():
+        section, _, key = dotted.partition(".")
+        if key:
+            data[section][key] = value
+        else:
+            data[section] = value
+    data.update(top)
+    return validate(data, where, settings)
+
+
+def cell_name(settings: Mapping[str, Any], base: Config) -> str:
+    """`is_dpo-beta0.01-clip_eps0.25`: the method, then what the grid sets, as a folder's name."""
+    method = settings.get("objective.method", base.objective.method)
+    parts = [str(method)]
+    for dotted, value in settings.items():
+        if dotted != "objective.method":
+            text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+            parts.append(dotted.split(".")[-1] + "".join(c if c.isalnum() or c in "._-" else "-" for c in text))
+    return "-".join(parts)
+
+
+def tasks_of(
+    sweep: SweepConfig, base: Config, cells: Sequence[Cell], where: str = "sweep", only: Sequence[str] | None = None
+) -> list[Task]:
+    """Shared worlds and runs, each world before the runs that need it; grid by grid, and within a grid seed by seed.
+
+    only: names of the grids whose runs are wanted. Raises UserError for one that the sweep does not have.
+    """
+    for name in only or ():
+        if name not in sweep.grids:
+            raise UserError(f"--grids: {where} has no grid {name!r}{nearest(name, sweep.grids)}")
+    root = Path(sweep.output_dir)
+    tasks: dict[str, Task] = {}
+    stages = [stage for stage in base.stages if stage in SHARED_STAGES]
+    for grid in sweep.grids:
+        mine = [cell for cell in cells if cell.grids[0] == grid and (not only or set(cell.grids) & set(only))]
+        for seed in dict.fromkeys(seed for cell in mine for seed in cell.seeds):
+            for cell in mine:
+                if seed not in cell.seeds:
+                    continue
+                world = None
+                if stages:
+                    world = _world(sweep, base, cell, seed, stages, where)
+                    tasks.setdefault(world.name, world)
+                run = _run(root, base, cell, seed, world, where)
+                tasks[run.name] = run
+    return list(tasks.values())
+
+
+def _world(sweep: SweepConfig, base: Config, cell: Cell, seed: int, stages: Sequence[str], where: str) -> Task:
+    upstream = {key: value for key, value in cell.settings.items() if _is_upstream(key)}
+    name = f"shared/seed-{seed}" + (f"-{digest(upstream)[:6]}" if upstream else "")
+    folder = Path(sweep.output_dir) / name
+    config = _laid_over(base, upstream, where, output_dir=str(folder), stages=stages, seed=seed)
+    config.reference.cache_dir = str(Path(sweep.output_dir) / ".isdaa_cache")
+    return Task(name, config, folder, seed=seed, key=_key(config))
+
+
+def _run(root: Path, base: Config, cell: Cell, seed: int, world: Task | None, where: str) -> Task:
+    folder = root / "runs" / cell.name / f"seed-{seed}"
+    data = _laid_over(base, cell.settings, where, output_dir=str(folder), seed=seed).model_dump()
+    data["stages"] = ["align"]
+    data["reference"]["cache_dir"] = str(root / ".isdaa_cache")
+    if world is not None:
+        if "sft" in world.config.stages:
+            data["model"].update(path=str(world.folder / "sft"), random=None, tokenizer=None)
+        if "label" in world.config.stages:
+            data["data"].update(pairs=str(world.folder / "pairs" / "train.jsonl"))
+        data["data"].update(sft=None, prompts=None)
+        if "reward" in world.config.stages and data["evaluation"]["scorer"] is None:
+            data["evaluation"]["scorer"] = str(world.folder / "reward")
+    config = validate(data, where)
+    needs, shared = (world.name, world.evaluation) if world is not None and "sft" in world.config.stages else (None, None)
+    if world is not None:
+        needs = world.name
+    key = _key(config) + (f"/{world.key}" if world is not None else "")
+    return Task(f"{cell.name}/seed-{seed}", config, folder, needs, cell.name, seed, shared, key)
+
+
+def _is_upstream(key: str) -> bool:
+    return key.split(".")[0] in UPSTREAM or key in UPSTREAM_KEYS
+
+
+def _key(config: Config) -> str:
+    """Digest of what decides a task's outcome; where files lie does not."""
+    data = resolved(config)
+    data["reference"] = {k: v for k, v in data["reference"].items() if k != "cache_dir"}
+    return digest({k: v for k, v in data.items() if k != "output_dir"})

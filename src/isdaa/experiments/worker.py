@@ -1,0 +1,276 @@
+"""One task of a sweep in a process of its own: train, evaluate, tidy up; and the two ways to start such a process.
+
+A task tells how it fares by two small files: `status.json` (what it does, the share done) while it works, `result.json`
+when it has ended. So a sweep's overview can follow processes here and jobs on a cluster alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from isdaa.errors import UserError
+from isdaa.experiments.grid import Keep, SlurmConfig, Task
+from isdaa.files import read_json, write_json
+
+STATUS, RESULT, LOG = "status.json", "result.json", "log.txt"
+STATUS_INTERVAL = 1.0  # seconds
+RESUME_FILES = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json")
+# What a new process would import first; forked from one that has them, it starts at once.
+PRELOAD = (
+    *("isdaa.training.align", "isdaa.training.label", "isdaa.training.supervised", "isdaa.training.stages"),
+    *("isdaa.evaluation.evaluate", "isdaa.evaluation.overoptimization", "isdaa.world", "isdaa.models.sampling"),
+    *("transformers.models.llama.modeling_llama", "scipy.stats"),
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A task and how it is done. Called in the process that does it."""
+
+    task: Task
+    logs: Path  # this task's own folder
+    threads: int | None = None
+    device: str | None = None  # CUDA_VISIBLE_DEVICES
+    keep: Keep = "models"
+
+    def __call__(self) -> None:
+        """Do it; whatever happens is told by `result.json`. Resumes what an earlier process left."""
+        started, cpu = time.monotonic(), time.process_time()
+        outcome: dict[str, Any] = {"key": self.task.key}
+        try:
+            self._environment()
+            with _status_in(self.logs / STATUS):
+                _do(self.task, self.keep)
+            outcome["done"] = True
+        except UserError as error:
+            outcome |= {"done": False, "error": str(error)}
+            print(f"isdaa: error: {error}", file=sys.stderr)
+        except Exception as error:
+            outcome |= {"done": False, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
+            traceback.print_exc()
+        outcome |= {"seconds": round(time.monotonic() - started, 2), "cpu_seconds": round(time.process_time() - cpu, 2)}
+        write_json(self.logs / RESULT, outcome)
+
+    def checkpoint(self) -> Any:
+        """What submitit submits when the cluster takes the job away or its time is up: the same, which resumes."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+    def _environment(self) -> None:
+        if self.device is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.device
+        import logging
+
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+        if self.threads is not None:
+            import torch
+
+            torch.set_num_threads(self.threads)
+
+
+def _do(task: Task, keep: Keep) -> None:
+    from isdaa.evaluation.evaluate import evaluate_request
+    from isdaa.evaluation.requests import requests
+    from isdaa.training.stages import run
+
+    run(task.config)
+    settings = task.config.evaluation
+    model = task.folder if task.cell is not None else task.folder / "sft"
+    if task.cell is None and "sft" not in task.config.stages:
+        return
+    overrides: dict[str, Any] = {f"evaluation.{key}": value for key, value in settings.model_dump().items()}
+    overrides |= {"scorer": settings.scorer or "none", "output_dir": str(task.evaluation)}
+    if task.cell is None:
+        # The reference against itself: its samples serve every run, and it must win half of the time.
+        overrides |= {"reference": str(model), "data": task.config.data.evaluation}
+        overrides |= {"split": task.config.data.evaluation_split}
+        if overrides["data"] is None:
+            return
+    elif task.shared is not None and (task.shared / "plan.json").is_file():
+        overrides["shared"] = str(task.shared)
+    evaluate_request(requests([str(model)], overrides))
+    if task.cell is not None:
+        tidy(task, keep)
+
+
+def tidy(task: Task, keep: Keep) -> None:
+    """Free the disk of what an evaluated run no longer needs.
+
+    `models` removes what only a resume reads; `best` also removes every checkpoint but the recommended one.
+    """
+    if keep == "all":
+        return
+    from isdaa.training.checkpoints import checkpoints, write_manifest
+
+    kept: set[str] | None = None
+    if keep == "best":
+        from isdaa.evaluation.overoptimization import judge
+        from isdaa.evaluation.trajectory import trajectories
+
+        (run,) = trajectories(task.evaluation)
+        verdict = judge(run)
+        if verdict is not None:  # without win rates nobody can say which is the best
+            kept = {Path(run.paths[verdict.recommended]).name}
+    for folder in checkpoints(task.folder / "checkpoints"):
+        if kept is not None and folder.name not in kept:
+            shutil.rmtree(folder)
+            continue
+        left = [path for name in RESUME_FILES for path in folder.glob(name)]
+        for path in left:
+            path.unlink()
+        if left:
+            write_manifest(folder)
+
+
+@contextlib.contextmanager
+def _status_in(path: Path) -> Iterator[None]:
+    """Every bar of this process is also written to `path`, about once a second."""
+    from isdaa import terminal
+
+    last = 0.0
+
+    def tell(description: str, share: float, note: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= STATUS_INTERVAL:
+            last = now
+            aside = path.with_suffix(".tmp")
+            aside.write_text(json.dumps({"what": description.strip(), "share": share, "note": note}), encoding="utf-8")
+            os.replace(aside, path)
+
+    terminal.listener = tell
+    try:
+        yield
+    finally:
+        terminal.listener = None
+
+
+class Job(Protocol):
+    """A process or job that was started."""
+
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        ...
+
+    def stop(self) -> None:
+        """End it."""
+        ...
+
+
+Launcher = Callable[[Work], Job]
+
+
+class LocalJobs:
+    """Processes on this machine, forked from one that has imported the libraries already."""
+
+    def __init__(self, threads: int | None) -> None:
+        import multiprocessing
+
+        if threads is not None:  # read by the libraries when they are first imported
+            for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+                os.environ[name] = str(threads)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(list(PRELOAD))
+
+    def __call__(self, work: Work) -> Job:
+        here, there = self.context.Pipe()
+        process = self.context.Process(target=_in_process, args=(work, there), name=work.task.name)
+        process.start()
+        there.close()
+        return _Process(process, here)
+
+
+class _Process:
+    def __init__(self, process: Any, pipe: Any) -> None:
+        self.process, self.pipe = process, pipe
+
+    def running(self) -> bool:
+        return self.process.is_alive()
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.join(10)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+def _in_process(work: Work, pipe: Any) -> None:
+    """The child: output to the log; where the sweep itself is gone, so is this process."""
+
+    def watch() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            pipe.recv()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the sweep, which stops its processes in order
+    with open(work.logs / LOG, "ab", buffering=0) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    work()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+class ClusterJobs:
+    """Jobs through submitit: on a SLURM cluster, or (`local`) as its local executor runs them."""
+
+    def __init__(self, cluster: str, folder: Path, settings: SlurmConfig) -> None:
+        try:
+            import submitit
+        except ImportError:
+            raise UserError("cluster: submitit is not installed; pip install 'isdaa[slurm]'") from None
+        self.executor = submitit.AutoExecutor(folder=folder / "submitit", cluster=cluster)
+        parameters: dict[str, Any] = {"timeout_min": settings.minutes, "cpus_per_task": settings.cpus}
+        if settings.gpus:
+            parameters["gpus_per_node"] = settings.gpus
+        if settings.memory_gb is not None:
+            parameters["mem_gb"] = settings.memory_gb
+        if cluster == "slurm" and settings.partition is not None:
+            parameters["slurm_partition"] = settings.partition
+        self.executor.update_parameters(**{**parameters, **settings.options})
+
+    def __call__(self, work: Work) -> Job:
+        self.executor.update_parameters(name=work.task.name.replace("/", "-"))
+        return _ClusterJob(self.executor.submit(work))
+
+
+class _ClusterJob:
+    def __init__(self, job: Any) -> None:
+        self.job = job
+
+    def running(self) -> bool:
+        return not self.job.done()
+
+    def stop(self) -> None:
+        self.job.cancel()
+
+
+def outcome_of(logs: Path) -> dict[str, Any] | None:
+    """What an ended task left, or None."""
+    return read_json(logs / RESULT) if (logs / RESULT).is_file() else None
+
+
+def status_of(logs: Path) -> dict[str, Any]:
+    """What a running task does now; empty where it has not said yet."""
+    try:
+        return json.loads((logs / STATUS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
