@@ -240,6 +240,33 @@ class EvaluationConfig(Section):
     seed: Seed = 0
 
 
+class GuardConfig(Section):
+    """Measurements during alignment, on a few held-out prompts: logged, and, where asked for, acted upon (docs/guard.md)."""
+
+    steps: Int | None = Field(None, ge=1, description="measure every n optimiser steps and at the last one; null: never")
+    prompts: Int = Field(128, ge=1, description="held-out prompts, behind those that `isdaa evaluate` will use")
+    scorer: str | None = Field(
+        None, description="`gold` or a reward model's path; null: evaluation.scorer; none: KL and held-out pairs alone"
+    )
+    opponent_samples: Int = Field(4, ge=1, description="reference samples a prompt, drawn and scored once")
+    max_new_tokens: Int | None = Field(None, ge=1, description="null: evaluation.max_new_tokens")
+    temperature: Float | None = Field(
+        None, ge=0, description="of the samples for win rates; null: evaluation.temperature; KL always samples at 1"
+    )
+    top_p: Float | None = Field(None, gt=0, le=1, description="null: evaluation.top_p")
+    batch_size: Int | None = Field(None, ge=1, description="responses sampled at a time; null: evaluation.batch_size")
+    seed: Seed = 0
+    keep: Literal["all", "best"] = Field("all", description="best: the model of the highest win rate so far is in `best/`")
+    stop: Literal["never", "over-optimised"] = Field(
+        "never", description="over-optimised: end the run where the win rate has fallen for sure"
+    )
+
+    @property
+    def acts(self) -> bool:
+        """Whether it does more than log."""
+        return self.keep != "all" or self.stop != "never"
+
+
 class Config(Section):
     """Everything one `isdaa train` does."""
 
@@ -257,6 +284,7 @@ class Config(Section):
     label: LabelConfig = Field(default_factory=LabelConfig)
     align: AlignConfig = Field(default_factory=AlignConfig)
     lora: LoraConfig = Field(default_factory=LoraConfig)
+    guard: GuardConfig = Field(default_factory=GuardConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
 
     @model_validator(mode="after")
@@ -282,6 +310,28 @@ class Config(Section):
         if needs_pairs and self.data.pairs is None and "label" not in self.stages:
             raise ValueError(f"data.pairs: the {sorted(needs_pairs)[0]} stage needs preference pairs")
         return self
+
+    @model_validator(mode="after")
+    def _guard_can_do_its_work(self) -> Config:
+        if "align" not in self.stages:
+            return self
+        if self.guard.acts and self.guard.steps is None:
+            raise ValueError("guard.steps: keep: best and stop: over-optimised go by measurements; say every how many steps")
+        if self.guard.acts and self.guard_scorer is None:
+            raise ValueError(
+                "guard.scorer: keep: best and stop: over-optimised go by a win rate, and there is no scorer "
+                "(guard.scorer or evaluation.scorer); without one nothing can tell a better checkpoint from a worse one"
+            )
+        held_out = self.data.evaluation or self.data.eval_pairs or self.data.eval_fraction > 0
+        if self.guard.steps is not None and not held_out:
+            raise ValueError("guard.steps: nothing is held out to measure on; set data.evaluation or data.eval_fraction")
+        return self
+
+    @property
+    def guard_scorer(self) -> str | None:
+        """What the guard's win rates are scored by; None: there are none."""
+        name = self.guard.scorer or self.evaluation.scorer
+        return None if name == "none" else name
 
 
 def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Config:
