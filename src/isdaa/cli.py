@@ -75,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sweep.add_argument("--config", required=True, metavar="FILE", help="the sweep's YAML file: base, seeds, grids")
     sweep.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: the file's, else 1)")
+    sweep.add_argument("--threads", type=int, metavar="N", help="of each run on this machine (default: cores / jobs)")
     sweep.add_argument("--output_dir", metavar="DIR", help="folder of the sweep (default: the file's)")
     sweep.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="seeds of the grids that name none of their own")
     sweep.add_argument("--grids", nargs="+", metavar="NAME", help="only these grids of the file")
@@ -193,7 +194,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _sweep(arguments: argparse.Namespace) -> int:
     from isdaa.experiments.grid import cells_of, load_sweep, tasks_of
 
-    names = ("jobs", "output_dir", "seeds", "cluster", "keep")
+    names = ("jobs", "threads", "output_dir", "seeds", "cluster", "keep")
     sweep, base = load_sweep(arguments.config, {name: getattr(arguments, name) for name in names})
     if arguments.dry_run:
         tasks = tasks_of(sweep, base, cells_of(sweep, base, arguments.config), arguments.config, arguments.grids)

@@ -58,6 +58,7 @@ class SweepConfig(Section):
     seeds: list[Seed] = Field(..., min_length=1)
     grids: dict[str, dict[str, Any]] = Field(..., min_length=1)
     jobs: Int = Field(1, ge=1, description="runs at a time")
+    threads: Int | None = Field(None, ge=1, description="of each run on this machine; null: the cores divided by `jobs`")
     cluster: Literal["none", "local", "slurm"] = Field("none", description="none: processes here; else through submitit")
     slurm: SlurmConfig = Field(default_factory=SlurmConfig)
     keep: Keep = Field("models", description="of an evaluated run: all, its models alone, or the recommended one and the last")

@@ -108,7 +108,7 @@ class _Scheduler:
         # A shared world whose runs are all finished is not made again, not even where it was tidied away.
         self.queue = [t for t in tasks if t.name not in self.done and (t.cell is not None or t.name in needed)]
         local = sweep.cluster == "none"
-        self.threads = max(1, (os.cpu_count() or 1) // sweep.jobs) if local else None
+        self.threads = (sweep.threads or max(1, (os.cpu_count() or 1) // sweep.jobs)) if local else None
         self.launch: Launcher | None = None
 
     def run(self) -> dict[str, str]:
