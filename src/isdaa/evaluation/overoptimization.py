@@ -1,12 +1,6 @@
 """Did a run over-optimise, where was its best checkpoint, and what law does its curve follow? (METHOD.md)
 
-A win rate over checkpoints carries two noises. One comes from the prompts, and resampling them shows it. The other, the
-*bounce*, comes from training: neighbouring checkpoints differ by more than their prompts explain, on all prompts together.
-Who looks for the highest checkpoint finds a lucky one, so both noises also bias the fall. The prompts' share of that bias goes
-by choosing the peak on one half of the prompts and measuring on the other. The bounce is common to both halves: its share is
-taken off by drawing what the whole procedure finds on a flat run with this run's noises.
-
-Legend: C checkpoints, N prompts, M draws, H splits into halves.
+The numbers come from `falls.py`; here they become a finding, a sentence and a law. Legend: C checkpoints, N prompts, M draws.
 """
 
 from __future__ import annotations
@@ -17,19 +11,15 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
+from scipy.stats import t as student
 
+from isdaa.evaluation.falls import CONFIDENCE, Measured, bounce_of, measure, smoothed, smoothing
 from isdaa.evaluation.trajectory import Trajectory
 
 Finding = Literal["over-optimised", "not detected", "underpowered"]
 
 MARGIN = 0.03  # a fall must be larger than this, with confidence, to be called one
 NEGLIGIBLE = 0.05  # a fall smaller than this, with confidence, is called none
-CONFIDENCE = 0.95  # of each one-sided bound
-DRAWS = 1000
-SPLITS = 8
-# The bounce is estimated from few second differences. Runs measured so far bounced by 0.01 to 0.03, which is added as if it had
-# been seen in a few second differences more: it steadies the estimate, and keeps it from zero, where there are hardly any.
-USUAL_BOUNCE, USUAL_WEIGHT = 0.02, 2.0
 MOST_PROMPTS, MOST_CHECKPOINTS = 20_000, 60  # nobody measures more: beyond, the answer is "cannot be decided so"
 
 
@@ -69,149 +59,6 @@ class Law:
         d = np.asarray(d, dtype=np.float64)
         value = d * (self.a - self.b * np.log(np.where(d > 0, d, 1.0)))
         return float(value) if value.ndim == 0 else value
-
-
-@dataclass(frozen=True)
-class Bounce:
-    """Variance of the noise common to all prompts, from second differences; `mean_square` still holds the prompts' part."""
-
-    mean_square: float
-    prompts: float  # what prompts alone put into `mean_square`
-    df: float  # degrees of freedom of `mean_square`
-
-    @property
-    def variance(self) -> float:
-        """τ² ≥ 0."""
-        return max(self.mean_square - self.prompts, 0.0)
-
-    def draws(self, rng: np.random.Generator, size: int) -> np.ndarray:
-        """(size,) variances that fit what was seen: χ² turned round, as a t quantile does it, prompts taken off after."""
-        scale = self.df / (2 * np.maximum(rng.standard_gamma(self.df / 2, size), 1e-12))
-        return np.maximum(self.mean_square * scale - self.prompts, 0.0)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A verdict's numbers, before words."""
-
-    fall: float
-    standard_error: float
-    lower: float
-    upper: float
-    bounce: float
-    peak: int
-    recommended: int
-    below_start: bool
-    lower_by_bounce: float  # fall − lower, and upper − fall, had there been infinitely many prompts
-    upper_by_bounce: float
-
-
-@lru_cache(maxsize=64)
-def smoothing(checkpoints: int) -> np.ndarray:
-    """(C, C) weights, rows sum to 1: triangular over the neighbours (1, 2, 1), wider from 16 checkpoints on.
-
-    At the ends the missing neighbours' weight goes to those that are there: (2, 1). One checkpoint is left alone.
-    """
-    width = max(1, checkpoints // 8)
-    steps = np.arange(checkpoints)
-    weights = np.maximum(width + 1.0 - np.abs(steps[:, None] - steps), 0.0)
-    weights /= weights.sum(axis=1, keepdims=True)
-    weights.setflags(write=False)
-    return weights
-
-
-def smoothed(values: np.ndarray) -> np.ndarray:
-    """(C,) or (C, N) checkpoints × prompts, smoothed over neighbouring checkpoints."""
-    values = np.asarray(values, dtype=np.float64)
-    return smoothing(len(values)) @ values
-
-
-def bounce_of(means: np.ndarray, covariance: np.ndarray) -> Bounce:
-    """The bounce of (C,) mean win rates whose prompts give them `covariance` (C, C).
-
-    A second difference W[c−1] − 2W[c] + W[c+1] loses the trend and keeps 6τ² (von Neumann 1941 has first differences). A bend in
-    the true curve stays in: the bounce is over-estimated then, never under. Degrees of freedom by Satterthwaite (1946), since
-    second differences overlap.
-    """
-    second = np.diff(np.eye(len(means)), n=2, axis=0)
-    trace = np.sum(second * second)
-    mean_square = float(np.sum((second @ means) ** 2) / trace)
-    noise = second @ covariance @ second.T
-    prompts = float(np.trace(noise) / trace)
-    spread = max(mean_square - prompts, 1e-8) * second @ second.T + noise
-    df = float(np.trace(spread) ** 2 / np.sum(spread * spread))
-    total = df + USUAL_WEIGHT
-    return Bounce((df * mean_square + USUAL_WEIGHT * (USUAL_BOUNCE**2 + prompts)) / total, prompts, total)
-
-
-def crossfit(curves: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(..., K) candidates on both halves, the last of them the last checkpoint -> falls (...,), both ways round averaged.
-
-    Also returns the (..., 2) candidates that each half chose.
-    """
-    first, second = curves.argmax(axis=-1), others.argmax(axis=-1)
-    fall_first = np.take_along_axis(others, first[..., None], -1)[..., 0] - others[..., -1]
-    fall_second = np.take_along_axis(curves, second[..., None], -1)[..., 0] - curves[..., -1]
-    return (fall_first + fall_second) / 2, np.stack([first, second], axis=-1)
-
-
-def measure(wins: np.ndarray, kl: np.ndarray, start: float | None, seed: int = 0) -> Measured:
-    """The numbers of a verdict from (C, N) win rates and (C,) mean KL.
-
-    Candidates for the peak are the C checkpoints, smoothed, and the reference, which is known exactly and not smoothed.
-    lower: the fall less the 95 % quantile of the falls that the same procedure finds on flat runs with the same noises, which is
-    the least favourable case. upper: the largest of the candidates' own upper bounds: "no candidate lies 0.05 above the last" is
-    an intersection-union test (Berger 1982) and needs no correction for their number.
-    """
-    rng = np.random.default_rng(seed)
-    count, n = wins.shape
-    candidates = np.vstack([np.zeros((int(start is not None), count)), smoothing(count)])  # (K, C)
-    level = np.zeros(len(candidates))
-    level[: len(candidates) - count] = start or 0.0
-    means = wins.mean(axis=1)
-    covariance = np.cov(wins) / n
-    bounce = bounce_of(means, covariance)
-
-    halves = np.zeros((SPLITS, n))
-    for row in halves:
-        row[rng.permutation(n)[: n // 2]] = 1.0
-    sums = halves @ wins.T  # (H, C)
-    one, other = sums / (n // 2), (n * means - sums) / (n - n // 2)
-    falls, chosen = crossfit(one @ candidates.T + level, other @ candidates.T + level)
-    fall = float(falls.mean())
-    curve = candidates @ means + level
-    gaps = curve - curve[-1]
-
-    factor = _root(covariance)
-    shared = np.sqrt(bounce.draws(rng, DRAWS))[:, None] * rng.standard_normal((DRAWS, count))  # (M, C)
-    prompts = rng.standard_normal((DRAWS, count)) @ factor.T
-    apart = rng.standard_normal((2, DRAWS, count)) @ factor.T
-    flat = _flat_falls(candidates, shared + prompts, apart)
-    steady = _flat_falls(candidates, shared, np.zeros((1, 1, count)))
-    around, around_bounce = (shared + prompts) @ candidates.T, shared @ candidates.T
-
-    def highest(noise: np.ndarray) -> float:
-        return float(np.max(gaps + np.quantile(noise - noise[:, -1:], CONFIDENCE, axis=0)))
-
-    contrasts = candidates - candidates[-1]
-    errors = np.sqrt(np.sum((contrasts @ factor) ** 2, axis=1) + bounce.variance * np.sum(contrasts**2, axis=1))
-    share = np.bincount(chosen.ravel(), minlength=len(candidates)) / chosen.size
-    contrast = share @ contrasts
-    error = float(np.sqrt(np.sum((contrast @ factor) ** 2) + bounce.variance * np.sum(contrast**2)))
-    offset = len(candidates) - count
-    peak = int(curve[offset:].argmax())
-    return Measured(
-        fall=fall,
-        standard_error=error if error > 0 else float(errors[:-1][gaps[:-1].argmax()]),
-        lower=fall - float(np.quantile(flat, CONFIDENCE)),
-        upper=max(fall, highest(around)),
-        bounce=float(np.sqrt(bounce.variance)),
-        peak=peak,
-        recommended=_keep(means, kl, covariance, bounce.variance),
-        below_start=start is not None and bool(start > curve[offset:].max()),
-        lower_by_bounce=float(np.quantile(steady, CONFIDENCE)),
-        upper_by_bounce=highest(around_bounce) - fall,
-    )
 
 
 def verdict_of(
@@ -264,38 +111,6 @@ def judge(run: Trajectory, *, seed: int = 0) -> Verdict | None:
     return verdict_of(run.wins, run.kl, run.start, steps=list(run.steps), labels=run.labels, seed=seed)
 
 
-def _flat_falls(candidates: np.ndarray, common: np.ndarray, apart: np.ndarray) -> np.ndarray:
-    """(M,) cross-fitted falls of flat runs: (M, C) noise of all prompts, (H, M, C) by which the two halves differ from it."""
-    noise, difference = common @ candidates.T, apart @ candidates.T
-    return crossfit(noise + difference, noise - difference)[0].mean(axis=0)
-
-
-def _keep(means: np.ndarray, kl: np.ndarray, covariance: np.ndarray, variance: float) -> int:
-    """The checkpoint to keep: of those within one standard error of the best, the one of the smallest KL.
-
-    What is kept is one checkpoint, its bounce included: that is noise to the trend, but a property of those weights. So each
-    checkpoint is put between its own win rate and the smooth curve, nearer to its own the less of their difference the prompts
-    explain (Efron & Morris 1973). The rule is that of Breiman et al. (1984, § 3.4.3): what cannot be told from the best is chosen for
-    its other virtue, here a small KL: nearer to the reference, so less over-optimised by measures that nobody took, too.
-    """
-    weights = smoothing(len(means))
-    rough = np.eye(len(means)) - weights
-    prompts = np.einsum("ij,jk,ik->i", rough, covariance, rough)
-    trust = variance / np.maximum(variance + prompts / np.maximum(np.sum(rough**2, axis=1), 1e-12), 1e-12)
-    mixed = weights + trust[:, None] * rough
-    quality = mixed @ means
-    best = int(quality.argmax())
-    contrasts = mixed - mixed[best]
-    errors = np.sqrt(np.maximum(np.einsum("ij,jk,ik->i", contrasts, covariance, contrasts), 0.0))
-    return int(np.where(quality[best] - quality <= errors, kl, np.inf).argmin())
-
-
-def _root(covariance: np.ndarray) -> np.ndarray:
-    """A with A·Aᵀ = covariance, also where checkpoints repeat each other."""
-    values, vectors = np.linalg.eigh(covariance)
-    return vectors * np.sqrt(np.maximum(values, 0.0))
-
-
 def _needs(found: Measured, checkpoints: int, prompts: int) -> tuple[int | None, int | None]:
     """(prompts at these checkpoints, checkpoints at these prompts) that would decide, were the fall what it seems to be.
 
@@ -322,12 +137,10 @@ def _needs(found: Measured, checkpoints: int, prompts: int) -> tuple[int | None,
 @lru_cache(maxsize=64)
 def _reach(checkpoints: int) -> float:
     """How far a bounce of 1 puts the bound away at so many checkpoints: its error in the smoothed ends times its t quantile."""
-    from scipy.stats import t
-
     weights = smoothing(checkpoints)
     contrast = weights[checkpoints // 2] - weights[-1]
     df = bounce_of(np.zeros(checkpoints), np.zeros((checkpoints, checkpoints))).df
-    return float(t.ppf(CONFIDENCE, df) * np.sqrt(np.sum(contrast**2)))
+    return float(student.ppf(CONFIDENCE, df) * np.sqrt(np.sum(contrast**2)))
 
 
 def _sentence(
@@ -405,7 +218,7 @@ def _law_interval(
     with np.errstate(all="ignore"):
         peaks = np.where(b > 0, np.exp(np.clip(a / b - 1, -50, 50)), np.inf)
     last = (np.stack([d[:, -1] for d in ds], axis=1) * times).sum(axis=1) / times.sum(axis=1)
-    low, high = np.quantile(peaks, [0.025, 0.975], method="nearest")
+    low, high = (float(value) for value in np.quantile(peaks, [0.025, 0.975], method="nearest"))
     return _finite(low), _finite(high), float(np.mean(last > peaks))
 
 
@@ -431,4 +244,4 @@ def _root_kl(kl: np.ndarray) -> np.ndarray:
 
 
 def _finite(value: float) -> float | None:
-    return float(value) if 1e-20 < value < 1e20 else None
+    return value if 1e-20 < value < 1e20 else None

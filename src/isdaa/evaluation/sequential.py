@@ -1,0 +1,132 @@
+"""Is this run past its peak? A test for a guard that looks at a run while it trains, and may stop it.
+
+Whoever looks twenty times at a healthy run, each time at 5 %, stops it sooner or later. Here each look has its own, ever smaller
+share of 5 %: the chance that a healthy run is EVER stopped is what stays small. `benchmarks/verdict_calibration.py` measures it.
+
+Pure numpy and scipy, no model: legend N prompts, L looks so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student
+
+from isdaa.evaluation.falls import bounce_of
+from isdaa.evaluation.overoptimization import MARGIN
+
+RECENT = 3  # looks that "now" is the mean of: one bad checkpoint is not a fall
+ALPHA = 0.05  # the chance to ever stop a healthy run
+FIRST = RECENT + 2  # looks needed before the first test: the recent ones and two to have fallen from
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look says. Win rates in [0, 1]; a fall is positive."""
+
+    stop: bool  # past the peak: at this look and enough looks before it
+    look: int  # index of this look
+    peak: int  # index of the look that the fall counts from
+    fall: float  # smoothed peak − mean of the recent looks
+    standard_error: float  # prompts and bounce together
+    lower: float  # bound of the fall at this look's share of ALPHA; −∞ where there is no test yet
+    beyond: bool  # recent KL above the peak's
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Of one look at each of ... runs: arrays (...)."""
+
+    peak: np.ndarray
+    fall: np.ndarray
+    standard_error: np.ndarray
+    lower: np.ndarray
+
+
+class FallTest:
+    """Looks at one run, one after another, on the same held-out prompts.
+
+    A look stops the run where the fall's lower bound is above `margin` and KL beyond the peak's, at `patience` looks in a row.
+    """
+
+    def __init__(self, *, alpha: float = ALPHA, margin: float = MARGIN, patience: int = 2) -> None:
+        if not 0 < alpha < 1 or margin < 0 or patience < 1:
+            raise ValueError(f"need 0 < alpha < 1, margin ≥ 0, patience ≥ 1, got {alpha}, {margin}, {patience}")
+        self.alpha, self.margin, self.patience = alpha, margin, patience
+        self.wins: list[list[float]] = []
+        self.kl: list[float] = []
+        self.warnings = 0  # looks in a row, up to now, that found a fall
+
+    def update(self, wins: np.ndarray, kl: float) -> Look:
+        """The next look: (N,) win rates of the prompts, always the same ones, and their mean KL from the reference."""
+        wins = np.asarray(wins, dtype=np.float64)
+        if wins.ndim != 1 or len(wins) < 2 or (self.wins and len(wins) != len(self.wins[0])):
+            raise ValueError(f"wins must be (N,) on the same prompts at every look, N ≥ 2, got shape {wins.shape}")
+        if not (np.isfinite(wins).all() and np.isfinite(kl)):
+            raise ValueError("wins and kl must be finite")
+        self.wins.append(wins.tolist())
+        self.kl.append(float(kl))
+        look = len(self.wins) - 1
+        if len(self.wins) < FIRST:
+            return Look(False, look, int(np.argmax([np.mean(row) for row in self.wins])), 0.0, 0.0, -np.inf, False)
+        table = np.array(self.wins)
+        found = evidence(table.mean(axis=1), np.cov(table) / table.shape[1], table.shape[1], self.alpha)
+        peak = int(found.peak)
+        beyond = float(np.mean(self.kl[-RECENT:])) > self.kl[peak]
+        self.warnings = self.warnings + 1 if float(found.lower) > self.margin and beyond else 0
+        fall, error, lower = float(found.fall), float(found.standard_error), float(found.lower)
+        return Look(self.warnings >= self.patience, look, peak, fall, error, lower, beyond)
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run needs, as plain data for JSON."""
+        return {"wins": [list(row) for row in self.wins], "kl": list(self.kl), "warnings": self.warnings}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state()`."""
+        self.wins = [[float(value) for value in row] for row in state["wins"]]
+        self.kl = [float(value) for value in state["kl"]]
+        self.warnings = int(state["warnings"])
+
+
+def evidence(means: np.ndarray, covariance: np.ndarray, prompts: int, alpha: float = ALPHA) -> Evidence:
+    """The fall to now from the best of the looks before, with its bound at this look's share of `alpha`.
+
+    means: (..., L) win rates. covariance: (..., L, L), of those means over `prompts` prompts.
+
+    Now is the mean of the last RECENT looks. A candidate for the peak is a look before those, smoothed with the neighbours
+    (1, 2, 1) that lie before them too. Of all candidates the one of the largest bound counts.
+    """
+    looks = means.shape[-1]
+    contrasts = _contrasts(looks)
+    falls = means @ contrasts.T  # (..., K)
+    noise = np.sum((contrasts @ covariance) * contrasts, axis=-1)
+    bounce = bounce_of(means, covariance)
+    size = np.sum(contrasts**2, axis=1)
+    variance = noise + bounce.variance[..., None] * size
+    # Satterthwaite: how well the variance is known, the bounce's part by few second differences.
+    unsure = (bounce.mean_square[..., None] * size) ** 2 / bounce.df[..., None] + noise**2 / (prompts - 1)
+    df = np.maximum(variance**2 / np.maximum(unsure, 1e-300), 1.0)
+    error = np.sqrt(variance)
+    lowers = falls - student.isf(share_of(looks, alpha), df) * error
+    peak = lowers.argmax(axis=-1)
+    fall, error, lower = (np.take_along_axis(x, peak[..., None], -1)[..., 0] for x in (falls, error, lowers))
+    return Evidence(peak, fall, error, lower)
+
+
+def share_of(looks: int, alpha: float = ALPHA) -> float:
+    """The share of alpha of the look that is the `looks`-th: alpha·F/(L·(L+1)), which sums to alpha·F/F over L = F, F+1, …"""
+    return alpha * FIRST / (looks * (looks + 1))
+
+
+def _contrasts(looks: int) -> np.ndarray:
+    """(K, L) candidate less now, K = L − RECENT."""
+    before = looks - RECENT
+    steps = np.arange(before)
+    weights = np.maximum(2.0 - np.abs(steps[:, None] - steps), 0.0)
+    contrasts = np.zeros((before, looks))
+    contrasts[:, :before] = weights / weights.sum(axis=1, keepdims=True)
+    contrasts[:, before:] = -1 / RECENT
+    return contrasts
