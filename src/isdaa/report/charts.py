@@ -7,28 +7,24 @@ null; further keys are ignored.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isdaa.files import write_atomically
+from isdaa.report.style import FONT, GRID, INK, MUTED, PALETTE, save_chart
 
 if TYPE_CHECKING:
     import altair as alt
+
+__all__ = ["PALETTE", "save_chart", "win_rate_chart"]
 
 Record = Mapping[str, Any]
 Domain = tuple[float, float]
 Path_ = Sequence[dict[str, Any]]  # the rows of one line, in the order of training
 
-# Okabe & Ito 2008, told apart with every common colour blindness; black is left to the axes, yellow too pale for lines.
-PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#6A51A3", "#7F7F7F")
-INK, MUTED, GRID = "#222222", "#6B6B6B", "#E9E9E9"
 LABEL_HEIGHT, LETTER_WIDTH = 17.0, 7.6  # pixels, at the labels' font size
 ARROW = "M0,-1.5L1,1.1L0,0.45L-1,1.1Z"  # pointing up; the built-in triangle has three tips alike
-FONT = "Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif"
 
 
 def win_rate_chart(
@@ -87,19 +83,6 @@ def win_rate_chart(
             labelFontSize=12, titleFontSize=13, titleFontWeight="normal", titlePadding=10,
         )
     )  # fmt: skip
-
-
-def save_chart(chart: alt.TopLevelMixin, path: str | Path, scale: float = 2.0) -> list[Path]:
-    """Write `path` with the suffixes .png (at `scale`) and .svg, each atomically; returns both paths."""
-    image, drawing = io.BytesIO(), io.StringIO()
-    chart.save(image, format="png", scale_factor=scale)
-    chart.save(drawing, format="svg")
-    written = []
-    for suffix, content in ((".png", image.getvalue()), (".svg", drawing.getvalue())):
-        target = Path(path).with_name(Path(path).name + suffix)
-        write_atomically(target, content)
-        written.append(target)
-    return written
 
 
 def _point(record: Record) -> dict[str, Any]:

@@ -1,0 +1,211 @@
+"""Which charts the report has, in which order, and what a reader is told beside each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from isdaa.report.content import Findings
+from isdaa.report.courses import Quantity, course_chart, quantile_chart, weights_chart
+from isdaa.report.curves import final_chart, matched_charts, panels_chart
+from isdaa.report.lines import Line, Panel, panels_of, training_settings
+
+CAPTIONS = {
+    "path": (
+        "Read along a line from the open circle, which is the untrained reference: each dot is a checkpoint, the ring the last "
+        "one. A line that turns down while it goes on to the right has over-optimised. "
+    ),
+    "path, seeds": "Thick lines are means over seeds, thin lines the seeds.",
+    "path, one": "Bars are 95 % intervals over prompts, the diamond is the checkpoint to keep.",
+    "path, law": (
+        " Dashed: the fitted law R(d) = d·(a − b·log d); the triangle at the foot marks its peak d*, the bar the peak's "
+        "95 % interval."
+    ),
+    "final": (
+        "Win rate at the end of training, best first. Discs are means over seeds with their 95 % t-intervals, small dots the "
+        "seeds; the hollow square is the best that training passed through, so the gap to it is what was lost."
+    ),
+    "matched": (
+        "The same runs compared where they are equally far from the reference, over the range that all reach. Lines are means "
+        "over seeds, bands their 95 % t-intervals."
+    ),
+    "training": "How good the answers are along training, and how far the policy has moved from the reference.",
+    "texts": "Signs of a policy that games its judge: answers grow, hit the limit, or repeat themselves.",
+    "held_out": (
+        "Share of held-out pairs that the policy ranks as people did (0.5 is guessing), and how far the log-probabilities of the "
+        "chosen and the rejected responses have moved."
+    ),
+    "quantiles": (
+        "Logarithm of the importance weight before the clip: median, middle half (dark) and middle nine tenths (pale) of the "
+        "pairs of a batch. The further it sinks, the fewer pairs still teach. Dashed: where the clip cuts."
+    ),
+    "weights": (
+        "Mean weight of the pairs of a batch; ESS / N, the effective sample size as a share of the batch (1: all pairs count "
+        "alike, near 0: a handful of pairs decide); share of pairs whose weight the clip cut."
+    ),
+}
+WIDEST = 980
+FOLDED = 9  # a figure of more panels is folded until the reader opens it
+WIN = Quantity("win_rate", "Win rate")
+REWARD = Quantity("reward", "Mean score (points)")
+TEXTS = (
+    Quantity("length", "Length (tokens)", ".0f"),
+    Quantity("truncated", "Share cut at the limit", ".2f"),
+    Quantity("repetition", "Share of repeated 4-grams", ".3f"),
+)
+HELD_OUT = (
+    Quantity("held_out.accuracy", "Implicit-reward accuracy"),
+    Quantity("held_out.chosen_drift", "Chosen drift (nats)", ".1f"),
+    Quantity("held_out.rejected_drift", "Rejected drift (nats)", ".1f"),
+)
+KL = Quantity("kl", "KL from the reference (nats)", ".1f")
+
+
+@dataclass(frozen=True, eq=False)
+class Figure:
+    """One chart. draw: total width in pixels -> chart. caption: how to read it, for people."""
+
+    name: str  # of its files, and unique on the page
+    section: str
+    title: str
+    caption: str
+    draw: Callable[[int], Any]
+    panels: int = 1
+
+    @property
+    def folded(self) -> bool:
+        """Whether the page shows it only on request."""
+        return self.panels > FOLDED
+
+
+def figures_of(found: Findings) -> list[Figure]:
+    """All charts that this study has numbers for."""
+    figures = [*_win_rates(found), *_ends(found)] if found.study.scored else []
+    figures += _courses(found)
+    return figures + _weights(found)
+
+
+def _win_rates(found: Findings) -> list[Figure]:
+    """Win rate against √KL, one figure a grid of the sweep."""
+    keep = _kept(found)
+    grids = list(dict.fromkeys(grid for line in found.lines for grid in line.grids))
+    groups: list[tuple[str, str, Sequence[Panel]]] = [("win-rate-kl", "Win rate as the policy moves away", found.panels)]
+    if len(grids) > 1:
+        groups = [
+            (
+                f"win-rate-kl-{number}",
+                f"Win rate as the policy moves away: {grid}",
+                panels_of([x for x in found.lines if grid in x.grids]),
+            )
+            for number, grid in enumerate(grids, start=1)
+        ]
+    several = any(len(line.runs) > 1 for line in found.lines)
+    how = CAPTIONS["path"] + CAPTIONS["path, seeds" if several else "path, one"]
+    laws = CAPTIONS["path, law"]
+
+    def drawing(panels: Sequence[Panel]) -> Callable[[int], Any]:
+        return lambda width: panels_chart(panels, width=width, laws=found.laws, keep=keep)
+
+    return [
+        Figure(name, "win", title, how + (laws if any(len(p.lines) <= 4 for p in panels) else ""), drawing(panels), len(panels))
+        for name, title, panels in groups
+        if any(run.wins is not None for panel in panels for line in panel.lines for run in line.runs)
+    ]
+
+
+def _kept(found: Findings) -> dict[str, int]:
+    """Cell -> index of the recommended checkpoint, for cells of one run."""
+    kept = {}
+    for line in found.lines:
+        verdict = found.verdicts[id(line.runs[0])]
+        if len(line.runs) == 1 and verdict is not None and not verdict.below_start:
+            kept[line.cell] = verdict.recommended
+    return kept
+
+
+def _ends(found: Findings) -> list[Figure]:
+    """The cells side by side: at the end of training, and where they are equally far from the reference."""
+    titles = {line.cell: line.title for line in found.lines}
+    labels = {line.cell: line.label for line in found.lines}
+    colours = {line.cell: line.colour for line in found.lines}
+    scored = [summary for summary in found.summaries.values() if summary.final.seeds]
+    start = next((run.start for run in found.runs if run.start is not None), None)
+    groups = [(panel.title, group) for panel, group in found.matched]
+
+    def final(width: int) -> Any:
+        return final_chart(scored, width=width, titles=titles, colours=colours, start=start)
+
+    def matched(width: int) -> Any:
+        return matched_charts(groups, width=width, labels=labels, colours=colours)
+
+    figures = [Figure("final", "compare", "At the end of training", CAPTIONS["final"], final)] if len(scored) > 1 else []
+    if groups:
+        figures.append(Figure("matched-kl", "compare", "At matched KL", CAPTIONS["matched"], matched, len(groups)))
+    return figures
+
+
+def _courses(found: Findings) -> list[Figure]:
+    """Numbers of the checkpoints over training: side by side where there is one panel, a figure each where there are many."""
+    specifications: list[tuple[str, str, Sequence[Quantity]]] = [
+        ("training", "Win rate, score and distance" if found.study.scored else "Distance", (WIN, REWARD, KL)),
+        ("texts", "Length, truncation, repetition", TEXTS),
+        ("held_out", "Accuracy and drift on held-out pairs", HELD_OUT),
+    ]
+    figures = []
+    for section, title, quantities in specifications:
+        groups: list[Sequence[Quantity]] = [quantities] if len(found.panels) == 1 else [(quantity,) for quantity in quantities]
+        for group in groups:
+            if (draw := _course(found, group)) is None:
+                continue
+            alone = len(groups) > 1
+            name = group[0].name if alone else section.replace("_", "-")
+            caption = CAPTIONS[section] + _marks(found, group)
+            figures.append(Figure(name, section, group[0].title if alone else title, caption, draw, len(found.panels)))
+    return figures
+
+
+def _course(found: Findings, group: Sequence[Quantity]) -> Callable[[int], Any] | None:
+    """Draws the quantities over training; None where no checkpoint has any of them."""
+    step = "Training step" if found.steps_known else "Checkpoint, in the order given"
+
+    def draw(width: int) -> Any:
+        return course_chart(found.panels, group, width=width, reference=found.reference, step=step)
+
+    return draw if draw(WIDEST) is not None else None
+
+
+def _marks(found: Findings, group: Sequence[Quantity]) -> str:
+    seeds = " Thin lines are seeds." if any(len(line.runs) > 1 for line in found.lines) else ""
+    return seeds + (" Dashed: the reference." if any(q.of(found.reference) is not None for q in group) else "")
+
+
+def _weights(found: Findings) -> list[Figure]:
+    weighted = [(line, found.weights[line.cell]) for line in found.lines if line.cell in found.weights]
+    quantiles = [(line, columns) for line, columns in weighted if "log_weight_p05" in columns]
+    limits = {line.cell: _limit(line) for line, _ in weighted}
+    cells = {line.cell for line, _ in weighted}
+    members = [(panel, [(x, found.weights[x.cell]) for x in panel.lines if x.cell in cells]) for panel in found.panels]
+    alone = len(found.panels) == 1
+    groups = [("" if alone else panel.title, lines) for panel, lines in members if lines]
+
+    def spread(width: int) -> Any:
+        return quantile_chart(quantiles, width=width, limits=limits)
+
+    def after(width: int) -> Any:
+        return weights_chart(groups, width=width)
+
+    figures = []
+    if quantiles:
+        title = "Log-weights before the clip"
+        figures.append(Figure("log-weights", "weights", title, CAPTIONS["quantiles"], spread, len(quantiles)))
+    if groups:
+        figures.append(Figure("weights", "weights", "Weights after the clip", CAPTIONS["weights"], after, 3 * len(groups)))
+    return figures
+
+
+def _limit(line: Line) -> float | None:
+    """The log weight at which the cell's clip cuts, where the run says it: 2ε of both responses together."""
+    settings = training_settings(line.runs[0])
+    clip = settings.get("objective.clip_eps")
+    return 2 * float(clip) if isinstance(clip, (int, float)) and settings.get("objective.weight") == "importance" else None

@@ -1,0 +1,40 @@
+"""From a path to a report: evaluates what has not been evaluated, then writes the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from isdaa.errors import UserError
+from isdaa.evaluation.trajectory import SWEEP, read_study
+from isdaa.files import read_json
+from isdaa.report.page import DATA, write_report
+
+
+def report_on(
+    paths: Sequence[str | Path], overrides: Mapping[str, Any] | None = None, output: str | Path | None = None
+) -> tuple[Path, str]:
+    """Report on a sweep's folder, on runs, or on models in the order of training. Returns the page and its first sentence.
+
+    overrides: as `evaluation.requests.requests` takes them; a sweep is read as it is, and takes none.
+    output: folder of the report; null: `report` beside the evaluation. Raises UserError.
+    """
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    first = Path(paths[0])
+    if (first / SWEEP).is_file():
+        if len(paths) > 1 or given:
+            raise UserError(f"{first}: a sweep's report takes neither other paths nor evaluation options; give its folder alone")
+        study, home = read_study(first), first
+    else:
+        from isdaa.evaluation.evaluate import evaluate_request
+        from isdaa.evaluation.requests import requests
+
+        request = requests(paths, given)
+        evaluate_request(request)
+        folder = Path(request.output_dir)
+        home = folder.parent if folder.name == "evaluation" else folder
+        study = replace(read_study(folder), title=home.resolve().name)
+    page = write_report(study, Path(output) if output is not None else home / "report")
+    return page, str(read_json(page.parent / DATA)["headline"])

@@ -1,0 +1,116 @@
+"""The report: one HTML page that needs no network, its charts as PNG and SVG, and all it says as JSON and CSV.
+
+The page holds no script at all, and its policy forbids any: what a model wrote is text, whatever it looks like.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from isdaa.errors import UserError
+from isdaa.evaluation.trajectory import Study
+from isdaa.files import write_atomically, write_json
+from isdaa.report.content import Findings, find, report_of, table_of
+from isdaa.report.figures import Figure, figures_of
+from isdaa.report.style import DARK, inline_svg, save_chart, svg_of
+from isdaa.report.words import interval, number
+from isdaa.terminal import progress
+
+PAGE, DATA, TABLE, CHARTS = "report.html", "report.json", "report.csv", "charts"
+WIDE, NARROW = 1000, 356  # pixels that a drawing fills on a wide screen and on a telephone
+HERE = Path(__file__).parent
+
+
+def write_report(study: Study, folder: Path) -> Path:
+    """Write `report.html`, `report.json`, `report.csv` and `charts/` into `folder`; returns the page's path.
+
+    Raises UserError where the study has no run or the folder cannot be written.
+    """
+    if not study.runs:
+        raise UserError(f"{study.folder}: no run to report on")
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; choose another folder for the report with --output")
+    found = find(study)
+    report = report_of(found)
+    figures = figures_of(found)
+    drawings = _draw(figures, folder / CHARTS)
+    report["charts"] = [
+        {"name": f.name, "title": f.title, "files": [f"{CHARTS}/{f.name}.{kind}" for kind in ("png", "svg")]} for f in figures
+    ]
+    write_json(folder / DATA, report)
+    write_atomically(folder / TABLE, table_of(report))
+    write_atomically(folder / PAGE, render(report, figures, drawings, found))
+    return folder / PAGE
+
+
+def render(report: Mapping[str, Any], figures: list[Figure], drawings: Mapping[str, str], found: Findings) -> str:
+    """The page. Everything but the drawings, which are ours, is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": number, "interval": interval, "plain": plain}
+    style = (HERE / "page.css").read_text(encoding="utf-8") + _colours()
+    by_section: dict[str, list[Figure]] = {}
+    for figure in figures:
+        by_section.setdefault(figure.section, []).append(figure)
+    return environment.get_template("page.html").render(
+        report=report,
+        style=Markup(style),
+        drawings={name: Markup(drawing) for name, drawing in drawings.items()},
+        sections=by_section,
+        colours={line.cell: line.colour for line in found.lines},
+        single=len(report["runs"]) == 1,
+        logged=found.histories,
+        opponent="the data’s chosen responses" if report["opponent"] == "chosen" else "the reference",
+    )
+
+
+def plain(value: Any) -> str:
+    """A setting as people read it."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return (
+        value
+        if isinstance(value, str)
+        else json.dumps(value, ensure_ascii=False)
+        if isinstance(value, (list, dict))
+        else str(value)
+    )
+
+
+def _draw(figures: list[Figure], folder: Path) -> dict[str, str]:
+    """Write each chart's files; returns the two drawings of each for the page, wide and narrow."""
+    drawings = {}
+    with progress("drawing", len(figures)) as bar:
+        for figure in figures:
+            wide = figure.draw(WIDE)
+            save_chart(wide, folder / figure.name)
+            told = f"{figure.title}. {figure.caption}"
+            both = [
+                f'<div class="{kind}">{inline_svg(svg_of(chart.to_dict(validate=False)), f"{figure.name}-{kind}", told)}</div>'
+                for kind, chart in (("wide", wide), ("narrow", figure.draw(NARROW)))
+            ]
+            drawings[figure.name] = "".join(both)
+            bar.update(1)
+    return drawings
+
+
+def _colours() -> str:
+    """Rules that turn the drawings' colours into those of a dark page."""
+    rules = []
+    for light, dark in DARK.items():
+        for name in ("fill", "stroke"):
+            rules.append(f'.drawing [{name}="{light}" i]{{{name}:{dark}}}')
+    swatches = [f'.swatch[data-colour="{light}"]{{background:{dark}}}' for light, dark in DARK.items()]
+    return "@media (prefers-color-scheme: dark){" + "".join(rules + swatches) + "}\n"
