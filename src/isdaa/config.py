@@ -244,7 +244,7 @@ class GuardConfig(Section):
     """Measurements during alignment, on a few held-out prompts: logged, and, where asked for, acted upon (docs/guard.md)."""
 
     steps: Int | None = Field(None, ge=1, description="measure every n optimiser steps and at the last one; null: never")
-    prompts: Int = Field(128, ge=1, description="held-out prompts, behind those that `isdaa evaluate` will use")
+    prompts: Int = Field(128, ge=2, description="held-out prompts, behind those that `isdaa evaluate` will use")
     scorer: str | None = Field(
         None, description="`gold` or a reward model's path; null: evaluation.scorer; none: KL and held-out pairs alone"
     )

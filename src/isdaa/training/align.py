@@ -20,9 +20,12 @@ from isdaa.models.forward import PairForward, prepare
 from isdaa.models.loading import load_tokenizer
 from isdaa.models.saving import save_model, weights_digest
 from isdaa.objectives.objective import Objective
+from isdaa.record import ModelRecord
 from isdaa.training.arguments import total_steps, training_arguments
 from isdaa.training.batches import BEHAVIOUR_COLUMNS, TokenisedPairs
 from isdaa.training.checkpoints import newest_complete_checkpoint
+from isdaa.training.guard import guard_of
+from isdaa.training.look import longest_row
 from isdaa.training.monitor import MetricsFile, metrics_line
 from isdaa.training.preference import PreferenceTrainer
 from isdaa.training.reference import reference_logps
@@ -30,6 +33,7 @@ from isdaa.training.run import Run
 from isdaa.training.start import (
     cache_folder,
     check_rows,
+    config_digest,
     described,
     keep_model,
     logps_key,
@@ -53,8 +57,10 @@ def align(run: Run) -> Path:
     for pairs in (train, held_out):
         if pairs is not None:
             check_rows(policy, start, *pairs.extent())
-    run.pin("align", weights=weights_digest(policy), pairs=train.content_digest())
-    forward = prepare(policy, probe=config.align.probe, longest_row=config.tokenization.max_length)
+    weights = weights_digest(policy)
+    run.pin("align", weights=weights, pairs=train.content_digest())
+    loaded = {"weights": weights, "config": config_digest(policy), "dtype": config.model.dtype}
+    forward = prepare(policy, probe=config.align.probe, longest_row=longest_row(config))
     # The reference is the policy exactly as loaded: its logps come before a new adapter.
     train, held_out = _with_logps(run, train, held_out, policy, forward, tokenizer)
     if config.lora.rank:
@@ -62,7 +68,7 @@ def align(run: Run) -> Path:
         policy = add_lora(policy, **config.lora.model_dump(), seed=config.seed)
         policy.peft_config["default"].base_model_name_or_path = base
         # Probed again: what the base's probe found out must hold for the forward that trains.
-        forward = prepare(policy, probe=config.align.probe, longest_row=config.tokenization.max_length)
+        forward = prepare(policy, probe=config.align.probe, longest_row=longest_row(config))
     steps = total_steps(config.align, len(train))
     if config.align.warmup_steps >= steps:
         run.say(
@@ -71,11 +77,14 @@ def align(run: Run) -> Path:
     reference = config.reference.path or start
     checkpoints = run.folder / "checkpoints"
 
+    def record(step: int) -> ModelRecord:
+        return record_of(run, "policy", step=step, reference=reference, metrics=_last_metrics(trainer))
+
     def describe(folder: Path, step: int) -> None:
-        record = record_of(run, "policy", step=step, reference=reference, metrics=_last_metrics(trainer))
-        for name, text in described(record, checkpoints / f"checkpoint-{step}").items():
+        for name, text in described(record(step), checkpoints / f"checkpoint-{step}").items():
             (folder / name).write_text(text, encoding="utf-8")
 
+    guard = guard_of(run, tokenizer, forward, start=start, identity=loaded, held_out=held_out, record=record)
     trainer = PreferenceTrainer(
         policy,
         Objective(**config.objective.arguments()),
@@ -86,16 +95,20 @@ def align(run: Run) -> Path:
         train_dataset=train,
         eval_dataset=held_out,
         tokenizer=tokenizer,
-        callbacks=[MetricsFile(run.folder / "metrics.jsonl")],
+        callbacks=[MetricsFile(run.folder / "metrics.jsonl"), *([guard] if guard is not None else [])],
         starts_at_reference=config.reference.path is None,
         batch_tokens=config.align.batch_tokens,
         before_rename=describe,
         description=f"align: {config.objective.method}",
     )
+    if guard is not None:
+        guard.attach(trainer)
     trainer.train(resume_from_checkpoint=newest_complete_checkpoint(checkpoints))
+    if guard is not None:
+        run.say("align", guard.summary())
+        run.note("align", guard=guard.facts())
     folder = run.folder / "model"
-    record = record_of(run, "policy", step=trainer.state.global_step, reference=reference, metrics=_last_metrics(trainer))
-    keep_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder, record)
+    keep_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder, record(trainer.state.global_step))
     return folder
 
 

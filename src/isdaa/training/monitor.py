@@ -87,6 +87,7 @@ class TrainingProgress(TrainerCallback):
         self.description = description
         self._context: AbstractContextManager[Bar] | None = None
         self._bar: Bar | None = None
+        self._guard = ""  # what the guard found last, which stays beside the training figures
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
@@ -113,8 +114,12 @@ class TrainingProgress(TrainerCallback):
             return
         shown = [("loss", "loss"), ("rewards/accuracy", "accuracy"), ("weights/mean", "weight"), ("weights/ess", "ESS")]
         parts = [f"{word} {logs[key]:.3g}" for key, word in shown if isinstance(logs.get(key), (int, float))]
+        if "guard/kl" in logs:
+            parts = [self._bar.note.removesuffix(self._guard).rstrip()]
+            found = [("guard/win_rate", "win rate"), ("guard/kl", "KL")]
+            self._guard = "  ".join(f"{word} {logs[key]:.3g}" for key, word in found if key in logs)
         if parts:
-            self._bar.update(0, note="  ".join(parts))
+            self._bar.update(0, note="  ".join([*parts, self._guard]).strip())
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.close()

@@ -130,6 +130,10 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
 
         Where weights span the global batch and it takes more than one forward pass, they are computed here first.
         """
+        if 0 < self.state.max_steps <= self.state.global_step or self.control.should_training_stop:
+            # A resumed run that was at its end: the Trainer would take one more step before it looked.
+            self.control.should_training_stop = True
+            return [], None
         if self._interval_started is None:
             self._interval_started = time.perf_counter()
         batches: list[PairBatch] = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
@@ -301,6 +305,15 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
             metrics["time/pairs_per_second"] = self._interval_pairs / max(now - self._interval_started, 1e-9)
         self._tables, self._interval_started, self._interval_pairs = [], None, 0
         return metrics
+
+    def leave_out(self, seconds: float) -> None:
+        """Time that was spent on something else than training does not count in `time/pairs_per_second`."""
+        if self._interval_started is not None:
+            self._interval_started += seconds
+
+    def held_out_metrics(self, dataset: TokenisedPairs) -> dict[str, float]:
+        """The figures of some held-out pairs under the policy as it is now, without logging them."""
+        return self._held_out_figures(dataset).metrics(weighted=False)
 
     def evaluate(  # type: ignore[override]
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

@@ -36,8 +36,13 @@ LEAVES: dict[str, tuple[str, ...]] = {
     "reward": ("reward-checkpoints", "reward"),
     "align": ("checkpoints", "model"),
 }
+# What else decides `align` where a guard may end it: the prompts and settings by which it judges.
+GUARD_DECIDES = (
+    *("guard", "data.evaluation", "data.evaluation_split", "evaluation.scorer", "evaluation.prompts", "evaluation.ties"),
+    *("evaluation.max_new_tokens", "evaluation.temperature", "evaluation.top_p", "evaluation.top_k"),
+)
 FREE = ("report_to", "logging_steps", "save_total_limit")  # change what is shown or kept, not what comes out
-FREE_KEYS = ("label.batch_size",)  # samples do not depend on it
+FREE_KEYS = ("label.batch_size", "guard.batch_size", "guard.keep")  # samples and weights do not depend on them
 # Whose output the later stages start from.
 UPSTREAM = {"sft": ("label", "reward", "align"), "label": ("reward", "align")}
 
@@ -46,6 +51,8 @@ def deciding_values(config: Config, stage: str) -> dict[str, Any]:
     """The dotted configuration values that decide what `stage` produces."""
     flat = _flatten(resolved(config))
     keys = DECIDES[stage]
+    if stage == "align" and config.guard.stop != "never":
+        keys = (*keys, *GUARD_DECIDES)
     return {
         key: value
         for key, value in flat.items()
@@ -124,7 +131,7 @@ class Run:
             keys = {*now, *begun["values"]}
             if stage not in self.config.stages:  # its settings may be absent, but the later stages start from its model
                 keys = {key for key in keys if key.startswith("model.")}
-            for key in sorted(keys):
+            for key in sorted(keys, key=lambda key: (key != "guard.stop", key)):  # it decides whether the others count
                 if now.get(key) != begun["values"].get(key):
                     raise UserError(
                         f"{self.folder}: holds a different run (its {stage} stage has {key} = {begun['values'].get(key)!r}, "
@@ -164,6 +171,11 @@ class Run:
     def finish(self, stage: str, **facts: Any) -> None:
         """Note that a stage has finished, with what is worth knowing of it."""
         self.state["stages"][stage].update(done=True, **facts)
+        self._save()
+
+    def note(self, stage: str, **facts: Any) -> None:
+        """Keep something worth knowing of a stage in `run.json`."""
+        self.state["stages"][stage].update(facts)
         self._save()
 
     def say(self, stage: str, lines: Iterable[str]) -> None:
