@@ -207,9 +207,10 @@ def page(found: dict[str, list[dict[str, Any]]], scale: float, out: Path) -> str
 
     return f"""# Calibration of the verdict and of the guard
 
-Written by `python benchmarks/verdict_calibration.py --out {out.as_posix()}{more}`. Each row's runs are seeded by a checksum of the row's own settings; results do not depend on the machine beyond rounding. All rates in per
-cent, ± their Monte-Carlo standard error; "0 (< x)" gives the 95 % bound where nothing was seen. Runs a row: {worst["runs"]} on
-healthy shapes, {found["falls"][0]["runs"]} on falls.
+Written by `python benchmarks/verdict_calibration.py --out {out.as_posix()}{more}`.
+Each row's runs are seeded by a checksum of the row's own settings; results do not depend on the machine beyond rounding. Rates
+are in per cent, ± their Monte-Carlo standard error; "0 (< x)" gives the 95 % bound where nothing was seen. {worst["runs"]} runs a
+row on healthy shapes, {found["falls"][0]["runs"]} on falls.
 
 What is simulated: {OPPONENTS} opponents a prompt, the same at all checkpoints; neighbouring checkpoints correlate over prompts by
 about 0.6, as in measured runs; the *bounce* moves a checkpoint on all prompts together. flat: 0.75 throughout. rising: from the

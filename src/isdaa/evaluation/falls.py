@@ -160,7 +160,7 @@ def measure(wins: np.ndarray, kl: np.ndarray, start: float | None, seed: int = 0
         upper=max(fall, highest(around)),
         bounce=float(np.sqrt(bounce.variance)),
         peak=peak,
-        recommended=_keep(means, kl, covariance, float(bounce.variance)),
+        recommended=_keep(means, kl, covariance),
         below_start=start is not None and bool(start > curve[offset:].max()),
         lower_by_bounce=float(np.quantile(steady, CONFIDENCE)),
         upper_by_bounce=highest(around_bounce) - fall,
@@ -173,24 +173,16 @@ def _flat_falls(candidates: np.ndarray, common: np.ndarray, apart: np.ndarray) -
     return crossfit(noise + difference, noise - difference)[0].mean(axis=0)
 
 
-def _keep(means: np.ndarray, kl: np.ndarray, covariance: np.ndarray, variance: float) -> int:
+def _keep(means: np.ndarray, kl: np.ndarray, covariance: np.ndarray) -> int:
     """The checkpoint to keep: of those within one standard error of the best, the one of the smallest KL.
 
-    What is kept is one checkpoint, its bounce included: that is noise to the trend, but a property of those weights. So each
-    checkpoint is put between its own win rate and the smooth curve, nearer to its own the less of their difference the prompts
-    explain (Efron & Morris 1973). The rule is that of Breiman et al. (1984, § 3.4.3): what cannot be told from the best is chosen
-    for its other virtue, here a small KL: nearer to the reference, so less over-optimised by measures that nobody took, too.
+    Not smoothed, and prompts alone make the error: what is kept is one checkpoint with its bounce, which is noise to the trend but
+    a property of those weights. The rule is that of Breiman et al. (1984, § 3.4.3): what cannot be told from the best is chosen for
+    its other virtue, here a small KL: nearer to the reference, so less over-optimised by measures that nobody took, too.
     """
-    weights = smoothing(len(means))
-    rough = np.eye(len(means)) - weights
-    prompts = np.einsum("ij,jk,ik->i", rough, covariance, rough)
-    trust = variance / np.maximum(variance + prompts / np.maximum(np.sum(rough**2, axis=1), 1e-12), 1e-12)
-    mixed = weights + trust[:, None] * rough
-    quality = mixed @ means
-    best = int(quality.argmax())
-    contrasts = mixed - mixed[best]
-    errors = np.sqrt(np.maximum(np.einsum("ij,jk,ik->i", contrasts, covariance, contrasts), 0.0))
-    return int(np.where(quality[best] - quality <= errors, kl, np.inf).argmin())
+    best = int(means.argmax())
+    errors = np.sqrt(np.maximum(covariance[best, best] + np.diag(covariance) - 2 * covariance[best], 0.0))
+    return int(np.where(means[best] - means <= errors, kl, np.inf).argmin())
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:

@@ -210,10 +210,9 @@ def _law_interval(
         weights = rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
         ds.append(_root_kl(weights @ kl.T))
         gains.append(weights @ wins.T - start)
-    times = np.ones((resamples, len(runs)))
-    if len(runs) > 1:
-        times = rng.multinomial(len(runs), np.full(len(runs), 1 / len(runs)), size=resamples)
-    each = np.repeat(times, [d.shape[1] for d in ds], axis=1).astype(np.float64)
+    # How often each run is drawn; the only one always once.
+    times = rng.multinomial(len(runs), np.full(len(runs), 1 / len(runs)), size=resamples).astype(np.float64)
+    each = np.repeat(times, [d.shape[1] for d in ds], axis=1)
     a, b = _least_squares(np.concatenate(ds, axis=1), np.concatenate(gains, axis=1), each)
     with np.errstate(all="ignore"):
         peaks = np.where(b > 0, np.exp(np.clip(a / b - 1, -50, 50)), np.inf)

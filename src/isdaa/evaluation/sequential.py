@@ -56,7 +56,7 @@ class FallTest:
         if not 0 < alpha < 1 or margin < 0 or patience < 1:
             raise ValueError(f"need 0 < alpha < 1, margin ≥ 0, patience ≥ 1, got {alpha}, {margin}, {patience}")
         self.alpha, self.margin, self.patience = alpha, margin, patience
-        self.wins: list[list[float]] = []
+        self.wins: list[np.ndarray] = []  # (N,) a look
         self.kl: list[float] = []
         self.warnings = 0  # looks in a row, up to now, that found a fall
 
@@ -67,12 +67,12 @@ class FallTest:
             raise ValueError(f"wins must be (N,) on the same prompts at every look, N ≥ 2, got shape {wins.shape}")
         if not (np.isfinite(wins).all() and np.isfinite(kl)):
             raise ValueError("wins and kl must be finite")
-        self.wins.append(wins.tolist())
+        self.wins.append(wins.copy())
         self.kl.append(float(kl))
         look = len(self.wins) - 1
         if len(self.wins) < FIRST:
-            return Look(False, look, int(np.argmax([np.mean(row) for row in self.wins])), 0.0, 0.0, -np.inf, False)
-        table = np.array(self.wins)
+            return Look(False, look, int(np.argmax([row.mean() for row in self.wins])), 0.0, 0.0, -np.inf, False)
+        table = np.stack(self.wins)
         found = evidence(table.mean(axis=1), np.cov(table) / table.shape[1], table.shape[1], self.alpha)
         peak = int(found.peak)
         beyond = float(np.mean(self.kl[-RECENT:])) > self.kl[peak]
@@ -82,11 +82,11 @@ class FallTest:
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs, as plain data for JSON."""
-        return {"wins": [list(row) for row in self.wins], "kl": list(self.kl), "warnings": self.warnings}
+        return {"wins": [row.tolist() for row in self.wins], "kl": list(self.kl), "warnings": self.warnings}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state()`."""
-        self.wins = [[float(value) for value in row] for row in state["wins"]]
+        self.wins = [np.array(row, dtype=np.float64) for row in state["wins"]]
         self.kl = [float(value) for value in state["kl"]]
         self.warnings = int(state["warnings"])
 
