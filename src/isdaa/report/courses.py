@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from isdaa.evaluation.trajectory import Trajectory
-from isdaa.report.curves import MARGIN, Rows, _layer, arranged, colour_of, fitting, sized
+from isdaa.report.curves import MARGIN, Rows, arranged, colour_of, fitting, sized
 from isdaa.report.lines import Line, Panel
-from isdaa.report.style import MUTED, configured
+from isdaa.report.style import MUTED, configured, layer
 
 if TYPE_CHECKING:
     import altair as alt
@@ -60,7 +60,7 @@ def course_chart(
     import altair as alt
 
     drawn = []
-    pairs = [(p, q) for p in panels for q in quantities if any(_rows(line, q)[0] for line in p.lines)]
+    pairs = [(p, q) for p in panels for q in quantities if has([p], q)]
     if not pairs:
         return None
     columns = (
@@ -74,6 +74,11 @@ def course_chart(
         size = inner, height or (210 if len(pairs) < 3 else 170)
         drawn.append(_course(alt, panel, quantity, size, reference, domain, step, alone=len(panels) == 1))
     return configured(arranged(alt, drawn, columns), 12 if width > 500 else 11)
+
+
+def has(panels: Sequence[Panel], quantity: Quantity) -> bool:
+    """Whether any checkpoint of the panels has the quantity."""
+    return any(quantity.of(entry) is not None for p in panels for line in p.lines for run in line.runs for entry in run.metrics)
 
 
 def weights_of(runs: Sequence[Trajectory], histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
@@ -122,14 +127,14 @@ def quantile_chart(
         colour = alt.value(line.colour)
         area = {"type": "area", "aria": False, "clip": True}
         layers = [
-            _layer(rows, area | {"opacity": 0.16}, x=x, y=y("p05"), y2=alt.Y2("p95:Q"), color=colour),
-            _layer(rows, area | {"opacity": 0.28}, x=x, y=y("p25"), y2=alt.Y2("p75:Q"), color=colour),
-            _layer(rows, {"type": "line", "strokeWidth": 2, "aria": False}, x=x, y=y("p50"), color=colour),
+            layer(rows, area | {"opacity": 0.16}, x=x, y=y("p05"), y2=alt.Y2("p95:Q"), color=colour),
+            layer(rows, area | {"opacity": 0.28}, x=x, y=y("p25"), y2=alt.Y2("p75:Q"), color=colour),
+            layer(rows, {"type": "line", "strokeWidth": 2, "aria": False}, x=x, y=y("p50"), color=colour),
         ]
         limit = (limits or {}).get(line.cell)
         if limit is not None and limit < high * 1.5 + 1:
             rule = {"type": "rule", "strokeDash": [4, 4], "color": MUTED, "strokeWidth": 1.2}
-            layers.append(_layer([{"y": limit}], rule, y=y("y")))
+            layers.append(layer([{"y": limit}], rule, y=y("y")))
         drawn.append(sized(alt.layer(*layers), inner, 180, line.title))
     return configured(arranged(alt, drawn, columns), 12 if width > 500 else 11)
 
@@ -154,7 +159,7 @@ def weights_chart(
             x = alt.X("x:Q", axis=alt.Axis(title="Training step", grid=False, tickCount=5), scale=alt.Scale(nice=False))
             y = alt.Y("y:Q", axis=alt.Axis(title=words, tickCount=5, domain=False, ticks=False), scale=alt.Scale(zero=True))
             mark = {"type": "line", "strokeWidth": 2, "aria": False}
-            chart = _layer(rows, mark, x=x, y=y, color=colour)
+            chart = layer(rows, mark, x=x, y=y, color=colour)
             drawn.append(sized(chart, inner, 160, title))
     return configured(arranged(alt, drawn, columns), 12 if width > 500 else 11)
 
@@ -229,14 +234,14 @@ def _course(
     rule = quantity.of(reference) if reference is not None else None
     if rule is not None:
         mark = {"type": "rule", "strokeDash": [4, 4], "color": MUTED, "strokeWidth": 1, "aria": False}
-        layers.append(_layer([{"y": rule}], mark, y=y))
+        layers.append(layer([{"y": rule}], mark, y=y))
     found = [_rows(line, quantity) for line in panel.lines]
     seeds = [row for rows, mean in found for row in rows if rows is not mean]
     means = [row for _, mean in found for row in mean]
     base = {"type": "line", "aria": False}
     if seeds:
-        layers.append(_layer(seeds, base | {"strokeWidth": 1, "opacity": 0.35}, x=x, y=y, color=colour, detail="path:N"))
+        layers.append(layer(seeds, base | {"strokeWidth": 1, "opacity": 0.35}, x=x, y=y, color=colour, detail="path:N"))
     if means:
-        layers.append(_layer(means, base | {"strokeWidth": 2.2}, x=x, y=y, color=colour, detail="path:N"))
-        layers.append(_layer(means, {"type": "circle", "size": 26, "opacity": 1, "aria": False}, x=x, y=y, color=colour))
+        layers.append(layer(means, base | {"strokeWidth": 2.2}, x=x, y=y, color=colour, detail="path:N"))
+        layers.append(layer(means, {"type": "circle", "size": 26, "opacity": 1, "aria": False}, x=x, y=y, color=colour))
     return sized(alt.layer(*layers), width, height, "" if alone else panel.title)

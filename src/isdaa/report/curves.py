@@ -14,7 +14,7 @@ from isdaa.evaluation.comparison import CellSummary, MatchedKl
 from isdaa.evaluation.overoptimization import Law
 from isdaa.evaluation.trajectory import Study, Trajectory
 from isdaa.report.lines import Line, Panel, lines_of, panels_of
-from isdaa.report.style import INK, LETTER, MUTED, PALETTE, PAPER, configured, legend_columns
+from isdaa.report.style import INK, LETTER, MUTED, PALETTE, PAPER, configured, layer, legend_columns
 
 if TYPE_CHECKING:
     import altair as alt
@@ -114,15 +114,15 @@ def final_chart(
     bars = [row for row in means if row["low"] is not None]
     layers = []
     if start is not None:
-        layers.append(_layer([{"start": start}], {"type": "rule", "color": MUTED, "strokeDash": [4, 4]}, x=x("start")))
+        layers.append(layer([{"start": start}], {"type": "rule", "color": MUTED, "strokeDash": [4, 4]}, x=x("start")))
     if bars:
         rule = {"type": "rule", "strokeWidth": 3, "opacity": 0.55}
-        layers.append(_layer(bars, rule, y=y, x=x("low"), x2=alt.X2("high:Q"), color=colour))
-    layers.append(_layer(dots, {"type": "circle", "size": 26, "opacity": 0.55, "aria": False}, y=y, x=x("value"), color=colour))
+        layers.append(layer(bars, rule, y=y, x=x("low"), x2=alt.X2("high:Q"), color=colour))
+    layers.append(layer(dots, {"type": "circle", "size": 26, "opacity": 0.55, "aria": False}, y=y, x=x("value"), color=colour))
     square = {"type": "point", "shape": "square", "size": 62, "filled": False, "strokeWidth": 1.4, "opacity": 0.9}
-    layers.append(_layer(means, square, y=y, x=x("best"), color=colour))
+    layers.append(layer(means, square, y=y, x=x("best"), color=colour))
     mark = {"type": "point", "shape": "circle", "size": 78, "filled": True, "opacity": 1, "stroke": PAPER, "strokeWidth": 1}
-    layers.append(_layer(means, mark, y=y, x=x("mean"), color=colour))
+    layers.append(layer(means, mark, y=y, x=x("mean"), color=colour))
     inner = max(120, int(width - label - 24))
     chart = alt.layer(*layers).properties(width=inner, height=alt.Step(22))
     return configured(chart, 12 if width > 500 else 11)
@@ -172,12 +172,12 @@ def matched_charts(
         colour = colour_of(alt, names, palette, inner)
         x = alt.X("x:Q", axis=alt.Axis(title=X_TITLE, grid=False, tickCount=6), scale=alt.Scale(nice=False, zero=False))
         y = alt.Y("y:Q", scale=alt.Scale(zero=False), axis=win_axis(alt, opponent))
-        layers = [_layer(rows, {"type": "line", "strokeWidth": 2.4, "aria": False}, x=x, y=y, color=colour)]
+        layers = [layer(rows, {"type": "line", "strokeWidth": 2.4, "aria": False}, x=x, y=y, color=colour)]
         bands = [row for row in rows if row["low"] is not None]
         if bands:
             low = alt.Y("low:Q", scale=alt.Scale(zero=False), axis=win_axis(alt, opponent))
             area = {"type": "area", "opacity": 0.17, "aria": False}
-            layers.insert(0, _layer(bands, area, x=x, y=low, y2=alt.Y2("high:Q"), color=colour))
+            layers.insert(0, layer(bands, area, x=x, y=low, y2=alt.Y2("high:Q"), color=colour))
         panels.append(sized(alt.layer(*layers), inner, height, title))
     return configured(arranged(alt, panels, columns), 12 if width > 500 else 11)
 
@@ -193,6 +193,20 @@ def arranged(alt: Any, panels: Sequence[Any], columns: int) -> Any:
     if len(panels) == 1:
         return panels[0]
     return alt.concat(*panels, columns=columns, spacing={"row": 26, "column": 14}).resolve_scale(color="independent")
+
+
+def _name_ends(draw: Any, kept: Mapping[str, Any], last: Mapping[str, Any], pixel: float, alt: Any) -> None:
+    """Win rates in words beside the checkpoint to keep and the last one; the lower of two that are close goes below."""
+    same = (kept["x"], kept["y"]) == (last["x"], last["y"])
+    close = abs(kept["x"] - last["x"]) < 84 * pixel
+    words = [(kept, f"keep: {kept['y']:.2f}"), (last, f"last: {last['y']:.2f}")][: 1 if same else 2]
+    lower = min(words, key=lambda item: item[0]["y"])[0]
+    note = {"type": "text", "align": "center", "baseline": "middle", "fontWeight": "bold", "fontSize": 12, "clip": False}
+    for row, text in words:
+        place = note | {"dy": 22 if close and not same and row is lower else -22}
+        values = [{"x": row["x"], "y": row["y"], "text": text}]
+        draw(values, place | {"stroke": PAPER, "strokeWidth": 4, "strokeJoin": "round"}, text="text:N", color=alt.Undefined)
+        draw(values, place | {"color": INK}, text="text:N", color=alt.Undefined)
 
 
 def sized(chart: Any, width: int, height: int, title: str = "") -> Any:
@@ -238,12 +252,6 @@ def _range(values: Sequence[Any]) -> Domain:
     return max(0.0, low - margin), min(1.0, high + margin)
 
 
-def _layer(values: Rows, mark: Mapping[str, Any], **encoding: Any) -> Any:
-    import altair as alt
-
-    return alt.Chart(alt.Data(values=values), mark=alt.MarkDef(**mark)).encode(**encoding)
-
-
 def _panel(
     panel: Panel,
     domains: tuple[Domain, Domain],
@@ -265,7 +273,7 @@ def _panel(
 
     def draw(values: Rows, mark: dict[str, Any], **encoding: Any) -> None:
         if values:
-            layers.append(_layer(values, {"clip": True, "aria": False} | mark, **({"x": x, "y": y, "color": colour} | encoding)))
+            layers.append(layer(values, {"clip": True, "aria": False} | mark, **({"x": x, "y": y, "color": colour} | encoding)))
 
     start = next((run.start for line in panel.lines for run in _runs(line)), None)
     if start is not None:
@@ -306,13 +314,7 @@ def _panel(
         ring = {"type": "point", "filled": True, "size": 60, "stroke": INK, "strokeWidth": 1.5, "opacity": 1, "clip": False}
         draw([{"x": 0.0, "y": start}], ring, color=alt.value(PAPER))
     if len(panel.lines) == 1 and kept:
-        words = [(kept[0], f"keep: {kept[0]['y']:.2f}"), (last[0], f"last: {last[0]['y']:.2f}")]
-        words = words[:1] if kept[0]["x"] == last[0]["x"] else words
-        note = {"type": "text", "dy": -15, "align": "center", "fontWeight": "bold", "fontSize": 12, "clip": False}
-        halo = {"stroke": PAPER, "strokeWidth": 4, "strokeJoin": "round"}
-        notes = [{"x": row["x"], "y": row["y"], "line": row["line"], "text": text} for row, text in words]
-        draw(notes, note | halo, text="text:N", color=alt.Undefined)
-        draw(notes, note | {"color": INK}, text="text:N", color=alt.Undefined)
+        _name_ends(draw, kept[0], last[0], (domains[0][1] - domains[0][0]) / size[0], alt)
     return sized(alt.layer(*layers), *size, "" if alone else panel.title)
 
 

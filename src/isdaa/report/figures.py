@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from isdaa.report.content import Findings
-from isdaa.report.courses import Quantity, course_chart, quantile_chart, weights_chart
+from isdaa.report.courses import Quantity, course_chart, has, quantile_chart, weights_chart
 from isdaa.report.curves import final_chart, matched_charts, panels_chart
 from isdaa.report.lines import Line, Panel, panels_of, training_settings
 
@@ -45,7 +45,6 @@ CAPTIONS = {
         "alike, near 0: a handful of pairs decide); share of pairs whose weight the clip cut."
     ),
 }
-WIDEST = 980
 FOLDED = 9  # a figure of more panels is folded until the reader opens it
 WIN = Quantity("win_rate", "Win rate")
 REWARD = Quantity("reward", "Mean score (points)")
@@ -172,7 +171,7 @@ def _course(found: Findings, group: Sequence[Quantity]) -> Callable[[int], Any] 
     def draw(width: int) -> Any:
         return course_chart(found.panels, group, width=width, reference=found.reference, step=step)
 
-    return draw if draw(WIDEST) is not None else None
+    return draw if any(has(found.panels, quantity) for quantity in group) else None
 
 
 def _marks(found: Findings, group: Sequence[Quantity]) -> str:

@@ -94,14 +94,12 @@ def _draw(figures: list[Figure], folder: Path) -> dict[str, str]:
     drawings = {}
     with progress("drawing", len(figures)) as bar:
         for figure in figures:
-            wide = figure.draw(WIDE)
-            save_chart(wide, folder / figure.name)
+            _, svg = save_chart(figure.draw(WIDE), folder / figure.name)
+            both = {"wide": svg.read_text(encoding="utf-8"), "narrow": svg_of(figure.draw(NARROW).to_dict(validate=False))}
             told = f"{figure.title}. {figure.caption}"
-            both = [
-                f'<div class="{kind}">{inline_svg(svg_of(chart.to_dict(validate=False)), f"{figure.name}-{kind}", told)}</div>'
-                for kind, chart in (("wide", wide), ("narrow", figure.draw(NARROW)))
-            ]
-            drawings[figure.name] = "".join(both)
+            drawings[figure.name] = "".join(
+                f'<div class="{kind}">{inline_svg(text, f"{figure.name}-{kind}", told)}</div>' for kind, text in both.items()
+            )
             bar.update(1)
     return drawings
 

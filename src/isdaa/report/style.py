@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,16 @@ def configured(chart: Any, font_size: int = 12) -> Any:
             offset=6, padding=0, symbolType="stroke", symbolStrokeWidth=3, columnPadding=12, rowPadding=3,
         )
     )  # fmt: skip
+
+
+def layer(values: list[dict[str, Any]], mark: Mapping[str, Any], **encoding: Any) -> Any:
+    """One layer of a chart: rows, a mark with its looks, and what its channels show."""
+    import altair as alt
+
+    data = alt.Data(values=values)
+    # Altair copies a chart whenever something is added to it; copying the rows each time would take most of the drawing.
+    object.__setattr__(data, "__deepcopy__", lambda _: data)
+    return alt.Chart(data, mark=alt.MarkDef(**mark)).encode(**encoding)
 
 
 def legend_columns(labels: Sequence[str], width: int) -> int:
@@ -108,7 +118,8 @@ def inline_svg(svg: str, name: str, description: str) -> str:
     body = re.sub(r"url\(#", f"url(#{name}-", body)
     # One description says more than a thousand spoken dots.
     body = re.sub(r' (?:aria-[a-z]+|role)="[^"]*"', "", body)
-    body = re.sub(r"(\d\.\d\d)\d+", r"\1", body)  # hundredths of a pixel are enough
+    # Hundredths of a pixel are enough; what stands between the tags is text, and stays.
+    body = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag.group(0)), body)
     return (
         f'<svg class="drawing" xmlns="http://www.w3.org/2000/svg" role="img" viewBox="{box.group(1)}" '
         f'style="max-width:{float(width):g}px" aria-label="{escape(description, quote=True)}">{body}</svg>'
