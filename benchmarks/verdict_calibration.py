@@ -205,6 +205,10 @@ def page(found: dict[str, list[dict[str, Any]]], scale: float, out: Path) -> str
         size = f"C = {row['checkpoints']}" if "checkpoints" in row else f"{row['looks']} looks"
         return f"{row['shape']}, {size}, N = {row['prompts']}, bounce {row['bounce']}"
 
+    def shortened(count: int) -> str:
+        falls = [r["fall"] for r in found["falls"] if r["shape"].startswith("fall 0.2") and r["checkpoints"] == count]
+        return f"{np.mean(falls):.2f}"
+
     return f"""# Calibration of the verdict and of the guard
 
 Written by `python benchmarks/verdict_calibration.py --out {out.as_posix()}{more}`.
@@ -222,7 +226,9 @@ reference's ½, saturating at 0.77. slow: ½ to 0.75 in a straight line. A fall 
   ({where(naively)}); at bounce 0.02 {100 * min(flat):.0f} to {100 * max(flat):.0f} % of flat runs.
 - A healthy run ever stopped by the guard: at worst {100 * alarm["stopped"]:.1f} % ({where(alarm)}).
 - A true fall of 0.05, the edge of what counts as none, called "not detected": at worst {100 * missed["not detected"]:.1f} %
-  ({where(missed)}). Smoothing takes a tenth to a third off such a fall, the more the fewer the checkpoints.
+  ({where(missed)}). Smoothing shortens a fall, more so with few checkpoints: a true fall of
+  0.2 measures {shortened(6)} with 6 checkpoints and {shortened(8)} with 8, on average.
+- A flat run is mostly "underpowered" where the bounce is 0.02 or more, and more prompts do not help against it.
 - Beyond the assumptions: a bounce with a memory (a slow wander of the whole run) looks like a trend to every estimate from
   neighbours. Below are the rates, above 5 % where the wander is as large as 0.05.
 
@@ -232,8 +238,8 @@ reference's ½, saturating at 0.77. slow: ½ to 0.75 in a straight line. A fall 
 
 ## Verdict on runs that fall
 
-"over-optimised" is the power here. A fall of 0.05 lies between the two thresholds ({MARGIN} and {NEGLIGIBLE}) but for smoothing:
-"underpowered" is the right answer.
+"over-optimised" is the power here. A fall of 0.05 is larger than {MARGIN} and as large as {NEGLIGIBLE}, so neither finding can be
+had of it often: "underpowered" is the right answer, and "not detected" should be rare.
 
 {table(found["falls"], rates | numbers)}
 

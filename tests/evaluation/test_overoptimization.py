@@ -113,6 +113,16 @@ def test_a_run_below_its_reference_has_fallen_from_the_start():
     assert not judge(a_run(simulated([0.42, 0.40, 0.38, 0.35, 0.33, 0.30])[0], start=None)).below_start
 
 
+def test_sentences_round_bounds_outwards():
+    for curve in (FALLING, RISING):
+        verdict = judge(a_run(simulated(curve, prompts=512)[0]))
+        said = [float(word.strip("();,.")) for word in verdict.sentence.split() if word.startswith("0.")]
+        if verdict.finding == "over-optimised":
+            assert said[1] <= verdict.lower < said[1] + 0.01
+        else:
+            assert said[0] - 0.01 <= verdict.upper <= said[0]
+
+
 def test_a_peak_at_the_first_checkpoint():
     verdict = judge(a_run(simulated([0.78, 0.74, 0.68, 0.62, 0.57, 0.52])[0]))
     assert verdict.finding == "over-optimised" and verdict.peak == 0 and verdict.recommended == 0

@@ -155,18 +155,20 @@ def _sentence(
     top, origin = curve[found.peak], f"at step {steps[found.peak]}"
     if found.below_start and start is not None:
         top, origin = start, "of the untrained reference"
+    # Bounds are rounded outwards: no sentence claims more than was measured.
+    lower, upper = np.floor(100 * found.lower) / 100, np.ceil(100 * found.upper) / 100
     path = f"from {top:.2f} {origin} to {curve[-1]:.2f} at step {steps[-1]}"
     keep = f"keep {labels[found.recommended]}" if not found.below_start else "keep the reference"
     if finding == "over-optimised":
-        return f"Over-optimised: win rate fell by {found.fall:.2f} (95 % lower bound {found.lower:.2f}), {path}; {keep}."
+        return f"Over-optimised: win rate fell by {found.fall:.2f} (95 % lower bound {lower:.2f}), {path}; {keep}."
     if finding == "not detected":
-        return f"Over-optimisation not detected: any fall to the last checkpoint is below {max(found.upper, 0.005):.2f}; {keep}."
+        return f"Over-optimisation not detected: any fall to the last checkpoint is below {max(upper, 0.01):.2f} (95 %); {keep}."
     if found.lower > MARGIN:
         return f"Not decided: win rate fell by {found.fall:.2f}, {path}, but KL did not grow since; {keep}."
     wishes = [f"{needs[0]} prompts" if needs[0] else "", f"{needs[1]} checkpoints" if needs[1] else ""]
     ask = " or ".join(wish for wish in wishes if wish)
     ask = f"about {ask} would decide" if ask else "more prompts or checkpoints alone would not decide; train more seeds"
-    return f"Underpowered: the fall may lie between {max(found.lower, 0.0):.2f} and {found.upper:.2f}; {ask}; for now {keep}."
+    return f"Underpowered: the fall may lie between {max(lower, 0.0):.2f} and {upper:.2f}; {ask}; for now {keep}."
 
 
 def fit_law(runs: Sequence[Trajectory], *, resamples: int = 1000, seed: int = 0) -> Law | None:
