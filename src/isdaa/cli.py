@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from isdaa import __version__
 from isdaa.errors import UserError
@@ -14,6 +15,8 @@ from isdaa.errors import UserError
 EXAMPLES = """examples:
   isdaa train --config config.yaml --objective.beta 0.05
   isdaa evaluate --model_path runs/mini/model
+  isdaa report runs/mini
+  isdaa sweep --config configs/mini/sweep.yaml --jobs 2
   isdaa methods
 """
 
@@ -45,18 +48,22 @@ def build_parser() -> argparse.ArgumentParser:
         usage="isdaa evaluate --model_path PATH [PATH ...] [options]",
     )
     evaluate.add_argument("--model_path", nargs="+", required=True, metavar="PATH", help="model, checkpoint or run folders")
-    evaluate.add_argument("--reference", metavar="PATH", help="reference model (default: from the record beside the model)")
-    evaluate.add_argument("--data", metavar="SOURCE", help="held-out prompts or pairs (default: from the record)")
-    evaluate.add_argument("--split", metavar="NAME", help="split of --data")
-    evaluate.add_argument("--scorer", metavar="NAME", help="`gold`, a reward model's path, or `none` (default: from the record)")
     evaluate.add_argument("--output", metavar="DIR", help="where records go (default: `evaluation` in the run's folder)")
-    evaluate.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "auto"], help="of the policies in memory (default: the record's)"
+    _evaluation_options(evaluate)
+
+    report = commands.add_parser(
+        "report",
+        help="verdict, recommended checkpoint and charts of a run, a sweep or any checkpoints, as one page",
+        usage="isdaa report RUN_OR_SWEEP [options]\n       isdaa report --checkpoints A B C --reference D [options]",
     )
-    evaluate.add_argument(
-        "--trust_remote_code", action="store_true", default=None, help="run code that a model's repository ships"
+    report.add_argument("path", nargs="?", metavar="RUN_OR_SWEEP", help="folder of a run or of a sweep")
+    report.add_argument(
+        "--checkpoints", nargs="+", metavar="PATH", help="models of one run in the order of training, whatever trained them"
     )
-    add_options(evaluate, only=("evaluation", "tokenization"))
+    report.add_argument(
+        "--output", metavar="DIR", help="where the report goes (default: `report` in the run's or sweep's folder)"
+    )
+    _evaluation_options(report)
 
     logps = commands.add_parser("logps", help="add behaviour logps under a model to a file of pairs")
     logps.add_argument("--model_path", required=True, metavar="PATH", help="the model that wrote the responses")
@@ -86,12 +93,30 @@ def build_parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="the embedded experiment, end to end: does DPO over-optimise, does IS-DPO?",
-        usage="isdaa demo [--methods NAME ...] [--section.key VALUE ...]",
+        usage="isdaa demo [gaussians | finite] [--methods NAME ...] [--section.key VALUE ...]",
     )
+    demo.add_argument(
+        "what", nargs="?", choices=["world", "gaussians", "finite"], default="world", metavar="WHAT",
+        help="gaussians, finite: the theory in seconds (see docs/theory.md); default: the experiment",
+    )  # fmt: skip
     demo.add_argument("--config", default="configs/mini/demo.yaml", metavar="FILE")
     demo.add_argument("--methods", nargs="+", default=["dpo", "is_dpo"], metavar="NAME")
     add_options(demo)
     return parser
+
+
+def _evaluation_options(parser: argparse.ArgumentParser) -> None:
+    from isdaa.config import add_options
+
+    parser.add_argument("--reference", metavar="PATH", help="reference model (default: from the record beside the model)")
+    parser.add_argument("--data", metavar="SOURCE", help="held-out prompts or pairs (default: from the record)")
+    parser.add_argument("--split", metavar="NAME", help="split of --data")
+    parser.add_argument("--scorer", metavar="NAME", help="`gold`, a reward model's path, or `none` (default: from the record)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "auto"], help="of the policies in memory (default: the record's)"
+    )
+    parser.add_argument("--trust_remote_code", action="store_true", default=None, help="run code that a model's repository ships")
+    add_options(parser, only=("evaluation", "tokenization"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,13 +152,27 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(arguments: argparse.Namespace) -> int:
+def _evaluation_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     from isdaa.config import overrides_of
 
-    overrides = overrides_of(arguments)
-    for name in ("reference", "data", "split", "scorer", "dtype", "trust_remote_code"):
-        overrides[name] = getattr(arguments, name)
-    overrides["output_dir"] = arguments.output
+    names = ("reference", "data", "split", "scorer", "dtype", "trust_remote_code")
+    return overrides_of(arguments) | {name: getattr(arguments, name) for name in names}
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    if (arguments.path is None) == (arguments.checkpoints is None):
+        raise UserError("report: name a run's or sweep's folder, or models with --checkpoints; see `isdaa report --help`")
+    overrides = _evaluation_overrides(arguments)
+    _quiet_libraries()
+    from isdaa.report.make import report_on
+
+    page, sentence = report_on(arguments.checkpoints or [arguments.path], overrides, arguments.output)
+    print(f"{sentence}\nreport: {page}")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    overrides = _evaluation_overrides(arguments) | {"output_dir": arguments.output}
     _quiet_libraries()
     from isdaa.evaluation.evaluate import evaluate_request
     from isdaa.evaluation.requests import requests
@@ -183,11 +222,24 @@ def _methods(arguments: argparse.Namespace) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     from isdaa.config import load_config, overrides_of
 
+    if arguments.what != "world":
+        return _theory(arguments)
     config = load_config(arguments.config, overrides_of(arguments))
     _quiet_libraries()
     from isdaa.experiments.demo import run_demo
 
     run_demo(config, arguments.methods)
+    return 0
+
+
+def _theory(arguments: argparse.Namespace) -> int:
+    folder = Path(getattr(arguments, "output_dir", f"runs/{arguments.what}"))
+    seed = int(getattr(arguments, "seed", 0))
+    if arguments.what == "gaussians":
+        from isdaa.experiments.gaussians import run_gaussians as run
+    else:
+        from isdaa.experiments.finite import run_finite as run
+    run(folder, seed)
     return 0
 
 
@@ -226,7 +278,15 @@ def _quiet_libraries() -> None:
     logging.getLogger("isdaa").setLevel(logging.INFO)
 
 
-COMMANDS = {"train": _train, "evaluate": _evaluate, "logps": _logps, "methods": _methods, "sweep": _sweep, "demo": _demo}
+COMMANDS = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "report": _report,
+    "logps": _logps,
+    "methods": _methods,
+    "sweep": _sweep,
+    "demo": _demo,
+}
 
 
 if __name__ == "__main__":

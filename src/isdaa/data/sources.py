@@ -114,7 +114,7 @@ def hold_out(rows: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Da
     """
     if fraction <= 0:
         return rows, None
-    keys = [digest([seed, prompt_key(row)]) for row in rows]
+    keys = [digest([seed, prompt_key(row)]) for row in _prompts_alone(rows)]
     order = sorted(set(keys))
     if len(order) < 2:
         raise UserError("the data has only one prompt, so none can be held out; set data.eval_pairs, or data.eval_fraction to 0")
@@ -134,9 +134,14 @@ def common_prompts(train: Dataset | Iterable[Mapping[str, Any]], held: Dataset |
 
 
 def _prompt_keys(rows: Any) -> set[str]:
-    if hasattr(rows, "select_columns"):  # the responses need not be decoded
-        rows = rows.select_columns([name for name in ("prompt", "prompt_ids") if name in rows.column_names])
-    return {prompt_key(row) for row in rows}
+    return {prompt_key(row) for row in _prompts_alone(rows)}
+
+
+def _prompts_alone(rows: Any) -> Any:
+    """The rows without what `prompt_key` does not look at: responses need not be decoded."""
+    if not hasattr(rows, "select_columns"):
+        return rows
+    return rows.select_columns([name for name in ("prompt", "prompt_ids") if name in rows.column_names])
 
 
 def as_dataset(rows: list[Row]) -> Dataset:

@@ -1,120 +1,74 @@
-"""The main job on the embedded world: SFT, gold labels, one alignment per method, every checkpoint evaluated, one chart."""
+"""The main job on the embedded world, as a small sweep: SFT, gold labels, one alignment per method, the report."""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from isdaa.config import Config, resolved, validate
+from isdaa.config import Config
 from isdaa.errors import UserError
+from isdaa.experiments.grid import SweepConfig
+from isdaa.experiments.sweep import run_sweep
 from isdaa.objectives.presets import PRESETS
-from isdaa.terminal import progress
 
-CHART = "win_rate_against_kl"
-# Measured on two idle cores; the estimate starts from it.
-SECONDS = {"sft": 75, "reward": 40, "label": 45, "align": 42, "evaluate": 17}
+# Seconds on two idle cores, a thread a run; the estimate starts from them.
+SHARED_SECONDS, RUN_SECONDS = 115.0, 65.0
+TITLE = "The embedded experiment: does the run over-optimise?"
 
 
-def run_demo(config: Config, methods: Sequence[str]) -> Path | None:
-    """Run or finish the experiment in `config.output_dir`. Returns the chart's path; None without a scorer.
+def run_demo(config: Config, methods: Sequence[str]) -> Path:
+    """Run or finish the experiment in `config.output_dir`. Returns the report's path.
 
-    `world/` holds the SFT model and the pairs that all methods share, `METHOD/` one run each, `evaluation/` the records.
-    Raises UserError for unknown methods.
+    `shared/` holds the SFT model and the pairs that all methods share, `runs/METHOD/seed-S` one run each with its
+    evaluation, `report/` the report. Raises UserError for unknown methods.
     """
     for method in methods:
         if method not in PRESETS:
             raise UserError(f"--methods: unknown method {method!r}; `isdaa methods` lists the presets")
-    from isdaa.training.stages import run
-
     started = time.monotonic()
-    base = Path(config.output_dir)
-    shared, runs = shared_config(config), [method_config(config, method) for method in methods]
-    total = sum(SECONDS[name] for name in shared.stages) + len(runs) * (SECONDS["align"] + SECONDS["evaluate"])
-    with progress("demo", total, pace=1.0) as bar:
-        for stage in shared.stages:
-            with bar.part(SECONDS[stage], stage):
-                run(shared.model_copy(update={"stages": [stage]}))
-        for one in runs:
-            with bar.part(SECONDS["align"], f"align: {one.objective.method}"):
-                run(one)
-        with bar.part(len(runs) * SECONDS["evaluate"], "evaluating"):
-            metrics = evaluate_runs([Path(one.output_dir) for one in runs], config)
-    chart = draw(metrics, base)
-    show(metrics, base, chart, time.monotonic() - started)
-    return chart
-
-
-def shared_config(config: Config) -> Config:
-    """The stages that every method shares."""
-    data = config.model_dump()
-    data.update(output_dir=str(Path(config.output_dir) / "world"), stages=[s for s in config.stages if s != "align"])
-    return validate(data, "demo")
-
-
-def method_config(config: Config, method: str) -> Config:
-    """One method's alignment, from the shared SFT model and pairs."""
-    base = Path(config.output_dir)
-    data = resolved(config)
-    data.update(output_dir=str(base / method), stages=["align"])
-    given = {key: value for key, value in config.model_dump()["objective"].items() if value != "preset"}
-    data["objective"] = {**given, "method": method}
-    data["model"].update(path=str(base / "world" / "sft"), random=None, tokenizer=None)
-    data["data"].update(pairs=str(base / "world" / "pairs" / "train.jsonl"), sft=None, prompts=None)
-    return validate(data, f"demo: {method}")
-
-
-def evaluate_runs(runs: Sequence[Path], config: Config) -> dict[str, Any]:
-    """Every checkpoint of every run against the one reference, in one call, as `config.evaluation` says now."""
-    from isdaa.evaluation.evaluate import evaluate_request
-    from isdaa.evaluation.requests import requests
-
-    settings = config.evaluation.model_dump()
-    overrides = {f"evaluation.{key}": value for key, value in settings.items()}
-    return evaluate_request(requests([str(run) for run in runs], overrides | {"scorer": settings["scorer"] or "none"}))
-
-
-def draw(metrics: dict[str, Any], folder: Path) -> Path | None:
-    """Win rate against √KL, as PNG and SVG; None where there are no win rates to draw."""
-    from isdaa.evaluation.analysis import chart_records
-    from isdaa.report.charts import save_chart, win_rate_chart
-
-    records = chart_records(metrics)
-    if not records:
-        return None
-    start = metrics["reference"]["win_rate"]
-    chart = win_rate_chart(
-        records,
-        opponent="the reference" if metrics["opponent"] == "reference" else "the chosen responses",
-        start=start["mean"] if start is not None else None,
-        confidence=metrics["settings"]["confidence"],
+    sweep = SweepConfig.model_validate(
+        {
+            "title": TITLE,
+            "base": "demo",
+            "output_dir": config.output_dir,
+            "seeds": [config.seed],
+            "grids": {"demo": {"objective.method": list(dict.fromkeys(methods))}},
+            "jobs": max(1, min(len(methods), os.cpu_count() or 1)),
+            "keep": "all",
+        }
     )
-    return save_chart(chart, folder / CHART)[0]
+    folder = run_sweep(sweep, config, "demo", expected=(SHARED_SECONDS, RUN_SECONDS))
+
+    from isdaa.evaluation.trajectory import read_study
+    from isdaa.report.page import write_report
+
+    study = read_study(folder)
+    page = write_report(study, folder / "report")
+    show(study, page, time.monotonic() - started)
+    return page
 
 
-def show(metrics: dict[str, Any], base: Path, chart: Path | None, seconds: float) -> None:
-    """The table, what it says, and where everything is."""
+def show(study: Any, page: Path, seconds: float) -> None:
+    """The table of all checkpoints, the verdict on each run, and where everything is."""
+    from isdaa.evaluation.overoptimization import judge
     from isdaa.evaluation.table import print_table
 
-    print_table(metrics)
+    print_table(merged(study))
     print()
-    for sentence in readings(metrics):
-        print(sentence)
-    print(f"\nchart:   {chart or 'none, for without a scorer there are no win rates'}")
-    print(f"records: {base / 'evaluation'}\n{seconds:.0f} s in this call")
+    for run in study.runs:
+        verdict = judge(run)
+        print(f"{run.method or run.name}: {verdict.sentence if verdict is not None else 'no verdict'}")
+    print(f"\nreport:  {page}\nrecords: {study.folder / 'runs'}\n{seconds:.0f} s in this call")
 
 
-def readings(metrics: dict[str, Any]) -> list[str]:
-    """What a method's rows say, one plain sentence a method; no verdict, which one run of one seed cannot carry."""
-    sentences = []
-    for method in dict.fromkeys(model["method"] for model in metrics["models"]):
-        rows = [model for model in metrics["models"] if model["method"] == method and model["win_rate"]]
-        if not rows:
-            continue
-        best, last = max(rows, key=lambda m: m["win_rate"]["mean"]), rows[-1]
-        sentences.append(
-            f"{method}: win rate {best['win_rate']['mean']:.2f} at its best (step {best['step']}, KL {best['kl']['mean']:.1f}), "
-            f"{last['win_rate']['mean']:.2f} at the end (KL {last['kl']['mean']:.1f})."
-        )
-    return sentences
+def merged(study: Any) -> Mapping[str, Any]:
+    """The checkpoints of all runs as one evaluation's metrics."""
+    return {**study.metrics, "models": [entry for run in study.runs for entry in _labelled(run)]}
+
+
+def _labelled(run: Any) -> list[dict[str, Any]]:
+    """Entries labelled by the run's cell: every folder is called by its seed."""
+    return [{**entry, "label": f"{run.cell or run.name}/{Path(entry['path']).name}"} for entry in run.metrics]

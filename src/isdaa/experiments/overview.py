@@ -21,9 +21,13 @@ SHOWN = 12  # running rows on a terminal
 
 
 class Overview:
-    """Follows a sweep's tasks. tasks: (name, whether it is a shared world, whether it was finished earlier)."""
+    """Follows a sweep's tasks. tasks: (name, whether it is a shared world, whether it was finished earlier).
 
-    def __init__(self, tasks: Sequence[tuple[str, bool, bool]], jobs: int) -> None:
+    expected: seconds of a shared world and of a run, where that is known before one has finished.
+    """
+
+    def __init__(self, tasks: Sequence[tuple[str, bool, bool]], jobs: int, expected: tuple[float, float] | None = None) -> None:
+        self.expected = dict(zip((True, False), expected, strict=True)) if expected is not None else {}
         self.shared = {name for name, shared, _ in tasks if shared}
         self.todo = {name for name, _, done in tasks if not done}
         self.total, self.earlier, self.jobs = len(tasks), len(tasks) - len(self.todo), jobs
@@ -68,9 +72,9 @@ class Overview:
     def left(self) -> float | None:
         """Seconds left: the median time of finished tasks of each kind for those to come, less what the running ones have
         behind them, shared out among the places; None before the first has finished."""
-        if not self.took[True] and not self.took[False]:
+        known = self.expected | {kind: median(times) for kind, times in self.took.items() if times}
+        if not known:
             return None
-        known = {kind: median(times) for kind, times in self.took.items() if times}
         guess = median(known.values())
         cost = sum(known.get(name in self.shared, guess) for name in self.todo)
         behind = sum(min(seconds, known.get(name in self.shared, guess)) for name, seconds, _ in self.running)

@@ -33,9 +33,16 @@ class _Running:
     slot: int
 
 
-def run_sweep(sweep: SweepConfig, base: Config, where: str = "sweep", only: Sequence[str] | None = None) -> Path:
+def run_sweep(
+    sweep: SweepConfig,
+    base: Config,
+    where: str = "sweep",
+    only: Sequence[str] | None = None,
+    expected: tuple[float, float] | None = None,
+) -> Path:
     """Run what is not finished yet, of all grids or `only` of some; returns the sweep's folder.
 
+    expected: seconds that a shared world and a run are known to take, which the estimate of the time left starts from.
     Finished runs are skipped, killed ones resume. A run that fails does not stop the others; at the end a UserError
     names the first one and its log.
     """
@@ -47,7 +54,7 @@ def run_sweep(sweep: SweepConfig, base: Config, where: str = "sweep", only: Sequ
     with locked(root):
         write_json(root / SWEEP, _content(sweep, cells, everything))
         write_atomically(root / "sweep.yaml", yaml.safe_dump(sweep.model_dump(), sort_keys=False, allow_unicode=True))
-        failed = _Scheduler(sweep, tasks).run()
+        failed = _Scheduler(sweep, tasks, expected).run()
         write_json(root / SWEEP, _content(sweep, cells, everything))
     if failed:
         name, error = next(iter(failed.items()))
@@ -98,8 +105,8 @@ def _content(sweep: SweepConfig, cells: Sequence[Cell], tasks: Sequence[Task]) -
 class _Scheduler:
     """Starts tasks in their order, at most `jobs` at a time, each after the one that it needs."""
 
-    def __init__(self, sweep: SweepConfig, tasks: Sequence[Task]) -> None:
-        self.sweep, self.root = sweep, Path(sweep.output_dir)
+    def __init__(self, sweep: SweepConfig, tasks: Sequence[Task], expected: tuple[float, float] | None = None) -> None:
+        self.sweep, self.root, self.expected = sweep, Path(sweep.output_dir), expected
         self.tasks = tasks
         self.done = {task.name for task in tasks if finished(self.root, task)}
         self.failed: dict[str, str] = {}
@@ -120,7 +127,7 @@ class _Scheduler:
         else:
             self.launch = ClusterJobs(self.sweep.cluster, self.root, self.sweep.slurm)
         kinds = [(task.name, task.cell is None, task.name in self.done) for task in self.tasks if self._counts(task)]
-        with Overview(kinds, self.sweep.jobs) as overview:
+        with Overview(kinds, self.sweep.jobs, self.expected) as overview:
             try:
                 while self.queue or self.running:
                     self._start()

@@ -41,8 +41,7 @@ class TokenisedPairs(Dataset):
             self.tokens[name] = _ragged(rows, name)
         for name in FLOAT_COLUMNS:
             if name in names:
-                values = rows[name] if hasattr(rows, "column_names") else [row.get(name) for row in rows]
-                column = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+                column = _numbers(rows, name)
                 if not np.isnan(column).all():
                     self.floats[name] = column
 
@@ -107,6 +106,15 @@ class TokenisedPairs(Dataset):
 def tokenised(rows: Any) -> TokenisedPairs:
     """`rows` as `TokenisedPairs`, which they may be already."""
     return rows if isinstance(rows, TokenisedPairs) else TokenisedPairs(rows)
+
+
+def _numbers(rows: Any, name: str) -> np.ndarray:
+    """One column of numbers, (N,) float64, NaN where a row has none."""
+    if hasattr(rows, "column_names"):
+        values = rows.with_format("arrow")[:][name].to_pylist()
+    else:
+        values = [row.get(name) for row in rows]
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
 def _ragged(rows: Any, name: str) -> tuple[np.ndarray, np.ndarray]:

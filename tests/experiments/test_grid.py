@@ -1,0 +1,117 @@
+"""A sweep's file: which cells and runs it means, what they share, and what is said of a wrong one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from chains import CHAIN, config_file
+
+from isdaa.cli import main
+from isdaa.config import load_config
+from isdaa.errors import UserError
+from isdaa.experiments.grid import SweepConfig, cells_of, load_sweep, tasks_of
+
+ROOT = Path(__file__).parents[2]
+GRIDS: dict[str, Any] = {
+    "main": {"objective.method": ["dpo", "is_dpo"], "objective.beta": [0.01, 0.1]},
+    "clip": {"objective.method": "is_dpo", "objective.beta": 0.1, "objective.clip_eps": [1.0, None], "seeds": [5]},
+}
+
+
+def sweep_of(folder: Path, grids: Any = GRIDS, **changes: Any) -> tuple[SweepConfig, Any]:
+    config_file(folder / "base.yaml", CHAIN)
+    data = {"base": "base.yaml", "output_dir": str(folder / "out"), "seeds": [5, 6], "grids": grids} | changes
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    return load_sweep(folder / "sweep.yaml")
+
+
+def test_a_cell_that_two_grids_name_is_one_cell(tmp_path: Path) -> None:
+    sweep, base = sweep_of(tmp_path)
+    cells = {cell.name: cell for cell in cells_of(sweep, base)}
+    # ε = 1 is the preset's value: the cell of the first grid.
+    assert list(cells) == [
+        *("dpo-beta0.01", "dpo-beta0.1", "is_dpo-beta0.01", "is_dpo-beta0.1", "is_dpo-beta0.1-clip_epsnone"),
+    ]
+    assert cells["is_dpo-beta0.1"].grids == ["main", "clip"]
+    assert cells["is_dpo-beta0.1-clip_epsnone"].seeds == [5]
+
+
+def test_runs_of_a_seed_share_one_world_which_comes_first(tmp_path: Path) -> None:
+    sweep, base = sweep_of(tmp_path)
+    tasks = tasks_of(sweep, base, cells_of(sweep, base))
+    names = [task.name for task in tasks]
+    assert names.count("shared/seed-5") == names.count("shared/seed-6") == 1
+    assert len([task for task in tasks if task.cell]) == 4 * 2 + 1
+    for task in tasks:
+        if task.cell is not None:
+            assert task.needs == f"shared/seed-{task.seed}" and names.index(task.needs) < names.index(task.name)
+            assert task.config.model.path == str(tmp_path / "out" / task.needs / "sft")
+            assert task.config.stages == ["align"] and task.config.seed == task.seed
+            assert task.config.reference.cache_dir == str(tmp_path / "out" / ".isdaa_cache")
+    chosen = {task.name: task.config.objective.arguments() for task in tasks if task.cell}
+    assert chosen["dpo-beta0.1/seed-5"]["weight"] == "none" and chosen["dpo-beta0.1/seed-5"]["beta"] == 0.1
+    assert chosen["is_dpo-beta0.1-clip_epsnone/seed-5"]["clip_eps"] is None
+
+
+def test_a_grid_that_changes_the_pairs_has_a_world_of_its_own(tmp_path: Path) -> None:
+    grids = {"a": {"objective.method": ["dpo"]}, "b": {"label.scale": [3.0]}, "c": {"data.limit": [10]}}
+    sweep, base = sweep_of(tmp_path, grids, seeds=[5])
+    tasks = {task.name: task for task in tasks_of(sweep, base, cells_of(sweep, base))}
+    worlds = [name for name, task in tasks.items() if task.cell is None]
+    assert len(worlds) == 2
+    other = next(task for name, task in tasks.items() if name.startswith("is_dpo-scale3"))
+    assert other.needs != "shared/seed-5" and tasks[other.needs].config.label.scale == 3.0
+    few = next(task for name, task in tasks.items() if name.startswith("is_dpo-limit10"))
+    assert few.needs == "shared/seed-5" and few.config.data.limit == 10  # fewer pairs of the same world
+
+
+def test_only_some_grids(tmp_path: Path) -> None:
+    sweep, base = sweep_of(tmp_path)
+    cells = cells_of(sweep, base)
+    chosen = {task.cell for task in tasks_of(sweep, base, cells, only=["clip"]) if task.cell}
+    assert chosen == {"is_dpo-beta0.1", "is_dpo-beta0.1-clip_epsnone"}
+    with pytest.raises(UserError, match=r"no grid 'clipp' \(did you mean .clip.\?\)"):
+        tasks_of(sweep, base, cells, only=["clipp"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"grids": {"m": {"objective.betta": [1]}}}, ("grids.m", "objective.betta", "objective.beta")),
+        ({"grids": {"m": {"objective.method": ["dpoo"]}}}, ("grids.m", "dpoo")),
+        ({"grids": {"m": {"objective.method": ["dpo"], "seeds": []}}}, ("grids.m.seeds",)),
+        ({"grids": {"m": {"seed": [1]}}}, ("grids.m", "seed")),
+        ({"grids": {"m": {}}}, ("grids.m",)),
+        ({"seeds": [1, 1]}, ("seeds", "twice")),
+        ({"sedes": [1]}, ("sedes", "seeds")),
+        ({"jobs": 0}, ("jobs",)),
+        ({"base": "nowhere.yaml"}, ("nowhere.yaml",)),
+    ],
+)
+def test_a_wrong_file_is_one_line(tmp_path: Path, changes: dict[str, Any], words: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as caught:
+        sweep, base = sweep_of(tmp_path, **changes)
+        cells_of(sweep, base, "sweep.yaml")
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_every_config_in_the_repository_loads(path: Path) -> None:
+    if "grids" in yaml.safe_load(path.read_text(encoding="utf-8")):
+        sweep, base = load_sweep(path)
+        assert tasks_of(sweep, base, cells_of(sweep, base, path.name), path.name)
+    else:
+        load_config(path)
+
+
+def test_dry_run_lists_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep_of(tmp_path)
+    assert main(["sweep", "--config", str(tmp_path / "sweep.yaml"), "--dry-run", "--grids", "clip"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "is_dpo-beta0.1-clip_epsnone/seed-5" in lines and lines[-1] == "3 runs, 2 shared worlds"
+    assert not (tmp_path / "out").exists()
