@@ -1,0 +1,170 @@
+"""Tables of a sweep: `python benchmarks/study_tables.py runs/study --out docs/results/study`.
+
+Writes OUT.md (one table a grid, then the questions that pair cells by seed), OUT.csv (a row a checkpoint) and OUT.json (a row a
+cell, every seed's values). Nothing in them is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from isdaa.evaluation.comparison import CellSummary, SeedMean, at_matched_kl, difference, paired_bootstrap, summarise, to_json
+from isdaa.evaluation.overoptimization import fit_law
+from isdaa.evaluation.trajectory import SWEEP, Study, read_study
+from isdaa.files import read_json, write_atomically, write_json
+
+COLUMNS = ("cell", "method", "beta", "seed", "step", "kl", "win_rate", "win_low", "win_high", "reward", "length", "truncated")
+AGAINST = "is_dpo-beta0.01"  # what the cells of its grids are compared with
+
+
+def main() -> None:
+    """Read the sweep, write the three files."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", help="a sweep's folder")
+    parser.add_argument("--out", required=True, help="path of the files, without their suffixes")
+    parser.add_argument("--against", default=AGAINST, metavar="CELL", help="cell that the others are compared with")
+    arguments = parser.parse_args()
+    study = read_study(arguments.folder)
+    summaries = summarise(study.runs)
+    out = Path(arguments.out)
+    rows = [_record(study, summary) for summary in summaries]
+    write_json(out.with_suffix(".json"), {"title": study.title, "against": arguments.against, "cells": rows})
+    write_atomically(out.with_suffix(".csv"), _csv(study))
+    text = _page(study, summaries, arguments.against, arguments.folder)
+    write_atomically(out.with_suffix(".md"), text)
+    print(out.with_suffix(".md"))
+
+
+def _record(study: Study, summary: CellSummary) -> dict[str, Any]:
+    law = fit_law(summary.runs) if summary.runs[0].wins is not None else None
+    cell = next((cell for cell in study.cells if cell["name"] == summary.cell), {})
+    weights = [entry["weight_mean"] for run in summary.runs for entry in run.metrics if entry.get("weight_mean") is not None]
+    return {
+        **to_json(summary),
+        "settings": cell.get("settings"),
+        "grids": cell.get("grids"),
+        "law": to_json(law),
+        "mean_weight": float(np.mean(weights)) if weights else None,
+        "length": to_json([float(run.lengths[-1].mean()) for run in summary.runs if run.lengths is not None]),
+    }
+
+
+def _csv(study: Study) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for run in study.runs:
+        for entry in run.metrics:
+            win, reward = entry["win_rate"], entry["reward"]
+            numbers = [entry["kl"]["mean"], *((win["mean"], win["low"], win["high"]) if win else (None,) * 3)]
+            numbers += [reward["mean"] if reward else None, entry["length"]["mean"], entry["truncated"]]
+            shown = ["" if number is None else f"{number:.5g}" for number in numbers]
+            writer.writerow([run.cell or run.name, run.method, run.beta, run.seed, entry["step"], *shown])
+    return text.getvalue()
+
+
+def _page(study: Study, summaries: Sequence[CellSummary], against: str, folder: str) -> str:
+    content = read_json(study.folder / SWEEP)
+    seconds = [row["cpu_seconds"] for row in [*content["runs"], *content["shared"]] if row["cpu_seconds"]]
+    seeds = sorted({run.seed for run in study.runs if run.seed is not None})
+    settings = study.metrics["settings"]
+    lines = [f"# {study.title}: numbers", ""]
+    lines += [
+        f"Made by `python benchmarks/study_tables.py {folder} --out …` from the records of {len(study.runs)} runs "
+        f"(seeds {', '.join(map(str, seeds))}); revision `{content['git_revision']}`, torch {content['versions']['torch']}, "
+        f"transformers {content['versions']['transformers']}.",
+        f"{study.metrics['prompts']} held-out prompts, temperature {settings['temperature']:g}, win rate by "
+        f"`{settings['scorer']}` against {settings['opponent_samples']} samples of the reference a prompt. Together the "
+        f"runs took {sum(seconds) / 3600:.2f} hours of CPU time, one thread each.",
+        "",
+        "Means over seeds with 95 % t-intervals. *best*: the smoothed curve's peak, optimistic, since it is chosen on what it is "
+        "measured on; *fall*: from the peak to the end, cross-fitted; *found*: verdicts over-optimised / underpowered / not "
+        "detected, one a seed; *d\\** and *past*: the fitted law's peak in √KL, and the share of bootstrap draws that see the "
+        "last checkpoint beyond it.",
+        "",
+    ]
+    if study.missing:
+        lines += [f"**{len(study.missing)} runs of the sweep are missing here**: {', '.join(study.missing)}.", ""]
+    by_cell = {summary.cell: summary for summary in summaries}
+    for grid in dict.fromkeys(name for cell in study.cells for name in cell["grids"]):
+        cells = [by_cell[c["name"]] for c in study.cells if grid in c["grids"] and c["name"] in by_cell]
+        lines += [f"## Grid `{grid}`", "", *_table(cells), ""]
+    if against in by_cell:
+        lines += _differences(study, by_cell, against)
+    return "\n".join(lines)
+
+
+def _table(cells: Sequence[CellSummary]) -> list[str]:
+    lines = ["| cell | seeds | best | final | each seed's final | final KL | fall | found | d* | past |", "|" + "---|" * 10]
+    for cell in sorted(cells, key=lambda c: -c.final.mean):
+        found = "/".join(str(cell.findings.get(name, 0)) for name in ("over-optimised", "underpowered", "not detected"))
+        law = fit_law(cell.runs)
+        peak = "" if law is None or law.peak is None or law.peak > 10 else f"{law.peak:.2f}"
+        past = "" if law is None or law.past_peak is None else f"{law.past_peak:.2f}"
+        each = " ".join(f"{value:.2f}" for value in cell.final.values)
+        lines.append(
+            f"| `{cell.cell}` | {cell.final.seeds} | {_pm(cell.best)} | {_pm(cell.final)} | {each} | {_pm(cell.final_kl, 1)} "
+            f"| {_pm(cell.fall)} | {found} | {peak} | {past} |"
+        )
+    return lines
+
+
+def _differences(study: Study, by_cell: dict[str, CellSummary], against: str) -> list[str]:
+    """Cells against one, paired by seed: at the end (t over seeds; bootstrap over seeds and prompts) and at matched KL."""
+    base = by_cell[against]
+    lines = [
+        f"## Against `{against}`, paired by seed",
+        "",
+        "*end*: difference of the last checkpoints' win rates, t-interval over seeds, then bootstrap over seeds and prompts; "
+        "*matched*: difference at equal √KL (each cell with this one alone, over the range that both reach on every seed), its "
+        "mean over that range, and at the range's end. Positive: the cell is better.",
+        "",
+        "| cell | end | end, bootstrap | matched, mean over range | at the range's end | range of √KL |",
+        "|" + "---|" * 6,
+    ]
+    for name, cell in by_cell.items():
+        if name == against:
+            continue
+        gap = difference(cell, base)
+        common = sorted({run.seed for run in cell.runs} & {run.seed for run in base.runs}, key=str)
+        rows = [[next(r.wins[-1] for r in c.runs if r.seed == seed) for seed in common] for c in (cell, base)]
+        boot = paired_bootstrap(np.array(rows[0]), np.array(rows[1])) if common else None
+        shown = f"{boot.mean:+.3f} [{boot.low:+.3f}, {boot.high:+.3f}]" if boot is not None and boot.low is not None else ""
+        matched = at_matched_kl([run for run in study.runs if run.cell in (name, against)], against)
+        columns = ["", "", "not both reach a range"]
+        if matched is not None and name in matched.differences:
+            gaps = matched.differences[name]
+            mean = _seed_average([g.values for g in gaps])
+            columns = [_signed(mean), _signed(gaps[-1]), f"{matched.root_kl[0]:.2f} to {matched.root_kl[-1]:.2f}"]
+        lines.append(f"| `{name}` | {_signed(gap)} | {shown} | {' | '.join(columns)} |")
+    return [*lines, ""]
+
+
+def _seed_average(values: Sequence[tuple[float, ...]]) -> SeedMean:
+    from isdaa.evaluation.comparison import seed_mean
+
+    return seed_mean(np.mean(np.array(values), axis=0).tolist())
+
+
+def _pm(value: SeedMean, digits: int = 3) -> str:
+    if value.seeds == 0:
+        return ""
+    text = f"{value.mean:.{digits}f}"
+    return text if value.low is None else f"{text} ± {(value.high - value.low) / 2:.{digits}f}"  # type: ignore[operator]
+
+
+def _signed(value: SeedMean) -> str:
+    if value.seeds == 0:
+        return ""
+    return f"{value.mean:+.3f}" + ("" if value.low is None else f" [{value.low:+.3f}, {value.high:+.3f}]")
+
+
+if __name__ == "__main__":
+    main()
