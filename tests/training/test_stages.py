@@ -156,7 +156,7 @@ def test_every_checkpoint_of_a_run_in_one_call_and_without_a_scorer(home: Home, 
     metrics = evaluated(home.run, output=tmp_path / "all", options=("--scorer", "none"))
     assert [model["step"] for model in metrics["models"]] == [2, 4, 6]
     assert metrics["scorer"] is None
-    assert metrics["verdict"] is None
+    assert set(metrics["verdicts"].values()) == {None}
     assert "no verdict" in metrics["note"]
     assert all(model["win_rate"] is None and model["kl"]["mean"] >= 0 for model in metrics["models"])
     assert all("held_out" in model for model in metrics["models"])

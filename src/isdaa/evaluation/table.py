@@ -72,7 +72,10 @@ def legend(metrics: Mapping[str, Any]) -> list[str]:
         opponent = "the reference's samples" if metrics["opponent"] == "reference" else "the data's chosen responses"
         at = f"temperature {settings['temperature']:g}, top-p {settings['top_p']:g}"
         lines.append(f"Win rate by {scorer['name']} against {opponent} ({at}); KL at temperature 1.")
-    return [*lines, metrics["note"]]
+    verdicts = {name: found["sentence"] for name, found in metrics.get("verdicts", {}).items() if found is not None}
+    if not verdicts:
+        return [*lines, metrics["note"]]
+    return [*lines, "", *(f"{name}: {sentence}" if len(verdicts) > 1 else sentence for name, sentence in verdicts.items())]
 
 
 def pm(interval: Mapping[str, Any] | None, digits: int) -> str:

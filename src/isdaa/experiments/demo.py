@@ -10,8 +10,10 @@ from typing import Any
 
 from isdaa.config import Config
 from isdaa.errors import UserError
+from isdaa.evaluation.analysis import METRICS
 from isdaa.experiments.grid import SweepConfig
 from isdaa.experiments.sweep import run_sweep
+from isdaa.files import read_json
 from isdaa.objectives.presets import PRESETS
 
 # Seconds on two idle cores, a thread a run; the estimate starts from them.
@@ -52,21 +54,17 @@ def run_demo(config: Config, methods: Sequence[str]) -> Path:
 
 
 def show(study: Any, page: Path, seconds: float) -> None:
-    """The table of all checkpoints, the verdict on each run, and where everything is."""
-    from isdaa.evaluation.overoptimization import judge
+    """The table of all checkpoints with the verdict on each run, and where everything is."""
     from isdaa.evaluation.table import print_table
 
     print_table(merged(study))
-    print()
-    for run in study.runs:
-        verdict = judge(run)
-        print(f"{run.method or run.name}: {verdict.sentence if verdict is not None else 'no verdict'}")
     print(f"\nreport:  {page}\nrecords: {study.folder / 'runs'}\n{seconds:.0f} s in this call")
 
 
 def merged(study: Any) -> Mapping[str, Any]:
-    """The checkpoints of all runs as one evaluation's metrics."""
-    return {**study.metrics, "models": [entry for run in study.runs for entry in _labelled(run)]}
+    """The checkpoints and verdicts of all runs as one evaluation's metrics."""
+    verdicts = {run.cell: read_json(run.evaluation / METRICS)["verdicts"].popitem()[1] for run in study.runs}
+    return {**study.metrics, "verdicts": verdicts, "models": [entry for run in study.runs for entry in _labelled(run)]}
 
 
 def _labelled(run: Any) -> list[dict[str, Any]]:
