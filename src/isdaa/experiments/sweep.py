@@ -73,7 +73,7 @@ def finished(root: Path, task: Task) -> bool:
     outcome = outcome_of(logs_of(root, task.name))
     if outcome is None or not outcome["done"] or outcome["key"] != task.key:
         return False
-    return task.cell is None or (task.evaluation / "metrics.json").is_file()
+    return (task.evaluation / "metrics.json" if task.cell is not None else task.folder / "run.json").is_file()
 
 
 def _content(sweep: SweepConfig, cells: Sequence[Cell], tasks: Sequence[Task]) -> dict[str, Any]:
