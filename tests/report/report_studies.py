@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def trajectory(
 
 
 def _number(*parts: Any) -> int:
-    return int.from_bytes(json.dumps(parts).encode()[-8:], "big") % 2**32
+    return zlib.crc32(json.dumps(parts).encode())
 
 
 def metrics_of(runs: Sequence[Trajectory], scored: bool = True) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def metrics_of(runs: Sequence[Trajectory], scored: bool = True) -> dict[str, Any
         "opponent_samples": 2,
         "ties": "half",
     }
-    settings |= {"max_new_tokens": 32, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "batch_size": 8, "bootstrap": 50}
+    settings |= {"max_new_tokens": 32, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "batch_size": 8, "bootstrap": 100}
     return {
         "format": 2,
         "scorer": {"name": "gold", "digest": "1" * 24} if scored else None,

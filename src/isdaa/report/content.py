@@ -184,6 +184,8 @@ def _cell(found: Findings, line: Line) -> dict[str, Any]:
         "grids": list(line.grids),
     }
     cell |= {key: asdict(getattr(summary, key)) for key in ("best", "final", "final_kl", "fall")}
+    for key in ("best", "final"):  # a t-interval knows nothing of the ends of the scale
+        cell[key] |= {bound: min(max(v, 0.0), 1.0) for bound in ("low", "high") if (v := cell[key][bound]) is not None}
     cell["over"] = "seeds"
     if len(runs) == 1:
         _over_prompts(cell, runs[0], found.verdicts[id(line.runs[0])])

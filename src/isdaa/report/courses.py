@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from isdaa.evaluation.trajectory import Trajectory
-from isdaa.report.curves import MARGIN, Rows, arranged, colour_of, fitting, sized
+from isdaa.report.curves import MARGIN, Rows, colour_of, fitting
 from isdaa.report.lines import Line, Panel
-from isdaa.report.style import MUTED, configured, layer
-
-if TYPE_CHECKING:
-    import altair as alt
+from isdaa.report.style import MUTED, Drawing, configured, field, frame, layer
 
 WEIGHTS = "weights/"
 QUANTILES = ("p05", "p25", "p50", "p75", "p95")
@@ -52,7 +49,7 @@ def course_chart(
     height: int | None = None,
     reference: Mapping[str, Any] | None = None,
     step: str = "Training step",
-) -> alt.TopLevelMixin | None:
+) -> Drawing | None:
     """Numbers of the checkpoints over training steps: one panel a quantity and β, means over seeds with the seeds behind.
 
     reference: the entry of the reference, drawn as a dashed rule. None where no checkpoint has any of the numbers.
@@ -73,7 +70,7 @@ def course_chart(
         domain = _domain(quantity, panels, reference)
         size = inner, height or (210 if len(pairs) < 3 else 170)
         drawn.append(_course(alt, panel, quantity, size, reference, domain, step, alone=len(panels) == 1))
-    return configured(arranged(alt, drawn, columns), 12 if width > 500 else 11)
+    return configured(drawn, columns, 12 if width > 500 else 11)
 
 
 def has(panels: Sequence[Panel], quantity: Quantity) -> bool:
@@ -103,7 +100,7 @@ def weights_of(runs: Sequence[Trajectory], histories: Mapping[str, Sequence[Mapp
 
 def quantile_chart(
     lines: Sequence[tuple[Line, Mapping[str, Any]]], *, width: int = 980, limits: Mapping[str, float | None] | None = None
-) -> alt.TopLevelMixin:
+) -> Drawing:
     """Log importance weights before the clip, one panel a line: median, middle half and middle nine tenths of the pairs.
 
     limits: cell -> log weight at which the clip cuts.
@@ -121,8 +118,8 @@ def quantile_chart(
         scale = alt.Scale(domain=[low, high], nice=True)
         axis = alt.Axis(title="log weight", tickCount=5, domain=False, ticks=False)
 
-        def y(field: str, scale: Any = scale, axis: Any = axis) -> Any:
-            return alt.Y(f"{field}:Q", scale=scale, axis=axis)
+        def y(name: str, scale: Any = scale, axis: Any = axis) -> Any:
+            return alt.Y(f"{name}:Q", scale=scale, axis=axis)
 
         colour = alt.value(line.colour)
         area = {"type": "area", "aria": False, "clip": True}
@@ -135,13 +132,11 @@ def quantile_chart(
         if limit is not None and limit < high * 1.5 + 1:
             rule = {"type": "rule", "strokeDash": [4, 4], "color": MUTED, "strokeWidth": 1.2}
             layers.append(layer([{"y": limit}], rule, y=y("y")))
-        drawn.append(sized(alt.layer(*layers), inner, 180, line.title))
-    return configured(arranged(alt, drawn, columns), 12 if width > 500 else 11)
+        drawn.append(frame(layers, inner, 180, line.title))
+    return configured(drawn, columns, 12 if width > 500 else 11)
 
 
-def weights_chart(
-    panels: Sequence[tuple[str, Sequence[tuple[Line, Mapping[str, Any]]]]], *, width: int = 980
-) -> alt.TopLevelMixin:
+def weights_chart(panels: Sequence[tuple[str, Sequence[tuple[Line, Mapping[str, Any]]]]], *, width: int = 980) -> Drawing:
     """Clip fraction, mean weight and ESS/N of the training batches: a row of three for each (title, lines)."""
     import altair as alt
 
@@ -160,8 +155,8 @@ def weights_chart(
             y = alt.Y("y:Q", axis=alt.Axis(title=words, tickCount=5, domain=False, ticks=False), scale=alt.Scale(zero=True))
             mark = {"type": "line", "strokeWidth": 2, "aria": False}
             chart = layer(rows, mark, x=x, y=y, color=colour)
-            drawn.append(sized(chart, inner, 160, title))
-    return configured(arranged(alt, drawn, columns), 12 if width > 500 else 11)
+            drawn.append(frame([chart], inner, 160, title))
+    return configured(drawn, columns, 12 if width > 500 else 11)
 
 
 def thin(rows: Rows, most: int = POINTS) -> Rows:
@@ -240,8 +235,8 @@ def _course(
     means = [row for _, mean in found for row in mean]
     base = {"type": "line", "aria": False}
     if seeds:
-        layers.append(layer(seeds, base | {"strokeWidth": 1, "opacity": 0.35}, x=x, y=y, color=colour, detail="path:N"))
+        layers.append(layer(seeds, base | {"strokeWidth": 1, "opacity": 0.35}, x=x, y=y, color=colour, detail=field("path:N")))
     if means:
-        layers.append(layer(means, base | {"strokeWidth": 2.2}, x=x, y=y, color=colour, detail="path:N"))
+        layers.append(layer(means, base | {"strokeWidth": 2.2}, x=x, y=y, color=colour, detail=field("path:N")))
         layers.append(layer(means, {"type": "circle", "size": 26, "opacity": 1, "aria": False}, x=x, y=y, color=colour))
-    return sized(alt.layer(*layers), width, height, "" if alone else panel.title)
+    return frame(layers, width, height, "" if alone else panel.title)

@@ -6,7 +6,7 @@ Every function takes the total width in pixels, so that one chart can be drawn f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,10 +14,7 @@ from isdaa.evaluation.comparison import CellSummary, MatchedKl
 from isdaa.evaluation.overoptimization import Law
 from isdaa.evaluation.trajectory import Study, Trajectory
 from isdaa.report.lines import Line, Panel, lines_of, panels_of
-from isdaa.report.style import INK, LETTER, MUTED, PALETTE, PAPER, configured, layer, legend_columns
-
-if TYPE_CHECKING:
-    import altair as alt
+from isdaa.report.style import INK, LETTER, MUTED, PALETTE, PAPER, Drawing, configured, field, frame, layer, legend_columns
 
 Rows = list[dict[str, Any]]
 Domain = tuple[float, float]
@@ -35,7 +32,7 @@ def study_chart(
     laws: Mapping[str, Law | None] | None = None,
     height: int | None = None,
     keep: Mapping[str, int] | None = None,
-) -> alt.TopLevelMixin:
+) -> Drawing:
     """Win rate against √KL, one panel a β: the mean over seeds of each cell, every seed as a thin line behind it.
 
     cells: names of the cells to draw, all by default. laws: cell -> fitted law, drawn dashed with the interval of its peak
@@ -54,9 +51,8 @@ def panels_chart(
     laws: Mapping[str, Law | None] | None = None,
     height: int | None = None,
     keep: Mapping[str, int] | None = None,
-) -> alt.TopLevelMixin:
+) -> Drawing:
     """`study_chart` of panels that are already made."""
-    import altair as alt
 
     panels = [Panel(p.title, [line for line in p.lines if _runs(line)]) for p in panels]
     panels = [panel for panel in panels if panel.lines]
@@ -72,7 +68,7 @@ def panels_chart(
         right = max(float(run.root_kl.max()) for line in same for run in _runs(line)) or 1.0
         x = (-0.025 * right, 1.04 * right)
         drawn.append(_panel(panel, (x, y), (inner, height), laws or {}, keep or {}, alone=len(panels) == 1))
-    return configured(arranged(alt, drawn, columns), 12 if width > 500 else 11)
+    return configured(drawn, columns, 12 if width > 500 else 11)
 
 
 def final_chart(
@@ -83,7 +79,7 @@ def final_chart(
     colours: Mapping[str, str] | None = None,
     opponent: str = "the reference",
     start: float | None = 0.5,
-) -> alt.TopLevelMixin:
+) -> Drawing:
     """Win rate of each cell's last checkpoint, best first: mean with interval, a dot a seed, and its best as a hollow square.
 
     titles, colours: of the cells; their names and the first colour by default.
@@ -96,7 +92,8 @@ def final_chart(
     means, dots = [], []
     for summary, name in zip(ranked, names, strict=True):
         row = {"cell": name, "colour": colours.get(summary.cell, PALETTE[0])}
-        means.append(row | {"mean": summary.final.mean, "low": summary.final.low, "high": summary.final.high})
+        low, high = (None if v is None else min(max(v, 0.0), 1.0) for v in (summary.final.low, summary.final.high))
+        means.append(row | {"mean": summary.final.mean, "low": low, "high": high})
         means[-1]["best"] = summary.best.mean
         dots += [row | {"value": value} for value in summary.final.values]
     values: list[Any] = [v for m in means for v in (m["mean"], m["low"], m["high"], m["best"]) if v is not None]
@@ -106,9 +103,9 @@ def final_chart(
     y = alt.Y("cell:N", sort=names, axis=axis)
     title = f"Win rate against {opponent} at the end of training"
 
-    def x(field: str) -> Any:
+    def x(name: str) -> Any:
         axis = alt.Axis(title=title, format=".2f", tickCount=6, grid=False)
-        return alt.X(f"{field}:Q", scale=alt.Scale(domain=list(domain), nice=False, zero=False), axis=axis)
+        return alt.X(f"{name}:Q", scale=alt.Scale(domain=list(domain), nice=False, zero=False), axis=axis)
 
     colour = alt.Color("colour:N", scale=None)
     bars = [row for row in means if row["low"] is not None]
@@ -124,8 +121,8 @@ def final_chart(
     mark = {"type": "point", "shape": "circle", "size": 78, "filled": True, "opacity": 1, "stroke": PAPER, "strokeWidth": 1}
     layers.append(layer(means, mark, y=y, x=x("mean"), color=colour))
     inner = max(120, int(width - label - 24))
-    chart = alt.layer(*layers).properties(width=inner, height=alt.Step(22))
-    return configured(chart, 12 if width > 500 else 11)
+    chart = frame(layers, inner, {"step": 22})
+    return configured([chart], 1, 12 if width > 500 else 11)
 
 
 def matched_kl_chart(
@@ -137,7 +134,7 @@ def matched_kl_chart(
     colours: Mapping[str, str] | None = None,
     opponent: str = "the reference",
     title: str = "",
-) -> alt.TopLevelMixin:
+) -> Drawing:
     """Win rates of cells at the same √KL: mean over seeds as a line, its t-interval as a band."""
     return matched_charts(
         [(title, matched)], width=width, height=height, columns=1, labels=labels, colours=colours, opponent=opponent
@@ -153,7 +150,7 @@ def matched_charts(
     labels: Mapping[str, str] | None = None,
     colours: Mapping[str, str] | None = None,
     opponent: str = "the reference",
-) -> alt.TopLevelMixin:
+) -> Drawing:
     """`matched_kl_chart` of several groups, (title, group) each a panel."""
     import altair as alt
 
@@ -178,21 +175,14 @@ def matched_charts(
             low = alt.Y("low:Q", scale=alt.Scale(zero=False), axis=win_axis(alt, opponent))
             area = {"type": "area", "opacity": 0.17, "aria": False}
             layers.insert(0, layer(bands, area, x=x, y=low, y2=alt.Y2("high:Q"), color=colour))
-        panels.append(sized(alt.layer(*layers), inner, height, title))
-    return configured(arranged(alt, panels, columns), 12 if width > 500 else 11)
+        panels.append(frame(layers, inner, height, title))
+    return configured(panels, columns, 12 if width > 500 else 11)
 
 
 def fitting(panels: int, width: int) -> int:
     """Columns for so many panels in `width` pixels: at most three, and rows as even as can be."""
     most = max(1, min(3, panels, int(width / 290)))
     return 2 if panels == 4 and most == 3 else most
-
-
-def arranged(alt: Any, panels: Sequence[Any], columns: int) -> Any:
-    """Panels in rows, each with its own scales and legend."""
-    if len(panels) == 1:
-        return panels[0]
-    return alt.concat(*panels, columns=columns, spacing={"row": 26, "column": 14}).resolve_scale(color="independent")
 
 
 def _name_ends(draw: Any, kept: Mapping[str, Any], last: Mapping[str, Any], pixel: float, alt: Any) -> None:
@@ -205,13 +195,10 @@ def _name_ends(draw: Any, kept: Mapping[str, Any], last: Mapping[str, Any], pixe
     for row, text in words:
         place = note | {"dy": 22 if close and not same and row is lower else -22}
         values = [{"x": row["x"], "y": row["y"], "text": text}]
-        draw(values, place | {"stroke": PAPER, "strokeWidth": 4, "strokeJoin": "round"}, text="text:N", color=alt.Undefined)
-        draw(values, place | {"color": INK}, text="text:N", color=alt.Undefined)
-
-
-def sized(chart: Any, width: int, height: int, title: str = "") -> Any:
-    """The chart with its inner size, and a title where there is one."""
-    return chart.properties(width=width, height=height, **({"title": title} if title else {}))
+        draw(
+            values, place | {"stroke": PAPER, "strokeWidth": 4, "strokeJoin": "round"}, text=field("text:N"), color=alt.Undefined
+        )
+        draw(values, place | {"color": INK}, text=field("text:N"), color=alt.Undefined)
 
 
 def colour_of(alt: Any, names: Sequence[str], palette: Sequence[str], width: int, alone: bool = False) -> Any:
@@ -285,12 +272,12 @@ def _panel(
         )
     seeds = [row for line in panel.lines if len(_runs(line)) > 1 for row in _seed_rows(line)]
     whole = [row for line in panel.lines for row in _mean_rows(line)]
-    draw(seeds, {"type": "line", "strokeWidth": 1, "opacity": 0.38}, detail="path:N", order="order:Q")
+    draw(seeds, {"type": "line", "strokeWidth": 1, "opacity": 0.38}, detail=field("path:N"), order=field("order:Q"))
     _draw_laws(draw, panel, domains, laws, alt)
     bars = [row for row in whole if row["low"] is not None]
     low = alt.Y("low:Q", scale=scale, axis=win_axis(alt))
     draw(bars, {"type": "rule", "strokeWidth": 2, "opacity": 0.32}, y=low, y2=alt.Y2("high:Q"))
-    draw(whole, {"type": "line", "strokeWidth": 2.3, "strokeJoin": "round"}, order="order:Q", detail="path:N")
+    draw(whole, {"type": "line", "strokeWidth": 2.3, "strokeJoin": "round"}, order=field("order:Q"), detail=field("path:N"))
     draw([r for r in whole if not r["origin"]], {"type": "circle", "size": 30, "opacity": 1})
     last = [r for r in whole if r["last"]]
     draw(
@@ -315,7 +302,7 @@ def _panel(
         draw([{"x": 0.0, "y": start}], ring, color=alt.value(PAPER))
     if len(panel.lines) == 1 and kept:
         _name_ends(draw, kept[0], last[0], (domains[0][1] - domains[0][0]) / size[0], alt)
-    return sized(alt.layer(*layers), *size, "" if alone else panel.title)
+    return frame(layers, *size, "" if alone else panel.title)
 
 
 def _path(line: Line, name: str, x: np.ndarray, y: np.ndarray, start: float | None) -> Rows:

@@ -75,7 +75,7 @@ class Figure:
     @property
     def folded(self) -> bool:
         """Whether the page shows it only on request."""
-        return self.panels > FOLDED
+        return self.panels > FOLDED and self.section != "win"
 
 
 def figures_of(found: Findings) -> list[Figure]:

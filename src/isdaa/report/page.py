@@ -14,7 +14,7 @@ from isdaa.errors import UserError
 from isdaa.evaluation.trajectory import Study
 from isdaa.files import write_atomically, write_json
 from isdaa.report.content import Findings, find, report_of, table_of
-from isdaa.report.figures import Figure, figures_of
+from isdaa.report.figures import FOLDED, Figure, figures_of
 from isdaa.report.style import DARK, inline_svg, save_chart, svg_of
 from isdaa.report.words import interval, number
 from isdaa.terminal import progress
@@ -94,7 +94,8 @@ def _draw(figures: list[Figure], folder: Path) -> dict[str, str]:
     drawings = {}
     with progress("drawing", len(figures)) as bar:
         for figure in figures:
-            _, svg = save_chart(figure.draw(WIDE), folder / figure.name)
+            scale = 2.0 if figure.panels <= FOLDED else 1.4
+            _, svg = save_chart(figure.draw(WIDE), folder / figure.name, scale)
             both = {"wide": svg.read_text(encoding="utf-8"), "narrow": svg_of(figure.draw(NARROW).to_dict(validate=False))}
             told = f"{figure.title}. {figure.caption}"
             drawings[figure.name] = "".join(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,33 +37,73 @@ DARK = {
 }
 
 
-def configured(chart: Any, font_size: int = 12) -> Any:
-    """The chart with the house's fonts, axes and legends."""
-    return (
-        chart.properties(background=PAPER, padding=6)
-        .configure(font=FONT)
-        .configure_view(stroke=None)
-        .configure_title(anchor="start", fontSize=font_size + 1, fontWeight="bold", color=INK, offset=8)
-        .configure_axis(
-            gridColor=GRID, domainColor=AXIS, tickColor=AXIS, labelColor=MUTED, titleColor=INK, labelFontSize=font_size,
-            titleFontSize=font_size, titleFontWeight="normal", titlePadding=8, labelLimit=0, titleLimit=0,
-        )
-        .configure_legend(
-            title=None, labelFontSize=font_size, labelColor=INK, labelLimit=0, symbolLimit=0, orient="top",
-            direction="horizontal",
-            offset=6, padding=0, symbolType="stroke", symbolStrokeWidth=3, columnPadding=12, rowPadding=3,
-        )
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Drawing:
+    """A finished Vega-Lite specification. `save_chart` takes it as it takes an Altair chart; `altair` makes it one."""
+
+    specification: dict[str, Any]
+
+    def to_dict(self, validate: bool = True) -> dict[str, Any]:
+        """The specification, checked against Vega-Lite's schema if so wanted."""
+        if validate:
+            self.altair()
+        return self.specification
+
+    def altair(self) -> Any:
+        """As an Altair chart, to go on working with it."""
+        import altair as alt
+
+        return alt.Chart.from_dict(self.specification)
 
 
-def layer(values: list[dict[str, Any]], mark: Mapping[str, Any], **encoding: Any) -> Any:
-    """One layer of a chart: rows, a mark with its looks, and what its channels show."""
+def layer(values: list[dict[str, Any]], mark: dict[str, Any], **encoding: Any) -> dict[str, Any]:
+    """One layer of a panel: rows, a mark with its looks, and Altair channels of what it shows.
+
+    Layers, panels and pages of panels are put together as plain data: Altair copies all there is whenever something is added,
+    which takes minutes for the charts of a sweep.
+    """
     import altair as alt
 
-    data = alt.Data(values=values)
-    # Altair copies a chart whenever something is added to it; copying the rows each time would take most of the drawing.
-    object.__setattr__(data, "__deepcopy__", lambda _: data)
-    return alt.Chart(data, mark=alt.MarkDef(**mark)).encode(**encoding)
+    shown = {name: channel for name, channel in encoding.items() if channel is not alt.Undefined}
+    context = {"data": alt.Data(values=[]), "datasets": {}}
+    channels = {name: c if isinstance(c, dict) else c.to_dict(validate=False, context=context) for name, c in shown.items()}
+    return {"data": {"values": values}, "mark": mark, "encoding": channels}
+
+
+def field(name: str) -> dict[str, str]:
+    """A channel in Altair's shorthand, `order:Q`, without scale or axis."""
+    key, _, kind = name.partition(":")
+    return {"field": key, "type": {"Q": "quantitative", "N": "nominal"}[kind]}
+
+
+def frame(layers: Sequence[dict[str, Any]], width: int, height: Any, title: str = "") -> dict[str, Any]:
+    """Layers in one frame of that inner size, with a title where there is one."""
+    return {"layer": list(layers), "width": width, "height": height} | ({"title": title} if title else {})
+
+
+def configured(panels: Sequence[dict[str, Any]], columns: int = 1, font_size: int = 12) -> Drawing:
+    """Panels in rows of `columns`, each with its own scales and legend, in the house's fonts and colours."""
+    import altair as alt
+
+    body: dict[str, Any] = dict(panels[0])
+    if len(panels) > 1:
+        independent = {"scale": {"color": "independent", "stroke": "independent"}}
+        body = {"concat": list(panels), "columns": columns, "spacing": {"row": 26, "column": 14}, "resolve": independent}
+    config = {
+        "font": FONT,
+        "view": {"stroke": None},
+        "title": {"anchor": "start", "fontSize": font_size + 1, "fontWeight": "bold", "color": INK, "offset": 8},
+        "axis": {
+            "gridColor": GRID, "domainColor": AXIS, "tickColor": AXIS, "labelColor": MUTED, "titleColor": INK, "titlePadding": 8,
+            "labelFontSize": font_size, "titleFontSize": font_size, "titleFontWeight": "normal", "labelLimit": 0, "titleLimit": 0,
+        },
+        "legend": {
+            "title": None, "labelFontSize": font_size, "labelColor": INK, "labelLimit": 0, "symbolLimit": 0, "orient": "top",
+            "direction": "horizontal", "offset": 6, "padding": 0, "symbolType": "stroke", "symbolStrokeWidth": 3,
+            "symbolOpacity": 1, "columnPadding": 12, "rowPadding": 3,
+        },
+    }  # fmt: skip
+    return Drawing({"$schema": alt.SCHEMA_URL, "background": PAPER, "padding": 6, "config": config} | body)
 
 
 def legend_columns(labels: Sequence[str], width: int) -> int:
@@ -71,22 +112,17 @@ def legend_columns(labels: Sequence[str], width: int) -> int:
     return max(1, min(len(labels), int(width / longest)))
 
 
-def save_chart(chart: alt.TopLevelMixin, path: str | Path, scale: float = 2.0) -> list[Path]:
-    """Write `path` with the suffixes .png (at `scale`) and .svg, each atomically; returns both paths."""
-    specification = chart.to_dict(validate=False)
+def save_chart(chart: alt.TopLevelMixin | Drawing, path: str | Path, scale: float = 2.0) -> list[Path]:
+    """Write `path` with the suffixes .png (at `scale`) and .svg, each atomically and without a network; returns both paths."""
+    import vl_convert
+
+    svg = svg_of(chart.to_dict(validate=False))
     written = []
-    for suffix, content in ((".png", png_of(specification, scale)), (".svg", svg_of(specification))):
+    for suffix, content in ((".png", bytes(vl_convert.svg_to_png(svg, scale=scale))), (".svg", svg)):
         target = Path(path).with_name(Path(path).name + suffix)
         write_atomically(target, content)
         written.append(target)
     return written
-
-
-def png_of(specification: dict[str, Any], scale: float = 2.0) -> bytes:
-    """A Vega-Lite specification as a picture, drawn without a network."""
-    import vl_convert
-
-    return bytes(vl_convert.vegalite_to_png(specification, vl_version=_version(specification), scale=scale))
 
 
 def svg_of(specification: dict[str, Any]) -> str:

@@ -71,7 +71,7 @@ def _who_fell(cells: Sequence[Mapping[str, Any]]) -> str:
     always = [cell for cell in falling if cell["findings"][OVER] == sum(cell["findings"].values())]
     worst = falling[0]
     return (
-        f"{len(falling)} of {len(judged)} cells over-optimised on some seed, {len(always)} on every seed, "
+        f"{len(falling)} of {len(judged)} cells over-optimised on some seed, {len(always) or 'none'} on every seed, "
         f"worst {worst['label']} ({_count(worst)}, win rate down {number(worst['fall']['mean'])})"
     )
 

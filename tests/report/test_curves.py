@@ -1,0 +1,99 @@
+"""Charts of the report: what is drawn, and that the drawing is whole."""
+
+import json
+
+import numpy as np
+import pytest
+from report_studies import study, sweep, trajectory
+
+from isdaa.evaluation.comparison import at_matched_kl, summarise
+from isdaa.evaluation.overoptimization import fit_law
+from isdaa.report.courses import Quantity, course_chart, thin, weights_of
+from isdaa.report.curves import final_chart, matched_kl_chart, study_chart
+from isdaa.report.lines import lines_of, panels_of
+from isdaa.report.style import inline_svg, legend_columns, save_chart, svg_of
+
+
+def test_a_study_has_a_panel_a_beta_with_seeds_behind_their_mean():
+    made = sweep(seeds=3)
+    chart = study_chart(made).to_dict(validate=True)
+    assert [panel["title"] for panel in chart["concat"]] == ["β = 0.01", "β = 0.1"]
+    lines = [layer for layer in chart["concat"][0]["layer"] if layer["mark"]["type"] == "line"]
+    thin_lines = next(layer for layer in lines if layer["mark"]["strokeWidth"] == 1)
+    assert len({row["path"] for row in thin_lines["data"]["values"]}) == 6  # two cells, three seeds
+    thick = next(layer for layer in lines if layer["mark"]["strokeWidth"] == 2.3)
+    rows = [row for row in thick["data"]["values"] if row["line"] == "dpo"]
+    runs = [run for run in made.runs if run.cell == "dpo-beta=0.01"]
+    assert rows[0]["x"] == 0 and rows[0]["y"] == 0.5
+    assert rows[-1]["y"] == pytest.approx(np.mean([run.wins[-1].mean() for run in runs]))
+    assert rows[-1]["x"] == pytest.approx(np.mean([run.root_kl[-1] for run in runs]))
+
+
+def test_only_the_asked_cells_and_their_laws(tmp_path):
+    made = sweep(seeds=1)
+    law = fit_law([made.runs[0]])
+    chart = study_chart(made, ["dpo-beta=0.01"], laws={"dpo-beta=0.01": law}, width=356)
+    text = json.dumps(chart.to_dict(), ensure_ascii=False)
+    assert "is_dpo" not in text and "strokeDash" in text and '"triangle-up"' in text
+    for file in save_chart(chart, tmp_path / "one"):
+        assert file.stat().st_size > 2000
+
+
+def test_no_win_rates_no_chart():
+    with pytest.raises(ValueError, match="no run has win rates"):
+        study_chart(study([trajectory(scored=False)]))
+
+
+def test_final_chart_is_sorted_and_shows_every_seed():
+    summaries = summarise(sweep(seeds=3).runs)
+    chart = final_chart(summaries).to_dict(validate=True)
+    dots = next(layer for layer in chart["layer"] if layer["mark"].get("size") == 26)
+    assert len(dots["data"]["values"]) == 12
+    order = dots["encoding"]["y"]["sort"]
+    assert order == [s.cell for s in sorted(summaries, key=lambda s: -s.final.mean)]
+
+
+def test_matched_kl_chart():
+    matched = at_matched_kl([run for run in sweep(seeds=3).runs if "0.01" in run.cell], "dpo-beta=0.01")
+    chart = matched_kl_chart(matched).to_dict(validate=True)
+    assert {layer["mark"]["type"] for layer in chart["layer"]} == {"area", "line"}
+
+
+def test_a_course_has_the_reference_and_skips_what_nobody_measured():
+    made = study([trajectory()])
+    panels = panels_of(lines_of(made))
+    chart = course_chart(
+        panels, [Quantity("length", "Length"), Quantity("nothing", "Nothing")], reference=made.metrics["reference"]
+    )
+    specification = chart.to_dict(validate=True)
+    assert specification["layer"][0]["data"]["values"] == [{"y": 18.0}]
+    assert course_chart(panels, [Quantity("nothing", "Nothing")]) is None
+
+
+def test_weights_are_means_over_seeds():
+    runs = [trajectory(seed=seed) for seed in (1, 2)]
+    logs = {
+        run.name: [{"step": 10, "weights/mean": 0.5 * i, "weights/log_weight_p50": -1.0}, {"step": 11, "loss": 1.0}]
+        for i, run in enumerate(runs, start=1)
+    }
+    assert weights_of(runs, logs) == {"steps": [10], "log_weight_p50": [-1.0], "mean": [0.75]}
+    assert weights_of(runs, {}) == {}
+
+
+def test_long_histories_are_thinned():
+    rows = [{"x": i} for i in range(1000)]
+    short = thin(rows)
+    assert len(short) == 80 and short[0] == rows[0] and short[-1] == rows[-1]
+
+
+def test_drawings_in_one_page_do_not_meet():
+    """Ids of their own, text as it was, no number in a text cut."""
+    svg = svg_of(study_chart(study([trajectory()])).to_dict())
+    first = inline_svg(svg, "one", 'said "so" & more')
+    assert 'id="clip' not in first and "url(#clip" not in first and "url(#one-" in first
+    assert 'aria-label="said &quot;so&quot; &amp; more"' in first and first.count("aria-label") == 1
+    assert "1.2345" in inline_svg('<svg viewBox="0 0 10 10"><text x="1.23456">1.2345</text></svg>', "two", "")
+
+
+def test_legends_wrap():
+    assert legend_columns(["a" * 20] * 4, 320) == 2 and legend_columns(["a"], 100) == 1

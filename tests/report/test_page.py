@@ -1,0 +1,211 @@
+"""The report's page, data and table: every shape of study, escaping, and that all three say the same."""
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from report_studies import FALLS, SCRIPT, study, sweep, trajectory, write_evaluation
+
+from isdaa.errors import UserError
+from isdaa.evaluation.trajectory import Study, read_study
+from isdaa.report import page
+from isdaa.report.content import COLUMNS, find, report_of
+from isdaa.report.lines import PALETTE, lines_of, panels_of
+from isdaa.report.words import number
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(request, monkeypatch):
+    """Pictures take seconds each; tests of text do without them, those marked `drawn` do not."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(page, "_draw", lambda figures, folder: {figure.name: "<svg></svg>" for figure in figures})
+
+
+@pytest.fixture
+def drawn():
+    """Asks for real pictures."""
+
+
+class Tables(HTMLParser):
+    """Rows of the tables with an id or class, as texts of their cells."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[str]]] = {}
+        self.rows: list[list[str]] = []
+        self.inside = False
+        self.tags: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag == "table":
+            names = dict(attrs)
+            self.rows = self.tables.setdefault(names.get("id") or names["class"], [])
+        elif tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.inside = True
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.inside = False
+
+    def handle_data(self, data):
+        if self.inside:
+            self.rows[-1][-1] += data
+
+
+def written(made: Study, folder) -> tuple[str, dict, list[dict]]:
+    path = page.write_report(made, folder)
+    assert path == folder / "report.html"
+    rows = list(csv.DictReader((folder / "report.csv").open(encoding="utf-8")))
+    return path.read_text(encoding="utf-8"), json.loads((folder / "report.json").read_text(encoding="utf-8")), rows
+
+
+def squeezed(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def shown(value, digits=2) -> str:
+    if value is None or value["mean"] is None:
+        return "–"
+    text = number(value["mean"], digits)
+    return text if value["low"] is None else f"{text} [{number(value['low'], digits)}, {number(value['high'], digits)}]"
+
+
+def test_one_run_begins_with_its_verdict_and_the_checkpoint_to_keep(tmp_path):
+    html, report, rows = written(study([trajectory(prompts=300)]), tmp_path / "new" / "folder")
+    verdict, keep = report["runs"][0]["verdict"], report["runs"][0]["recommended"]
+    assert verdict["finding"] == "over-optimised" and report["headline"] == verdict["sentence"] and report["tone"] == "over"
+    body = html[html.index("<body>") :]
+    assert body.index(keep["path"]) < body.index("<h2>") and verdict["sentence"].split(";")[0] in body
+    assert [row["recommended"] for row in rows].count("True") == 1
+    assert next(row for row in rows if row["recommended"] == "True")["path"] == keep["path"]
+    assert list(rows[0]) == list(COLUMNS) and len(rows) == len(FALLS)
+    first = report["runs"][0]["checkpoints"][0]
+    assert float(rows[0]["kl"]) == first["kl"]["mean"] and float(rows[0]["win_rate"]) == first["win_rate"]["mean"]
+    assert float(rows[0]["chosen_drift"]) == first["chosen_drift"]["mean"] and rows[0]["finding"] == "over-optimised"
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_numbers_on_the_page_are_those_of_the_data(tmp_path):
+    html, report, rows = written(sweep(seeds=2), tmp_path)
+    tables = Tables(html).tables
+    for row, cell in zip(tables["cells"][1:], report["cells"], strict=True):
+        expected = [cell["label"], *(shown(cell[key]) for key in ("best", "final", "final_kl", "fall"))]
+        assert [squeezed(text) for text in row[:5]] == expected
+        assert row[5] == "".join(str(seed["seed"]) for seed in cell["seeds"])
+    for row, cell in zip(tables["laws"][1:], report["cells"], strict=True):
+        assert squeezed(row[1]) == number(cell["law"]["a"], 3) and squeezed(row[5]) == number(cell["law"]["past_peak"])
+    for row, entry in zip(tables["end"][1:], report["comparison"]["end"], strict=True):
+        assert [squeezed(t) for t in row[2:]] == [shown(entry[key]) for key in ("final", "best", "final_kl", "fall")]
+    found = [row for row in tables["checkpoints"] if row[0] != "Checkpoint"]
+    order = [
+        row for cell in report["cells"] for run in report["runs"] if run["cell"] == cell["cell"] for row in run["checkpoints"]
+    ]
+    assert len(found) == len(order) == len(rows)
+    for row, entry in zip(found, order, strict=True):
+        assert [squeezed(t) for t in row[3:6]] == [shown(entry[key]) for key in ("kl", "win_rate", "reward")]
+        assert squeezed(row[6]) == shown(entry["length"], 1)
+        assert squeezed(row[9]) == shown(entry["accuracy"]) and squeezed(row[11]) == shown(entry["rejected_drift"], 1)
+
+
+def test_a_sweep_says_who_fell_and_who_keeps_most(tmp_path):
+    html, report, _ = written(sweep(seeds=4, prompts=300), tmp_path)
+    finals = [cell["final"]["mean"] for cell in report["cells"]]
+    assert finals == sorted(finals, reverse=True)
+    assert "over-optimised on 4 of 4 seeds" in report["headline"]
+    assert f"{report['cells'][0]['label']} keeps most, with a final win rate of {finals[0]:.2f}" in report["headline"]
+    assert len(report["cells"]) == 4 and all(len(cell["seeds"]) == 4 for cell in report["cells"])
+    assert report["comparison"]["end"] and report["comparison"]["matched_kl"]
+    assert html.count('class="chip over-optimised"') > 8
+
+
+def test_without_a_scorer_there_is_no_verdict(tmp_path):
+    html, report, rows = written(study([trajectory(scored=False)]), tmp_path)
+    assert report["headline"].startswith("No verdict") and "without a scorer" in html
+    assert report["runs"][0]["verdict"] is None and report["runs"][0]["recommended"] is None
+    assert rows[0]["win_rate"] == "" and rows[0]["kl"] and rows[0]["accuracy"]
+    names = {chart["name"] for chart in report["charts"]}
+    assert {"training", "held-out", "texts"} <= names and not any(name.startswith(("win-rate", "final")) for name in names)
+
+
+def test_models_that_nobody_knows_and_few_checkpoints(tmp_path):
+    run = trajectory(None, None, None, name="checkpoints", curve=(0.6, 0.7), held_out=False)
+    html, report, rows = written(study([run]), tmp_path)
+    assert report["headline"].startswith("No verdict: it takes at least three checkpoints")
+    assert rows[0]["step"] == rows[0]["method"] == rows[0]["seed"] == ""
+    assert "No held-out pairs were measured" in html and "No training log lies beside these models" in html
+    assert report["cells"][0]["law"] is None
+
+
+def test_bare_arrays_are_enough():
+    run = trajectory()
+    bare = type(run)(**{**vars(run), "metrics": ()})
+    report = report_of(find(Study([bare], study([run]).metrics, "bare", study([run]).folder)))
+    assert report["runs"][0]["checkpoints"][0]["kl"]["mean"] == pytest.approx(run.kl[0].mean())
+
+
+def test_what_a_model_wrote_stays_text(tmp_path, drawn):
+    """End to end: records on disk, read, drawn and written."""
+    run = write_evaluation(tmp_path)
+    html, report, _ = written(read_study(run), tmp_path / "report")
+    tags = Tables(html).tags
+    assert "script" not in tags and "iframe" not in tags and "img" not in tags
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html and "says" in html
+    block = report["samples"][0]
+    assert SCRIPT in block["prompts"][0]["responses"][0]["text"]
+    assert block["columns"][0]["role"] == "Reference"
+    assert [p["id"] for p in block["prompts"][:3]] == ["p0", "p1", "p2"] and block["prompts"][3]["why"].startswith("largest fall")
+    score = block["prompts"][0]["responses"][1]["score"]
+    assert f"score {number(score)}" in html
+    assert "default-src 'none'" in html and not re.search(r'(?:src|href)="(?:https?:)?//', html)
+    assert len(re.findall(r"\bid=\"[^\"]+\"", html)) == len(set(re.findall(r"\bid=\"[^\"]+\"", html)))
+    for chart in report["charts"]:
+        png, svg = (tmp_path / "report" / name for name in chart["files"])
+        assert png.read_bytes().startswith(b"\x89PNG") and svg.read_text(encoding="utf-8").startswith("<svg")
+
+
+def test_a_title_and_a_label_are_text_too(tmp_path):
+    made = study([trajectory(name=f"<img src=x onerror=1>{SCRIPT}", labels=[SCRIPT] * 8)], title=SCRIPT)
+    html, _, _ = written(made, tmp_path)
+    assert "script" not in Tables(html).tags and "img" not in Tables(html).tags
+
+
+def test_many_methods_share_panels_and_colours_by_family():
+    lines = lines_of(sweep(("dpo", "is_dpo", "ipo", "is_ipo", "slic", "is_slic", "rpo", "is_rpo", "wpo"), (0.01, 0.1), 1))
+    panels = panels_of(lines)
+    assert max(len(panel.lines) for panel in panels) <= 6 and sum(len(panel.lines) for panel in panels) == 18
+    by_label = {line.label: line.colour for line in lines}
+    assert by_label["dpo"] == by_label["ipo"] == PALETTE[0] and by_label["is_dpo"] == by_label["is_rpo"] == PALETTE[1]
+    assert panels[0].title == "dpo, β = 0.01"
+
+
+def test_cells_of_one_method_are_told_apart_by_their_settings():
+    runs = [
+        trajectory("is_dpo", 0.01, 1, cell=f"c{clip}", settings={"objective.method": "is_dpo", "objective.clip_eps": clip})
+        for clip in (0.5, 1.0)
+    ]
+    assert [line.label for line in lines_of(study(runs))] == ["is_dpo, clip_eps 0.5", "is_dpo, clip_eps 1"]
+
+
+def test_runs_of_no_sweep_are_grouped_by_method_and_beta():
+    runs = [trajectory("dpo", 0.01, 1), trajectory("dpo", 0.01, 2), trajectory("dpo", 0.1, 1), trajectory("dpo", 0.01, 2)]
+    assert [len(line.runs) for line in lines_of(study(runs))] == [2, 1, 1]
+
+
+def test_errors_are_one_line(tmp_path):
+    with pytest.raises(UserError, match="no run to report on"):
+        page.write_report(Study([], {"scorer": None}, "none", tmp_path), tmp_path)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is a file"):
+        page.write_report(study([trajectory()]), tmp_path / "file")
+
+
+@pytest.mark.parametrize("value, text", [(None, "–"), (-0.001, "0.00"), (-0.25, "−0.25"), (3, "3.00")])
+def test_numbers_for_people(value, text):
+    assert number(value) == text
