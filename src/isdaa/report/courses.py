@@ -20,10 +20,11 @@ POINTS = 80  # of a line through the history
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number of each checkpoint: where it stands in an entry of `metrics.json`, and how its axis is called."""
+    """A number of each checkpoint: where it stands in an entry of `metrics.json`, how its axis is called, how to read it."""
 
     key: str  # dotted
     title: str
+    caption: str  # where it stands alone
     format: str = ".2f"
 
     @property

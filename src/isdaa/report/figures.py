@@ -46,19 +46,39 @@ CAPTIONS = {
     ),
 }
 FOLDED = 9  # a figure of more panels is folded until the reader opens it
-WIN = Quantity("win_rate", "Win rate")
-REWARD = Quantity("reward", "Mean score (points)")
+WIN = Quantity(
+    "win_rate", "Win rate", "Share of prompts where the judge prefers the policy's answer, after each stretch of training."
+)
+REWARD = Quantity("reward", "Mean score (points)", "Mean points that the scorer gives the policy's answers.", ".2~f")
+KL = Quantity("kl", "KL from the reference (nats)", "How far the policy has moved from the reference.", "~g")
 TEXTS = (
-    Quantity("length", "Length (tokens)", ".0f"),
-    Quantity("truncated", "Share cut at the limit", ".2f"),
-    Quantity("repetition", "Share of repeated 4-grams", ".3f"),
+    Quantity(
+        "length", "Length (tokens)", "Mean length of an answer; longer and longer is how a policy often games its judge.", "~g"
+    ),
+    Quantity("truncated", "Share cut at the limit", "Share of answers that did not end before the limit on new tokens.", ".3~f"),
+    Quantity(
+        "repetition", "Share of repeated 4-grams", "Share of an answer's runs of four tokens that stood in it before.", ".3~f"
+    ),
 )
 HELD_OUT = (
-    Quantity("held_out.accuracy", "Implicit-reward accuracy"),
-    Quantity("held_out.chosen_drift", "Chosen drift (nats)", ".1f"),
-    Quantity("held_out.rejected_drift", "Rejected drift (nats)", ".1f"),
+    Quantity(
+        "held_out.accuracy",
+        "Implicit-reward accuracy",
+        "Share of held-out pairs that the policy ranks as people did; 0.5 is guessing.",
+    ),
+    Quantity(
+        "held_out.chosen_drift",
+        "Chosen drift (nats)",
+        "How far the log-probability of the chosen responses has moved from the reference's.",
+        "~g",
+    ),
+    Quantity(
+        "held_out.rejected_drift",
+        "Rejected drift (nats)",
+        "How far the log-probability of the rejected responses has moved from the reference's.",
+        "~g",
+    ),
 )
-KL = Quantity("kl", "KL from the reference (nats)", ".1f")
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +179,7 @@ def _courses(found: Findings) -> list[Figure]:
                 continue
             alone = len(groups) > 1
             name = group[0].name if alone else section.replace("_", "-")
-            caption = CAPTIONS[section] + _marks(found, group)
+            caption = (group[0].caption if alone else CAPTIONS[section]) + _marks(found, group)
             figures.append(Figure(name, section, group[0].title if alone else title, caption, draw, len(found.panels)))
     return figures
 

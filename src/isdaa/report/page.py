@@ -111,5 +111,5 @@ def _colours() -> str:
     for light, dark in DARK.items():
         for name in ("fill", "stroke"):
             rules.append(f'.drawing [{name}="{light}" i]{{{name}:{dark}}}')
-    swatches = [f'.swatch[data-colour="{light}"]{{background:{dark}}}' for light, dark in DARK.items()]
+    swatches = [f'.swatch[data-colour="{light}"]{{background-color:{dark}!important}}' for light, dark in DARK.items()]
     return "@media (prefers-color-scheme: dark){" + "".join(rules + swatches) + "}\n"
