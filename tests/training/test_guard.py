@@ -339,8 +339,11 @@ def test_a_run_that_is_thrown_back_has_the_best_model_of_that_step(tmp_path: Pat
     best.keep(6)  # no checkpoint knows of 4 or 6 yet
     assert (tmp_path / "best" / "weights").read_text() == "of step 6"
     assert {p.name for p in (tmp_path / "guard").iterdir()} == {"best-2", "best-6"}
+    for half in (tmp_path / ".writing-best-12345678", tmp_path / "guard" / ".writing-best-8-12345678", tmp_path / ".old-best"):
+        half.mkdir()
     again = BestModel(tmp_path, write)
     assert again.restore(2)
+    assert {p.name for p in tmp_path.rglob("*")} == {"best", "guard", "best-2", "weights", "isdaa.json"}
     assert (tmp_path / "best" / "weights").read_text() == "of step 2"
     assert (tmp_path / "best" / "weights").stat().st_ino == (tmp_path / "guard" / "best-2" / "weights").stat().st_ino
     again.close()

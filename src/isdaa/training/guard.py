@@ -225,6 +225,9 @@ class BestModel:
 
     def restore(self, step: int | None) -> bool:
         """Make `best/` that of `step` again, or absent where that is None. False where its model is gone."""
+        # What a kill left half written or half removed. No other process writes here: the run's folder is locked.
+        for left in (*self.candidates.glob(".*-*"), *self.folder.parent.glob(f".*-{BEST}*")):
+            shutil.rmtree(left, ignore_errors=True)
         found = True
         if step is None or self._step() != step:
             if step is not None and self._candidate(step).is_dir():
