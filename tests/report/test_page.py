@@ -198,6 +198,26 @@ def test_runs_of_no_sweep_are_grouped_by_method_and_beta():
     assert [len(line.runs) for line in lines_of(study(runs))] == [2, 1, 1]
 
 
+def test_a_run_that_was_moved_keeps_its_log(tmp_path):
+    run = write_evaluation(tmp_path)
+    (tmp_path / "later").mkdir()
+    moved = run.rename(tmp_path / "later" / "dpo")
+    line = {"step": 5, "weights/mean": 0.5, "weights/ess": 0.4, "weights/clip_fraction": 0.1}
+    (moved / "metrics.jsonl").write_text(json.dumps(line) + "\n" + '{"half a li', encoding="utf-8")
+    (moved / "run.json").write_text(json.dumps({"stages": {"align": {"values": {"objective.beta": 0.01}}}}), encoding="utf-8")
+    html, report, _ = written(read_study(moved), tmp_path / "report")
+    assert next(iter(report["weights"].values()))["mean"] == [0.5] and report["training"]["shared"] == {"objective.beta": 0.01}
+    assert "Weights after the clip" in html
+
+
+def test_a_close_second_is_called_one(tmp_path):
+    made = sweep(("is_dpo", "is_ipo"), (0.01,), 3)
+    _, report, _ = written(made, tmp_path)
+    assert "below_best" in report["cells"][1]
+    gap = report["cells"][1]["below_best"]
+    assert ("1 other cannot be told from it" in report["headline"]) == (gap["low"] <= 0)
+
+
 def test_errors_are_one_line(tmp_path):
     with pytest.raises(UserError, match="no run to report on"):
         page.write_report(Study([], {"scorer": None}, "none", tmp_path), tmp_path)

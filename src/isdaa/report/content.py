@@ -14,10 +14,12 @@ import numpy as np
 
 from isdaa.evaluation.comparison import CellSummary, MatchedKl, at_matched_kl, difference, summarise, to_json
 from isdaa.evaluation.overoptimization import Law, Verdict, fit_law, judge
+from isdaa.evaluation.requests import METRICS as HISTORY
 from isdaa.evaluation.trajectory import Study, Trajectory
 from isdaa.record import versions
 from isdaa.report.courses import thin, weights_of
-from isdaa.report.lines import Line, Panel, baseline, history, lines_of, panels_of, training_settings
+from isdaa.report.curves import within
+from isdaa.report.lines import Line, Panel, baseline, file_of, history, lines_of, panels_of, training_settings
 from isdaa.report.samples import representative, samples_of
 from isdaa.report.words import headline
 
@@ -74,7 +76,7 @@ def find(study: Study) -> Findings:
             matched.append((panel, found))
     weights, logs = {}, 0
     for line in lines:
-        histories = {run.name: history(run.history) for run in line.runs}
+        histories = {run.name: history(run.history or file_of(run, HISTORY)) for run in line.runs}
         logs += sum(bool(lines_) for lines_ in histories.values())
         if columns := weights_of(line.runs, histories):
             weights[line.cell] = columns
@@ -94,6 +96,9 @@ def report_of(found: Findings) -> dict[str, Any]:
     cells = [_cell(found, line) for line in found.lines]
     if study.scored:
         cells.sort(key=lambda cell: -(cell["final"]["mean"] if cell["final"]["mean"] is not None else -math.inf))
+        best = found.summaries[cells[0]["cell"]]
+        for cell in cells[1:]:
+            cell["below_best"] = asdict(difference(best, found.summaries[cell["cell"]]))
     report: dict[str, Any] = {
         "format": FORMAT,
         "title": study.title,
@@ -184,8 +189,10 @@ def _cell(found: Findings, line: Line) -> dict[str, Any]:
         "grids": list(line.grids),
     }
     cell |= {key: asdict(getattr(summary, key)) for key in ("best", "final", "final_kl", "fall")}
-    for key in ("best", "final"):  # a t-interval knows nothing of the ends of the scale
-        cell[key] |= {bound: min(max(v, 0.0), 1.0) for bound in ("low", "high") if (v := cell[key][bound]) is not None}
+    for key in ("best", "final"):
+        cell[key] |= {bound: within(cell[key][bound]) for bound in ("low", "high")}
+    if cell["final_kl"]["low"] is not None:
+        cell["final_kl"]["low"] = max(cell["final_kl"]["low"], 0.0)
     cell["over"] = "seeds"
     if len(runs) == 1:
         _over_prompts(cell, runs[0], found.verdicts[id(line.runs[0])])

@@ -39,8 +39,9 @@ def study_chart(
     at the foot of the panel. keep: run's name -> index of its recommended checkpoint, drawn as a diamond where a cell has
     one seed. Raises ValueError without win rates.
     """
-    lines = [line for line in lines_of(study) if cells is None or line.cell in cells]
-    return panels_chart(panels_of(lines), width=width, columns=columns, laws=laws, height=height, keep=keep)
+    every = lines_of(study)
+    panels = panels_of([line for line in every if cells is None or line.cell in cells])
+    return panels_chart(panels, width=width, columns=columns, laws=laws, height=height, keep=keep, named=len(every) > 1)
 
 
 def panels_chart(
@@ -51,8 +52,9 @@ def panels_chart(
     laws: Mapping[str, Law | None] | None = None,
     height: int | None = None,
     keep: Mapping[str, int] | None = None,
+    named: bool = True,
 ) -> Drawing:
-    """`study_chart` of panels that are already made."""
+    """`study_chart` of panels that are already made. named: whether even a single line has its name above it."""
 
     panels = [Panel(p.title, [line for line in p.lines if _runs(line)]) for p in panels]
     panels = [panel for panel in panels if panel.lines]
@@ -67,7 +69,7 @@ def panels_chart(
         same = [line for p in panels for line in p.lines if p.beta == panel.beta]
         right = max(float(run.root_kl.max()) for line in same for run in _runs(line)) or 1.0
         x = (-0.025 * right, 1.04 * right)
-        drawn.append(_panel(panel, (x, y), (inner, height), laws or {}, keep or {}, alone=len(panels) == 1))
+        drawn.append(_panel(panel, (x, y), (inner, height), laws or {}, keep or {}, alone=not named))
     return configured(drawn, columns, 12 if width > 500 else 11)
 
 
@@ -92,8 +94,8 @@ def final_chart(
     means, dots = [], []
     for summary, name in zip(ranked, names, strict=True):
         row = {"cell": name, "colour": colours.get(summary.cell, PALETTE[0])}
-        low, high = (None if v is None else min(max(v, 0.0), 1.0) for v in (summary.final.low, summary.final.high))
-        means.append(row | {"mean": summary.final.mean, "low": low, "high": high})
+        bounds: dict[str, Any] = {"low": within(summary.final.low), "high": within(summary.final.high)}
+        means.append(row | {"mean": summary.final.mean} | bounds)
         means[-1]["best"] = summary.best.mean
         dots += [row | {"value": value} for value in summary.final.values]
     values: list[Any] = [v for m in means for v in (m["mean"], m["low"], m["high"], m["best"]) if v is not None]
@@ -160,7 +162,7 @@ def matched_charts(
     panels = []
     for title, group in matched:
         rows = [
-            {"line": labels.get(cell, cell), "x": float(d), "y": m.mean, "low": m.low, "high": m.high}
+            {"line": labels.get(cell, cell), "x": float(d), "y": m.mean, "low": within(m.low), "high": within(m.high)}
             for cell, means in group.cells.items()
             for d, m in zip(group.root_kl, means, strict=True)
         ]
@@ -177,6 +179,11 @@ def matched_charts(
             layers.insert(0, layer(bands, area, x=x, y=low, y2=alt.Y2("high:Q"), color=colour))
         panels.append(frame(layers, inner, height, title))
     return configured(panels, columns, 12 if width > 500 else 11)
+
+
+def within(bound: float | None) -> float | None:
+    """A bound of a win rate: a t-interval knows nothing of the ends of the scale."""
+    return None if bound is None else min(max(bound, 0.0), 1.0)
 
 
 def fitting(panels: int, width: int) -> int:

@@ -28,7 +28,7 @@ CAPTIONS = {
     ),
     "matched": (
         "The same runs compared where they are equally far from the reference, over the range that all reach. Lines are means "
-        "over seeds, bands their 95 % t-intervals."
+        "over seeds, bands their 95 % t-intervals. Groups whose cells share no such range are left out."
     ),
     "training": "How good the answers are along training, and how far the policy has moved from the reference.",
     "texts": "Signs of a policy that games its judge: answers grow, hit the limit, or repeat themselves.",
@@ -50,10 +50,10 @@ WIN = Quantity(
     "win_rate", "Win rate", "Share of prompts where the judge prefers the policy's answer, after each stretch of training."
 )
 REWARD = Quantity("reward", "Mean score (points)", "Mean points that the scorer gives the policy's answers.", ".2~f")
-KL = Quantity("kl", "KL from the reference (nats)", "How far the policy has moved from the reference.", "~g")
+KL = Quantity("kl", "KL from the reference (nats)", "How far the policy has moved from the reference.", ".2~f")
 TEXTS = (
     Quantity(
-        "length", "Length (tokens)", "Mean length of an answer; longer and longer is how a policy often games its judge.", "~g"
+        "length", "Length (tokens)", "Mean length of an answer; longer and longer is how a policy often games its judge.", ".2~f"
     ),
     Quantity("truncated", "Share cut at the limit", "Share of answers that did not end before the limit on new tokens.", ".3~f"),
     Quantity(
@@ -70,13 +70,13 @@ HELD_OUT = (
         "held_out.chosen_drift",
         "Chosen drift (nats)",
         "How far the log-probability of the chosen responses has moved from the reference's.",
-        "~g",
+        ".2~f",
     ),
     Quantity(
         "held_out.rejected_drift",
         "Rejected drift (nats)",
         "How far the log-probability of the rejected responses has moved from the reference's.",
-        "~g",
+        ".2~f",
     ),
 )
 
@@ -124,7 +124,7 @@ def _win_rates(found: Findings) -> list[Figure]:
     laws = CAPTIONS["path, law"]
 
     def drawing(panels: Sequence[Panel]) -> Callable[[int], Any]:
-        return lambda width: panels_chart(panels, width=width, laws=found.laws, keep=keep)
+        return lambda width: panels_chart(panels, width=width, laws=found.laws, keep=keep, named=len(found.lines) > 1)
 
     return [
         Figure(name, "win", title, how + (laws if any(len(p.lines) <= 4 for p in panels) else ""), drawing(panels), len(panels))

@@ -100,11 +100,20 @@ def baseline(line: Line, lines: Sequence[Line]) -> Line | None:
     return plain[0] if plain and line.method != line.family else None
 
 
+def file_of(run: Trajectory, name: str) -> Path | None:
+    """A file of the run's folder; where that was moved since it was evaluated, of the folder around its evaluation."""
+    recorded = run_folder(run.paths[-1]) if len(run.paths) else None
+    if recorded is None:
+        return None
+    around = run.evaluation.resolve().parent if run.evaluation is not None else None
+    moved = [around] if around is not None and around.name == recorded.name else []
+    return next((folder / name for folder in [recorded, *moved] if (folder / name).is_file()), None)
+
+
 def training_settings(run: Trajectory) -> dict[str, Any]:
     """Dotted settings that the run's alignment was started with; empty where its folder keeps none."""
-    folder = run_folder(run.paths[-1]) if len(run.paths) else None
-    record = folder / "run.json" if folder is not None else None
-    if record is None or not record.is_file():
+    record = file_of(run, "run.json")
+    if record is None:
         return {}
     try:
         content = read_json(record)

@@ -82,11 +82,14 @@ def _count(cell: Mapping[str, Any]) -> str:
 
 
 def _who_keeps(cells: Sequence[Mapping[str, Any]]) -> str:
-    known = [cell for cell in cells if cell["final"]["mean"] is not None]
-    best = max(known, key=lambda cell: cell["final"]["mean"])["final"]
-    name = max(known, key=lambda cell: cell["final"]["mean"])["label"]
-    spread = f" (95 % interval {number(best['low'])} to {number(best['high'])})" if best["low"] is not None else ""
-    return f"{name} keeps most, with a final win rate of {number(best['mean'])}{spread}"
+    """The cell with the highest final win rate; where seeds are few, others may be as good, and the sentence says so."""
+    best, *others = [cell for cell in cells if cell["final"]["mean"] is not None]
+    final = best["final"]
+    spread = f" (95 % interval {number(final['low'])} to {number(final['high'])})" if final["low"] is not None else ""
+    gaps = [cell["below_best"] for cell in others if "below_best" in cell]
+    alike = sum(gap["low"] is not None and gap["low"] <= 0 for gap in gaps)
+    cannot = f", though {alike} other{'s' * (alike != 1)} cannot be told from it with these seeds" if alike else ""
+    return f"{best['label']} keeps most, with a final win rate of {number(final['mean'])}{spread}{cannot}"
 
 
 def _basis(report: Mapping[str, Any]) -> str:
