@@ -87,7 +87,8 @@ def _who_keeps(cells: Sequence[Mapping[str, Any]]) -> str:
     final = best["final"]
     spread = f" (95 % interval {number(final['low'])} to {number(final['high'])})" if final["low"] is not None else ""
     gaps = [cell["below_best"] for cell in others if "below_best" in cell]
-    alike = sum(gap["low"] is not None and gap["low"] <= 0 for gap in gaps)
+    # From two seeds a t-interval tells nothing apart, and saying so of every cell would say nothing.
+    alike = sum(gap["seeds"] > 2 and gap["low"] <= 0 for gap in gaps)
     cannot = f", though {alike} other{'s' * (alike != 1)} cannot be told from it with these seeds" if alike else ""
     return f"{best['label']} keeps most, with a final win rate of {number(final['mean'])}{spread}{cannot}"
 
