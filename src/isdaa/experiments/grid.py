@@ -264,4 +264,5 @@ def _key(config: Config) -> str:
     """Digest of what decides a task's outcome; where files lie does not."""
     data = resolved(config)
     data["reference"] = {k: v for k, v in data["reference"].items() if k != "cache_dir"}
-    return digest({k: v for k, v in data.items() if k != "output_dir"})
+    without = {"output_dir", *(() if config.guard.acts else ("guard",))}
+    return digest({k: v for k, v in data.items() if k not in without})
