@@ -9,7 +9,8 @@ from isdaa.config import ObjectiveConfig, fields, load_config, resolved
 from isdaa.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted([ROOT / "config.yaml", *(ROOT / "configs").rglob("*.yaml")])
+SWEEPS = ("sweep.yaml", "explore.yaml")  # tests/experiments/test_grid.py loads these
+CONFIGS = sorted([ROOT / "config.yaml", *(p for p in (ROOT / "configs").rglob("*.yaml") if p.name not in SWEEPS)])
 BASE = {"model": {"path": "m"}, "data": {"pairs": "p.jsonl"}}
 
 
@@ -123,3 +124,8 @@ def test_every_key_has_one_option_and_a_default() -> None:
     assert len(names) == len(set(names))
     assert "objective.beta" in names
     assert "align.learning_rate" in names
+
+
+def test_a_sweep_s_file_names_the_command_that_runs_it() -> None:
+    with pytest.raises(UserError, match="isdaa sweep --config"):
+        load_config(ROOT / "configs" / "mini" / "sweep.yaml")

@@ -349,6 +349,8 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
             raise UserError(f"{path}: not a YAML file ({error})") from None
         if loaded is not None and not isinstance(loaded, dict):
             raise UserError(f"{path}: expected `key: value` lines, found {type(loaded).__name__}")
+        if loaded and "grids" in loaded:
+            raise UserError(f"{path}: describes a sweep; run it with `isdaa sweep --config {path}`")
         data = loaded or {}
     for key, value in (overrides or {}).items():
         _lay_over(data, key, value)

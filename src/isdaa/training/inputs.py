@@ -58,6 +58,7 @@ def _models(config: Config, stages: Sequence[str]) -> Iterator[tuple[str, str | 
     if "align" in stages:
         yield "reference.path", config.reference.path
         yield "behaviour.model_path", config.behaviour.model_path
+        yield "guard.scorer", config.guard.scorer
 
 
 def _may_be_on_the_hub(source: str) -> bool:
