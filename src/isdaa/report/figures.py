@@ -151,12 +151,13 @@ def _ends(found: Findings) -> list[Figure]:
     scored = [summary for summary in found.summaries.values() if summary.final.seeds]
     start = next((run.start for run in found.runs if run.start is not None), None)
     groups = [(panel.title, group) for panel, group in found.matched]
+    opponent = "the chosen responses" if found.study.metrics.get("opponent") == "chosen" else "the reference"
 
     def final(width: int) -> Any:
-        return final_chart(scored, width=width, titles=titles, colours=colours, start=start)
+        return final_chart(scored, width=width, titles=titles, colours=colours, start=start, opponent=opponent)
 
     def matched(width: int) -> Any:
-        return matched_charts(groups, width=width, labels=labels, colours=colours)
+        return matched_charts(groups, width=width, labels=labels, colours=colours, opponent=opponent)
 
     figures = [Figure("final", "compare", "At the end of training", CAPTIONS["final"], final)] if len(scored) > 1 else []
     if groups:
