@@ -1,7 +1,8 @@
 """Tables of a sweep: `python benchmarks/study_tables.py runs/study --out docs/results/study`.
 
-Writes OUT.md (one table a grid, then the questions that pair cells by seed), OUT.csv (a row a checkpoint) and OUT.json (a row a
-cell, every seed's values). Nothing in them is typed by hand.
+Writes OUT.md (one table a grid, then the questions that pair cells by seed), OUT.csv (a row a checkpoint), OUT.json (a row a
+cell, every seed's values), and three figures: win rate against √KL, every cell's end, and cells at matched KL. Nothing in them
+is typed by hand.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,12 @@ from isdaa.files import read_json, write_atomically, write_json
 
 COLUMNS = ("cell", "method", "beta", "seed", "step", "kl", "win_rate", "win_low", "win_high", "reward", "length", "truncated")
 AGAINST = "is_dpo-beta0.01"  # what the cells of its grids are compared with
+MAIN = ("dpo", "is_dpo", "chi_po")  # drawn at every β
+# Is it the weights, or only smaller steps? Drawn at matched KL, one panel an optimiser.
+SMALLER = {
+    "AdamW": "{}-beta0.01{}",
+    "SGD": "{}-beta0.01{}-optimizersgd-max_grad_norm0-learning_rate1",
+}
 
 
 def main() -> None:
@@ -39,7 +47,43 @@ def main() -> None:
     write_atomically(out.with_suffix(".csv"), _csv(study))
     text = _page(study, summaries, arguments.against, arguments.folder)
     write_atomically(out.with_suffix(".md"), text)
+    _figures(study, summaries, out)
     print(out.with_suffix(".md"))
+
+
+def _figures(study: Study, summaries: Sequence[CellSummary], out: Path) -> None:
+    from isdaa.report.curves import final_chart, matched_charts, study_chart
+    from isdaa.report.style import save_chart
+
+    names = {summary.cell for summary in summaries}
+    main = [cell for cell in dict.fromkeys(run.cell for run in study.runs) if cell and _is_main(cell)]
+    save_chart(study_chart(study, cells=main), out)
+    first = [summary for summary in summaries if "-beta0.01" in summary.cell]
+    save_chart(final_chart(first), out.with_name(f"{out.name}-final"))
+    groups = []
+    for title, pattern in SMALLER.items():
+        cells = [
+            pattern.format(*which)
+            for which in (("dpo", ""), ("is_dpo", ""), ("is_dpo", "-weightshuffled"), ("is_dpo", "-weightmean"))
+        ]
+        found = [cell for cell in cells if cell in names]
+        if cells[1] in found and len(found) > 1:
+            matched = at_matched_kl([run for run in study.runs if run.cell in found], cells[1])
+            groups += [(title, matched)] if matched is not None else []
+    if groups:
+        labels = {cell: _short(cell) for _, group in groups for cell in group.cells}
+        save_chart(matched_charts(groups, labels=labels), out.with_name(f"{out.name}-matched-kl"))
+
+
+def _is_main(cell: str) -> bool:
+    method, _, beta = cell.partition("-beta")
+    return method in MAIN and beta in ("0.01", "0.05", "0.1")
+
+
+def _short(cell: str) -> str:
+    """The method, and what its weight is where that is no preset's."""
+    method, _, rest = cell.partition("-")
+    return method + next((f", weights {word}" for word in ("shuffled", "mean") if f"weight{word}" in rest), "")
 
 
 def _record(study: Study, summary: CellSummary) -> dict[str, Any]:
@@ -91,7 +135,9 @@ def _page(study: Study, summaries: Sequence[CellSummary], against: str, folder: 
         "",
     ]
     if study.missing:
-        lines += [f"**{len(study.missing)} runs of the sweep are missing here**: {', '.join(study.missing)}.", ""]
+        counts = Counter(name.rpartition("/")[0] for name in study.missing)
+        missing = ", ".join(f"{count} of `{cell}`" for cell, count in counts.items())
+        lines += [f"**{len(study.missing)} runs of the sweep are missing here**: {missing}.", ""]
     by_cell = {summary.cell: summary for summary in summaries}
     for grid in dict.fromkeys(name for cell in study.cells for name in cell["grids"]):
         cells = [by_cell[c["name"]] for c in study.cells if grid in c["grids"] and c["name"] in by_cell]
