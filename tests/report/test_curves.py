@@ -11,7 +11,7 @@ from isdaa.evaluation.overoptimization import fit_law
 from isdaa.report.courses import Quantity, course_chart, thin, weights_of
 from isdaa.report.curves import final_chart, matched_kl_chart, study_chart
 from isdaa.report.lines import lines_of, panels_of
-from isdaa.report.style import inline_svg, legend_columns, save_chart, svg_of
+from isdaa.report.style import PALETTE, inline_svg, legend_columns, save_chart, svg_of
 
 
 def test_a_study_has_a_panel_a_beta_with_seeds_behind_their_mean():
@@ -37,6 +37,14 @@ def test_only_the_asked_cells_and_their_laws(tmp_path):
     assert "is_dpo" not in text and "strokeDash" in text and '"triangle-up"' in text
     for file in save_chart(chart, tmp_path / "one"):
         assert file.stat().st_size > 2000
+
+
+def test_what_is_drawn_together_has_colours_of_its_own():
+    """In a study of many cells colours go by family; a figure of a few of them still tells them apart."""
+    runs = [trajectory(method=f"m{i}", name=f"m{i}", cell=f"m{i}", paths=[f"m{i}/{k}" for k in range(8)]) for i in range(12)]
+    chart = study_chart(study(runs), ["m0", "m5", "m9"]).to_dict()
+    text = json.dumps(chart)
+    assert all(colour in text for colour in PALETTE[:3]) and PALETTE[3] not in text
 
 
 def test_no_win_rates_no_chart():

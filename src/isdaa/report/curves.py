@@ -6,6 +6,7 @@ Every function takes the total width in pixels, so that one chart can be drawn f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,13 +36,15 @@ def study_chart(
 ) -> Drawing:
     """Win rate against √KL, one panel a β: the mean over seeds of each cell, every seed as a thin line behind it.
 
-    cells: names of the cells to draw, all by default. laws: cell -> fitted law, drawn dashed with the interval of its peak
-    at the foot of the panel. keep: run's name -> index of its recommended checkpoint, drawn as a diamond where a cell has
-    one seed. Raises ValueError without win rates.
+    cells: names of the cells to draw, all by default; labels and colours tell apart what is drawn. laws: cell -> fitted
+    law, drawn dashed with the interval of its peak at the foot of the panel. keep: run's name -> index of its recommended
+    checkpoint, drawn as a diamond where a cell has one seed. Raises ValueError without win rates.
     """
     every = lines_of(study)
-    panels = panels_of([line for line in every if cells is None or line.cell in cells])
-    return panels_chart(panels, width=width, columns=columns, laws=laws, height=height, keep=keep, named=len(every) > 1)
+    if cells is not None:
+        chosen = {tuple(run.paths) for line in every if line.cell in cells for run in line.runs}
+        every = lines_of(replace(study, runs=[run for run in study.runs if tuple(run.paths) in chosen]))
+    return panels_chart(panels_of(every), width=width, columns=columns, laws=laws, height=height, keep=keep, named=len(every) > 1)
 
 
 def panels_chart(
