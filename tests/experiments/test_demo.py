@@ -10,50 +10,35 @@ from pathlib import Path
 import pytest
 
 from isdaa.cli import main
-from isdaa.config import load_config
-from isdaa.experiments.demo import method_config, shared_config
-from isdaa.training import stages
+from isdaa.evaluation.trajectory import read_study
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "mini" / "demo.yaml"
-SMALL = {"data.limit": 60, "sft.max_steps": 3, "align.max_steps": 2, "align.save_steps": 1, "evaluation.prompts": 12}
+SMALL = {"data.limit": 60, "sft.max_steps": 3, "align.max_steps": 3, "align.save_steps": 1, "evaluation.prompts": 12}
 
 
 def options(**values: object) -> list[str]:
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]
 
 
-def test_a_small_demo_draws_and_is_not_repeated(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = ["demo", "--config", str(CONFIG), "--output_dir", str(tmp_path / "demo"), *options(**SMALL)]
+def test_a_small_demo_ends_with_the_report_and_is_not_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "demo"
+    command = ["demo", "--config", str(CONFIG), "--output_dir", str(folder), *options(**SMALL)]
     assert main(command) == 0
     first = capsys.readouterr().out
-    for word in ("dpo/1", "is_dpo/1", "KL (nats)", "win rate", "weight", "ESS", "dpo: win rate", "is_dpo: win rate"):
+    verdicts = json.loads((folder / "report/report.json").read_text())["runs"]
+    for word in ("dpo/1", "is_dpo/1", "KL (nats)", "win rate", "weight", "ESS", f"report:  {folder / 'report' / 'report.html'}"):
         assert word in first
-    chart = tmp_path / "demo" / "win_rate_against_kl.png"
-    assert chart.read_bytes().startswith(b"\x89PNG")
-    metrics = json.loads((tmp_path / "demo/evaluation/metrics.json").read_text())
-    assert [model["step"] for model in metrics["models"]] == [1, 2, 1, 2]
+    words = " ".join(first.split())
+    for run in verdicts:
+        assert run["verdict"]["sentence"] in words
+    assert [run.steps.tolist() for run in read_study(folder).runs] == [[1, 2, 3], [1, 2, 3]]
 
-    def refuse(run: object) -> Path:
-        raise AssertionError("a finished stage ran again")
-
-    monkeypatch.setattr(stages, "STAGE_FUNCTIONS", dict.fromkeys(stages.STAGE_FUNCTIONS, refuse))
+    made = {path: path.stat().st_mtime_ns for path in folder.glob("**/result.json")}
+    assert len(made) == 3  # the shared world and two runs
     assert main(command) == 0
-    assert [line for line in capsys.readouterr().out.splitlines() if "win rate" in line] == [
-        line for line in first.splitlines() if "win rate" in line
-    ]
-
-
-def test_every_method_starts_from_the_shared_model_and_pairs() -> None:
-    config = load_config(CONFIG, {"output_dir": "runs/x", "objective.beta": 0.05})
-    assert shared_config(config).stages == ["sft", "label"]
-    for method in ("dpo", "is_dpo", "chi_po"):
-        one = method_config(config, method)
-        assert one.stages == ["align"] and one.output_dir == f"runs/x/{method}"
-        assert one.objective.method == method and one.objective.arguments()["beta"] == 0.05
-        assert (one.model.path, one.data.pairs) == ("runs/x/world/sft", "runs/x/world/pairs/train.jsonl")
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("**/result.json")} == made
+    assert capsys.readouterr().out.splitlines()[:-1] == first.splitlines()[:-1]  # the last line says how long it took
 
 
 def test_an_unknown_method_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,15 +46,21 @@ def test_an_unknown_method_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("what", ["gaussians", "finite"])
+def test_the_theory_by_its_command(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", what, "--output_dir", str(tmp_path)]) == 0
+    assert {path.suffix for path in tmp_path.glob(f"{what}.*")} == {".png", ".svg", ".json"}
+    assert capsys.readouterr().out.strip()
+
+
 @pytest.mark.slow
 def test_the_whole_demo_shows_over_optimisation(tmp_path: Path) -> None:
     """One fixed seed, so no false alarms: DPO falls from its peak, IS-DPO does not, and stays nearer to the reference."""
     command = [sys.executable, "-m", "isdaa.cli", "demo", "--config", str(CONFIG), "--output_dir", str(tmp_path / "demo")]
     subprocess.run(command, check=True, cwd=ROOT)
-    models = json.loads((tmp_path / "demo/evaluation/metrics.json").read_text())["models"]
-    rates = {m: [x["win_rate"]["mean"] for x in models if x["method"] == m] for m in ("dpo", "is_dpo")}
-    kl = {m: [x["kl"]["mean"] for x in models if x["method"] == m][-1] for m in ("dpo", "is_dpo")}
+    runs = {run.method: run for run in read_study(tmp_path / "demo").runs}
+    rates = {method: run.wins.mean(axis=1) for method, run in runs.items() if run.wins is not None}
     assert max(rates["dpo"]) - rates["dpo"][-1] > 0.08
     assert max(rates["is_dpo"]) - rates["is_dpo"][-1] < 0.03
     assert rates["is_dpo"][-1] - rates["dpo"][-1] > 0.10
-    assert kl["dpo"] > 3 * kl["is_dpo"]
+    assert runs["dpo"].kl[-1].mean() > 3 * runs["is_dpo"].kl[-1].mean()
