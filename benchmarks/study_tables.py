@@ -122,11 +122,12 @@ def _page(study: Study, summaries: Sequence[CellSummary], against: str, folder: 
     lines = [f"# {study.title}: numbers", ""]
     lines += [
         f"Made by `python benchmarks/study_tables.py {folder} --out …` from the records of {len(study.runs)} runs "
-        f"(seeds {', '.join(map(str, seeds))}); revision `{content['git_revision']}`, torch {content['versions']['torch']}, "
+        f"(seeds {', '.join(map(str, seeds))}); revision "
+        f"`{', '.join(content.get('git_revisions', []))}`, torch {content['versions']['torch']}, "
         f"transformers {content['versions']['transformers']}.",
         f"{study.metrics['prompts']} held-out prompts, temperature {settings['temperature']:g}, win rate by "
         f"`{settings['scorer']}` against {settings['opponent_samples']} samples of the reference a prompt. Together the "
-        f"runs took {sum(seconds) / 3600:.2f} hours of CPU time, one thread each.",
+        f"runs took {sum(seconds) / 3600:.2f} hours of CPU time.",
         "",
         "Means over seeds with 95 % t-intervals. *best*: the smoothed curve's peak, optimistic, since it is chosen on what it is "
         "measured on; *fall*: from the peak to the end, cross-fitted; *found*: verdicts over-optimised / underpowered / not "

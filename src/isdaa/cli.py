@@ -233,8 +233,15 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _theory(arguments: argparse.Namespace) -> int:
-    folder = Path(getattr(arguments, "output_dir", f"runs/{arguments.what}"))
-    seed = int(getattr(arguments, "seed", 0))
+    from isdaa.config import overrides_of
+
+    given = overrides_of(arguments)
+    strange = [name for name in given if name not in ("output_dir", "seed")]
+    if strange:
+        raise UserError(f"demo {arguments.what}: --{strange[0]}: has no effect here; --output_dir and --seed do")
+    folder, seed = Path(str(given.get("output_dir", f"runs/{arguments.what}"))), given.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise UserError(f"--seed: expected a whole number from 0 on, got {seed!r}")
     if arguments.what == "gaussians":
         from isdaa.experiments.gaussians import run_gaussians as run
     else:

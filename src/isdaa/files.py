@@ -181,6 +181,19 @@ def whole_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return read_jsonl(path)
 
 
+def readable_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """The whole records of a file that another process may be appending to; nothing is written."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    lines = data[: data.rfind(b"\n") + 1].splitlines()
+    try:
+        return [json.loads(line) for line in lines if line.strip()]
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON Lines ({error}); mend the line or move the file away") from None
+
+
 def digest(value: Any) -> str:
     """A short hexadecimal SHA-256 of bytes, or of any JSON-able value in canonical form."""
     data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True, ensure_ascii=False).encode()

@@ -10,7 +10,7 @@ import yaml
 from chains import CHAIN, config_file
 
 from isdaa.cli import main
-from isdaa.config import load_config
+from isdaa.config import load_config, validate
 from isdaa.errors import UserError
 from isdaa.experiments.grid import SweepConfig, cells_of, load_sweep, tasks_of
 
@@ -85,6 +85,10 @@ def test_only_some_grids(tmp_path: Path) -> None:
         ({"grids": {"m": {"objective.method": ["dpo"], "seeds": []}}}, ("grids.m.seeds",)),
         ({"grids": {"m": {"seed": [1]}}}, ("grids.m", "seed")),
         ({"grids": {"m": {}}}, ("grids.m",)),
+        ({"grids": {"m": {"objective.beta": []}}}, ("grids.m.objective.beta", "empty")),
+        ({"grids": {"m": {"objective.beta": ["much"]}}}, ("grids.m: objective.beta", "number", "much")),
+        ({"grids": {"m": {"data.pairs": ["a.jsonl", "b.jsonl"]}}}, ("grids.m.data.pairs", "label")),
+        ({"grids": {"m": {"objective.beta": [0.1], "seeds": [2, 2]}}}, ("grids.m.seeds", "twice")),
         ({"seeds": [1, 1]}, ("seeds", "twice")),
         ({"sedes": [1]}, ("sedes", "seeds")),
         ({"jobs": 0}, ("jobs",)),
@@ -107,6 +111,31 @@ def test_every_config_in_the_repository_loads(path: Path) -> None:
         assert tasks_of(sweep, base, cells_of(sweep, base, path.name), path.name)
     else:
         load_config(path)
+
+
+def test_an_option_is_named_as_an_option(tmp_path: Path) -> None:
+    sweep_of(tmp_path)
+    with pytest.raises(UserError, match=r"^--jobs: "):
+        load_sweep(tmp_path / "sweep.yaml", {"jobs": 0})
+
+
+def test_finished_runs_are_known_wherever_the_sweep_lies(tmp_path: Path) -> None:
+    keys = []
+    for place in ("here", "there"):
+        sweep, base = sweep_of(tmp_path, output_dir=str(tmp_path / place))
+        keys.append([task.key for task in tasks_of(sweep, base, cells_of(sweep, base))])
+    assert keys[0] == keys[1] and len(set(keys[0])) == len(keys[0])
+
+
+def test_a_base_that_only_aligns_has_one_reference_for_all_seeds(tmp_path: Path) -> None:
+    sweep, base = sweep_of(tmp_path)
+    given = base.model_dump() | {"stages": ["align"], "model": base.model.model_dump() | {"path": "m", "random": None}}
+    given["data"] = base.data.model_dump() | {"pairs": "p.jsonl"}
+    alone = validate(given, "test")
+    tasks = tasks_of(sweep, alone, cells_of(sweep, alone))
+    shared = [task for task in tasks if task.cell is None]
+    assert [task.name for task in shared] == ["shared/reference"] and shared[0].evaluates_alone and shared[0].reference == "m"
+    assert all(task.shared == shared[0].evaluation for task in tasks if task.cell is not None)
 
 
 def test_dry_run_lists_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

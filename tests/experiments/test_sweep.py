@@ -36,6 +36,17 @@ def results(folder: Path) -> dict[str, int]:
     return {str(p.parent.relative_to(folder / "logs")): p.stat().st_mtime_ns for p in folder.glob("logs/**/result.json")}
 
 
+def left_after(session: int, seconds: float) -> list[str]:
+    """Processes of a session that still run after so long; those that have ended and wait for their parent do not."""
+    deadline = time.monotonic() + seconds
+    while True:
+        listed = subprocess.run(["ps", "-o", "pid=,stat=,args=", "-s", str(session)], capture_output=True, text=True).stdout
+        alive = [line for line in listed.splitlines() if line.split()[1][0] != "Z"]
+        if not alive or time.monotonic() > deadline:
+            return alive
+        time.sleep(0.2)
+
+
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("swept")
@@ -70,6 +81,37 @@ def test_what_only_a_resume_reads_is_tidied_away(swept: Path) -> None:
     folder = swept / "runs/dpo/seed-5/checkpoints"
     assert not list(folder.glob("*/optimizer*"))
     assert len(complete_checkpoints(folder)) == 3
+
+
+def test_a_report_on_a_run_of_a_sweep_reads_what_there_is(swept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from isdaa.evaluation import evaluate
+    from isdaa.report.make import report_on
+
+    def refuse(request: object) -> None:
+        raise AssertionError("evaluated again")
+
+    monkeypatch.setattr(evaluate, "evaluate_request", refuse)
+    page, sentence = report_on([swept / "runs/dpo/seed-5"])
+    assert page.is_file() and sentence
+
+
+def test_an_evaluation_of_checkpoints_that_are_gone_is_not_replaced(swept: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from isdaa.evaluation.evaluate import evaluate_request
+    from isdaa.evaluation.requests import requests
+
+    shutil.copytree(swept, tmp_path / "copy")
+    run = tmp_path / "copy/runs/dpo/seed-5"
+    plan = json.loads((run / "evaluation/plan.json").read_text())
+    for model in plan["models"]:
+        model["path"] = str(run / model["path"].split("/dpo/seed-5/")[1])
+    (run / "evaluation/plan.json").write_text(json.dumps(plan))
+    shutil.rmtree(run / "checkpoints" / "checkpoint-1")
+    before = (run / "evaluation/metrics.json").read_bytes()
+    with pytest.raises(UserError, match=r"1 are gone.*--output"):
+        evaluate_request(requests([run]))
+    assert (run / "evaluation/metrics.json").read_bytes() == before
 
 
 def test_finished_runs_are_skipped_and_new_cells_join(swept: Path) -> None:
@@ -113,9 +155,7 @@ def test_a_killed_sweep_leaves_no_process_and_resumes(tmp_path: Path) -> None:
         time.sleep(0.05)
     process.kill()
     process.wait()
-    time.sleep(2)
-    alive = subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True).stdout.split()
-    assert not alive
+    assert not left_after(process.pid, seconds=30)
     subprocess.run(command, check=True, capture_output=True, timeout=280)
     alone = write(tmp_path / "alone", settings=settings)
     run_sweep(*load_sweep(alone), "sweep.yaml")
@@ -142,4 +182,4 @@ def test_interrupting_stops_the_processes(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command goes on" in output, output
-    assert not subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True).stdout.split()
+    assert not left_after(process.pid, seconds=30)

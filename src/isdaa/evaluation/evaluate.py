@@ -20,10 +20,10 @@ from typing import Any
 from isdaa.config import EvaluationConfig, TokenizationConfig
 from isdaa.errors import UserError
 from isdaa.evaluation.analysis import METRICS, analyse, check_opponent
-from isdaa.evaluation.collect import Collection, check_tokenizers, tokenize
+from isdaa.evaluation.collect import PLAN, Collection, check_tokenizers, tokenize
 from isdaa.evaluation.held_out import common_pairs, tokenize_held_out
 from isdaa.evaluation.records import locked
-from isdaa.evaluation.requests import Checkpoint, Request, checkpoints
+from isdaa.evaluation.requests import Checkpoint, Request, checkpoints, run_folder
 from isdaa.evaluation.scorers import Scorer, load_scorer
 from isdaa.evaluation.scoring import score
 from isdaa.files import read_json, write_json
@@ -72,6 +72,7 @@ def evaluate(
     tokenizer = _tokenizer(entries, str(reference), trust_remote_code)
     rows = tokenize(prompts, tokenizer, settings, tokenization)
     check_opponent(rows.rows, settings)
+    shared = shared if shared is not None else _shared_before(Path(output_dir))
     collection = Collection(
         entries,
         str(reference),
@@ -85,11 +86,35 @@ def evaluate(
         shared=Path(shared) if shared is not None else None,
     )
     with locked(output_dir) as folder:
+        _check_replaced(folder, entries)
         collection.run()
         if judge is not None:
             score(folder, judge)
         analyse(folder, settings)
         return with_verdicts(folder)
+
+
+def _plan_before(folder: Path) -> dict[str, Any]:
+    """The plan of the evaluation that lies in a folder already; empty where there is none."""
+    return read_json(folder / PLAN) if (folder / PLAN).is_file() else {}
+
+
+def _shared_before(folder: Path) -> Path | None:
+    """The evaluation whose records an earlier one in this folder read: a sweep's run goes on sharing its reference's samples."""
+    shared = _plan_before(folder).get("shared")
+    return folder / shared if shared is not None and (folder / shared).is_dir() else None
+
+
+def _check_replaced(folder: Path, models: Sequence[Checkpoint]) -> None:
+    """Raises UserError where an evaluation of checkpoints that are gone would be replaced by one of those that are left."""
+    runs = {run_folder(model.path) for model in models} - {None}
+    before = [model["path"] for model in _plan_before(folder).get("models", []) if run_folder(model["path"]) in runs]
+    gone = [path for path in before if not Path(path).exists()]
+    if gone:
+        raise UserError(
+            f"{folder}: holds the evaluation of {len(before)} checkpoints, of which {len(gone)} are gone from disk; it is not "
+            "replaced by one of the others alone: choose another folder with --output"
+        )
 
 
 def with_verdicts(folder: str | Path) -> dict[str, Any]:

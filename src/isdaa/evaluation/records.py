@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.errors import UserError
-from isdaa.files import append_jsonl, whole_jsonl, write_jsonl
+from isdaa.files import append_jsonl, readable_jsonl, whole_jsonl, write_jsonl
 
 Record = dict[str, Any]
 
@@ -26,12 +26,12 @@ class Blocks:
     shared: another file of blocks, which is read and never written: what several evaluations have in common.
     """
 
-    def __init__(self, path: str | Path, shared: str | Path | None = None) -> None:
+    def __init__(self, path: str | Path, shared: str | Path | None = None, readonly: bool = False) -> None:
         self.path = Path(path)
         self.headers: dict[str, Record] = {}
         self.records: dict[str, list[Record]] = {}
-        self.shared = Blocks(shared) if shared is not None else None
-        lines = whole_jsonl(self.path)
+        self.shared = Blocks(shared, readonly=True) if shared is not None else None
+        lines = (readable_jsonl if readonly else whole_jsonl)(self.path)
         for line in lines:
             key = line.get("block")
             if not isinstance(key, str):
@@ -44,6 +44,8 @@ class Blocks:
         broken = [key for key, header in self.headers.items() if len(self.records[key]) != header["count"]]
         for key in broken:
             del self.headers[key], self.records[key]
+        if readonly:
+            return
         if broken or len(lines) != sum(1 + len(records) for records in self.records.values()):
             write_jsonl(self.path, (line for key in self.headers for line in (self.headers[key], *self.records[key])))
 

@@ -33,7 +33,7 @@ from isdaa.files import digest
 
 Keep = Literal["all", "models", "best"]
 # A grid's keys below these change the stages that runs share; all others belong to the alignment alone.
-UPSTREAM = ("sft", "reward", "label", "model", "tokenization")
+UPSTREAM = ("sft", "reward", "label", "model", "lora", "tokenization")
 UPSTREAM_KEYS = ("data.sft", "data.sft_split", "data.prompts", "data.prompts_split")
 SHARED_STAGES = ("sft", "reward", "label")
 
@@ -103,6 +103,22 @@ class Task:
         """Folder of the records."""
         return self.folder / "evaluation"
 
+    @property
+    def reference(self) -> str | None:
+        """Where π_ref of the runs of this shared world lies; None where each run makes its own."""
+        config = self.config
+        return config.reference.path or (str(self.folder / "sft") if "sft" in config.stages else config.model.path)
+
+    @property
+    def evaluates_alone(self) -> bool:
+        """Whether there is nothing to train or label: a shared world whose model and pairs are given."""
+        return self.cell is None and not set(self.config.stages) & set(SHARED_STAGES)
+
+    @property
+    def has_shared(self) -> bool:
+        """Whether the reference was evaluated ahead."""
+        return self.shared is not None and (self.shared / "plan.json").is_file()
+
 
 def load_sweep(path: str | Path, overrides: Mapping[str, Any] | None = None) -> tuple[SweepConfig, Config]:
     """A sweep's file and the base configuration that it names.
@@ -119,12 +135,13 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
         raise UserError(f"{path}: not a YAML file ({error})") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected `key: value` lines with base, seeds and grids")
-    sweep = sweep_config(data | {k: v for k, v in (overrides or {}).items() if v is not None}, str(path))
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    sweep = sweep_config(data | given, str(path), given)
     return sweep, load_config(file.parent / sweep.base)
 
 
-def sweep_config(data: Mapping[str, Any], where: str) -> SweepConfig:
-    """Validated plain data; the first error becomes a `UserError` of one line."""
+def sweep_config(data: Mapping[str, Any], where: str, overrides: Mapping[str, Any] | None = None) -> SweepConfig:
+    """Validated plain data; the first error becomes a `UserError` of one line. overrides: what options said of it."""
     try:
         return SweepConfig.model_validate(data)
     except ValidationError as error:
@@ -134,7 +151,8 @@ def sweep_config(data: Mapping[str, Any], where: str) -> SweepConfig:
             raise UserError(f"{where}: {key}: unknown key{nearest(key, SweepConfig.model_fields)}") from None
         message = first["msg"].removeprefix("Value error, ")
         got = "" if first["type"] in ("value_error", "missing") else f", got {first['input']!r}"
-        raise UserError(f"{where}: {key}: {message[0].lower() + message[1:]}{got}") from None
+        place = f"--{key}" if key.split(".")[0] in (overrides or {}) else f"{where}: {key}"
+        raise UserError(f"{place}: {message[0].lower() + message[1:]}{got}") from None
 
 
 def cells_of(sweep: SweepConfig, base: Config, where: str = "sweep") -> list[Cell]:
@@ -150,9 +168,17 @@ def cells_of(sweep: SweepConfig, base: Config, where: str = "sweep") -> list[Cel
         if not isinstance(seeds, list) or not seeds or not all(isinstance(s, int) and not isinstance(s, bool) for s in seeds):
             raise UserError(f"{place}.seeds: expected a list of seeds, got {seeds!r}")
         keys = [key for key in axes if key != "seeds"]
+        if len(set(seeds)) != len(seeds):
+            raise UserError(f"{place}.seeds: the same seed twice")
         for key in keys:
             if key not in known or key in ("seed", "output_dir", "stages"):
                 raise UserError(f"{place}: {key}: not a key that a grid can set{nearest(key, known)}")
+            if axes[key] == []:
+                raise UserError(f"{place}.{key}: an empty list; give at least one value, or remove the key")
+            if key == "data.pairs" and "label" in base.stages:
+                raise UserError(
+                    f"{place}.{key}: the base's label stage makes the pairs; remove label from its stages, or this key"
+                )
         values = [axes[key] if isinstance(axes[key], list) else [axes[key]] for key in keys]
         for combination in product(*values):
             settings = dict(zip(keys, combination, strict=True))
@@ -164,7 +190,9 @@ def cells_of(sweep: SweepConfig, base: Config, where: str = "sweep") -> list[Cel
                 continue
             name = cell_name(settings, base)
             if names.setdefault(name, identity) != identity:
-                raise UserError(f"{place}: two different cells would both be called {name}")
+                raise UserError(
+                    f"{place}: two different cells would both be called {name}; write their values so that they differ"
+                )
             cells[identity] = Cell(name, settings, [grid], list(seeds))
     return list(cells.values())
 
@@ -184,7 +212,7 @@ def _laid_over(base: Config, settings: Mapping[str, Any], where: str, **top: Any
         else:
             data[section] = value
     data.update(top)
-    return validate(data, where, settings)
+    return validate(data, where)
 
 
 def cell_name(settings: Mapping[str, Any], base: Config) -> str:
@@ -218,7 +246,7 @@ def tasks_of(
                 if seed not in cell.seeds:
                     continue
                 world = None
-                if stages:
+                if stages or (base.model.path is not None and base.data.evaluation is not None):
                     world = _world(sweep, base, cell, seed, stages, where)
                     tasks.setdefault(world.name, world)
                 run = _run(root, base, cell, seed, world, where)
@@ -228,17 +256,22 @@ def tasks_of(
 
 def _world(sweep: SweepConfig, base: Config, cell: Cell, seed: int, stages: Sequence[str], where: str) -> Task:
     upstream = {key: value for key, value in cell.settings.items() if _is_upstream(key)}
-    name = f"shared/seed-{seed}" + (f"-{digest(upstream)[:6]}" if upstream else "")
+    # Without a stage of its own it holds the evaluation of the given reference, the same for every seed.
+    name = f"shared/seed-{seed}" if stages else "shared/reference"
+    name += f"-{digest(upstream)[:6]}" if upstream else ""
     folder = Path(sweep.output_dir) / name
-    config = _laid_over(base, upstream, where, output_dir=str(folder), stages=stages, seed=seed)
+    config = _laid_over(
+        base, upstream, where, output_dir=str(folder), stages=stages or ["align"], seed=seed if stages else base.seed
+    )
     config.reference.cache_dir = str(Path(sweep.output_dir) / ".isdaa_cache")
-    return Task(name, config, folder, seed=seed, key=_key(config))
+    return Task(name, config, folder, seed=seed if stages else None, key=_key(config))
 
 
 def _run(root: Path, base: Config, cell: Cell, seed: int, world: Task | None, where: str) -> Task:
     folder = root / "runs" / cell.name / f"seed-{seed}"
-    data = _laid_over(base, cell.settings, where, output_dir=str(folder), seed=seed).model_dump()
-    data["stages"] = ["align"]
+    own = _laid_over(base, cell.settings, where, seed=seed)
+    key = _key(own) + (f"/{world.key}" if world is not None else "")
+    data = own.model_dump() | {"stages": ["align"], "output_dir": str(folder)}
     data["reference"]["cache_dir"] = str(root / ".isdaa_cache")
     if world is not None:
         if "sft" in world.config.stages:
@@ -249,10 +282,7 @@ def _run(root: Path, base: Config, cell: Cell, seed: int, world: Task | None, wh
         if "reward" in world.config.stages and data["evaluation"]["scorer"] is None:
             data["evaluation"]["scorer"] = str(world.folder / "reward")
     config = validate(data, where)
-    needs, shared = (world.name, world.evaluation) if world is not None and "sft" in world.config.stages else (None, None)
-    if world is not None:
-        needs = world.name
-    key = _key(config) + (f"/{world.key}" if world is not None else "")
+    needs, shared = (world.name, world.evaluation) if world is not None else (None, None)
     return Task(f"{cell.name}/seed-{seed}", config, folder, needs, cell.name, seed, shared, key)
 
 
@@ -261,7 +291,7 @@ def _is_upstream(key: str) -> bool:
 
 
 def _key(config: Config) -> str:
-    """Digest of what decides a task's outcome; where files lie does not."""
+    """Digest of what decides a task's outcome; where the sweep lies does not."""
     data = resolved(config)
     data["reference"] = {k: v for k, v in data["reference"].items() if k != "cache_dir"}
     without = {"output_dir", *(() if config.guard.acts else ("guard",))}

@@ -18,8 +18,8 @@ from isdaa.evaluation.trajectory import SWEEP
 from isdaa.experiments.grid import Cell, SweepConfig, Task, cells_of, tasks_of
 from isdaa.experiments.overview import Overview
 from isdaa.experiments.worker import RESULT, STATUS, ClusterJobs, Job, Launcher, LocalJobs, Work, outcome_of, status_of
-from isdaa.files import write_atomically, write_json
-from isdaa.record import git_revision, versions
+from isdaa.files import read_json, write_atomically, write_json
+from isdaa.record import versions
 
 POLL = 0.25  # seconds between two looks at the running processes
 
@@ -52,10 +52,11 @@ def run_sweep(
     if root.is_dir() and any(p.name[0] != "." for p in root.iterdir()) and not (root / SWEEP).is_file():
         raise UserError(f"{root}: not empty and not a sweep of isdaa; choose another folder with --output_dir")
     with locked(root):
-        write_json(root / SWEEP, _content(sweep, cells, everything))
+        earlier = read_json(root / SWEEP) if (root / SWEEP).is_file() else {}
+        write_json(root / SWEEP, _content(sweep, cells, everything, where, earlier))
         write_atomically(root / "sweep.yaml", yaml.safe_dump(sweep.model_dump(), sort_keys=False, allow_unicode=True))
         failed = _Scheduler(sweep, tasks, expected).run()
-        write_json(root / SWEEP, _content(sweep, cells, everything))
+        write_json(root / SWEEP, _content(sweep, cells, everything, where, earlier))
     if failed:
         name, error = next(iter(failed.items()))
         log = logs_of(root, name) / "log.txt"
@@ -73,12 +74,16 @@ def finished(root: Path, task: Task) -> bool:
     outcome = outcome_of(logs_of(root, task.name))
     if outcome is None or not outcome["done"] or outcome["key"] != task.key:
         return False
-    return (task.evaluation / "metrics.json" if task.cell is not None else task.folder / "run.json").is_file()
+    left = task.folder / "run.json" if task.cell is None and not task.evaluates_alone else task.evaluation / "metrics.json"
+    return left.is_file()
 
 
-def _content(sweep: SweepConfig, cells: Sequence[Cell], tasks: Sequence[Task]) -> dict[str, Any]:
+def _content(
+    sweep: SweepConfig, cells: Sequence[Cell], tasks: Sequence[Task], where: str, earlier: dict[str, Any]
+) -> dict[str, Any]:
+    """What `sweep.json` says. Finished runs of an earlier call with other seeds or cells stay in it."""
     root = Path(sweep.output_dir)
-    runs = []
+    runs: list[dict[str, Any]] = []
     for task in tasks:
         outcome = outcome_of(logs_of(root, task.name)) or {}
         row = {
@@ -91,14 +96,22 @@ def _content(sweep: SweepConfig, cells: Sequence[Cell], tasks: Sequence[Task]) -
             "cpu_seconds": outcome.get("cpu_seconds"),
         }
         runs.append(row)
+    known, named = {task.name for task in tasks}, {cell.name for cell in cells}
+    for row in earlier.get("runs", []):
+        if row["name"] not in known and (root / row["evaluation"] / "metrics.json").is_file():
+            runs.append(row)
+    kept = {row["cell"] for row in runs}
+    before = [cell for cell in earlier.get("cells", []) if cell["name"] in kept and cell["name"] not in named]
+    made = [read_json(root / row["folder"] / "run.json") for row in runs if (root / row["folder"] / "run.json").is_file()]
     return {
         "title": sweep.title,
         "base": sweep.base,
-        "cells": [cell.to_json() for cell in cells],
+        "config": where,
+        "cells": [*(cell.to_json() for cell in cells), *before],
         "runs": [row for row in runs if row["cell"] is not None],
         "shared": [row for row in runs if row["cell"] is None],
         "versions": versions(),
-        "git_revision": git_revision(),
+        "git_revisions": sorted({str(state.get("git_revision")) for state in made}),
     }
 
 
@@ -130,7 +143,7 @@ class _Scheduler:
         with Overview(kinds, self.sweep.jobs, self.expected) as overview:
             try:
                 while self.queue or self.running:
-                    self._start()
+                    self._start(overview)
                     self._collect(overview)
                     overview.show([(r.task.name, time.monotonic() - r.started, status_of(r.logs)) for r in self.running])
                     time.sleep(POLL)
@@ -142,7 +155,7 @@ class _Scheduler:
     def _counts(self, task: Task) -> bool:
         return task.cell is not None or task in self.queue
 
-    def _start(self) -> None:
+    def _start(self, overview: Overview) -> None:
         """As many tasks as there are places, in the order of the queue, but for those that wait for another."""
         assert self.launch is not None
         for task in list(self.queue):
@@ -150,7 +163,8 @@ class _Scheduler:
                 return
             if task.needs in self.failed:
                 self.queue.remove(task)
-                self.failed[task.name] = f"it needs {task.needs}, which failed: {self.failed[task.needs]}"
+                self.failed[task.name] = error = f"it needs {task.needs}, which failed: {self.failed[task.needs]}"
+                overview.ended(task.name, {"done": False, "error": error}, 0.0)
             elif task.needs is None or task.needs in self.done:
                 self.queue.remove(task)
                 self._begin(task)

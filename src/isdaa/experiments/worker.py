@@ -24,6 +24,7 @@ from isdaa.experiments.grid import Keep, SlurmConfig, Task
 from isdaa.files import read_json, write_json
 
 STATUS, RESULT, LOG = "status.json", "result.json", "log.txt"
+EVALUATED = "evaluated.json"  # says that the evaluation was finished before checkpoints were tidied away
 STATUS_INTERVAL = 1.0  # seconds
 RESUME_FILES = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json")
 # What a new process would import first; forked from one that has them, it starts at once.
@@ -51,7 +52,7 @@ class Work:
         try:
             self._environment()
             with _status_in(self.logs / STATUS):
-                _do(self.task, self.keep)
+                _do(self.task, self.keep, self.logs)
             outcome["done"] = True
         except UserError as error:
             outcome |= {"done": False, "error": str(error)}
@@ -80,29 +81,38 @@ class Work:
             torch.set_num_threads(self.threads)
 
 
-def _do(task: Task, keep: Keep) -> None:
+def _do(task: Task, keep: Keep, logs: Path) -> None:
+    if not task.evaluates_alone:
+        from isdaa.training.stages import run
+
+        run(task.config)
+    if task.cell is None:
+        _evaluate_reference(task)
+        return
+    if not (logs / EVALUATED).is_file() or read_json(logs / EVALUATED) != {"key": task.key}:
+        _evaluate(task, str(task.folder), {"shared": str(task.shared)} if task.has_shared else {})
+        write_json(logs / EVALUATED, {"key": task.key})
+    tidy(task, keep)
+
+
+def _evaluate_reference(task: Task) -> None:
+    """The reference against itself: its samples serve every run, and it must win half of the time."""
+    config, reference = task.config, task.reference
+    if reference is None or config.data.evaluation is None:
+        return
+    given: dict[str, Any] = {f"tokenization.{key}": value for key, value in config.tokenization.model_dump().items()}
+    given |= {"reference": reference, "data": config.data.evaluation, "split": config.data.evaluation_split}
+    _evaluate(task, reference, given | {"dtype": config.model.dtype, "trust_remote_code": config.model.trust_remote_code})
+
+
+def _evaluate(task: Task, model: str, given: dict[str, Any]) -> None:
     from isdaa.evaluation.evaluate import evaluate_request
     from isdaa.evaluation.requests import requests
-    from isdaa.training.stages import run
 
-    run(task.config)
     settings = task.config.evaluation
-    model = task.folder if task.cell is not None else task.folder / "sft"
-    if task.cell is None and "sft" not in task.config.stages:
-        return
     overrides: dict[str, Any] = {f"evaluation.{key}": value for key, value in settings.model_dump().items()}
     overrides |= {"scorer": settings.scorer or "none", "output_dir": str(task.evaluation)}
-    if task.cell is None:
-        # The reference against itself: its samples serve every run, and it must win half of the time.
-        overrides |= {"reference": str(model), "data": task.config.data.evaluation}
-        overrides |= {"split": task.config.data.evaluation_split}
-        if overrides["data"] is None:
-            return
-    elif task.shared is not None and (task.shared / "plan.json").is_file():
-        overrides["shared"] = str(task.shared)
-    evaluate_request(requests([str(model)], overrides))
-    if task.cell is not None:
-        tidy(task, keep)
+    evaluate_request(requests([model], overrides | given))
 
 
 def tidy(task: Task, keep: Keep) -> None:
@@ -239,7 +249,6 @@ class ClusterJobs:
             import submitit
         except ImportError:
             raise UserError("cluster: submitit is not installed; pip install 'isdaa[slurm]'") from None
-        self.executor = submitit.AutoExecutor(folder=folder / "submitit", cluster=cluster)
         parameters: dict[str, Any] = {"timeout_min": settings.minutes, "cpus_per_task": settings.cpus}
         if settings.gpus:
             parameters["gpus_per_node"] = settings.gpus
@@ -247,7 +256,11 @@ class ClusterJobs:
             parameters["mem_gb"] = settings.memory_gb
         if cluster == "slurm" and settings.partition is not None:
             parameters["slurm_partition"] = settings.partition
-        self.executor.update_parameters(**{**parameters, **settings.options})
+        try:
+            self.executor = submitit.AutoExecutor(folder=folder / "submitit", cluster=cluster)
+            self.executor.update_parameters(**{**parameters, **settings.options})
+        except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:
+            raise UserError(f"--cluster {cluster}: submitit refuses: {str(error).splitlines()[0]}") from None
 
     def __call__(self, work: Work) -> Job:
         self.executor.update_parameters(name=work.task.name.replace("/", "-"))

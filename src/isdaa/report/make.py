@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.errors import UserError
+from isdaa.evaluation.analysis import METRICS
 from isdaa.evaluation.trajectory import SWEEP, read_study
 from isdaa.files import read_json
 from isdaa.report.page import DATA, write_report
@@ -18,7 +19,8 @@ def report_on(
 ) -> tuple[Path, str]:
     """Report on a sweep's folder, on runs, or on models in the order of training. Returns the page and its first sentence.
 
-    overrides: as `evaluation.requests.requests` takes them; a sweep is read as it is, and takes none.
+    overrides: as `evaluation.requests.requests` takes them; a sweep is read as it is, and takes none. A run that has been
+    evaluated, however that was asked for, is read as it is, too, where nothing else is asked for now.
     output: folder of the report; null: `report` beside the evaluation. Raises UserError.
     """
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
@@ -31,10 +33,23 @@ def report_on(
         from isdaa.evaluation.evaluate import evaluate_request
         from isdaa.evaluation.requests import requests
 
-        request = requests(paths, given)
-        evaluate_request(request)
-        folder = Path(request.output_dir)
+        folder = first / "evaluation"
+        if given or len(paths) > 1 or not _is_evaluated(first, folder):
+            request = requests(paths, given)
+            evaluate_request(request)
+            folder = Path(request.output_dir)
         home = folder.parent if folder.name == "evaluation" else folder
         study = replace(read_study(folder), title=home.resolve().name)
     page = write_report(study, Path(output) if output is not None else home / "report")
     return page, str(read_json(page.parent / DATA)["headline"])
+
+
+def _is_evaluated(run: Path, evaluation: Path) -> bool:
+    """Whether an evaluation with verdicts covers every checkpoint that the run's folder holds."""
+    from isdaa.evaluation.requests import expand
+
+    if not (evaluation / METRICS).is_file():
+        return False
+    metrics = read_json(evaluation / METRICS)
+    covered = {Path(model["path"]).resolve() for model in metrics["models"]}
+    return "verdicts" in metrics and {Path(path).resolve() for path in expand(run)} <= covered
