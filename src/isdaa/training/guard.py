@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ONE_PROCESS = "guard.steps: the guard works in one process for now; set it to null"
 FOLDER, BEST = "guard", "best"  # in a run's folder: opponents and candidates; the best model
 
 
@@ -74,7 +75,7 @@ class Guard(TrainerCallback, ExportableState):
     def attach(self, trainer: PreferenceTrainer) -> None:
         """The trainer whose log it writes to. Raises UserError where the run has several processes."""
         if trainer.args.world_size > 1:
-            raise UserError("guard.steps: the guard works in one process for now; set it to null")
+            raise UserError(ONE_PROCESS)
         self.trainer = trainer
 
     # ---- its state ----
@@ -321,6 +322,8 @@ def guard_of(
     config, settings = run.config, run.config.guard
     if settings.steps is None:
         return None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # before several processes draw opponents into one file
+        raise UserError(ONE_PROCESS)
     name = config.guard_scorer
     scorer = None if name is None else load_scorer(name, max_prompt_length=config.tokenization.max_prompt_length)
     prompts = guard_prompts(run, tokenizer)
