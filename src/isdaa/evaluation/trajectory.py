@@ -117,7 +117,10 @@ def _sweep(folder: Path) -> Study:
 
 
 def trajectories(folder: str | Path) -> list[Trajectory]:
-    """The runs of one evaluation, each a run's folder; models outside any run's folder are one run, in the order given."""
+    """The runs of one evaluation, each a run's folder; models outside any run's folder are one run, in the order given.
+
+    Names are unique: a run's folder, with the folders around it where several runs' folders have the same name.
+    """
     folder = Path(folder)
     plan, metrics = read_json(folder / PLAN), read_json(folder / METRICS)
     settings = EvaluationConfig(**{k: v for k, v in metrics["settings"].items() if k in EvaluationConfig.model_fields})
@@ -128,6 +131,7 @@ def trajectories(folder: str | Path) -> list[Trajectory]:
         run = run_folder(planned["path"])
         groups.setdefault(str(run) if run is not None else LONE, []).append((planned, entry))
     found = []
+    names = _names([Path(key) for key in groups])
     for name, members in groups.items():
         entries = [entry for _, entry in members]
         steps = [entry["step"] for entry in entries]
@@ -140,7 +144,7 @@ def trajectories(folder: str | Path) -> list[Trajectory]:
         start = metrics["reference"]["win_rate"]
         found.append(
             Trajectory(
-                name=run.name if run is not None else LONE,
+                name=names[Path(name)],
                 steps=np.array(steps if known else range(1, len(members) + 1), dtype=np.int64),
                 labels=[entry["label"] for entry in entries],
                 paths=[entry["path"] for entry in entries],
@@ -156,6 +160,21 @@ def trajectories(folder: str | Path) -> list[Trajectory]:
             )
         )
     return found
+
+
+def _names(folders: Sequence[Path]) -> dict[Path, str]:
+    """Each folder's name, with as many of the folders around it as tell it from the others."""
+
+    def tail(folder: Path, depth: int) -> tuple[str, ...]:
+        return folder.parts[-depth:]
+
+    names = {}
+    for folder in folders:
+        others = [other for other in folders if other != folder]
+        depths = range(1, len(folder.parts) + 1)
+        depth = next((d for d in depths if tail(folder, d) not in [tail(other, d) for other in others]), len(folder.parts))
+        names[folder] = str(Path(*tail(folder, depth)))
+    return names
 
 
 def _common(entries: Sequence[Mapping[str, Any]], key: str) -> Any:
