@@ -19,6 +19,7 @@ from isdaa.files import write_json
 
 SCRIPT = "<script>alert(1)</script>"
 RISES = (0.60, 0.68, 0.72, 0.74, 0.75, 0.75, 0.76, 0.76)
+SECTIONS = {"learning_rate": "align", "optimizer": "align", "epochs": "align", "save_steps": "align", "limit": "data"}
 FALLS = (0.70, 0.76, 0.74, 0.68, 0.63, 0.58, 0.55, 0.54)
 
 
@@ -133,14 +134,26 @@ def sweep(methods: Sequence[str] = ("dpo", "is_dpo"), betas: Sequence[float] = (
     cells, runs = [], []
     for method in methods:
         for beta in betas:
-            name = f"{method}-beta={beta:g}"
+            name = f"{method}-beta{beta:g}"
             settings = {"objective.method": method, "objective.beta": beta}
             cells.append({"name": name, "grids": ["main"], "settings": settings})
             runs += [
-                trajectory(method, beta, 20 + s, cell=name, settings=settings, name=f"{name}-seed={20 + s}", **more)
+                trajectory(method, beta, 20 + s, cell=name, settings=settings, name=f"{name}/seed-{20 + s}", **more)
                 for s in range(seeds)
             ]
     return study(runs, "a sweep", cells=cells)
+
+
+def cells(*settings: dict[str, Any], seeds: Sequence[int] = (1, 2), **more: Any) -> Study:
+    """A sweep of cells that set `settings`, keys without their section: `{"method": "is_dpo", "learning_rate": 0.1}`."""
+    names, runs = [], []
+    for given in settings:
+        dotted = {f"{SECTIONS.get(key, 'objective')}.{key}": value for key, value in given.items()}
+        name = "-".join(f"{key}{value}" for key, value in given.items())
+        names.append({"name": name, "grids": ["main"], "settings": dotted})
+        beta = given.get("beta", 0.01)
+        runs += [trajectory(given["method"], beta, s, cell=name, settings=dotted, name=f"{name}/seed-{s}", **more) for s in seeds]
+    return study(runs, "cells", cells=names)
 
 
 def write_evaluation(folder: Path, *, text: str = SCRIPT, scored: bool = True, prompts: int = 12) -> Path:

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from report_studies import study, sweep, trajectory
+from report_studies import cells, study, sweep, trajectory
 
 from isdaa.evaluation.comparison import at_matched_kl, summarise
 from isdaa.evaluation.overoptimization import fit_law
@@ -23,7 +23,7 @@ def test_a_study_has_a_panel_a_beta_with_seeds_behind_their_mean():
     assert len({row["path"] for row in thin_lines["data"]["values"]}) == 6  # two cells, three seeds
     thick = next(layer for layer in lines if layer["mark"]["strokeWidth"] == 2.3)
     rows = [row for row in thick["data"]["values"] if row["line"] == "dpo"]
-    runs = [run for run in made.runs if run.cell == "dpo-beta=0.01"]
+    runs = [run for run in made.runs if run.cell == "dpo-beta0.01"]
     assert rows[0]["x"] == 0 and rows[0]["y"] == 0.5
     assert rows[-1]["y"] == pytest.approx(np.mean([run.wins[-1].mean() for run in runs]))
     assert rows[-1]["x"] == pytest.approx(np.mean([run.root_kl[-1] for run in runs]))
@@ -32,7 +32,7 @@ def test_a_study_has_a_panel_a_beta_with_seeds_behind_their_mean():
 def test_only_the_asked_cells_and_their_laws(tmp_path):
     made = sweep(seeds=1)
     law = fit_law([made.runs[0]])
-    chart = study_chart(made, ["dpo-beta=0.01"], laws={"dpo-beta=0.01": law}, width=356)
+    chart = study_chart(made, ["dpo-beta0.01"], laws={"dpo-beta0.01": law}, width=356)
     text = json.dumps(chart.to_dict(), ensure_ascii=False)
     assert "is_dpo" not in text and "strokeDash" in text and '"triangle-up"' in text
     for file in save_chart(chart, tmp_path / "one"):
@@ -45,6 +45,27 @@ def test_what_is_drawn_together_has_colours_of_its_own():
     chart = study_chart(study(runs), ["m0", "m5", "m9"]).to_dict()
     text = json.dumps(chart)
     assert all(colour in text for colour in PALETTE[:3]) and PALETTE[3] not in text
+
+
+def test_a_figure_of_some_cells_has_the_study_s_labels():
+    """A label says what a cell changes in its study, whoever else is drawn."""
+    made = cells({"method": "dpo"}, {"method": "is_dpo"}, {"method": "is_dpo", "clip_eps": 0.5}, seeds=(1,))
+    chart = study_chart(made, ["methoddpo", "methodis_dpo-clip_eps0.5"]).to_dict()
+    assert {row["line"] for layer in chart["layer"] for row in layer["data"]["values"] if "line" in row} == {
+        "dpo",
+        "is_dpo, ε 0.5",
+    }
+
+
+def test_an_unknown_cell_is_named_with_the_nearest():
+    with pytest.raises(ValueError, match=r'no cell .dpo-beta=0.01. in this study \(did you mean "dpo-beta0.01"\?\)'):
+        study_chart(sweep(seeds=1), ["dpo-beta=0.01"])
+
+
+def test_the_kept_checkpoint_is_told_by_cell():
+    made = sweep(("dpo",), (0.01,), 1)
+    diamonds = [x for x in study_chart(made, keep={"dpo-beta0.01": 2}).to_dict()["layer"] if x["mark"].get("shape") == "diamond"]
+    assert diamonds[0]["data"]["values"][0]["x"] == pytest.approx(made.runs[0].root_kl[2])
 
 
 def test_no_win_rates_no_chart():
@@ -62,7 +83,7 @@ def test_final_chart_is_sorted_and_shows_every_seed():
 
 
 def test_matched_kl_chart():
-    matched = at_matched_kl([run for run in sweep(seeds=3).runs if "0.01" in run.cell], "dpo-beta=0.01")
+    matched = at_matched_kl([run for run in sweep(seeds=3).runs if "0.01" in run.cell], "dpo-beta0.01")
     chart = matched_kl_chart(matched).to_dict(validate=True)
     assert {layer["mark"]["type"] for layer in chart["layer"]} == {"area", "line"}
 

@@ -3,16 +3,19 @@
 import csv
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from report_studies import FALLS, SCRIPT, study, sweep, trajectory, write_evaluation
+from report_studies import FALLS, SCRIPT, cells, study, sweep, trajectory, write_evaluation
 
 from isdaa.errors import UserError
 from isdaa.evaluation.trajectory import Study, read_study
 from isdaa.report import page
 from isdaa.report.content import COLUMNS, find, report_of
-from isdaa.report.lines import PALETTE, lines_of, panels_of
+from isdaa.report.figures import figures_of
+from isdaa.report.lines import lines_of, panels_of
+from isdaa.report.style import PALETTE
 from isdaa.report.words import number
 
 
@@ -190,7 +193,63 @@ def test_cells_of_one_method_are_told_apart_by_their_settings():
         trajectory("is_dpo", 0.01, 1, cell=f"c{clip}", settings={"objective.method": "is_dpo", "objective.clip_eps": clip})
         for clip in (0.5, 1.0)
     ]
-    assert [line.label for line in lines_of(study(runs))] == ["is_dpo, clip_eps 0.5", "is_dpo, clip_eps 1"]
+    assert [line.label for line in lines_of(study(runs))] == ["is_dpo, ε 0.5", "is_dpo, ε 1"]
+
+
+def test_a_label_says_all_that_a_cell_changes():
+    made = cells(
+        {"method": "ipo", "beta": 0.01},
+        {"method": "is_ipo", "beta": 0.01, "implicit_reward": "chi_squared"},
+        {"method": "is_dpo", "beta": 0.1, "weight": "shuffled", "optimizer": "sgd", "learning_rate": 0.43, "normalize": "batch"},
+        {"method": "dpo", "beta": 0.1, "limit": 2000, "epochs": 8, "save_steps": 83},
+        {"method": "is_dpo", "beta": 0.1, "length_normalized": True, "clip_eps": None},
+        seeds=(1,),
+    )
+    assert [line.label for line in lines_of(made)] == [
+        "ipo",
+        "is_ipo, chi_squared",
+        "is_dpo, weights shuffled, sgd, lr 0.43, normalize batch",
+        "dpo, limit 2000, 8 epochs",
+        "is_dpo, length_normalized on, ε none",
+    ]
+    shared = cells({"method": "dpo", "optimizer": "sgd"}, {"method": "ipo", "optimizer": "sgd"}, seeds=(1,))
+    assert [line.label for line in lines_of(shared)] == ["dpo", "ipo"]
+
+
+def test_lines_of_one_panel_differ_in_colour():
+    methods = ["dpo", "ipo", "slic", "rpo", "wpo"]
+    made = cells(*({"method": m} for m in methods), *({"method": "is_dpo", "clip_eps": e} for e in (0.1, 0.2, 0.3, 0.4, 0.5)))
+    apart = replace(made, cells=[cell | {"grids": [f"grid {i // 5}"]} for i, cell in enumerate(made.cells)])
+    found = find(apart)
+    for start in (0, 5):
+        assert len({line.colour for line in found.lines[start : start + 5]}) == 5
+
+
+def test_another_confidence_is_said_and_used(tmp_path):
+    made = sweep(("dpo", "is_dpo"), (0.01,), 3)
+    other = replace(made, metrics=made.metrics | {"settings": made.metrics["settings"] | {"confidence": 0.5}})
+    reports = [written(study, tmp_path / name)[1] for name, study in (("wide", made), ("narrow", other))]
+    for row in ("final", "best", "final_kl", "fall"):
+        (wide,), (narrow,) = ([end[row] for end in report["comparison"]["end"]] for report in reports)
+        assert narrow["high"] - narrow["low"] < 0.5 * (wide["high"] - wide["low"])
+    wide, narrow = (report["cells"][1]["below_best"] for report in reports)
+    assert narrow["high"] - narrow["low"] < 0.5 * (wide["high"] - wide["low"])
+    assert "(50 % interval" in reports[1]["headline"] and "(95 % interval" in reports[0]["headline"]
+    captions = {figure.name: figure.caption for figure in figures_of(find(other))}
+    assert "their 50 % t-intervals" in captions["final"] and "their 50 % t-intervals" in captions["matched-kl"]
+
+
+@pytest.mark.parametrize("clip, limit", [("joint", 1.0), ("per_response", None)])
+def test_only_a_joint_clip_has_one_limit(tmp_path, clip, limit):
+    run = write_evaluation(tmp_path)
+    values = {"objective.weight": "importance", "objective.clip_eps": 0.5, "objective.clip": clip}
+    (run / "run.json").write_text(json.dumps({"stages": {"align": {"values": values}}}), encoding="utf-8")
+    logged = {f"weights/log_weight_p{q:02d}": -0.01 * q for q in (5, 25, 50, 75, 95)}
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 5, "weights/mean": 0.5} | logged) + "\n", encoding="utf-8")
+    figure = next(figure for figure in figures_of(find(read_study(run))) if figure.name == "log-weights")
+    rules = [layer for layer in figure.draw(600).to_dict()["layer"] if layer["mark"]["type"] == "rule"]
+    assert [layer["data"]["values"][0]["y"] for layer in rules] == ([limit] if limit else [])
+    assert ("Dashed" in figure.caption) == bool(limit)
 
 
 def test_runs_of_no_sweep_are_grouped_by_method_and_beta():

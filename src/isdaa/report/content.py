@@ -5,21 +5,22 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from isdaa.evaluation.comparison import CellSummary, MatchedKl, at_matched_kl, difference, summarise, to_json
+from isdaa.evaluation.comparison import WHAT, CellSummary, MatchedKl, difference, summarise, to_json
 from isdaa.evaluation.overoptimization import Law, Verdict, fit_law, judge
 from isdaa.evaluation.requests import METRICS as HISTORY
 from isdaa.evaluation.trajectory import Study, Trajectory
 from isdaa.record import versions
 from isdaa.report.courses import thin, weights_of
 from isdaa.report.curves import within
-from isdaa.report.lines import Line, Panel, baseline, file_of, history, lines_of, panels_of, training_settings
+from isdaa.report.lines import Line, Panel, coloured, file_of, grids_of, history, lines_of, panels_of, training_settings
+from isdaa.report.pairs import baselines, drawn_groups, weighted_groups
+from isdaa.report.reproduce import commands
 from isdaa.report.samples import representative, samples_of
 from isdaa.report.words import headline
 
@@ -41,7 +42,8 @@ class Findings:
     summaries: Mapping[str, CellSummary]
     verdicts: Mapping[int, Verdict | None]  # id(run) -> verdict; names of runs need not be unique
     laws: Mapping[str, Law | None]
-    matched: Sequence[tuple[Panel, MatchedKl]]
+    drawn: Sequence[tuple[str, MatchedKl]]  # (title, cells that are trained alike), to be looked at together
+    matched: Sequence[tuple[str, MatchedKl]]  # (title, a method and its weighted cells), whose differences are weights alone
     weights: Mapping[str, Mapping[str, Any]]  # cell -> columns over steps; cells without weights are not in it
     histories: int  # runs that kept a training log
 
@@ -56,6 +58,11 @@ class Findings:
         return self.study.metrics.get("reference") or {}
 
     @property
+    def confidence(self) -> float:
+        """Of every interval, as the evaluation was asked for."""
+        return _confidence(self.study)
+
+    @property
     def steps_known(self) -> bool:
         """Whether every checkpoint says at which training step it was written."""
         return all(entry.get("step") is not None for run in self.runs for entry in run.metrics)
@@ -63,17 +70,14 @@ class Findings:
 
 def find(study: Study) -> Findings:
     """Everything that the report needs, computed once."""
-    confidence = float((study.metrics.get("settings") or {}).get("confidence", 0.95))
+    confidence = _confidence(study)
     lines = lines_of(study)
+    lines = coloured(lines, _together(lines))
     runs = [run for line in lines for run in line.runs]
-    panels = panels_of(lines)
-    matched = []
-    for panel in panels:
-        members = [run for line in panel.lines for run in line.runs if run.wins is not None]
-        plain = [line for line in panel.lines if line.method == line.family] or list(panel.lines)
-        found = at_matched_kl(members, plain[0].cell, confidence=confidence) if members else None
-        if found is not None:
-            matched.append((panel, found))
+    drawn, matched = (
+        [(group.title, found) for group in groups if (found := group.matched(confidence)) is not None]
+        for groups in (drawn_groups(lines), weighted_groups(lines))
+    )
     weights, logs = {}, 0
     for line in lines:
         histories = {run.name: history(run.history or file_of(run, HISTORY)) for run in line.runs}
@@ -81,12 +85,22 @@ def find(study: Study) -> Findings:
         if columns := weights_of(line.runs, histories):
             weights[line.cell] = columns
     return Findings(
-        study, lines, panels,
+        study, lines, panels_of(lines),
         {summary.cell: summary for summary in summarise(runs, confidence=confidence)},
         {id(run): judge(run) for run in runs},
         {line.cell: fit_law(line.runs) for line in lines},
-        matched, weights, logs,
+        drawn, matched, weights, logs,
     )  # fmt: skip
+
+
+def _together(lines: Sequence[Line]) -> list[Sequence[Line]]:
+    """Lines that share a panel of some chart."""
+    panels = [panel for members in (lines, *grids_of(lines).values()) for panel in panels_of(members)]
+    return [panel.lines for panel in panels] + [[group.baseline, *group.others] for group in drawn_groups(lines)]
+
+
+def _confidence(study: Study) -> float:
+    return float((study.metrics.get("settings") or {}).get("confidence", 0.95))
 
 
 def report_of(found: Findings) -> dict[str, Any]:
@@ -98,20 +112,20 @@ def report_of(found: Findings) -> dict[str, Any]:
         cells.sort(key=lambda cell: -(cell["final"]["mean"] if cell["final"]["mean"] is not None else -math.inf))
         best = found.summaries[cells[0]["cell"]]
         for cell in cells[1:]:
-            cell["below_best"] = asdict(difference(best, found.summaries[cell["cell"]]))
+            cell["below_best"] = asdict(difference(best, found.summaries[cell["cell"]], confidence=found.confidence))
     report: dict[str, Any] = {
         "format": FORMAT,
         "title": study.title,
         "scored": study.scored,
         "scorer": metrics.get("scorer"),
         "opponent": metrics.get("opponent", "reference"),
-        "confidence": settings.get("confidence", 0.95),
+        "confidence": found.confidence,
         "prompts": metrics.get("prompts", int(found.runs[0].kl.shape[1])),
         "reference": dict(found.reference),
         "cells": cells,
         "runs": [_run(found, line, run) for line in found.lines for run in line.runs],
         "missing": list(study.missing),
-        "comparison": {"end": _at_end(found), "matched_kl": [_matched(found, panel, group) for panel, group in found.matched]},
+        "comparison": {"end": _at_end(found), "matched_kl": [_matched(found, *group) for group in found.matched]},
         "weights": {cell: _thinned(columns) for cell, columns in found.weights.items()},
         "samples": _samples(found),
         "settings": settings,
@@ -120,7 +134,7 @@ def report_of(found: Findings) -> dict[str, Any]:
         "versions": {"evaluation": metrics.get("versions") or {}, "report": versions()},
     }
     report |= headline(report)
-    report["reproduce"] = [f"isdaa evaluate --model_path {path}" for path in _commands(found)] + [f"isdaa report {study.folder}"]
+    report["reproduce"] = commands(study)
     return _finite(to_json(report))
 
 
@@ -219,22 +233,24 @@ def _over_prompts(cell: dict[str, Any], run: Trajectory, verdict: Verdict | None
 
 
 def _at_end(found: Findings) -> list[dict[str, Any]]:
-    """Each cell with weights against the same method without them, seed by seed."""
+    """Each cell with weights against the same method without them, all else being equal, seed by seed."""
     rows = []
+    against = baselines(found.lines)
     for line in found.lines:
-        plain = baseline(line, found.lines)
+        plain = against.get(line.cell)
         if plain is None:
             continue
         pair = found.summaries[line.cell], found.summaries[plain.cell]
         row = {"cell": line.cell, "label": line.title, "baseline": plain.cell, "baseline_label": plain.title}
-        rows.append(row | {what: asdict(difference(*pair, what)) for what in ("best", "final", "final_kl", "fall")})
+        differences = {what: difference(*pair, what, confidence=found.confidence) for what in WHAT}
+        rows.append(row | {what: asdict(value) for what, value in differences.items()})
     return rows
 
 
-def _matched(found: Findings, panel: Panel, group: MatchedKl) -> dict[str, Any]:
-    """Matched KL of one panel, with the differences at the end of the common range."""
+def _matched(found: Findings, title: str, group: MatchedKl) -> dict[str, Any]:
+    """Matched KL of one group, with the differences over the common range."""
     titles = {line.cell: line.title for line in found.lines}
-    return {"title": panel.title, "baseline_label": titles[group.baseline], "labels": titles_of(group, titles)} | to_json(group)
+    return {"title": title, "baseline_label": titles[group.baseline], "labels": titles_of(group, titles)} | to_json(group)
 
 
 def titles_of(group: MatchedKl, titles: Mapping[str, str]) -> dict[str, str]:
@@ -270,14 +286,6 @@ def _training(found: Findings) -> dict[str, Any]:
 def _thinned(columns: Mapping[str, Any]) -> dict[str, Any]:
     keep = [row["i"] for row in thin([{"i": i} for i in range(len(columns["steps"]))])]
     return {name: [values[i] for i in keep] for name, values in columns.items()}
-
-
-def _commands(found: Findings) -> list[str]:
-    """Folders or models to evaluate again; of a sweep none, which has a command of its own."""
-    if found.study.cells:
-        return []
-    folders = [str(run.history.parent) if run.history is not None else " ".join(map(os.fspath, run.paths)) for run in found.runs]
-    return [" ".join(dict.fromkeys(folders))]
 
 
 def _finite(value: Any) -> Any:

@@ -6,15 +6,15 @@ Every function takes the total width in pixels, so that one chart can be drawn f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from isdaa.errors import nearest
 from isdaa.evaluation.comparison import CellSummary, MatchedKl
 from isdaa.evaluation.overoptimization import Law
 from isdaa.evaluation.trajectory import Study, Trajectory
-from isdaa.report.lines import Line, Panel, lines_of, panels_of
+from isdaa.report.lines import Line, Panel, coloured, lines_of, panels_of
 from isdaa.report.style import INK, LETTER, MUTED, PALETTE, PAPER, Drawing, configured, field, frame, layer, legend_columns
 
 Rows = list[dict[str, Any]]
@@ -36,15 +36,20 @@ def study_chart(
 ) -> Drawing:
     """Win rate against √KL, one panel a β: the mean over seeds of each cell, every seed as a thin line behind it.
 
-    cells: names of the cells to draw, all by default; labels and colours tell apart what is drawn. laws: cell -> fitted
-    law, drawn dashed with the interval of its peak at the foot of the panel. keep: run's name -> index of its recommended
-    checkpoint, drawn as a diamond where a cell has one seed. Raises ValueError without win rates.
+    cells: names of the cells to draw, all by default; labels are those of the whole study, colours tell apart what is drawn.
+    laws: cell -> fitted law, drawn dashed with the interval of its peak at the foot of the panel. keep: cell -> index of its
+    recommended checkpoint, drawn as a diamond where the cell has one seed. Raises ValueError for a name that is no cell's, and
+    without win rates.
     """
-    every = lines_of(study)
+    lines = lines_of(study)
     if cells is not None:
-        chosen = {tuple(run.paths) for line in every if line.cell in cells for run in line.runs}
-        every = lines_of(replace(study, runs=[run for run in study.runs if tuple(run.paths) in chosen]))
-    return panels_chart(panels_of(every), width=width, columns=columns, laws=laws, height=height, keep=keep, named=len(every) > 1)
+        known = [line.cell for line in lines]
+        for name in cells:
+            if name not in known:
+                raise ValueError(f"no cell {name!r} in this study{nearest(name, known)}")
+        lines = [line for line in lines if line.cell in cells]
+    lines = coloured(lines, [panel.lines for panel in panels_of(lines)])
+    return panels_chart(panels_of(lines), width=width, columns=columns, laws=laws, height=height, keep=keep, named=len(lines) > 1)
 
 
 def panels_chart(

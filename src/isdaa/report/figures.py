@@ -9,7 +9,8 @@ from typing import Any
 from isdaa.report.content import Findings
 from isdaa.report.courses import Quantity, course_chart, has, quantile_chart, weights_chart
 from isdaa.report.curves import final_chart, matched_charts, panels_chart
-from isdaa.report.lines import Line, Panel, panels_of, training_settings
+from isdaa.report.lines import Line, Panel, grids_of, panels_of, training_settings
+from isdaa.report.words import percent
 
 CAPTIONS = {
     "path": (
@@ -17,18 +18,19 @@ CAPTIONS = {
         "one. A line that turns down while it goes on to the right has over-optimised. "
     ),
     "path, seeds": "Thick lines are means over seeds, thin lines the seeds.",
-    "path, one": "Bars are 95 % intervals over prompts, the diamond is the checkpoint to keep.",
+    "path, one": "Bars are {level} intervals over prompts, the diamond is the checkpoint to keep.",
     "path, law": (
         " Dashed: the fitted law R(d) = d·(a − b·log d); the triangle at the foot marks its peak d*, the bar the peak's "
         "95 % interval."
     ),
     "final": (
-        "Win rate at the end of training, best first. Discs are means over seeds with their 95 % t-intervals, small dots the "
+        "Win rate at the end of training, best first. Discs are means over seeds with their {level} t-intervals, small dots the "
         "seeds; the hollow square is the best that training passed through, so the gap to it is what was lost."
     ),
     "matched": (
         "The same runs compared where they are equally far from the reference, over the range that all reach. Lines are means "
-        "over seeds, bands their 95 % t-intervals. Groups whose cells share no such range are left out."
+        "over seeds, bands their {level} t-intervals. Cells are drawn together where they are trained "
+        "alike but for method and weights; groups that share no such range are left out."
     ),
     "training": "How good the answers are along training, and how far the policy has moved from the reference.",
     "texts": "Signs of a policy that games its judge: answers grow, hit the limit, or repeat themselves.",
@@ -38,8 +40,9 @@ CAPTIONS = {
     ),
     "quantiles": (
         "Logarithm of the importance weight before the clip: median, middle half (dark) and middle nine tenths (pale) of the "
-        "pairs of a batch. The further it sinks, the fewer pairs still teach. Dashed: where the clip cuts."
+        "pairs of a batch. The further it sinks, the fewer pairs still teach."
     ),
+    "quantiles, clip": " Dashed: where a joint clip cuts.",
     "weights": (
         "Mean weight of the pairs of a batch; ESS / N, the effective sample size as a share of the batch (1: all pairs count "
         "alike, near 0: a handful of pairs decide); share of pairs whose weight the clip cut."
@@ -108,19 +111,15 @@ def figures_of(found: Findings) -> list[Figure]:
 def _win_rates(found: Findings) -> list[Figure]:
     """Win rate against √KL, one figure a grid of the sweep."""
     keep = _kept(found)
-    grids = list(dict.fromkeys(grid for line in found.lines for grid in line.grids))
+    grids = grids_of(found.lines)
     groups: list[tuple[str, str, Sequence[Panel]]] = [("win-rate-kl", "Win rate as the policy moves away", found.panels)]
-    if len(grids) > 1:
+    if grids:
         groups = [
-            (
-                f"win-rate-kl-{number}",
-                f"Win rate as the policy moves away: {grid}",
-                panels_of([x for x in found.lines if grid in x.grids]),
-            )
-            for number, grid in enumerate(grids, start=1)
+            (f"win-rate-kl-{number}", f"Win rate as the policy moves away: {grid}", panels_of(lines))
+            for number, (grid, lines) in enumerate(grids.items(), start=1)
         ]
     several = any(len(line.runs) > 1 for line in found.lines)
-    how = CAPTIONS["path"] + CAPTIONS["path, seeds" if several else "path, one"]
+    how = CAPTIONS["path"] + CAPTIONS["path, seeds" if several else "path, one"].format(level=_level(found))
     laws = CAPTIONS["path, law"]
 
     def drawing(panels: Sequence[Panel]) -> Callable[[int], Any]:
@@ -150,7 +149,8 @@ def _ends(found: Findings) -> list[Figure]:
     colours = {line.cell: line.colour for line in found.lines}
     scored = [summary for summary in found.summaries.values() if summary.final.seeds]
     start = next((run.start for run in found.runs if run.start is not None), None)
-    groups = [(panel.title, group) for panel, group in found.matched]
+    groups = found.drawn
+    level = _level(found)
     opponent = "the chosen responses" if found.study.metrics.get("opponent") == "chosen" else "the reference"
 
     def final(width: int) -> Any:
@@ -159,10 +159,20 @@ def _ends(found: Findings) -> list[Figure]:
     def matched(width: int) -> Any:
         return matched_charts(groups, width=width, labels=labels, colours=colours, opponent=opponent)
 
-    figures = [Figure("final", "compare", "At the end of training", CAPTIONS["final"], final)] if len(scored) > 1 else []
+    figures = (
+        [Figure("final", "compare", "At the end of training", CAPTIONS["final"].format(level=level), final)]
+        if len(scored) > 1
+        else []
+    )
     if groups:
-        figures.append(Figure("matched-kl", "compare", "At matched KL", CAPTIONS["matched"], matched, len(groups)))
+        figures.append(
+            Figure("matched-kl", "compare", "At matched KL", CAPTIONS["matched"].format(level=level), matched, len(groups))
+        )
     return figures
+
+
+def _level(found: Findings) -> str:
+    return percent(found.confidence)
 
 
 def _courses(found: Findings) -> list[Figure]:
@@ -218,14 +228,19 @@ def _weights(found: Findings) -> list[Figure]:
     figures = []
     if quantiles:
         title = "Log-weights before the clip"
-        figures.append(Figure("log-weights", "weights", title, CAPTIONS["quantiles"], spread, len(quantiles)))
+        clip = CAPTIONS["quantiles, clip"] if any(limits[line.cell] is not None for line, _ in quantiles) else ""
+        figures.append(Figure("log-weights", "weights", title, CAPTIONS["quantiles"] + clip, spread, len(quantiles)))
     if groups:
         figures.append(Figure("weights", "weights", "Weights after the clip", CAPTIONS["weights"], after, 3 * len(groups)))
     return figures
 
 
 def _limit(line: Line) -> float | None:
-    """The log weight at which the cell's clip cuts, where the run says it: 2ε of both responses together."""
+    """The log-weight at which the cell's clip cuts, where the run says it: 2ε of both responses together.
+
+    A clip per response cuts each response's part, so no one log-weight of a pair is its limit.
+    """
     settings = training_settings(line.runs[0])
     clip = settings.get("objective.clip_eps")
-    return 2 * float(clip) if isinstance(clip, (int, float)) and settings.get("objective.weight") == "importance" else None
+    joint = settings.get("objective.weight") == "importance" and settings.get("objective.clip") == "joint"
+    return 2 * float(clip) if joint and isinstance(clip, (int, float)) else None

@@ -1,4 +1,4 @@
-"""Which runs belong together, what each group is called, which colour it has, and which groups share a panel."""
+"""Which runs belong together in one line, and which lines share a panel."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from isdaa.errors import UserError
 from isdaa.evaluation.requests import run_folder
 from isdaa.evaluation.trajectory import Study, Trajectory
 from isdaa.files import read_json
+from isdaa.report.labels import colours_of, labels_of
 from isdaa.report.style import PALETTE
 
-METHOD, BETA = "objective.method", "objective.beta"
 # What differs between runs of one cell, and says nothing of how they were trained.
 PRIVATE = ("seed", "align.seed", "model.path", "model.tokenizer", "reference.path", "behaviour.model_path", "align.eval_steps")
 MOST = 6  # lines in one panel
@@ -64,12 +64,20 @@ def lines_of(study: Study) -> list[Line]:
     for run, name in zip(study.runs, names, strict=True):
         groups.setdefault(name, []).append(replace(run, cell=name, metrics=_entries(run)))
     first = {name: runs[0] for name, runs in groups.items()}
-    labels = _labels(first)
-    colours = _colours([(labels[name], (run.method or labels[name]).removeprefix("is_")) for name, run in first.items()])
-    return [
-        Line(name, labels[name], runs[0].method, runs[0].beta, tuple(runs), colours[labels[name]], grids.get(name, ()))
-        for name, runs in groups.items()
-    ]
+    labels = labels_of(first, [cell.get("settings") or {} for cell in study.cells])
+    return coloured(
+        [
+            Line(name, labels[name], runs[0].method, runs[0].beta, tuple(runs), grids=grids.get(name, ()))
+            for name, runs in groups.items()
+        ]
+    )
+
+
+def coloured(lines: Sequence[Line], together: Sequence[Sequence[Line]] = ()) -> list[Line]:
+    """The lines in colours that tell them apart, one a label, whatever its β. together: lines that share a panel."""
+    sets = [list(dict.fromkeys(line.label for line in members)) for members in together]
+    colours = colours_of([(line.label, line.family) for line in lines], sets)
+    return [replace(line, colour=colours[line.label]) for line in lines]
 
 
 def panels_of(lines: Sequence[Line], most: int = MOST) -> list[Panel]:
@@ -93,11 +101,10 @@ def panels_of(lines: Sequence[Line], most: int = MOST) -> list[Panel]:
     return panels
 
 
-def baseline(line: Line, lines: Sequence[Line]) -> Line | None:
-    """The same method without weights at the same β, where there is one; `line` itself has none."""
-    same = [other for other in lines if other.beta == line.beta and other.family == line.family and other is not line]
-    plain = [other for other in same if other.method == other.family]
-    return plain[0] if plain and line.method != line.family else None
+def grids_of(lines: Sequence[Line]) -> dict[str, list[Line]]:
+    """Grid of the sweep -> its lines; empty where there is only one grid."""
+    grids = dict.fromkeys(grid for line in lines for grid in line.grids)
+    return {grid: [line for line in lines if grid in line.grids] for grid in grids} if len(grids) > 1 else {}
 
 
 def file_of(run: Trajectory, name: str) -> Path | None:
@@ -110,8 +117,8 @@ def file_of(run: Trajectory, name: str) -> Path | None:
     return next((folder / name for folder in [recorded, *moved] if (folder / name).is_file()), None)
 
 
-def training_settings(run: Trajectory) -> dict[str, Any]:
-    """Dotted settings that the run's alignment was started with; empty where its folder keeps none."""
+def alignment(run: Trajectory) -> dict[str, Any]:
+    """What the run's folder records of its alignment: `values`, `pinned`; empty where it keeps none."""
     record = file_of(run, "run.json")
     if record is None:
         return {}
@@ -119,7 +126,13 @@ def training_settings(run: Trajectory) -> dict[str, Any]:
         content = read_json(record)
     except UserError:  # a run that was cut off says nothing of its settings
         return {}
-    values = ((content.get("stages") or {}).get("align") or {}).get("values")
+    stage = (content.get("stages") or {}).get("align")
+    return dict(stage) if isinstance(stage, Mapping) else {}
+
+
+def training_settings(run: Trajectory) -> dict[str, Any]:
+    """Dotted settings that the run's alignment was started with; empty where its folder keeps none."""
+    values = alignment(run).get("values")
     return dict(values) if isinstance(values, Mapping) else {}
 
 
@@ -145,7 +158,8 @@ def _cell_names(runs: Sequence[Trajectory]) -> list[str]:
         if run.cell is not None:
             names.append(run.cell)
             continue
-        settings = {k: v for k, v in training_settings(run).items() if k not in PRIVATE and not k.startswith("data.")}
+        told = {k: v for k, v in training_settings(run).items() if k not in PRIVATE}
+        settings = {k: v for k, v in told.items() if k == "data.limit" or not k.startswith("data.")}
         kind = repr((run.method, run.beta, sorted(settings.items(), key=str), None if run.method else run.name))
         base = run.name if run.method is None else run.method + ("" if run.beta is None else f", β = {run.beta:g}")
         number = 1
@@ -158,47 +172,6 @@ def _cell_names(runs: Sequence[Trajectory]) -> list[str]:
         taken.add((name, run.seed))
         names.append(name)
     return names
-
-
-def _labels(first: Mapping[str, Trajectory]) -> dict[str, str]:
-    """Cell -> method and, where another cell of the same method and β exists, the settings that tell it from that."""
-    labels = {}
-    for name, run in first.items():
-        if run.method is None:
-            labels[name] = name
-            continue
-        rivals = [other for cell, other in first.items() if cell != name and (other.method, other.beta) == (run.method, run.beta)]
-        extra = [key for key in run.settings if key not in (METHOD, BETA) and any(_differs(run, other, key) for other in rivals)]
-        words = [f"{key.rpartition('.')[2]} {_word(run.settings[key])}" for key in extra]
-        labels[name] = ", ".join([run.method, *words])
-    seen: dict[tuple[str, float | None], int] = {}
-    for name, run in first.items():
-        key = (labels[name], run.beta)
-        seen[key] = seen.get(key, 0) + 1
-        if seen[key] > 1:
-            labels[name] = f"{labels[name]} ({seen[key]})"
-    return labels
-
-
-def _differs(run: Trajectory, other: Trajectory, key: str) -> bool:
-    return key not in other.settings or other.settings[key] != run.settings[key]
-
-
-def _word(value: Any) -> str:
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _colours(labels: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Label -> colour, the same in every chart. Beyond eight labels, those of one family differ and families repeat."""
-    families = dict(labels)
-    if len(families) <= len(PALETTE):
-        return dict(zip(families, PALETTE, strict=False))
-    colours: dict[str, str] = {}
-    for family in dict.fromkeys(families.values()):
-        members = [label for label in families if families[label] == family]
-        members.sort(key=lambda label: (label != family, label != f"is_{family}"))
-        colours |= {label: PALETTE[place % len(PALETTE)] for place, label in enumerate(members)}
-    return colours
 
 
 def history(path: Path | None) -> list[dict[str, Any]]:

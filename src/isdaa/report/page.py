@@ -16,7 +16,7 @@ from isdaa.files import write_atomically, write_json
 from isdaa.report.content import Findings, find, report_of, table_of
 from isdaa.report.figures import FOLDED, Figure, figures_of
 from isdaa.report.style import DARK, inline_svg, save_chart, svg_of
-from isdaa.report.words import interval, number
+from isdaa.report.words import interval, number, percent
 from isdaa.terminal import progress
 
 PAGE, DATA, TABLE, CHARTS = "report.html", "report.json", "report.csv", "charts"
@@ -55,7 +55,7 @@ def render(report: Mapping[str, Any], figures: list[Figure], drawings: Mapping[s
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "interval": interval, "plain": plain}
+    environment.filters |= {"number": number, "interval": interval, "percent": percent, "plain": plain}
     style = (HERE / "page.css").read_text(encoding="utf-8") + _colours()
     by_section: dict[str, list[Figure]] = {}
     for figure in figures:

@@ -22,6 +22,11 @@ def number(value: Any, digits: int = 2) -> str:
     return text.replace("-", "−")
 
 
+def percent(confidence: float) -> str:
+    """`95 %`."""
+    return f"{confidence * 100:g} %"
+
+
 def interval(value: Mapping[str, Any] | None, digits: int = 2) -> str:
     """`0.61 [0.57, 0.65]`, without brackets where there are no bounds."""
     if not value or value.get("mean") is None:
@@ -46,7 +51,7 @@ def headline(report: Mapping[str, Any]) -> dict[str, str]:
     if len(runs) == 1:
         return {"headline": runs[0]["verdict"]["sentence"], "tone": tone, "summary": basis}
     return {
-        "headline": f"{_who_fell(cells)}; {_who_keeps(cells)}.",
+        "headline": f"{_who_fell(cells)}; {_who_keeps(cells, report['confidence'])}.",
         "tone": "mixed" if len(found) > 1 else tone,
         "summary": basis,
     }
@@ -81,11 +86,13 @@ def _count(cell: Mapping[str, Any]) -> str:
     return f"{cell['findings'].get(OVER, 0)} of {total} seed{'s' * (total != 1)}"
 
 
-def _who_keeps(cells: Sequence[Mapping[str, Any]]) -> str:
+def _who_keeps(cells: Sequence[Mapping[str, Any]], confidence: float) -> str:
     """The cell with the highest final win rate; where seeds are few, others may be as good, and the sentence says so."""
     best, *others = [cell for cell in cells if cell["final"]["mean"] is not None]
     final = best["final"]
-    spread = f" (95 % interval {number(final['low'])} to {number(final['high'])})" if final["low"] is not None else ""
+    spread = ""
+    if final["low"] is not None:
+        spread = f" ({percent(confidence)} interval {number(final['low'])} to {number(final['high'])})"
     gaps = [cell["below_best"] for cell in others if "below_best" in cell]
     # From two seeds a t-interval tells nothing apart, and saying so of every cell would say nothing.
     alike = sum(gap["seeds"] > 2 and gap["low"] <= 0 for gap in gaps)
