@@ -166,7 +166,9 @@ def _report(arguments: argparse.Namespace) -> int:
     _quiet_libraries()
     from isdaa.report.make import report_on
 
-    page, sentence = report_on(arguments.checkpoints or [arguments.path], overrides, arguments.output)
+    page, sentence = report_on(
+        arguments.checkpoints or [arguments.path], overrides, arguments.output, as_one_run=arguments.checkpoints is not None
+    )
     print(f"{sentence}\nreport: {page}")
     return 0
 

@@ -52,6 +52,8 @@ def test_models_outside_a_run_are_one_run_in_the_order_given(models, tmp_path: P
     found = {one.name: one for one in trajectories(tmp_path)}
     assert set(found) == {"run", LONE}
     assert found[LONE].labels == ["alone"] and found["run"].kl.shape == (2, 8)
+    (together,) = trajectories(tmp_path, as_one_run=True)
+    assert [Path(path).name for path in together.paths] == ["alone", "checkpoint-5", "model"] and together.kl.shape == (3, 8)
 
 
 def test_without_a_scorer_there_are_no_win_rates(models, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ Legend: C checkpoints, N held-out prompts, K reference samples a prompt.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -79,9 +78,10 @@ class Study:
         return self.metrics["scorer"] is not None
 
 
-def read_study(path: str | Path) -> Study:
+def read_study(path: str | Path, as_one_run: bool = False) -> Study:
     """The study in a sweep's folder, a run's folder or an evaluation's folder.
 
+    as_one_run: of an evaluation, all models are one run, in the order given.
     Raises UserError where there is none, or where a sweep has no evaluated run yet.
     """
     folder = Path(path)
@@ -90,7 +90,7 @@ def read_study(path: str | Path) -> Study:
     evaluation = folder if (folder / PLAN).is_file() else folder / "evaluation"
     if not (evaluation / METRICS).is_file():
         raise UserError(f"{folder}: no evaluation ({METRICS}) here; run `isdaa evaluate --model_path {folder}` first")
-    return Study(trajectories(evaluation), read_json(evaluation / METRICS), folder.resolve().name, folder)
+    return Study(trajectories(evaluation, as_one_run), read_json(evaluation / METRICS), folder.resolve().name, folder)
 
 
 def _sweep(folder: Path) -> Study:
@@ -116,9 +116,10 @@ def _sweep(folder: Path) -> Study:
     return Study(runs, metrics, content.get("title") or folder.resolve().name, folder, content["cells"], missing)
 
 
-def trajectories(folder: str | Path) -> list[Trajectory]:
+def trajectories(folder: str | Path, as_one_run: bool = False) -> list[Trajectory]:
     """The runs of one evaluation, each a run's folder; models outside any run's folder are one run, in the order given.
 
+    as_one_run: all models are one run, in the order given, wherever they lie.
     Names are unique: a run's folder, with the folders around it where several runs' folders have the same name.
     """
     folder = Path(folder)
@@ -128,7 +129,7 @@ def trajectories(folder: str | Path) -> list[Trajectory]:
     table = WinTable(plan, samples[plan["prompts"]], scores, settings) if plan["scorer"] is not None else None
     groups: dict[str, list[tuple[Record, Record]]] = {}
     for planned, entry in zip(plan["models"], metrics["models"], strict=True):
-        run = run_folder(planned["path"])
+        run = run_folder(planned["path"]) if not as_one_run else None
         groups.setdefault(str(run) if run is not None else LONE, []).append((planned, entry))
     found = []
     names = _names([Path(key) for key in groups])
@@ -181,8 +182,3 @@ def _common(entries: Sequence[Mapping[str, Any]], key: str) -> Any:
     """The value that all entries share, else None."""
     values = {entry.get(key) for entry in entries}
     return values.pop() if len(values) == 1 else None
-
-
-def slug(text: str) -> str:
-    """`text` as the name of a file."""
-    return re.sub(r"[^A-Za-z0-9._=-]+", "-", text).strip("-") or "run"

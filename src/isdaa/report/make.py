@@ -15,13 +15,17 @@ from isdaa.report.page import DATA, write_report
 
 
 def report_on(
-    paths: Sequence[str | Path], overrides: Mapping[str, Any] | None = None, output: str | Path | None = None
+    paths: Sequence[str | Path],
+    overrides: Mapping[str, Any] | None = None,
+    output: str | Path | None = None,
+    as_one_run: bool = False,
 ) -> tuple[Path, str]:
     """Report on a sweep's folder, on runs, or on models in the order of training. Returns the page and its first sentence.
 
     overrides: as `evaluation.requests.requests` takes them; a sweep is read as it is, and takes none. A run that has been
     evaluated, however that was asked for, is read as it is, too, where nothing else is asked for now.
-    output: folder of the report; null: `report` beside the evaluation. Raises UserError.
+    output: folder of the report; null: `report` beside the evaluation. as_one_run: the paths are one run's models. Raises
+    UserError.
     """
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     first = Path(paths[0])
@@ -39,7 +43,7 @@ def report_on(
             evaluate_request(request)
             folder = Path(request.output_dir)
         home = folder.parent if folder.name == "evaluation" else folder
-        study = replace(read_study(folder), title=home.resolve().name)
+        study = replace(read_study(folder, as_one_run), title=home.resolve().name)
     page = write_report(study, Path(output) if output is not None else home / "report")
     return page, str(read_json(page.parent / DATA)["headline"])
 
