@@ -30,14 +30,21 @@ def simulated(curve, prompts=384, bounce=0.0, runs=1, seed=0):
 
 
 FALLING = [0.70, 0.76, 0.75, 0.70, 0.65, 0.60, 0.56, 0.54]
+AT_ONCE = [0.70, 0.50, 0.50, 0.50, 0.50, 0.50]  # after the first checkpoint, and for good
 RISING = [0.62, 0.68, 0.72, 0.74, 0.755, 0.765, 0.77, 0.775]
 
 
 def test_smoothing_by_hand():
-    np.testing.assert_allclose(smoothed(np.array([0.0, 4.0, 8.0, 0.0])), [4 / 3, 4.0, 5.0, 8 / 3])
-    np.testing.assert_allclose(smoothed(np.array([[0.0, 3.0], [3.0, 0.0]])), [[1.0, 2.0], [2.0, 1.0]])
+    np.testing.assert_allclose(smoothed(np.array([0.0, 4.0, 8.0, 0.0])), [0.0, 8 / 3, 20 / 3, 10 / 3])
+    np.testing.assert_allclose(smoothed(np.array([[0.0, 3.0], [3.0, 0.0]])), [[0.0, 3.0], [9 / 5, 6 / 5]])
     np.testing.assert_allclose(smoothed(np.array([0.7])), [0.7])
-    assert np.count_nonzero(smoothing(16)[8]) == 5  # two neighbours on either side from 16 checkpoints on
+    assert np.count_nonzero(smoothing(12)[8]) == 3  # itself and two before from 12 checkpoints on
+
+
+def test_what_comes_after_has_no_part():
+    for count in (3, 6, 20):
+        assert not np.triu(smoothing(count), 1).any()
+    np.testing.assert_allclose(smoothed(np.array(AT_ONCE))[[0, -1]], [0.70, 0.50])  # a step keeps its size
 
 
 def test_smoothing_keeps_constants():
@@ -66,6 +73,26 @@ def test_a_trend_is_no_bounce():
     assert bounce_of(np.linspace(0.5, 0.8, 9), np.zeros((9, 9))).variance < 0.02**2
 
 
+@pytest.mark.parametrize("curve", [AT_ONCE, [0.7, 0.7, 0.7, 0.4, 0.4, 0.4], [0.6, 0.65, 0.7, 0.75, 0.7, 0.65]])
+def test_one_bend_or_step_down_is_no_bounce(curve):
+    flat = bounce_of(np.full(6, 0.5), np.zeros((6, 6)), bend=True)
+    assert bounce_of(np.array(curve), np.zeros((6, 6)), bend=True).variance == pytest.approx(flat.variance, abs=1e-12)
+    assert bounce_of(np.array(curve), np.zeros((6, 6))).variance > 1.5 * flat.variance
+    # Four checkpoints are too few to leave anything out.
+    few, none = np.array(curve[:4]), np.zeros((4, 4))
+    assert bounce_of(few, none, bend=True).variance == bounce_of(few, none).variance
+
+
+@pytest.mark.parametrize("count", [5, 6, 12])
+def test_the_bounce_beside_a_bend_is_not_biased(count):
+    # Of flat runs, the bend that is left out is luck: what it takes is given back. The 2 of a bounce of 0.02 are taken out here.
+    means = 0.5 + 0.05 * np.random.default_rng(1).standard_normal((20_000, count))
+    found = bounce_of(means, np.zeros((count, count)), bend=True)
+    seen = (found.df * found.mean_square - 2 * 0.02**2) / (found.df - 2)
+    assert seen.mean() == pytest.approx(0.05**2, rel=0.03)
+    assert 2 * seen.mean() ** 2 / seen.var() == pytest.approx(np.mean(found.df) - 2, rel=0.1)
+
+
 def test_draws_of_the_bounce_have_its_median():
     found = Bounce(np.float64(0.0004), np.float64(0.0), np.float64(50.0))
     assert np.median(found.draws(np.random.default_rng(0), 20_000)) == pytest.approx(0.0004, rel=0.03)
@@ -78,6 +105,7 @@ def test_a_fall_is_found():
     assert verdict.lower < verdict.fall < verdict.upper
     assert 0.15 < verdict.fall < 0.25
     assert verdict.sentence.startswith("Over-optimised: win rate fell by 0.")
+    assert "over the last 3 checkpoints (to step 80)" in verdict.sentence
     assert verdict.sentence.endswith(f"keep checkpoint-{10 * (verdict.recommended + 1)}.")
     assert verdict.prompts_needed is None and verdict.checkpoints_needed is None
 
@@ -180,20 +208,28 @@ def test_what_is_kept_is_the_smallest_kl_of_the_equally_good():
     assert judge(a_run(wins, kl=[5, 5, 5, 4, 3])).recommended == 4
 
 
-@pytest.mark.parametrize(("bounce", "naive_above"), [(0.0, 0.1), (0.02, 0.3), (0.05, 0.6)])
-def test_false_alarms_on_flat_runs(bounce, naive_above):
+@pytest.mark.parametrize(
+    ("count", "bounce", "naive_above"), [(8, 0.0, 0.1), (8, 0.02, 0.3), (8, 0.05, 0.6), (4, 0.05, 0.4), (6, 0.05, 0.5)]
+)
+def test_false_alarms_on_flat_runs(count, bounce, naive_above):
     """At most 5 % (and two standard errors of 200 runs), where the naive paired test alarms far more often."""
-    runs = simulated([0.75] * 8, bounce=bounce, runs=200, seed=11)
-    alarms = np.mean([verdict_of(run, np.arange(8.0)).finding == "over-optimised" for run in runs])
+    runs = simulated([0.75] * count, bounce=bounce, runs=200, seed=11)
+    alarms = np.mean([verdict_of(run, np.arange(float(count))).finding == "over-optimised" for run in runs])
     gaps = [run[run.mean(axis=1).argmax()] - run[-1] for run in runs]
     naive = np.mean([gap.mean() > 1.645 * gap.std() / np.sqrt(gap.size) for gap in gaps])
     assert alarms <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 200), f"{alarms:.1%} of flat runs called over-optimised"
     assert naive > naive_above, f"the naive test alarmed on {naive:.1%}"
 
 
-def test_power_on_falling_runs():
-    runs = simulated(FALLING, bounce=0.02, runs=100, seed=12)
-    assert np.mean([verdict_of(run, np.arange(8.0)).finding == "over-optimised" for run in runs]) > 0.9
+@pytest.mark.parametrize("curve", [FALLING, AT_ONCE])
+def test_power_on_falling_runs(curve):
+    runs = simulated(curve, prompts=256, bounce=0.02, runs=100, seed=12)
+    assert np.mean([verdict_of(run, np.arange(float(len(curve)))).finding == "over-optimised" for run in runs]) > 0.9
+
+
+def test_the_fall_of_a_step_is_its_size():
+    found = [verdict_of(run, np.arange(6.0)).fall for run in simulated(AT_ONCE, runs=50, seed=13)]
+    assert np.mean(found) == pytest.approx(0.2, abs=0.01)
 
 
 # The law

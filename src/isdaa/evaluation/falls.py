@@ -6,6 +6,11 @@ Who looks for the highest checkpoint finds a lucky one, so both noises also bias
 by choosing the peak on one half of the prompts and measuring on the other. The bounce is common to both halves: its share is
 taken off by drawing what the whole procedure finds on a flat run with this run's noises.
 
+Many runs fall at once and stay down. Two things keep such a fall visible. A checkpoint is smoothed with those before it only:
+smoothed with those after it, a peak of one checkpoint would hold a part of the fall already. And the bounce leaves out the one
+bend or step down that explains most of it: else the fall itself would be taken for noise. Both let luck through as well, which
+is why each draw goes through the same steps, its bounce estimated anew: what is compared is the fall over its estimated error.
+
 Legend: C checkpoints, N prompts, K candidates for the peak, M draws, H splits into halves.
 """
 
@@ -55,46 +60,78 @@ class Measured:
     peak: int
     recommended: int
     below_start: bool
-    lower_by_bounce: float  # fall − lower, and upper − fall, had there been infinitely many prompts
-    upper_by_bounce: float
+    by_bounce: float  # the share of the error's square that the bounce makes, so that more prompts leave it
 
 
 @lru_cache(maxsize=64)
 def smoothing(checkpoints: int) -> np.ndarray:
-    """(C, C) weights, rows sum to 1: triangular over the neighbours (1, 2, 1), wider from 16 checkpoints on.
+    """(C, C) weights, rows sum to 1: a checkpoint and the one before it (2, 1), wider from 12 checkpoints on.
 
-    At the ends the missing neighbours' weight goes to those that are there: (2, 1). One checkpoint is left alone.
+    Those after it have no part. The last, which every fall counts to, reaches back by one more (3, 2, 1): no peak lies there to
+    be flattened. Where there is nothing before, the weight goes to what is there; the first is left alone.
     """
-    width = max(1, checkpoints // 8)
+    width = np.full((checkpoints, 1), max(1, checkpoints // 6))
+    width[-1] += 1
     steps = np.arange(checkpoints)
-    weights = np.maximum(width + 1.0 - np.abs(steps[:, None] - steps), 0.0)
+    back = steps[:, None] - steps
+    weights = np.where(back >= 0, np.maximum(width + 1.0 - back, 0.0), 0.0)
     weights /= weights.sum(axis=1, keepdims=True)
     weights.setflags(write=False)
     return weights
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """(C,) or (C, N) checkpoints × prompts, smoothed over neighbouring checkpoints."""
+    """(C,) or (C, N) checkpoints × prompts, each smoothed with those before it."""
     values = np.asarray(values, dtype=np.float64)
     return smoothing(len(values)) @ values
 
 
-def bounce_of(means: np.ndarray, covariance: np.ndarray) -> Bounce:
+def bounce_of(means: np.ndarray, covariance: np.ndarray, *, bend: bool = False) -> Bounce:
     """The bounce of (..., C) mean win rates whose prompts give them `covariance` (..., C, C).
 
     A second difference W[c−1] − 2W[c] + W[c+1] loses the trend and keeps 6τ² (von Neumann 1941 has first differences). A bend in
     the true curve stays in: the bounce is over-estimated then, never under. Degrees of freedom by Satterthwaite (1946), since
-    second differences overlap.
+    second differences overlap. bend: leave out the bend or step down that explains most, if there are 5 checkpoints or more.
     """
     second = np.diff(np.eye(means.shape[-1]), n=2, axis=0)
-    trace = np.sum(second * second)
-    mean_square = np.sum((means @ second.T) ** 2, axis=-1) / trace
-    noise = second @ covariance @ second.T
+    overlap, noise = second @ second.T, second @ covariance @ second.T
+    trace = np.trace(overlap)
+    differences = means @ second.T
+    squares = np.sum(differences**2, axis=-1)
     prompts = np.trace(noise, axis1=-2, axis2=-1) / trace
-    spread = np.maximum(mean_square - prompts, 1e-8)[..., None, None] * (second @ second.T) + noise
-    df = np.trace(spread, axis1=-2, axis2=-1) ** 2 / np.sum(spread * spread, axis=(-2, -1))
+    left = fewer = 1.0
+    if bend and len(second) > 2:
+        squares, (left, fewer) = squares - _bent(differences), _after_a_bend(len(second))
+    mean_square = squares / (left * trace)
+    common = np.maximum(mean_square - prompts, 1e-8)
+    # ‖common·overlap + noise‖², term by term.
+    spread = (
+        common**2 * np.sum(overlap**2) + 2 * common * np.sum(overlap * noise, axis=(-2, -1)) + np.sum(noise**2, axis=(-2, -1))
+    )
+    df = fewer * (trace * (common + prompts)) ** 2 / spread
     total = df + USUAL_WEIGHT
     return Bounce((df * mean_square + USUAL_WEIGHT * (USUAL_BOUNCE**2 + prompts)) / total, prompts, total)
+
+
+def _bent(differences: np.ndarray) -> np.ndarray:
+    """(..., D) second differences -> (...,) the largest part of their squares that one bend or step of a fall explains.
+
+    A curve that bends down at a checkpoint has one second difference below 0. A step down makes one below and the next above 0;
+    right after the first checkpoint, the one above 0 alone.
+    """
+    steps = (differences[..., 1:] - differences[..., :-1]) / np.sqrt(2)
+    best = np.maximum(np.maximum(-differences.min(axis=-1), steps.max(axis=-1)), differences[..., 0])
+    return np.maximum(best, 0.0) ** 2
+
+
+@lru_cache(maxsize=64)
+def _after_a_bend(differences: int) -> tuple[float, float]:
+    """The shares of the squares and of their degrees of freedom that `_bent` leaves of a bounce without any bend, on average."""
+    means = np.random.default_rng(0).standard_normal((10_000, differences + 2))
+    values = np.diff(means, n=2)
+    whole = np.sum(values**2, axis=1)
+    rest = whole - _bent(values)
+    return float(rest.mean() / whole.mean()), float(rest.mean() ** 2 / rest.var() * whole.var() / whole.mean() ** 2)
 
 
 def crossfit(curves: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -113,8 +150,10 @@ def measure(wins: np.ndarray, kl: np.ndarray, start: float | None, seed: int = 0
 
     Candidates for the peak are the C checkpoints, smoothed, and the reference, which is known exactly and not smoothed.
     lower: the fall less the 95 % quantile of the falls that the same procedure finds on flat runs with the same noises, which is
-    the least favourable case. upper: the largest of the candidates' own upper bounds: "no candidate lies 0.05 above the last" is
-    an intersection-union test (Berger 1982) and needs no correction for their number.
+    the least favourable case. Quantiles are of falls over estimated errors (bootstrap-t, Efron & Tibshirani 1993, § 12.5),
+    so that a draw whose bounce looks small because its luck was taken for a step counts as what it is.
+    upper: the largest of the candidates' own upper bounds: "no candidate lies 0.05 above the last" is an intersection-union test
+    (Berger 1982) and needs no correction for their number.
     """
     rng = np.random.default_rng(seed)
     count, n = wins.shape
@@ -123,7 +162,7 @@ def measure(wins: np.ndarray, kl: np.ndarray, start: float | None, seed: int = 0
     level[: len(candidates) - count] = start or 0.0
     means = wins.mean(axis=1)
     covariance = np.cov(wins) / n
-    bounce = bounce_of(means, covariance)
+    bounce = bounce_of(means, covariance, bend=True)
 
     halves = np.zeros((SPLITS, n))
     for row in halves:
@@ -136,34 +175,34 @@ def measure(wins: np.ndarray, kl: np.ndarray, start: float | None, seed: int = 0
     gaps = curve - curve[-1]
 
     factor = _root(covariance)
-    shared = np.sqrt(bounce.draws(rng, DRAWS))[:, None] * rng.standard_normal((DRAWS, count))  # (M, C)
-    prompts = rng.standard_normal((DRAWS, count)) @ factor.T
-    apart = rng.standard_normal((2, DRAWS, count)) @ factor.T
-    flat = _flat_falls(candidates, shared + prompts, apart)
-    steady = _flat_falls(candidates, shared, np.zeros((1, 1, count)))
-    around, around_bounce = (shared + prompts) @ candidates.T, shared @ candidates.T
-
-    def highest(noise: np.ndarray) -> float:
-        return float(np.max(gaps + np.quantile(noise - noise[:, -1:], CONFIDENCE, axis=0)))
-
     contrasts = candidates - candidates[-1]
-    errors = np.sqrt(np.sum((contrasts @ factor) ** 2, axis=1) + bounce.variance * np.sum(contrasts**2, axis=1))
+    size, by_prompts = np.sum(contrasts**2, axis=1), np.sum((contrasts @ factor) ** 2, axis=1)
+    shared = np.sqrt(bounce.draws(rng, DRAWS))[:, None] * rng.standard_normal((DRAWS, count))  # (M, C)
+    own = rng.standard_normal((DRAWS, count)) @ factor.T
+    apart = rng.standard_normal((2, DRAWS, count)) @ factor.T
+
+    noise = shared + own
+    drawn = bounce_of(noise, covariance, bend=True).variance[:, None]
+    here, there = (np.sqrt(by_prompts + v * size + 1e-18)[..., :-1] for v in (bounce.variance, drawn))  # the last has no fall
+    flat = _flat_falls(candidates, noise, apart) / there.max(axis=1)
+    highest = gaps[:-1] + here * np.quantile((noise @ contrasts.T)[:, :-1] / there, CONFIDENCE, axis=0)
     share = np.bincount(chosen.ravel(), minlength=len(candidates)) / chosen.size
+    if share[-1] == 1.0:  # both halves choose the last: the error is that of the candidate next to it
+        share = np.eye(len(candidates))[gaps[:-1].argmax()]
     contrast = share @ contrasts
     error = float(np.sqrt(np.sum((contrast @ factor) ** 2) + bounce.variance * np.sum(contrast**2)))
     offset = len(candidates) - count
     peak = int(curve[offset:].argmax())
     return Measured(
         fall=fall,
-        standard_error=error if error > 0 else float(errors[:-1][gaps[:-1].argmax()]),
-        lower=fall - float(np.quantile(flat, CONFIDENCE)),
-        upper=max(fall, highest(around)),
+        standard_error=error,
+        lower=fall - float(here.max() * np.quantile(flat, CONFIDENCE)),
+        upper=max(fall, 0.0, float(highest.max())),
         bounce=float(np.sqrt(bounce.variance)),
         peak=peak,
         recommended=_keep(means, kl, covariance),
         below_start=start is not None and bool(start > curve[offset:].max()),
-        lower_by_bounce=float(np.quantile(steady, CONFIDENCE)),
-        upper_by_bounce=highest(around_bounce) - fall,
+        by_bounce=float(bounce.variance * size[here.argmax()] / here.max() ** 2),
     )
 
 

@@ -28,11 +28,11 @@ class Verdict:
     """What can be said of one run. All win rates in [0, 1]; falls are positive where the run got worse."""
 
     finding: Finding
-    fall: float  # smoothed peak − smoothed last, cross-fitted over the two halves of the prompts
+    fall: float  # peak − what the run ends at, smoothed as `smoothing` says, cross-fitted over the two halves of the prompts
     standard_error: float  # of `fall`, prompts and bounce together
     lower: float  # one-sided 95 % bounds of `fall`
     upper: float
-    bounce: float  # standard deviation of a checkpoint around the smooth curve, beyond what its prompts explain
+    bounce: float  # standard deviation of a checkpoint around a curve with one bend or step, beyond what its prompts explain
     peak: int  # index of the checkpoint where the smoothed curve over all prompts is highest
     recommended: int  # index of the checkpoint to keep
     prompts_needed: int | None  # where underpowered: prompts (at these checkpoints) that would decide; None if they cannot
@@ -118,18 +118,15 @@ def _needs(found: Measured, checkpoints: int, prompts: int) -> tuple[int | None,
     plus a prompts' part, which goes with 1/N.
     """
     to_fall, to_none = found.fall - MARGIN, NEGLIGIBLE - found.fall
-    if to_fall > to_none:
-        target, now, floor = to_fall, found.fall - found.lower, found.lower_by_bounce
-    else:
-        target, now, floor = to_none, found.upper - found.fall, found.upper_by_bounce
-    floor = min(max(floor, 0.0), now)
-    by_prompts = now**2 - floor**2
+    target, now = (to_fall, found.fall - found.lower) if to_fall > to_none else (to_none, found.upper - found.fall)
+    by_bounce = found.by_bounce * now**2
+    by_prompts = now**2 - by_bounce
     more: int | None = None
-    if target > floor:
-        wanted = int(np.ceil(prompts * by_prompts / (target**2 - floor**2)))
+    if target**2 > by_bounce:
+        wanted = int(np.ceil(prompts * by_prompts / (target**2 - by_bounce)))
         more = max(wanted, prompts + 1) if wanted <= MOST_PROMPTS else None
     for count in range(checkpoints + 1, MOST_CHECKPOINTS + 1):
-        if by_prompts + (floor * _reach(count) / _reach(checkpoints)) ** 2 < target**2:
+        if by_prompts + by_bounce * (_reach(count) / _reach(checkpoints)) ** 2 < target**2:
             return more, count
     return more, None
 
@@ -157,7 +154,8 @@ def _sentence(
         top, origin = start, "of the untrained reference"
     # Bounds are rounded outwards: no sentence claims more than was measured.
     lower, upper = np.floor(100 * found.lower) / 100, np.ceil(100 * found.upper) / 100
-    path = f"from {top:.2f} {origin} to {curve[-1]:.2f} at step {steps[-1]}"
+    end = np.count_nonzero(smoothing(len(curve))[-1])
+    path = f"from {top:.2f} {origin} to {curve[-1]:.2f} over the last {end} checkpoints (to step {steps[-1]})"
     keep = f"keep {labels[found.recommended]}" if not found.below_start else "keep the reference"
     if finding == "over-optimised":
         return f"Over-optimised: win rate fell by {found.fall:.2f} (95 % lower bound {lower:.2f}), {path}; {keep}."
