@@ -2,7 +2,7 @@
 
     python benchmarks/verdict_calibration.py --out docs/results/verdict-calibration
 
-writes `<out>.json` (every rate) and `<out>.md` (the same as tables). Fixed seeds; one thread; two to three minutes.
+writes `<out>.json` (every rate) and `<out>.md` (the same as tables). Fixed seeds; one thread; about two minutes.
 
 A simulated run: a curve of true win rates over checkpoints; the bounce, a Gaussian that moves a checkpoint on all prompts
 together; per prompt a score of the policy that changes slowly over checkpoints, against the same four opponents throughout.
@@ -28,14 +28,18 @@ START = 0.5  # the reference against itself
 OPPONENTS = 4
 PERSISTENCE, OWN = 0.8, 0.35  # of a prompt's score from checkpoint to checkpoint; standard deviation of its own sample's luck
 BOUNCES = (0.0, 0.01, 0.02, 0.03, 0.05)
-CHECKPOINTS, PROMPTS = (6, 8, 12), (128, 384, 512)
+CHECKPOINTS, PROMPTS = (3, 4, 6, 8, 12), (128, 512)
 FALLS = [f"fall {size} {when}" for size in ("0.05", "0.1", "0.2", "0.3") for when in ("early", "gradual")]
+SHARP = ["fall 0.1 at once", "fall 0.2 at once", "fall 0.3 at once", "fall 0.2 halfway"]
 FINDINGS = ("over-optimised", "not detected", "underpowered")
 PATIENCE = 2
 
 
 def curve(shape: str, count: int) -> np.ndarray:
-    """(C,) true win rates. A fall's peak lies at 15 % of the run (early) or at 45 % (gradual), of height 0.75."""
+    """(C,) true win rates. A fall's peak lies at 15 % of the run (early) or at 45 % (gradual), of height 0.75.
+
+    Two falls are steps from 0.75 that last: after the first checkpoint (at once), after the first half of the run (halfway).
+    """
     time = np.linspace(0, 1, count)
     since = time + 1 / count  # the first checkpoint is some way from the reference
     if shape == "flat":
@@ -44,7 +48,9 @@ def curve(shape: str, count: int) -> np.ndarray:
         return START + 0.27 * (1 - np.exp(-4 * since))
     if shape == "slow":
         return START + 0.25 * time
-    _, size, when = shape.split()
+    _, size, when = shape.split(maxsplit=2)
+    if when in ("at once", "halfway"):
+        return 0.75 - float(size) * (np.arange(count) >= (1 if when == "at once" else count // 2))
     peak = {"early": 0.15, "gradual": 0.45}[when]
     up = np.sin(np.pi / 2 * np.clip(since / (peak + 1 / count), 0, 1))
     down = np.sin(np.pi / 2 * np.clip((time - peak) / (1 - peak), 0, 1))
@@ -138,10 +144,13 @@ def guards(shape: str, runs: int, looks: int, prompts: int, bounce: float, memor
 def measure(scale: float) -> dict[str, list[dict[str, Any]]]:
     """All tables. scale multiplies the number of runs."""
     some, few = max(int(400 * scale), 4), max(int(200 * scale), 4)
-    sizes = [(c, n, b) for c in CHECKPOINTS for n in PROMPTS for b in BOUNCES]
-    healthy = [verdicts(shape, some, c, n, b) for shape in ("flat", "rising") for c, n, b in sizes]
-    three = [verdicts(shape, some, 3, 384, b) for shape in ("flat", "rising", "fall 0.2 early") for b in (0.0, 0.02, 0.05)]
-    falls = [verdicts(shape, few, c, n, b) for shape in FALLS for c, n in ((6, 128), (8, 384)) for b in (0.0, 0.02, 0.05)]
+    # The more a healthy run bounces, the nearer its false alarms come to 5 %: flat runs are looked at most closely.
+    healthy = [verdicts("flat", some, c, n, b) for c in CHECKPOINTS for n in PROMPTS for b in (0.0, 0.02, 0.03, 0.05)]
+    healthy += [verdicts("flat", 2 * some, c, 256, 0.05) for c in CHECKPOINTS]
+    mild = (0.0, 0.02, 0.05)
+    healthy += [verdicts(shape, few, c, n, b) for shape in ("rising", "slow") for c in (6, 12) for n in PROMPTS for b in mild]
+    three = [verdicts(shape, few, 3, 384, b) for shape in ("rising", "fall 0.2 early", "fall 0.2 at once") for b in mild]
+    falls = [verdicts(shape, few, c, n, b) for shape in FALLS + SHARP for c, n in ((6, 256), (8, 384)) for b in mild]
     wander = [verdicts("flat", some, 8, 384, b, memory) for memory in (0.5, 0.8) for b in (0.02, 0.05)]
     watched = [(20, 64), (20, 128), (20, 256)]
     guard_healthy = [
@@ -196,6 +205,7 @@ def page(found: dict[str, list[dict[str, Any]]], scale: float, out: Path) -> str
     worst = max(found["healthy"], key=lambda row: row["over-optimised"])
     naively = max(found["healthy"], key=lambda row: row["naive"])
     flat = [row["naive"] for row in found["healthy"] if row["shape"] == "flat" and row["bounce"] == 0.02]
+    widest = [row["over-optimised"] for row in found["healthy"] if row["shape"] == "flat" and row["bounce"] == 0.05]
     alarm = max(found["guard_healthy"], key=lambda row: row["stopped"])
     missed = max((row for row in found["falls"] if row["shape"].startswith("fall 0.05")), key=lambda row: row["not detected"])
 
@@ -206,28 +216,30 @@ def page(found: dict[str, list[dict[str, Any]]], scale: float, out: Path) -> str
         return f"{row['shape']}, {size}, N = {row['prompts']}, bounce {row['bounce']}"
 
     def shortened(count: int) -> str:
-        falls = [r["fall"] for r in found["falls"] if r["shape"].startswith("fall 0.2") and r["checkpoints"] == count]
+        falls = [r["fall"] for r in found["falls"] if r["shape"] == "fall 0.2 gradual" and r["checkpoints"] == count]
         return f"{np.mean(falls):.2f}"
 
     return f"""# Calibration of the verdict and of the guard
 
 Written by `python benchmarks/verdict_calibration.py --out {out.as_posix()}{more}`.
 Each row's runs are seeded by a checksum of the row's own settings; results do not depend on the machine beyond rounding. Rates
-are in per cent, ± their Monte-Carlo standard error; "0 (< x)" gives the 95 % bound where nothing was seen. {worst["runs"]} runs a
-row on healthy shapes, {found["falls"][0]["runs"]} on falls.
+are in per cent, ± their Monte-Carlo standard error; "0 (< x)" gives the 95 % bound where nothing was seen.
+{found["healthy"][0]["runs"]} runs a row on flat shapes (twice as many at N = 256), {found["falls"][0]["runs"]} on the others.
 
 What is simulated: {OPPONENTS} opponents a prompt, the same at all checkpoints; neighbouring checkpoints correlate over prompts by
 about 0.6, as in measured runs; the *bounce* moves a checkpoint on all prompts together. flat: 0.75 throughout. rising: from the
 reference's ½, saturating at 0.77. slow: ½ to 0.75 in a straight line. A fall starts from 0.75, *early* (at 15 % of the run) or
-*gradual* (from 45 % on), and ends lower by its size.
+*gradual* (from 45 % on), and ends lower by its size. Other falls are steps that last: *at once* (after the first checkpoint), or
+*halfway*.
 
-- A healthy run called over-optimised: at worst {100 * worst["over-optimised"]:.1f} % ({where(worst)}).
+- A healthy run called over-optimised: at worst {100 * worst["over-optimised"]:.1f} % ({where(worst)});
+  flat runs that bounce by 0.05: {100 * np.mean(widest):.1f} % on average.
 - The naive test (highest checkpoint against the last, paired over prompts, 95 %): at worst {100 * naively["naive"]:.0f} %
   ({where(naively)}); at bounce 0.02 {100 * min(flat):.0f} to {100 * max(flat):.0f} % of flat runs.
 - A healthy run ever stopped by the guard: at worst {100 * alarm["stopped"]:.1f} % ({where(alarm)}).
 - A true fall of 0.05, the edge of what counts as none, called "not detected": at worst {100 * missed["not detected"]:.1f} %
-  ({where(missed)}). Smoothing shortens a fall, more so with few checkpoints: a true fall of
-  0.2 measures {shortened(6)} with 6 checkpoints and {shortened(8)} with 8, on average.
+  ({where(missed)}). Smoothing shortens a gradual fall, more so with few checkpoints: a true one
+  of 0.2 measures {shortened(6)} with 6 checkpoints and {shortened(8)} with 8, on average. A step keeps its size.
 - A flat run is mostly "underpowered" where the bounce is 0.02 or more, and more prompts do not help against it.
 - Beyond the assumptions: a bounce with a memory (a slow wander of the whole run) looks like a trend to every estimate from
   neighbours. Below are the rates, above 5 % where the wander is as large as 0.05.
@@ -239,7 +251,8 @@ reference's ½, saturating at 0.77. slow: ½ to 0.75 in a straight line. A fall 
 ## Verdict on runs that fall
 
 "over-optimised" is the power here. A fall of 0.05 is larger than {MARGIN} and as large as {NEGLIGIBLE}, so neither finding can be
-had of it often: "underpowered" is the right answer, and "not detected" should be rare.
+had of it often: "underpowered" is the right answer, and "not detected" should be rare. What limits the power on a fall at once is
+how well few checkpoints tell the bounce: with 6 of them it is found mostly where it is six times the bounce.
 
 {table(found["falls"], rates | numbers)}
 
