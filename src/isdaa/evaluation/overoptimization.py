@@ -172,16 +172,17 @@ def _sentence(
 def fit_law(runs: Sequence[Trajectory], *, resamples: int = 1000, seed: int = 0) -> Law | None:
     """The law through all checkpoints of the runs (one run, or one cell's seeds); None from fewer than four distinct KLs.
 
-    Runs without win rates do not count.
+    Runs without win rates do not count, nor do those whose reference's own win rate is not known: the law starts there.
     """
-    scored = [(run.wins, run.kl, run.start or 0.0) for run in runs if run.wins is not None]
+    scored = [(run.wins, run.kl, run.start) for run in runs if run.wins is not None and run.start is not None]
     return law_of(scored, resamples=resamples, seed=seed)
 
 
 def law_of(runs: Sequence[tuple[np.ndarray, np.ndarray, float]], *, resamples: int = 1000, seed: int = 0) -> Law | None:
     """`fit_law` on (wins (C, N), kl (C, N), start) of each run.
 
-    Prompts are resampled with win rate and KL of all checkpoints together; where there are several runs, runs are resampled too.
+    Prompts are resampled with win rate and KL of all checkpoints together, and of all runs: those with as many prompts are taken
+    to be measured on the same ones. Where there are several runs, runs are resampled too.
     The interval of d* is that of the draws that have a peak, with ∞ for those that have none.
     """
     runs = [(np.asarray(w, dtype=np.float64), np.asarray(k, dtype=np.float64), s) for w, k, s in runs]
@@ -204,10 +205,11 @@ def _law_interval(
 ) -> tuple[float | None, float | None, float]:
     """(low, high) of d*, None where it is 0 or ∞, and the share of draws whose last checkpoint lies beyond d*."""
     rng = np.random.default_rng(seed)
+    sizes = sorted({wins.shape[1] for wins, _, _ in runs})
+    draws = {n: rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n for n in sizes}
     ds, gains = [], []
     for wins, kl, start in runs:
-        n = wins.shape[1]
-        weights = rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
+        weights = draws[wins.shape[1]]
         ds.append(_root_kl(weights @ kl.T))
         gains.append(weights @ wins.T - start)
     # How often each run is drawn; the only one always once.
