@@ -130,12 +130,12 @@ def with_verdicts(folder: str | Path) -> dict[str, Any]:
 
 
 def evaluate_request(request: Request) -> dict[str, Any]:
-    """`evaluate` for what `requests` found: reads the rows, then evaluates."""
+    """`evaluate` for what `requests` found: reads the rows, then evaluates; the metrics also say where the rows came from."""
     from isdaa.data.sources import load_prompts
 
     prompts, _ = load_prompts(request.data, request.split)
     held_out = common_pairs(request.held_out) if request.held_out else _pairs_of(request, prompts)
-    return evaluate(
+    metrics = evaluate(
         request.models,
         reference=request.reference,
         prompts=prompts,
@@ -148,6 +148,9 @@ def evaluate_request(request: Request) -> dict[str, Any]:
         trust_remote_code=request.trust_remote_code,
         shared=request.shared,
     )
+    metrics |= {"data": request.data, "split": request.split}
+    write_json(Path(request.output_dir) / METRICS, metrics)
+    return metrics
 
 
 def _pairs_of(request: Request, prompts: Iterable[Row]) -> list[Row] | None:
