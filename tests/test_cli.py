@@ -373,31 +373,10 @@ def test_an_error_without_a_file_has_no_empty_field(capsys: pytest.CaptureFixtur
     refused(capsys, ["methods"], "isdaa: error: No space left on device")
 
 
-def test_evaluate_in_another_dtype_and_the_demos_settings(in_finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from isdaa.config import load_config
-    from isdaa.experiments.demo import draw, evaluate_runs
-
+def test_evaluate_in_another_dtype(in_finished: Path) -> None:
     options = ["--dtype", "bfloat16", "--trust-remote-code", "--output", "records_bf16"]
     assert main(["evaluate", "--model_path", "run/model", *options]) == 0
     assert '"dtype": "bfloat16"' in (in_finished / "records_bf16" / "samples.jsonl").read_text()
-    shutil.copytree(in_finished / "run", in_finished / "again")
-    options = {"evaluation.prompts": 1, "evaluation.max_new_tokens": 3, "evaluation.confidence": 0.8}
-    metrics = evaluate_runs([in_finished / "again"], load_config("run.yaml", options))
-    assert (metrics["prompts"], metrics["settings"]["max_new_tokens"], metrics["settings"]["confidence"]) == (1, 3, 0.8)
-    assert draw(metrics, in_finished / "again") is None
-
-
-def test_the_demos_chart_says_what_was_measured(tmp_path: Path) -> None:
-    from isdaa.experiments.demo import draw
-
-    interval = {"mean": 0.4, "low": 0.3, "high": 0.5}
-    model = {"method": "dpo", "beta": 0.1, "seed": 1, "step": 3, "label": "dpo/3", "kl": interval, "win_rate": interval}
-    reference = {"win_rate": {"mean": 0.37, "low": None, "high": None}}
-    metrics = {"models": [model], "reference": reference, "opponent": "chosen", "settings": {"confidence": 0.8}}
-    assert draw(metrics, tmp_path) is not None
-    shown = (tmp_path / "win_rate_against_kl.svg").read_text()
-    assert "the chosen responses" in shown and "80 %" in shown and "0.37" in shown
-    assert draw(metrics | {"reference": {"win_rate": None}}, tmp_path) is not None
 
 
 def test_a_card_shows_no_path_of_this_machine(in_finished: Path) -> None:

@@ -165,21 +165,3 @@ def repetition(ids: Sequence[int], n: int = N_GRAM) -> float:
     """Share of a response's n-grams that stood in it before; 0 where it has none."""
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def chart_records(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One plain record a checkpoint, as `isdaa.report.charts` takes them; empty where there is no win rate."""
-    return [
-        {
-            "method": model["method"] or model["label"],
-            **{key: model[key] for key in ("beta", "seed", "step", "label")},
-            "kl": model["kl"]["mean"],
-            "kl_low": model["kl"]["low"],
-            "kl_high": model["kl"]["high"],
-            "win_rate": model["win_rate"]["mean"],
-            "low": model["win_rate"]["low"],
-            "high": model["win_rate"]["high"],
-        }
-        for model in metrics["models"]
-        if model["win_rate"] is not None
-    ]

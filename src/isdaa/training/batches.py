@@ -110,10 +110,7 @@ def tokenised(rows: Any) -> TokenisedPairs:
 
 def _numbers(rows: Any, name: str) -> np.ndarray:
     """One column of numbers, (N,) float64, NaN where a row has none."""
-    if hasattr(rows, "column_names"):
-        values = rows.with_format("arrow")[:][name].to_pylist()
-    else:
-        values = [row.get(name) for row in rows]
+    values = rows.with_format("arrow")[:][name].to_pylist() if hasattr(rows, "column_names") else [row.get(name) for row in rows]
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
