@@ -71,10 +71,28 @@ def make_probe(model: nn.Module, longest_row: int | None) -> Probe:
     ids = ids.to(next(inner.parameters()).device)
     layout = Layout(*(torch.tensor([n]) for n in (prompt, chosen, rejected)))
     truth, noise = _plain_logps(model, ids, layout)
-    dtypes = [p.dtype for p in inner.parameters() if p.is_floating_point()]
+    dtypes = {p.dtype for p in inner.parameters() if p.is_floating_point()} | _computed_dtypes(model, ids)
     relative = max(_TOLERANCE.get(dtype, max(_TOLERANCE.values())) for dtype in dtypes)
     base = relative * float(truth.abs().max())
     return Probe(ids, layout, truth, min(max(base, 4 * noise), _MOST_NOISE * base), unprobed_window)
+
+
+def _computed_dtypes(model: nn.Module, ids: Tensor) -> set[torch.dtype]:
+    """Dtypes of what the linear layers give: a wrapper's autocast computes in another one than the weights have."""
+    found: set[torch.dtype] = set()
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point():
+            found.add(output.dtype)
+
+    hooks = [m.register_forward_hook(note) for m in inner_model(model).modules() if isinstance(m, nn.Linear)]
+    try:
+        with shared_prefix.plain_attention(model):
+            model(input_ids=ids[None, : min(_SHORT, len(ids))])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def head_trouble(model: nn.Module) -> str | None:
