@@ -53,13 +53,15 @@ def main() -> None:
 
 def _figures(study: Study, summaries: Sequence[CellSummary], out: Path) -> None:
     from isdaa.report.curves import final_chart, matched_charts, study_chart
+    from isdaa.report.lines import lines_of
     from isdaa.report.style import save_chart
 
     names = {summary.cell for summary in summaries}
     main = [cell for cell in dict.fromkeys(run.cell for run in study.runs) if cell and _is_main(cell)]
     save_chart(study_chart(study, cells=main), out)
     first = [summary for summary in summaries if "-beta0.01" in summary.cell]
-    save_chart(final_chart(first), out.with_name(f"{out.name}-final"))
+    titles = {line.cell: line.label for line in lines_of(study)}
+    save_chart(final_chart(first, titles=titles), out.with_name(f"{out.name}-final"))
     groups = []
     for title, pattern in SMALLER.items():
         cells = [
@@ -123,7 +125,7 @@ def _page(study: Study, summaries: Sequence[CellSummary], against: str, folder: 
     lines += [
         f"Made by `python benchmarks/study_tables.py {folder} --out …` from the records of {len(study.runs)} runs "
         f"(seeds {', '.join(map(str, seeds))}); revision "
-        f"`{', '.join(content.get('git_revisions', []))}`, torch {content['versions']['torch']}, "
+        f"`{', '.join(_revisions(study, content))}`, torch {content['versions']['torch']}, "
         f"transformers {content['versions']['transformers']}.",
         f"{study.metrics['prompts']} held-out prompts, temperature {settings['temperature']:g}, win rate by "
         f"`{settings['scorer']}` against {settings['opponent_samples']} samples of the reference a prompt. Together the "
@@ -146,6 +148,12 @@ def _page(study: Study, summaries: Sequence[CellSummary], against: str, folder: 
     if against in by_cell:
         lines += _differences(study, by_cell, against)
     return "\n".join(lines)
+
+
+def _revisions(study: Study, content: dict[str, Any]) -> list[str]:
+    """Of the code that trained the runs, as their own records say."""
+    states = [study.folder / row["folder"] / "run.json" for row in content["runs"]]
+    return sorted({str(read_json(path)["git_revision"]) for path in states if path.is_file()})
 
 
 def _table(cells: Sequence[CellSummary]) -> list[str]:

@@ -236,9 +236,6 @@ def _in_process(work: Work, pipe: Any) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     work()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 class ClusterJobs:
