@@ -51,7 +51,7 @@ def headline(report: Mapping[str, Any]) -> dict[str, str]:
     if len(runs) == 1:
         return {"headline": runs[0]["verdict"]["sentence"], "tone": tone, "summary": basis}
     return {
-        "headline": f"{_who_fell(cells)}; {_who_keeps(cells, report['confidence'])}.",
+        "headline": f"{_who_fell(cells)}; {_who_keeps(cells, report['confidence'])}{_to_keep(report)}.",
         "tone": "mixed" if len(found) > 1 else tone,
         "summary": basis,
     }
@@ -98,6 +98,17 @@ def _who_keeps(cells: Sequence[Mapping[str, Any]], confidence: float) -> str:
     alike = sum(gap["seeds"] > 2 and gap["low"] <= 0 for gap in gaps)
     cannot = f", though {alike} other{'s' * (alike != 1)} cannot be told from it with these seeds" if alike else ""
     return f"{best['label']} keeps most, with a final win rate of {number(final['mean'])}{spread}{cannot}"
+
+
+def _to_keep(report: Mapping[str, Any]) -> str:
+    """The checkpoint to keep of the best cell's run that ends highest; the page lists every run's."""
+    best = next(cell for cell in report["cells"] if cell["final"]["mean"] is not None)
+    runs = [run for run in report["runs"] if run["cell"] == best["cell"] and run["recommended"] is not None]
+    if not runs:
+        return ""
+    top = max(runs, key=lambda run: run["checkpoints"][-1]["win_rate"]["mean"])  # judged, so it has one
+    what = "the reference" if top["recommended"]["step"] == 0 else f"step {top['recommended']['step']}"
+    return f"; keep its {what}" if len(runs) == 1 else f"; of its runs {top['name']} ends highest: keep {what} of it"
 
 
 def _basis(report: Mapping[str, Any]) -> str:
