@@ -1,6 +1,8 @@
 """Reference logps: right, computed once, and never taken from a file that does not belong to them."""
 
 import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,7 @@ def test_a_second_run_makes_no_forward_pass(forward: PairForward, pairs: Tokenis
     first = compute(load, pairs, tmp_path)
     for values, again in zip(first, compute(refuse, pairs, tmp_path), strict=True):
         assert np.array_equal(values, again)
-    assert len(calls) == 1 and len(list(tmp_path.iterdir())) == 1
+    assert len(calls) == 1 and len(list(tmp_path.glob("logps-*"))) == 1
     # Without a cache there is nothing to read: the test above can fail.
     with pytest.raises(AssertionError, match="forward pass"):
         compute(refuse, pairs, None)
@@ -90,7 +92,7 @@ def test_a_damaged_or_foreign_file_is_noticed_and_replaced(
     damage: str, forward: PairForward, pairs: TokenisedPairs, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     right = compute(forward, pairs, tmp_path)
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("logps-*")
     content = bytearray(path.read_bytes())
     if damage == "cut":
         path.write_bytes(content[:-5])
@@ -105,7 +107,7 @@ def test_a_damaged_or_foreign_file_is_noticed_and_replaced(
         other = TokenisedPairs(token_rows(17, seed=1)) if damage == "foreign" else pairs
         key = KEY if damage == "foreign" else KEY | {"weights": "older"}
         compute(prepare(moved(tiny_model())), other, tmp_path / "elsewhere", key=key)
-        (stranger,) = (tmp_path / "elsewhere").iterdir()
+        (stranger,) = (tmp_path / "elsewhere").glob("logps-*")
         path.write_bytes(stranger.read_bytes())
     with caplog.at_level(logging.WARNING):
         again = compute(forward, pairs, tmp_path)
@@ -118,7 +120,7 @@ def test_a_damaged_or_foreign_file_is_noticed_and_replaced(
 
 def test_a_file_of_another_number_of_pairs_is_not_read(forward: PairForward, pairs: TokenisedPairs, tmp_path: Path) -> None:
     compute(forward, pairs, tmp_path)
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("logps-*")
     key = cache_key(pairs, KEY, "float32")
     assert read_cache(path, key, 17) is not None
     assert read_cache(path, key, 16) is None
@@ -133,7 +135,7 @@ def test_logps_that_are_no_numbers_are_an_error_and_are_not_kept(pairs: Tokenise
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="17 pairs"):
         compute(broken, pairs, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("logps-*")) == []
 
 
 def test_the_model_keeps_its_mode(pairs: TokenisedPairs) -> None:
@@ -143,3 +145,19 @@ def test_the_model_keeps_its_mode(pairs: TokenisedPairs) -> None:
         model.train(training)
         compute(forward, pairs, None)
         assert model.training is training
+
+
+def test_two_runs_that_want_the_same_compute_it_once(forward: PairForward, pairs: TokenisedPairs, tmp_path: Path) -> None:
+    """The second waits for the first and reads what it wrote; threads stand for the processes."""
+    calls: list[int] = []
+
+    def slow() -> PairForward:
+        calls.append(1)
+        time.sleep(0.3)
+        return forward
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = (pool.submit(compute, slow, pairs, tmp_path) for _ in range(2))
+        for one, other in zip(first.result(), second.result(), strict=True):
+            assert np.array_equal(one, other)
+    assert len(calls) == 1

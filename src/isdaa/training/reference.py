@@ -6,9 +6,11 @@ on: the model's weights, the token ids, the numerics. Runs share the files.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +59,30 @@ def reference_logps(
         found = read_cache(path, full, len(rows))
         if _agreed(found is not None) and found is not None:
             return found
-    prepared = forward if isinstance(forward, PairForward) else forward()
-    logps = _compute(prepared, rows, batch_tokens, precision, progress)
-    if path is not None and _rank() == 0:
-        write_cache(path, full, *logps)
+    with _alone(path) if path is not None and _world() == 1 else nullcontext() as waited:
+        if path is not None and waited:  # for another run, which wanted the same
+            found = read_cache(path, full, len(rows))
+            if found is not None:
+                return found
+        prepared = forward if isinstance(forward, PairForward) else forward()
+        logps = _compute(prepared, rows, batch_tokens, precision, progress)
+        if path is not None and _rank() == 0:
+            write_cache(path, full, *logps)
     return logps
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[bool]:
+    """While no other process computes what will lie at `path`. Gives whether one did, and was waited for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.parent / f".{path.name}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            waited = False
+        except OSError:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            waited = True
+        yield waited
 
 
 def cache_key(pairs: TokenisedPairs, key: dict[str, Any], precision: str) -> dict[str, Any]:
