@@ -24,7 +24,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from isdaa.models.shared_prefix import Layout
+from isdaa.models.layout import Layout
 
 VOCABULARY = 61
 _SMALL = {
@@ -98,12 +98,12 @@ def packed(lengths: list[tuple[int, int, int]], seed: int = 0) -> tuple[torch.Te
     """(T,) random packed row and its layout."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (sum(map(sum, lengths)),), generator=generator)
-    return ids, Layout(*(torch.tensor(part) for part in zip(*lengths, strict=True)))
+    return ids, Layout.of_pairs(*(torch.tensor(part) for part in zip(*lengths, strict=True)))
 
 
 def split(ids: torch.Tensor, layout: Layout) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """(prompt, chosen, rejected) ids of every pair."""
-    parts = ids.split([n for lengths in layout.lengths for n in lengths])
+    parts = ids.split([n for prompt, (chosen, rejected) in layout.groups for n in (prompt, chosen, rejected)])
     return list(zip(parts[0::3], parts[1::3], parts[2::3], strict=True))
 
 

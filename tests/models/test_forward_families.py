@@ -17,6 +17,7 @@ from forward_helpers import (
     loss_of,
     packed,
     plain_logps,
+    plain_token_logps,
     tiny,
     untouched,
 )
@@ -24,6 +25,7 @@ from forward_helpers import (
 from isdaa.models import logprobs, shared_prefix
 from isdaa.models.forward import prepare
 from isdaa.models.inner import head_of
+from isdaa.models.layout import Layout
 
 
 def compare(model, truth_model, forward, pairs: int) -> None:
@@ -37,6 +39,23 @@ def compare(model, truth_model, forward, pairs: int) -> None:
     assert_same_gradients(ours, gradients(truth_model, loss_of(*truth)))
 
 
+def compare_shared(model, truth_model, forward) -> None:
+    """Three pairs of one prompt, two of them with one rejected response, and a pair of another prompt."""
+    lengths = torch.tensor([9, 4]), torch.tensor([5, 3, 6, 2, 7, 4]), torch.tensor([0, 0, 0, 0, 1, 1])
+    layout = Layout(*lengths, chosen=torch.tensor([0, 2, 3, 5]), rejected=torch.tensor([1, 1, 0, 4]))
+    ids = torch.randint(3, VOCABULARY, (layout.tokens,), generator=torch.Generator().manual_seed(3))
+    starts = layout.response_starts.tolist()
+    prompts = [ids[start : start + n] for start, n in zip(layout.prompt_starts.tolist(), lengths[0].tolist(), strict=True)]
+    responses = [ids[start : start + n] for start, n in zip(starts, lengths[1].tolist(), strict=True)]
+    rows = [plain_token_logps(truth_model, prompts[p], r).sum() for p, r in zip(lengths[2].tolist(), responses, strict=True)]
+    truth = torch.stack(rows)
+    out = forward(model, ids, None, layout)
+    assert_close(out.logps, truth)
+    assert torch.equal(out.chosen_logps, out.logps[layout.chosen])
+    ours = gradients(model, loss_of(out.chosen_logps, out.rejected_logps))
+    assert_same_gradients(ours, gradients(truth_model, loss_of(truth[layout.chosen], truth[layout.rejected])))
+
+
 @pytest.mark.parametrize("name", SHARED)
 def test_equals_two_plain_rows(name, monkeypatch):
     model = tiny(name)
@@ -46,8 +65,10 @@ def test_equals_two_plain_rows(name, monkeypatch):
     assert isinstance(head_of(model), logprobs.LinearHead)  # the fast way, scale and soft cap included
     for pairs in (1, 2, 5):
         compare(model, truth_model, forward, pairs)  # short pairs: one padded block
-    monkeypatch.setattr(shared_prefix, "_SHORT_PAIR", 0)
+    compare_shared(model, truth_model, forward)
+    monkeypatch.setattr(shared_prefix, "_SHORT_GROUP", 0)
     compare(model, truth_model, forward, 5)  # pair by pair
+    compare_shared(model, truth_model, forward)
     monkeypatch.setattr(logprobs, "_CHUNK_ELEMENTS", {"cpu": 7 * VOCABULARY})
     monkeypatch.setattr(logprobs, "_LEAST_ROWS", 1)
     compare(model, truth_model, forward, 5)  # many vocabulary chunks, the last one smaller
@@ -66,6 +87,7 @@ def test_two_rows_equal_two_plain_rows(name, caplog, monkeypatch):
     monkeypatch.undo()
     for pairs in (1, 2, 5):
         compare(model, truth_model, forward, pairs)
+    compare_shared(model, truth_model, forward)
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "gpt2", "gemma2"])

@@ -15,7 +15,7 @@ import resource, sys
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from isdaa.models.forward import prepare
-from isdaa.models.shared_prefix import Layout
+from isdaa.models.layout import Layout
 
 vocabulary, hidden, tokens, way = {vocabulary}, {hidden}, {tokens}, sys.argv[1]
 torch.manual_seed(0)
@@ -26,7 +26,7 @@ forward = prepare(model)
 for parameter in model.parameters():
     parameter.grad = torch.zeros_like(parameter)
 ones = torch.ones(4, dtype=torch.long)
-layout = Layout(8 * ones, tokens // 8 * ones, tokens // 8 * ones)
+layout = Layout.of_pairs(8 * ones, tokens // 8 * ones, tokens // 8 * ones)
 ids = torch.randint(0, vocabulary, (layout.tokens,))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = peak()

@@ -12,31 +12,51 @@ from forward_helpers import assert_close, lengths_of, packed, plain_logps, tiny,
 
 from isdaa.models import shared_prefix
 from isdaa.models.forward import PairForward, disable_dropout, inner_model, prepare
-from isdaa.models.shared_prefix import Layout, plain_attention
+from isdaa.models.layout import Layout
+from isdaa.models.shared_prefix import plain_attention
 
 
 def test_layout_by_hand():
     #                0 1 2 | 3 4 | 5 6 7 || 8 | 9 | 10
     # pair 0: prompt 0..2, chosen 3..4, rejected 5..7; pair 1: prompt 8, chosen 9, rejected 10
-    layout = Layout(torch.tensor([3, 1]), torch.tensor([2, 1]), torch.tensor([3, 1]))
-    assert (layout.pairs, layout.tokens, layout.longest) == (2, 11, 6)
+    layout = Layout.of_pairs(torch.tensor([3, 1]), torch.tensor([2, 1]), torch.tensor([3, 1]))
+    assert (layout.responses, layout.tokens, layout.longest, layout.longest_group) == (4, 11, 6, 8)
+    assert (layout.chosen.tolist(), layout.rejected.tolist()) == ([0, 2], [1, 3])
     assert layout.target_index.tolist() == [3, 4, 5, 6, 7, 9, 10]
     assert layout.predictor_index.tolist() == [2, 3, 2, 5, 6, 8, 8]
-    assert layout.response_of.tolist() == [0, 0, 2, 2, 2, 1, 3]
+    assert layout.response_of.tolist() == [0, 0, 1, 1, 1, 2, 3]
+    assert layout.owner.tolist() == [-1, -1, -1, 0, 0, 1, 1, 1, -1, 2, 3]
     assert layout.position_ids.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 1]
     sums = layout.response_sums(torch.tensor([1.0, 2, 10, 20, 30, 5, 7]))
-    assert sums.tolist() == [3, 5, 60, 7]
+    assert sums.tolist() == [3, 60, 5, 7]
+
+
+def test_layout_of_shared_prompts_by_hand():
+    # prompt 0..1 with responses 2..3 | 4 | 5..6, then prompt 7 with response 8; response 1 is in both pairs of prompt 0
+    shared = torch.tensor([2, 1]), torch.tensor([2, 1, 2, 1]), torch.tensor([0, 0, 0, 1])
+    layout = Layout(*shared, chosen=torch.tensor([0, 1]), rejected=torch.tensor([1, 2]))
+    assert (layout.tokens, layout.longest, layout.longest_group) == (9, 4, 7)
+    assert layout.target_index.tolist() == [2, 3, 4, 5, 6, 8]
+    assert layout.predictor_index.tolist() == [1, 2, 1, 1, 5, 7]
+    assert layout.position_ids.tolist() == [0, 1, 2, 3, 2, 2, 3, 0, 1]
+    assert layout.groups == [(2, [2, 1, 2]), (1, [1])]
+    assert layout.response_sums(torch.arange(6.0)).tolist() == [1, 2, 7, 5]
 
 
 def test_empty_responses_and_wrong_lengths():
-    layout = Layout(torch.tensor([2, 3]), torch.tensor([2, 0]), torch.tensor([0, 0]))
+    layout = Layout.of_pairs(torch.tensor([2, 3]), torch.tensor([2, 0]), torch.tensor([0, 0]))
     assert layout.target_index.tolist() == [2, 3]
     assert layout.predictor_index.tolist() == [1, 2]
+    assert Layout.of_rows(torch.tensor([2, 3]), torch.tensor([0, 1])).target_index.tolist() == [5]
     assert layout.response_sums(torch.tensor([1.0, 2.0])).tolist() == [3, 0, 0, 0]
     with pytest.raises(ValueError, match="prompt of length 0"):
-        Layout(torch.tensor([0]), torch.tensor([1]), torch.tensor([1]))
+        Layout.of_pairs(torch.tensor([0]), torch.tensor([1]), torch.tensor([1]))
     with pytest.raises(ValueError, match="shapes"):
-        Layout(torch.tensor([1, 2]), torch.tensor([1]), torch.tensor([1]))
+        Layout.of_pairs(torch.tensor([1, 2]), torch.tensor([1]), torch.tensor([1]))
+    with pytest.raises(ValueError, match="order of their prompts"):
+        Layout(*(torch.tensor(part) for part in ([1, 1], [1, 1], [1, 0], [0], [1])))
+    with pytest.raises(ValueError, match="as many chosen"):
+        Layout(*(torch.tensor(part) for part in ([1, 1], [1, 1], [0, 1], [0, 1], [1])))
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral_short_window", "gemma2", "bloom"])

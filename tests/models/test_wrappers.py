@@ -101,8 +101,8 @@ def test_wpo_term(name):
     ids, layout = packed(lengths_of(4))
     out = prepare(model)(model, ids, None, layout, with_wpo=True)
     assert out.chosen_wpo is not None and not out.chosen_wpo.requires_grad
-    for b, (prompt, chosen, rejected) in enumerate(layout.lengths):
-        start = sum(map(sum, layout.lengths[:b]))
+    for b, (prompt, (chosen, rejected)) in enumerate(layout.groups):
+        start = int(layout.prompt_starts[b])
         for found, at, length in ((out.chosen_wpo, prompt, chosen), (out.rejected_wpo, prompt + chosen, rejected)):
             row = torch.cat([ids[start : start + prompt], ids[start + at : start + at + length]])
             every = torch.log_softmax(truth_model(input_ids=row[None]).logits[0, prompt - 1 : -1], -1)

@@ -18,7 +18,7 @@ from training_helpers import (
 )
 
 from isdaa import Objective, PairLogps
-from isdaa.models.shared_prefix import Layout
+from isdaa.models.layout import Layout
 from isdaa.objectives.weights import batch_weights
 from isdaa.training.batches import GlobalBatchSampler, MicroBatch, Piece, shard, split_by_tokens
 
@@ -133,7 +133,7 @@ def test_fill_in_pairs_count_nothing(reference: Any, pairs: Any, tmp_path: Path)
             policy.zero_grad()
             batch = pairs.batch(indices)
             assert batch.valid.tolist() == [i >= 0 for i in indices]
-            micro = MicroBatch([Piece(batch, Layout(*batch.parts()))])
+            micro = MicroBatch([Piece(batch, Layout.of_pairs(*batch.parts()))])
             loss = trainer.training_step(policy, micro, int(batch.valid.sum()))
             found.append((float(loss), {name: p.grad.clone() for name, p in policy.named_parameters()}))
         assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
@@ -148,7 +148,7 @@ def test_order_and_company_of_a_pair_change_nothing(reference: Any, pairs: Any, 
 
     def losses(indices: list[int]) -> dict[int, float]:
         batch = pairs.batch(indices)
-        out, _ = trainer._losses(policy, Piece(batch, Layout(*batch.parts())))
+        out, _ = trainer._losses(policy, Piece(batch, Layout.of_pairs(*batch.parts())))
         return dict(zip(indices, out.losses.tolist(), strict=True))
 
     together = losses(list(range(12)))

@@ -60,14 +60,14 @@ def pair_logps(forward: Any, pairs: Sequence[Record], batch_tokens: int = BATCH_
     """(chosen, rejected) logps of every pair in nats, by the shared-prefix forward, in the order of the pairs."""
     import torch
 
-    from isdaa.models.shared_prefix import Layout
+    from isdaa.models.layout import Layout
 
     parts = ("prompt_ids", "chosen_ids", "rejected_ids")
     device = next(forward.model.parameters()).device
     result = [(0.0, 0.0)] * len(pairs)
     for batch in _batches([sum(len(pair[part]) for part in parts) for pair in pairs], batch_tokens):
         ids = torch.tensor([token for i in batch for part in parts for token in pairs[i][part]], device=device)
-        layout = Layout(*(torch.tensor([len(pairs[i][part]) for i in batch]) for part in parts))
+        layout = Layout.of_pairs(*(torch.tensor([len(pairs[i][part]) for i in batch]) for part in parts))
         with torch.no_grad():
             out = forward(forward.model, ids, None, layout)
         for i, chosen, rejected in zip(batch, out.chosen_logps.tolist(), out.rejected_logps.tolist(), strict=True):

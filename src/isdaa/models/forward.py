@@ -24,9 +24,9 @@ from isdaa.models.inner import (
     inner_model,
     install_forward,
 )
+from isdaa.models.layout import Layout
 from isdaa.models.logprobs import Head
 from isdaa.models.probe import head_trouble, make_probe
-from isdaa.models.shared_prefix import Layout
 
 __all__ = ["PairForward", "ResponseLogps", "disable_dropout", "evaluating", "inner_model", "prepare"]
 
@@ -35,13 +35,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ResponseLogps:
-    """Logps of B pairs in fp32, summed over the tokens of a response (nats).
+    """Logps in fp32, summed over the tokens of a response (nats).
 
-    chosen_logps, rejected_logps: (B,); an empty response has logp 0.
+    logps: (R,) of the responses in packed order; an empty response has logp 0.
+    chosen_logps, rejected_logps: (B,) of the layout's pairs.
     token_logps: (N,) in packed order (see `Layout.response_of`).
     chosen_wpo, rejected_wpo: (B,) mean over tokens of log π(y_t) − log Σ_v π(v)², without gradient, or None.
     """
 
+    logps: Tensor
     chosen_logps: Tensor
     rejected_logps: Tensor
     token_logps: Tensor
@@ -65,13 +67,13 @@ class PairForward:
     def __call__(
         self, model: nn.Module, input_ids: Tensor, position_ids: Tensor | None, layout: Layout, with_wpo: bool = False
     ) -> ResponseLogps:
-        """Logps of both responses of every pair.
+        """Logps of every response.
 
         Args:
             model: the prepared model, or a wrapper around it (its training mode and gradient mode are the caller's).
             input_ids: (T,) or (1, T) packed row.
             position_ids: (T,) or (1, T); None derives them from the layout.
-            layout: where the parts of the pairs lie.
+            layout: where prompts and responses lie.
             with_wpo: also compute the WPO term.
 
         Raises:
@@ -79,12 +81,13 @@ class PairForward:
         """
         out = self._request(model, input_ids, position_ids, layout, "wpo" if with_wpo else "logps")
         tokens, wpo = out["token_logps"], out["wpo"]
-        chosen, rejected = layout.response_sums(tokens).chunk(2)
-        if wpo is None:
-            return ResponseLogps(chosen, rejected, tokens)
-        lengths = [n.to(tokens.device).clamp(min=1) for n in (layout.chosen_lengths, layout.rejected_lengths)]
-        chosen_wpo, rejected_wpo = (s / n for s, n in zip(layout.response_sums(wpo).chunk(2), lengths, strict=True))
-        return ResponseLogps(chosen, rejected, tokens, chosen_wpo, rejected_wpo)
+        logps = layout.response_sums(tokens)
+        chosen, rejected = (layout.on(tokens.device, name) for name in ("chosen", "rejected"))
+        found = ResponseLogps(logps, logps[chosen], logps[rejected], tokens)
+        if wpo is not None:
+            means = layout.response_sums(wpo) / layout.on(tokens.device, "response_lengths").clamp(min=1)
+            found.chosen_wpo, found.rejected_wpo = means[chosen], means[rejected]
+        return found
 
     def predicting_states(self, model: nn.Module, input_ids: Tensor, layout: Layout) -> tuple[Tensor, Head]:
         """(N, D) hidden states that predict the response tokens, and the model's head; for comparing two models."""

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from isdaa.errors import UserError
 from isdaa.models import shared_prefix
+from isdaa.models.layout import Layout
 from isdaa.models.logprobs import Head, OwnHead, linear_head, text_config, token_logps
-from isdaa.models.shared_prefix import LAYOUT_KEYWORD, Layout
+from isdaa.models.shared_prefix import LAYOUT_KEYWORD
 
 SHARED_PREFIX = "shared_prefix"
 TWO_ROWS = "two_rows"
@@ -145,21 +146,19 @@ def _two_row_states(model: nn.Module, packed: Tensor, layout: Layout) -> Tensor:
 
 def _two_rows(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(rows, L) index into the packed row, (rows, L) mask, (N,) predictor index into the flattened rows."""
-    prompt, chosen, rejected = layout._lengths
-    present = torch.cat([chosen, rejected]) > 0
-    if not present.any():
-        present[: layout.pairs] = True
-    prompts = prompt.repeat(2)
-    # Where the response begins in the packed row: the rejected one lies behind the chosen one.
-    gap = torch.cat([torch.zeros_like(chosen), chosen])
-    lengths = prompts + torch.cat([chosen, rejected])
-    starts = layout._starts.repeat(2)
+    prompts = layout.prompt_lengths[layout.prompt_of]
+    lengths = prompts + layout.response_lengths
+    present = layout.response_lengths > 0
+    present[0] |= not bool(present.any())
     slot = torch.arange(int(lengths[present].max()))
+    starts = layout.prompt_starts[layout.prompt_of]
+    # Where the response begins in the packed row: other responses may lie between its prompt and it.
+    gap = layout.response_starts - starts - prompts
     index = starts[:, None] + slot + gap[:, None] * (slot >= prompts[:, None])
     mask = slot < lengths[:, None]
     row_of = present.cumsum(0) - 1
     response = layout.response_of
-    predictors = row_of[response] * len(slot) + prompts[response] + layout._responses[1] - 1
+    predictors = row_of[response] * len(slot) + prompts[response] + layout.offset - 1
     rows = torch.where(mask, index, starts[:, None])[present]
     return rows.to(device), mask[present].long().to(device), predictors.to(device)
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from isdaa.models import shared_prefix
 from isdaa.models.inner import inner_model, own_head
+from isdaa.models.layout import Layout
 from isdaa.models.logprobs import LinearHead, linear_head, text_config
-from isdaa.models.shared_prefix import Layout
 
 # A probe is a forward pass; above this many tokens it would no longer be a small one. Mistral's window (4096) fits.
 _LONGEST = 4352
@@ -69,7 +69,7 @@ def make_probe(model: nn.Module, longest_row: int | None) -> Probe:
     vocabulary = int(text_config(inner).vocab_size)
     ids = torch.randint(0, vocabulary, (prompt + chosen + rejected,), generator=generator)
     ids = ids.to(next(inner.parameters()).device)
-    layout = Layout(*(torch.tensor([n]) for n in (prompt, chosen, rejected)))
+    layout = Layout.of_pairs(*(torch.tensor([n]) for n in (prompt, chosen, rejected)))
     truth, noise = _plain_logps(model, ids, layout)
     dtypes = {p.dtype for p in inner.parameters() if p.is_floating_point()} | _computed_dtypes(model, ids)
     relative = max(_TOLERANCE.get(dtype, max(_TOLERANCE.values())) for dtype in dtypes)
@@ -146,7 +146,7 @@ def _sources(model: nn.Module) -> Iterator[Any]:
 def _plain_logps(model: nn.Module, ids: Tensor, layout: Layout) -> tuple[Tensor, float]:
     """(N,) token logps of two plain rows of the model's own logits, each alone; and how much they change when the rows
     are computed together, a measure of the rounding noise of this model."""
-    ((p, c, r),) = layout.lengths
+    ((p, (c, r)),) = layout.groups
     both = min(c, r)
     rows = [(ids[: p + c], c), (torch.cat([ids[:p], ids[p + c :]]), r)]
     with shared_prefix.plain_attention(model):

@@ -1,6 +1,6 @@
 """Logps and divergences of plain (prompt, response) rows, through the same forward as training.
 
-A row is a pair whose rejected response is empty. Rows are grouped into packed batches by a budget of tokens; the
+Rows are grouped into packed batches by a budget of tokens; the
 results come back in the order of the rows.
 """
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from isdaa.models.forward import PairForward, evaluating
+from isdaa.models.layout import Layout
 from isdaa.models.logprobs import full_vocabulary_kl
-from isdaa.models.shared_prefix import Layout
 
 Row = tuple[Sequence[int], Sequence[int]]
 Progress = Callable[[int], object]
@@ -45,7 +45,7 @@ def sequence_logps(
     sums = torch.zeros(len(rows))
     with evaluating(forward.model):
         for batch, ids, layout in _batches(rows, batch_tokens, _device(forward.model)):
-            sums[batch] = forward(forward.model, ids, None, layout).chosen_logps.float().cpu()
+            sums[batch] = forward(forward.model, ids, None, layout).logps.float().cpu()
             if progress is not None:
                 progress(len(batch))
     return sums
@@ -76,7 +76,7 @@ def kl_pass(
             targets = ids[layout.on(ids.device, "target_index")]
             kl, logps, logps_ref = full_vocabulary_kl(hidden, head, hidden_ref, head_ref, targets)
             for total, tokens in ((out.kl, kl), (out.policy_logps, logps), (out.reference_logps, logps_ref)):
-                total[batch] = layout.response_sums(tokens)[: layout.pairs].float().cpu()
+                total[batch] = layout.response_sums(tokens).float().cpu()
             if progress is not None:
                 progress(len(batch))
     return out
@@ -106,4 +106,4 @@ def _batches(rows: Sequence[Row], batch_tokens: int, device: torch.device) -> It
 def _pack(rows: Sequence[Row], batch: list[int], device: torch.device) -> tuple[Tensor, Tensor, Layout]:
     ids = [token for i in batch for part in rows[i] for token in part]
     prompts, responses = (torch.tensor([len(rows[i][part]) for i in batch]) for part in (0, 1))
-    return torch.tensor(batch), torch.tensor(ids, device=device), Layout(prompts, responses, torch.zeros_like(prompts))
+    return torch.tensor(batch), torch.tensor(ids, device=device), Layout.of_rows(prompts, responses)

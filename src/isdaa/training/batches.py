@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from isdaa.data.collation import PairBatch, collate
-from isdaa.models.shared_prefix import Layout
+from isdaa.models.layout import Layout
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 BEHAVIOUR_COLUMNS = ("behaviour_chosen_logps", "behaviour_rejected_logps")

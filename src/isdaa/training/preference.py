@@ -26,7 +26,7 @@ from transformers.utils import logging as hf_logging
 
 from isdaa.data.collation import PairBatch, collate
 from isdaa.models.forward import PairForward, ResponseLogps, disable_dropout
-from isdaa.models.shared_prefix import Layout
+from isdaa.models.layout import Layout
 from isdaa.objectives.objective import Objective, ObjectiveOutput, PairLogps
 from isdaa.objectives.weights import batch_weights
 from isdaa.terminal import progress as show_progress
@@ -154,7 +154,7 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
             if len(parts) < most:
                 parts = split_by_tokens(batch, self.batch_tokens, at_least=most)
         # The layout comes from the lengths on the CPU: no forward pass waits for the device to send them back.
-        return [Piece(part.to(device, non_blocking=True), Layout(*part.parts())) for part in parts]
+        return [Piece(part.to(device, non_blocking=True), Layout.of_pairs(*part.parts())) for part in parts]
 
     @property
     def policy(self) -> nn.Module:

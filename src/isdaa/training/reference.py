@@ -21,7 +21,7 @@ from torch import nn
 from isdaa.errors import UserError
 from isdaa.files import digest, write_atomically
 from isdaa.models.forward import PairForward
-from isdaa.models.shared_prefix import Layout
+from isdaa.models.layout import Layout
 from isdaa.terminal import progress as show_progress
 from isdaa.training.batches import TokenisedPairs, tokenised
 
@@ -157,7 +157,7 @@ def _compute(
         ):
             for group in _groups(order, lengths, batch_tokens):
                 batch = pairs.batch(group)
-                layout = Layout(*batch.parts())
+                layout = Layout.of_pairs(*batch.parts())
                 logps = forward(model, batch.input_ids.to(device), batch.position_ids.to(device), layout)
                 values[:, group] = torch.stack([logps.chosen_logps, logps.rejected_logps]).float().cpu().numpy()
                 bar.update(float(lengths[group].sum()))
