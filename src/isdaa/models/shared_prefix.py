@@ -128,11 +128,12 @@ def _attend_one_by_one(query: Tensor, key: Tensor, value: Tensor, layout: Layout
     queries, keys, values = (t.split([length for _, length in pieces], 2) for t in (query, key, value))
     masks = layout.cached((query.device, query.dtype, how), lambda: [_piece_mask(p, n, how, query) for p, n in pieces])
     outputs = []
+    first_keys, first_values = keys[0], values[0]
     for (prompt, _), q, k, v, mask in zip(pieces, queries, keys, values, masks, strict=True):
         if prompt:
-            k, v = torch.cat([k_prompt[:, :, :prompt], k], 2), torch.cat([v_prompt[:, :, :prompt], v], 2)
+            k, v = torch.cat([first_keys[:, :, :prompt], k], 2), torch.cat([first_values[:, :, :prompt], v], 2)
         else:
-            k_prompt, v_prompt = k, v
+            first_keys, first_values = k, v
         outputs.append(how(q, k, v, mask).transpose(1, 2))
     return torch.cat(outputs, 1)
 
