@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from isdaa.errors import UserError
+from isdaa.models import logprobs
 from isdaa.models.logprobs import LinearHead, OwnHead, full_vocabulary_kl, token_logps
 
 N, D, V = 11, 6, 17
@@ -18,6 +19,12 @@ def inputs(dtype=torch.float64, bias=True):
     weight = torch.randn(V, D, dtype=dtype, requires_grad=True)
     vector = torch.randn(V, dtype=dtype, requires_grad=True) if bias else None
     return hidden, weight, vector, torch.randint(0, V, (N,))
+
+
+@pytest.fixture(params=["kept", "recomputed"], autouse=True)
+def way(request, monkeypatch):
+    """Every test runs with directions kept for the backward pass, and with logits computed again."""
+    monkeypatch.setattr(logprobs, "_KEPT_BYTES", {"cpu": 2**20 if request.param == "kept" else 0})
 
 
 def dense(hidden, weight, bias, targets, scale=1.0, softcap=None):
@@ -112,8 +119,6 @@ def test_no_tokens_and_wrong_shapes():
 
 
 def test_full_vocabulary_kl(monkeypatch):
-    from isdaa.models import logprobs
-
     monkeypatch.setattr(logprobs, "_CHUNK_ELEMENTS", {"cpu": 4 * V})
     monkeypatch.setattr(logprobs, "_LEAST_ROWS", 1)
     hidden, weight, bias, targets = inputs(torch.float32)

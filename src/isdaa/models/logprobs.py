@@ -22,6 +22,10 @@ from isdaa.errors import UserError
 _CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 _LEAST_ROWS = 32
 
+# Up to this size, (N, V) directions stay from the forward to the backward pass of a head that is trained; beyond, a
+# fourth product is cheaper than the memory. On a GPU memory is what batches are made of.
+_KEPT_BYTES = {"cpu": 3 * 2**26}
+
 
 @dataclass(frozen=True)
 class LinearHead:
@@ -124,18 +128,21 @@ def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 class _Chunks:
     """Logits of one chunk of hidden states after another, in the same memory: fresh pages cost as much as the product
-    itself where V is large. What `fill` returns is overwritten by the next call."""
+    itself where V is large. What `fill` returns is overwritten by the next call; or, in the weight's dtype of fp32 or
+    more, it lies in `kept` (N, V), where it stays."""
 
-    def __init__(self, rows: int, head: LinearHead) -> None:
+    def __init__(self, rows: int, head: LinearHead, kept: Tensor | None = None) -> None:
         self.head = head
-        self.product = head.weight.new_empty(rows, head.vocabulary)
         self.in_place = head.weight.dtype in (torch.float32, torch.float64)
+        self.kept = kept if self.in_place else None
+        self.product = head.weight.new_empty(0 if self.kept is not None else rows, head.vocabulary)
         self.logits = self.product if self.in_place else self.product.new_empty(self.product.shape, dtype=torch.float32)
 
-    def fill(self, hidden: Tensor) -> Tensor:
-        """(n, V) logits, fp32 at least, of (n, D) hidden states in the weight's dtype."""
+    def fill(self, hidden: Tensor, start: int = 0) -> Tensor:
+        """(n, V) logits, fp32 at least, of (n, D) hidden states in the weight's dtype: rows start … start + n − 1 of all."""
         n, head = len(hidden), self.head
-        product, logits = self.product[:n], self.logits[:n]
+        product = self.product[:n] if self.kept is None else self.kept[start : start + n]
+        logits = product if self.in_place else self.logits[:n]
         if head.bias is None:
             torch.mm(hidden, head.weight.T, out=product)
         else:
@@ -148,10 +155,12 @@ class _Chunks:
 
 
 class _LinearLogps(torch.autograd.Function):
-    """logp_t = z_t[y_t] − logsumexp(z_t) over chunks of t, the logits of a chunk recomputed in the backward pass.
+    """logp_t = z_t[y_t] − logsumexp(z_t) over chunks of t.
 
-    ∂logp_t/∂z_t = onehot(y_t) − softmax(z_t). Where the head's parameters are frozen (LoRA), the product of that with
-    W, which does not depend on the loss, is taken in the forward pass, and no logits are computed twice.
+    The direction ∂logp_t/∂z_t = onehot(y_t) − softmax(z_t), (N, V), does not depend on the loss, which only scales its
+    rows: what follows from it is taken in the forward pass, where the chunk is at hand. That is its product with W, for
+    the hidden states; and for the head's parameters the direction itself, kept where it is small (`_KEPT_BYTES`).
+    Otherwise the logits of a chunk are computed again in the backward pass.
     """
 
     @staticmethod
@@ -162,21 +171,23 @@ class _LinearLogps(torch.autograd.Function):
         dtype = _compute_dtype(hidden, weight)
         h, w = hidden.to(dtype), weight.to(dtype)
         head = LinearHead(w, None if bias is None else bias.to(dtype), scale, softcap)
-        kept = torch.float64 if dtype == torch.float64 else torch.float32
-        logps = torch.empty(len(targets), dtype=kept, device=hidden.device)
+        logps = torch.empty(len(targets), dtype=_at_least_fp32(dtype), device=hidden.device)
         normalisers = torch.empty_like(logps)
         wpo = torch.empty_like(logps) if with_wpo else logps.new_empty(0)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        eager = needs_hidden and not (needs_weight or needs_bias)
-        direction = torch.empty_like(h) if eager else None
-        chunks = _Chunks(min(chunk, len(h)), head)
+        trains_head = needs_weight or needs_bias
+        small = len(h) * len(w) * dtype.itemsize <= _KEPT_BYTES.get(hidden.device.type, 0)
+        ahead = (needs_hidden or trains_head) and (small or not trains_head)
+        kept = h.new_empty(len(h), len(w)) if ahead and trains_head else None
+        hidden_direction = torch.empty_like(h) if ahead and needs_hidden else None
+        chunks = _Chunks(min(chunk, len(h)), head, kept)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(targets), chunk):
                 rows = slice(start, start + chunk)
-                z = chunks.fill(h[rows])
+                z = chunks.fill(h[rows], start)
                 y = targets[rows, None]
                 picked = z.gather(1, y)[:, 0]
-                slope = _softcap_slope(z, head) if eager else None
+                slope = _softcap_slope(z, head) if ahead else None
                 top = z.amax(-1)
                 e = z.sub_(top[:, None]).exp_()
                 total = e.sum(-1)
@@ -185,61 +196,81 @@ class _LinearLogps(torch.autograd.Function):
                 if with_wpo:
                     # log Σ p² = log Σ e² − 2 log Σ e; the norm needs no second (n, V) tensor.
                     wpo[rows] = logps[rows] - 2 * (torch.linalg.vector_norm(e, dim=-1).log() - total.log())
-                if direction is not None:
-                    d = e.div_(-total[:, None])
+                if ahead:
+                    d = e.mul_(-1 / total[:, None])
                     d.scatter_add_(1, y, torch.ones_like(d[:, :1]))
-                    direction[rows] = _through_head(d, slope, head).to(dtype) @ w
-        ctx.settings, ctx.eager, ctx.dtype = settings, eager, dtype
-        ctx.save_for_backward(*((direction,) if eager else (hidden, weight, bias, targets, normalisers)))
-        ctx.hidden_dtype = hidden.dtype
+                    d = _through_head(d, slope, head)
+                    if kept is not None and d.data_ptr() != kept[rows].data_ptr():
+                        kept[rows] = d
+                    if hidden_direction is not None:
+                        torch.mm(d.to(dtype), w, out=hidden_direction[rows])
+        ctx.settings, ctx.ahead, ctx.dtype = settings, ahead, dtype
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        if ahead:
+            ctx.save_for_backward(hidden if needs_weight else None, kept, hidden_direction)
+        else:
+            ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
         ctx.mark_non_differentiable(wpo)
         return logps, wpo
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        grad = grads[0]
-        if ctx.eager:
-            (direction,) = ctx.saved_tensors
-            return (direction * grad[:, None].to(direction.dtype)).to(ctx.hidden_dtype), None, None, None, None
-        hidden, weight, bias, targets, normalisers = ctx.saved_tensors
-        chunk, scale, softcap, _ = ctx.settings
-        h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
-        head = LinearHead(w, None if bias is None else bias.to(ctx.dtype), scale, softcap)
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(h) if needs_hidden else None
-        chunks = _Chunks(min(chunk, len(h)), head)
-        # Sums over chunks are kept in fp32, like a single product would keep them.
-        sums = torch.float32 if ctx.dtype in (torch.bfloat16, torch.float16) and len(h) > chunk else ctx.dtype
-        grad_weight = torch.empty_like(w, dtype=sums) if needs_weight else None
-        if grad_weight is not None and (sums != ctx.dtype or len(h) == 0):
-            grad_weight.zero_()
-        grad_bias = torch.zeros_like(normalisers[:1]).expand(len(w)).clone() if needs_bias else None
-        with torch.autocast(h.device.type, enabled=False):
-            for start in range(0, len(targets), chunk):
-                rows = slice(start, start + chunk)
-                z = chunks.fill(h[rows])
-                slope = _softcap_slope(z, head)
-                g = grad[rows, None]
-                d = z.sub_(normalisers[rows, None]).exp_().mul_(-g)
-                d.scatter_add_(1, targets[rows, None], g)
-                d = _through_head(d, slope, head)
-                if grad_bias is not None:
-                    grad_bias += d.sum(0)
-                d = d.to(ctx.dtype)
-                if grad_hidden is not None:
-                    torch.mm(d, w, out=grad_hidden[rows])
-                if grad_weight is not None:
-                    if sums == ctx.dtype:
-                        grad_weight.addmm_(d.T, h[rows], beta=float(start > 0))  # β = 0 overwrites empty memory
-                    else:
-                        grad_weight += d.T @ h[rows]
-        return (
-            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-        )
+        found = (_scaled if ctx.ahead else _recomputed)(ctx, grads[0])
+        cast = (None if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True))
+        return *cast, None, None
+
+
+def _scaled(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden states, weight and bias from directions that the forward pass took; `grad` is (N,)."""
+    hidden, direction, hidden_direction = ctx.saved_tensors
+    _, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    g = grad.to(ctx.dtype)
+    with torch.autocast(grad.device.type, enabled=False):
+        grad_hidden = None if hidden_direction is None else hidden_direction * g[:, None]
+        grad_weight = direction.T @ (hidden.to(ctx.dtype) * g[:, None]) if needs_weight else None
+        grad_bias = direction.T.to(grad.dtype) @ grad if needs_bias else None
+    return grad_hidden, grad_weight, grad_bias
+
+
+def _recomputed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The same where the direction was not kept: the logits of each chunk once more."""
+    hidden, weight, bias, targets, normalisers = ctx.saved_tensors
+    chunk, scale, softcap, _ = ctx.settings
+    h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
+    head = LinearHead(w, None if bias is None else bias.to(ctx.dtype), scale, softcap)
+    needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    grad_hidden = torch.empty_like(h) if needs_hidden else None
+    chunks = _Chunks(min(chunk, len(h)), head)
+    # Sums over chunks are kept in fp32, like a single product would keep them.
+    sums = torch.float32 if ctx.dtype in (torch.bfloat16, torch.float16) and len(h) > chunk else ctx.dtype
+    grad_weight = torch.empty_like(w, dtype=sums) if needs_weight else None
+    if grad_weight is not None and (sums != ctx.dtype or len(h) == 0):
+        grad_weight.zero_()
+    grad_bias = normalisers.new_zeros(len(w)) if needs_bias else None
+    with torch.autocast(h.device.type, enabled=False):
+        for start in range(0, len(targets), chunk):
+            rows = slice(start, start + chunk)
+            z = chunks.fill(h[rows])
+            slope = _softcap_slope(z, head)
+            g = grad[rows, None]
+            d = z.sub_(normalisers[rows, None]).exp_().mul_(-g)
+            d.scatter_add_(1, targets[rows, None], g)
+            d = _through_head(d, slope, head)
+            if grad_bias is not None:
+                grad_bias += d.sum(0)
+            d = d.to(ctx.dtype)
+            if grad_hidden is not None:
+                torch.mm(d, w, out=grad_hidden[rows])
+            if grad_weight is not None:
+                if sums == ctx.dtype:
+                    grad_weight.addmm_(d.T, h[rows], beta=float(start > 0))  # β = 0 overwrites empty memory
+                else:
+                    grad_weight += d.T @ h[rows]
+    return grad_hidden, grad_weight, grad_bias
+
+
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _softcap_slope(logits: Tensor, head: LinearHead) -> Tensor | None:
