@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow bench lint format clean
 
 demo: $(VENV)/.installed
 	$(RUN)/isdaa demo
@@ -13,6 +13,10 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(RUN)/python -m pytest -m slow
+
+# Against TRL and a plain script; ARGS="--shapes all --vocabularies all" for everything.
+bench: $(VENV)/.installed
+	$(RUN)/python benchmarks/preference_step.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(RUN)/ruff check .

@@ -1,0 +1,250 @@
+"""One cell of the step benchmark: one shape and one vocabulary, every arm in its own process, one optimiser step at a time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _memory import Budget, free_memory
+from shapes import Lengths, Shape, Size, draw_pairs, lengths_of
+
+from isdaa.terminal import Bar, say
+
+MATMUL = "matrix products"  # takes its turn in every round, as if it were an arm
+# Forked from a process that has imported everything: all arms begin with the same memory, and in no time.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["_worker"])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for all cells. warmup: steps that are trained and compared, but not timed."""
+
+    arms: tuple[str, ...]
+    rounds: int
+    warmup: int
+    batch_size: int
+    threads: int
+    seed: int
+    repeats: int  # of each matrix product
+
+    @property
+    def steps(self) -> int:
+        """Of each arm."""
+        return self.rounds + self.warmup
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A cell to run: arms that fit into memory beside each other. limits: bytes for each; too_large: arms that fit nowhere."""
+
+    name: str
+    size: Size
+    rows: list[dict[str, list[int]]]
+    arms: tuple[str, ...]
+    limits: dict[str, int | None]
+    too_large: dict[str, str]
+
+    def turns(self, settings: Settings) -> int:
+        """Preparations and steps of the arms, and measurements of the matrix products."""
+        return len(self.arms) + settings.steps * (len(self.arms) + 1)
+
+
+def plans(settings: Settings, name: str, shape: Shape, size: Size) -> list[Plan]:
+    """One, or several where memory is short: each has the arm that all others are compared with."""
+    rows = draw_pairs(shape, size.vocabulary, settings.steps * settings.batch_size, settings.seed, size.positions)
+    budget = Budget(size, _by_step(rows, settings.batch_size), settings.arms, free_memory())
+    parts, too_large = budget.parts()
+    found = []
+    for number, arms in enumerate(parts, 1):
+        limits = {arm: budget.limit(arm, arms) for arm in arms}
+        title = name if len(parts) == 1 else f"{name}, part {number} of {len(parts)}"
+        found.append(Plan(title, size, rows, tuple(arms), limits, too_large if number == 1 else {}))
+    return found
+
+
+def _by_step(rows: list[dict[str, list[int]]], batch_size: int) -> list[list[Lengths]]:
+    return [lengths_of(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+
+
+@dataclass
+class Recorded:
+    """What one arm did, step by step. Of its process, in MiB, memory: before the first step; peak_before: until then;
+    held: after the last step, while it waits.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    memory: float | None = None
+    peak_before: float | None = None
+    peak: float | None = None
+    held: float | None = None
+
+
+@dataclass
+class Cell:
+    """What its arms did, and where their weights lie. out: arms that memory did not allow; failed: those by mistake."""
+
+    plan: Plan
+    folder: Path
+    lengths: list[list[Lengths]]  # of each step's pairs
+    arms: dict[str, Recorded] = field(default_factory=dict)
+    orders: list[list[str]] = field(default_factory=list)
+    multiplied: list[float] = field(default_factory=list)  # seconds of each round
+    flops: list[int] = field(default_factory=list)
+    out: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def drop(self, arm: str, why: str, memory: bool) -> None:
+        """An arm is out of the race; what it did is not reported."""
+        self.arms.pop(arm, None)
+        (self.out if memory else self.failed)[arm] = why
+        say(f"{self.plan.name}: {arm} is left out: {why}")
+
+
+class Ended(Exception):
+    """A worker failed, or is dead. memory: for want of memory."""
+
+    def __init__(self, why: str, memory: bool) -> None:
+        super().__init__(why)
+        self.memory = memory
+
+
+class Worker:
+    """A process, and our end of its pipe."""
+
+    def __init__(self, target: str, *arguments: Any) -> None:
+        self.pipe, theirs = multiprocessing.Pipe()
+        self.process = _context.Process(target=_run, args=(target, theirs, *arguments), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def hear(self) -> dict[str, Any]:
+        """Its next message. Raises Ended."""
+        wait([self.pipe, self.process.sentinel])
+        try:
+            message = self.pipe.recv() if self.pipe.poll() else None
+        except (EOFError, ConnectionResetError):
+            message = None
+        if message is None:
+            self.process.join()
+            killed = self.process.exitcode == -9
+            why = "killed, out of memory as it seems" if killed else f"its process ended with status {self.process.exitcode}"
+            raise Ended(why, killed)
+        if message["event"] == "failed":
+            raise Ended(f"out of memory ({message['why']})" if message["memory"] else message["why"], message["memory"])
+        return message
+
+    def ask(self, message: Any) -> dict[str, Any]:
+        """Let it go on, and hear what came of it. Raises Ended."""
+        with suppress(OSError):  # `hear` says why
+            self.pipe.send(message)
+        return self.hear()
+
+    def end(self) -> None:
+        """It ends when its pipe does."""
+        self.pipe.close()
+        self.process.join(30)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+def _run(target: str, pipe: Connection, *arguments: Any) -> None:
+    import _worker  # heavy; the benchmark's own process does without
+
+    getattr(_worker, target)(pipe, *arguments)
+
+
+@contextmanager
+def running(settings: Settings, plan: Plan, bar: Bar) -> Iterator[Cell]:
+    """Run a cell; its folder with the trained weights is there until the end of the block. Raises Ended."""
+    folder = Path(tempfile.mkdtemp(prefix="preference_step-"))
+    try:
+        cell = Cell(plan, folder, _by_step(plan.rows, settings.batch_size))
+        for arm, why in plan.too_large.items():
+            cell.drop(arm, why, memory=True)
+        with ExitStack() as stack:
+            maker = Worker("prepare_model", plan.size, folder / "initial", settings.threads)
+            stack.callback(maker.end)
+            maker.hear()
+            workers = _start(cell, settings, stack, bar)
+            _train(cell, settings, workers, bar)
+        yield cell
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(cell: Cell, settings: Settings, stack: ExitStack, bar: Bar) -> dict[str, Worker]:
+    """The processes of all arms, prepared one after the other, and that of the matrix products."""
+    plan, workers = cell.plan, {}
+    for arm in plan.arms:
+        job = {
+            "arm": arm, "model": cell.folder / "initial", "folder": cell.folder / arm, "rows": plan.rows,
+            "batch_size": settings.batch_size, "vocabulary": plan.size.vocabulary,
+        }  # fmt: skip
+        workers[arm] = Worker("train", job, settings.threads, plan.limits[arm])
+        stack.callback(workers[arm].end)
+    for arm in plan.arms:
+        say(f"{plan.name}: preparing {arm}")
+        try:
+            told = workers[arm].ask("prepare")
+            cell.arms[arm] = Recorded(memory=told["memory"], peak_before=told["peak"])
+        except Ended as ended:
+            cell.drop(arm, str(ended), ended.memory)
+        bar.update()
+    workers[MATMUL] = Worker("multiply", plan.size, cell.folder / "products", settings.threads, settings.repeats)
+    stack.callback(workers[MATMUL].end)
+    return workers
+
+
+def _train(cell: Cell, settings: Settings, workers: dict[str, Worker], bar: Bar) -> None:
+    """All steps, then the trained weights. One process computes at a time; each round shuffles whose turn it is."""
+    rng = np.random.default_rng([settings.seed, 2])
+    for step, lengths in enumerate(cell.lengths):
+        timed = step - settings.warmup
+        order = rng.permutation([*cell.plan.arms, MATMUL]).tolist()
+        cell.orders += [order] if timed >= 0 else []
+        for name in order:
+            if name == MATMUL:
+                told = workers[name].ask(lengths)
+                if timed >= 0:
+                    cell.multiplied.append(told["seconds"])
+                    cell.flops.append(told["flops"])
+            elif name in cell.arms:
+                _step(cell, name, workers[name], timed >= 0)
+            bar.update()
+        say(f"{cell.plan.name}: {_line(cell, timed, settings.rounds)}")
+    for arm in list(cell.arms):
+        try:
+            workers[arm].ask("finish")
+        except Ended as ended:
+            cell.drop(arm, str(ended), ended.memory)
+
+
+def _step(cell: Cell, arm: str, worker: Worker, timed: bool) -> None:
+    recorded = cell.arms[arm]
+    try:
+        told = worker.ask("go")
+    except Ended as ended:
+        cell.drop(arm, str(ended), ended.memory)
+        return
+    if timed:
+        recorded.seconds.append(told["seconds"])
+    recorded.losses.append(told["loss"])
+    recorded.peak, recorded.held = told["peak"], told["memory"]
+
+
+def _line(cell: Cell, timed: int, rounds: int) -> str:
+    if timed < 0:
+        return "warm-up done"
+    times: Sequence[str] = [f"{arm} {recorded.seconds[-1]:.2f}" for arm, recorded in cell.arms.items()]
+    return f"round {timed + 1} of {rounds}, seconds a step: {', '.join(times)}; {MATMUL} {cell.multiplied[-1]:.2f}"

@@ -1,0 +1,321 @@
+"""The arms of the step benchmark: the same model, pairs, loss and optimiser, trained by isdaa, by TRL, and by plain scripts.
+
+Each arm is a function of a `Job` and a `Gate`: it prepares, calls `gate.ready()`, and then trains; after every optimiser step
+it calls `gate.step(loss)`, which blocks until the benchmark lets it go on. Real trainers do so in `on_step_end`, so that a
+measured step runs from there to there: logging of the step before, fetching and collation of the batch, forward, backward,
+clipping, optimiser.
+
+What TRL is given (trl.trainer.dpo_trainer and dpo_config of 1.16 are the source):
+
+* Text, through its own pipeline. A tokenizer of whole words ("t123" is id 123) makes of it the ids that isdaa gets; the
+  arm compares them before it trains. `train_sampling_strategy="sequential"` keeps their order.
+* Best settings on a CPU: reference logps computed beforehand, no gradient checkpointing, fused AdamW (its default).
+  `padding_free` is switched off in this version, Liger's and the Hub's kernels need a GPU, and batches grouped by length
+  would hold other pairs than the other arms' batches. SDPA is the attention of all arms.
+* Defaults: gradient checkpointing, and a second model that computes the reference at every step. `bf16`, which is on by
+  default, is off: differences of loss and weights could not be compared with fp32 otherwise.
+* `max_length=None`, so that nothing is cut.
+* Without Triton, on a CPU, TRL's head scores every position of every row, on a GPU only those of responses. `trl_gpu_head`
+  is the best settings with that choice made as on a GPU, by a patch: not what a user gets, but a fairer opponent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from datasets import Dataset
+from shapes import EOS, FIRST_WORD, PAD, Size
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
+from trl import DPOConfig, DPOTrainer
+from trl.trainer import utils as trl_utils
+
+from isdaa.config import AlignConfig
+from isdaa.data.collation import collate
+from isdaa.models import shared_prefix
+from isdaa.models.forward import PairForward, prepare
+from isdaa.models.inner import SHARED_PREFIX, TWO_ROWS
+from isdaa.models.shared_prefix import Layout
+from isdaa.objectives.objective import Objective, PairLogps
+from isdaa.objectives.presets import resolve
+from isdaa.training.arguments import training_arguments
+from isdaa.training.batches import GlobalBatchSampler, TokenisedPairs
+from isdaa.training.monitor import MetricsFile
+from isdaa.training.preference import PreferenceTrainer
+from isdaa.training.reference import reference_logps
+
+BETA, LEARNING_RATE, MAX_GRAD_NORM, SEED = 0.1, 1e-4, 1.0, 17
+# At 1e-8 Adam makes whole steps of gradients that are rounding alone, in entries of the embedding that no token touches.
+EPSILON = 1e-5
+LOGGING_STEPS = 1  # of both trainers: every measured step holds a whole log
+
+
+@dataclass
+class Job:
+    """What an arm trains. model: folder of the initial weights; folder: the arm's own; rows: the pairs, in their order."""
+
+    arm: str
+    model: Path
+    folder: Path
+    rows: list[dict[str, list[int]]]
+    batch_size: int
+    vocabulary: int
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        return len(self.rows) // self.batch_size
+
+    @property
+    def batches(self) -> Iterator[list[dict[str, list[int]]]]:
+        """The pairs of each step."""
+        return (self.rows[i : i + self.batch_size] for i in range(0, len(self.rows), self.batch_size))
+
+
+class Gate(Protocol):
+    """How an arm is let through, step by step."""
+
+    def ready(self) -> None:
+        """Everything is prepared; returns when the first step may begin."""
+
+    def step(self, loss: float) -> None:
+        """A step is done; returns when the next one may begin, or when there is none."""
+
+
+class _Gated(TrainerCallback):
+    """Stops a Trainer after each step. The loss is what `training_step` returned: logs may round it."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate, self.loss = gate, 0.0
+
+    def attach(self, trainer: Any) -> None:
+        """Last of the callbacks, so that the others' work is part of the step."""
+        original = trainer.training_step
+
+        def training_step(*args: Any, **kwargs: Any) -> Tensor:
+            loss = original(*args, **kwargs)
+            self.loss = float(loss)
+            return loss
+
+        trainer.training_step = training_step
+        trainer.add_callback(self)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.gate.step(self.loss)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# isdaa
+
+
+def isdaa_trainer(job: Job, gate: Gate, method: str = "dpo", mode: str = SHARED_PREFIX) -> nn.Module:
+    """`PreferenceTrainer`, set up as `isdaa train` does it."""
+    model = load(job.model)
+    args = training_arguments(
+        AlignConfig(
+            batch_size=job.batch_size, max_steps=job.steps, learning_rate=LEARNING_RATE, lr_scheduler="constant",
+            warmup_steps=0, adam_epsilon=EPSILON, max_grad_norm=MAX_GRAD_NORM, logging_steps=LOGGING_STEPS,
+        ),
+        job.folder, seed=SEED, pairs=len(job.rows), use_cpu=True,
+    )  # fmt: skip
+    args.save_strategy = SaveStrategy.NO
+    # The sampler permutes; the rows are laid where it will read them in the order of the other arms.
+    order = GlobalBatchSampler(len(job.rows), job.batch_size, 1, 1, 0, SEED).order(0).tolist()
+    rows = [row for _, row in sorted(zip(order, job.rows, strict=True), key=lambda both: both[0])]
+    forward = _forward(model, job, mode)
+    pairs = TokenisedPairs(rows)
+    trainer = PreferenceTrainer(
+        model,
+        Objective(**resolve(method, beta=BETA)),
+        args=args,
+        forward=forward,
+        train_dataset=pairs.with_reference(*reference_logps(forward, pairs, key={}, cache_dir=None)),
+        callbacks=[MetricsFile(job.folder / "metrics.jsonl")],
+    )
+    _Gated(gate).attach(trainer)
+    gate.ready()
+    trainer.train()
+    return model
+
+
+def isdaa_bare(job: Job, gate: Gate) -> nn.Module:
+    """The same forward, loss and optimiser in a loop by hand, over batches that were collated beforehand."""
+    model = load(job.model)
+    forward = _forward(model, job, SHARED_PREFIX)
+    pairs = TokenisedPairs(job.rows)
+    pairs = pairs.with_reference(*reference_logps(forward, pairs, key={}, cache_dir=None))
+    batches = [collate([pairs[i] for i in range(s, s + job.batch_size)]) for s in range(0, len(pairs), job.batch_size)]
+    objective = Objective(**resolve("dpo", beta=BETA))
+    optimiser = adamw(model.train())
+    gate.ready()
+    for batch in batches:
+        logps = forward(model, batch.input_ids, batch.position_ids, Layout(*batch.parts()))
+        assert batch.reference_chosen_logps is not None and batch.reference_rejected_logps is not None
+        out = objective(
+            PairLogps(
+                logps.chosen_logps, logps.rejected_logps, batch.reference_chosen_logps, batch.reference_rejected_logps,
+                batch.chosen_lengths, batch.rejected_lengths,
+            )
+        )  # fmt: skip
+        loss = out.losses.mean()
+        update(loss, model, optimiser)
+        gate.step(loss.item())
+    return model
+
+
+def _forward(model: nn.Module, job: Job, mode: str) -> PairForward:
+    longest = max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in job.rows)
+    forward = prepare(model, longest_row=longest)
+    if forward.mode != SHARED_PREFIX:
+        raise RuntimeError(
+            f"isdaa chose the mode {forward.mode} for this model: the benchmark would not measure the shared prefix"
+        )
+    if mode == SHARED_PREFIX:
+        return forward
+    shared_prefix.uninstall(model)  # as `prepare` leaves a model whose shared prefix is not exact
+    return PairForward(model, TWO_ROWS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TRL
+
+
+def trl_trainer(job: Job, gate: Gate, settings: dict[str, Any], gpu_head: bool = False) -> nn.Module:
+    """`DPOTrainer` on text, through its own tokenisation. settings: what differs from its defaults."""
+    if gpu_head:
+        _score_responses_only()
+    args = DPOConfig(
+        output_dir=str(job.folder), max_steps=job.steps, per_device_train_batch_size=job.batch_size, beta=BETA,
+        learning_rate=LEARNING_RATE, lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,
+        adam_epsilon=EPSILON, max_grad_norm=MAX_GRAD_NORM, logging_steps=LOGGING_STEPS, bf16=False, max_length=None,
+        train_sampling_strategy="sequential", save_strategy="no", report_to="none", use_cpu=True, seed=SEED, **settings,
+    )  # fmt: skip
+    trainer = DPOTrainer(
+        model=str(job.model),
+        args=args,
+        train_dataset=Dataset.from_list([_as_text(row) for row in job.rows]),
+        processing_class=word_tokenizer(job.vocabulary),
+    )
+    for row, own in zip(job.rows, cast(Any, trainer.train_dataset), strict=True):
+        if any(own[name] != ids for name, ids in row.items()):
+            raise RuntimeError("TRL's token ids are not those of the other arms")
+    _Gated(gate).attach(trainer)
+    gate.ready()
+    trainer.train()
+    return trainer.accelerator.unwrap_model(trainer.model)
+
+
+TRL_BEST = {"precompute_ref_log_probs": True, "gradient_checkpointing": False, "disable_tqdm": True}
+
+
+def _score_responses_only() -> None:
+    if not hasattr(trl_utils, "_use_triton"):
+        raise RuntimeError("this version of TRL chooses the positions that its head scores in another way")
+    trl_utils._use_triton = lambda device: True  # read by the patched forward alone; the kernels ask their own module
+
+
+def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Words "t3", "t4", … are ids 3, 4, …; nothing is added at the front."""
+    words = {PAD: "<pad>", 1: "<unk>", EOS: "</s>"} | {i: f"t{i}" for i in range(FIRST_WORD, vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in words.items()}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
+
+
+def _as_text(row: dict[str, list[int]]) -> dict[str, str]:
+    """TRL adds the EOS that a response ends with."""
+    prompt, chosen, rejected = (row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    texts = (" ".join(f"t{i}" for i in ids) for ids in (prompt, chosen[:-1], rejected[:-1]))
+    return dict(zip(("prompt", "chosen", "rejected"), (f" {text}" for text in texts), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A plain script
+
+
+def two_rows(job: Job, gate: Gate) -> nn.Module:
+    """Padded rows `prompt + response`, chosen ones first, full logits, in the loop that most scripts write."""
+    model = load(job.model)
+    batches = [_padded(rows) for rows in job.batches]
+    with torch.no_grad():
+        references = [_row_logps(model, *batch) for batch in batches]
+    optimiser = adamw(model.train())
+    gate.ready()
+    for batch, reference in zip(batches, references, strict=True):
+        chosen, rejected = (_row_logps(model, *batch) - reference).chunk(2)
+        loss = -nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
+        update(loss, model, optimiser)
+        gate.step(loss.item())
+    return model
+
+
+def _padded(rows: Sequence[dict[str, list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, attention mask and response mask of 2B rows."""
+    both = [(row["prompt_ids"], row[name]) for name in ("chosen_ids", "rejected_ids") for row in rows]
+    width = max(len(prompt) + len(response) for prompt, response in both)
+    ids = torch.full((len(both), width), PAD)
+    attention, responses = torch.zeros_like(ids), torch.zeros_like(ids)
+    for i, (prompt, response) in enumerate(both):
+        end = len(prompt) + len(response)
+        ids[i, :end] = torch.tensor(prompt + response)
+        attention[i, :end] = 1
+        responses[i, len(prompt) : end] = 1
+    return ids, attention, responses
+
+
+def _row_logps(model: nn.Module, ids: Tensor, attention: Tensor, responses: Tensor) -> Tensor:
+    """(2B,) summed logps of the responses."""
+    logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
+    logps = torch.log_softmax(logits[:, :-1], -1).gather(2, ids[:, 1:, None])[..., 0]
+    return (logps * responses[:, 1:]).sum(1)
+
+
+def adamw(model: nn.Module) -> torch.optim.AdamW:
+    """The optimiser that both Trainers use, too."""
+    return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=EPSILON, weight_decay=0.0, fused=True)
+
+
+def update(loss: Tensor, model: nn.Module, optimiser: torch.optim.AdamW) -> None:
+    """Backward, clipping, optimiser."""
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+    optimiser.step()
+    optimiser.zero_grad()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_model(size: Size, folder: Path) -> None:
+    """Random weights by a fixed seed, saved with nothing but their config."""
+    torch.manual_seed(SEED)
+    config = LlamaConfig(
+        vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.kv_heads,
+        max_position_embeddings=size.positions, tie_word_embeddings=True, attention_dropout=0.0,
+        pad_token_id=PAD, bos_token_id=None, eos_token_id=EOS,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def load(folder: Path) -> nn.Module:
+    """The initial policy, in fp32."""
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+ARMS: dict[str, Callable[[Job, Gate], nn.Module]] = {
+    "isdaa_dpo": isdaa_trainer,
+    "isdaa_is_dpo": lambda job, gate: isdaa_trainer(job, gate, "is_dpo"),
+    "isdaa_bare": isdaa_bare,
+    "isdaa_two_rows": lambda job, gate: isdaa_trainer(job, gate, mode=TWO_ROWS),
+    "trl_best": lambda job, gate: trl_trainer(job, gate, TRL_BEST),
+    "trl_gpu_head": lambda job, gate: trl_trainer(job, gate, TRL_BEST, gpu_head=True),
+    "trl_defaults": lambda job, gate: trl_trainer(job, gate, {}),
+    "two_rows": two_rows,
+}

@@ -1,0 +1,211 @@
+"""One optimiser step of preference training, side by side: isdaa, TRL's DPOTrainer, and a plain script.
+
+    python benchmarks/preference_step.py
+    python benchmarks/preference_step.py --shapes all --vocabularies all --out docs/results/preference_step.json
+
+Every arm trains the same random Llama on the same random pairs, with the same loss and optimiser, in fp32, in a process of its
+own that has all threads. A round is one step of every arm, one after the other in an order that is shuffled, so that whatever
+else the machine does falls on all of them; ratios are taken within a round. The machine's own matrix products, at the shapes
+that the step needs, take their turn, too. In the end the losses and the trained weights are compared: where they differ by more
+than rounding, the table says so and the exit status is 1.
+
+`peers.py` says how each arm is set up, `shapes.py` what it trains on, and the JSON file defines every number in it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _cell import MATMUL, Ended, Plan, Settings, plans, running
+from _memory import BASE, free_memory
+from _summary import DEFINITIONS, LABELS, below, summarise, table, wrong
+from rich.console import Console
+from shapes import SHAPES, TINY_SHAPE, TINY_VOCABULARY, VOCABULARIES, Shape, Size, lengths_of, products, tiny
+
+from isdaa.config import OneLineParser
+from isdaa.errors import UserError, nearest
+from isdaa.files import write_json
+from isdaa.record import git_revision, versions
+from isdaa.terminal import clock, progress, say
+
+OUT = Path("runs/bench/preference_step.json")
+# How many times longer than its matrix products a step of each arm is, roughly; for the estimate that is printed first.
+SLOWNESS = {
+    "isdaa_dpo": 1.6, "isdaa_is_dpo": 1.6, "isdaa_bare": 1.6, "isdaa_two_rows": 4,
+    "trl_best": 12, "trl_gpu_head": 4, "trl_defaults": 15, "two_rows": 6, MATMUL: 3,
+}  # fmt: skip
+START = 25.0  # seconds in which the processes of a cell begin
+
+
+def build_parser() -> OneLineParser:
+    """The options."""
+    parser = OneLineParser(prog="preference_step.py", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shapes", nargs="+", default=["tldr"], metavar="NAME", help=f"{', '.join(SHAPES)}, or all")
+    parser.add_argument("--vocabularies", nargs="+", default=["32000"], metavar="V", help="numbers of tokens, or all")
+    parser.add_argument("--arms", nargs="+", default=["all"], metavar="NAME", help=f"{', '.join(LABELS)}, or all")
+    parser.add_argument("--rounds", type=int, default=None, metavar="N", help="timed steps of each arm (default: 7)")
+    parser.add_argument("--warmup", type=int, default=1, metavar="N", help="steps before them")
+    parser.add_argument("--batch_size", type=int, default=None, metavar="B", help="pairs of a step (default: 4)")
+    parser.add_argument("--threads", type=int, default=None, metavar="N", help="default: all cores")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the pairs and of the arms' order")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help=f"JSON to write (default: {OUT})")
+    parser.add_argument("--tiny", action="store_true", help="a very small model, shape and number of rounds, for tests")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run it. Returns 0, 1 where an arm failed or did other work, 2 for bad options, 130 when interrupted."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        return run(build_parser().parse_args(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"preference_step.py: error: {error}", file=sys.stderr)
+        return 2
+    except Ended as error:
+        print(f"preference_step.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\npreference_step.py: interrupted", file=sys.stderr)
+        return 130
+
+
+def _terminated(*unused: Any) -> None:
+    raise KeyboardInterrupt  # so that temporary files go
+
+
+def run(arguments: Any) -> int:
+    """All cells, one after the other; the file holds those that are done."""
+    settings = _settings(arguments)
+    todo = [plan for cell in _cells(arguments) for plan in plans(settings, *cell)]
+    _environment(settings.threads)
+    expected = sum(_expected(plan, settings) for plan in todo)
+    say(f"{len(todo)} cells, {settings.rounds} rounds, {len(settings.arms)} arms: about {clock(expected)}, as a rough guess")
+    turns = sum(plan.turns(settings) for plan in todo)
+    with progress("steps", turns, pace=expected / turns) as bar:
+        summaries: list[dict[str, Any]] = []
+        for plan in todo:
+            with running(settings, plan, bar) as cell:
+                summaries.append(summarise(cell, settings.batch_size))
+            show(summaries[-1])
+            report = {
+                "benchmark": "preference_step",
+                "finished": len(summaries) == len(todo),
+                "machine": machine(settings.threads),
+                "settings": vars(settings),
+                "definitions": DEFINITIONS,
+                "cells": summaries,
+            }
+            write_json(arguments.out, report)
+    print(f"written to {arguments.out}")
+    trouble = [line for summary in summaries for line in wrong(summary)]
+    for line in trouble:
+        print(line, file=sys.stderr)
+    return 1 if trouble else 0
+
+
+def show(summary: dict[str, Any]) -> None:
+    """A cell's table, and the lines below it."""
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    console.print(table(summary))
+    for line in below(summary):
+        console.print(line, markup=False, highlight=False)
+
+
+def _cells(arguments: Any) -> list[tuple[str, Shape, Size]]:
+    if arguments.tiny:
+        return [(f"tiny, V = {TINY_VOCABULARY}", TINY_SHAPE, tiny(TINY_VOCABULARY))]
+    shapes = _chosen("shapes", arguments.shapes, SHAPES)
+    try:
+        sizes = VOCABULARIES if arguments.vocabularies == ["all"] else [int(v) for v in arguments.vocabularies]
+    except ValueError:
+        raise UserError(f"--vocabularies: expected whole numbers or all, got {' '.join(arguments.vocabularies)}") from None
+    if min(sizes) < 100:
+        raise UserError(f"--vocabularies: expected at least 100 tokens, got {min(sizes)}")
+    return [(f"{shape}, V = {size}", SHAPES[shape], Size(size)) for size in sizes for shape in shapes]
+
+
+def _settings(arguments: Any) -> Settings:
+    defaults = {"rounds": 2 if arguments.tiny else 7, "batch_size": 2 if arguments.tiny else 4, "threads": os.cpu_count() or 1}
+    found = {}
+    for name, default in {**defaults, "warmup": 1, "seed": 0}.items():
+        value, least = getattr(arguments, name), 0 if name in ("warmup", "seed") else 1
+        found[name] = default if value is None else value
+        if found[name] < least:
+            raise UserError(f"--{name}: expected a whole number from {least} on, got {value}")
+    arms = _chosen("arms", arguments.arms, LABELS)
+    if BASE not in arms:
+        raise UserError(f"--arms: {BASE} must be among them, since all others are compared with it")
+    if arguments.out.is_dir():
+        raise UserError(f"--out: {arguments.out} is a folder; name a file")
+    return Settings(arms=tuple(arms), repeats=3, **found)
+
+
+def _chosen(option: str, given: Sequence[str], known: Any) -> list[str]:
+    if list(given) == ["all"]:
+        return list(known)
+    for name in given:
+        if name not in known:
+            raise UserError(f"--{option}: unknown name {name!r}{nearest(name, known)}; known: {', '.join(known)}, or all")
+    return list(dict.fromkeys(given))
+
+
+def _environment(threads: int) -> None:
+    """Of the processes that will be started; nothing reaches a network."""
+    here = str(Path(__file__).resolve().parent)
+    os.environ.update(
+        PYTHONPATH=os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")])),
+        OMP_NUM_THREADS=str(threads),
+        HF_HUB_OFFLINE="1",
+        TOKENIZERS_PARALLELISM="false",
+    )
+
+
+def _expected(plan: Plan, settings: Settings) -> float:
+    """Seconds of a cell, from how fast this process multiplies."""
+    flops = sum(product.flops for product in products(plan.size, lengths_of(plan.rows), 256)) / settings.steps
+    slowness = sum(SLOWNESS[name] for name in (*plan.arms, MATMUL))
+    return START + settings.steps * slowness * flops / _speed()
+
+
+def _speed() -> float:
+    """Additions and multiplications a second."""
+    a = np.ones((512, 512), dtype=np.float32)
+    a @ a
+    started = time.perf_counter()
+    for _ in range(10):
+        a @ a
+    return 20 * 512**3 / (time.perf_counter() - started)
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the numbers depend on besides the code."""
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    except OSError:
+        pass
+    free = free_memory()
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "free_gib": None if free is None else round(free / 2**30, 1),
+        "system": platform.platform(),
+        "load_at_start": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "versions": versions(),
+        "git_revision": git_revision(),
+        "precision": "float32, no autocast, in every arm",
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
