@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from isdaa.errors import UserError
 from isdaa.models import shared_prefix
 from isdaa.models.layout import Layout
-from isdaa.models.logprobs import Head, OwnHead, linear_head, text_config, token_logps
+from isdaa.models.logprobs import Head, LinearHead, OwnHead, linear_head, text_config, token_logps
 from isdaa.models.shared_prefix import LAYOUT_KEYWORD
+from isdaa.models.tied import Tie, embed, tie_of
 
 SHARED_PREFIX = "shared_prefix"
 TWO_ROWS = "two_rows"
@@ -104,14 +105,16 @@ def _own_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _answer(model: nn.Module, request: Request, input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
     """Runs inside the inner model's forward. A plain dict of tensors: every wrapper can walk through it."""
     layout = request.layout
+    head = head_of(model)
+    tie = tie_of(model) if isinstance(head, LinearHead) and request.want != "hidden" else None
     if request.mode == SHARED_PREFIX:
-        hidden = _packed_states(model, input_ids, position_ids, layout)
+        hidden = _packed_states(model, input_ids, position_ids, layout, tie)
     else:
-        hidden = _two_row_states(model, input_ids[0], layout)
+        hidden = _two_row_states(model, input_ids[0], layout, tie)
     if request.want == "hidden":
         return {"token_logps": None, "wpo": None, "hidden": hidden}
     targets = input_ids[0].index_select(0, layout.on(input_ids.device, "target_index"))
-    logps, wpo = token_logps(hidden, head_of(model), targets, with_wpo=request.want == "wpo")
+    logps, wpo = token_logps(hidden, head, targets, with_wpo=request.want == "wpo", tie=tie)
     return {"token_logps": logps, "wpo": wpo, "hidden": None}
 
 
@@ -125,22 +128,30 @@ def _decoder(model: nn.Module) -> nn.Module:
     return getattr(model, _decoder_name(model))
 
 
-def _packed_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
+def _packed_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor, layout: Layout, tie: Tie | None) -> Tensor:
     shared_prefix.install(model)  # no work where it is in place; another model may share the config object
     # A 4-D mask is passed on as it is: nothing of size T × T is made, and nothing guesses at packed sequences from the
     # position ids. Our attention never reads it.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
     out = _decoder(model)(
-        input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False, **{LAYOUT_KEYWORD: layout}
+        **_inputs(model, input_ids, tie),
+        position_ids=position_ids,
+        attention_mask=mask,
+        use_cache=False,
+        **{LAYOUT_KEYWORD: layout},
     )
     return out.last_hidden_state[0].index_select(0, layout.on(input_ids.device, "predictor_index"))
 
 
-def _two_row_states(model: nn.Module, packed: Tensor, layout: Layout) -> Tensor:
+def _inputs(model: nn.Module, input_ids: Tensor, tie: Tie | None) -> dict[str, Tensor]:
+    return {"input_ids": input_ids} if tie is None else {"inputs_embeds": embed(model, input_ids, tie)}
+
+
+def _two_row_states(model: nn.Module, packed: Tensor, layout: Layout, tie: Tie | None) -> Tensor:
     """The same states from separate right-padded rows `prompt + response`, with the model's own attention."""
     rows, mask, index = layout.cached((str(packed.device), "two_rows"), lambda: _two_rows(layout, packed.device))
     # Padding repeats a real token: masks decide, and no model needs to know a pad token.
-    out = _decoder(model)(input_ids=packed[rows], attention_mask=mask, use_cache=False)
+    out = _decoder(model)(**_inputs(model, packed[rows], tie), attention_mask=mask, use_cache=False)
     return out.last_hidden_state.flatten(0, 1).index_select(0, index)
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from isdaa.errors import UserError
+from isdaa.models.tied import Tie
 
 # Elements of one chunk of logits: 32 MiB in fp32 on a CPU, where larger ones fall out of the cache; a GPU needs more
 # rows to be busy.
@@ -77,7 +78,12 @@ def chunk_rows(head: Head, device: torch.device) -> int:
 
 
 def token_logps(
-    hidden: Tensor, head: Head, targets: Tensor, chunk: int | None = None, with_wpo: bool = False
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    chunk: int | None = None,
+    with_wpo: bool = False,
+    tie: Tie | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """log π(target | hidden) per token, with gradients to `hidden` and to the head's parameters.
 
@@ -86,6 +92,7 @@ def token_logps(
         head: the model's head.
         targets: (N,) token ids.
         chunk: rows whose logits exist at a time; None chooses by vocabulary and device.
+        tie: takes the gradient of a linear head's weight, which then comes with that of `tied.embed`.
         with_wpo: also return the (N,) term log π(y_t) − log Σ_v π(v)², without gradient (WPO, arXiv 2406.11827).
 
     Returns:
@@ -98,7 +105,7 @@ def token_logps(
         raise ValueError(f"hidden (N, D) and targets (N,) are needed, not {tuple(hidden.shape)} and {tuple(targets.shape)}")
     chunk = chunk or chunk_rows(head, hidden.device)
     if isinstance(head, LinearHead):
-        settings = (chunk, head.scale, head.softcap, with_wpo)
+        settings = (chunk, head.scale, head.softcap, with_wpo, tie)
         logps, wpo = _LinearLogps.apply(hidden, head.weight, head.bias, targets, settings)
         return logps, wpo if with_wpo else None
     logps_parts, wpo_parts = [], []
@@ -167,7 +174,7 @@ class _LinearLogps(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: tuple
     ) -> tuple[Tensor, Tensor]:
-        chunk, scale, softcap, with_wpo = settings
+        chunk, scale, softcap, with_wpo, _ = settings
         dtype = _compute_dtype(hidden, weight)
         h, w = hidden.to(dtype), weight.to(dtype)
         head = LinearHead(w, None if bias is None else bias.to(dtype), scale, softcap)
@@ -216,8 +223,11 @@ class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         found = (_scaled if ctx.ahead else _recomputed)(ctx, grads[0])
-        cast = (None if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True))
-        return *cast, None, None
+        hidden, weight, bias = (None if g is None else g.to(t) for g, t in zip(found, ctx.dtypes, strict=True))
+        tie: Tie | None = ctx.settings[-1]
+        if tie is not None:
+            tie.head_gradient, weight = weight, None
+        return hidden, weight, bias, None, None
 
 
 def _scaled(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -235,7 +245,7 @@ def _scaled(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tenso
 def _recomputed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The same where the direction was not kept: the logits of each chunk once more."""
     hidden, weight, bias, targets, normalisers = ctx.saved_tensors
-    chunk, scale, softcap, _ = ctx.settings
+    chunk, scale, softcap, *_ = ctx.settings
     h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
     head = LinearHead(w, None if bias is None else bias.to(ctx.dtype), scale, softcap)
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
