@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -78,10 +79,11 @@ def _by_step(rows: list[dict[str, list[int]]], batch_size: int) -> list[list[Len
 @dataclass
 class Recorded:
     """What one arm did, step by step. Of its process, in MiB, memory: before the first step; peak_before: until then;
-    held: after the last step, while it waits.
+    held: after the last step, while it waits. elsewhere: share of the cores that other programs had during each step.
     """
 
     seconds: list[float] = field(default_factory=list)
+    elsewhere: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     memory: float | None = None
     peak_before: float | None = None
@@ -231,7 +233,7 @@ def _train(cell: Cell, settings: Settings, workers: dict[str, Worker], bar: Bar)
 
 
 def _step(cell: Cell, arm: str, worker: Worker, timed: bool) -> None:
-    recorded = cell.arms[arm]
+    recorded, before = cell.arms[arm], _cpu_seconds()
     try:
         told = worker.ask("go")
     except Ended as ended:
@@ -239,8 +241,20 @@ def _step(cell: Cell, arm: str, worker: Worker, timed: bool) -> None:
         return
     if timed:
         recorded.seconds.append(told["seconds"])
+        if before is not None:
+            others = max(0.0, (_cpu_seconds() or before) - before - told["cpu"])
+            recorded.elsewhere.append(others / told["seconds"] / (os.cpu_count() or 1))
     recorded.losses.append(told["loss"])
     recorded.peak, recorded.held = told["peak"], told["memory"]
+
+
+def _cpu_seconds() -> float | None:
+    """Seconds that all cores have worked since the machine's start, or None where the system does not say."""
+    try:
+        user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9])
+    except (OSError, ValueError):
+        return None
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 
 
 def _line(cell: Cell, timed: int, rounds: int) -> str:

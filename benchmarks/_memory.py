@@ -68,7 +68,7 @@ def _kept(size: Size, lengths: Sequence[Lengths], arm: str) -> float:
     """Weights, gradients, two moments; and the activations of a step, which the allocator does not give back."""
     models = 5 if arm == SECOND_MODEL else 4
     layers = 1.5 if arm == RECOMPUTED else size.layers
-    floats = layers * (9 * size.hidden + 4 * size.intermediate) + size.layers * size.hidden
+    floats = layers * (10 * size.hidden + 5 * size.intermediate) + size.layers * size.hidden
     return IMPORTS + 4 * models * size.parameters + 4 * floats * _tokens(lengths, arm)
 
 

@@ -34,6 +34,7 @@ DEFINITIONS = {
     "and collation of the batch, forward, backward, clipping, optimiser; the bare loops have no logging and collate beforehand",
     "round": "one step of every arm on the same pairs, one process computing at a time, in an order shuffled by the seed",
     "time_ratio": "an arm's seconds over those of isdaa_dpo in the same round",
+    "elsewhere": "share of all cores that other programs had during a step: where it differs, ratios do for no other reason",
     "pairs_per_second": "batch size over the median step",
     "peak": "MiB that the arm's process held at most, until the end of its last step (VmHWM); its libraries are in it",
     "peak_before": "the same until the first step: where it equals peak, preparation was what needed most",
@@ -147,6 +148,7 @@ def summarise(cell: Cell, batch_size: int) -> dict[str, Any]:
         "orders": cell.orders,
         "matmul_seconds": cell.multiplied,
         "matmul_flops": cell.flops,
+        "elsewhere": spread([share for recorded in cell.arms.values() for share in recorded.elsewhere]),
         "matmul_gflops_per_second": spread([f / s / 1e9 for f, s in zip(cell.flops, cell.multiplied, strict=True)]),
         "arms": arms,
         "cost_of_weighting": costs["weighting"],
@@ -161,6 +163,7 @@ def _arm(cell: Cell, name: str, recorded: Recorded, base: Recorded | None, batch
     found: dict[str, Any] = {
         "seconds": recorded.seconds,
         "step": spread(recorded.seconds),
+        "elsewhere": recorded.elsewhere,
         "pairs_per_second": batch_size / statistics.median(recorded.seconds),
         "matmul_share": spread(ratios(cell.multiplied, recorded.seconds)),
         "peak": peak,
@@ -223,8 +226,11 @@ def table(summary: Mapping[str, Any]) -> Table:
 
 
 def below(summary: Mapping[str, Any]) -> list[str]:
-    """The two ratios that no row of the table shows, and what is missing."""
+    """What no row of the table shows."""
     lines = []
+    if summary["elsewhere"] is not None:
+        busy = _range(summary["elsewhere"], percent=True)
+        lines.append(f"other programs had {busy} of the cores during the steps")
     if summary["cost_of_weighting"] is not None:
         lines.append(f"importance weighting: is_dpo / dpo {_range(summary['cost_of_weighting'], digits=3)}")
     if summary["cost_of_trainer"] is not None:

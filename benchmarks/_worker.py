@@ -32,7 +32,7 @@ class PipedGate:
     """A `peers.Gate` at the worker's end of the pipe."""
 
     def __init__(self, pipe: Connection) -> None:
-        self.pipe, self.started = pipe, 0.0
+        self.pipe, self.started, self.cpu = pipe, 0.0, 0.0
 
     def ready(self) -> None:
         """Report that the arm is prepared, and wait."""
@@ -42,13 +42,13 @@ class PipedGate:
 
     def step(self, loss: float) -> None:
         """Report a step, and wait."""
-        seconds = time.perf_counter() - self.started
-        self.pipe.send({"event": "step", "seconds": seconds, "loss": loss, "peak": peak_memory(), "memory": memory_now()})
+        spent = {"seconds": time.perf_counter() - self.started, "cpu": time.process_time() - self.cpu}
+        self.pipe.send({"event": "step", **spent, "loss": loss, "peak": peak_memory(), "memory": memory_now()})
         self._wait()
 
     def _wait(self) -> None:
         self.pipe.recv()
-        self.started = time.perf_counter()
+        self.started, self.cpu = time.perf_counter(), time.process_time()
 
 
 def train(pipe: Connection, settings: dict[str, Any], threads: int, limit: int | None) -> None:

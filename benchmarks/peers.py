@@ -37,11 +37,11 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer import utils as trl_utils
 
 from isdaa.config import AlignConfig
-from isdaa.data.collation import collate
+from isdaa.data.collation import PairBatch, collate
 from isdaa.models import shared_prefix
 from isdaa.models.forward import PairForward, prepare
 from isdaa.models.inner import SHARED_PREFIX, TWO_ROWS
-from isdaa.models.shared_prefix import Layout
+from isdaa.models.layout import Layout
 from isdaa.objectives.objective import Objective, PairLogps
 from isdaa.objectives.presets import resolve
 from isdaa.training.arguments import training_arguments
@@ -155,18 +155,20 @@ def isdaa_bare(job: Job, gate: Gate) -> nn.Module:
     optimiser = adamw(model.train())
     gate.ready()
     for batch in batches:
-        logps = forward(model, batch.input_ids, batch.position_ids, Layout(*batch.parts()))
-        assert batch.reference_chosen_logps is not None and batch.reference_rejected_logps is not None
-        out = objective(
-            PairLogps(
-                logps.chosen_logps, logps.rejected_logps, batch.reference_chosen_logps, batch.reference_rejected_logps,
-                batch.chosen_lengths, batch.rejected_lengths,
-            )
-        )  # fmt: skip
-        loss = out.losses.mean()
+        loss = _bare_loss(model, forward, objective, batch)
         update(loss, model, optimiser)
         gate.step(loss.item())
     return model
+
+
+def _bare_loss(model: nn.Module, forward: PairForward, objective: Objective, batch: PairBatch) -> Tensor:
+    logps = forward(model, batch.input_ids, batch.position_ids, Layout.of_pairs(*batch.parts()))
+    assert batch.reference_chosen_logps is not None and batch.reference_rejected_logps is not None
+    pairs = PairLogps(
+        logps.chosen_logps, logps.rejected_logps, batch.reference_chosen_logps, batch.reference_rejected_logps,
+        batch.chosen_lengths, batch.rejected_lengths,
+    )  # fmt: skip
+    return objective(pairs).losses.mean()
 
 
 def _forward(model: nn.Module, job: Job, mode: str) -> PairForward:
