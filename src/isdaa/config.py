@@ -199,6 +199,7 @@ class AlignConfig(OptimisationConfig):
     """Preference training."""
 
     batch_tokens: Int | None = Field(None, ge=1, description="split a forward pass into pieces of at most so many tokens")
+    group_by_prompt: bool = Field(False, description="pairs of one prompt one after the other, sharing its forward pass")
     eval_steps: Int | None = Field(None, ge=1, description="held-out loss and accuracy every n steps; null: at each save")
     save_steps: Int | None = Field(None, ge=1, description="null: ten checkpoints a run")
     save_total_limit: Int | None = Field(None, ge=1)

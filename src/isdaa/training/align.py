@@ -98,6 +98,7 @@ def align(run: Run) -> Path:
         callbacks=[MetricsFile(run.folder / "metrics.jsonl"), *([guard] if guard is not None else [])],
         starts_at_reference=config.reference.path is None,
         batch_tokens=config.align.batch_tokens,
+        group_by_prompt=config.align.group_by_prompt,
         before_rename=describe,
         description=f"align: {config.objective.method}",
     )

@@ -6,17 +6,16 @@ Legend: B pairs of a micro-batch, W ranks, A accumulation steps; a global batch 
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
 from isdaa.data.collation import PairBatch, collate
-from isdaa.models.layout import Layout
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 BEHAVIOUR_COLUMNS = ("behaviour_chosen_logps", "behaviour_rejected_logps")
@@ -61,6 +60,13 @@ class TokenisedPairs(Dataset):
     def lengths(self) -> np.ndarray:
         """(N,) tokens of prompt + chosen + rejected: what a row costs in a packed batch."""
         return np.sum([np.diff(offsets) for _, offsets in self.tokens.values()], axis=0)
+
+    def prompt_groups(self) -> np.ndarray:
+        """(N,) the same number for pairs with the same prompt, counted from 0 in the order of their first pairs."""
+        ids, offsets = self.tokens["prompt_ids"]
+        seen: dict[bytes, int] = {}
+        keys = (ids[a:b].tobytes() for a, b in pairwise(offsets.tolist()))
+        return np.fromiter((seen.setdefault(key, len(seen)) for key in keys), dtype=np.int64, count=len(self))
 
     def extent(self) -> tuple[int, int]:
         """The highest token id, and the tokens of the longest prompt + response."""
@@ -135,11 +141,29 @@ class GlobalBatchSampler(Sampler[list[int]]):
     How a global batch is split over ranks and accumulation steps changes nothing but the splitting. At an epoch's end
     the last global batch is smaller; where its pairs do not divide among the ranks, some repeat as fill-ins, marked by
     `~index`. The epoch follows from the trainer's step, so that a resumed run reads on where it stopped.
+
+    lengths: (N,) tokens of each pair; micro-batches of a global batch then get their pairs by `arrange`: "balanced" gives
+        all about as many tokens, so that no rank waits and no step needs the memory of the longest pairs together;
+        "sorted" puts pairs of like length together, for a forward pass that pads.
+    groups: (N,) prompt of each pair, as a number; pairs of one prompt then follow one another, which lets them share its
+        forward pass. Prompts come in a seeded order, and the pairs of a prompt in one; nothing is arranged further.
     """
 
-    def __init__(self, size: int, batch_size: int, accumulation: int, world: int, rank: int, seed: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        accumulation: int,
+        world: int,
+        rank: int,
+        seed: int,
+        lengths: np.ndarray | None = None,
+        arrange: Literal["balanced", "sorted"] = "balanced",
+        groups: np.ndarray | None = None,
+    ) -> None:
         self.size, self.batch_size, self.accumulation = size, batch_size, accumulation
         self.world, self.rank, self.seed = world, rank, seed
+        self.lengths, self.arrange, self.groups = lengths, arrange, groups
         self.step = 0  # optimiser step at which the next iteration starts; the trainer keeps it up to date
 
     @property
@@ -162,14 +186,47 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     def order(self, epoch: int) -> np.ndarray:
         """The permutation of an epoch, (N,)."""
-        seed = int.from_bytes(hashlib.sha256(f"{self.seed},{epoch}".encode()).digest()[:8], "little")
-        return torch.randperm(self.size, generator=torch.Generator().manual_seed(seed)).numpy()
+        order = self._permutation(self.size, f"{self.seed},{epoch}")
+        if self.groups is None:
+            return order
+        rank = np.argsort(self._permutation(int(self.groups.max()) + 1, f"{self.seed},{epoch},prompts"))
+        return order[np.argsort(rank[self.groups[order]], kind="stable")]
+
+    def _permutation(self, size: int, name: str) -> np.ndarray:
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+        return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).numpy()
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self.order(self.step // self.steps_per_epoch)
         stride = self.batch_size * self.world
-        for start in range(0, self.size, stride):
-            yield shard(order[start : start + stride], self.world, self.rank)
+        for first in range(0, self.size, self.global_batch):
+            together = self._arranged(order[first : first + self.global_batch])
+            for start in range(0, len(together), stride):
+                yield shard(together[start : start + stride], self.world, self.rank)
+
+    def _arranged(self, together: np.ndarray) -> np.ndarray:
+        """A global batch, in the order in which `shard` deals it out."""
+        if self.lengths is None or self.groups is not None or len(together) <= self.batch_size:
+            return together
+        lengths = self.lengths[together]
+        longest_first = np.argsort(-lengths, kind="stable")
+        if self.arrange == "sorted":
+            return together[longest_first]
+        stride = self.batch_size * self.world
+        room = []  # places of every rank in every micro-batch
+        for start in range(0, len(together), stride):
+            size = min(stride, len(together) - start)
+            part = -(-size // self.world)
+            room += [max(0, min(part, size - rank * part)) for rank in range(self.world)]
+        # Longest first, each to where the fewest tokens are so far.
+        places: list[list[int]] = [[] for _ in room]
+        heap = [(0, place) for place, free in enumerate(room) if free]
+        for i in longest_first.tolist():
+            tokens, place = heapq.heappop(heap)
+            places[place].append(i)
+            if len(places[place]) < room[place]:
+                heapq.heappush(heap, (tokens + int(lengths[i]), place))
+        return together[[i for place in places for i in sorted(place)]]
 
 
 def shard(indices: np.ndarray, world: int, rank: int) -> list[int]:
@@ -177,56 +234,3 @@ def shard(indices: np.ndarray, world: int, rank: int) -> list[int]:
     part = -(-len(indices) // world)
     mine = indices[rank * part : (rank + 1) * part].tolist()
     return [int(i) for i in mine] + [~int(indices[0])] * (part - len(mine))
-
-
-@dataclass
-class Piece:
-    """Pairs of one forward pass, on the device, and where they lie in the packed row."""
-
-    batch: PairBatch
-    layout: Layout
-
-
-@dataclass
-class MicroBatch:
-    """One accumulation step of one rank: the pieces that go through the model one after the other, in the pairs' order.
-
-    weights: final weights of each piece, each (B,), where they span the global batch and were computed ahead.
-    """
-
-    pieces: list[Piece]
-    weights: list[torch.Tensor] | None = None
-
-    @property
-    def pairs(self) -> int:
-        """Pairs in it, fill-ins included."""
-        return sum(len(piece.batch) for piece in self.pieces)
-
-
-def split_by_tokens(batch: PairBatch, budget: int | None, at_least: int = 1) -> list[PairBatch]:
-    """Consecutive pieces of at most `budget` tokens each (a longer pair is a piece of its own), at least `at_least`."""
-    lengths = batch.prompt_lengths + batch.chosen_lengths + batch.rejected_lengths
-    if (budget is None or int(lengths.sum()) <= budget) and at_least <= 1:
-        return [batch]
-    cuts, tokens = [0], 0
-    for index, length in enumerate(lengths.tolist()):
-        if budget is not None and tokens and tokens + length > budget:
-            cuts.append(index)
-            tokens = 0
-        tokens += length
-    cuts.append(len(batch))
-    while len(cuts) - 1 < min(at_least, len(batch)):
-        widest = int(np.argmax(np.diff(cuts)))
-        cuts.insert(widest + 1, (cuts[widest] + cuts[widest + 1]) // 2)
-    ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).tolist()
-    return [_piece(batch, a, b, ends[a], ends[b]) for a, b in pairwise(cuts)]
-
-
-def _piece(batch: PairBatch, first: int, last: int, start: int, end: int) -> PairBatch:
-    """Pairs first … last − 1, whose tokens are start … end − 1 of the packed row."""
-    values = {}
-    for name, value in vars(batch).items():
-        if isinstance(value, torch.Tensor):
-            packed = name in ("input_ids", "position_ids")
-            values[name] = value[start:end] if packed else value[first:last]
-    return PairBatch(**values)

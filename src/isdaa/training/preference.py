@@ -26,21 +26,14 @@ from transformers.utils import logging as hf_logging
 
 from isdaa.data.collation import PairBatch, collate
 from isdaa.models.forward import PairForward, ResponseLogps, disable_dropout
-from isdaa.models.layout import Layout
+from isdaa.models.inner import SHARED_PREFIX
 from isdaa.objectives.objective import Objective, ObjectiveOutput, PairLogps
 from isdaa.objectives.weights import batch_weights
 from isdaa.terminal import progress as show_progress
-from isdaa.training.batches import (
-    GlobalBatchSampler,
-    MicroBatch,
-    Piece,
-    TokenisedPairs,
-    shard,
-    split_by_tokens,
-    tokenised,
-)
+from isdaa.training.batches import GlobalBatchSampler, TokenisedPairs, shard, tokenised
 from isdaa.training.figures import Figures, gathered, pair_figures
 from isdaa.training.monitor import StallWarning, TrainingProgress, WholeIntervals, warn_about_start
+from isdaa.training.pieces import MicroBatch, Piece, split_by_tokens
 from isdaa.training.whole import WholeCheckpoints
 
 logger = logging.getLogger(__name__)
@@ -55,6 +48,7 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
     starts_at_reference: policy and reference start as the same model; their difference at step 0 is logged, and said
         aloud where it is more than rounding.
     batch_tokens: a micro-batch of more tokens goes through the model in pieces; loss and gradient stay the same.
+    group_by_prompt: pairs of one prompt are read one after the other and share its forward pass.
     Dropout is switched off in the model, LoRA's included (METHOD.md).
     """
 
@@ -71,6 +65,7 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         starts_at_reference: bool = True,
         batch_tokens: int | None = None,
+        group_by_prompt: bool = False,
         before_rename: Callable[[Path, int], None] | None = None,
         description: str = "align",
         **kwargs: Any,
@@ -111,6 +106,9 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
             args.world_size,
             args.process_index,
             args.seed if args.data_seed is None else args.data_seed,
+            lengths=train.lengths(),
+            arrange="balanced" if forward.mode == SHARED_PREFIX else "sorted",
+            groups=train.prompt_groups() if group_by_prompt else None,
         )
         self._tables: list[Tensor] = []  # figures since the last log
         self._interval_started: float | None = None
@@ -153,8 +151,7 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
             most = self._over_ranks(len(parts), "max")
             if len(parts) < most:
                 parts = split_by_tokens(batch, self.batch_tokens, at_least=most)
-        # The layout comes from the lengths on the CPU: no forward pass waits for the device to send them back.
-        return [Piece(part.to(device, non_blocking=True), Layout.of_pairs(*part.parts())) for part in parts]
+        return [Piece.of(part, device) for part in parts]
 
     @property
     def policy(self) -> nn.Module:
@@ -181,7 +178,8 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
             raw.append(self.objective.raw_weights(pairs)[1])
         self.policy.train(training)
         valid = torch.cat([piece.batch.valid for m in micro for piece in m.pieces])
-        final = self._global_weights(torch.cat(raw), valid, [m.pairs for m in micro])
+        index = torch.cat([piece.batch.index for m in micro for piece in m.pieces])
+        final = self._global_weights(torch.cat(raw), valid, index)
         start = 0
         for m in micro:
             m.weights = []
@@ -189,29 +187,26 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
                 m.weights.append(final[start : start + len(piece.batch)])
                 start += len(piece.batch)
 
-    def _global_weights(self, raw: Tensor, valid: Tensor, sizes: list[int]) -> Tensor:
-        """Final weights (P,) of this rank's pairs from their own weights (P,). sizes: pairs of each micro-batch.
+    def _global_weights(self, raw: Tensor, valid: Tensor, index: Tensor) -> Tensor:
+        """Final weights (P,) of this rank's pairs from their own weights, validity and row numbers, each (P,).
 
-        Pairs are put into the order in which the sampler read them, so that a permutation by (seed, step) does not
-        depend on how the global batch is split over ranks.
+        Pairs are put into the order of their row numbers, so that a permutation by (seed, step) depends on which pairs
+        are in the global batch, and not on how it is split over ranks and micro-batches.
         """
-        world, rank, step = self.args.world_size, self.args.process_index, self.state.global_step
-        settings = (self.objective.weight, self.objective.normalize, self.sampler.seed, step)
-        if world == 1:
-            return batch_weights(raw, *settings, valid)
-        both = torch.stack([raw, valid.to(raw.dtype)], dim=1)
-        # (W·P, 2) rank by rank -> micro-batch by micro-batch, and rank by rank within.
-        ranks = self.accelerator.gather(both).view(world, len(raw), 2).split(sizes, dim=1)
-        ordered = torch.cat([part.reshape(-1, 2) for part in ranks])
-        final = batch_weights(ordered[:, 0], *settings, ordered[:, 1] > 0)
-        parts = final.split([world * size for size in sizes])
-        return torch.cat([part.view(world, -1)[rank] for part in parts])
+        table = torch.stack([raw.double(), valid.double(), index.double()], 1)
+        if self.args.world_size > 1:
+            table = self.accelerator.gather(table)
+        order = torch.argsort(2 * table[:, 2] + (1 - table[:, 1]), stable=True)  # a fill-in after the pair that it repeats
+        settings = (self.objective.weight, self.objective.normalize, self.sampler.seed, self.state.global_step)
+        ordered = batch_weights(table[order, 0].to(raw.dtype), *settings, table[order, 1] > 0)
+        final = torch.empty_like(ordered).index_copy(0, order, ordered)
+        return final[self.args.process_index * len(raw) :][: len(raw)]
 
     # ---- the loss ----
 
     def _pair_logps(self, model: nn.Module, piece: Piece) -> tuple[PairLogps, ResponseLogps]:
         batch, wpo = piece.batch, self.objective.needs_wpo
-        logps = self.pair_forward(model, batch.input_ids, batch.position_ids, piece.layout, with_wpo=wpo)
+        logps = self.pair_forward(model, piece.input_ids, None, piece.layout, with_wpo=wpo)
         assert batch.reference_chosen_logps is not None and batch.reference_rejected_logps is not None
         pairs = PairLogps(
             policy_chosen_logps=logps.chosen_logps,
@@ -234,7 +229,7 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
         raw = self.objective.raw_weights(pairs)[1]
         if weights is None:
             spans = self.objective.needs_batch and model.training
-            weights = self._global_weights(raw, batch.valid, [len(batch)]) if spans else raw
+            weights = self._global_weights(raw, batch.valid, batch.index) if spans else raw
         out = self.objective(pairs, weights, valid=batch.valid)
         figures = pair_figures(self.objective, batch, logps, out, raw, self.state.global_step)
         return out, figures

@@ -21,9 +21,9 @@ from torch import nn
 from isdaa.errors import UserError
 from isdaa.files import digest, write_atomically
 from isdaa.models.forward import PairForward
-from isdaa.models.layout import Layout
 from isdaa.terminal import progress as show_progress
 from isdaa.training.batches import TokenisedPairs, tokenised
+from isdaa.training.pieces import packed
 
 logger = logging.getLogger(__name__)
 
@@ -144,9 +144,13 @@ def _compute(
     """One pass over this rank's share of the pairs, then everyone's results together."""
     model: nn.Module = forward.model
     device = next(model.parameters()).device
-    lengths = pairs.lengths()
-    # Longest first: what does not fit into memory fails at once, and pairs of like length share a batch.
-    order = np.argsort(-lengths, kind="stable")[_rank() :: _world()]
+    lengths, prompts = pairs.lengths(), pairs.prompt_groups()
+    # Prompt by prompt, so that its pairs share it; those with the longest pair first, so that what does not fit into
+    # memory fails at once and like lengths share a batch.
+    longest = np.zeros(len(pairs), dtype=np.int64)
+    np.maximum.at(longest, prompts, lengths)
+    order = np.lexsort((prompts, -longest[prompts]))
+    order = order[prompts[order] % _world() == _rank()] if _world() > 1 else order
     values = np.zeros((2, len(pairs)), dtype=np.float32)
     was_training = model.training
     model.eval()
@@ -156,9 +160,8 @@ def _compute(
             torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"),
         ):
             for group in _groups(order, lengths, batch_tokens):
-                batch = pairs.batch(group)
-                layout = Layout.of_pairs(*batch.parts())
-                logps = forward(model, batch.input_ids.to(device), batch.position_ids.to(device), layout)
+                input_ids, layout = packed(pairs.batch(group))
+                logps = forward(model, input_ids.to(device), None, layout)
                 values[:, group] = torch.stack([logps.chosen_logps, logps.rejected_logps]).float().cpu().numpy()
                 bar.update(float(lengths[group].sum()))
     finally:
