@@ -25,6 +25,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as hf_logging
 
 from isdaa.data.collation import PairBatch, collate
+from isdaa.models import fused
 from isdaa.models.forward import PairForward, ResponseLogps, disable_dropout
 from isdaa.models.inner import SHARED_PREFIX
 from isdaa.objectives.objective import Objective, ObjectiveOutput, PairLogps
@@ -84,6 +85,7 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
         train = _with_reference(train_dataset, "train")
         held_out = None if eval_dataset is None else _with_reference(eval_dataset, "eval")
         disable_dropout(model)
+        fused.install(model)
         super().__init__(
             model=model,
             args=args,
