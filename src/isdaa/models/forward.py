@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from isdaa.errors import UserError
 from isdaa.models import shared_prefix
+from isdaa.models.choice import AUTO, SDPA, choose_attention
 from isdaa.models.inner import (
     REQUEST,
     SHARED_PREFIX,
@@ -116,7 +117,7 @@ class PairForward:
         return out
 
 
-def prepare(model: nn.Module, probe: bool = True, longest_row: int | None = None) -> PairForward:
+def prepare(model: nn.Module, probe: bool = True, longest_row: int | None = None, attention: str = AUTO) -> PairForward:
     """Installs the shared-prefix forward in a model and proves it on one pair.
 
     The pair is longer than any attention window of the model, or than `longest_row` where the caller will send nothing
@@ -129,14 +130,17 @@ def prepare(model: nn.Module, probe: bool = True, longest_row: int | None = None
         model: a transformers causal language model, or a PEFT model around one. Call it before DDP or FSDP wrap it.
         probe: False trusts the shared prefix and the config's names for the head.
         longest_row: the longest `prompt + response` the caller will send, in tokens.
+        attention: one of `choice.NAMES`. A fast one that cannot be used here, or with which the logps are not those of
+            plain rows, gives way to "sdpa", with a warning.
 
     Raises:
-        UserError: no causal language model, or one whose logps can be computed in neither way.
+        UserError: an unknown attention, no causal language model, or one whose logps can be computed in neither way.
     """
     inner = inner_model(model)
     state = install_forward(inner)
     state.own_head = False
     shared_prefix.install(inner)
+    choose_attention(inner, attention)
     if not probe:
         return PairForward(model, SHARED_PREFIX)
 
@@ -151,6 +155,11 @@ def prepare(model: nn.Module, probe: bool = True, longest_row: int | None = None
             logger.warning("%s: %s; response logits are computed by the model's own code", name, trouble)
         pair = make_probe(model, longest_row)
         trouble = pair.trouble(model, token_logps(SHARED_PREFIX))
+        used = pair.layout.cached("attention", lambda: SDPA)
+        if trouble is not None and used != SDPA:
+            logger.warning("%s: attention by %s does not reproduce the model's own logps (%s)", name, used, trouble)
+            choose_attention(inner, SDPA)
+            trouble = pair.trouble(model, token_logps(SHARED_PREFIX))
         if trouble is None and not pair.layout.attended:
             # Small random weights hardly attend at all: numbers alone would not tell.
             trouble = "its attention does not go through transformers' attention interface"

@@ -6,8 +6,9 @@ share it. Every linear layer of the model therefore works on (1, T) real tokens,
 attention knows which tokens belong together.
 It does so through transformers' ``AttentionInterface``: `install` makes a model use `shared_prefix_attention`, which
 
-* computes prompt by prompt when a `Layout` comes with the call (the keyword ``isdaa_layout`` travels down to the attention
-  layers like any other keyword, so a recomputation under gradient checkpointing sees the very same layout), and
+* computes prompt by prompt (on a GPU with one kernel: `choice`) when a `Layout` comes with the call (the keyword
+  ``isdaa_layout`` travels down to the attention layers like any other keyword, so a recomputation under gradient
+  checkpointing sees the very same layout), and
 * hands every other call to the implementation that the model had before. Plain ``model(...)`` and ``generate`` on an
   installed model are therefore what they were; `plain_attention` also takes the detour away for a while.
 
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from isdaa.models.choice import fast_attention
 from isdaa.models.layout import Layout
 
 NAME = "isdaa_shared_prefix"
@@ -44,6 +46,7 @@ _UNSUPPORTED = ("s_aux", "position_bias", "cache", "cu_seq_lens_q", "block_mask"
 # Attention over one packed row
 
 
+@torch.compiler.disable  # lengths of pairs are plain numbers here: a compiler would start anew for every batch
 def shared_prefix_attention(
     module: nn.Module,
     query: Tensor,
@@ -78,7 +81,10 @@ def shared_prefix_attention(
         sliding_window = None
     isdaa_layout.attended = True
     how = _Kernel(scaling, dropout if module.training else 0.0, sliding_window, softcap)
-    # The one place that chooses an algorithm: a GPU kernel for variable lengths would be a third branch here.
+    fast = fast_attention(module, query, key, dropout=how.dropout, scaling=scaling, window=sliding_window, softcap=softcap)
+    isdaa_layout.cached("attention", lambda: "sdpa" if fast is None else fast[0])  # for those who want to know
+    if fast is not None:
+        return fast[1](query, key, value, isdaa_layout), None
     if len(isdaa_layout.prompt_lengths) > 1 and isdaa_layout.longest_group <= _SHORT_GROUP:
         return _attend_in_block(query, key, value, isdaa_layout, how), None
     return _attend_one_by_one(query, key, value, isdaa_layout, how), None
