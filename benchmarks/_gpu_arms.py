@@ -47,7 +47,7 @@ class Steps:
         synchronize(self.device)
         self.ends.append(time.perf_counter())
         if loss is not None:
-            self.losses.append(float(loss))
+            self.losses.append(float(loss.detach() if isinstance(loss, Tensor) else loss))
         if self.device == "cuda":
             if len(self.ends) == self.warmup + 1:
                 torch.cuda.reset_peak_memory_stats()
