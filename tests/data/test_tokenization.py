@@ -2,6 +2,8 @@
 
 import json
 import logging
+import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers_for_tests import CHATML, byte_level, ids_of
 
 from isdaa.data import chat as chat_room
+from isdaa.data import encoding as encoding_room
 from isdaa.data import tokens as tokens_room
 from isdaa.data.pairs import Counts, canonical_pair, canonical_sft
 from isdaa.data.sources import as_dataset
@@ -47,9 +50,9 @@ def one(tokenizer: Any, row: dict[str, Any], **options: Any) -> tuple[list[int],
     return pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"]
 
 
-def refusal(tokenizer: Any, row: dict[str, Any], **options: Any) -> str:
+def refusal(tokenizer: Any, *rows: dict[str, Any], **options: Any) -> str:
     with pytest.raises(UserError) as caught:
-        tokens(tokenizer, row, **options)
+        tokens(tokenizer, *rows, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -502,6 +505,101 @@ def test_many_batches_are_numbered_through(monkeypatch: pytest.MonkeyPatch, tmp_
         assert list(result["id"]) == [f"pairs.jsonl:{i}" for i in (0, 2, 3, 4)]
         assert (counts.rows, counts.kept, counts.dropped_equal) == (5, 4, 1)
         assert result[0]["weight"] is None
+
+
+# --- batches in threads, prompts remembered
+
+
+def varied(chat: bool) -> list[dict[str, Any]]:
+    """Rows that touch every rule, prompts of theirs shared far apart."""
+    ids = {"prompt_ids": [50, 51], "chosen_ids": [60, 61], "rejected_ids": [70, 71, 72]}
+    rows = [
+        PLAIN,
+        PLAIN | {"chosen_finished": False, "weight": 2.0},
+        PLAIN | {"prompt": BOS + PLAIN["prompt"], "rejected": " Good" + EOS},
+        {"prompt": "Is it Par", "chosen": "is or not", "rejected": "is"},  # merges across the boundary, twice
+        PLAIN | {"prompt": "Der Käse – 猫 und 🫖 – ist\r\n alt.  \n\n\t?"},
+        PLAIN | ids,
+        PLAIN | ids | {"rejected_finished": False},
+        PLAIN | {"prompt": "The kettle is on the stove. " * 9},
+        PLAIN | {"chosen": " and the water will boil soon" * 19},
+        PLAIN | {"chosen": " the water will boil soon" * 19, "chosen_logps": -2.0, "rejected_logps": -3.0},  # dropped: cut
+        PLAIN | {"chosen_logps": -2.0, "rejected_logps": -3.0},
+        PLAIN | {"chosen": " Paris" * 80, "rejected": " Paris" * 81},  # dropped: equal when cut
+    ]
+    if chat:
+        rows += [
+            CHAT,
+            CHAT | {"rejected_finished": False},
+            {"chosen": [USER, BAD, USER, GOOD], "rejected": [USER, BAD, USER, BAD]},
+        ]
+        rows += [CHAT | ids, CHAT | {"prompt": [SYSTEM, USER | {"content": "What is the capital of France? " * 9}]}]
+    return [row | {"id": str(n)} for n, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize(("remembered", "truncation"), [(60, "keep_end"), (10**6, "keep_start")])
+@pytest.mark.parametrize("template", [None, "chatml", "llama3"])
+def test_rows_are_the_same_in_threads_and_alone(
+    template: str | None, truncation: str, remembered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However rows are put into batches, and whatever is remembered of others, each gives what it gives by itself."""
+    options = {"max_length": 70, "max_prompt_length": 50, "truncation": truncation}
+    rows = varied(template is not None)
+    alone, summed = [], Counts()
+    for row in rows:
+        try:
+            pairs, counts = tokens(byte_level(template, bos=True), row, **options)
+        except UserError as error:  # the only row is dropped; nothing else is counted of these
+            pairs = []
+            counts = Counts(rows=1, **{"dropped_equal" if "equals" in str(error) else "dropped_behaviour_cut": 1})
+        alone += pairs
+        summed = Counts(**{name: 3 * getattr(counts, name) + value for name, value in asdict(summed).items()})
+    expected = [pair | {"index": n} for n, pair in enumerate(alone * 3)]
+    seen = {name for name, value in asdict(summed).items() if value}
+    assert {"own_bos", "boundary_merges", "prompts_cut", "chosen_cut", "dropped_equal", "dropped_behaviour_cut"} <= seen
+
+    monkeypatch.setattr(encoding_room, "REMEMBERED", remembered)
+    for batch in (1, 4, 1000):
+        monkeypatch.setattr(tokens_room, "BATCH", batch)
+        assert tokens(byte_level(template, bos=True), *rows * 3, **options) == (expected, summed)
+    # A tokenizer without a backend is used by one thread alone.
+    monkeypatch.setattr(tokens_room, "BATCH", 4)
+    monkeypatch.setattr(tokens_room, "ThreadPoolExecutor", None)
+    for module in (chat_room, encoding_room):
+        monkeypatch.setattr(module, "encodes_in_threads", lambda tokenizer: False)
+    assert tokens(byte_level(template, bos=True), *rows * 3, **options) == (expected, summed)
+
+
+def test_texts_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts across batches; within one, each different text: prompts, then responses and windows of both columns."""
+    monkeypatch.setattr(tokens_room, "BATCH", 2)
+    monkeypatch.setattr(tokens_room, "WORKERS", 1)
+    calls = count_tokenizations(monkeypatch)
+    rows = [PLAIN | {"prompt": f"How {i % 2}?", "chosen": f" {i}"} for i in range(6)]
+    tokens(byte_level(), *rows)
+    # The rejected response is its own window, and so is each chosen one: 3 responses, 2 ends of prompts, 4 of both together.
+    assert calls == [2, 9, 0, 9, 0, 9]
+
+
+def test_the_first_bad_row_is_named_and_threads_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens_room, "BATCH", 2)
+    foreign = {"prompt_ids": [5], "chosen_ids": [9_999], "rejected_ids": [6]}
+    rows = [PLAIN | ({} if i < 5 else foreign) for i in range(40)]
+    before = threading.active_count()
+    assert refusal(byte_level(), *rows).startswith("pairs.jsonl:6: ")
+    assert threading.active_count() == before
+
+
+def test_memory_keeps_what_came_last() -> None:
+    memory = encoding_room.Memory(5)
+    memory.add({"a": [1, 2], "b": [3]})
+    memory.add({"a": [9, 9], "c": [4, 5]})
+    assert memory.recall(["a", "b", "c", "d"]) == {"a": [1, 2], "b": [3], "c": [4, 5]}
+    memory.add({"d": [6, 7]})
+    assert memory.recall(["a", "b", "c", "d"]) == {"b": [3], "c": [4, 5], "d": [6, 7]}
+    memory.add({"long": [0] * 6, "\ud800": [8]})  # too long for it: all that came before goes, too
+    assert memory.recall(["d", "long", "\ud800"]) == {"\ud800": [8]}
+    assert memory.room == 4
 
 
 def test_tokenizer_digest_sees_what_matters() -> None:

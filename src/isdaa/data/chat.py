@@ -90,10 +90,10 @@ def tokenize_text(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text: no special token added, nothing cut, nothing padded, whatever the tokenizer is set to."""
     if not texts:
         return []
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None and backend.truncation is None and backend.padding is None:
+    if encodes_in_threads(tokenizer):
         # The same ids as below, in half the time: no offsets into the text are kept.
-        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encodings = tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
     encoded = tokenizer(
         list(texts),
         add_special_tokens=False,
@@ -104,6 +104,12 @@ def tokenize_text(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         verbose=False,
     )
     return encoded["input_ids"]
+
+
+def encodes_in_threads(tokenizer: Any) -> bool:
+    """Is there a backend in Rust that works as it stands? It lets other threads go on; a call that sets it anew does not."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend is not None and backend.truncation is None and backend.padding is None
 
 
 def start_ids(tokenizer: Any) -> list[int]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from typing import Any, Literal, NamedTuple
 
-from isdaa.data.chat import ChatFormat, start_ids, tokenize_text, tokenizer_digest
+from isdaa.data.chat import ChatFormat, encodes_in_threads, start_ids, tokenize_text, tokenizer_digest
 from isdaa.data.checks import Text
 from isdaa.data.pairs import Counts
 from isdaa.errors import UserError
 
 # Characters on each side of the boundary that are tokenised together to see whether they merge; longer than a token.
 BOUNDARY = 32
+# Tokens of prompts that are remembered, four bytes each: those of one prompt's pairs may lie anywhere in the data.
+REMEMBERED = 16_000_000
 NO_EOS = (
     "the tokenizer has no EOS token, so no response could end; set `eos_token` in its tokenizer_config.json, "
     "or name another tokenizer in model.tokenizer"
@@ -56,8 +61,41 @@ class PairIds(NamedTuple):
     rejected_cut: bool
 
 
+class Memory:
+    """Token ids of the texts that came last, at most `room` of them in all."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self._lock = threading.Lock()
+        self._kept: dict[bytes, array[int]] = {}
+
+    def recall(self, texts: Iterable[str]) -> dict[str, list[int]]:
+        """Those of the texts that are known, with their ids."""
+        with self._lock:
+            found = {text: self._kept.get(self._key(text)) for text in texts}
+        return {text: ids.tolist() for text, ids in found.items() if ids is not None}
+
+    def add(self, encoded: Mapping[str, list[int]]) -> None:
+        """Remember these; what came first goes first where there is no room."""
+        with self._lock:
+            for text, ids in encoded.items():
+                key = self._key(text)
+                if key not in self._kept:
+                    self._kept[key] = array("i", ids)
+                    self.room -= len(ids)
+            while self.room < 0:
+                self.room += len(self._kept.pop(next(iter(self._kept))))
+
+    @staticmethod
+    def _key(text: str) -> bytes:
+        return blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+
+
 class Encoder:
-    """A tokenizer with the rules of this file. Texts go through it in batches; what it sees is counted in `counts`."""
+    """A tokenizer with the rules of this file. Texts go through it in batches; what it sees is counted in `counts`.
+
+    Several threads may use one encoder at once where `in_threads` says so.
+    """
 
     def __init__(self, tokenizer: Any, settings: TokenizationSettings | None = None) -> None:
         if tokenizer.eos_token_id is None:
@@ -68,11 +106,24 @@ class Encoder:
         self.start = start_ids(tokenizer)
         self.counts = Counts()
         self._chat: ChatFormat | None = None
+        self._prompts = Memory(REMEMBERED)
+        self._lock = threading.Lock()
 
     @property
     def key(self) -> list[Any]:
         """All that decides token ids, beside the rows."""
         return [tokenizer_digest(self.tokenizer), asdict(self.settings)]
+
+    @property
+    def in_threads(self) -> bool:
+        """May several threads encode at once?"""
+        return encodes_in_threads(self.tokenizer)
+
+    def count(self, **events: int) -> None:
+        """Add to `counts`, whichever thread it is."""
+        with self._lock:
+            for name, n in events.items():
+                setattr(self.counts, name, getattr(self.counts, name) + n)
 
     @property
     def chat(self) -> ChatFormat:
@@ -84,7 +135,11 @@ class Encoder:
     def prompts(self, rows: Sequence[Mapping[str, Any]]) -> list[Prompt]:
         """Prompts of rows with `prompt`, `prompt_ids` and `where`, cut to max_prompt_length."""
         texts = [self._prompt_text(row) for row in rows]
-        encoded = self._encode(text for text in texts if text is not None)
+        different = dict.fromkeys(text for text in texts if text is not None)
+        encoded = self._prompts.recall(different)
+        new = self._encode(text for text in different if text not in encoded)
+        self._prompts.add(new)
+        encoded |= new
         result = []
         for row, text in zip(rows, texts, strict=True):
             chat = isinstance(row["prompt"], list)
@@ -97,9 +152,36 @@ class Encoder:
 
     def responses(self, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt], name: str) -> list[tuple[list[int], bool]]:
         """Ids of column `name` ('chosen', …) and whether they were cut to the room that the prompt leaves."""
-        texts = [self._response_text(row, prompt, name) for row, prompt in zip(rows, prompts, strict=True)]
-        encoded = self._encode(text for text in texts if text is not None)
-        self._count_merges(prompts, texts)
+        return self._responses(rows, prompts, (name,))[0]
+
+    def pairs(self, rows: Sequence[Mapping[str, Any]]) -> list[PairIds]:
+        """Token ids of canonical pairs, in order; drops nothing."""
+        prompts = self.prompts(rows)
+        chosen, rejected = self._responses(rows, prompts, ("chosen", "rejected"))
+        return [
+            PairIds(prompt, a, b, a_cut, b_cut) for prompt, (a, a_cut), (b, b_cut) in zip(prompts, chosen, rejected, strict=True)
+        ]
+
+    def _responses(
+        self, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt], names: Sequence[str]
+    ) -> list[list[tuple[list[int], bool]]]:
+        """What `responses` gives, for several columns. All texts of theirs go through the tokenizer in one call."""
+        texts = [[self._response_text(row, prompt, name) for row, prompt in zip(rows, prompts, strict=True)] for name in names]
+        windows = [window for column in texts for window in _windows(prompts, column)]
+        asked = [text for column in texts for text in column if text is not None]
+        encoded = self._encode([*asked, *(text for a, b in windows for text in (a, b, a + b))])
+        self.count(boundary_merges=sum(encoded[a + b] != encoded[a] + encoded[b] for a, b in windows))
+        return [self._fitted(rows, prompts, name, column, encoded) for name, column in zip(names, texts, strict=True)]
+
+    def _fitted(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        prompts: Sequence[Prompt],
+        name: str,
+        texts: Sequence[str | None],
+        encoded: Mapping[str, list[int]],
+    ) -> list[tuple[list[int], bool]]:
+        """Responses of one column, ended and cut."""
         result = []
         for row, prompt, text in zip(rows, prompts, texts, strict=True):
             ids = self._given(row, f"{name}_ids") if text is None else encoded[text]
@@ -111,14 +193,6 @@ class Encoder:
             result.append((ids[:room], len(ids) > room))
         return result
 
-    def pairs(self, rows: Sequence[Mapping[str, Any]]) -> list[PairIds]:
-        """Token ids of canonical pairs, in order; drops nothing."""
-        prompts = self.prompts(rows)
-        chosen, rejected = (self.responses(rows, prompts, name) for name in ("chosen", "rejected"))
-        return [
-            PairIds(prompt, a, b, a_cut, b_cut) for prompt, (a, a_cut), (b, b_cut) in zip(prompts, chosen, rejected, strict=True)
-        ]
-
     def examples(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[list[int], list[int]]]:
         """(ids, mask of what is learnt) of SFT rows, in order."""
         result: dict[int, tuple[list[int], list[int]]] = {}
@@ -127,8 +201,7 @@ class Encoder:
         prompts = self.prompts(singles)
         for i, prompt, (ids, cut) in zip(asked, prompts, self.responses(singles, prompts, "completion"), strict=True):
             result[i] = prompt.ids + ids, [0] * len(prompt.ids) + [1] * len(ids)
-            self.counts.prompts_cut += prompt.cut
-            self.counts.completions_cut += cut
+            self.count(prompts_cut=prompt.cut, completions_cut=cut)
         others = [i for i in range(len(rows)) if i not in result]
         pieces = [self._pieces(rows[i]) for i in others]
         encoded = self._encode(text for row in pieces for text, _ in row)
@@ -141,7 +214,7 @@ class Encoder:
             mask = [int(learnt) for part, learnt in parts for _ in part]
             if ids[: len(self.start)] == self.start:  # given, never learnt
                 mask[: len(self.start)] = [0] * len(self.start)
-            self.counts.completions_cut += len(ids) > self.settings.max_length
+            self.count(completions_cut=len(ids) > self.settings.max_length)
             result[i] = ids[: self.settings.max_length], mask[: self.settings.max_length]
         return [result[i] for i in range(len(rows))]
 
@@ -200,7 +273,7 @@ class Encoder:
         start = self.start
         if not start or ids[: len(start)] != start:
             return ids if chat else start + ids
-        self.counts.own_bos += 1
+        self.count(own_bos=1)
         while ids[len(start) : 2 * len(start)] == start:
             ids = ids[len(start) :]
         return ids
@@ -225,15 +298,14 @@ class Encoder:
             return ids
         return [*ids, self.eos if made_of_text or turn_end is None else turn_end]
 
-    def _count_merges(self, prompts: Sequence[Prompt], texts: Sequence[str | None]) -> None:
-        """Would tokenising across the boundary give other ids than tokenising each side? A window around it shows."""
-        windows = [
-            (prompt.text[-BOUNDARY:], text[:BOUNDARY])
-            for prompt, text in zip(prompts, texts, strict=True)
-            if prompt.text is not None and text
-        ]
-        encoded = self._encode(text for left, right in windows for text in (left, right, left + right))
-        self.counts.boundary_merges += sum(encoded[a + b] != encoded[a] + encoded[b] for a, b in windows)
+
+def _windows(prompts: Sequence[Prompt], texts: Sequence[str | None]) -> list[tuple[str, str]]:
+    """Both sides of the boundary: would tokenising across it give other ids than tokenising each side?"""
+    return [
+        (prompt.text[-BOUNDARY:], text[:BOUNDARY])
+        for prompt, text in zip(prompts, texts, strict=True)
+        if prompt.text is not None and text
+    ]
 
 
 def _turns(completion: Text) -> list[Any]:

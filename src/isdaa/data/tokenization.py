@@ -43,20 +43,21 @@ def tokenize_pairs(
     Raises UserError for a tokenizer without EOS, a missing or unusable chat template, foreign ids, no pair left.
     """
     encoder = Encoder(tokenizer, settings)
-    counts = encoder.counts
 
     def columns(rows: list[Row]) -> dict[str, list[Any]]:
         kept: list[tuple[Row, PairIds]] = []
         for row, pair in zip(rows, encoder.pairs(rows), strict=True):
             if pair.chosen == pair.rejected:
-                counts.dropped_equal += 1
+                encoder.count(dropped_equal=1)
             elif row["behaviour_chosen_logps"] is not None and (pair.prompt.cut or pair.chosen_cut or pair.rejected_cut):
-                counts.dropped_behaviour_cut += 1
+                encoder.count(dropped_behaviour_cut=1)
             else:
-                counts.prompts_cut += pair.prompt.cut
-                counts.chosen_cut += pair.chosen_cut
-                counts.rejected_cut += pair.rejected_cut
                 kept.append((row, pair))
+        encoder.count(
+            prompts_cut=sum(pair.prompt.cut for _, pair in kept),
+            chosen_cut=sum(pair.chosen_cut for _, pair in kept),
+            rejected_cut=sum(pair.rejected_cut for _, pair in kept),
+        )
         return {
             "id": [row["id"] for row, _ in kept],
             "prompt_ids": [pair.prompt.ids for _, pair in kept],
@@ -65,7 +66,7 @@ def tokenize_pairs(
             **{name: [row[name] for row, _ in kept] for name in ("behaviour_chosen_logps", "behaviour_rejected_logps", "weight")},
         }
 
-    return tokenized(pairs, columns, counts, ["pairs", *encoder.key], cache_dir, "pairs")
+    return tokenized(pairs, columns, encoder, ["pairs", *encoder.key], cache_dir, "pairs")
 
 
 def tokenize_prompts(
@@ -107,11 +108,11 @@ def tokenize_sft(
     def columns(batch: list[Row]) -> dict[str, list[Any]]:
         examples = list(zip(batch, encoder.examples(batch), strict=True))
         kept = [(row, ids, mask) for row, (ids, mask) in examples if any(mask)]
-        encoder.counts.dropped_nothing_left += len(examples) - len(kept)
+        encoder.count(dropped_nothing_left=len(examples) - len(kept))
         return {
             "id": [row["id"] for row, _, _ in kept],
             "input_ids": [ids for _, ids, _ in kept],
             "completion_mask": [mask for _, _, mask in kept],
         }
 
-    return tokenized(rows, columns, encoder.counts, ["sft", *encoder.key], cache_dir, "examples")
+    return tokenized(rows, columns, encoder, ["sft", *encoder.key], cache_dir, "examples")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from isdaa.data.encoding import Encoder
 from isdaa.data.pairs import Counts, Row
 from isdaa.errors import UserError
 from isdaa.files import digest, file_digest, read_json, write_folder_atomically, write_json
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # raise it whenever the same rows may give other ids
 BATCH = 1000  # rows at once
+WORKERS = 2  # batches at once: while one is in the tokenizer, on all cores, Python makes lists of the other
 logger = logging.getLogger(__name__)
 
 
@@ -41,15 +45,15 @@ def content_digest(rows: Dataset) -> str:
 def tokenized(
     rows: Dataset,
     columns: Callable[[list[Row]], dict[str, list[Any]]],
-    counts: Counts,
+    encoder: Encoder,
     key: list[Any],
     cache_dir: str | Path | None,
     what: str,
 ) -> tuple[Dataset, Counts]:
     """Run `columns` (rows to lists by column; it may drop rows) over a data set, or read what an earlier run kept.
 
-    counts: what `columns` adds its events to; key: with the rows' content, all that decides the result.
-    Adds the column `index`, the row number. Raises UserError where no row is left.
+    encoder: what `columns` uses, in several threads at once, and counts its events with; key: with the rows' content, all
+    that decides the result. Adds the column `index`, the row number. Raises UserError where no row is left.
     """
     from datasets import Dataset
 
@@ -58,13 +62,11 @@ def tokenized(
         folder = Path(cache_dir) / f"tokens-{digest([FORMAT, key, content_digest(rows)])}"
         if (found := _read(folder)) is not None:
             return found
+    counts = encoder.counts
     batches: list[pyarrow.RecordBatch] = []
     kept = 0
     with progress(f"tokenising {what}", len(rows)) as bar:
-        for start in range(0, len(rows), BATCH):
-            batch = rows[start : start + BATCH]
-            size = len(next(iter(batch.values())))
-            values = columns([{name: column[i] for name, column in batch.items()} for i in range(size)])
+        for size, values in _in_order(rows, columns, encoder.in_threads):
             batches.append(_record_batch(values, kept))
             kept += batches[-1].num_rows
             bar.update(size)
@@ -82,6 +84,34 @@ def tokenized(
         found = _read(folder)
     # Absent where another process is just replacing it by its own, equal one.
     return (Dataset(_in_memory(table)), counts) if found is None else found
+
+
+def _in_order(
+    rows: Dataset, columns: Callable[[list[Row]], dict[str, list[Any]]], in_threads: bool
+) -> Iterator[tuple[int, dict[str, list[Any]]]]:
+    """(rows taken, `columns` of them) batch by batch; a few batches ahead where there are several and threads may be used."""
+    batches = (_rows_of(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH))
+    if not in_threads or len(rows) <= BATCH:
+        yield from ((len(batch), columns(batch)) for batch in batches)
+        return
+    waiting: deque[tuple[int, Future[dict[str, list[Any]]]]] = deque()
+    with ThreadPoolExecutor(WORKERS) as pool:
+        try:
+            for batch in batches:
+                waiting.append((len(batch), pool.submit(columns, batch)))
+                if len(waiting) > WORKERS:
+                    size, values = waiting.popleft()
+                    yield size, values.result()
+            while waiting:
+                size, values = waiting.popleft()
+                yield size, values.result()
+        finally:  # after an error, what has not begun is not worth its time
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _rows_of(batch: dict[str, list[Any]]) -> list[Row]:
+    size = len(next(iter(batch.values())))
+    return [{name: column[i] for name, column in batch.items()} for i in range(size)]
 
 
 def _record_batch(values: dict[str, list[Any]], first: int) -> pyarrow.RecordBatch:
