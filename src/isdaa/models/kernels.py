@@ -209,7 +209,8 @@ class _Copied(torch.autograd.Function):
         if len(ctx.copies) > 1:  # many additions in half precision would lose what is small
             total = total.float() if total.dtype in (torch.float16, torch.bfloat16) else total
         for places, copies in ctx.copies:
-            total.index_add_(0, places, grad.index_select(0, copies).to(total.dtype))
+            added = total.index_select(0, places) + grad.index_select(0, copies).to(total.dtype)
+            total.index_copy_(0, places, added)
         return total.to(grad.dtype), None, None, None
 
 
