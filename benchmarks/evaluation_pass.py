@@ -2,12 +2,12 @@
 
     python benchmarks/evaluation_pass.py --threads 2 --out docs/results/evaluation-pass
 
-The work: N held-out posts of the embedded world, one sample of the policy each at temperature 1, then logps of policy and reference
-and the KL of their next-token distributions. Two ways take turns, so that other load meets both:
+The work: N held-out posts of the embedded world, one sample of the policy each at temperature 1, then logps of policy and
+reference and the KL of their next-token distributions. Two ways take turns, so that other load meets both:
 
-* ours: `isdaa.models.sampling.sample` and `isdaa.models.rows.kl_pass`, as `isdaa evaluate` calls them;
-* plain: `model.generate(do_sample=True, top_k=0)` on batches in the order of the posts, padded on the left, and then each model on
-  the padded rows, logits of all positions, log-softmax of both. The same number of rows a batch.
+* ours: `isdaa.models.sampling.sample`, which keeps the policy's states, and `isdaa.evaluation.kl.divergences`;
+* plain: `model.generate(do_sample=True, top_k=0)` on batches in the order of the posts, padded on the left, and then each model
+  on the padded rows, logits of all positions, log-softmax of both. The same number of rows a batch.
 
 Without --model_path the stages sft, label and align of --config are run first (about a minute), their models kept in --cache.
 Seconds are wall clock; a ratio compares the two turns of one round. The table shows medians and, of ratios, the range.
@@ -30,14 +30,14 @@ from torch import Tensor
 from isdaa.config import load_config
 from isdaa.data.sources import load_prompts
 from isdaa.evaluation.collect import tokenize
-from isdaa.evaluation.kl import KL_SETTINGS
+from isdaa.evaluation.kl import KL_SETTINGS, divergences
 from isdaa.models.forward import PairForward, prepare
 from isdaa.models.loading import load_model, load_tokenizer
-from isdaa.models.rows import kl_pass
 from isdaa.models.sampling import SamplingSettings, sample
 from isdaa.training.stages import run
 
 Row = tuple[list[int], list[int]]  # ids of a prompt and of its response
+States = list[Tensor | None]  # of the policy at its samples, per row
 STEPS = ("sampling", "kl", "both")
 
 
@@ -84,21 +84,23 @@ def load_work(policy: str, reference: str, config: Path, count: int, batch: int 
 # Two ways to do it
 
 
-def our_samples(work: Work, seed: int) -> list[Row]:
+def our_samples(work: Work, seed: int) -> tuple[list[Row], States]:
     """One response a prompt by the project's sampler."""
     keys = [f"kl/0/{i}" for i in range(len(work.prompts))]
     settings = SamplingSettings(**KL_SETTINGS, max_new_tokens=work.limit)
-    drawn = sample(work.ours[0].model, work.prompts, settings, work.stop, work.pad, seed, keys, work.batch)
-    return [(prompt, response.ids) for prompt, response in zip(work.prompts, drawn, strict=True)]
+    arguments = (settings, work.stop, work.pad, seed, keys, work.batch)
+    drawn = sample(work.ours[0].model, work.prompts, *arguments, with_states=True)
+    rows = [(prompt, response.ids) for prompt, response in zip(work.prompts, drawn, strict=True)]
+    return rows, [response.states for response in drawn]
 
 
-def our_kl(work: Work, rows: Sequence[Row]) -> Tensor:
+def our_kl(work: Work, rows: Sequence[Row], states: States) -> Tensor:
     """(3, N): policy logps, reference logps, KL."""
-    found = kl_pass(*work.ours, rows)
-    return torch.stack([found.policy_logps, found.reference_logps, found.kl])
+    found = divergences(*work.ours, rows, states)
+    return torch.tensor([[record[name] for record in found] for name in ("policy_logps", "reference_logps", "kl")])
 
 
-def plain_samples(work: Work, seed: int) -> list[Row]:
+def plain_samples(work: Work, seed: int) -> tuple[list[Row], States]:
     """One response a prompt by `model.generate`."""
     torch.manual_seed(seed)
     rows: list[Row] = []
@@ -119,7 +121,7 @@ def plain_samples(work: Work, seed: int) -> list[Row]:
             pad_token_id=work.pad,
         )
         rows += [(prompt, _until(response, work.stop)) for prompt, response in zip(batch, drawn[:, width:].tolist(), strict=True)]
-    return rows
+    return rows, []
 
 
 def _until(ids: list[int], stop: set[int]) -> list[int]:
@@ -128,7 +130,7 @@ def _until(ids: list[int], stop: set[int]) -> list[int]:
 
 
 @torch.no_grad()
-def plain_kl(work: Work, rows: Sequence[Row]) -> Tensor:
+def plain_kl(work: Work, rows: Sequence[Row], states: States) -> Tensor:
     """(3, N): policy logps, reference logps, KL, from padded rows and logits of every position."""
     parts = []
     for batch in _slices(rows, work.batch):
@@ -157,7 +159,9 @@ def _slices(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring
 
-WAYS: dict[str, tuple[Callable[[Work, int], list[Row]], Callable[[Work, Sequence[Row]], Tensor]]] = {
+Sampler = Callable[[Work, int], tuple[list[Row], States]]
+Measure = Callable[[Work, Sequence[Row], States], Tensor]
+WAYS: dict[str, tuple[Sampler, Measure]] = {
     "ours": (our_samples, our_kl),
     "plain": (plain_samples, plain_kl),
 }
@@ -166,16 +170,16 @@ WAYS: dict[str, tuple[Callable[[Work, int], list[Row]], Callable[[Work, Sequence
 def measure(work: Work, rounds: int) -> list[dict[str, Any]]:
     """Per round and way: seconds of sampling, of the KL pass and of both, tokens sampled, mean KL. The order alternates."""
     for samples, kl in WAYS.values():  # first calls set things up: probes, memory
-        kl(work, samples(work, 0)[: work.batch])
+        kl(work, *samples(work, 0))
     found = []
     for number in range(rounds):
         ways = list(WAYS.items()) if number % 2 else list(WAYS.items())[::-1]
         result: dict[str, Any] = {}
         for name, (samples, kl) in ways:
             started = time.perf_counter()
-            rows = samples(work, number)
+            rows, states = samples(work, number)
             sampled = time.perf_counter()
-            values = kl(work, rows)
+            values = kl(work, rows, states)
             done = time.perf_counter()
             result[name] = {
                 "sampling": sampled - started,
@@ -219,10 +223,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (arguments.model_path is None) != (arguments.reference is None):
         parser.error("--model_path and --reference go together")
     torch.set_num_threads(arguments.threads)
-    paths = (arguments.model_path, arguments.reference) if arguments.model_path else trained(arguments.config, arguments.cache)
+    policy, reference = arguments.model_path, arguments.reference
+    if policy is None:
+        policy, reference = trained(arguments.config, arguments.cache)
     results = {}
     for count in arguments.prompts:
-        work = load_work(*paths, arguments.config, count, arguments.batch_size)
+        work = load_work(policy, reference, arguments.config, count, arguments.batch_size)
         results[len(work.prompts)] = measure(work, arguments.rounds)
     text = table(results)
     print(text)

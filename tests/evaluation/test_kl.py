@@ -78,6 +78,24 @@ def test_a_prompts_kl_is_the_sum_over_positions():
     assert row["reference_logps"] == pytest.approx(theirs.gather(1, index).sum().item(), rel=1e-5)
 
 
+def test_states_of_the_sampler_stand_in_for_the_policy(caplog):
+    policy, reference = small(0), small(1)
+    settings = SamplingSettings(**KL_SETTINGS, max_new_tokens=LENGTH)
+    samples = sample(policy, [PROMPT], settings, {EOS}, 0, 0, [str(i) for i in range(40)], n=40, with_states=True)
+    rows, states = [(PROMPT, s.ids) for s in samples], [s.states for s in samples]
+    forwards = prepare(policy), prepare(reference)
+    expected = divergences(*forwards, rows)
+    calls = []
+    policy.register_forward_pre_hook(lambda *_: calls.append(1))
+    found = divergences(*forwards, rows, states)
+    assert len(calls) == 1  # four rows, to see that the states are what they should be
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
+    for useless in ([None] * 40, [*states[:-1], None], [s * 2 for s in states]):  # the policy is run
+        assert divergences(*forwards, rows, useless) == expected
+    assert caplog.text.count("states kept while sampling") == 1
+
+
 def test_zero_where_the_policy_is_the_reference():
     policy = small(0)
     rows = divergences(prepare(policy), prepare(small(0)), [(PROMPT, ids) for ids in drawn(policy, 50)])

@@ -15,11 +15,11 @@ from scipy import stats
 from transformers import GenerationConfig
 
 from isdaa.errors import UserError
-from isdaa.models import decoding
+from isdaa.models import decoding, kv_cache
 from isdaa.models.forward import prepare
 from isdaa.models.kv_cache import RoomyLayer
 from isdaa.models.loading import add_lora, random_model
-from isdaa.models.sampling import Sample, SamplingSettings, draw, probabilities, sample, uniforms
+from isdaa.models.sampling import Sample, SamplingSettings, _without, draw, probabilities, sample, uniforms
 
 VOCABULARY, EOS = 40, 2
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -101,6 +101,47 @@ def test_samples_follow_the_models_own_distribution(seed: int) -> None:
     assert len(common) > 10, "a test of a nearly deterministic model would show nothing"
     statistic = sum((o - e) ** 2 / e for o, e in zip(observed, expected, strict=True))
     assert stats.chi2.sf(statistic, len(observed) - 1) > 1e-3
+
+
+def different(first: list[int], second: list[int]) -> float:
+    """p-value of the chi-square test that two equally long lists were drawn from one distribution; rare values together."""
+    one, two = Counter(first), Counter(second)
+    common = [value for value in one | two if one[value] + two[value] >= 10]
+    table = np.array([[counts[value] for value in common] for counts in (one, two)])
+    rest = np.array([[len(first)], [len(second)]]) - table.sum(1, keepdims=True)
+    return float(stats.chi2_contingency(np.hstack([table, rest]) if rest.any() else table).pvalue)
+
+
+def test_samples_look_like_those_of_generate() -> None:
+    """Lengths, first tokens, all tokens and pairs of neighbours against `model.generate` with its filters off. Tokens of one
+    response depend on each other, so of each response one place is looked at, the same in both. Four tests at 1 in 4000: a
+    false alarm in at most one of 1000 seeds."""
+    model, count, limit = tiny(sharp=25.0, seed=3), 2000, 10
+    prompts = [p for p in some_prompts(8, seed=1) for _ in range(count // 8)]
+    width = max(map(len, prompts))
+    rows = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    torch.manual_seed(0)
+    arguments = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": limit, "eos_token_id": EOS, "pad_token_id": EOS}
+    drawn = model.generate(input_ids=rows, attention_mask=mask, do_sample=True, **arguments)[:, width:].tolist()
+    theirs = [ids[: ids.index(EOS) + 1] if EOS in ids else ids for ids in drawn]
+    keys = names(count)
+    ours, hotter = (
+        [s.ids for s in run(model, prompts, keys, settings=SamplingSettings(t, max_new_tokens=limit), batch_size=500)]
+        for t in (1.0, 1.5)
+    )
+    looks: list[Any] = [
+        lambda ids, place: len(ids),
+        lambda ids, place: ids[0],
+        lambda ids, place: ids[place] if place < len(ids) else -1,
+        lambda ids, place: tuple(ids[place : place + 2]),
+    ]
+    alarms = []
+    for look in looks:
+        one, two, three = ([look(ids, i % 5) for i, ids in enumerate(side)] for side in (theirs, ours, hotter))
+        assert different(one, two) > 1 / 4000
+        alarms.append(different(one, three) < 1 / 4000)
+    assert sum(alarms) >= 2, "a test that a temperature of 1.5 passes would show nothing"
 
 
 def test_the_models_generation_config_is_not_read() -> None:
@@ -212,6 +253,66 @@ def test_left_padded_logits_equal_unpadded_ones(family: str) -> None:
             rows = [[*row, int(t)] for row, t in zip(rows, tokens, strict=True)]
 
 
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "bloom"])
+@pytest.mark.parametrize("chunk", [1, 12, 1000])
+@torch.no_grad()
+def test_prompts_may_be_computed_apart(family: str, chunk: int) -> None:
+    """Chunks of prompts padded to one length in the cache, samples of one prompt side by side, states of all of them."""
+    model = tiny(family).eval()
+    groups = [((5, 6, 7, 8, 9, 3, 1, 4), [0]), ((9, 9, 4), [1, 2, 3]), ((7, 7, 1), [4]), ((5,), [5, 6])]
+    rows = [list(prompt) for prompt, numbers in groups for _ in numbers]
+    cached = decoding.CachedRun(model, groups, pad_id=0, with_states=True, chunk=chunk)
+    for step in range(4):
+        expected = torch.stack([plain(model, row) for row in rows])
+        assert torch.allclose(cached.logits.double().log_softmax(-1), expected, atol=2e-4)
+        assert cached.states is not None
+        torch.testing.assert_close(model.get_output_embeddings()(cached.states), cached.logits)
+        if step == 1:
+            cached.keep(torch.tensor([0, 6, 2, 3]))
+            rows = [rows[0], rows[6], rows[2], rows[3]]
+        tokens = torch.arange(len(rows)) + step
+        cached.step(tokens)
+        rows = [[*row, int(t)] for row, t in zip(rows, tokens, strict=True)]
+
+
+def test_chunks_are_neighbours_of_similar_length() -> None:
+    lengths = [9, 8, 8, 8, 5, 5, 5, 2, 1]
+    groups = [(tuple(range(n)), [i]) for i, n in enumerate(lengths)]
+
+    def cut(tokens: int) -> list[list[int]]:
+        return [[len(prompt) for prompt, _ in part] for part in decoding._chunks(groups, tokens)]
+
+    assert cut(1) == [[n] for n in lengths]
+    assert cut(1000) == [lengths]
+    assert cut(40) == [[9, 8, 8, 8], [5, 5, 5], [2, 1]]  # 36 tokens with padding; 15 are a quarter of 40 and more
+    assert cut(64) == [[9, 8, 8, 8], [5, 5, 5, 2], [1]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_of_a_sample_give_its_logits(family: str) -> None:
+    model, prompts = tiny(family), some_prompts(25)
+    without = run(model, prompts, batch_size=9)
+    samples = run(model, prompts, batch_size=9, with_states=True)
+    assert samples == without and all(s.states is None for s in without)
+    for prompt, s in zip(prompts, samples, strict=True):
+        assert s.states is not None and s.states.shape[0] == len(s.ids) and not s.states.requires_grad
+        logps = model.get_output_embeddings()(s.states).double().log_softmax(-1)
+        expected = torch.stack([plain(model, prompt + s.ids[:t]) for t in range(len(s.ids))])
+        assert torch.allclose(logps, expected, atol=2e-4)
+
+
+def test_a_model_without_a_head_to_listen_to_has_no_states() -> None:
+    model = tiny()
+    model.get_output_embeddings = lambda: None
+    assert all(s.states is None for s in run(model, some_prompts(5), with_states=True))
+
+
+def test_temperature_one_is_the_softmax_of_the_logits_to_the_bit() -> None:
+    logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(0)) * 20
+    shifted = logits - logits.amax(-1, keepdim=True)
+    assert torch.equal(probabilities(logits, SamplingSettings()), torch.softmax(shifted, -1))
+
+
 def test_n_samples_share_the_prompt_and_equal_separate_calls() -> None:
     model, prompts = tiny(), some_prompts(5)
     keys = [f"{i}#{j}" for i in range(5) for j in range(4)]
@@ -259,6 +360,40 @@ def test_the_cache_grows_and_gives_rows_back() -> None:
             seen = layer.keys, layer.values
         assert torch.equal(seen[0], keys) and torch.equal(seen[1], values)
     assert layer.get_seq_length() == 124
+
+
+@pytest.mark.parametrize("start", ["appended", "joined", "first tokens"])
+def test_rows_move_into_gaps(start: str) -> None:
+    torch.manual_seed(0)
+    caches = [kv_cache.new_cache(tiny()) for _ in range(3)]
+    for cache in caches:
+        assert cache is not None
+        for layer in range(2):
+            for _ in range(3 if start == "appended" else 1):
+                cache.update(*torch.randn(2, 6, 1, 4, 8), layer)
+    cache = caches[0]
+    if start == "joined":
+        cache = kv_cache.new_cache(tiny())
+        assert cache is not None
+        kept = [caches[1].layers[1].values, caches[2].layers[1].values]
+        kv_cache.join(caches[1:], [None, torch.tensor([5, 5])], cache)
+        assert torch.equal(cache.layers[1].values, torch.cat([kept[0], kept[1][[5, 5]]]))
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+    for rows in ([0, 5, 2, 4], [0, 1], [1, 0], [0, 0, 1]):  # gaps filled, the end cut off, then copies
+        kv_cache.select_rows(cache, torch.tensor(rows))
+        before = [(keys[rows], values[rows]) for keys, values in before]
+        more = torch.randn(2, len(rows), 1, 1, 8)
+        for number, layer in enumerate(cache.layers):
+            assert torch.equal(layer.keys, before[number][0]) and torch.equal(layer.values, before[number][1])
+            seen = cache.update(*more, number)
+            before[number] = tuple(torch.cat([old, new], 2) for old, new in zip(before[number], more, strict=True))
+            assert torch.equal(seen[0], before[number][0]) and torch.equal(seen[1], before[number][1])
+
+
+def test_rows_behind_the_new_end_fill_the_gaps() -> None:
+    assert _without(np.array([True, False, True, False, True, True])).tolist() == [0, 4, 2, 5]
+    assert _without(np.array([False, False, True])).tolist() == [2]
+    assert _without(np.array([True, True, False])).tolist() == [0, 1]
 
 
 # --- ends ------------------------------------------------------------------------------------------------------------

@@ -4,27 +4,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from isdaa.errors import UserError
 from isdaa.evaluation.records import Record
 from isdaa.evaluation.statistics import Interval, mean_interval
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 # Samples for KL come from the policy as it is. Any other temperature, or a cut of its tail, is another distribution,
 # whose samples would bias the estimate; so these are constants, and samples for win rates are never used here.
 KL_SETTINGS: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 
+_BATCH_TOKENS = {"cpu": 4096}  # a larger batch falls out of the processor's caches
 
-def divergences(policy: Any, reference: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[dict[str, float]]:
+
+def divergences(
+    policy: Any,
+    reference: Any,
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    states: Sequence[Tensor | None] | None = None,
+) -> list[dict[str, float]]:
     """`{"policy_logps", "reference_logps", "kl"}` of (prompt ids, response ids) rows, in nats, summed over a response.
 
     policy, reference: `isdaa.models.forward.PairForward`. kl: sum over positions of the full-vocabulary KL of the
-    next-token distributions (Rao–Blackwell; Amini et al. 2025). Raises UserError where the vocabularies differ in size.
+    next-token distributions (Rao–Blackwell; Amini et al. 2025). states: of the policy's samples (`Sample.states`); with them
+    only the reference is run, once they have shown on a few rows that they give what running the policy gives. Raises UserError
+    where the vocabularies differ in size.
     """
+    from isdaa.models.known_states import kl_from_states, states_agree
     from isdaa.models.rows import kl_pass
 
     try:
-        found = kl_pass(policy, reference, rows)
+        known = [kept for kept in states or [] if kept is not None]
+        tokens = _BATCH_TOKENS.get(next(policy.model.parameters()).device.type, 16384)
+        if rows and len(known) == len(rows) and states_agree(policy, rows, known):
+            found = kl_from_states(policy, reference, rows, known, batch_tokens=tokens)
+        else:
+            found = kl_pass(policy, reference, rows, batch_tokens=tokens)
     except ValueError as error:
         raise UserError(f"policy and reference cannot be compared: {error}") from None
     columns = (found.policy_logps.tolist(), found.reference_logps.tolist(), found.kl.tolist())

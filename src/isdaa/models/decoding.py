@@ -1,6 +1,7 @@
 """Running a model one token at a time for many rows: with a cache where the model can, without where it cannot.
 
-A run holds the next-token logits of its rows, (R, V); `step` appends a token to each row, `keep` goes on with some.
+A run holds the next-token logits of its rows, (R, V); `step` appends a token to each row, `keep` goes on with some. It can
+also hold the hidden states (R, D) that entered the model's head, for those who go on to compare the model with another one.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -16,9 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from isdaa.models.forward import inner_model
-from isdaa.models.kv_cache import new_cache, select_rows
+from isdaa.models.kv_cache import can_join, join, new_cache, select_rows
 
 logger = logging.getLogger(__name__)
+
+# Tokens of prompts that are computed at a time: on a CPU as many as keep the processor's caches warm.
+_PROMPT_TOKENS = {"cpu": 4096}
 
 Group = tuple[tuple[int, ...], list[int]]  # a prompt, and the numbers of its samples
 
@@ -27,6 +31,7 @@ class Run(Protocol):
     """Rows in flight; the order is that of the samples in their groups."""
 
     logits: Tensor
+    states: Tensor | None
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows (R,) alone."""
@@ -36,25 +41,49 @@ class Run(Protocol):
 
 
 class CachedRun:
-    """Rows padded on the left; keys and values are kept, so each step computes one token per row."""
+    """Rows padded on the left; keys and values are kept, so each step computes one token per row.
 
-    def __init__(self, model: nn.Module, groups: Sequence[Group], pad_id: int) -> None:
-        self.model = model
-        cache = new_cache(inner_model(model))
-        assert cache is not None
-        self.cache, self.options = cache, _last_position_only(model)
+    The prompts are computed in chunks of similar length, which are padded to one length only in the cache.
+    """
+
+    def __init__(
+        self, model: nn.Module, groups: Sequence[Group], pad_id: int, with_states: bool = False, chunk: int | None = None
+    ) -> None:
+        self.model, self.with_states, self.options = model, with_states, _last_position_only(model)
+        self.mask: Tensor
+        self.logits: Tensor
+        self.states: Tensor | None
         device = next(model.parameters()).device
-        longest = max(len(prompt) for prompt, _ in groups)
-        ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p, _ in groups], device=device)
-        lengths = torch.tensor([len(p) for p, _ in groups], device=device)
-        self.mask = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
-        self.positions = lengths
-        self.logits = self._forward(ids, (self.mask.cumsum(-1) - 1).clamp(min=0))
-        if any(len(numbers) > 1 for _, numbers in groups):
-            self.keep(torch.tensor([row for row, (_, numbers) in enumerate(groups) for _ in numbers], device=device))
+        empty = _new_cache(model)
+        chunk = chunk or _PROMPT_TOKENS.get(device.type, 2**16)
+        chunks = list(_chunks(groups, chunk)) if can_join(empty) else [list(groups)]
+        caches, logits, states = [], [], []
+        for part in chunks:
+            self.cache = _new_cache(model)
+            longest = max(len(prompt) for prompt, _ in part)
+            ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p, _ in part], device=device)
+            self.mask = _left_padded([len(p) for p, _ in part], longest, device)
+            self._forward(ids, (self.mask.cumsum(-1) - 1).clamp(min=0))
+            caches.append(self.cache)
+            logits.append(self.logits)
+            states.append(self.states)
+        lengths = [len(prompt) for prompt, _ in groups]
+        self.positions = torch.tensor(lengths, device=device)
+        self.logits = torch.cat(logits)
+        self.states = None if any(s is None for s in states) else torch.cat(states)  # type: ignore[arg-type]
+        repeats = _repeats(groups, device)
+        if len(chunks) > 1:
+            self.cache, self.mask = empty, _left_padded(lengths, max(lengths), device)
+            join(caches, [_repeats(part, device) for part in chunks], empty)
+        elif repeats is not None:
+            select_rows(self.cache, repeats)
+        if repeats is not None:
+            self._keep_numbers(repeats)
 
-    def _forward(self, ids: Tensor, position_ids: Tensor) -> Tensor:
-        output = self.model(
+    def _forward(self, ids: Tensor, position_ids: Tensor) -> None:
+        self.logits, self.states = _predict(
+            self.model,
+            self.with_states,
             input_ids=ids,
             attention_mask=self.mask,
             position_ids=position_ids,
@@ -62,45 +91,102 @@ class CachedRun:
             use_cache=True,
             **self.options,
         )
-        return output.logits[:, -1]
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows (R,) alone; a row may be named more than once."""
         select_rows(self.cache, rows)
+        self._keep_numbers(rows)
+
+    def _keep_numbers(self, rows: Tensor) -> None:
         self.mask, self.positions, self.logits = self.mask[rows], self.positions[rows], self.logits[rows]
+        self.states = None if self.states is None else self.states[rows]
 
     def step(self, tokens: Tensor) -> None:
         """Append one token (R,) to each row."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
-        self.logits = self._forward(tokens[:, None], self.positions[:, None])
+        self._forward(tokens[:, None], self.positions[:, None])
         self.positions = self.positions + 1
+
+
+def _chunks(groups: Sequence[Group], tokens: int) -> Iterator[list[Group]]:
+    """Neighbours in chunks of at most `tokens`, padding included. A chunk that is large enough ends where the length
+    changes: without padding, attention needs no mask."""
+    chunk: list[Group] = []
+    longest = 0
+    for group in groups:
+        length = len(group[0])
+        size = max(longest, length) * (len(chunk) + 1)
+        if chunk and (size > tokens or (length != len(chunk[-1][0]) and longest * len(chunk) >= tokens // 4)):
+            yield chunk
+            chunk, longest = [], 0
+        chunk.append(group)
+        longest = max(longest, length)
+    yield chunk
+
+
+def _repeats(groups: Sequence[Group], device: torch.device) -> Tensor | None:
+    """Row of the prompt of each sample; None where each prompt has one."""
+    if all(len(numbers) == 1 for _, numbers in groups):
+        return None
+    return torch.tensor([row for row, (_, numbers) in enumerate(groups) for _ in numbers], device=device)
+
+
+def _left_padded(lengths: Sequence[int], longest: int, device: torch.device) -> Tensor:
+    """(R, longest) mask: 1 at tokens, 0 at padding."""
+    return (torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]).long().to(device)
+
+
+def _new_cache(model: nn.Module) -> Any:
+    cache = new_cache(inner_model(model))
+    assert cache is not None
+    return cache
+
+
+def _predict(model: nn.Module, with_states: bool, **arguments: Any) -> tuple[Tensor, Tensor | None]:
+    """(R, V) logits of the next token, and where asked for what entered the model's head, (R, D), if it has one."""
+    get_head: Any = getattr(inner_model(model), "get_output_embeddings", None)
+    head = get_head() if with_states and get_head else None
+    if head is None:
+        return model(**arguments).logits[:, -1], None
+    seen: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][:, -1]))
+    try:
+        logits = model(**arguments).logits[:, -1]
+    finally:
+        handle.remove()
+    return logits, seen[0] if len(seen) == 1 else None
 
 
 class PlainRun:
     """Without cache or padding, for models that cannot do with them: rows of one length, computed anew in each step."""
 
-    def __init__(self, model: nn.Module, groups: Sequence[Group], pad_id: int) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, groups: Sequence[Group], pad_id: int, with_states: bool = False) -> None:
+        self.model, self.with_states = model, with_states
         rows = [prompt for prompt, numbers in groups for _ in numbers]
         self.ids = torch.tensor(rows, device=next(model.parameters()).device)
-        self.logits = plain_logits(model, self.ids)
+        self.logits, self.states = _plain(model, self.ids, with_states)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows (R,) alone."""
         self.ids, self.logits = self.ids[rows], self.logits[rows]
+        self.states = None if self.states is None else self.states[rows]
 
     def step(self, tokens: Tensor) -> None:
         """Append one token (R,) to each row."""
         self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
-        self.logits = plain_logits(self.model, self.ids)
+        self.logits, self.states = _plain(self.model, self.ids, self.with_states)
 
 
 def plain_logits(model: nn.Module, ids: Tensor) -> Tensor:
     """(R, V) next-token logits of full rows (R, T), from the model's simplest forward pass: the probe's yardstick."""
+    return _plain(model, ids, with_states=False)[0]
+
+
+def _plain(model: nn.Module, ids: Tensor, with_states: bool) -> tuple[Tensor, Tensor | None]:
     accepted = _accepted(model)
     arguments: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "use_cache": False}
     arguments = {name: value for name, value in arguments.items() if name in accepted} | _last_position_only(model)
-    return model(input_ids=ids, **arguments).logits[:, -1]
+    return _predict(model, with_states, input_ids=ids, **arguments)
 
 
 def _accepted(model: nn.Module) -> Collection[str]:
@@ -138,14 +224,15 @@ def _cache_error(model: nn.Module, tokens: list[int]) -> float:
         return math.inf
     if new_cache(inner_model(model)) is None:
         return math.inf
-    rows = [tokens[:3], tokens[1:]]
-    run = CachedRun(model, [(tuple(row), [0]) for row in rows], pad_id=tokens[0])
-    device = run.logits.device
     errors = []
-    for _ in range(2):
-        for row, logits in zip(rows, run.logits, strict=True):
-            expected = plain_logits(model, torch.tensor([row], device=device))[0]
-            errors.append(float((logits - expected).abs().max() / expected.abs().max()))
-        rows = [[*row, tokens[0]] for row in rows]
-        run.step(torch.tensor([tokens[0]] * 2, device=device))
+    for chunk in (None, 1):  # padded together, and each by itself
+        rows = [tokens[:3], tokens[1:]]
+        run = CachedRun(model, [(tuple(row), [0]) for row in rows], pad_id=tokens[0], chunk=chunk)
+        device = run.logits.device
+        for _ in range(2):
+            for row, logits in zip(rows, run.logits, strict=True):
+                expected = plain_logits(model, torch.tensor([row], device=device))[0]
+                errors.append(float((logits - expected).abs().max() / expected.abs().max()))
+            rows = [[*row, tokens[0]] for row in rows]
+            run.step(torch.tensor([tokens[0]] * 2, device=device))
     return max(errors)

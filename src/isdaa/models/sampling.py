@@ -14,7 +14,7 @@ import hashlib
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,8 +26,8 @@ from isdaa.models.decoding import CachedRun, Group, PlainRun, Run, cache_works
 from isdaa.models.forward import inner_model
 from isdaa.models.shared_prefix import plain_attention
 
-# Finished rows leave the batch once they are this share of it: taking rows out copies the whole cache.
-_FINISHED_SHARE = 0.25
+# Finished rows leave the batch once they are this share of it. Only rows that move into their places are copied.
+_FINISHED_SHARE = 1 / 16
 
 
 class Progress(Protocol):
@@ -64,10 +64,14 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class Sample:
-    """One response: its token ids (the stop token included where it ended) and whether it ended by itself."""
+    """One response: its token ids (the stop token included where it ended) and whether it ended by itself.
+
+    states: where asked for, the (len(ids), D) hidden states that entered the model's head and predicted each id, on the CPU.
+    """
 
     ids: list[int]
     finished: bool
+    states: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 def uniforms(seed: int, key: str, steps: int) -> np.ndarray:
@@ -87,7 +91,8 @@ def probabilities(logits: Tensor, settings: SamplingSettings) -> Tensor:
     reaches p (Holtzman et al. 2020, arXiv 1904.09751); among equals the lower id goes first.
     """
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / settings.temperature
+    if settings.temperature != 1:  # the largest becomes 0 first: no temperature can make it overflow
+        logits = (logits - logits.amax(-1, keepdim=True)) / settings.temperature
     if 0 < settings.top_k < logits.shape[-1]:
         smallest = logits.topk(settings.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
@@ -126,13 +131,14 @@ def sample(
     batch_size: int = 256,
     progress: Progress | None = None,
     n: int = 1,
+    with_states: bool = False,
 ) -> list[Sample]:
     """Draw `n` responses per prompt: `keys` names each of them, prompt by prompt, and the result is in the same order.
 
     `batch_size` counts responses. Equal prompts are computed once per batch, however they come about (by `n`, or
     repeated in `prompts`). The same prompt, seed and key always give the same response, and a smaller `max_new_tokens`
     a beginning of it. The token `pad_id` only fills space and may equal a stop token. The model is in evaluation mode
-    meanwhile.
+    meanwhile. `with_states` also keeps what `Sample.states` says, where the model has a head that can be listened to.
 
     Raises:
         UserError: an empty prompt, one with ids that the model does not have, one that leaves no room for
@@ -153,7 +159,8 @@ def sample(
         for batch in _batches(groups, batch_size, equal_lengths=not cached):
             rows = [index for _, indices in batch for index in indices]
             randoms = np.stack([uniforms(seed, keys[i], settings.max_new_tokens) for i in rows])
-            samples = _decode(start(model, batch, pad_id), settings, stop_ids, randoms, [keys[i] for i in rows])
+            run = start(model, batch, pad_id, with_states)
+            samples = _decode(run, settings, stop_ids, randoms, [keys[i] for i in rows])
             results.update(zip(rows, samples, strict=True))
             if progress is not None:
                 progress.update(len(rows))
@@ -191,21 +198,46 @@ def _decode(
     ids = np.zeros((rows, steps), dtype=np.int64)
     lengths, finished = np.full(rows, steps), np.zeros(rows, dtype=bool)
     flight = np.arange(rows)  # which row each row of the run is
+    states: list[tuple[np.ndarray, Tensor]] = []  # per step: rows in flight, and theirs
     for step in range(steps):
         tokens = _choose(run.logits, settings, randoms[flight, step], [keys[i] for i in flight.tolist()])
+        if run.states is not None:
+            states.append((flight, run.states))
         ids[flight, step] = tokens.cpu().numpy()  # a finished row may go on for a while; its length says where it ended
         ended = np.isin(ids[flight, step], stops) & ~finished[flight]
         finished[flight[ended]], lengths[flight[ended]] = True, step + 1
-        going = np.flatnonzero(~finished[flight])
-        if len(going) == 0 or step == steps - 1:
+        going = ~finished[flight]
+        if not going.any() or step == steps - 1:
             break
-        if len(going) <= (1 - _FINISHED_SHARE) * len(flight):
-            flight = flight[going]
-            kept = torch.from_numpy(going).to(tokens.device)
+        if going.sum() <= (1 - _FINISHED_SHARE) * len(flight):
+            order = _without(going)
+            flight = flight[order]
+            kept = torch.from_numpy(order).to(tokens.device)
             tokens = tokens[kept]
             run.keep(kept)
         run.step(tokens)
-    return [Sample(ids[i, : lengths[i]].tolist(), bool(finished[i])) for i in range(rows)]
+    found = _states_of_rows(states, lengths)
+    return [Sample(ids[i, : lengths[i]].tolist(), bool(finished[i]), found[i]) for i in range(rows)]
+
+
+def _without(going: np.ndarray) -> np.ndarray:
+    """Places of the rows that go on. Those behind the new end fill the gaps, so that all others stay where they are."""
+    count = int(going.sum())
+    order = np.arange(count)
+    order[~going[:count]] = count + np.flatnonzero(going[count:])
+    return order
+
+
+def _states_of_rows(steps: Sequence[tuple[np.ndarray, Tensor]], lengths: np.ndarray) -> Sequence[Tensor | None]:
+    """From the states of each step's rows to those of each row's steps, without those after its end."""
+    if not steps:
+        return [None] * len(lengths)
+    starts = lengths.cumsum() - lengths
+    out = steps[0][1].new_empty(int(lengths.sum()), steps[0][1].shape[1], device="cpu")
+    for step, (flight, states) in enumerate(steps):
+        before_end = np.flatnonzero(step < lengths[flight])
+        out[torch.from_numpy(starts[flight[before_end]] + step)] = states[torch.from_numpy(before_end).to(states.device)].cpu()
+    return out.split(lengths.tolist())
 
 
 def _choose(logits: Tensor, settings: SamplingSettings, randoms: np.ndarray, keys: Sequence[str]) -> Tensor:

@@ -1,0 +1,95 @@
+"""KL of a policy on its own samples without running the policy again: the sampler has seen the states already.
+
+A hidden state that enters the model's head is all that log-probabilities need. Those kept by `sampling.sample` come from the pass
+that drew the samples, so what is compared with the reference is the very distribution that the tokens were drawn from.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from isdaa.models.forward import PairForward
+from isdaa.models.inner import head_of, inner_model
+from isdaa.models.layout import Layout
+from isdaa.models.logprobs import Head, token_logps
+from isdaa.models.rows import Row, RowDivergences, kl_pass, sequence_logps
+
+logger = logging.getLogger(__name__)
+
+_CHECKED = 4  # rows that are computed both ways
+
+
+@torch.no_grad()
+def states_agree(policy: PairForward, rows: Sequence[Row], states: Sequence[Tensor]) -> bool:
+    """Whether a few rows have the logps that the policy gives them when it is run; a warning says where they have not."""
+    chosen = sorted({i * (len(rows) - 1) // max(1, _CHECKED - 1) for i in range(_CHECKED)})
+    few = [rows[i] for i in chosen]
+    model = inner_model(policy.model)
+    parameter = next(model.parameters())
+    targets = torch.tensor([token for _, response in few for token in response], device=parameter.device)
+    known = torch.cat([states[i] for i in chosen]).to(parameter.device)
+    if len(known) != len(targets):
+        raise ValueError(f"{len(known)} states of {len(targets)} response tokens")
+    lengths = [len(response) for _, response in few]
+    found = torch.stack([part.sum() for part in token_logps(known, head_of(model), targets)[0].cpu().split(lengths)])
+    expected = sequence_logps(policy, few)
+    tolerance = 1e-3 if parameter.dtype in (torch.float32, torch.float64) else 0.05
+    # NaN is no sign against the states: whoever reads the result reports it as what it is.
+    if not bool(((found - expected).abs() > tolerance * (1 + expected.abs())).any()):
+        return True
+    logger.warning("%s: states kept while sampling do not give its logps; it is run again", type(model).__name__)
+    return False
+
+
+def kl_from_states(
+    policy: PairForward, reference: PairForward, rows: Sequence[Row], states: Sequence[Tensor], batch_tokens: int = 16384
+) -> RowDivergences:
+    """What `kl_pass` gives, with the policy's states known: (length of the response, D) of each row, on any device."""
+    head = head_of(inner_model(policy.model))
+    out = RowDivergences(*(torch.zeros(len(rows)) for _ in range(3)))
+    for batch in _batches(rows, batch_tokens):
+        of_batch = [rows[i] for i in batch]
+        targets = [token for _, response in of_batch for token in response]
+        known = _Known(policy.model, head, torch.cat([states[i] for i in batch]), targets)
+        found = kl_pass(known, reference, of_batch, batch_tokens=sum(map(_length, of_batch)))  # type: ignore[arg-type]
+        out.policy_logps[batch], out.reference_logps[batch], out.kl[batch] = found.policy_logps, found.reference_logps, found.kl
+    return out
+
+
+@dataclass
+class _Known:
+    """Stands in for a policy's `PairForward` in `kl_pass`, for one batch of rows of falling length."""
+
+    model: nn.Module
+    head: Head
+    states: Tensor
+    targets: list[int]
+
+    def predicting_states(self, model: nn.Module, input_ids: Tensor, layout: Layout) -> tuple[Tensor, Head]:
+        """The states, provided that they are asked for in the order in which they are kept."""
+        if input_ids[layout.on(input_ids.device, "target_index")].tolist() != self.targets:
+            raise RuntimeError("the states belong to other rows, or to the same in another order")
+        return self.states.to(input_ids.device), self.head
+
+
+def _length(row: Row) -> int:
+    return len(row[0]) + len(row[1])
+
+
+def _batches(rows: Sequence[Row], tokens: int) -> list[list[int]]:
+    """Row numbers in order of falling length, in batches of at most `tokens`; a longer row is a batch of its own."""
+    batches: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(rows)), key=lambda i: -_length(rows[i])):
+        length = _length(rows[i])
+        if not batches or length > room:
+            batches.append([])
+            room = tokens
+        batches[-1].append(i)
+        room -= length
+    return batches
