@@ -21,8 +21,12 @@ from isdaa.terminal import Bar, say
 
 MATMUL = "matrix products"  # takes its turn in every round, as if it were an arm
 # Forked from a process that has imported everything: all arms begin with the same memory, and in no time.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["_worker"])
+_forked = multiprocessing.get_context("forkserver")
+_forked.set_forkserver_preload(["_worker"])
+# Whether torch keeps its memory in huge pages is decided with the first tensor of a process, before anything is forked.
+_fresh = multiprocessing.get_context("spawn")
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+AS_IT_COMES = ("trl_defaults",)  # without huge pages, which isdaa switches on and all other arms are given, too
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,12 @@ def _by_step(rows: list[dict[str, list[int]]], batch_size: int) -> list[list[Len
 @dataclass
 class Recorded:
     """What one arm did, step by step. Of its process, in MiB, memory: before the first step; peak_before: until then;
-    held: after the last step, while it waits. elsewhere: share of the cores that other programs had during each step.
+    held: after the last step, while it waits. cpu: seconds of all its threads; elsewhere: share of the cores that other
+    programs had during each step.
     """
 
     seconds: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
     elsewhere: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     memory: float | None = None
@@ -121,12 +127,18 @@ class Ended(Exception):
 
 
 class Worker:
-    """A process, and our end of its pipe."""
+    """A process, and our end of its pipe. fresh: it has nothing of what isdaa sets in the environment."""
 
-    def __init__(self, target: str, *arguments: Any) -> None:
+    def __init__(self, target: str, *arguments: Any, fresh: bool = False) -> None:
         self.pipe, theirs = multiprocessing.Pipe()
-        self.process = _context.Process(target=_run, args=(target, theirs, *arguments), daemon=True)
+        settings: dict[str, Any] = {"target": _run, "args": (target, theirs, *arguments), "daemon": True}
+        self.process: Any = _fresh.Process(**settings) if fresh else _forked.Process(**settings)
+        before = os.environ.get(HUGE_PAGES)
+        if fresh:
+            os.environ[HUGE_PAGES] = "0"
         self.process.start()
+        if before is not None:
+            os.environ[HUGE_PAGES] = before
         theirs.close()
 
     def hear(self) -> dict[str, Any]:
@@ -193,7 +205,7 @@ def _start(cell: Cell, settings: Settings, stack: ExitStack, bar: Bar) -> dict[s
             "arm": arm, "model": cell.folder / "initial", "folder": cell.folder / arm, "rows": plan.rows,
             "batch_size": settings.batch_size, "vocabulary": plan.size.vocabulary,
         }  # fmt: skip
-        workers[arm] = Worker("train", job, settings.threads, plan.limits[arm])
+        workers[arm] = Worker("train", job, settings.threads, plan.limits[arm], fresh=arm in AS_IT_COMES)
         stack.callback(workers[arm].end)
     for arm in plan.arms:
         say(f"{plan.name}: preparing {arm}")
@@ -241,6 +253,7 @@ def _step(cell: Cell, arm: str, worker: Worker, timed: bool) -> None:
         return
     if timed:
         recorded.seconds.append(told["seconds"])
+        recorded.cpu.append(told["cpu"])
         if before is not None:
             others = max(0.0, (_cpu_seconds() or before) - before - told["cpu"])
             recorded.elsewhere.append(others / told["seconds"] / (os.cpu_count() or 1))

@@ -10,11 +10,12 @@ from pathlib import Path
 from shapes import Lengths, Size
 
 GIB = 1 << 30
-IMPORTS = 0.5 * GIB
-SHARE = 0.9  # of the memory that is free
+IMPORTS = 0.46 * GIB
+SHARE = 0.95  # of the memory that is free
 TILE = (4096, 32_768)  # tokens, words: the logits that TRL's head computes at a time
 BASE = "isdaa_dpo"  # everything is compared with it
 PACKED = ("isdaa_dpo", "isdaa_is_dpo", "isdaa_bare")
+ONE_BY_ONE = ("trl_best", "trl_gpu_head")
 EVERYWHERE = ("trl_best", "trl_defaults", "two_rows")  # these score prompts and padding, too
 RECOMPUTED, SECOND_MODEL = "trl_defaults", "trl_defaults"
 
@@ -61,27 +62,30 @@ class Budget:
 def _tokens(lengths: Sequence[Lengths], arm: str) -> int:
     if arm in PACKED:
         return sum(map(sum, lengths))
+    if arm in ONE_BY_ONE:
+        return max(2 * (p + max(c, r)) for p, c, r in lengths)
     return 2 * len(lengths) * max(p + max(c, r) for p, c, r in lengths)
 
 
 def _kept(size: Size, lengths: Sequence[Lengths], arm: str) -> float:
-    """Weights, gradients, two moments; and the activations of a step, which the allocator does not give back."""
-    models = 5 if arm == SECOND_MODEL else 4
+    """Weights and two moments; and the activations of a step, which the allocator does not give back."""
+    models = 4 if arm == SECOND_MODEL else 3
     layers = 1.5 if arm == RECOMPUTED else size.layers
-    floats = layers * (10 * size.hidden + 5 * size.intermediate) + size.layers * size.hidden
-    return IMPORTS + 4 * models * size.parameters + 4 * floats * _tokens(lengths, arm)
+    floats = layers * (9 * size.hidden + 4 * size.intermediate) + size.layers * size.hidden
+    scattered = 1.35 if arm.endswith("two_rows") else 1.0  # as measured
+    return IMPORTS + 4 * models * size.parameters + 4 * floats * scattered * _tokens(lengths, arm)
 
 
 def _on_top(size: Size, lengths: Sequence[Lengths], arm: str) -> float:
-    """The logits that exist at once, several times over, and an embedding's second gradient."""
-    scored = _tokens(lengths, arm) if arm in EVERYWHERE else sum(c + r for _, c, r in lengths)
+    """The logits that exist at once, several times over; gradients, the embedding's twice."""
+    scored = _tokens(lengths, arm) if arm in EVERYWHERE else max(c + r for _, c, r in lengths)
     if arm == "two_rows":
         logits = 4.0 * scored * size.vocabulary
     elif arm.startswith("trl"):
-        logits = 5.0 * min(scored, TILE[0]) * min(size.vocabulary, TILE[1])
+        logits = 9.0 * min(scored, TILE[0]) * min(size.vocabulary, TILE[1])
     else:
         logits = 2.0**26
-    return 4 * logits + 4 * size.vocabulary * size.hidden
+    return 4 * logits + 4 * size.parameters + 4 * size.vocabulary * size.hidden
 
 
 def free_memory() -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,10 +13,11 @@ from _cell import Cell, Recorded
 from _memory import BASE
 from rich.table import Table
 from safetensors import safe_open
+from shapes import BETA, Lengths
 
 WEIGHTED, BARE = "isdaa_is_dpo", "isdaa_bare"
 OTHER_WORK = (WEIGHTED,)  # another objective: its loss and weights are not compared
-LOSS_TOLERANCE = 1e-5  # nats
+ROUNDING = 2.0**-22  # of a sum of logps: a few units in the last place
 UPDATE_TOLERANCE = 1e-2  # of the largest update, and of the update's length
 
 LABELS = {
@@ -34,6 +36,7 @@ DEFINITIONS = {
     "and collation of the batch, forward, backward, clipping, optimiser; the bare loops have no logging and collate beforehand",
     "round": "one step of every arm on the same pairs, one process computing at a time, in an order shuffled by the seed",
     "time_ratio": "an arm's seconds over those of isdaa_dpo in the same round",
+    "cpu_seconds": "of all threads of an arm's process during a step; threads that wait for each other count, too",
     "elsewhere": "share of all cores that other programs had during a step: where it differs, ratios do for no other reason",
     "pairs_per_second": "batch size over the median step",
     "peak": "MiB that the arm's process held at most, until the end of its last step (VmHWM); its libraries are in it",
@@ -50,7 +53,8 @@ DEFINITIONS = {
     "weight_difference": "largest |weight − weight of isdaa_dpo| after the last step",
     "largest_update": "largest |weight − initial weight| of isdaa_dpo after the last step",
     "relative_difference": "Euclidean length of the weights' difference over that of isdaa_dpo's whole update",
-    "same_work": f"loss_difference ≤ {LOSS_TOLERANCE:g}, weight_difference ≤ {UPDATE_TOLERANCE:g} · largest_update, "
+    "loss_tolerance": "β times what rounding may do to the logp of the longest response, 2^-22 · its tokens · log V",
+    "same_work": f"loss_difference ≤ loss_tolerance, weight_difference ≤ {UPDATE_TOLERANCE:g} · largest_update, "
     f"relative_difference ≤ {UPDATE_TOLERANCE:g}",
 }
 
@@ -105,10 +109,16 @@ def losses_apart(one: Sequence[float], other: Sequence[float]) -> float:
     return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
+def loss_tolerance(lengths: Sequence[Sequence[Lengths]], vocabulary: int) -> float:
+    """The most that rounding explains. lengths: of the pairs of each step."""
+    longest = max(max(c, r) for step in lengths for _, c, r in step)
+    return BETA * ROUNDING * longest * math.log(vocabulary)
+
+
 def is_same_work(found: Mapping[str, float]) -> bool:
     """Whether the differences are such as rounding makes."""
     return (
-        found["loss_difference"] <= LOSS_TOLERANCE
+        found["loss_difference"] <= found["loss_tolerance"]
         and found["weight_difference"] <= UPDATE_TOLERANCE * found["largest_update"]
         and found["relative_difference"] <= UPDATE_TOLERANCE
     )
@@ -120,7 +130,8 @@ def compared(cell: Cell, arm: str) -> dict[str, Any]:
     losses = [cell.arms[name].losses for name in (arm, BASE)]
     found = {"loss_difference": losses_apart(losses[0], losses[1])}
     found |= weights_apart(files[0], files[1], cell.folder / "initial" / "model.safetensors")
-    found["loss_moved"] = max(abs(loss - float(np.log(2))) for loss in losses[1])
+    found["loss_tolerance"] = loss_tolerance(cell.lengths, cell.plan.size.vocabulary)
+    found["loss_moved"] = max(abs(loss - math.log(2)) for loss in losses[1])
     same = is_same_work(found)
     return {name: value if np.isfinite(value) else None for name, value in found.items()} | {"same_work": same}
 
@@ -163,6 +174,7 @@ def _arm(cell: Cell, name: str, recorded: Recorded, base: Recorded | None, batch
     found: dict[str, Any] = {
         "seconds": recorded.seconds,
         "step": spread(recorded.seconds),
+        "cpu_seconds": recorded.cpu,
         "elsewhere": recorded.elsewhere,
         "pairs_per_second": batch_size / statistics.median(recorded.seconds),
         "matmul_share": spread(ratios(cell.multiplied, recorded.seconds)),

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _cell import MATMUL, Ended, Plan, Settings, plans, running
+from _cell import HUGE_PAGES, MATMUL, Ended, Plan, Settings, plans, running
 from _memory import BASE, free_memory
 from _summary import DEFINITIONS, LABELS, below, summarise, table, wrong
 from rich.console import Console
@@ -40,7 +40,7 @@ OUT = Path("runs/bench/preference_step.json")
 # How many times longer than its matrix products a step of each arm is, roughly; for the estimate that is printed first.
 SLOWNESS = {
     "isdaa_dpo": 1.6, "isdaa_is_dpo": 1.6, "isdaa_bare": 1.6, "isdaa_two_rows": 4,
-    "trl_best": 12, "trl_gpu_head": 4, "trl_defaults": 15, "two_rows": 6, MATMUL: 3,
+    "trl_best": 6, "trl_gpu_head": 4, "trl_defaults": 15, "two_rows": 6, MATMUL: 3,
 }  # fmt: skip
 START = 25.0  # seconds in which the processes of a cell begin
 
@@ -187,15 +187,10 @@ def _speed() -> float:
 
 def machine(threads: int) -> dict[str, Any]:
     """What the numbers depend on besides the code."""
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    except OSError:
-        pass
+    model = _first_line("/proc/cpuinfo", "model name")
     free = free_memory()
     return {
-        "processor": model,
+        "processor": model.split(":", 1)[1].strip() if model else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": threads,
         "free_gib": None if free is None else round(free / 2**30, 1),
@@ -203,8 +198,18 @@ def machine(threads: int) -> dict[str, Any]:
         "load_at_start": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "versions": versions(),
         "git_revision": git_revision(),
+        "huge_pages": {"torch": os.environ.get(HUGE_PAGES), "system": _first_line("/sys/kernel/mm/transparent_hugepage/enabled")},
         "precision": "float32, no autocast, in every arm",
     }
+
+
+def _first_line(path: str, beginning: str = "") -> str | None:
+    """Of a file that some systems have."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return None
+    return next((line for line in lines if line.startswith(beginning)), None)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+BETA = 0.1
 PAD, EOS, FIRST_WORD = 0, 2, 3  # token ids below FIRST_WORD are special
 SHORTEST = 4  # tokens; what a normal distribution gives below it is raised to it
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import peers  # noqa: E402
 import preference_step  # noqa: E402
 from _memory import BASE, GIB, Budget  # noqa: E402
-from _summary import LABELS, OTHER_WORK, is_same_work, losses_apart, weights_apart, wrong  # noqa: E402
+from _summary import LABELS, OTHER_WORK, is_same_work, loss_tolerance, losses_apart, weights_apart, wrong  # noqa: E402
 from _worker import time_product  # noqa: E402
 from shapes import EOS, PAD, SHAPES, TINY_SHAPE, Product, Size, draw_pairs, lengths_of, products, tiny  # noqa: E402
 
@@ -60,7 +60,7 @@ def test_every_arm_is_timed_and_does_the_same_work(ran: Any) -> None:
             assert arm["comparison"]["same_work"], (name, arm["comparison"])
             assert arm["comparison"]["loss_difference"] < 1e-6 < arm["comparison"]["loss_moved"]
     weighted = cell["arms"]["isdaa_is_dpo"]["losses"]
-    assert weighted[0] == pytest.approx(np.log(2), abs=1e-6)
+    assert weighted[0] == pytest.approx(np.log(2), abs=1e-4)
     assert losses_apart(weighted, cell["arms"][BASE]["losses"]) > 1e-4
 
 
@@ -112,7 +112,8 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float], 
 def verdict(right: tuple[Path, list[float], Path]) -> bool:
     folder, losses, weights = right
     other_losses, other = trained("two_rows", folder)
-    found = {"loss_difference": losses_apart(other_losses, losses)}
+    rows = draw_pairs(TINY_SHAPE, 512, 6, 0, 200)
+    found = {"loss_difference": losses_apart(other_losses, losses), "loss_tolerance": loss_tolerance([lengths_of(rows)], 512)}
     return is_same_work(found | weights_apart(other, weights, folder / "initial" / "model.safetensors"))
 
 
@@ -146,7 +147,7 @@ def test_perturbed_weights_are_caught(tmp_path: Path) -> None:
 
     def judged(name: str) -> bool:
         found = weights_apart(files[name], files["base"], files["start"])
-        return is_same_work(found | {"loss_difference": 0.0})
+        return is_same_work(found | {"loss_difference": 0.0, "loss_tolerance": 1e-6})
 
     assert judged("base") and judged("rounding")
     assert not judged("one entry") and not judged("not trained") and not judged("not a number")
