@@ -200,6 +200,11 @@ class AlignConfig(OptimisationConfig):
 
     batch_tokens: Int | None = Field(None, ge=1, description="split a forward pass into pieces of at most so many tokens")
     group_by_prompt: bool = Field(False, description="pairs of one prompt one after the other, sharing its forward pass")
+    attention: Literal["auto", "sdpa", "flex", "varlen"] = Field(
+        "auto", description="kernel of the shared prefix; auto: the fastest that proves itself on this device"
+    )
+    fused_head: bool = Field(False, description="token logps by cut_cross_entropy on a GPU, where it is exact (half precision)")
+    compile_layers: bool = Field(False, description="torch.compile of every decoder layer; not with gradient_checkpointing")
     eval_steps: Int | None = Field(None, ge=1, description="held-out loss and accuracy every n steps; null: at each save")
     save_steps: Int | None = Field(None, ge=1, description="null: ten checkpoints a run")
     save_total_limit: Int | None = Field(None, ge=1)
@@ -297,6 +302,8 @@ class Config(Section):
         before_label = self.stages[: self.stages.index("label")] if "label" in self.stages else []
         if "reward" in before_label and self.data.pairs is None:
             raise ValueError("stages: the reward stage has no pairs before label made them; put label first or set data.pairs")
+        if self.align.compile_layers and self.align.gradient_checkpointing:
+            raise ValueError("align.compile_layers: PyTorch does not compile layers that gradient_checkpointing runs again")
         if self.model.path is None and self.model.random is None:
             raise ValueError("model: give model.path (a folder or Hub name) or model.random (a config)")
         if self.model.path is not None and self.model.random is not None:

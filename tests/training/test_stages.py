@@ -29,8 +29,10 @@ from chains import (
 
 from isdaa.cli import main
 from isdaa.data.sources import prompt_key
+from isdaa.models import forward, fused_head
 from isdaa.models.loading import load_model
 from isdaa.models.sampling import sample
+from isdaa.training import align as align_stage
 from isdaa.training import label as label_stage
 from isdaa.training import preference, reference, supervised
 from isdaa.world.tokenizer import build_tokenizer
@@ -406,6 +408,7 @@ def test_held_out_pairs_of_their_own_file(place: Path) -> None:
         {"align__precision": "bfloat16"},
         {"model__dtype": "bfloat16", "align__gradient_checkpointing": True},
         {"align__batch_tokens": 60, "align__optimizer": "sgd"},
+        {"align__group_by_prompt": True, "align__gradient_accumulation_steps": 2},
     ],
     ids=lambda changes: " ".join(f"{k.split('__')[1]}={v}" for k, v in changes.items()),
 )
@@ -414,6 +417,22 @@ def test_free_combinations_train(place: Path, changes: dict[str, Any]) -> None:
     lines = [line for line in read_lines(place / "run" / "metrics.jsonl") if "loss" in line]
     assert all(line["loss"] is not None and line["grad_norm"] is not None for line in lines)
     assert all(torch.isfinite(tensor).all() for tensor in weights(place / "run" / "model").values())
+
+
+def test_the_config_chooses_the_kernels(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(align_stage, "compile_layers", compiled.append)
+    asked: list[str] = []
+    choose = forward.choose_attention
+    monkeypatch.setattr(forward, "choose_attention", lambda model, name: asked.append(name) or choose(model, name))
+    monkeypatch.setattr(fused_head, "ENABLED", False)
+    changes = {"align__attention": "flex", "align__fused_head": True, "align__compile_layers": True, "align__max_steps": 1}
+    assert train("run", ALIGN, **changes) == 0
+    assert asked[0] == "flex" and len(compiled) == 1 and fused_head.ENABLED
+    assert train("other", ALIGN, align__compile_layers=True, align__gradient_checkpointing=True) == 2
+    assert "align.compile_layers" in capsys.readouterr().err
+    assert train("other", ALIGN, align__attention="flash") == 2
+    assert "expected one of auto, sdpa, flex, varlen" in capsys.readouterr().err
 
 
 def test_lora_starts_at_the_policy_as_loaded_and_its_checkpoints_can_be_evaluated(

@@ -77,7 +77,8 @@ def _same(module: nn.Module, forward: Any) -> bool:
     """Whether `forward` gives the values and gradients of the module's own on random numbers."""
     generator = torch.Generator().manual_seed(0)
     twin = copy.deepcopy(module)
-    width = twin.weight.shape[0] if forward is _norm_forward else getattr(twin.gate_proj, "in_features", 0)
+    layer: Any = twin if forward is _norm_forward else twin.gate_proj
+    width = layer.weight.shape[0] if forward is _norm_forward else getattr(layer, "in_features", 0)
     try:
         parameter = next(twin.parameters())
         x = torch.randn(2, 3, width, generator=generator).to(parameter.dtype).requires_grad_()

@@ -15,8 +15,10 @@ from isdaa.errors import UserError
 from isdaa.evaluation.collect import check_tokenizers
 from isdaa.evaluation.identity import model_digest
 from isdaa.files import write_jsonl
+from isdaa.models import fused_head
 from isdaa.models.adapters import add_lora
 from isdaa.models.forward import PairForward, prepare
+from isdaa.models.kernels import compile_layers
 from isdaa.models.loading import load_tokenizer
 from isdaa.models.saving import save_model, weights_digest
 from isdaa.objectives.objective import Objective
@@ -60,7 +62,7 @@ def align(run: Run) -> Path:
     weights = weights_digest(policy)
     run.pin("align", weights=weights, pairs=train.content_digest())
     loaded = {"weights": weights, "config": config_digest(policy), "dtype": config.model.dtype}
-    forward = prepare(policy, probe=config.align.probe, longest_row=longest_row(config))
+    forward = prepare(policy, probe=config.align.probe, longest_row=longest_row(config), attention=config.align.attention)
     # The reference is the policy exactly as loaded: its logps come before a new adapter.
     train, held_out = _with_logps(run, train, held_out, policy, forward, tokenizer)
     if config.lora.rank:
@@ -68,7 +70,10 @@ def align(run: Run) -> Path:
         policy = add_lora(policy, **config.lora.model_dump(), seed=config.seed)
         policy.peft_config["default"].base_model_name_or_path = base
         # Probed again: what the base's probe found out must hold for the forward that trains.
-        forward = prepare(policy, probe=config.align.probe, longest_row=longest_row(config))
+        forward = prepare(policy, probe=config.align.probe, longest_row=longest_row(config), attention=config.align.attention)
+    fused_head.ENABLED = config.align.fused_head
+    if config.align.compile_layers:
+        compile_layers(policy)
     steps = total_steps(config.align, len(train))
     if config.align.warmup_steps >= steps:
         run.say(
@@ -200,7 +205,12 @@ def _filled_by(run: Run, sets: list[TokenisedPairs], which: str, path: str, toke
         _check_vocabulary(path, model, tokenizer)
         for pairs in sets:
             check_rows(model, path, *pairs.extent())
-        return prepare(model, probe=settings.align.probe, longest_row=settings.tokenization.max_length)
+        return prepare(
+            model,
+            probe=settings.align.probe,
+            longest_row=settings.tokenization.max_length,
+            attention=settings.align.attention,
+        )
 
     key = {
         "model": model_digest(Path(path).expanduser() if Path(path).expanduser().is_dir() else path),

@@ -336,7 +336,12 @@ def guard_of(
 
     def load() -> PairForward:
         model = policy_of(run, tokenizer, start) if path is None else other_model(config, path)
-        return prepare(model.requires_grad_(False), probe=config.align.probe, longest_row=longest_row(config))
+        return prepare(
+            model.requires_grad_(False),
+            probe=config.align.probe,
+            longest_row=longest_row(config),
+            attention=config.align.attention,
+        )
 
     own_adapter = forward if path is None and config.lora.rank else None
     reference = Reference(load, own_adapter, config.align.precision)
