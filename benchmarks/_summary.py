@@ -26,6 +26,7 @@ LABELS = {
     "isdaa_bare": "isdaa, bare loop",
     "isdaa_two_rows": "isdaa, two rows",
     "trl_best": "TRL, best settings",
+    "trl_whole": "TRL, best, batch at once",
     "trl_gpu_head": "TRL, best, head as on a GPU",
     "trl_defaults": "TRL, defaults",
     "two_rows": "two rows, full logits",

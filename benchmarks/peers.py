@@ -14,6 +14,7 @@ What TRL is given (trl.trainer.dpo_trainer and dpo_config of 1.16 are the source
   batch at once: pairs are not padded to the longest of the batch, and the logits are smaller. (It made no difference for short
   pairs.) `padding_free` is switched off in this version, Liger's and the Hub's kernels need a GPU, and batches grouped by
   length would hold other pairs than the other arms' batches. SDPA is the attention of all arms.
+* `trl_whole` is the same with the whole batch at once, the settings that a user of a GPU would carry over.
 * Torch's memory in huge pages, which isdaa switches on when it is imported, and any script can by an environment variable:
   all arms have them, but not TRL's defaults, which run as they come.
 * Defaults: whole batches, gradient checkpointing, and a second model that computes the reference at every step. `bf16`, which
@@ -219,11 +220,11 @@ def trl_trainer(job: Job, gate: Gate, settings: dict[str, Any], gpu_head: bool =
     return trainer.accelerator.unwrap_model(trainer.model)
 
 
-def trl_best(job: Job, gate: Gate, gpu_head: bool = False) -> nn.Module:
-    """The settings that are fastest on a CPU."""
+def trl_best(job: Job, gate: Gate, at_once: int = 1, gpu_head: bool = False) -> nn.Module:
+    """The settings that are fastest on a CPU. at_once: pairs of a forward pass."""
     settings = {
         "precompute_ref_log_probs": True, "gradient_checkpointing": False, "disable_tqdm": True,
-        "per_device_train_batch_size": 1, "gradient_accumulation_steps": job.batch_size,
+        "per_device_train_batch_size": at_once, "gradient_accumulation_steps": job.batch_size // at_once,
     }  # fmt: skip
     return trl_trainer(job, gate, settings, gpu_head)
 
@@ -334,6 +335,7 @@ ARMS: dict[str, Callable[[Job, Gate], nn.Module]] = {
     "isdaa_bare": isdaa_bare,
     "isdaa_two_rows": lambda job, gate: isdaa_trainer(job, gate, mode=TWO_ROWS),
     "trl_best": trl_best,
+    "trl_whole": lambda job, gate: trl_best(job, gate, at_once=job.batch_size),
     "trl_gpu_head": lambda job, gate: trl_best(job, gate, gpu_head=True),
     "trl_defaults": trl_defaults,
     "two_rows": two_rows,
