@@ -1,8 +1,9 @@
 """What reading the pairs of one prompt together does to training: twin runs on the embedded world, and the noise of a step.
 
-A sweep trains every method twice on the same pairs of each seed, grouped and not, and evaluates both as any run. Then, with
-neither model moving, the gradients of an epoch's first steps are taken in both orders: how far they scatter says how many
-independent pairs a grouped step is worth.
+A sweep trains every method twice on the same pairs of each seed, grouped and not, and evaluates both as any run. All seeds begin
+with one SFT model; they differ in the sampled responses, the labels and the order. Then, with neither
+model moving, the gradients of an epoch's first steps are taken in both orders: how far they scatter says how many independent
+pairs a grouped step is worth.
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ from isdaa.objectives.presets import resolve
 from isdaa.terminal import progress, say
 from isdaa.training.batches import GlobalBatchSampler, TokenisedPairs
 from isdaa.training.reference import reference_logps
+from isdaa.training.stages import run as run_stages
 from isdaa.training.start import token_settings
 from isdaa.world import make_posts
 
 BASE = Path(__file__).resolve().parents[1] / "configs" / "mini" / "demo.yaml"
+START_SEED = 31  # of the SFT model
 MEASURED = ("win_rate", "kl", "accuracy", "loss_noise")
 
 DEFINITIONS = {
@@ -80,7 +83,8 @@ def tiny_effect(seeds: tuple[int, ...], folder: Path, jobs: int = 1, threads: in
 
 def run_effect(settings: Effect) -> dict[str, Any]:
     """Run what is not finished yet, and say what came out, as JSON-able data."""
-    base = _base(settings)
+    start = _start(settings)
+    base = _base(settings, start)
     sweep = SweepConfig.model_validate(
         {
             "title": "Pairs of one prompt, together or not",
@@ -101,7 +105,7 @@ def run_effect(settings: Effect) -> dict[str, Any]:
     folder = run_sweep(sweep, base, "group_by_prompt")
     runs = _runs(folder, settings)
     torch.set_num_threads(settings.threads)
-    noise = [_noise(folder, settings, base, seed) for seed in settings.seeds]
+    noise = [_noise(folder, start, settings, base, seed) for seed in settings.seeds]
     return {
         "settings": {name: value for name, value in asdict(settings).items() if name != "folder"},
         "definitions": DEFINITIONS,
@@ -112,12 +116,22 @@ def run_effect(settings: Effect) -> dict[str, Any]:
     }
 
 
-def _base(settings: Effect) -> Config:
+def _start(settings: Effect) -> Path:
+    """The SFT model from which all runs start."""
+    first = {"stages": ["sft"], "seed": START_SEED, "output_dir": str(settings.folder / "start")}
+    return run_stages(load_config(BASE, dict(settings.more) | first)) / "sft"
+
+
+def _base(settings: Effect, start: Path) -> Config:
     """The demo's configuration on fewer prompts with more responses each, and the file of those prompts."""
     prompts = settings.folder / "prompts.jsonl"
     posts = make_posts("small", settings.prompts, split="prompts")
     write_jsonl(prompts, [{name: post[name] for name in ("id", "prompt", "facts")} for post in posts])
     given = {
+        "stages": ["label", "align"],
+        "model.path": str(start),
+        "model.random": None,
+        "model.tokenizer": None,
         "data.prompts": str(prompts),
         "label.samples": settings.samples,
         "align.save_steps": settings.save_steps,
@@ -188,15 +202,14 @@ def _loss_noise(history: Path) -> float:
 # The noise of a step
 
 
-def _noise(folder: Path, settings: Effect, base: Config, seed: int) -> dict[str, Any]:
+def _noise(folder: Path, start: Path, settings: Effect, base: Config, seed: int) -> dict[str, Any]:
     """How far gradients scatter in both orders, at the model that all runs of a seed start from and where plain DPO ends."""
-    start = folder / "shared" / f"seed-{seed}"
     end = folder / "runs" / f"dpo-beta{settings.beta:g}-group_by_promptFalse" / f"seed-{seed}" / "model"
-    tokenizer = load_tokenizer(str(start / "sft"))
-    rows, _ = load_pairs(str(start / "pairs" / "train.jsonl"))
+    tokenizer = load_tokenizer(str(start))
+    rows, _ = load_pairs(str(folder / "shared" / f"seed-{seed}" / "pairs" / "train.jsonl"))
     rows, _ = hold_out(rows, base.data.eval_fraction, seed)
     pairs = TokenisedPairs(tokenize_pairs(rows, tokenizer, token_settings(base))[0])
-    forward = prepare(load_model(str(start / "sft")))
+    forward = prepare(load_model(str(start)))
     pairs = pairs.with_reference(*reference_logps(forward, pairs, key={}, cache_dir=None))
     groups = pairs.prompt_groups()
     found: dict[str, Any] = {"seed": seed, "pairs": len(pairs), "prompts": int(groups.max()) + 1}

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import group_by_prompt  # noqa: E402
 from _grouping import pair_losses  # noqa: E402
 from _grouping_effect import differences, gradient_variance  # noqa: E402
-from _grouping_speed import PAIRS, Stepper, agreement, draw, families, steps_of, tiny_speed, wrong  # noqa: E402
+from _grouping_speed import PAIRS, Stepper, agreement, draw, families, referenced, steps_of, tiny_speed, wrong  # noqa: E402
 
 SPEED = tiny_speed()
 
@@ -66,7 +66,7 @@ def test_a_prompt_has_twelve_responses_or_six_in_two_pairs_each() -> None:
 @pytest.mark.parametrize("shared", [False, True])
 def test_grouped_pairs_have_the_losses_and_gradients_of_pairs_alone(shared: bool) -> None:
     stepper = Stepper(SPEED.size, 0)
-    pairs = stepper.referenced(draw(SPEED, 2, shared))
+    pairs = referenced(draw(SPEED, 2, shared), SPEED.size.vocabulary)
     steps = steps_of(0, 4, grouped=True)
     before = stepper.step(pairs, steps[0])
     found = agreement(stepper, pairs, steps)
@@ -90,7 +90,7 @@ def test_other_work_is_caught() -> None:
 
 def test_the_variance_of_a_gradient_is_that_of_its_batches() -> None:
     stepper = Stepper(SPEED.size, 0)
-    pairs = stepper.referenced(draw(SPEED, 1, shared=False))
+    pairs = referenced(draw(SPEED, 1, shared=False), SPEED.size.vocabulary)
     batches = [[0, 1, 2], [7, 14, 21], [30, 8, 9]]
     gradients = []
     for batch in batches:
