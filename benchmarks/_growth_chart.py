@@ -13,7 +13,7 @@ DASHES: dict[str, list[int]] = {"counted": [2, 3], "proportional": [6, 4]}
 KEY = (
     ("Time of a step; bars: range over rounds", TIME, None),
     ("Arithmetic that the step needs, counted", TIME, "counted"),
-    ("Peak memory above the state before training", MEMORY, None),
+    ("Memory that training adds, at its peak", MEMORY, None),
     ("In proportion: exponent 1", MUTED, "proportional"),
 )
 

@@ -51,8 +51,8 @@ START = 0.7  # seconds in which a point's process begins
 
 DEFINITIONS = {
     "x": "what the axis varies; on the axis model the parameters of the layers, without the embedding",
-    "wall, cpu": "seconds of a step in each round, by the clock, and of the processor for all threads: the median of a turn of up "
-    f"to {STEPS} steps, fewer once {SECONDS:g} s are over",
+    "wall, cpu": "seconds of a step in each round, by the clock, and of the processor for all threads: the median of a turn of "
+    f"up to {STEPS} steps, fewer once {SECONDS:g} s are over",
     "rounds": "cpu where there is one thread, so that what other programs take is not in it; else wall, since threads that wait "
     "for each other are busy",
     "seconds": "median of rounds",
@@ -108,7 +108,7 @@ def _terminated(*unused: Any) -> None:
 
 
 def run(arguments: Any) -> int:
-    """All axes, one after the other; the file holds those that are done, the chart all of them."""
+    """All axes, one after the other; file and chart hold those that are done."""
     chosen, rounds = _checked(arguments)
     _environment(arguments.threads)
     todo = sum((1 + rounds) * point.flops for axis in chosen for point in axis.points)
@@ -136,8 +136,8 @@ def run(arguments: Any) -> int:
                 "axes": found,
             }
             write_json(arguments.out / f"{NAME}.json", report)
+            written = save_chart(growth_chart(found), arguments.out / NAME)
     Console(width=None if sys.stdout.isatty() else 180).print(table(found))
-    written = save_chart(growth_chart(found), arguments.out / NAME)
     print(f"written to {', '.join(map(str, (arguments.out / f'{NAME}.json', *written)))}")
     return 0
 
