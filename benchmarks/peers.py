@@ -162,9 +162,7 @@ def isdaa_bare(job: Job, gate: Gate) -> nn.Module:
     optimiser = adamw(model.train())
     gate.ready()
     for batch in batches:
-        loss = _bare_loss(model, forward, objective, batch)
-        update(loss, model, optimiser)
-        gate.step(loss.item())
+        gate.step(update(_bare_loss(model, forward, objective, batch), model, optimiser))
     return model
 
 
@@ -268,11 +266,13 @@ def two_rows(job: Job, gate: Gate) -> nn.Module:
     optimiser = adamw(model.train())
     gate.ready()
     for batch, reference in zip(batches, references, strict=True):
-        chosen, rejected = (_row_logps(model, *batch) - reference).chunk(2)
-        loss = -nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
-        update(loss, model, optimiser)
-        gate.step(loss.item())
+        gate.step(update(_plain_loss(model, batch, reference), model, optimiser))
     return model
+
+
+def _plain_loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor], reference: Tensor) -> Tensor:
+    chosen, rejected = (_row_logps(model, *batch) - reference).chunk(2)
+    return -nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
 
 
 def _padded(rows: Sequence[dict[str, list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -301,12 +301,13 @@ def adamw(model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=EPSILON, weight_decay=0.0, fused=True)
 
 
-def update(loss: Tensor, model: nn.Module, optimiser: torch.optim.AdamW) -> None:
-    """Backward, clipping, optimiser."""
+def update(loss: Tensor, model: nn.Module, optimiser: torch.optim.AdamW) -> float:
+    """Backward, clipping, optimiser. Gives the loss as a number, so that nobody keeps its graph until the next step."""
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
     optimiser.step()
     optimiser.zero_grad()
+    return loss.item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

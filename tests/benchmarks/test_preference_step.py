@@ -32,22 +32,29 @@ def command(*options: object) -> list[str]:
     return [sys.executable, str(ROOT / "benchmarks" / "preference_step.py"), *map(str, options)]
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("bench")
-    options = ("--tiny", "--threads", 1, "--out", folder / "there" / "step.json")
+SOME = ["isdaa_dpo", "isdaa_is_dpo", "isdaa_bare", "trl_best", "two_rows"]  # that start from one process, in seconds
+
+
+def run_tiny(folder: Path, *options: object) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    out = folder / "there" / "step.json"
+    called = command("--tiny", "--threads", 1, "--out", out, *options)
     environment = os.environ | {"TMPDIR": str(folder)}
-    done = subprocess.run(command(*options), cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(called, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert not list(folder.glob("preference_step-*")), "temporary folders are left"
-    return done, json.loads((folder / "there" / "step.json").read_text())
+    return done, json.loads(out.read_text())
 
 
-def test_every_arm_is_timed_and_does_the_same_work(ran: Any) -> None:
-    _, report = ran
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    return run_tiny(tmp_path_factory.mktemp("bench"), "--arms", *SOME)
+
+
+def check(report: dict[str, Any], arms: list[str]) -> None:
+    """Every arm is timed and does the same work."""
     assert report["finished"]
     (cell,) = report["cells"]
-    assert set(cell["arms"]) == set(LABELS) == set(peers.ARMS)
+    assert list(cell["arms"]) == arms
     assert not cell["left_out"] and not cell["failed"]
     for name, arm in cell["arms"].items():
         assert len(arm["seconds"]) == report["settings"]["rounds"] == 2
@@ -58,16 +65,29 @@ def test_every_arm_is_timed_and_does_the_same_work(ran: Any) -> None:
             assert arm["time_ratio"]["median"] == arm["memory_ratio"] == 1
         elif name not in OTHER_WORK:
             assert arm["comparison"]["same_work"], (name, arm["comparison"])
-            assert arm["comparison"]["loss_difference"] < 1e-6 < arm["comparison"]["loss_moved"]
-    weighted = cell["arms"]["isdaa_is_dpo"]["losses"]
+            assert arm["comparison"]["loss_difference"] < 2e-6 < arm["comparison"]["loss_moved"]
+
+
+def test_the_arms_do_the_same_work_but_for_the_weighted_one(ran: Any) -> None:
+    _, report = ran
+    check(report, SOME)
+    arms = report["cells"][0]["arms"]
+    weighted = arms["isdaa_is_dpo"]["losses"]
     assert weighted[0] == pytest.approx(np.log(2), abs=1e-4)
-    assert losses_apart(weighted, cell["arms"][BASE]["losses"]) > 1e-4
+    assert losses_apart(weighted, arms[BASE]["losses"]) > 1e-4
+
+
+@pytest.mark.slow
+def test_all_arms_do_the_same_work(tmp_path: Path) -> None:
+    done, report = run_tiny(tmp_path)
+    check(report, list(LABELS))
+    assert all(label in done.stdout for label in LABELS.values())
 
 
 def test_rounds_ratios_and_definitions_are_in_the_file(ran: Any) -> None:
     done, report = ran
     (cell,) = report["cells"]
-    assert all(sorted(order) == sorted([*LABELS, "matrix products"]) for order in cell["orders"])
+    assert all(sorted(order) == sorted([*SOME, "matrix products"]) for order in cell["orders"])
     assert len(cell["matmul_seconds"]) == len(cell["orders"]) == 2
     arm, base = cell["arms"]["two_rows"], cell["arms"][BASE]
     rounds = [a / b for a, b in zip(arm["seconds"], base["seconds"], strict=True)]
@@ -115,6 +135,10 @@ def verdict(right: tuple[Path, list[float], Path]) -> bool:
     rows = draw_pairs(TINY_SHAPE, 512, 6, 0, 200)
     found = {"loss_difference": losses_apart(other_losses, losses), "loss_tolerance": loss_tolerance([lengths_of(rows)], 512)}
     return is_same_work(found | weights_apart(other, weights, folder / "initial" / "model.safetensors"))
+
+
+def test_every_arm_has_a_label() -> None:
+    assert list(LABELS) == list(peers.ARMS)
 
 
 def test_a_plain_script_does_the_same_work(right: Any) -> None:
