@@ -323,8 +323,9 @@ def test_n_samples_share_the_prompt_and_equal_separate_calls() -> None:
         widths.append(kwargs["input_ids"].shape[0])
         return forward(self, **kwargs)
 
-    run(model, prompts)  # the probe's own calls are not to be counted
     model.forward = counted.__get__(model)
+    run(model, prompts)  # the probe's own calls are not to be counted
+    widths.clear()
     together = run(model, prompts, keys, n=4)
     assert widths[0] == 5 and widths[1] > 10  # five prompts, then up to twenty rows
     widths.clear()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from isdaa.models.forward import inner_model
 from isdaa.models.kv_cache import can_join, join, new_cache, select_rows
+from isdaa.models.lean_decoding import lean_forward
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +48,20 @@ class CachedRun:
     """
 
     def __init__(
-        self, model: nn.Module, groups: Sequence[Group], pad_id: int, with_states: bool = False, chunk: int | None = None
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        pad_id: int,
+        with_states: bool = False,
+        chunk: int | None = None,
+        lean: bool = False,
     ) -> None:
         self.model, self.with_states, self.options = model, with_states, _last_position_only(model)
         self.mask: Tensor
         self.logits: Tensor
         self.states: Tensor | None
         device = next(model.parameters()).device
+        self.lean = lean_forward(model) if lean else None
         empty = _new_cache(model)
         chunk = chunk or _PROMPT_TOKENS.get(device.type, 2**16)
         chunks = list(_chunks(groups, chunk)) if can_join(empty) else [list(groups)]
@@ -81,6 +89,10 @@ class CachedRun:
             self._keep_numbers(repeats)
 
     def _forward(self, ids: Tensor, position_ids: Tensor) -> None:
+        if self.lean is not None:
+            self.logits, states = self.lean(ids, position_ids, self.mask, self.cache)
+            self.states = states if self.with_states else None
+            return
         self.logits, self.states = _predict(
             self.model,
             self.with_states,
@@ -198,27 +210,46 @@ def _last_position_only(model: nn.Module) -> dict[str, int]:
     return {"logits_to_keep": 1} if "logits_to_keep" in _accepted(model) else {}
 
 
-_CACHE_WORKS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_WORKS: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 
 
 def cache_works(model: nn.Module, prompt: Sequence[int]) -> bool:
     """Whether left padding, position ids and a cache give the model's own logits; tried once a model, on few tokens."""
-    if model not in _CACHE_WORKS:
-        try:
-            difference = _cache_error(model, (list(prompt) * 6)[:7])
-        except Exception as error:  # whatever a model of unknown make raises, the plain way remains
-            logger.debug("sampling with a cache failed: %s", error)
-            difference = math.inf
-        precise = next(model.parameters()).dtype in (torch.float32, torch.float64)
-        # NaN is no sign against the cache: the loop reports it as what it is.
-        _CACHE_WORKS[model] = not difference > (5e-3 if precise else 0.1)
-        if not _CACHE_WORKS[model]:
+    known = _WORKS.setdefault(model, {})
+    if "cache" not in known:
+        known["cache"] = _gives_own_logits(model, prompt, lean=False)
+        if not known["cache"]:
             name = type(inner_model(model)).__name__
             logger.warning("%s does not support padded sampling with a cache; sampling without one, which is slow", name)
-    return _CACHE_WORKS[model]
+    return known["cache"]
 
 
-def _cache_error(model: nn.Module, tokens: list[int]) -> float:
+def lean_works(model: nn.Module, prompt: Sequence[int]) -> bool:
+    """Whether `lean_decoding` is written for the model and gives the model's own logits; that is tried once a model."""
+    cache = new_cache(inner_model(model))
+    if cache is None or not can_join(cache) or lean_forward(model) is None:
+        return False
+    known = _WORKS.setdefault(model, {})
+    if "lean" not in known:
+        known["lean"] = _gives_own_logits(model, prompt, lean=True)
+        if not known["lean"]:
+            logger.warning("%s: its logits are not those of its architecture", type(inner_model(model)).__name__)
+    return known["lean"]
+
+
+@torch.no_grad()
+def _gives_own_logits(model: nn.Module, prompt: Sequence[int], lean: bool) -> bool:
+    try:
+        difference = _cache_error(model, (list(prompt) * 6)[:7], lean)
+    except Exception as error:  # whatever a model of unknown make raises, the plain way remains
+        logger.debug("sampling with a cache failed: %s", error)
+        difference = math.inf
+    precise = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    # NaN is no sign against the cache: the loop reports it as what it is.
+    return not difference > (5e-3 if precise else 0.1)
+
+
+def _cache_error(model: nn.Module, tokens: list[int], lean: bool) -> float:
     """Largest relative error of the cached logits after a padded prompt and after one more token."""
     if not {"position_ids", "past_key_values", "attention_mask"} <= set(_accepted(model)):
         return math.inf
@@ -227,7 +258,7 @@ def _cache_error(model: nn.Module, tokens: list[int]) -> float:
     errors = []
     for chunk in (None, 1):  # padded together, and each by itself
         rows = [tokens[:3], tokens[1:]]
-        run = CachedRun(model, [(tuple(row), [0]) for row in rows], pad_id=tokens[0], chunk=chunk)
+        run = CachedRun(model, [(tuple(row), [0]) for row in rows], pad_id=tokens[0], chunk=chunk, lean=lean)
         device = run.logits.device
         for _ in range(2):
             for row, logits in zip(rows, run.logits, strict=True):

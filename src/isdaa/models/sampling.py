@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from isdaa.errors import UserError
-from isdaa.models.decoding import CachedRun, Group, PlainRun, Run, cache_works
+from isdaa.models.decoding import CachedRun, Group, PlainRun, Run, cache_works, lean_works
 from isdaa.models.forward import inner_model
 from isdaa.models.shared_prefix import plain_attention
 
@@ -154,8 +155,10 @@ def sample(
         groups.setdefault(tuple(prompts[index // n]), []).append(index)
     results: dict[int, Sample] = {}
     with _evaluation_mode(model), plain_attention(model), torch.no_grad():
-        cached = cache_works(model, max(groups, key=len))
-        start: Callable[..., Run] = CachedRun if cached else PlainRun
+        longest = max(groups, key=len)
+        lean = lean_works(model, longest)
+        cached = lean or cache_works(model, longest)
+        start: Callable[..., Run] = partial(CachedRun, lean=lean) if cached else PlainRun
         for batch in _batches(groups, batch_size, equal_lengths=not cached):
             rows = [index for _, indices in batch for index in indices]
             randoms = np.stack([uniforms(seed, keys[i], settings.max_new_tokens) for i in rows])
