@@ -137,3 +137,24 @@ def test_full_vocabulary_kl(monkeypatch):
     assert nearly.min() >= 0 and nearly.max() < 1e-5  # rounding alone would go below 0
     with pytest.raises(UserError, match="17 and 16"):
         full_vocabulary_kl(hidden, policy, other_hidden, LinearHead(other_weight[1:]), targets)
+
+
+def test_nothing_is_kept_without_gradients(monkeypatch):
+    hidden, weight, bias, targets = inputs(torch.float32)
+    kept, chunks = [], logprobs._Chunks
+    monkeypatch.setattr(
+        logprobs, "_Chunks", lambda rows, head, keep=None: kept.append(keep is not None) or chunks(rows, head, keep)
+    )
+    monkeypatch.setattr(logprobs, "_KEPT_BYTES", {"cpu": 2**20})
+    token_logps(hidden, LinearHead(weight, bias), targets)
+    with torch.no_grad():
+        token_logps(hidden, LinearHead(weight, bias), targets)
+    assert kept == [True, False]
+
+
+def test_second_derivatives_are_an_error_and_no_wrong_number():
+    hidden, weight, bias, targets = inputs()
+    logps, _ = token_logps(hidden, LinearHead(weight, bias), targets)
+    first = torch.autograd.grad(logps.sin().sum(), hidden, create_graph=True)[0]
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(first.sum(), hidden)

@@ -425,10 +425,13 @@ def test_the_config_chooses_the_kernels(place: Path, monkeypatch: pytest.MonkeyP
     asked: list[str] = []
     choose = forward.choose_attention
     monkeypatch.setattr(forward, "choose_attention", lambda model, name: asked.append(name) or choose(model, name))
-    monkeypatch.setattr(fused_head, "ENABLED", False)
+    enabled: list[bool] = []
+    logps_of = align_stage._with_logps
+    monkeypatch.setattr(align_stage, "_with_logps", lambda *args: enabled.append(fused_head.ENABLED) or logps_of(*args))
     changes = {"align__attention": "flex", "align__fused_head": True, "align__compile_layers": True, "align__max_steps": 1}
     assert train("run", ALIGN, **changes) == 0
-    assert asked[0] == "flex" and len(compiled) == 1 and fused_head.ENABLED
+    assert asked[0] == "flex" and len(compiled) == 1
+    assert enabled == [True] and not fused_head.ENABLED  # on for the reference, too, and off at the end
     assert train("other", ALIGN, align__compile_layers=True, align__gradient_checkpointing=True) == 2
     assert "align.compile_layers" in capsys.readouterr().err
     assert train("other", ALIGN, align__attention="flash") == 2
@@ -611,3 +614,15 @@ def test_a_checkpoint_that_a_kill_left_half_is_passed_over(home: Home, tmp_path:
     assert "optimizer.pt is missing" in caplog.text
     assert same_weights(study / "run" / "model", home.run / "model")
     assert without_time(study / "run" / "metrics.jsonl") == without_time(home.run / "metrics.jsonl")
+
+
+def test_a_run_of_an_earlier_version_goes_on(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Keys that it did not know have their defaults; another value of a new key that decides is another run."""
+    assert train("run", ALIGN) == 0
+    record = json.loads((place / "run" / "run.json").read_text())
+    values = record["stages"]["align"]["values"]
+    assert values.pop("align.group_by_prompt") is False and "align.attention" not in values
+    (place / "run" / "run.json").write_text(json.dumps(record))
+    assert train("run", ALIGN, align__attention="sdpa") == 0
+    assert train("run", ALIGN, align__group_by_prompt=True) == 2
+    assert "align.group_by_prompt = False" in capsys.readouterr().err

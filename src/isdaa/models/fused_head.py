@@ -14,6 +14,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,10 +25,23 @@ from isdaa.models.logprobs import LinearHead
 
 ENABLED = False
 
+_said: set[str] = set()
+
 _NEEDED = {"softcap", "reduction", "filter_eps", "accum_e_fp32", "accum_c_fp32"}
 _TOLERANCE = 0.03  # of the largest value, against fp32 on the same half-precision numbers
 _proofs: dict[tuple[Any, ...], str | None] = {}
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def enabled(flag: bool) -> Iterator[None]:
+    """Asks for the fused head, or does not, and puts back what was asked before."""
+    global ENABLED
+    before, ENABLED = ENABLED, flag
+    try:
+        yield
+    finally:
+        ENABLED = before
 
 
 def fused_token_logps(hidden: Tensor, head: LinearHead, targets: Tensor) -> Tensor | None:
@@ -34,7 +49,13 @@ def fused_token_logps(hidden: Tensor, head: LinearHead, targets: Tensor) -> Tens
 
     hidden: (N, D); targets: (N,). Asked for nothing (`ENABLED` is False), it does nothing.
     """
-    if not ENABLED or lacks(hidden, head) is not None:
+    if not ENABLED:
+        return None
+    why = lacks(hidden, head)
+    if why is not None:
+        if why not in _said and len(hidden):
+            _said.add(why)
+            logger.warning("fused_head is not used: %s; token logps come from chunked logits", why)
         return None
     dtype = _dtype(hidden, head.weight)
     with torch.autocast(hidden.device.type, enabled=False):

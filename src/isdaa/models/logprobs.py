@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -110,7 +111,7 @@ def token_logps(
         fused = None if with_wpo or tie is not None else fused_token_logps(hidden, head, targets)
         if fused is not None:
             return fused, None
-        settings = (chunk, head.scale, head.softcap, with_wpo, tie)
+        settings = (chunk, head.scale, head.softcap, with_wpo, torch.is_grad_enabled(), tie)
         logps, wpo = _LinearLogps.apply(hidden, head.weight, head.bias, targets, settings)
         return logps, wpo if with_wpo else None
     logps_parts, wpo_parts = [], []
@@ -179,7 +180,7 @@ class _LinearLogps(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: tuple
     ) -> tuple[Tensor, Tensor]:
-        chunk, scale, softcap, with_wpo, _ = settings
+        chunk, scale, softcap, with_wpo, with_grad, _ = settings
         dtype = _compute_dtype(hidden, weight)
         h, w = hidden.to(dtype), weight.to(dtype)
         head = LinearHead(w, None if bias is None else bias.to(dtype), scale, softcap)
@@ -189,7 +190,8 @@ class _LinearLogps(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         trains_head = needs_weight or needs_bias
         small = len(h) * len(w) * dtype.itemsize <= _KEPT_BYTES.get(hidden.device.type, 0)
-        ahead = (needs_hidden or trains_head) and (small or not trains_head)
+        # Under no_grad a weight still says that it requires one.
+        ahead = with_grad and (needs_hidden or trains_head) and (small or not trains_head)
         kept = h.new_empty(len(h), len(w)) if ahead and trains_head else None
         hidden_direction = torch.empty_like(h) if ahead and needs_hidden else None
         chunks = _Chunks(min(chunk, len(h)), head, kept)
@@ -226,6 +228,7 @@ class _LinearLogps(torch.autograd.Function):
         return logps, wpo
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         found = (_scaled if ctx.ahead else _recomputed)(ctx, grads[0])
         hidden, weight, bias = (None if g is None else g.to(t) for g, t in zip(found, ctx.dtypes, strict=True))

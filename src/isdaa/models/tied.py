@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -29,7 +30,7 @@ def tie_of(model: nn.Module) -> Tie | None:
         return None
     if embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse:
         return None
-    if embedding._forward_hooks or embedding._forward_pre_hooks or embedding._backward_hooks:
+    if "forward" in embedding.__dict__ or embedding._forward_hooks or embedding._forward_pre_hooks or embedding._backward_hooks:
         return None
     weight = embedding.weight
     plain = type(weight.data) is Tensor and not hasattr(weight, "ds_id") and not weight._backward_hooks
@@ -50,6 +51,7 @@ class _Embed(torch.autograd.Function):
         return F.embedding(ids, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         (ids,), grad = ctx.saved_tensors, grads[0]
         total, ctx.tie.head_gradient = ctx.tie.head_gradient, None

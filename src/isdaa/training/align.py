@@ -51,6 +51,12 @@ from isdaa.training.supervised import pairs_source
 
 def align(run: Run) -> Path:
     """Train the policy on preference pairs. Returns the final model's folder."""
+    # Policy and reference alike: one numerics for both.
+    with fused_head.enabled(run.config.align.fused_head):
+        return _align(run)
+
+
+def _align(run: Run) -> Path:
     config = run.config
     start = starting_path(run)
     tokenizer = tokenizer_of(config, start)
@@ -71,7 +77,6 @@ def align(run: Run) -> Path:
         policy.peft_config["default"].base_model_name_or_path = base
         # Probed again: what the base's probe found out must hold for the forward that trains.
         forward = prepare(policy, probe=config.align.probe, longest_row=longest_row(config), attention=config.align.attention)
-    fused_head.ENABLED = config.align.fused_head
     if config.align.compile_layers:
         compile_layers(policy)
     steps = total_steps(config.align, len(train))

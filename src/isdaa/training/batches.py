@@ -65,7 +65,7 @@ class TokenisedPairs(Dataset):
         """(N,) the same number for pairs with the same prompt, counted from 0 in the order of their first pairs."""
         ids, offsets = self.tokens["prompt_ids"]
         seen: dict[bytes, int] = {}
-        keys = (ids[a:b].tobytes() for a, b in pairwise(offsets.tolist()))
+        keys = (hashlib.blake2b(ids[a:b].tobytes(), digest_size=16).digest() for a, b in pairwise(offsets.tolist()))
         return np.fromiter((seen.setdefault(key, len(seen)) for key in keys), dtype=np.int64, count=len(self))
 
     def extent(self) -> tuple[int, int]:

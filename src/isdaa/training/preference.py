@@ -195,7 +195,8 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
         Pairs are put into the order of their row numbers, so that a permutation by (seed, step) depends on which pairs
         are in the global batch, and not on how it is split over ranks and micro-batches.
         """
-        table = torch.stack([raw.double(), valid.double(), index.double()], 1)
+        exact = torch.float32 if raw.device.type == "mps" else torch.float64  # of row numbers; MPS has no more
+        table = torch.stack([raw.to(exact), valid.to(exact), index.to(exact)], 1)
         if self.args.world_size > 1:
             table = self.accelerator.gather(table)
         order = torch.argsort(2 * table[:, 2] + (1 - table[:, 1]), stable=True)  # a fill-in after the pair that it repeats

@@ -21,6 +21,7 @@ from torch import nn
 from isdaa.errors import UserError
 from isdaa.files import digest, write_atomically
 from isdaa.models.forward import PairForward
+from isdaa.models.inner import SHARED_PREFIX
 from isdaa.terminal import progress as show_progress
 from isdaa.training.batches import TokenisedPairs, tokenised
 from isdaa.training.pieces import packed
@@ -144,7 +145,8 @@ def _compute(
     """One pass over this rank's share of the pairs, then everyone's results together."""
     model: nn.Module = forward.model
     device = next(model.parameters()).device
-    lengths, prompts = pairs.lengths(), pairs.prompt_groups()
+    lengths = pairs.lengths()
+    prompts = pairs.prompt_groups() if forward.mode == SHARED_PREFIX else np.arange(len(pairs))  # two rows share nothing
     # Prompt by prompt, so that its pairs share it; those with the longest pair first, so that what does not fit into
     # memory fails at once and like lengths share a batch.
     longest = np.zeros(len(pairs), dtype=np.int64)

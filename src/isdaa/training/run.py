@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from isdaa.config import Config, resolved
+from isdaa.config import Config, fields, resolved
 from isdaa.errors import UserError
 from isdaa.files import read_json, write_atomically, write_json
 from isdaa.record import git_revision, versions
@@ -42,7 +42,8 @@ GUARD_DECIDES = (
     *("evaluation.max_new_tokens", "evaluation.temperature", "evaluation.top_p", "evaluation.top_k"),
 )
 FREE = ("report_to", "logging_steps", "save_total_limit")  # change what is shown or kept, not what comes out
-FREE_KEYS = ("label.batch_size", "guard.batch_size", "guard.keep")  # samples and weights do not depend on them
+# Samples and weights do not depend on them, but for rounding: a run may go on with other kernels.
+FREE_KEYS = ("label.batch_size", "guard.batch_size", "guard.keep", "align.attention", "align.compile_layers")
 # Whose output the later stages start from.
 UPSTREAM = {"sft": ("label", "reward", "align"), "label": ("reward", "align")}
 
@@ -60,6 +61,12 @@ def deciding_values(config: Config, stage: str) -> dict[str, Any]:
         and key.split(".")[-1] not in FREE
         and key not in FREE_KEYS
     }
+
+
+def _defaults_of_new_keys(now: dict[str, Any], begun: dict[str, Any]) -> dict[str, Any]:
+    """What a run that an earlier version began did without a key: the key's default."""
+    known = {key: default for key, _, default in fields()}
+    return {key: known[key] for key in now if key not in begun and key in known}
 
 
 def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -128,6 +135,7 @@ class Run:
             if not self._left(stage):
                 continue
             now = deciding_values(self.config, stage)
+            begun = {**begun, "values": {**_defaults_of_new_keys(now, begun["values"]), **begun["values"]}}
             keys = {*now, *begun["values"]}
             if stage not in self.config.stages:  # its settings may be absent, but the later stages start from its model
                 keys = {key for key in keys if key.startswith("model.")}

@@ -14,6 +14,7 @@ from isdaa.config import Config, resolved
 from isdaa.data.tokenization import TokenizationSettings, tokenizer_digest
 from isdaa.errors import UserError
 from isdaa.files import digest
+from isdaa.models import fused_head
 from isdaa.models.loading import load_model, load_tokenizer, random_model
 from isdaa.models.saving import save_model, weights_digest
 from isdaa.record import NAME as RECORD
@@ -86,7 +87,7 @@ def logps_key(model: Any, mode: str, tokenizer: Any, settings: TokenizationSetti
         "weights": weights_digest(model),
         "config": config_digest(model),
         "dtype": str(next(model.parameters()).dtype),
-        "mode": mode,
+        "mode": f"{mode}, fused head" if fused_head.ENABLED else mode,
         "tokenizer": tokenizer_digest(tokenizer),
         "tokenization": asdict(settings),
     }
