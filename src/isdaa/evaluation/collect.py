@@ -271,11 +271,12 @@ class Collection:
         """One sample a prompt of the policy itself, with both models' logps and the Rao–Blackwell KL."""
         started = time.monotonic()
         sampling = KL_SETTINGS | {"max_new_tokens": self.settings.max_new_tokens}
-        (records,) = self._sample(path, sampling, ["kl/0"])
+        (records,) = self._sample(path, sampling, ["kl/0"], with_states=True)
+        states = [record.pop("states") for record in records]  # what the tokens were drawn from: the policy is not run again
         rows = [(prompt["prompt_ids"], record["ids"]) for prompt, record in zip(self.prompts.rows, records, strict=True)]
         _, policy = self.models.get(path)
         _, reference = self.models.reference
-        for record, values in zip(records, divergences(policy, reference, rows), strict=True):
+        for record, values in zip(records, divergences(policy, reference, rows, states), strict=True):
             record.update(values)
         header = self._header(path, "kl/0", sampling, started)
         header |= {"reference": self.reference, "reference_digest": self.digests[self.reference]}
@@ -300,8 +301,10 @@ class Collection:
             head |= {"sampling": dict(sampling), "seed": self.settings.seed, "prompts": self.prompts.block}
         return head | self.prompts.shared | {"seconds": round(time.monotonic() - started, 3)}
 
-    def _sample(self, path: str, sampling: Mapping[str, Any], purposes: Sequence[str]) -> list[list[Record]]:
-        """For each purpose, one record a prompt in the prompts' order."""
+    def _sample(
+        self, path: str, sampling: Mapping[str, Any], purposes: Sequence[str], with_states: bool = False
+    ) -> list[list[Record]]:
+        """For each purpose, one record a prompt in the prompts' order; with_states: and its `Sample.states`, to be taken out."""
         from isdaa.models.sampling import SamplingSettings, sample
 
         model, _ = self.models.get(path)
@@ -324,6 +327,7 @@ class Collection:
                     self.settings.batch_size,
                     progress=bar,
                     n=len(purposes),
+                    with_states=with_states,
                 )
                 for place, result in enumerate(drawn):
                     i, purpose = chosen[place // len(purposes)], place % len(purposes)
@@ -339,6 +343,8 @@ class Collection:
                         "tokens": len(result.ids),
                         "finished": bool(result.finished),
                     }
+                    if with_states:
+                        records[purpose][i]["states"] = result.states
         return records
 
 

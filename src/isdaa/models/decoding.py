@@ -161,7 +161,7 @@ def _predict(model: nn.Module, with_states: bool, **arguments: Any) -> tuple[Ten
     if head is None:
         return model(**arguments).logits[:, -1], None
     seen: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][:, -1]))
+    handle = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][:, -1].clone()))
     try:
         logits = model(**arguments).logits[:, -1]
     finally:
