@@ -156,10 +156,26 @@ def run_speed(settings: Speed) -> dict[str, Any]:
             gain = cells[-1]["arms"]["grouped"]["gain"]["median"]
             say(f"{batch_size} pairs a step: {gain:.2f} times as fast with groups (median of {settings.rounds} rounds)")
     return {
-        "settings": {**asdict(settings), "parameters": settings.size.parameters, "pairs_a_prompt": PAIRS},
+        "settings": {**_plain(asdict(settings)), "parameters": settings.size.parameters, "pairs_a_prompt": PAIRS},
         "definitions": DEFINITIONS,
         "cells": cells,
     }
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as JSON gives them back."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def with_earlier(found: dict[str, Any], earlier: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`found` with the cells of other batch sizes of an earlier call, where all other settings were the same."""
+    if earlier is None or any(earlier["settings"].get(k) != v for k, v in found["settings"].items() if k != "batch_sizes"):
+        return found
+    cells = {cell["batch_size"]: cell for cell in (*earlier["cells"], *found["cells"])}
+    settings = {**found["settings"], "batch_sizes": sorted(cells)}
+    return {**found, "settings": settings, "cells": [cells[size] for size in sorted(cells)]}
 
 
 def _weight(batch_size: int) -> int:

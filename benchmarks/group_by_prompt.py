@@ -11,7 +11,8 @@ effect: twin runs on the embedded world, grouped and not, with everything else e
 end, paired by seed; and how far a step's gradient scatters in either order (`_grouping_effect.py`). A sweep of
 4 · seeds runs, which lie in --folder; stop it at any moment, the same command goes on.
 
-The JSON file defines its numbers; a call that runs one part leaves the other one in it as it was.
+The JSON file defines its numbers; a call that runs one part leaves the other one in it as it was, and one that measures some
+batch sizes the others' numbers, where all else is the same.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def run(arguments: Any) -> int:
     for part in parts:
         threads = arguments.threads or max(1, (os.cpu_count() or 1) // (arguments.jobs if part == "effect" else 1))
         before = machine(threads)
-        found, tables, wrong = (_speed if part == "speed" else _effect)(arguments, threads)
+        found, tables, wrong = (_speed if part == "speed" else _effect)(arguments, threads, report)
         report[part] = {"machine": before, **found}
         write_json(arguments.out, report)
         console = Console(width=None if sys.stdout.isatty() else 180)
@@ -95,17 +96,17 @@ def run(arguments: Any) -> int:
     return 1 if trouble else 0
 
 
-def _speed(arguments: Any, threads: int) -> tuple[dict[str, Any], list[Any], list[str]]:
-    from _grouping_speed import Speed, run_speed, table, tiny_speed, wrong
+def _speed(arguments: Any, threads: int, report: dict[str, Any]) -> tuple[dict[str, Any], list[Any], list[str]]:
+    from _grouping_speed import Speed, run_speed, table, tiny_speed, with_earlier, wrong
 
     given = {"threads": threads}
     given |= {} if arguments.rounds is None else {"rounds": arguments.rounds}
     given |= {} if arguments.batch_sizes is None else {"batch_sizes": tuple(dict.fromkeys(arguments.batch_sizes))}
-    found = run_speed((tiny_speed if arguments.tiny else Speed)(**given))
+    found = with_earlier(run_speed((tiny_speed if arguments.tiny else Speed)(**given)), report.get("speed"))
     return found, [table(found)], wrong(found)
 
 
-def _effect(arguments: Any, threads: int) -> tuple[dict[str, Any], list[Any], list[str]]:
+def _effect(arguments: Any, threads: int, report: dict[str, Any]) -> tuple[dict[str, Any], list[Any], list[str]]:
     from _grouping_effect import Effect, run_effect, tables, tiny_effect
 
     seeds = tuple(dict.fromkeys(arguments.seeds or (SEEDS[:1] if arguments.tiny else SEEDS)))

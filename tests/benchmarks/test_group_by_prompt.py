@@ -134,6 +134,12 @@ def test_the_speed_part_writes_what_it_shows_and_keeps_the_other_part(tmp_path: 
     tokens = [arms[name]["tokens"][0] for name in ("grouped_shared", "grouped", "apart")]
     assert tokens == sorted(tokens) and tokens[0] < tokens[2]
     assert {"gain", "apart", "grouped_shared", "epoch_tokens"} <= set(report["speed"]["definitions"])
+    options = ["--part", "speed", "--tiny", "--rounds", "2", "--threads", "1", "--out", str(out)]
+    assert group_by_prompt.main([*options, "--batch_sizes", "6"]) == 0
+    both = json.loads(out.read_text())["speed"]
+    assert both["settings"]["batch_sizes"] == [4, 6] and both["cells"][0] == cell
+    assert group_by_prompt.main([*options, "--batch_sizes", "6", "--rounds", "1"]) == 0
+    assert json.loads(out.read_text())["speed"]["settings"]["batch_sizes"] == [6]
     assert "grouped, 6 responses" in shown and "2 rounds" in shown and str(tmp_path) not in out.read_text()
 
 
