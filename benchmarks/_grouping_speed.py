@@ -3,7 +3,8 @@
 Pairs come in families: six prompts of one length, each with six pairs whose responses have the same lengths for all six
 prompts. Grouped, a round takes all pairs of one prompt of each family; apart, it takes pair p of six different prompts of each
 family, p = 0 … 5. So a round's steps have the same lengths either way, no two pairs of a step apart share a prompt, and after
-six rounds both orders have seen the same pairs. What is left between them is the sharing.
+six rounds both orders have seen the same pairs. Lengths are spaced so that every round has the shape's means. What is left
+between the two is the sharing.
 
 Legend: B pairs of a step, F families of a round.
 """
@@ -14,6 +15,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -86,8 +88,8 @@ def families(batch_size: int) -> int:
 Row = dict[str, list[int]]
 
 
-def draw_family(shape: Shape, vocabulary: int, rng: np.random.Generator, shared: bool, lengths: Sequence[int]) -> list[Row]:
-    """6 · 6 pairs, prompt by prompt. lengths: of the prompt, and of its responses 0 … 5: pair p is of p against p + 1.
+def draw_family(vocabulary: int, rng: np.random.Generator, shared: bool, lengths: Sequence[int], prompts: int) -> list[Row]:
+    """Six pairs of each prompt. lengths: of the prompt, and of its responses 0 … 5: pair p is of p against p + 1.
 
     shared: a prompt has these six responses and no more; else every pair has two of its own.
     """
@@ -97,7 +99,7 @@ def draw_family(shape: Shape, vocabulary: int, rng: np.random.Generator, shared:
 
     prompt, *responses = lengths
     rows = []
-    for _ in range(PAIRS):
+    for _ in range(prompts):
         own = words(prompt)
         texts = [[*words(n - 1), EOS] for n in responses]
         for p in range(PAIRS):
@@ -107,19 +109,28 @@ def draw_family(shape: Shape, vocabulary: int, rng: np.random.Generator, shared:
     return rows
 
 
-def draw_lengths(shape: Shape, count: int, seed: int, longest: int) -> list[list[int]]:
-    """Of `count` families: tokens of the prompt and of six responses."""
-    rng = np.random.default_rng([seed, 0])
-    both = [shape.prompt, *[shape.response] * PAIRS]
-    return [[int(np.clip(round(rng.normal(*one)), SHORTEST, longest // 2)) for one in both] for _ in range(count)]
+def draw_lengths(shape: Shape, count: int, rng: np.random.Generator, longest: int) -> list[list[int]]:
+    """Of `count` families: tokens of the prompt and of six responses, in a random order.
+
+    They are evenly spaced quantiles of the shape's distributions, so that two families have its mean lengths as a thousand do.
+    """
+
+    def spaced(mean: float, deviation: float, n: int) -> list[int]:
+        values = [NormalDist(mean, deviation).inv_cdf((i + 0.5) / n) for i in range(n)]
+        return [int(np.clip(round(value), SHORTEST, longest // 2)) for value in rng.permutation(values)]
+
+    return [[prompt, *spaced(*shape.response, PAIRS)] for prompt in spaced(*shape.prompt, count)]
 
 
-def draw(settings: Speed, count: int, shared: bool) -> list[Row]:
-    """`count` families, one after the other. Their lengths do not depend on `shared`."""
-    rng = np.random.default_rng([settings.seed, 1])
-    vocabulary = settings.size.vocabulary
-    lengths = draw_lengths(settings.shape, count, settings.seed, settings.size.positions)
-    return [row for one in lengths for row in draw_family(settings.shape, vocabulary, rng, shared, one)]
+def draw(settings: Speed, blocks: int, count: int, shared: bool, prompts: int = PAIRS) -> list[Row]:
+    """`blocks` times `count` families, one after the other. Their lengths do not depend on `shared`.
+
+    prompts: of each family; one alone where lengths shall be as various as the prompts are many.
+    """
+    lengths, words = np.random.default_rng([settings.seed, 0]), np.random.default_rng([settings.seed, 1])
+    size = settings.size
+    families = [one for _ in range(blocks) for one in draw_lengths(settings.shape, count, lengths, size.positions)]
+    return [row for one in families for row in draw_family(size.vocabulary, words, shared, one, prompts)]
 
 
 def steps_of(round_: int, batch_size: int, grouped: bool) -> list[list[int]]:
@@ -226,8 +237,8 @@ class Stepper:
 
 def _cell(settings: Speed, batch_size: int, bar: Bar) -> dict[str, Any]:
     stepper = Stepper(settings.size, settings.seed)
-    count = -(-settings.rounds // PAIRS) * families(batch_size)
-    data = {shared: referenced(draw(settings, count, shared), settings.size.vocabulary) for shared in (False, True)}
+    blocks, count = -(-settings.rounds // PAIRS), families(batch_size)
+    data = {shared: referenced(draw(settings, blocks, count, shared), settings.size.vocabulary) for shared in (False, True)}
     measured: dict[str, dict[str, list[float]]] = {arm: {"seconds": [], "cpu": [], "tokens": []} for arm in ARMS}
     rng = np.random.default_rng([settings.seed, 2])
     for round_ in range(-1, settings.rounds):
@@ -276,11 +287,7 @@ def _epoch_tokens(settings: Speed, batch_size: int) -> dict[str, float]:
     """Tokens a pair, in the sampler's own order of many prompts of different lengths."""
     found = {}
     for name, shared in (("grouped", False), ("grouped_shared", True)):
-        # One prompt of each family: lengths as various as the prompts are many.
-        lengths = draw_lengths(settings.shape, settings.epoch, settings.seed + 1, settings.size.positions)
-        rng = np.random.default_rng([settings.seed + 1, 1])
-        rows = [row for one in lengths for row in draw_family(settings.shape, settings.size.vocabulary, rng, shared, one)[:PAIRS]]
-        pairs = TokenisedPairs(rows)
+        pairs = TokenisedPairs(draw(settings, 1, settings.epoch, shared, prompts=1))
         if not found:
             found["apart"] = _tokens(pairs, batch_size, settings.seed, None)
         found[name] = _tokens(pairs, batch_size, settings.seed, pairs.prompt_groups())

@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import group_by_prompt  # noqa: E402
 from _grouping import pair_losses  # noqa: E402
 from _grouping_effect import differences, gradient_variance  # noqa: E402
-from _grouping_speed import PAIRS, Stepper, agreement, draw, families, referenced, steps_of, tiny_speed, wrong  # noqa: E402
+from _grouping_speed import PAIRS, Stepper, agreement, draw, draw_lengths, families, referenced, steps_of, tiny_speed, wrong  # noqa: E402
+from shapes import SHAPES  # noqa: E402
 
 SPEED = tiny_speed()
 
@@ -30,7 +31,7 @@ SPEED = tiny_speed()
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 6, 12, 24])
 def test_six_rounds_see_every_pair_once_in_either_order_and_steps_are_alike(batch_size: int) -> None:
     count = families(batch_size)
-    rows = draw(SPEED, 2 * count, shared=False)
+    rows = draw(SPEED, 2, count, shared=False)
     prompts = [tuple(row["prompt_ids"]) for row in rows]
     lengths = [tuple(map(len, (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]))) for row in rows]
     for first, rounds in ((0, range(PAIRS)), (len(rows) // 2, range(PAIRS, 2 * PAIRS))):
@@ -47,7 +48,7 @@ def test_six_rounds_see_every_pair_once_in_either_order_and_steps_are_alike(batc
 
 
 def test_a_prompt_has_twelve_responses_or_six_in_two_pairs_each() -> None:
-    own, shared = (draw(SPEED, 3, shared) for shared in (False, True))
+    own, shared = (draw(SPEED, 1, 3, shared) for shared in (False, True))
     for rows, responses in ((own, 2 * PAIRS), (shared, PAIRS)):
         assert len(rows) == 3 * PAIRS * PAIRS
         for first in range(0, len(rows), PAIRS):
@@ -60,13 +61,20 @@ def test_a_prompt_has_twelve_responses_or_six_in_two_pairs_each() -> None:
     assert shape == [[len(ids) for ids in row.values()] for row in shared]
 
 
+def test_few_families_have_the_mean_lengths_of_the_shape() -> None:
+    lengths = np.array(draw_lengths(SHAPES["tldr"], 2, np.random.default_rng(0), 4096))
+    assert lengths.shape == (2, 1 + PAIRS)
+    assert lengths[:, 0].mean() == pytest.approx(330, abs=1) and lengths[:, 1:].mean(1) == pytest.approx(38, abs=1)
+    assert lengths.std(axis=0)[0] > 50 and np.ptp(lengths[:, 1:], axis=1).min() > 20
+
+
 # ---- the same work ----
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_grouped_pairs_have_the_losses_and_gradients_of_pairs_alone(shared: bool) -> None:
     stepper = Stepper(SPEED.size, 0)
-    pairs = referenced(draw(SPEED, 2, shared), SPEED.size.vocabulary)
+    pairs = referenced(draw(SPEED, 1, 2, shared), SPEED.size.vocabulary)
     steps = steps_of(0, 4, grouped=True)
     before = stepper.step(pairs, steps[0])
     found = agreement(stepper, pairs, steps)
@@ -90,7 +98,7 @@ def test_other_work_is_caught() -> None:
 
 def test_the_variance_of_a_gradient_is_that_of_its_batches() -> None:
     stepper = Stepper(SPEED.size, 0)
-    pairs = referenced(draw(SPEED, 1, shared=False), SPEED.size.vocabulary)
+    pairs = referenced(draw(SPEED, 1, 1, shared=False), SPEED.size.vocabulary)
     batches = [[0, 1, 2], [7, 14, 21], [30, 8, 9]]
     gradients = []
     for batch in batches:
