@@ -145,7 +145,8 @@ def axes(tiny: bool) -> dict[str, Axis]:
 
 
 def _moved(base: Point, name: str, x: int) -> Point:
-    return replace(base, size=replace(base.size, vocabulary=x)) if name == "vocabulary" else replace(base, **{name: x})
+    change: dict[str, Any] = {"size": replace(base.size, vocabulary=x)} if name == "vocabulary" else {name: x}
+    return replace(base, **change)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

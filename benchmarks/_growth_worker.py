@@ -45,7 +45,9 @@ def work(pipe: Connection, point: Point, threads: int, seed: int) -> None:
         pipe.send({"event": "ready", "memory": before, "peak": peak_memory()})
         while True:
             most, limit = pipe.recv()
-            seconds, cpu, losses = [], [], []
+            seconds: list[float] = []
+            cpu: list[float] = []
+            losses: list[float] = []
             while not seconds or (len(seconds) < most and sum(seconds) < limit):
                 started, began = time.perf_counter(), time.process_time()
                 losses.append(step())

@@ -280,7 +280,7 @@ def measure(axis: Axis, points: Sequence[Measured], rounds: int, seed: int, bar:
 def summarise(axis: Axis, points: Sequence[Measured], threads: int) -> dict[str, Any]:
     """An axis's points and exponents, as in the file."""
     times = [m.cpu if threads == 1 else m.wall for m in points]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "x": x,
             "pairs": m.point.pairs, "prompt": m.point.prompt, "response": m.point.response,
@@ -331,7 +331,7 @@ def table(found: Sequence[dict[str, Any]]) -> Table:
             *(_interval(axis["time"][part]) for part in ("whole", "upper")),
             *(f"{axis['arithmetic'][part]:.2f}" for part in ("whole", "upper")),
             *(_error(axis["memory"][part]) for part in ("whole", "upper")),
-            f"{axis['mib_per_unit']:.2g} a {axis['unit']}",
+            f"{axis['mib_per_unit']:.3g} a {axis['unit']}",
             f"{first['tokens_per_second']:.0f} … {last['tokens_per_second']:.0f}",
         )
     return shown
