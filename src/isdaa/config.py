@@ -115,12 +115,12 @@ class BehaviourConfig(Section):
 class DataConfig(Section):
     """Preference pairs for `align` and `reward`, SFT examples and prompts for the earlier stages."""
 
-    pairs: str | None = Field(None, description="file, folder, Hub name; null: what the `label` stage wrote")
+    pairs: str | None = Field(None, description="file, folder, Hub name, recipe; null: what the `label` stage wrote")
     pairs_split: str = Field("train", description="split of a Hub data set or of a folder with splits")
     eval_pairs: str | None = Field(None, description="held-out pairs; null: eval_fraction of the prompts")
     eval_split: str = Field("test", description="split of `eval_pairs`")
     eval_fraction: Float = Field(0.05, ge=0, lt=1, description="of the prompts, held out where `eval_pairs` is null")
-    sft: str | None = Field(None, description="SFT examples: file, folder, Hub name or `world:small`")
+    sft: str | None = Field(None, description="SFT examples: file, folder, Hub name, recipe or `world:small`")
     sft_split: str = "train"
     prompts: str | None = Field(None, description="prompts that `label` samples for")
     prompts_split: str = "train"

@@ -60,6 +60,7 @@ class Counts:
     kept: int = 0
     dropped_equal: int = 0
     dropped_no_common_prompt: int = 0
+    dropped_no_response: int = 0
     dropped_behaviour_cut: int = 0
     dropped_nothing_left: int = 0
     repeated_prompts: int = 0
@@ -69,6 +70,13 @@ class Counts:
     completions_cut: int = 0
     own_bos: int = 0
     boundary_merges: int = 0
+
+    def drop(self, error: Exception) -> None:
+        """Count a row for which `canonical_*` or a recipe raised one of the errors that mean 'dropped'."""
+        if isinstance(error, NoResponseError):
+            self.dropped_no_response += 1
+        else:
+            self.dropped_no_common_prompt += 1
 
     def __add__(self, other: Counts) -> Counts:
         """Counts of two steps over the same rows: `rows` is the first step's, `kept` the last one's, events add up."""
@@ -84,6 +92,7 @@ class Counts:
 _COUNT_LINES = {
     "dropped_equal": "dropped: chosen equals rejected",
     "dropped_no_common_prompt": "dropped: chosen and rejected have no common prompt",
+    "dropped_no_response": "dropped: a response is empty, or the dialogue does not end with one",
     "dropped_behaviour_cut": "dropped: would be cut, but carry behaviour logps of the whole response",
     "dropped_nothing_left": "dropped: nothing to learn is left within max_length",
     "repeated_prompts": "prompts repeated, used once",
@@ -98,6 +107,10 @@ _COUNT_LINES = {
 
 class NoCommonPromptError(UserError):
     """Texts that begin differently, or conversations that differ before their last assistant turn: no pair, dropped."""
+
+
+class NoResponseError(UserError):
+    """A row of a published data set that holds no response where one belongs: dropped. In one's own file it is an error."""
 
 
 def canonical_pair(row: Mapping[str, Any], where: str, source: str = "") -> Row:

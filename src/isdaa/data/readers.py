@@ -29,17 +29,21 @@ def iterate_rows(
     subset: str | None = None,
     limit: int | None = None,
     world_split: str = "sft",
+    columns: frozenset[str] = frozenset(),
 ) -> Numbered:
-    """Yield (row, 'file:row'). world_split: which of the embedded world's splits stands for 'train'."""
+    """Yield (row, 'file:row').
+
+    world_split: which of the embedded world's splits stands for 'train'; columns: those to decode beside `KNOWN_COLUMNS`.
+    """
     path = Path(source).expanduser()
     if source.startswith("world:"):
         rows = _world(source, split, world_split, limit)
     elif path.exists():
         if subset is not None:
             raise UserError(f"{source}: 'subset' ({subset}) names a configuration of a Hub data set, but this is a local path")
-        rows = _local(path, split)
+        rows = _local(path, split, columns)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith(".") and path.suffix not in SUFFIXES:
-        rows = _hub(source, split or "train", subset)
+        rows = _hub(source, split or "train", subset, columns)
     else:
         hint = nearest(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
         raise UserError(f"{source}: no such file or folder{hint}; give an existing path, a Hub name (owner/name) or world:small")
@@ -49,7 +53,19 @@ def iterate_rows(
         yield item
 
 
-def _local(path: Path, split: str | None) -> Numbered:
+def has_split(path: Path, split: str) -> bool:
+    """Whether a local folder has a split of exactly this name: by its files' names, or as `datasets` saved it."""
+    if (path / "dataset_dict.json").exists():
+        return split in json.loads((path / "dataset_dict.json").read_text())["splits"]
+    return path.is_dir() and any(_is_of(file, path, split) for file in path.rglob("*") if file.suffix in SUFFIXES)
+
+
+def _is_of(file: Path, folder: Path, split: str) -> bool:
+    """Whether the file's name, or a folder's on the way to it, is the split's name or that and more."""
+    return any(re.match(rf"{re.escape(split)}($|[-_.])", part) for part in file.relative_to(folder).parts)
+
+
+def _local(path: Path, split: str | None, columns: frozenset[str]) -> Numbered:
     if path.is_file():
         yield from _reader(path)(path)
     elif (path / "dataset_dict.json").exists():
@@ -57,9 +73,9 @@ def _local(path: Path, split: str | None) -> Numbered:
         name = split or ("train" if "train" in splits else splits[0])
         if name not in splits:
             raise UserError(f"{path}: no split '{name}'{nearest(name, splits)}; it has {', '.join(splits)}")
-        yield from _saved(path / name)
+        yield from _saved(path / name, columns)
     elif (path / "state.json").exists():
-        yield from _saved(path)
+        yield from _saved(path, columns)
     else:
         for file in _files_of(path, split):
             yield from _reader(file)(file)
@@ -69,6 +85,9 @@ def _files_of(folder: Path, split: str | None) -> list[Path]:
     files = sorted(file for file in folder.rglob("*") if file.suffix in SUFFIXES and file.is_file())
     if not files:
         raise UserError(f"{folder}: holds no data file ({', '.join(SUFFIXES)})")
+    exact = [file for file in files if split is not None and _is_of(file, folder, split)]
+    if exact:  # `train_prefs` where there is `train_sft`, too
+        return exact
     splits: dict[str, list[Path]] = {}
     for file in files:
         words = [re.split(r"[-_.]", part)[0] for part in file.relative_to(folder).parts]
@@ -166,17 +185,17 @@ def _arrow(path: Path) -> Numbered:
         raise UserError(f"{path}: not a readable Arrow file ({_first_line(error)})") from None
 
 
-def _saved(folder: Path) -> Numbered:
+def _saved(folder: Path, columns: frozenset[str]) -> Numbered:
     from datasets import load_from_disk
 
     try:
         rows = load_from_disk(str(folder))
     except Exception as error:  # pyarrow's, json's and datasets' own errors, by what is wrong
         raise UserError(f"{folder}: not a readable save_to_disk folder ({_first_line(error)})") from None
-    yield from _of_dataset(rows, str(folder))
+    yield from _of_dataset(rows, str(folder), columns)
 
 
-def _hub(name: str, split: str, subset: str | None) -> Numbered:
+def _hub(name: str, split: str, subset: str | None, columns: frozenset[str]) -> Numbered:
     from datasets import load_dataset
 
     try:
@@ -184,14 +203,14 @@ def _hub(name: str, split: str, subset: str | None) -> Numbered:
     except Exception as error:  # network, permissions, unknown names: each library below has its own
         raise UserError(
             f"{name}: neither a local path nor loadable from the Hub, split '{split}' "
-            f"({type(error).__name__}: {_first_line(error)})"
+            f"({type(error).__name__}: {_first_line(error)}); a local copy can stand in: its path, or RECIPE:PATH"
         ) from None
-    yield from _of_dataset(rows, name)
+    yield from _of_dataset(rows, name, columns)
 
 
-def _of_dataset(rows: Any, name: str) -> Numbered:
+def _of_dataset(rows: Any, name: str, columns: frozenset[str]) -> Numbered:
     """Columns that nobody here reads are not decoded (published token columns are long); messages still name them."""
-    unread = dict.fromkeys(column for column in rows.column_names if column not in KNOWN_COLUMNS)
+    unread = dict.fromkeys(column for column in rows.column_names if column not in KNOWN_COLUMNS | columns)
     for number, row in enumerate(rows.remove_columns(list(unread)), start=1):
         yield {**row, **unread}, f"{name}:{number}"
 

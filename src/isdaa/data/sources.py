@@ -1,4 +1,4 @@
-"""Where rows come from: local files and folders, the Hub, the embedded world. Every row knows its 'file:row'."""
+"""Where rows come from: local files and folders, the Hub, recipes, the embedded world. Every row knows its 'file:row'."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 from isdaa.data.pairs import (
     Counts,
     NoCommonPromptError,
+    NoResponseError,
     Row,
     canonical_pair,
     canonical_prompt,
     canonical_sft,
     same_response,
 )
-from isdaa.data.readers import iterate_rows
+from isdaa.data.readers import Numbered, iterate_rows
+from isdaa.data.recipes import Located, Purpose, located
 from isdaa.errors import UserError
 from isdaa.files import digest
 
@@ -37,8 +39,22 @@ TYPES = {
 
 
 def load_rows(source: str, split: str | None = None, *, subset: str | None = None, limit: int | None = None) -> list[Row]:
-    """Raw rows as they stand in the source, each with `where` ('file:row', lines and rows counted from 1)."""
-    return [{**row, "where": where} for row, where in iterate_rows(source, split, subset=subset, limit=limit)]
+    """Raw rows as they stand in the source, each with `where` ('file:row', lines and rows counted from 1).
+
+    Of a recipe, the rows of its prompts.
+    """
+    _, rows = opened(source, split, "prompts", subset=subset, limit=limit)
+    return [{**row, "where": where} for row, where in rows]
+
+
+def opened(
+    source: str, split: str | None, purpose: Purpose, *, subset: str | None = None, limit: int | None = None
+) -> tuple[Located, Numbered]:
+    """What a source stands for when it is read for a purpose, and its raw rows, which are read as they are asked for."""
+    place = located(source, split, purpose)
+    world = "prompts" if purpose == "prompts" else "sft"
+    rows = iterate_rows(place.source, place.split, subset=subset, limit=limit, world_split=world, columns=place.columns)
+    return place, rows
 
 
 def load_pairs(
@@ -51,12 +67,13 @@ def load_pairs(
     """
     counts = Counts()
     pairs: list[Row] = []
-    for row, where in iterate_rows(source, split, subset=subset, limit=limit, world_split="sft"):
+    place, rows = opened(source, split, "pairs", subset=subset, limit=limit)
+    for row, where in rows:
         counts.rows += 1
         try:
-            pair = canonical_pair(row, where, source)
-        except NoCommonPromptError:
-            counts.dropped_no_common_prompt += 1
+            pair = canonical_pair(place.row(row, where), where, place.source)
+        except (NoCommonPromptError, NoResponseError) as error:
+            counts.drop(error)
             continue
         if same_response(pair):
             counts.dropped_equal += 1
@@ -78,12 +95,13 @@ def load_prompts(
     """
     counts = Counts()
     prompts: dict[str, Row] = {}
-    for row, where in iterate_rows(source, split, subset=subset, limit=limit, world_split="prompts"):
+    place, rows = opened(source, split, "prompts", subset=subset, limit=limit)
+    for row, where in rows:
         counts.rows += 1
         try:
-            prompt = canonical_prompt(row, where, source)
-        except NoCommonPromptError:
-            counts.dropped_no_common_prompt += 1
+            prompt = canonical_prompt(place.row(row, where), where, place.source)
+        except (NoCommonPromptError, NoResponseError) as error:
+            counts.drop(error)
             continue
         if prompts.setdefault(prompt_key(prompt), prompt) is not prompt:
             counts.repeated_prompts += 1
@@ -97,13 +115,19 @@ def load_sft(
     source: str, split: str | None = None, *, subset: str | None = None, limit: int | None = None
 ) -> tuple[Dataset, Counts]:
     """SFT examples: id, prompt (None for plain text and whole conversations), completion, where."""
-    rows = [
-        canonical_sft(row, where, source)
-        for row, where in iterate_rows(source, split, subset=subset, limit=limit, world_split="sft")
-    ]
-    if not rows:
-        raise UserError(f"{source}: no example in it")
-    return as_dataset(rows), Counts(rows=len(rows), kept=len(rows))
+    counts = Counts()
+    examples: list[Row] = []
+    place, rows = opened(source, split, "sft", subset=subset, limit=limit)
+    for row, where in rows:
+        counts.rows += 1
+        try:
+            examples.append(canonical_sft(place.row(row, where), where, place.source))
+        except NoResponseError as error:
+            counts.drop(error)
+    counts.kept = len(examples)
+    if not examples:
+        raise UserError(f"{source}: no example in it" + "".join(f"; {line}" for line in counts.lines() if counts.rows))
+    return as_dataset(examples), counts
 
 
 def hold_out(rows: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Dataset | None]:

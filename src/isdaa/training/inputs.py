@@ -7,7 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from isdaa.config import Config, OptimisationConfig
-from isdaa.data.readers import iterate_rows
+from isdaa.data.recipes import Purpose
+from isdaa.data.sources import opened
 from isdaa.errors import UserError
 
 
@@ -16,12 +17,15 @@ def check_inputs(config: Config, stages: Sequence[str]) -> None:
 
     Hub names are not looked up. Raises UserError for the first thing that is missing.
     """
-    for key, source, split in _sources(config, stages):
-        if source is not None and not _may_be_on_the_hub(source):
-            try:
-                next(iter(iterate_rows(source, split, limit=1)), None)
-            except UserError as error:
-                raise UserError(f"{key}: {error}") from None
+    for key, source, split, purpose in _sources(config, stages):
+        if source is None:
+            continue
+        try:
+            place, rows = opened(source, split, purpose, limit=1)
+            if not _may_be_on_the_hub(place.source):
+                next(iter(rows), None)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
     for key, name in _models(config, stages):
         made_here = name is not None and Path(config.output_dir).absolute() in Path(name).absolute().parents
         if name is not None and name.startswith((".", "/", "~")) and not made_here and not Path(name).expanduser().exists():
@@ -35,17 +39,17 @@ def check_inputs(config: Config, stages: Sequence[str]) -> None:
                 _installed("bitsandbytes", f"{stage}.optimizer")
 
 
-def _sources(config: Config, stages: Sequence[str]) -> Iterator[tuple[str, str | None, str]]:
+def _sources(config: Config, stages: Sequence[str]) -> Iterator[tuple[str, str | None, str, Purpose]]:
     data = config.data
     if "sft" in stages:
-        yield "data.sft", data.sft, data.sft_split
+        yield "data.sft", data.sft, data.sft_split, "sft"
     if "label" in stages:
-        yield "data.prompts", data.prompts, data.prompts_split
+        yield "data.prompts", data.prompts, data.prompts_split, "prompts"
     if {"reward", "align"} & set(stages):
-        yield "data.pairs", data.pairs, data.pairs_split
+        yield "data.pairs", data.pairs, data.pairs_split, "pairs"
     if "align" in stages:
-        yield "data.eval_pairs", data.eval_pairs, data.eval_split
-        yield "data.evaluation", data.evaluation, data.evaluation_split
+        yield "data.eval_pairs", data.eval_pairs, data.eval_split, "pairs"
+        yield "data.evaluation", data.evaluation, data.evaluation_split, "prompts"
 
 
 def _models(config: Config, stages: Sequence[str]) -> Iterator[tuple[str, str | None]]:

@@ -40,9 +40,9 @@ def sft(run: Run) -> Path:
     config = run.config
     assert config.data.sft is not None
     tokenizer = tokenizer_of(config)
-    rows, _ = load_sft(config.data.sft, config.data.sft_split, limit=config.data.limit)
-    examples, counts = tokenize_sft(rows, tokenizer, token_settings(config), cache_dir=cache_folder(run))
-    run.say("sft", counts.lines())
+    rows, counts = load_sft(config.data.sft, config.data.sft_split, limit=config.data.limit)
+    examples, more = tokenize_sft(rows, tokenizer, token_settings(config), cache_dir=cache_folder(run))
+    run.say("sft", (counts + more).lines())
     data = examples.map(_labels, remove_columns=[c for c in examples.column_names if c != "input_ids"])
     _check_labels(data)
     model = policy_of(run, tokenizer, config.model.path)
