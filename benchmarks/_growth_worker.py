@@ -89,7 +89,7 @@ class Step:
     def __call__(self) -> float:
         """The loss before the step."""
         batch = self.batch
-        logps = self.forward(self.model, batch.input_ids, batch.position_ids, Layout.of_pairs(*batch.parts()))
+        logps = self.forward(self.model, batch.input_ids, None, Layout.of_pairs(*batch.parts()))
         if batch.reference_chosen_logps is None or batch.reference_rejected_logps is None:
             batch = self.batch = batch.with_reference(logps.chosen_logps.detach(), logps.rejected_logps.detach())
         assert batch.reference_chosen_logps is not None and batch.reference_rejected_logps is not None

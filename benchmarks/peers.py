@@ -167,7 +167,7 @@ def isdaa_bare(job: Job, gate: Gate) -> nn.Module:
 
 
 def _bare_loss(model: nn.Module, forward: PairForward, objective: Objective, batch: PairBatch) -> Tensor:
-    logps = forward(model, batch.input_ids, batch.position_ids, Layout.of_pairs(*batch.parts()))
+    logps = forward(model, batch.input_ids, None, Layout.of_pairs(*batch.parts()))
     assert batch.reference_chosen_logps is not None and batch.reference_rejected_logps is not None
     pairs = PairLogps(
         logps.chosen_logps, logps.rejected_logps, batch.reference_chosen_logps, batch.reference_rejected_logps,

@@ -16,12 +16,11 @@ SECOND = {"prompt_ids": [13], "chosen_ids": [22, 23, 24], "rejected_ids": [31, 3
 def test_one_pair_by_hand() -> None:
     batch = collate([FIRST])
     assert batch.input_ids.tolist() == [10, 11, 12, 20, 21, 30]
-    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 3]
     assert [part.tolist() for part in batch.parts()] == [[3], [2], [1]]
     assert len(batch) == 1
     assert batch.valid.tolist() == [True]
     assert batch.index.tolist() == [-1]
-    for part in (batch.input_ids, batch.position_ids, *batch.parts(), batch.index):
+    for part in (batch.input_ids, *batch.parts(), batch.index):
         assert part.dtype == torch.int64
     assert batch.weights is None
     assert batch.reference_chosen_logps is None
@@ -31,7 +30,6 @@ def test_one_pair_by_hand() -> None:
 def test_two_pairs_by_hand_tokens_unlike_pairs() -> None:
     batch = collate([FIRST | {"index": 7}, SECOND | {"index": 3, "valid": False}])
     assert batch.input_ids.tolist() == [10, 11, 12, 20, 21, 30, 13, 22, 23, 24, 31, 32]
-    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2, 3, 1, 2]
     assert [part.tolist() for part in batch.parts()] == [[3, 1], [2, 3], [1, 2]]
     assert batch.index.tolist() == [7, 3]
     assert batch.valid.tolist() == [True, False]
@@ -97,10 +95,3 @@ pair = st.fixed_dictionaries({"prompt_ids": ids, "chosen_ids": ids, "rejected_id
 def test_slicing_the_packed_row_returns_the_pairs(rows: list[dict[str, list[int]]]) -> None:
     batch = collate(rows)
     assert batch.rows() == rows
-    start = 0
-    for row in rows:  # every response goes on right after its own prompt
-        n, positions = len(row["prompt_ids"]), batch.position_ids.tolist()
-        expected = [*range(n), *range(n, n + len(row["chosen_ids"])), *range(n, n + len(row["rejected_ids"]))]
-        assert positions[start : start + len(expected)] == expected
-        start += len(expected)
-    assert start == batch.input_ids.numel()

@@ -18,8 +18,7 @@ import torch
 class PairBatch:
     """B pairs packed as `[prompt_0|chosen_0|rejected_0|prompt_1|…]`; the lengths say everything about the layout.
 
-    input_ids, position_ids: (T,) int64. Positions count from 0 in every prompt, run on through the chosen response, and
-        start again right after the prompt for the rejected one.
+    input_ids: (T,) int64.
     prompt_lengths, chosen_lengths, rejected_lengths: (B,) int64, in tokens, EOS included.
     *_logps: (B,) float32, sums over a response in nats, or None where no row has them. A NaN among the behaviour logps
         marks a row without its own: the reference is its behaviour policy (`with_reference` fills it in).
@@ -29,7 +28,6 @@ class PairBatch:
     """
 
     input_ids: torch.Tensor
-    position_ids: torch.Tensor
     prompt_lengths: torch.Tensor
     chosen_lengths: torch.Tensor
     rejected_lengths: torch.Tensor
@@ -96,18 +94,12 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> PairBatch:
     if (lengths == 0).any():
         raise ValueError(f"pair {int(np.argwhere(lengths == 0)[0, 0])} of the batch has an empty prompt or response")
     ids = [np.asarray(row[name], dtype=np.int64) for row in rows for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
-    # Positions of part p: its place in the row minus where it starts, plus the prompt's length for both responses.
-    flat = lengths.reshape(-1)
-    starts = np.cumsum(flat) - flat
-    offsets = np.stack([np.zeros(len(rows), dtype=np.int64), lengths[:, 0], lengths[:, 0]], axis=1).reshape(-1)
-    positions = np.arange(flat.sum(), dtype=np.int64) + np.repeat(offsets - starts, flat)
     reference_chosen, reference_rejected = (
         _floats(rows, "reference_chosen_logps"),
         _floats(rows, "reference_rejected_logps"),
     )
     batch = PairBatch(
         input_ids=torch.from_numpy(np.concatenate(ids)),
-        position_ids=torch.from_numpy(positions),
         prompt_lengths=torch.from_numpy(lengths[:, 0].copy()),
         chosen_lengths=torch.from_numpy(lengths[:, 1].copy()),
         rejected_lengths=torch.from_numpy(lengths[:, 2].copy()),

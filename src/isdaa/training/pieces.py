@@ -116,6 +116,5 @@ def _part(batch: PairBatch, first: int, last: int, start: int, end: int) -> Pair
     values = {}
     for name, value in vars(batch).items():
         if isinstance(value, Tensor):
-            tokens = name in ("input_ids", "position_ids")
-            values[name] = value[start:end] if tokens else value[first:last]
+            values[name] = value[start:end] if name == "input_ids" else value[first:last]
     return PairBatch(**values)
