@@ -9,8 +9,9 @@ from isdaa.config import ObjectiveConfig, fields, load_config, resolved
 from isdaa.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-SWEEPS = ("sweep.yaml", "explore.yaml")  # tests/experiments/test_grid.py loads these
-CONFIGS = sorted([ROOT / "config.yaml", *(p for p in (ROOT / "configs").rglob("*.yaml") if p.name not in SWEEPS)])
+# tests/experiments/test_grid.py loads the sweeps.
+RUNS = (p for p in (ROOT / "configs").rglob("*.yaml") if "\ngrids:" not in p.read_text(encoding="utf-8"))
+CONFIGS = sorted([ROOT / "config.yaml", *RUNS])
 BASE = {"model": {"path": "m"}, "data": {"pairs": "p.jsonl"}}
 
 

@@ -156,6 +156,8 @@ def _trl_arguments(kind: Any, settings: OptimisationConfig, folder: Path, run: R
     common = training_arguments(settings, folder, seed=run.config.seed, pairs=rows)
     names = {f.name for f in fields(type(common)) if f.init} & {f.name for f in fields(kind) if f.init}
     arguments = kind(**{name: getattr(common, name) for name in names if not name.startswith("_")}, **explicit)
+    # They serve a resume alone, and ten of an 8B model with its optimiser would be a terabyte; two, should one be damaged.
+    arguments.save_total_limit = 2
     # The Trainer writes this into the saved config, and without it everyone's generation would be slow.
     arguments.use_cache = True
     return arguments
