@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from chains import ALIGN, CHAIN, ROOT, chat_model, jsonl, read_lines
 from tokenizers_for_tests import byte_level
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from isdaa.cli import main
+from isdaa.cli import build_parser, main
 from isdaa.config import load_config
 from isdaa.experiments import sweep as sweeps
 from isdaa.experiments.worker import Work
@@ -79,6 +81,26 @@ def test_the_published_settings(path: Path) -> None:
         shown = config.evaluation
         assert (shown.prompts, shown.temperature, shown.top_p) == (512, 0.7, 0.95)
         assert shown.max_new_tokens == (512 if long else 128)
+
+
+def documented() -> list[str]:
+    """The `isdaa` commands of docs/reproduction.md."""
+    page = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
+    lines = [line.strip() for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    return [line.split("  #")[0].strip() for line in lines if line.startswith("isdaa ")]
+
+
+@pytest.mark.parametrize("command", documented())
+def test_the_commands_of_the_page_are_commands(command: str) -> None:
+    arguments = build_parser().parse_args(shlex.split(command)[1:])
+    if arguments.command in ("train", "sweep"):
+        assert ROOT / arguments.config in PAPER
+
+
+def test_the_page_names_every_configuration() -> None:
+    page = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
+    bases = {"ultrafeedback.yaml", "hh.yaml"}  # named by their sweeps
+    assert all(f"configs/{path.parent.name}/{path.name}" in page for path in PAPER if path.name not in bases)
 
 
 class Home:
@@ -194,8 +216,9 @@ def test_the_tldr_study(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study_of(study, ["dpo-beta0.05/seed-1", "is_dpo-beta0.05/seed-1"])
     # `keep: best`: of a run's checkpoints only the recommended one and the last are left to measure again.
     run = study / "runs/dpo-beta0.05/seed-1"
-    assert main(["evaluate", "--model_path", str(run), "--evaluation.opponent", "chosen", "--output", "chosen"]) == 0
-    metrics = json.loads((home / "chosen/metrics.json").read_text())
+    output = str(run / "evaluation-chosen")
+    assert main(["evaluate", "--model_path", str(run), "--evaluation.opponent", "chosen", "--output", output]) == 0
+    metrics = json.loads((run / "evaluation-chosen/metrics.json").read_text())
     assert metrics["settings"]["opponent"] == "chosen" and metrics["models"][-1]["step"] == 6
     capsys.readouterr()
     assert main(["report", str(study)]) == 0
