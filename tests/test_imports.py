@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "isdaa"
-BASEMENT = {"errors", "files", "terminal"}
+BASEMENT = {"errors", "distributed", "files", "terminal"}
 # Room -> rooms it may import. `training` and `report` stand beside each other.
 GROUND = {"objectives", "models", "data", "world", "config", "record"}
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
-    "terminal": set(),
+    "distributed": {"errors"},
+    "terminal": {"distributed"},
     "objectives": set(),
     "world": BASEMENT,
     "models": BASEMENT,

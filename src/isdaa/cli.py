@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from isdaa import __version__
+from isdaa.distributed import finish, is_main, speaks_first, world_size
 from isdaa.errors import UserError
 
 EXAMPLES = """examples:
@@ -120,15 +121,22 @@ def _evaluation_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
+    """Run one command. Returns the exit status: 0, 2 for bad input (one line on stderr), 130 when interrupted.
+
+    Of several processes that torchrun started, one says what is wrong.
+    """
     try:
         arguments = build_parser().parse_args(sys.argv[1:] if argv is None else argv)
-        return COMMANDS[arguments.command](arguments)
+        if world_size() > 1 and arguments.command not in TOGETHER:
+            raise UserError(f"{arguments.command}: works in one process; start it without torchrun or accelerate launch")
+        status = COMMANDS[arguments.command](arguments)
+        finish()
+        return status
     except UserError as error:
-        print(f"isdaa: error: {error}", file=sys.stderr)
-        return 2
+        return _refused(str(error))
     except KeyboardInterrupt:
-        print("\nisdaa: interrupted; the same command goes on from here", file=sys.stderr)
+        if is_main():
+            print("\nisdaa: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -137,8 +145,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.filename is None and error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"isdaa: error: {where}{error.strerror or error}", file=sys.stderr)
-        return 2
+        return _refused(f"{where}{error.strerror or error}")
+
+
+def _refused(line: str) -> int:
+    if speaks_first():
+        print(f"isdaa: error: {line}", file=sys.stderr, flush=True)
+    return 2
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -181,8 +194,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from isdaa.evaluation.table import print_table
 
     request = requests(arguments.model_path, overrides)
-    print_table(evaluate_request(request))
-    print(f"records: {request.output_dir}")
+    metrics = evaluate_request(request)
+    if is_main():
+        print_table(metrics)
+        print(f"records: {request.output_dir}")
     return 0
 
 
@@ -283,8 +298,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    logging.getLogger("isdaa").setLevel(logging.INFO)
+    logging.basicConfig(level=logging.WARNING if is_main() else logging.ERROR, format="%(name)s: %(message)s")
+    logging.getLogger("isdaa").setLevel(logging.INFO if is_main() else logging.ERROR)
 
 
 COMMANDS = {
@@ -296,6 +311,7 @@ COMMANDS = {
     "sweep": _sweep,
     "demo": _demo,
 }
+TOGETHER = ("train", "evaluate", "logps", "methods")  # what several processes can do
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import glob
 import hashlib
 import json
@@ -18,6 +19,17 @@ from typing import Any
 from isdaa.errors import UserError
 
 DAY = 24 * 60 * 60  # seconds
+
+
+@contextlib.contextmanager
+def locked_file(path: Path, taken: str) -> Iterator[None]:
+    """While no other process has the lock at `path`. Raises UserError, which says `taken`, where one has it."""
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(taken) from None
+        yield
 
 
 def sync_folder(folder: Path) -> None:

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from isdaa.distributed import is_main
+
 console = Console(stderr=True, highlight=False)
 PLAIN_INTERVAL = 10.0  # seconds between two lines where there is no terminal
 SKIPPED = 0.5  # seconds; a part that takes less was finished earlier, and says nothing about the pace
@@ -24,7 +26,12 @@ _open: list[Bar] = []
 
 
 def say(line: str) -> None:
-    """One line on stderr, above the bars. Not wrapped where there is no terminal: a path stays in one piece."""
+    """One line on stderr, above the bars. Not wrapped where there is no terminal: a path stays in one piece.
+
+    Of several processes, the main one alone says anything, here and in bars.
+    """
+    if not is_main():
+        return
     console.print(line, soft_wrap=not console.is_terminal, markup=False)
 
 
@@ -122,6 +129,8 @@ class Bar:
 
     def say(self) -> None:
         """Print the plain line."""
+        if not is_main():
+            return
         self.printed = time.monotonic()
         count = f"{self.share():.0%}" if self.in_parts else self.count()
         left = self.left()
@@ -137,7 +146,7 @@ def progress(description: str, total: float | None = None, pace: float | None = 
     pace: seconds that a unit of work is expected to take, where that is known before anything has been seen.
     """
     global _live
-    outermost = _live is None and console.is_terminal
+    outermost = _live is None and console.is_terminal and is_main()
     if outermost:
         columns: list[Any] = [TextColumn("{task.description:<30}"), BarColumn(bar_width=24), _Count()]
         _live = Progress(*columns, TimeElapsedColumn(), _Left(), TextColumn("{task.fields[note]}"), console=console)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.config import EvaluationConfig, TokenizationConfig
+from isdaa.distributed import dealt, once
 from isdaa.errors import UserError
 from isdaa.evaluation.identity import model_digest
 from isdaa.evaluation.kl import KL_SETTINGS, divergences
@@ -148,17 +149,17 @@ class Collection:
         # Without a scorer, one sample a prompt shows the reference's length and repetition; opponents are not needed.
         self.opponents = settings.opponent_samples if scored else 1
         paths = [reference, *(model.path for model in models)]
-        self.digests = {path: model_digest(path, trust_remote_code) for path in dict.fromkeys(paths)}
+        self.digests = once(lambda: {path: model_digest(path, trust_remote_code) for path in dict.fromkeys(paths)})
 
     @cached_property
     def samples(self) -> Blocks:
         """Samples on disk, read when the work begins."""
-        return blocks_of(self.folder, SAMPLES, {"shared": self.shared})
+        return once(lambda: blocks_of(self.folder, SAMPLES, {"shared": self.shared}))
 
     @cached_property
     def pairs(self) -> Blocks:
         """Held-out logps on disk, read when the work begins."""
-        return blocks_of(self.folder, PAIRS, {"shared": self.shared})
+        return once(lambda: blocks_of(self.folder, PAIRS, {"shared": self.shared}))
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -225,7 +226,7 @@ class Collection:
                     with bar.part(work.size, work.leader):
                         work.do()
                     bar.update(0)  # tells the bars around this one
-        write_json(self.folder / PLAN, plan)
+        once(lambda: write_json(self.folder / PLAN, plan))
         return plan
 
     def _todo(self, plan: Record) -> list[_Work]:
@@ -262,22 +263,27 @@ class Collection:
         """One sample a prompt for win rates, for each purpose (name -> block key) that lacks it."""
         missing = {purpose: key for purpose, key in purposes.items() if key not in self.samples}
         started = time.monotonic()
-        drawn = self._sample(path, self.sampling, list(missing))
+        drawn = dealt(self.prompts.rows, lambda rows: self._sample(path, rows, self.sampling, list(missing)))
         header = self._header(path, "", self.sampling, started)
-        for (purpose, key), records in zip(missing.items(), drawn, strict=True):
-            self.samples.add("samples", key, header | {"purpose": purpose}, records)
+        for place, (purpose, key) in enumerate(missing.items()):
+            self.samples.add("samples", key, header | {"purpose": purpose}, [records[place] for records in drawn])
 
     def measure_kl(self, path: str, key: str) -> None:
         """One sample a prompt of the policy itself, with both models' logps and the Rao–Blackwell KL."""
         started = time.monotonic()
         sampling = KL_SETTINGS | {"max_new_tokens": self.settings.max_new_tokens}
-        (records,) = self._sample(path, sampling, ["kl/0"], with_states=True)
-        states = [record.pop("states") for record in records]  # what the tokens were drawn from: the policy is not run again
-        rows = [(prompt["prompt_ids"], record["ids"]) for prompt, record in zip(self.prompts.rows, records, strict=True)]
-        _, policy = self.models.get(path)
-        _, reference = self.models.reference
-        for record, values in zip(records, divergences(policy, reference, rows, states), strict=True):
-            record.update(values)
+
+        def measured(prompts: Sequence[Record]) -> list[Record]:
+            records = [record for (record,) in self._sample(path, prompts, sampling, ["kl/0"], with_states=True)]
+            states = [record.pop("states") for record in records]  # what the tokens were drawn from: the policy is not run again
+            rows = [(prompt["prompt_ids"], record["ids"]) for prompt, record in zip(prompts, records, strict=True)]
+            _, policy = self.models.get(path)
+            _, reference = self.models.reference
+            for record, values in zip(records, divergences(policy, reference, rows, states), strict=True):
+                record.update(values)
+            return records
+
+        records = dealt(self.prompts.rows, measured)
         header = self._header(path, "kl/0", sampling, started)
         header |= {"reference": self.reference, "reference_digest": self.digests[self.reference]}
         self.samples.add("kl", key, header, records)
@@ -288,7 +294,7 @@ class Collection:
 
         started = time.monotonic()
         _, forward = self.models.get(path)
-        logps = pair_logps(forward, self.held_out)
+        logps = dealt(self.held_out, lambda pairs: pair_logps(forward, pairs))
         records = [
             {"pair_id": pair["id"], "prompt": pair["prompt"], "chosen_logps": chosen, "rejected_logps": rejected}
             for pair, (chosen, rejected) in zip(self.held_out, logps, strict=True)
@@ -302,15 +308,20 @@ class Collection:
         return head | self.prompts.shared | {"seconds": round(time.monotonic() - started, 3)}
 
     def _sample(
-        self, path: str, sampling: Mapping[str, Any], purposes: Sequence[str], with_states: bool = False
+        self,
+        path: str,
+        rows: Sequence[Record],
+        sampling: Mapping[str, Any],
+        purposes: Sequence[str],
+        with_states: bool = False,
     ) -> list[list[Record]]:
-        """For each purpose, one record a prompt in the prompts' order; with_states: and its `Sample.states`, to be taken out."""
+        """For each of some prompts, a record for each purpose; with_states: and its `Sample.states`, to be taken out."""
         from isdaa.models.sampling import SamplingSettings, sample
 
         model, _ = self.models.get(path)
-        tokenizer, rows = self.prompts.tokenizer, self.prompts.rows
+        tokenizer = self.prompts.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        records: list[list[Record]] = [[{} for _ in rows] for _ in purposes]
+        records: list[list[Record]] = [[{} for _ in purposes] for _ in rows]
         with progress(f"  {purposes[0].split('/')[0]} samples", len(rows) * len(purposes)) as bar:
             for chat, stop in self.prompts.stop.items():
                 chosen = [i for i, row in enumerate(rows) if row["chat"] == chat]
@@ -335,7 +346,7 @@ class Collection:
                     end = len(result.ids)
                     while end and result.ids[end - 1] in stop:
                         end -= 1
-                    records[purpose][i] = {
+                    records[i][purpose] = {
                         "prompt_id": rows[i]["prompt_id"],
                         "sample": int(purposes[purpose].split("/")[1]),
                         "text": tokenizer.decode(result.ids[:end], skip_special_tokens=False),
@@ -344,7 +355,7 @@ class Collection:
                         "finished": bool(result.finished),
                     }
                     if with_states:
-                        records[purpose][i]["states"] = result.states
+                        records[i][purpose]["states"] = result.states
         return records
 
 

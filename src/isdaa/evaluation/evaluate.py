@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.config import EvaluationConfig, TokenizationConfig
+from isdaa.distributed import once
 from isdaa.errors import UserError
 from isdaa.evaluation.analysis import METRICS, analyse, check_opponent
 from isdaa.evaluation.collect import PLAN, Collection, check_tokenizers, tokenize
@@ -86,12 +87,12 @@ def evaluate(
         shared=Path(shared) if shared is not None else None,
     )
     with locked(output_dir) as folder:
-        _check_replaced(folder, entries)
+        once(lambda: _check_replaced(folder, entries))
         collection.run()
         if judge is not None:
             score(folder, judge)
-        analyse(folder, settings)
-        return with_verdicts(folder)
+        once(lambda: analyse(folder, settings))
+        return once(lambda: with_verdicts(folder))
 
 
 def _plan_before(folder: Path) -> dict[str, Any]:
@@ -133,8 +134,8 @@ def evaluate_request(request: Request) -> dict[str, Any]:
     """`evaluate` for what `requests` found: reads the rows, then evaluates; the metrics also say where the rows came from."""
     from isdaa.data.sources import load_prompts
 
-    prompts, _ = load_prompts(request.data, request.split)
-    held_out = common_pairs(request.held_out) if request.held_out else _pairs_of(request, prompts)
+    prompts, _ = once(lambda: load_prompts(request.data, request.split))
+    held_out = once(lambda: common_pairs(request.held_out) if request.held_out else _pairs_of(request, prompts))
     metrics = evaluate(
         request.models,
         reference=request.reference,
@@ -149,7 +150,7 @@ def evaluate_request(request: Request) -> dict[str, Any]:
         shared=request.shared,
     )
     metrics |= {"data": request.data, "split": request.split}
-    write_json(Path(request.output_dir) / METRICS, metrics)
+    once(lambda: write_json(Path(request.output_dir) / METRICS, metrics))
     return metrics
 
 

@@ -8,14 +8,14 @@ decides the block's content, so work done once is found again, and a block that 
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from isdaa.distributed import is_main, once
 from isdaa.errors import UserError
-from isdaa.files import append_jsonl, readable_jsonl, whole_jsonl, write_jsonl
+from isdaa.files import append_jsonl, locked_file, readable_jsonl, whole_jsonl, write_jsonl
 
 Record = dict[str, Any]
 
@@ -63,7 +63,8 @@ class Blocks:
         """Append a whole block and sync it."""
         head = {"header": kind, "block": key, "count": len(records), **header}
         lines = [{"block": key, **record} for record in records]
-        append_jsonl(self.path, [head, *lines])
+        if is_main():
+            append_jsonl(self.path, [head, *lines])
         self.headers[key], self.records[key] = head, lines
 
 
@@ -75,14 +76,16 @@ def blocks_of(folder: Path, name: str, plan: Record) -> Blocks:
 
 @contextmanager
 def locked(folder: str | Path) -> Iterator[Path]:
-    """The folder, made if need be, while no other process writes records into it."""
+    """The folder, made if need be, while no other program writes records into it."""
     folder = Path(folder)
+    with ExitStack() as held:
+        once(lambda: _take(folder, held))
+        yield folder
+
+
+def _take(folder: Path, held: ExitStack) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; choose another folder for the evaluation with --output")
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{folder}: another isdaa process is evaluating into this folder; wait for it") from None
-        yield folder
+    taken = f"{folder}: another isdaa process is evaluating into this folder; wait for it"
+    held.enter_context(locked_file(folder / ".lock", taken))

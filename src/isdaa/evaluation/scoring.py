@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
+from isdaa.distributed import dealt, once, world_size
 from isdaa.evaluation.collect import PLAN, SAMPLES
-from isdaa.evaluation.records import Record, blocks_of
+from isdaa.evaluation.records import Blocks, Record, blocks_of
 from isdaa.evaluation.scorers import Scorer
 from isdaa.files import digest, read_json, write_json
 from isdaa.record import git_revision, versions
@@ -30,8 +32,7 @@ def score(folder: str | Path, scorer: Scorer) -> None:
     Raises UserError where step one has left no records, or for rows that the scorer cannot judge.
     """
     folder = Path(folder)
-    plan = read_json(folder / PLAN)
-    samples, scores = (blocks_of(folder, name, plan) for name in (SAMPLES, SCORES))
+    plan, samples, scores = once(lambda: _records(folder))
     prompts = {row["prompt_id"]: row for row in samples[plan["prompts"]]}
     chosen = [
         {"prompt_id": name, "sample": 0, "text": row["chosen"], "finished": True}
@@ -47,16 +48,22 @@ def score(folder: str | Path, scorer: Scorer) -> None:
     shared = {"scorer": scorer.name, "scorer_digest": scorer.digest, "prompts": plan["prompts"]}
     shared |= {"versions": versions(), "git_revision": git_revision()}
     if todo:
-        with progress("scoring", sum(len(records) for _, records in todo.values())) as bar:
+        with progress("scoring", sum(len(records) for _, records in todo.values()) // world_size()) as bar:
             for key, (of, records) in todo.items():
                 rows = [
                     {**prompts[r["prompt_id"]], "id": r["prompt_id"], "response": r["text"], "finished": r["finished"]}
                     for r in records
                 ]
-                values = scorer.score(rows, progress=bar)
+                values = dealt(rows, partial(scorer.score, progress=bar))
                 scored = [
                     {"prompt_id": r["prompt_id"], "sample": r["sample"], "score": value}
                     for r, value in zip(records, values, strict=True)
                 ]
                 scores.add("scores", key, {"of": of, **shared}, scored)
-    write_json(folder / PLAN, plan | {"scorer": {"name": scorer.name, "digest": scorer.digest}})
+    once(lambda: write_json(folder / PLAN, plan | {"scorer": {"name": scorer.name, "digest": scorer.digest}}))
+
+
+def _records(folder: Path) -> tuple[Record, Blocks, Blocks]:
+    """The plan of the evaluation in `folder`, its samples and its scores."""
+    plan = read_json(folder / PLAN)
+    return plan, blocks_of(folder, SAMPLES, plan), blocks_of(folder, SCORES, plan)

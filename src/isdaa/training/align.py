@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from isdaa.data.pairs import Counts
 from isdaa.data.sources import common_prompts, hold_out, load_pairs
 from isdaa.data.tokenization import tokenize_pairs, tokenizer_digest
+from isdaa.distributed import once, world_size
 from isdaa.errors import UserError
 from isdaa.evaluation.collect import check_tokenizers
 from isdaa.evaluation.identity import model_digest
@@ -19,13 +21,12 @@ from isdaa.models import fused_head
 from isdaa.models.adapters import add_lora
 from isdaa.models.forward import PairForward, prepare
 from isdaa.models.kernels import compile_layers
-from isdaa.models.loading import load_tokenizer
+from isdaa.models.loading import load_model, load_tokenizer
 from isdaa.models.saving import save_model, weights_digest
 from isdaa.objectives.objective import Objective
 from isdaa.record import ModelRecord
 from isdaa.training.arguments import total_steps, training_arguments
 from isdaa.training.batches import BEHAVIOUR_COLUMNS, TokenisedPairs
-from isdaa.training.checkpoints import newest_complete_checkpoint
 from isdaa.training.guard import guard_of
 from isdaa.training.look import longest_row
 from isdaa.training.monitor import MetricsFile, metrics_line
@@ -39,12 +40,14 @@ from isdaa.training.start import (
     described,
     keep_model,
     logps_key,
+    newest,
     other_model,
     policy_of,
     record_of,
     starting_path,
     token_settings,
     tokenizer_of,
+    trained_model,
 )
 from isdaa.training.supervised import pairs_source
 
@@ -60,7 +63,7 @@ def _align(run: Run) -> Path:
     config = run.config
     start = starting_path(run)
     tokenizer = tokenizer_of(config, start)
-    train, held_out = _pairs(run, tokenizer)
+    train, held_out = once(lambda: _pairs(run, tokenizer))
     policy = policy_of(run, tokenizer, start)
     for pairs in (train, held_out):
         if pairs is not None:
@@ -72,14 +75,15 @@ def _align(run: Run) -> Path:
     # The reference is the policy exactly as loaded: its logps come before a new adapter.
     train, held_out = _with_logps(run, train, held_out, policy, forward, tokenizer)
     if config.lora.rank:
-        base = _adapter_base(run, policy, tokenizer, start)
+        plain = policy
+        base = once(lambda: _adapter_base(run, plain, tokenizer, start))
         policy = add_lora(policy, **config.lora.model_dump(), seed=config.seed)
         policy.peft_config["default"].base_model_name_or_path = base
         # Probed again: what the base's probe found out must hold for the forward that trains.
         forward = prepare(policy, probe=config.align.probe, longest_row=longest_row(config), attention=config.align.attention)
     if config.align.compile_layers:
         compile_layers(policy)
-    steps = total_steps(config.align, len(train))
+    steps = total_steps(config.align, len(train), world_size())
     if config.align.warmup_steps >= steps:
         run.say(
             "align", [f"warm-up ({config.align.warmup_steps} steps) is as long as the run ({steps}): the learning rate stays low"]
@@ -99,7 +103,12 @@ def _align(run: Run) -> Path:
         policy,
         Objective(**config.objective.arguments()),
         args=training_arguments(
-            config.align, checkpoints, seed=config.seed, pairs=len(train), eval_pairs=len(held_out) if held_out else 0
+            config.align,
+            checkpoints,
+            seed=config.seed,
+            pairs=len(train),
+            eval_pairs=len(held_out) if held_out else 0,
+            world_size=world_size(),
         ),
         forward=forward,
         train_dataset=train,
@@ -114,12 +123,13 @@ def _align(run: Run) -> Path:
     )
     if guard is not None:
         guard.attach(trainer)
-    trainer.train(resume_from_checkpoint=newest_complete_checkpoint(checkpoints))
+    trainer.train(resume_from_checkpoint=newest(checkpoints))
     if guard is not None:
         run.say("align", guard.summary())
         run.note("align", guard=guard.facts())
     folder = run.folder / "model"
-    keep_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder, record(trainer.state.global_step))
+    load = partial(load_model, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code)
+    keep_model(partial(trained_model, trainer, load), tokenizer, folder, record(trainer.state.global_step))
     return folder
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from isdaa.config import TokenizationConfig
 from isdaa.data.sources import as_dataset, load_pairs
 from isdaa.data.tokenization import TokenizationSettings, tokenize_pairs
+from isdaa.distributed import once
 from isdaa.errors import UserError
 from isdaa.files import write_jsonl
 from isdaa.models.forward import prepare
@@ -43,7 +44,7 @@ def write_behaviour_logps(model_path: str, source: str, split: str, output: Path
     for i, c, r in zip(tokens["id"], chosen, rejected, strict=True):
         kept = {name: value for name, value in rows[int(i)].items() if value is not None and name != "where"}
         with_logps.append({**kept, "behaviour_chosen_logps": float(c), "behaviour_rejected_logps": float(r)})
-    write_jsonl(output, with_logps)
+    once(lambda: write_jsonl(output, with_logps))
     for line in (counts + more).lines():
         say(line)
     replaced = sum(row["behaviour_chosen_logps"] is not None for row in rows)

@@ -34,7 +34,7 @@ from isdaa.record import ModelRecord, read_record
 from isdaa.training.batches import TokenisedPairs
 from isdaa.training.look import Looks, Measurement, Reference, guard_prompts, longest_row
 from isdaa.training.preference import PreferenceTrainer
-from isdaa.training.run import Run
+from isdaa.training.run import ONE_PROCESS, Run
 from isdaa.training.start import described, other_model, policy_of
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ONE_PROCESS = "guard.steps: the guard works in one process for now; set it to null"
 FOLDER, BEST = "guard", "best"  # in a run's folder: opponents and candidates; the best model
 
 
@@ -322,8 +321,6 @@ def guard_of(
     config, settings = run.config, run.config.guard
     if settings.steps is None:
         return None
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # before several processes draw opponents into one file
-        raise UserError(ONE_PROCESS)
     name = config.guard_scorer
     scorer = None if name is None else load_scorer(name, max_prompt_length=config.tokenization.max_prompt_length)
     prompts = guard_prompts(run, tokenizer)

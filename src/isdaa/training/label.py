@@ -13,6 +13,7 @@ from typing import Any
 from isdaa.data.chat import stop_token_ids
 from isdaa.data.sources import as_dataset, load_prompts
 from isdaa.data.tokenization import tokenize_pairs, tokenize_prompts
+from isdaa.distributed import dealt, is_main, once, world_size
 from isdaa.errors import UserError
 from isdaa.evaluation.scorers import load_scorer
 from isdaa.files import append_jsonl, digest, whole_jsonl, write_json, write_jsonl
@@ -34,7 +35,7 @@ from isdaa.training.start import (
     tokenizer_of,
 )
 
-BLOCK = 1000  # prompts between two writes
+BLOCK = 1000  # prompts of one process between two writes
 
 Row = dict[str, Any]
 
@@ -42,15 +43,10 @@ Row = dict[str, Any]
 def label(run: Run) -> Path:
     """Sample, score, pair. Returns the file of canonical pairs with token ids, rewards and behaviour logps."""
     config, settings = run.config, run.config.label
-    assert config.data.prompts is not None and settings.scorer is not None
     folder = run.folder / "pairs"
     start = starting_path(run)
     tokenizer = tokenizer_of(config, start)
-    prompts, counts = load_prompts(config.data.prompts, config.data.prompts_split, limit=config.data.limit)
-    ids, more = tokenize_prompts(prompts, tokenizer, token_settings(config))
-    run.say("label", (counts + more).lines())
-    rows = [{**row, "prompt_ids": list(prompt)} for row, prompt in zip(prompts, ids, strict=True)]
-    _check_ids(rows)
+    rows = once(lambda: _prompts(run, tokenizer))
     model = policy_of(run, tokenizer, start)
     longest = max(len(row["prompt_ids"]) for row in rows) + settings.max_new_tokens
     check_rows(model, start, max(max(row["prompt_ids"]) for row in rows), longest)
@@ -77,10 +73,22 @@ def label(run: Run) -> Path:
         "model": start,
         "seed": seed,
     }
-    write_jsonl(folder / "train.jsonl", pairs)
-    write_json(folder / "label.json", facts)
+    once(lambda: write_jsonl(folder / "train.jsonl", pairs))
+    once(lambda: write_json(folder / "label.json", facts))
     run.say("label", [f"{len(pairs)} pairs; the label agrees with the reward in {facts['agreement']:.0%} of them"])
     return folder / "train.jsonl"
+
+
+def _prompts(run: Run, tokenizer: Any) -> list[Row]:
+    """Every prompt with its token ids."""
+    config = run.config
+    assert config.data.prompts is not None
+    prompts, counts = load_prompts(config.data.prompts, config.data.prompts_split, limit=config.data.limit)
+    ids, more = tokenize_prompts(prompts, tokenizer, token_settings(config))
+    run.say("label", (counts + more).lines())
+    rows = [{**row, "prompt_ids": list(prompt)} for row, prompt in zip(prompts, ids, strict=True)]
+    _check_ids(rows)
+    return rows
 
 
 def _check_ids(rows: Sequence[Row]) -> None:
@@ -103,11 +111,13 @@ def _responses(
     work = [weights_digest(model), config_digest(model), asdict(sampling), settings.samples, seed, scorer.digest]
     # A record is used again only where it is what this very work would give.
     keys = {str(row["id"]): digest([*work, row["prompt"], list(row["prompt_ids"])]) for row in rows}
-    kept = {str(record["id"]): record for record in whole_jsonl(path)}
+    kept = {str(record["id"]): record for record in once(lambda: whole_jsonl(path))}
     found = {name: record["responses"] for name, record in kept.items() if record.get("key") == keys.get(name)}
     missing = [row for row in rows if str(row["id"]) not in found]
-    with progress("label: sample and score", len(missing) * settings.samples) as bar:
-        for block in _blocks(missing):
+    with progress("label: sample and score", len(missing) * settings.samples // world_size()) as bar:
+
+        def answered(block: Sequence[Row]) -> list[Row]:
+            """One record a prompt."""
             answers = sample(
                 model,
                 [row["prompt_ids"] for row in block],
@@ -131,17 +141,22 @@ def _responses(
                 of_row = range(number * settings.samples, (number + 1) * settings.samples)
                 responses = [{"ids": list(answers[i].ids), "finished": answers[i].finished, "reward": rewards[i]} for i in of_row]
                 records.append({"id": str(row["id"]), "key": keys[str(row["id"])], "responses": responses})
-                found[str(row["id"])] = responses
-            append_jsonl(path, records)
+            return records
+
+        for block in _blocks(missing, BLOCK * world_size()):
+            records = dealt(block, answered)
+            found |= {record["id"]: record["responses"] for record in records}
+            if is_main():
+                append_jsonl(path, records)
     return found
 
 
-def _blocks(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
-    """At most `BLOCK` prompts at a time; chat and plain prompts apart, since different tokens end their responses."""
+def _blocks(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
+    """At most `size` prompts at a time; chat and plain prompts apart, since different tokens end their responses."""
     for chat in (False, True):
         alike = [row for row in rows if isinstance(row["prompt"], list) == chat]
-        for first in range(0, len(alike), BLOCK):
-            yield alike[first : first + BLOCK]
+        for first in range(0, len(alike), size):
+            yield alike[first : first + size]
 
 
 def _text(ids: Sequence[int], prompt: Row, tokenizer: Any, stop: Mapping[bool, set[int]]) -> Any:
@@ -169,7 +184,7 @@ def _with_behaviour_logps(run: Run, pairs: list[Row], model: Any, tokenizer: Any
     known = [{k: v for k, v in pair.items() if k != "pairing"} for pair in pairs]
     rows = as_dataset([{**marked, **pair, "where": f"pair {pair['id']}"} for pair in known])
     settings = token_settings(run.config)
-    tokens, counts = tokenize_pairs(rows, tokenizer, settings)
+    tokens, counts = once(lambda: tokenize_pairs(rows, tokenizer, settings))
     if counts.dropped_behaviour_cut:
         run.say("label", [f"{counts.dropped_behaviour_cut} pairs are longer than tokenization.max_length: no behaviour logps"])
     forward = prepare(model, longest_row=run.config.tokenization.max_length)

@@ -7,6 +7,7 @@ on: the model's weights, the token ids, the numerics. Runs share the files.
 from __future__ import annotations
 
 import fcntl
+import heapq
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from isdaa.distributed import everyones, is_main, rank, world_size
 from isdaa.errors import UserError
 from isdaa.files import digest, write_atomically
 from isdaa.models.forward import PairForward
@@ -58,16 +60,17 @@ def reference_logps(
     path = None if cache_dir is None else Path(cache_dir) / f"logps-{digest(full)}.safetensors"
     if path is not None:
         found = read_cache(path, full, len(rows))
-        if _agreed(found is not None) and found is not None:
+        # One that computes alone would wait for the others for ever.
+        if all(everyones(lambda: found is not None)) and found is not None:
             return found
-    with _alone(path) if path is not None and _world() == 1 else nullcontext() as waited:
+    with _alone(path) if path is not None and world_size() == 1 else nullcontext() as waited:
         if path is not None and waited:  # for another run, which wanted the same
             found = read_cache(path, full, len(rows))
             if found is not None:
                 return found
         prepared = forward if isinstance(forward, PairForward) else forward()
         logps = _compute(prepared, rows, batch_tokens, precision, progress)
-        if path is not None and _rank() == 0:
+        if path is not None and is_main():
             write_cache(path, full, *logps)
     return logps
 
@@ -142,9 +145,7 @@ def _content(chosen: np.ndarray, rejected: np.ndarray) -> str:
 def _compute(
     forward: PairForward, pairs: TokenisedPairs, batch_tokens: int, precision: str, description: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One pass over this rank's share of the pairs, then everyone's results together."""
-    model: nn.Module = forward.model
-    device = next(model.parameters()).device
+    """One pass over this process's share of the pairs, then everyone's results together."""
     lengths = pairs.lengths()
     prompts = pairs.prompt_groups() if forward.mode == SHARED_PREFIX else np.arange(len(pairs))  # two rows share nothing
     # Prompt by prompt, so that its pairs share it; those with the longest pair first, so that what does not fit into
@@ -152,7 +153,31 @@ def _compute(
     longest = np.zeros(len(pairs), dtype=np.int64)
     np.maximum.at(longest, prompts, lengths)
     order = np.lexsort((prompts, -longest[prompts]))
-    order = order[prompts[order] % _world() == _rank()] if _world() > 1 else order
+    if world_size() > 1:
+        order = order[_shares(pairs, prompts, world_size())[prompts[order]] == rank()]
+
+    def share() -> np.ndarray:
+        return _share(forward, pairs, order, lengths, batch_tokens, precision, description)
+
+    values = np.stack(everyones(share)).sum(axis=0, dtype=np.float32)  # every row is another process's zero
+    bad = np.argwhere(~np.isfinite(values).all(axis=0))[:, 0]
+    if len(bad):
+        raise UserError(f"{description}: {len(bad)} pairs have logps that are not finite, the first is row {bad[0]}")
+    return values[0], values[1]
+
+
+def _share(
+    forward: PairForward,
+    pairs: TokenisedPairs,
+    order: np.ndarray,
+    lengths: np.ndarray,
+    batch_tokens: int,
+    precision: str,
+    description: str,
+) -> np.ndarray:
+    """(2, N) logps of the rows in `order`, 0 elsewhere."""
+    model: nn.Module = forward.model
+    device = next(model.parameters()).device
     values = np.zeros((2, len(pairs)), dtype=np.float32)
     was_training = model.training
     model.eval()
@@ -168,15 +193,22 @@ def _compute(
                 bar.update(float(lengths[group].sum()))
     finally:
         model.train(was_training)
-    if _world() > 1:
-        # Every row is another rank's zero.
-        shares: list[Any] = [None] * _world()
-        torch.distributed.all_gather_object(shares, values)
-        values = np.sum(shares, axis=0, dtype=np.float32)
-    bad = np.argwhere(~np.isfinite(values).all(axis=0))[:, 0]
-    if len(bad):
-        raise UserError(f"{description}: {len(bad)} pairs have logps that are not finite, the first is row {bad[0]}")
-    return values[0], values[1]
+    return values
+
+
+def _shares(pairs: TokenisedPairs, prompts: np.ndarray, world: int) -> np.ndarray:
+    """Which process has the pairs of each prompt: all have about as many tokens to compute. prompts: (N,) of each pair.
+
+    The prompts with most tokens first, each to where the fewest are so far.
+    """
+    own, first = pairs.lengths(), np.unique(prompts, return_index=True)[1]
+    prompt = np.diff(pairs.tokens["prompt_ids"][1])
+    tokens = np.bincount(prompts, own - prompt).astype(np.int64) + prompt[first]
+    shares, heap = np.zeros(len(tokens), dtype=np.int64), [(0, process) for process in range(world)]
+    for group in np.argsort(-tokens, kind="stable").tolist():
+        so_far, shares[group] = heapq.heappop(heap)
+        heapq.heappush(heap, (so_far + int(tokens[group]), int(shares[group])))
+    return shares
 
 
 def _groups(order: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndarray]:
@@ -190,21 +222,3 @@ def _groups(order: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndar
         groups[-1].append(index)
         tokens += int(lengths[index])
     return [np.array(group, dtype=np.int64) for group in groups]
-
-
-def _world() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if _world() > 1 else 0
-
-
-def _agreed(found: bool) -> bool:
-    """Whether every rank found the file: one that computes alone would wait for the others for ever."""
-    if _world() == 1:
-        return found
-    answers: list[Any] = [None] * _world()
-    torch.distributed.all_gather_object(answers, found)
-    return all(answers)

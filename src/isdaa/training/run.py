@@ -1,21 +1,25 @@
-"""A run's folder: whose it is, which stages are done, and that one process at a time works in it."""
+"""A run's folder: whose it is, which stages are done, and that one program at a time works in it.
+
+Of several processes, the main one holds the lock and writes; all of them know the same state.
+"""
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from isdaa.config import Config, fields, resolved
+from isdaa.distributed import is_main, once, world_size
 from isdaa.errors import UserError
-from isdaa.files import read_json, write_atomically, write_json
+from isdaa.files import locked_file, read_json, write_atomically, write_json
 from isdaa.record import git_revision, versions
 from isdaa.terminal import say
 
+ONE_PROCESS = "guard.steps: the guard works in one process for now; set it to null"
 # What decides the outcome of a stage. A stage that began with other values is another run.
 DECIDES: dict[str, tuple[str, ...]] = {
     "sft": ("seed", "model", "data.sft", "data.sft_split", "data.limit", "tokenization", "sft", "lora"),
@@ -44,6 +48,8 @@ GUARD_DECIDES = (
 FREE = ("report_to", "logging_steps", "save_total_limit")  # change what is shown or kept, not what comes out
 # Samples and weights do not depend on them, but for rounding: a run may go on with other kernels.
 FREE_KEYS = ("label.batch_size", "guard.batch_size", "guard.keep", "align.attention", "align.compile_layers")
+# A global batch is what every process reads at once.
+TRAINS = ("sft", "reward", "align")
 # Whose output the later stages start from.
 UPSTREAM = {"sft": ("label", "reward", "align"), "label": ("reward", "align")}
 
@@ -91,6 +97,11 @@ class Run:
     @contextmanager
     def opened(self) -> Iterator[Run]:
         """Check that the folder is this run's, take its lock, and write the resolved configuration."""
+        with ExitStack() as held:
+            self.state = once(lambda: self._take(held))
+            yield self
+
+    def _take(self, held: ExitStack) -> dict[str, Any]:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"{self.folder}: output_dir is a file; choose another folder with --output_dir")
         # Hidden files are a lock, or what a kill left of a file being written.
@@ -101,21 +112,18 @@ class Run:
                 "choose another folder with --output_dir"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(f"{self.folder}: another isdaa process is working in this folder; wait for it") from None
-            if self.path.exists():
-                self.state = self._read()
-            self._check_identity()
-            for left in self.folder.glob(".*.tmp"):
-                left.unlink()
-            self.state.update(versions=versions(), git_revision=git_revision())
-            self._save()  # first of all files: it is what makes the folder a run's
-            text = yaml.safe_dump(resolved(self.config), sort_keys=False, allow_unicode=True)
-            write_atomically(self.folder / "config.yaml", text)
-            yield self
+        taken = f"{self.folder}: another isdaa process is working in this folder; wait for it"
+        held.enter_context(locked_file(self.folder / ".lock", taken))
+        if self.path.exists():
+            self.state = self._read()
+        self._check_identity()
+        for left in self.folder.glob(".*.tmp"):
+            left.unlink()
+        self.state.update(versions=versions(), git_revision=git_revision())
+        self._save()  # first of all files: it is what makes the folder a run's
+        text = yaml.safe_dump(resolved(self.config), sort_keys=False, allow_unicode=True)
+        write_atomically(self.folder / "config.yaml", text)
+        return self.state
 
     def _read(self) -> dict[str, Any]:
         state = read_json(self.path)
@@ -157,10 +165,24 @@ class Run:
         )
 
     def begin(self, stage: str) -> None:
-        """Note that a stage starts, or goes on, with the values that decide it."""
-        pinned = self.state["stages"][stage].get("pinned", {}) if self._left(stage) else {}
-        self.state["stages"][stage] = {"done": False, "values": deciding_values(self.config, stage), "pinned": pinned}
+        """Note that a stage starts, or goes on, with the values that decide it.
+
+        Raises UserError where a stage that trains was stopped under another number of processes.
+        """
+        processes = world_size()
+        self.state["stages"][stage] = once(lambda: self._begun(stage, processes))
         self._save()
+
+    def _begun(self, stage: str, processes: int) -> dict[str, Any]:
+        before = self.state["stages"][stage] if self._left(stage) else {}
+        had = before.get("processes", 1)
+        if before and had != processes and stage in TRAINS:
+            raise UserError(
+                f"{self.folder}: its {stage} stage began with {had} processes, this start has {processes}: its batches would be "
+                f"others; start it with {had}, or choose another --output_dir"
+            )
+        begun = {"done": False, "values": deciding_values(self.config, stage), "pinned": before.get("pinned", {})}
+        return begun if processes == 1 else begun | {"processes": processes}
 
     def pin(self, stage: str, **digests: str) -> None:
         """Note the weights and data that a stage works on, which no configuration value identifies.
@@ -194,4 +216,5 @@ class Run:
         self._save()
 
     def _save(self) -> None:
-        write_json(self.path, self.state)
+        if is_main():
+            write_json(self.path, self.state)

@@ -6,13 +6,15 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from isdaa.config import STAGES, Config
+from isdaa.distributed import once, world_size
 from isdaa.errors import UserError
 from isdaa.terminal import say
 from isdaa.training.inputs import check_inputs
-from isdaa.training.run import Run
+from isdaa.training.run import ONE_PROCESS, Run
 
 
 def _sft(run: Run) -> Path:
@@ -48,11 +50,11 @@ def run(config: Config) -> Path:
 
     Raises UserError for bad input, and where the folder holds a run with other settings.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("isdaa train runs in one process for now; start it without torchrun or accelerate launch")
+    if "align" in config.stages and config.guard.steps is not None and world_size() > 1:
+        raise UserError(ONE_PROCESS)
     with Run(config).opened() as current:
         missing = [stage for stage in config.stages if not current.is_done(stage)]
-        check_inputs(config, missing)
+        once(lambda: check_inputs(config, missing))
         for stage in config.stages:
             if stage in missing:
                 current.begin(stage)
@@ -63,7 +65,7 @@ def run(config: Config) -> Path:
             else:
                 say(f"{stage}: finished earlier, reused")
             # The stage's model is kept; these only served a resume.
-            shutil.rmtree(current.folder / f"{stage}-checkpoints", ignore_errors=True)
+            once(partial(shutil.rmtree, current.folder / f"{stage}-checkpoints", ignore_errors=True))
     return Path(config.output_dir)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from isdaa.config import Config, resolved
 from isdaa.data.tokenization import TokenizationSettings, tokenizer_digest
+from isdaa.distributed import once
 from isdaa.errors import UserError
 from isdaa.files import digest
 from isdaa.models import fused_head
@@ -20,6 +22,7 @@ from isdaa.models.saving import save_model, weights_digest
 from isdaa.record import NAME as RECORD
 from isdaa.record import ModelRecord, record_text
 from isdaa.training.cards import model_card
+from isdaa.training.checkpoints import newest_complete_checkpoint
 from isdaa.training.run import Run
 
 WORLD = "world:"
@@ -137,6 +140,25 @@ def described(record: ModelRecord, folder: Path) -> dict[str, str]:
     return {RECORD: record_text(record, folder), "README.md": model_card(record, folder.name)}
 
 
-def keep_model(model: Any, tokenizer: Any, folder: Path, record: ModelRecord) -> None:
-    """Save a finished stage's model as a plain Hugging Face folder with record and card; an adapter is merged."""
-    save_model(model, tokenizer, folder, described(record, folder))
+def keep_model(model: Callable[[], Any], tokenizer: Any, folder: Path, record: ModelRecord) -> None:
+    """Save a finished stage's model as a plain Hugging Face folder with record and card; an adapter is merged.
+
+    model: gives it; called by the main process alone.
+    """
+    once(lambda: save_model(model(), tokenizer, folder, described(record, folder)))
+
+
+def trained_model(trainer: Any, load: Callable[..., Any]) -> Any:
+    """The model that a trainer has trained, without what was wrapped around it.
+
+    load: `load_model` or `load_sequence_classifier`. Where each process has a part of the weights only, the model is read from
+    the checkpoint of the last step.
+    """
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        return trainer.accelerator.unwrap_model(trainer.model)
+    return load(Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}")
+
+
+def newest(folder: Path) -> str | None:
+    """The newest complete checkpoint below `folder`, the same for every process; None where there is none."""
+    return once(lambda: newest_complete_checkpoint(folder))

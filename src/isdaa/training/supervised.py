@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +11,25 @@ from isdaa.config import OptimisationConfig
 from isdaa.data.sources import hold_out, load_pairs, load_sft
 from isdaa.data.tokenization import tokenize_pairs, tokenize_sft
 from isdaa.data.tokens import content_digest
+from isdaa.distributed import once, world_size
 from isdaa.errors import UserError
 from isdaa.models.adapters import add_lora
-from isdaa.models.loading import load_sequence_classifier
+from isdaa.models.loading import load_model, load_sequence_classifier
 from isdaa.models.saving import weights_digest
 from isdaa.training.arguments import training_arguments
-from isdaa.training.checkpoints import newest_complete_checkpoint
 from isdaa.training.monitor import TrainingProgress
 from isdaa.training.run import Run
 from isdaa.training.start import (
     cache_folder,
     check_rows,
     keep_model,
+    newest,
     policy_of,
     record_of,
     starting_path,
     token_settings,
     tokenizer_of,
+    trained_model,
 )
 from isdaa.training.whole import WholeCheckpoints
 
@@ -38,13 +41,8 @@ def sft(run: Run) -> Path:
     from trl import SFTConfig, SFTTrainer
 
     config = run.config
-    assert config.data.sft is not None
     tokenizer = tokenizer_of(config)
-    rows, counts = load_sft(config.data.sft, config.data.sft_split, limit=config.data.limit)
-    examples, more = tokenize_sft(rows, tokenizer, token_settings(config), cache_dir=cache_folder(run))
-    run.say("sft", (counts + more).lines())
-    data = examples.map(_labels, remove_columns=[c for c in examples.column_names if c != "input_ids"])
-    _check_labels(data)
+    data = once(lambda: _examples(run, tokenizer))
     model = policy_of(run, tokenizer, config.model.path)
     check_rows(model, config.model.path, *_extent(data, ("input_ids",)))
     run.pin("sft", weights=weights_digest(model), examples=content_digest(data))
@@ -67,12 +65,26 @@ def sft(run: Run) -> Path:
         shuffle_dataset=False,
         loss_type="nll",
     )
+    settings.average_tokens_across_devices = world_size() > 1  # one mean over the tokens of all processes
     trainer = Trainer(model=model, args=settings, train_dataset=data, processing_class=tokenizer)
     metrics = _train(trainer, "sft")
     folder = run.folder / "sft"
     record = record_of(run, "sft", step=trainer.state.global_step, metrics=metrics)
-    keep_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder, record)
+    load = partial(load_model, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code)
+    keep_model(partial(trained_model, trainer, load), tokenizer, folder, record)
     return folder
+
+
+def _examples(run: Run, tokenizer: Any) -> Any:
+    """A Dataset of input_ids and labels."""
+    config = run.config
+    assert config.data.sft is not None
+    rows, counts = load_sft(config.data.sft, config.data.sft_split, limit=config.data.limit)
+    examples, more = tokenize_sft(rows, tokenizer, token_settings(config), cache_dir=cache_folder(run))
+    run.say("sft", (counts + more).lines())
+    data = examples.map(_labels, remove_columns=[c for c in examples.column_names if c != "input_ids"])
+    _check_labels(data)
+    return data
 
 
 def _extent(data: Any, columns: tuple[str, ...]) -> tuple[int, int]:
@@ -102,13 +114,7 @@ def reward(run: Run) -> Path:
     if start is None:
         raise UserError("reward.path: a reward model needs a base; name one, or run the sft stage first")
     tokenizer = tokenizer_of(config, start)
-    pairs, counts = load_pairs(pairs_source(run), config.data.pairs_split, limit=config.data.limit)
-    if config.data.eval_pairs is None:
-        # The pairs that `align` holds out stay unseen by the model that may judge on them.
-        pairs, _ = hold_out(pairs, config.data.eval_fraction, config.seed)
-    tokens, more = tokenize_pairs(pairs, tokenizer, token_settings(config), cache_dir=cache_folder(run))
-    run.say("reward", (counts + more).lines())
-    data = tokens.map(_both_rows, remove_columns=[c for c in tokens.column_names if c not in ("chosen_ids", "rejected_ids")])
+    data = once(lambda: _both(run, tokenizer))
     model = load_sequence_classifier(
         start,
         dtype=config.model.dtype,
@@ -131,12 +137,28 @@ def reward(run: Run) -> Path:
     metrics = _train(trainer, "reward")
     folder = run.folder / "reward"
     record = record_of(run, "reward", step=trainer.state.global_step, metrics=metrics)
-    trained = trainer.accelerator.unwrap_model(trainer.model)
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        # Plain transformers would stop before the EOS; without a pad id it reads the last token, one row at a time.
-        trained.config.get_text_config().pad_token_id = trained.config.pad_token_id = None
+
+    def trained() -> Any:
+        found = trained_model(trainer, load_sequence_classifier)
+        if tokenizer.pad_token_id == tokenizer.eos_token_id:
+            # Plain transformers would stop before the EOS; without a pad id it reads the last token, one row at a time.
+            found.config.get_text_config().pad_token_id = found.config.pad_token_id = None
+        return found
+
     keep_model(trained, tokenizer, folder, record)
     return folder
+
+
+def _both(run: Run, tokenizer: Any) -> Any:
+    """A Dataset of chosen_ids and rejected_ids, prompts included."""
+    config = run.config
+    pairs, counts = load_pairs(pairs_source(run), config.data.pairs_split, limit=config.data.limit)
+    if config.data.eval_pairs is None:
+        # The pairs that `align` holds out stay unseen by the model that may judge on them.
+        pairs, _ = hold_out(pairs, config.data.eval_fraction, config.seed)
+    tokens, more = tokenize_pairs(pairs, tokenizer, token_settings(config), cache_dir=cache_folder(run))
+    run.say("reward", (counts + more).lines())
+    return tokens.map(_both_rows, remove_columns=[c for c in tokens.column_names if c not in ("chosen_ids", "rejected_ids")])
 
 
 def _both_rows(row: dict[str, Any]) -> dict[str, Any]:
@@ -153,7 +175,7 @@ def _trl_arguments(kind: Any, settings: OptimisationConfig, folder: Path, run: R
     """TRL's own argument class with our explicit values: it defaults to bf16 and gradient checkpointing, which change results."""
     from dataclasses import fields
 
-    common = training_arguments(settings, folder, seed=run.config.seed, pairs=rows)
+    common = training_arguments(settings, folder, seed=run.config.seed, pairs=rows, world_size=world_size())
     names = {f.name for f in fields(type(common)) if f.init} & {f.name for f in fields(kind) if f.init}
     arguments = kind(**{name: getattr(common, name) for name in names if not name.startswith("_")}, **explicit)
     # They serve a resume alone, and ten of an 8B model with its optimiser would be a terabyte; two, should one be damaged.
@@ -172,7 +194,7 @@ def _train(trainer: Any, description: str) -> dict[str, float]:
     bar = TrainingProgress(description)
     trainer.add_callback(bar)
     try:
-        trainer.train(resume_from_checkpoint=newest_complete_checkpoint(trainer.args.output_dir))
+        trainer.train(resume_from_checkpoint=newest(Path(trainer.args.output_dir)))
     finally:
         bar.close()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
