@@ -10,7 +10,11 @@ from isdaa.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 # tests/experiments/test_grid.py loads the sweeps.
-RUNS = (p for p in (ROOT / "configs").rglob("*.yaml") if "\ngrids:" not in p.read_text(encoding="utf-8"))
+RUNS = (
+    p
+    for p in (ROOT / "configs").rglob("*.yaml")
+    if p.parent.name != "accelerate" and "\ngrids:" not in p.read_text(encoding="utf-8")
+)
 CONFIGS = sorted([ROOT / "config.yaml", *RUNS])
 BASE = {"model": {"path": "m"}, "data": {"pairs": "p.jsonl"}}
 

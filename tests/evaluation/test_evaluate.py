@@ -169,9 +169,9 @@ def test_what_changed_is_computed_anew_and_the_rest_reused(finished, models, tmp
     drawn: list[tuple[str, list[str]]] = []
     original = collect.Collection._sample
 
-    def listed(self, path, sampling, purposes, **more):
+    def listed(self, path, rows, sampling, purposes, **more):
         drawn.append((Path(path).name, list(purposes)))
-        return original(self, path, sampling, purposes, **more)
+        return original(self, path, rows, sampling, purposes, **more)
 
     monkeypatch.setattr(collect.Collection, "_sample", listed)
     run(models, tmp_path, settings=settings(opponent_samples=3, bootstrap=200))
@@ -190,11 +190,11 @@ def test_an_interruption_loses_only_the_block_in_work(finished, models, tmp_path
     original = collect.Collection._sample
     calls: list[str] = []
 
-    def interrupted(self, path, sampling, purposes, **more):
+    def interrupted(self, path, rows, sampling, purposes, **more):
         calls.append(purposes[0])
         if len(calls) == stop_at + 1:
             raise KeyboardInterrupt
-        return original(self, path, sampling, purposes, **more)
+        return original(self, path, rows, sampling, purposes, **more)
 
     monkeypatch.setattr(collect.Collection, "_sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -205,9 +205,9 @@ def test_an_interruption_loses_only_the_block_in_work(finished, models, tmp_path
         file.write(b'{"header": "kl", "block": "x", "count": 8}\n{"block": "x", "prompt_id"')
     again: list[str] = []
 
-    def listed(self, path, sampling, purposes, **more):
+    def listed(self, path, rows, sampling, purposes, **more):
         again.append(purposes[0])
-        return original(self, path, sampling, purposes, **more)
+        return original(self, path, rows, sampling, purposes, **more)
 
     monkeypatch.setattr(collect.Collection, "_sample", listed)
     assert run(models, tmp_path) == metrics

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from chains import ALIGN, CHAIN, chat_model, jsonl, plain_pairs, read_lines, train
+from chains import ALIGN, CHAIN, chat_model, jsonl, plain_pairs, read_lines, refused, train
 from transformers import AutoTokenizer, GPTNeoConfig, GPTNeoForCausalLM
 
 from isdaa.models.forward import TWO_ROWS
@@ -155,7 +155,12 @@ def test_rows_beyond_the_model_are_refused(place: Path, capsys: pytest.CaptureFi
     assert "positions" in capsys.readouterr().err
 
 
-def test_several_processes_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_works_in_one_process_refuses_several(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert train("run", ALIGN) == 2
-    assert "one process" in capsys.readouterr().err
+    assert train("run", ALIGN, guard__steps=1) == 2
+    assert "guard.steps: the guard works in one process" in capsys.readouterr().err
+    refused(capsys, ["report", "run"], "report", "one process")
+    refused(capsys, ["sweep", "--config", "sweep.yaml"], "sweep", "one process")
+    assert not (place / "run").exists()

@@ -1,31 +1,45 @@
-"""Two processes on the CPU, under DDP, do what one does."""
+"""Two processes on the CPU, started by torchrun, do what one does."""
+
+from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chains import CHAIN, config_file, read_lines, train
 from safetensors.torch import load_file
+from together import accelerate_environment
 from training_helpers import largest_difference, moved, tiny_model, token_rows, trainer_of
 
 from isdaa import Objective
+from isdaa.cli import main
 from isdaa.models.forward import prepare
 from isdaa.training.batches import TokenisedPairs
 from isdaa.training.checkpoints import defect
 from isdaa.training.monitor import MetricsFile
-from isdaa.training.reference import reference_logps
+from isdaa.training.reference import _shares, reference_logps
 
-PROGRAM = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {here!r})
-import test_ranks
-test_ranks.run(Path({folder!r}), batch_size=2, gradient_accumulation_steps=2)
-"""
+ROOT = Path(__file__).parents[2]
+PROGRAM = ROOT / "tests" / "together.py"
+# One epoch of 43 pairs in global batches of 8: the last one has 3, so that one process gets a fill-in.
+ONE: dict[str, Any] = CHAIN | {"objective.normalize": "batch", "align.max_steps": None, "align.epochs": 1}
+TWO: dict[str, Any] = ONE | {"sft.batch_size": 8, "align.batch_size": 4}
+LORA: dict[str, Any] = {"lora.rank": 4, "align.gradient_checkpointing": True}
+
+
+def alone(settings: dict[str, Any], home: Path) -> dict[str, Any]:
+    """Alignment only, of what the whole chain made in one process."""
+    made = {"model.path": str(home / "one" / "sft"), "data.pairs": str(home / "one" / "pairs" / "train.jsonl")}
+    return settings | made | {"stages": ["align"], "model.random": None, "model.tokenizer": None}
+
+
+def torchrun(*program: str | Path, processes: int = 2) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*launcher, *map(str, program)]
 
 
 def run(folder: Path, **settings: Any) -> None:
@@ -36,44 +50,167 @@ def run(folder: Path, **settings: Any) -> None:
     objective = Objective(weight="shuffled", normalize="batch", beta=0.3)
     settings |= {"optimizer": "sgd", "logging_steps": 1, "save_steps": 3, "learning_rate": 0.02}
     own: dict[str, Any] = {"starts_at_reference": False, "callbacks": [MetricsFile(folder / "metrics.jsonl")]}
-    # The process group exists from here on: reference logps are shared out among the ranks.
-    data = []
     reference = prepare(tiny_model())
-    if "WORLD_SIZE" in os.environ:
-        import torch
-
-        torch.distributed.init_process_group("gloo")
-    for pairs in (train, held_out):
-        data.append(pairs.with_reference(*reference_logps(reference, pairs, key={}, cache_dir=folder / "cache")))
+    data = [
+        pairs.with_reference(*reference_logps(reference, pairs, key={}, cache_dir=folder / "cache"))
+        for pairs in (train, held_out)
+    ]
     trainer = trainer_of(model, folder / "checkpoints", *data, objective, own=own, **settings)
     trainer.train()
 
 
-@pytest.mark.slow
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    run(tmp_path / "one", batch_size=8)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = PROGRAM.format(here=str(Path(__file__).parent), folder=str(tmp_path / "two"))
-    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", program], env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)})
-        for r in range(2)
-    ]
-    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
-    one, two = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("one", "two")
-    )
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which one process has done everything, and then two have."""
+    home = tmp_path_factory.mktemp("home")
+    assert train(home / "one", ONE) == 0
+    assert train(home / "lora-one", alone(ONE, home) | LORA) == 0
+    assert main(["evaluate", "--model_path", str(home / "one"), "--output", str(home / "evaluation-one")]) == 0
+    run(home / "trainer-one", batch_size=8)
+    config_file(home / "two.yaml", TWO)
+    for name, more in (("lora", LORA), ("fsdp2", {}), ("fsdp2-lora", LORA)):
+        config_file(home / f"{name}.yaml", alone(TWO, home) | more)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(torchrun(PROGRAM), cwd=home, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-6000:]
+    (home / "stderr").write_text(done.stderr)
+    return home
+
+
+def same_run(one: Path, other: Path) -> None:
+    """Losses and figures of every logged step, and the weights at the end."""
+    lines, others = (read_lines(run / "metrics.jsonl") for run in (one, other))
+    assert len(lines) == len(others) > 3
+    for line, found in zip(lines, others, strict=True):
+        assert line.keys() == found.keys()
+        for key in line:
+            if "time/" not in key and "accuracy" not in key:  # a tie at step 0 may go either way
+                assert found[key] == pytest.approx(line[key], rel=2e-4, abs=2e-5), (line["step"], key)
+    assert largest_difference(*(load_file(run / "model" / "model.safetensors") for run in (other, one))) < 2e-5
+
+
+def test_the_primitives(home: Path) -> None:
+    ranks = [json.loads((home / f"rank-{rank}.json").read_text())["primitives"] for rank in range(2)]
+    assert ranks[0] == ranks[1] == {
+        "dealt": [0, 1, 4, 9, 16, 25, 36],
+        "few": [25],
+        "once": "by 0, alone among 1",
+        "everyones": [0, 1],
+        "errors": ["three is not to be had", "the main process has failed"],
+        "after": [0, 1],
+    }  # fmt: skip
+
+
+def test_sft_labels_and_alignment_are_those_of_one_process(home: Path) -> None:
+    assert largest_difference(*(load_file(home / run / "sft" / "model.safetensors") for run in ("two", "one"))) < 1e-5
+    pairs, others = (read_lines(home / run / "pairs" / "train.jsonl") for run in ("one", "two"))
+    assert len(pairs) == len(others) == 48
+    for pair, other in zip(pairs, others, strict=True):
+        for key in pair:
+            assert other[key] == (pytest.approx(pair[key], abs=1e-4) if "logps" in key else pair[key])
+    same_run(home / "one", home / "two")
+
+
+def test_a_lora_run_too_with_gradient_checkpointing(home: Path) -> None:
+    same_run(home / "lora-one", home / "lora")
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp2-lora"])
+def test_fsdp2_trains_as_one_process_does_and_leaves_plain_models(home: Path, name: str) -> None:
+    same_run(home / ("one" if name == "fsdp2" else "lora-one"), home / name)
+    for checkpoint in (home / name / "checkpoints").glob("checkpoint-*"):
+        assert defect(checkpoint) is None
+        assert (checkpoint / "optimizer.bin").is_file()  # as FSDP writes it: the run was sharded
+        assert (checkpoint / ("adapter_model.safetensors" if "lora" in name else "model.safetensors")).is_file()
+
+
+def test_weights_shuffled_over_the_global_batch(home: Path) -> None:
+    one, two = (read_lines(home / f"trainer-{name}" / "metrics.jsonl") for name in ("one", "two"))
     assert len(one) == len(two) == 4
     for line, other in zip(one, two, strict=True):
         assert line.keys() == other.keys()
         for key in line:
             if "time/" not in key:
                 assert other[key] == pytest.approx(line[key], rel=2e-4, abs=1e-5), key
-    folders = [tmp_path / name / "checkpoints" / "checkpoint-3" for name in ("one", "two")]
+    folders = [home / f"trainer-{name}" / "checkpoints" / "checkpoint-3" for name in ("one", "two")]
     assert all(defect(folder) is None for folder in folders)
     assert (folders[1] / "rng_state_1.pth").is_file()
-    weights, others = (load_file(folder / "model.safetensors") for folder in folders)
-    assert largest_difference(others, weights) < 5e-6
-    assert len(list((tmp_path / "two" / "cache").iterdir())) == 2
+    assert largest_difference(*(load_file(folder / "model.safetensors") for folder in reversed(folders))) < 5e-6
+
+
+def test_evaluation_is_that_of_one_process(home: Path) -> None:
+    for name in ("samples.jsonl", "scores.jsonl", "pairs.jsonl"):
+        one, two = (read_lines(home / f"evaluation-{which}" / name) for which in ("one", "two"))
+        assert len(one) == len(two) > 0
+        for record, other in zip(one, two, strict=True):
+            assert record.keys() == other.keys()
+            for key in record.keys() - {"seconds"}:
+                numbers = key == "kl" or "logps" in key
+                assert other[key] == (pytest.approx(record[key], abs=1e-4) if numbers else record[key]), (name, key)
+
+
+def test_the_forward_in_shards_is_the_whole_ones(home: Path) -> None:
+    for rank in range(2):
+        found = json.loads((home / f"rank-{rank}.json").read_text())["fully_shard"]
+        assert len(found) == 4
+        assert all(difference < 1e-5 for both in found.values() for difference in both), found
+
+
+def test_one_process_speaks(home: Path) -> None:
+    lines = (home / "stderr").read_text().splitlines()
+    for said in ("sft: finished, two/sft", "align: finished, two/model", "align: finished, fsdp2/model"):
+        assert lines.count(said) == 1
+
+
+def test_a_resumed_run_has_as_many_processes_as_it_began_with(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = json.loads((home / "two" / "run.json").read_text())
+    assert state["stages"]["align"]["processes"] == 2
+    stopped = home / "two" / "run.json"
+    text = stopped.read_text()
+    try:
+        state["stages"]["align"]["done"] = False
+        stopped.write_text(json.dumps(state))
+        assert main(["train", "--config", str(home / "two.yaml"), "--output_dir", str(home / "two")]) == 2
+    finally:
+        stopped.write_text(text)
+    assert "its align stage began with 2 processes, this start has 1" in capsys.readouterr().err
+
+
+def test_bad_input_is_said_once(home: Path) -> None:
+    command = ["-m", "isdaa.cli", "train", "--config", "two.yaml", "--output_dir", "two", "--objective.beta", "3"]
+    done = subprocess.run(torchrun(*command), cwd=home, capture_output=True, text=True, timeout=120)
+    assert done.stderr.count("isdaa: error: ") == 1
+    assert "objective.beta = 0.05, this one 3.0" in done.stderr
+    codes = [line.split()[2] for line in done.stderr.splitlines() if line.split()[:2] == ["exitcode", ":"]]
+    assert set(codes) <= {"2", "-15"} and "2" in codes, done.stderr  # torchrun ends those that had not ended yet
+
+
+def test_processes_get_about_as_many_tokens_and_prompts_stay_whole() -> None:
+    rows = token_rows(60)
+    for row in rows[50:]:
+        row["prompt_ids"] = rows[0]["prompt_ids"]
+    pairs = TokenisedPairs(rows)
+    prompts = pairs.prompt_groups()
+    tokens = [0] * (int(prompts.max()) + 1)  # of all pairs of a prompt, the prompt counted once
+    for prompt, row in zip(prompts.tolist(), rows, strict=True):
+        tokens[prompt] += len(row["chosen_ids"]) + len(row["rejected_ids"]) + (0 if tokens[prompt] else len(row["prompt_ids"]))
+    for world in (2, 3):
+        shares = _shares(pairs, prompts, world)
+        assert shares.shape == (len(tokens),) and set(shares) == set(range(world))
+        loads = [sum(n for n, share in zip(tokens, shares, strict=True) if share == rank) for rank in range(world)]
+        assert max(loads) - min(loads) <= min(tokens)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_takes_the_configurations(path: Path) -> None:
+    environment = accelerate_environment(path)
+    said = path.read_text()
+    assert environment.get("ACCELERATE_USE_FSDP") == ("true" if path.stem == "fsdp2" else None)
+    assert environment.get("ACCELERATE_USE_DEEPSPEED") == ("true" if "deepspeed" in path.stem else None)
+    if path.stem == "fsdp2":
+        assert environment["FSDP_VERSION"] == "2" and environment["FSDP_STATE_DICT_TYPE"] == "FULL_STATE_DICT"
+    if "deepspeed" in path.stem:
+        assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == path.stem[-1]
+        assert environment["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == "auto"
+    assert f"configs/accelerate/{path.name}" in said
+    assert path.name in (ROOT / "docs" / "devices.md").read_text()

@@ -9,6 +9,7 @@ from isdaa.files import digest, file_digest
 
 # What decides a model's numbers. Optimiser states, cards and records do not; `generation_config.json` is never read.
 DECIDING = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
+NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "pytorch_model_fsdp.bin")  # a trainer's own
 
 
 def model_digest(path: str | Path, trust_remote_code: bool = False) -> str:
@@ -24,7 +25,7 @@ def model_digest(path: str | Path, trust_remote_code: bool = False) -> str:
     if folder is None:
         return weights_digest(load_model(name, dtype="auto", trust_remote_code=trust_remote_code))
     files = sorted({file for pattern in DECIDING for file in folder.glob(pattern) if file.is_file()})
-    content: list[Any] = [[file.name, file_digest(file)] for file in files if file.name != "training_args.bin"]
+    content: list[Any] = [[file.name, file_digest(file)] for file in files if file.name not in NO_WEIGHTS]
     if not content:
         load_model(name)  # says what is missing
     adapter = _adapter_config(name, folder, None)

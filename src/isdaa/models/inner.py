@@ -31,13 +31,14 @@ REQUEST = "isdaa_request"
 _STATE = "_isdaa_state"
 
 
-@dataclass(eq=False)
 class Request:
-    """What travels through the wrappers to the inner model's forward. `want` is "logps", "wpo" or "hidden"."""
+    """What travels through the wrappers to the inner model's forward. `want` is "logps", "wpo" or "hidden".
 
-    layout: Layout
-    mode: str
-    want: str
+    Not a dataclass, like the layout: FSDP would pass on a copy.
+    """
+
+    def __init__(self, layout: Layout, mode: str, want: str) -> None:
+        self.layout, self.mode, self.want = layout, mode, want
 
 
 @dataclass

@@ -6,7 +6,6 @@ Legend: P prompts, R responses, B pairs, T tokens of the packed row, N response 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 
 
-@dataclass(eq=False)
 class Layout:
     """Where prompts and their responses lie in a packed row ``[prompt_0 | its responses | prompt_1 | …]``.
 
@@ -26,22 +24,21 @@ class Layout:
     prompt_of: (R,) int64, the prompt of each response, never falling.
     chosen, rejected: (B,) int64, the two responses of every pair, as numbers in 0..R-1; both empty for plain rows.
 
+    Not a dataclass: FSDP's mixed precision would take one apart on its way into every layer, and hand on a copy.
+
     Raises:
         ValueError: lengths that do not fit together, or an empty prompt.
     """
 
-    prompt_lengths: Tensor
-    response_lengths: Tensor
-    prompt_of: Tensor
-    chosen: Tensor
-    rejected: Tensor
-    attended: bool = field(default=False, init=False, repr=False)  # whether any attention has read this layout
-    _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self, prompt_lengths: Tensor, response_lengths: Tensor, prompt_of: Tensor, chosen: Tensor, rejected: Tensor
+    ) -> None:
         # Index arithmetic happens on the CPU, once a batch; attention only ever sees finished index tensors.
-        for name in ("prompt_lengths", "response_lengths", "prompt_of", "chosen", "rejected"):
-            setattr(self, name, getattr(self, name).cpu().long())
+        self.prompt_lengths, self.response_lengths = prompt_lengths.cpu().long(), response_lengths.cpu().long()
+        self.prompt_of = prompt_of.cpu().long()
+        self.chosen, self.rejected = chosen.cpu().long(), rejected.cpu().long()
+        self.attended = False  # whether any attention has read this layout
+        self._cache: dict[Any, Any] = {}
         if self.prompt_lengths.ndim != 1 or len(self.prompt_lengths) == 0:
             raise ValueError(f"prompt lengths (P,) with P > 0 are needed, not shape {tuple(self.prompt_lengths.shape)}")
         if self.response_lengths.ndim != 1 or self.response_lengths.shape != self.prompt_of.shape:

@@ -253,7 +253,11 @@ def _adapter_config(name: str, folder: Path | None, revision: str | None) -> Pat
     if folder is not None:
         path = folder / ADAPTER_CONFIG
         # Some trainers write the base model's config.json beside an adapter; its weights they do not.
-        return path if path.is_file() and not _has(folder, "model*.safetensors", "pytorch_model*.bin") else None
+        return (
+            path
+            if path.is_file() and not _has(folder, "model*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
+            else None
+        )
     from transformers.utils import cached_file
 
     def look(file: str) -> str | None:

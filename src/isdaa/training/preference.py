@@ -95,6 +95,10 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
             callbacks=[WholeIntervals(), *callbacks],
             **kwargs,
         )
+        if self.is_fsdp_enabled:
+            # FSDP's own cast would compute norms in half precision, too. Autocast, which the reference's logps come from,
+            # does not; its price is that weights are gathered in fp32.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         hf_logging.disable_progress_bar()  # a bar of their own for each saved file; ours shows the run
         for unwanted in (PrinterCallback, ProgressCallback):
             self.remove_callback(unwanted)

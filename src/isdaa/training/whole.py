@@ -11,6 +11,7 @@ from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
+from isdaa.errors import UserError
 from isdaa.training.checkpoints import rotate, write_checkpoint
 
 
@@ -21,6 +22,12 @@ class WholeCheckpoints:
     """
 
     before_rename: Callable[[Path, int], None] | None = None
+
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's. Raises UserError where FSDP would save weights in pieces that no other program reads."""
+        if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            raise UserError("fsdp_state_dict_type: checkpoints are model folders; set it to FULL_STATE_DICT in accelerate's file")
+        return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def _save_checkpoint(self: Any, model: nn.Module, trial: Any = None) -> None:
         self.store_flos()

@@ -1,0 +1,162 @@
+"""What several processes do together. Started by torchrun, in a folder with the configurations that a test wrote:
+
+python -m torch.distributed.run --standalone --nproc_per_node 2 together.py
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE / name) for name in (".", "data", "models", "training")]
+
+import torch  # noqa: E402
+
+from isdaa import distributed  # noqa: E402
+from isdaa.errors import UserError  # noqa: E402
+
+
+def main() -> None:
+    distributed.start()
+    assert torch.distributed.get_world_size() == 2
+    found: dict[str, Any] = {"primitives": primitives()}
+    train("two.yaml")
+    train("lora.yaml")
+    evaluate(str(Path("one").absolute()), "evaluation-two")
+    trainer()
+    found["fully_shard"] = fully_shard()
+    as_on_gpus()
+    train("fsdp2.yaml")
+    train("fsdp2-lora.yaml")
+    Path(f"rank-{distributed.rank()}.json").write_text(json.dumps(found))
+    distributed.finish()
+
+
+def primitives() -> dict[str, Any]:
+    rank = distributed.rank()
+
+    def squares(items: Sequence[int]) -> list[int]:
+        return [item * item for item in items]
+
+    def lame(items: Sequence[int]) -> list[int]:
+        if 3 in items:
+            raise UserError("three is not to be had")
+        return squares(items)
+
+    def failing() -> None:
+        raise UserError("the main process has failed")
+
+    return {
+        "dealt": distributed.dealt(range(7), squares),
+        "few": distributed.dealt([5], squares),
+        "once": distributed.once(lambda: f"by {rank}, alone among {distributed.world_size()}"),
+        "everyones": distributed.everyones(lambda: rank),
+        "errors": [message(lambda: distributed.dealt(range(7), lame)), message(lambda: distributed.once(failing))],
+        "after": distributed.dealt(range(2), squares),
+    }
+
+
+def message(call: Any) -> str:
+    try:
+        call()
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def train(config: str) -> None:
+    from isdaa.config import load_config
+    from isdaa.training.stages import run
+
+    run(load_config(config, {"output_dir": Path(config).stem}))
+
+
+def evaluate(model: str, output: str) -> None:
+    from isdaa.evaluation.evaluate import evaluate_request
+    from isdaa.evaluation.requests import requests
+
+    evaluate_request(requests([model], {"output_dir": output}))
+
+
+def trainer() -> None:
+    """The trainer alone, its weights shuffled over the global batch, in float64."""
+    import test_ranks
+
+    test_ranks.run(Path("trainer-two"), batch_size=2, gradient_accumulation_steps=2)
+
+
+def fully_shard() -> dict[str, list[float]]:
+    """Largest relative differences between a model in shards and the same one whole: logps of this process's own pairs,
+    and gradients of the mean loss over both processes."""
+    from forward_helpers import lengths_of, loss_of, packed, tiny
+    from torch.distributed.fsdp import fully_shard as shard
+
+    from isdaa.models.forward import prepare
+
+    differences = {}
+    for name in ("llama", "llama, head apart", "gemma2", "gemma2, head apart"):  # gemma2's embeddings are tied
+        model = tiny(name.split(",")[0])
+        whole = copy.deepcopy(model)
+        results = []
+        for each in (whole, model):
+            forward = prepare(each)
+            assert forward.mode == "shared_prefix"
+            if each is model:
+                decoder: Any = each.model
+                for layer in decoder.layers:
+                    shard(layer)
+                if "apart" in name:  # as accelerate does it: a group whose last module's own forward is never called
+                    tied = decoder.embed_tokens.weight is each.lm_head.weight
+                    tail = [decoder.norm, *([decoder.embed_tokens] if tied else []), each.lm_head]
+                    shard(tail, reshard_after_forward=False)
+                shard(each)
+            ids, layout = packed(lengths_of(3 + distributed.rank()))
+            out = forward(each, ids, None, layout)
+            loss_of(out.chosen_logps, out.rejected_logps).backward()
+            results.append([out.chosen_logps, out.rejected_logps, *(p.grad for p in each.parameters())])
+        logps = max(relative(a, b) for a, b in zip(results[1][:2], results[0][:2], strict=True))
+        for gradient in results[0][2:]:
+            torch.distributed.all_reduce(gradient)
+            gradient /= 2
+        gradients = max(relative(a.full_tensor(), b) for a, b in zip(results[1][2:], results[0][2:], strict=True))
+        differences[name] = [logps, gradients]
+    return differences
+
+
+def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one.detach() - other.detach()).abs().max() / other.detach().abs().max().clamp(min=1e-12))
+
+
+def as_on_gpus() -> None:
+    """accelerate shards models on GPUs alone. From here on it takes these two CPU processes for two GPUs."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    found = accelerate_environment(HERE.parent / "configs" / "accelerate" / "fsdp2.yaml")
+    os.environ |= {name: value for name, value in found.items() if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))}
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    kind: Any = PartialState
+    kind._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+
+
+def accelerate_environment(file: Path) -> dict[str, str]:
+    """What `accelerate launch --config_file FILE` tells the processes that it starts."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    arguments = launch_command_parser().parse_args(["--config_file", str(file), "scripts/train.py"])
+    arguments, defaults, _ = _validate_launch_command(arguments)
+    if not arguments.use_deepspeed:
+        return prepare_multi_gpu_env(arguments)
+    arguments.deepspeed_fields_from_accelerate_config = list(defaults.deepspeed_config)
+    return prepare_deepspeed_cmd_env(arguments)[1]
+
+
+if __name__ == "__main__":
+    main()
