@@ -28,7 +28,9 @@ def main() -> None:
     found: dict[str, Any] = {"primitives": primitives()}
     train("two.yaml")
     train("lora.yaml")
-    evaluate(str(Path("one").absolute()), "evaluation-two")
+    train("resumed.yaml")
+    for output in ("evaluation-two", "evaluation-resumed"):
+        evaluate(str(Path("one").absolute()), output)
     trainer()
     found["fully_shard"] = fully_shard()
     as_on_gpus()

@@ -97,6 +97,7 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16", "auto"] = Field("float32", description="of the weights in memory")
     trust_remote_code: bool = Field(False, description="run code that a Hub repository ships")
     revision: str | None = Field(None, description="branch, tag or commit on the Hub")
+    quantization: Literal["nf4"] | None = Field(None, description="nf4: frozen weights of 4 bits under an adapter (QLoRA)")
 
 
 class ReferenceConfig(Section):
@@ -308,6 +309,10 @@ class Config(Section):
             raise ValueError("model: give model.path (a folder or Hub name) or model.random (a config)")
         if self.model.path is not None and self.model.random is not None:
             raise ValueError("model: give model.path or model.random, not both")
+        if self.model.quantization is not None and self.model.random is not None:
+            raise ValueError("model.quantization: there is nothing to gain by 4-bit weights that are random; give model.path")
+        if self.model.quantization is not None and self.lora.rank == 0 and {"sft", "align"} & set(self.stages):
+            raise ValueError("model.quantization: weights of 4 bits cannot be trained; set lora.rank")
         if self.model.random is not None and self.model.tokenizer is None:
             raise ValueError("model.tokenizer: a random model has no tokenizer of its own; name one")
         if "sft" in self.stages and self.data.sft is None:

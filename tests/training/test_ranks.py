@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,27 @@ def run(folder: Path, **settings: Any) -> None:
     trainer.train()
 
 
+def cut(path: Path) -> None:
+    """As a kill leaves a file that is appended to: its second half is missing, and half a line more."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = lines[: len(lines) // 2 + 1]
+    path.write_bytes(b"".join(kept[:-1]) + kept[-1][:20])
+
+
+def label_half_done(home: Path) -> None:
+    """`resumed`: the run of one process, killed in the middle of its labels, to be finished by two."""
+    config_file(home / "resumed.yaml", ONE | {"stages": ["sft", "label"]})
+    shutil.copytree(home / "one", home / "resumed")
+    for name in ("model", "checkpoints"):
+        shutil.rmtree(home / "resumed" / name)
+    (home / "resumed" / "pairs" / "train.jsonl").unlink()
+    cut(home / "resumed" / "pairs" / "responses.jsonl")
+    state = json.loads((home / "resumed" / "run.json").read_text())
+    del state["stages"]["align"]
+    state["stages"]["label"]["done"] = False
+    (home / "resumed" / "run.json").write_text(json.dumps(state))
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which one process has done everything, and then two have."""
@@ -68,6 +90,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main(["evaluate", "--model_path", str(home / "one"), "--output", str(home / "evaluation-one")]) == 0
     run(home / "trainer-one", batch_size=8)
     config_file(home / "two.yaml", TWO)
+    label_half_done(home)
+    shutil.copytree(home / "evaluation-one", home / "evaluation-resumed")
+    cut(home / "evaluation-resumed" / "samples.jsonl")
     for name, more in (("lora", LORA), ("fsdp2", {}), ("fsdp2-lora", LORA)):
         config_file(home / f"{name}.yaml", alone(TWO, home) | more)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -104,10 +129,7 @@ def test_the_primitives(home: Path) -> None:
 def test_sft_labels_and_alignment_are_those_of_one_process(home: Path) -> None:
     assert largest_difference(*(load_file(home / run / "sft" / "model.safetensors") for run in ("two", "one"))) < 1e-5
     pairs, others = (read_lines(home / run / "pairs" / "train.jsonl") for run in ("one", "two"))
-    assert len(pairs) == len(others) == 48
-    for pair, other in zip(pairs, others, strict=True):
-        for key in pair:
-            assert other[key] == (pytest.approx(pair[key], abs=1e-4) if "logps" in key else pair[key])
+    same_records(pairs, others)
     same_run(home / "one", home / "two")
 
 
@@ -138,15 +160,28 @@ def test_weights_shuffled_over_the_global_batch(home: Path) -> None:
     assert largest_difference(*(load_file(folder / "model.safetensors") for folder in reversed(folders))) < 5e-6
 
 
-def test_evaluation_is_that_of_one_process(home: Path) -> None:
+def same_records(records: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
+    """Equal but for the rounding of logps."""
+    assert len(records) == len(others) > 0
+    for record, other in zip(records, others, strict=True):
+        assert record.keys() == other.keys()
+        for key in record.keys() - {"seconds"}:
+            numbers = key == "kl" or "logps" in key
+            assert other[key] == (pytest.approx(record[key], abs=1e-4) if numbers else record[key]), key
+
+
+def test_labels_that_one_process_began_are_finished_by_two(home: Path) -> None:
+    same_records(*(read_lines(home / run / "pairs" / "train.jsonl") for run in ("one", "resumed")))
+
+
+@pytest.mark.parametrize("which", ["two", "resumed"])
+def test_evaluation_is_that_of_one_process(home: Path, which: str) -> None:
     for name in ("samples.jsonl", "scores.jsonl", "pairs.jsonl"):
-        one, two = (read_lines(home / f"evaluation-{which}" / name) for which in ("one", "two"))
-        assert len(one) == len(two) > 0
-        for record, other in zip(one, two, strict=True):
-            assert record.keys() == other.keys()
-            for key in record.keys() - {"seconds"}:
-                numbers = key == "kl" or "logps" in key
-                assert other[key] == (pytest.approx(record[key], abs=1e-4) if numbers else record[key]), (name, key)
+        same_records(*(sorted_blocks(read_lines(home / f"evaluation-{run}" / name)) for run in ("one", which)))
+
+
+def sorted_blocks(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(lines, key=lambda line: str(line["block"]))  # stable: a block's records stay in their order
 
 
 def test_the_forward_in_shards_is_the_whole_ones(home: Path) -> None:

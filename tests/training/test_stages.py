@@ -30,7 +30,7 @@ from chains import (
 from isdaa.cli import main
 from isdaa.data.sources import prompt_key
 from isdaa.models import forward, fused_head
-from isdaa.models.loading import load_model
+from isdaa.models.loading import add_lora, load_model, load_tokenizer, save_model
 from isdaa.models.sampling import sample
 from isdaa.training import align as align_stage
 from isdaa.training import label as label_stage
@@ -455,6 +455,71 @@ def test_lora_starts_at_the_policy_as_loaded_and_its_checkpoints_can_be_evaluate
     assert "rank: 4" in (place / "run" / "model" / "README.md").read_text()
     monkeypatch.chdir(place / "run")  # an adapter finds its base from anywhere
     assert load_model("checkpoints/checkpoint-2").num_parameters() > 0
+
+
+def test_lora_on_an_sft_adapter_has_the_adapted_model_as_reference(place: Path) -> None:
+    tokenizer = load_tokenizer("my_model")
+    adapted = add_lora(load_model("my_model"), rank=2, seed=3)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    save_model(adapted, tokenizer, "sft_adapter", merge=False)
+    json_edit(place / "sft_adapter" / "adapter_config.json", base_model_name_or_path=str(place / "my_model"))
+    changes = {"lora__rank": 4, "align__learning_rate": 0.05, "align__max_steps": 4}
+    assert train("run", ALIGN, model__path="sft_adapter", **changes) == 0
+    assert train("plain", ALIGN, **changes) == 0
+    first, plain = (read_lines(place / run / "metrics.jsonl")[0] for run in ("run", "plain"))
+    assert first["start/drift_max"] <= 1e-3
+    assert abs(first["logps/chosen"] - plain["logps/chosen"]) > 0.1  # the adapter has an effect
+    # Checkpoints stand on the merged start; the exported model is the last adapter on it.
+    assert differences("run/base", "sft_adapter") < 1e-6 < differences("run/base", "my_model")
+    assert differences("run/model", "run/checkpoints/checkpoint-4") < 1e-6 < differences("run/model", "run/base")
+
+
+def json_edit(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def differences(one: str, other: str) -> float:
+    """The largest difference of any weight of two models."""
+    a, b = (load_model(path).state_dict() for path in (one, other))
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def test_weights_of_four_bits_train_an_adapter_as_their_rounded_values_do(place: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    rounded = load_model("my_model", quantization="nf4").dequantize()
+    save_model(rounded, load_tokenizer("my_model"), "rounded")
+    changes = {"lora__rank": 4, "align__learning_rate": 0.05, "align__max_steps": 4, "objective__weight": "importance"}
+    assert train("four_bits", ALIGN, model__quantization="nf4", **changes) == 0
+    assert train("plain", ALIGN, model__path="rounded", **changes) == 0
+    lines, plain = (read_lines(place / run / "metrics.jsonl") for run in ("four_bits", "plain"))
+    assert lines[0]["start/drift_max"] <= 1e-3  # policy and reference alike have 4 bits
+    for line, other in zip(lines, plain, strict=True):
+        for key in ("loss", "logps/chosen", "grad_norm", "eval/loss"):
+            assert (key in line) == (key in other)
+            if key in line:
+                assert line[key] == pytest.approx(other[key], rel=1e-3), key
+    assert abs(lines[-1]["eval/drift/chosen"]) > 0.01
+    # What is exported is the adapter in the base's own weights, not in the rounded ones.
+    assert "quantization_config" not in json.loads((place / "four_bits" / "model" / "config.json").read_text())
+    assert differences("four_bits/model", "four_bits/checkpoints/checkpoint-4") < 1e-6
+    assert differences("rounded", "my_model") > 1e-6
+    found, base = (load_model(path).state_dict() for path in ("four_bits/model", "my_model"))
+    assert torch.equal(found["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
+    assert not torch.equal(found["model.layers.0.self_attn.q_proj.weight"], base["model.layers.0.self_attn.q_proj.weight"])
+
+
+def test_what_four_bits_cannot_do_is_said(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("run", ALIGN, model__quantization="nf4") == 2
+    assert "model.quantization: weights of 4 bits cannot be trained; set lora.rank" in capsys.readouterr().err
+    monkeypatch.setattr("isdaa.training.inputs.find_spec", lambda name: None)
+    assert train("run", ALIGN, model__quantization="nf4", lora__rank=4) == 2
+    assert "model.quantization: bitsandbytes is not installed" in capsys.readouterr().err
 
 
 def test_another_model_is_the_reference(place: Path) -> None:

@@ -56,21 +56,30 @@ def load_model(
     device: str | torch.device | None = None,
     revision: str | None = None,
     merge_adapter: bool = True,
+    quantization: str | None = None,
 ) -> PreTrainedModel:
     """A causal language model from a folder or the Hub, in evaluation mode.
 
     A folder (or repository) that holds only a PEFT adapter gives its base model with the adapter merged into the
     weights; `merge_adapter=False` keeps it beside them, as a `PeftModel`. `dtype` is that of the weights in memory,
-    "auto" that of the file. `device` None leaves the model on the CPU.
+    "auto" that of the file. `device` None leaves the model on the CPU. `quantization` "nf4" puts the weights of linear layers,
+    but for the head, into 4 bits (Dettmers et al. 2023, arXiv 2305.14314), computing in `dtype`; needs bitsandbytes.
 
     Raises:
-        UserError: nothing is there, a folder is incomplete or damaged, no causal language model, unknown dtype.
+        UserError: nothing is there, a folder is incomplete or damaged, no causal language model, unknown dtype; an adapter's
+            folder to be quantised.
     """
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     options |= {"trust_remote_code": trust_remote_code, "revision": revision}
-    return _load(AutoModelForCausalLM, path_or_name, dtype, device, merge_adapter, options)
+    if quantization is not None:
+        options |= _four_bits(dtype, device)
+    model = _load(AutoModelForCausalLM, path_or_name, dtype, device, merge_adapter, options)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # bitsandbytes' fast way on a CPU has no backward pass, and says nothing
+    return model
 
 
 def load_sequence_classifier(
@@ -206,6 +215,8 @@ def _load(
     name = str(path_or_name)
     folder = _local_folder(name)
     adapter = _adapter_config(name, folder, options["revision"])
+    if adapter is not None and "quantization_config" in options:
+        raise UserError(f"{name}: an adapter; weights of 4 bits cannot take it in, so merge it into its base model first")
     if adapter is not None:
         settings = _adapter_settings(adapter)
         inner = options | {"revision": settings.get("revision")}
@@ -234,7 +245,21 @@ def _load(
             raise _readable(error, name, folder, "model") from error
         _check_report(name, report, type(model).__name__, new_head)
     model = model.eval()
-    return model if device is None else model.to(device)
+    return model if device is None or "quantization_config" in options else model.to(device)
+
+
+def _four_bits(dtype: str, device: str | torch.device | None) -> dict[str, Any]:
+    from transformers import BitsAndBytesConfig
+
+    compute = torch_dtype(dtype) or torch.bfloat16
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        bnb_4bit_quant_storage=compute,  # FSDP shards tensors of one dtype
+    )
+    return {"quantization_config": config, "device_map": {"": device or "cpu"}}
 
 
 def _with_adapter(base: nn.Module, name: str, folder: Path | None, revision: str | None, merge: bool) -> Any:

@@ -27,12 +27,12 @@ def write_behaviour_logps(model_path: str, source: str, split: str, output: Path
     if output.exists():
         raise UserError(f"{output}: exists already; choose another --output")
     tokenizer = load_tokenizer(model_path)
-    pairs, counts = load_pairs(source, split)
+    pairs, counts = once(lambda: load_pairs(source, split))
     rows = list(pairs)
     # Marking every row as one with behaviour logps makes the tokeniser drop it where it would be cut.
     marked = [{**row, "id": str(i), "behaviour_chosen_logps": 0.0, "behaviour_rejected_logps": 0.0} for i, row in enumerate(rows)]
     settings = TokenizationSettings(**tokenization.model_dump())
-    tokens, more = tokenize_pairs(as_dataset(marked), tokenizer, settings)
+    tokens, more = once(lambda: tokenize_pairs(as_dataset(marked), tokenizer, settings))
     model = load_model(model_path, device=device())
     check_rows(model, model_path, *TokenisedPairs(tokens).extent())
     forward = prepare(model)

@@ -30,6 +30,8 @@ def check_inputs(config: Config, stages: Sequence[str]) -> None:
         made_here = name is not None and Path(config.output_dir).absolute() in Path(name).absolute().parents
         if name is not None and name.startswith((".", "/", "~")) and not made_here and not Path(name).expanduser().exists():
             raise UserError(f"{key}: {name}: no such folder")
+    if config.model.quantization is not None:
+        _installed("bitsandbytes", "model.quantization")
     for stage in stages:
         section = getattr(config, stage)
         if isinstance(section, OptimisationConfig):

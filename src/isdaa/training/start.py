@@ -55,19 +55,24 @@ def policy_of(run: Run, tokenizer: Any, path: str | None) -> Any:
     """The model at `path`, or a new random one with the tokenizer's vocabulary where `path` is None; on the device."""
     settings = run.config.model
     if path is not None:
-        return other_model(run.config, path)
+        return other_model(run.config, path, settings.quantization)
     assert settings.random is not None
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     model: Any = random_model({"vocab_size": len(tokenizer), **ids, **settings.random}, run.config.seed, dtype=settings.dtype)
     return model.to(device() or "cpu")
 
 
-def other_model(config: Config, path: str) -> Any:
+def other_model(config: Config, path: str, quantization: str | None = None) -> Any:
     """A model loaded as the policy is: dtype, device, and the revision where it is the model that training starts from."""
     settings = config.model
     revision = settings.revision if path == settings.path else None
     return load_model(
-        path, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code, revision=revision, device=device()
+        path,
+        dtype=settings.dtype,
+        trust_remote_code=settings.trust_remote_code,
+        revision=revision,
+        device=device(),
+        quantization=quantization,
     )
 
 
@@ -151,11 +156,12 @@ def keep_model(model: Callable[[], Any], tokenizer: Any, folder: Path, record: M
 def trained_model(trainer: Any, load: Callable[..., Any]) -> Any:
     """The model that a trainer has trained, without what was wrapped around it.
 
-    load: `load_model` or `load_sequence_classifier`. Where each process has a part of the weights only, the model is read from
-    the checkpoint of the last step.
+    load: `load_model` or `load_sequence_classifier`. Where each process has a part of the weights only, and where they are of 4
+    bits, the model is read from the checkpoint of the last step: an adapter then goes into its base model's own weights.
     """
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        return trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or getattr(model, "is_quantized", False)):
+        return model
     return load(Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}")
 
 
