@@ -8,9 +8,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from _summary import LABELS
+from scipy.stats import binom
 
 from isdaa.errors import UserError
 from isdaa.files import read_json
@@ -44,7 +46,7 @@ def overview(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "| shape | arm | s / step | time / isdaa | peak MiB | memory / isdaa | matmul share | Δ weight / update |"
     yield "|---|---|---|---|---|---|---|---|"
     for cell in cells:
-        name = f"{cell['name']}, {cell['batch_size']} pairs"
+        name = f"{cell['name']}, {cell['batch_size']} pairs, {cell['rounds']} rounds"
         for arm, label in LABELS.items():
             if arm not in cell["arms"]:
                 continue
@@ -56,7 +58,7 @@ def overview(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             )
             name = ""
         for arm, why in (cell.get("left_out") or {}).items():
-            yield f"| {name} | {LABELS[arm]} | {why} | | | | | |"
+            yield f"| {name} | {LABELS[arm]} | {why.split(' (')[0]} | | | | | |"
 
 
 def _same(found: Mapping[str, Any]) -> str:
@@ -68,11 +70,23 @@ def _same(found: Mapping[str, Any]) -> str:
 
 def costs(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What weighting and the Trainer cost, cell by cell."""
-    yield "| shape | is_dpo / dpo | Trainer and collation / bare loop |"
-    yield "|---|---|---|"
+    yield "| shape | rounds | is_dpo / dpo | Trainer and collation / bare loop |"
+    yield "|---|---|---|---|"
+    pairs = (("isdaa_is_dpo", "isdaa_dpo"), ("isdaa_dpo", "isdaa_bare"))
     for cell in cells:
-        both = (cell.get("cost_of_weighting"), cell.get("cost_of_trainer"))
-        yield f"| {cell['name']} | " + " | ".join("–" if cost is None else _spread(cost, 3) for cost in both) + " |"
+        arms = cell["arms"]
+        if all(arm in arms for pair in pairs for arm in pair):
+            found = [_median([a / b for a, b in zip(*(arms[arm]["seconds"] for arm in pair), strict=True)]) for pair in pairs]
+            yield f"| {cell['name']} | {cell['rounds']} | " + " | ".join(found) + " |"
+
+
+def _median(ratios: Sequence[float]) -> str:
+    """The median of independent ratios, and the order statistics between which it lies with 95 % or more."""
+    ordered = sorted(ratios)
+    outside = max((k for k in range(len(ordered) // 2) if 2 * binom.cdf(k, len(ordered), 0.5) <= 0.05), default=-1)
+    if outside < 0:
+        return f"{median(ordered):.3f} (too few rounds for an interval)"
+    return f"{median(ordered):.3f} [{ordered[outside]:.3f}, {ordered[-outside - 1]:.3f}]"
 
 
 def _spread(found: Mapping[str, float], digits: int) -> str:
