@@ -104,7 +104,10 @@ def test_a_wrong_file_is_one_line(tmp_path: Path, changes: dict[str, Any], words
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}")
+OURS = sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "accelerate")
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_every_config_in_the_repository_loads(path: Path) -> None:
     if "grids" in yaml.safe_load(path.read_text(encoding="utf-8")):
         sweep, base = load_sweep(path)

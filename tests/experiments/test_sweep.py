@@ -172,11 +172,18 @@ def test_through_submitit(tmp_path: Path) -> None:
     assert list((folder / "submitit").glob("*_result.pkl"))
 
 
+def _hear_interrupts() -> None:
+    """A shell that runs the tests in the background ignores SIGINT, and so would everything that they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupting_stops_the_processes(tmp_path: Path) -> None:
     """Ctrl-C reaches the whole group; the sweep ends its processes and says how to go on."""
     file = write(tmp_path, settings={"align.max_steps": 4000, "align.save_steps": 4})
     command = [sys.executable, "-m", "isdaa.cli", "sweep", "--config", str(file)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, preexec_fn=_hear_interrupts
+    )
     while not list(tmp_path.glob("out/runs/dpo/seed-5/checkpoints/checkpoint-*")) and process.poll() is None:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
