@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from isdaa.data.pairs import (
@@ -67,14 +67,7 @@ def load_pairs(
     """
     counts = Counts()
     pairs: list[Row] = []
-    place, rows = opened(source, split, "pairs", subset=subset, limit=limit)
-    for row, where in rows:
-        counts.rows += 1
-        try:
-            pair = canonical_pair(place.row(row, where), where, place.source)
-        except (NoCommonPromptError, NoResponseError) as error:
-            counts.drop(error)
-            continue
+    for pair in _canonical(source, split, "pairs", canonical_pair, counts, subset, limit):
         if same_response(pair):
             counts.dropped_equal += 1
         else:
@@ -95,14 +88,7 @@ def load_prompts(
     """
     counts = Counts()
     prompts: dict[str, Row] = {}
-    place, rows = opened(source, split, "prompts", subset=subset, limit=limit)
-    for row, where in rows:
-        counts.rows += 1
-        try:
-            prompt = canonical_prompt(place.row(row, where), where, place.source)
-        except (NoCommonPromptError, NoResponseError) as error:
-            counts.drop(error)
-            continue
+    for prompt in _canonical(source, split, "prompts", canonical_prompt, counts, subset, limit):
         if prompts.setdefault(prompt_key(prompt), prompt) is not prompt:
             counts.repeated_prompts += 1
     counts.kept = len(prompts)
@@ -116,18 +102,32 @@ def load_sft(
 ) -> tuple[Dataset, Counts]:
     """SFT examples: id, prompt (None for plain text and whole conversations), completion, where."""
     counts = Counts()
-    examples: list[Row] = []
-    place, rows = opened(source, split, "sft", subset=subset, limit=limit)
-    for row, where in rows:
-        counts.rows += 1
-        try:
-            examples.append(canonical_sft(place.row(row, where), where, place.source))
-        except NoResponseError as error:
-            counts.drop(error)
+    examples = list(_canonical(source, split, "sft", canonical_sft, counts, subset, limit))
     counts.kept = len(examples)
     if not examples:
         raise UserError(f"{source}: no example in it" + "".join(f"; {line}" for line in counts.lines() if counts.rows))
     return as_dataset(examples), counts
+
+
+def _canonical(
+    source: str,
+    split: str | None,
+    purpose: Purpose,
+    canonical: Callable[[Mapping[str, Any], str, str], Row],
+    counts: Counts,
+    subset: str | None,
+    limit: int | None,
+) -> Iterator[Row]:
+    """The rows of a source as `canonical` makes them; `counts` gets how many were read, and how many dropped on the way."""
+    place, rows = opened(source, split, purpose, subset=subset, limit=limit)
+    for row, where in rows:
+        counts.rows += 1
+        try:
+            canonical_row = canonical(place.row(row, where), where, place.source)
+        except (NoCommonPromptError, NoResponseError) as error:
+            counts.drop(error)
+            continue
+        yield canonical_row
 
 
 def hold_out(rows: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Dataset | None]:
