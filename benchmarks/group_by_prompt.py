@@ -27,9 +27,9 @@ from typing import Any
 from preference_step import machine
 from rich.console import Console
 
-from isdaa.config import OneLineParser
 from isdaa.errors import UserError
 from isdaa.files import read_json, write_json
+from isdaa.options import OneLineParser
 
 NAME = "group_by_prompt"
 OUT = Path("runs/bench/group-by-prompt.json")

@@ -30,9 +30,9 @@ from _summary import DEFINITIONS, LABELS, below, summarise, table, wrong
 from rich.console import Console
 from shapes import SHAPES, TINY_SHAPE, TINY_VOCABULARY, VOCABULARIES, Shape, Size, lengths_of, products, tiny
 
-from isdaa.config import OneLineParser
 from isdaa.errors import UserError, nearest
 from isdaa.files import write_json
+from isdaa.options import OneLineParser
 from isdaa.record import git_revision, versions
 from isdaa.terminal import clock, progress, say
 

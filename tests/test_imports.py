@@ -21,12 +21,13 @@ ALLOWED = {
     "models": BASEMENT,
     "data": BASEMENT | {"world"},
     "config": BASEMENT | {"objectives"},
+    "options": BASEMENT | {"config"},
     "record": BASEMENT,
     "evaluation": BASEMENT | GROUND,
     "training": BASEMENT | GROUND | {"evaluation"},
     "report": BASEMENT | GROUND | {"evaluation"},
     "experiments": BASEMENT | GROUND | {"evaluation", "training", "report"},
-    "cli": BASEMENT | GROUND | {"evaluation", "training", "report", "experiments"},
+    "cli": BASEMENT | GROUND | {"options", "evaluation", "training", "report", "experiments"},
 }
 
 

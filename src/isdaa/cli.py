@@ -24,7 +24,7 @@ EXAMPLES = """examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command. Dashes and underscores in option names are the same."""
-    from isdaa.config import OneLineParser, add_options
+    from isdaa.options import OneLineParser, add_options
 
     parser = OneLineParser(
         prog="isdaa",
@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _evaluation_options(parser: argparse.ArgumentParser) -> None:
-    from isdaa.config import add_options
+    from isdaa.options import add_options
 
     parser.add_argument("--reference", metavar="PATH", help="reference model (default: from the record beside the model)")
     parser.add_argument("--data", metavar="SOURCE", help="held-out prompts or pairs (default: from the record)")
@@ -155,7 +155,8 @@ def _refused(line: str) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from isdaa.config import load_config, overrides_of
+    from isdaa.config import load_config
+    from isdaa.options import overrides_of
 
     config = load_config(arguments.config, overrides_of(arguments))
     _quiet_libraries()
@@ -166,7 +167,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluation_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
-    from isdaa.config import overrides_of
+    from isdaa.options import overrides_of
 
     names = ("reference", "data", "split", "scorer", "dtype", "trust_remote_code")
     return overrides_of(arguments) | {name: getattr(arguments, name) for name in names}
@@ -202,7 +203,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _logps(arguments: argparse.Namespace) -> int:
-    from isdaa.config import overrides_of, section_from
+    from isdaa.config import section_from
+    from isdaa.options import overrides_of
 
     tokenization = section_from("tokenization", overrides_of(arguments))
     _quiet_libraries()
@@ -237,7 +239,8 @@ def _methods(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from isdaa.config import load_config, overrides_of
+    from isdaa.config import load_config
+    from isdaa.options import overrides_of
 
     if arguments.what != "world":
         return _theory(arguments)
@@ -250,7 +253,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _theory(arguments: argparse.Namespace) -> int:
-    from isdaa.config import overrides_of
+    from isdaa.options import overrides_of
 
     given = overrides_of(arguments)
     strange = [name for name in given if name not in ("output_dir", "seed")]
