@@ -6,7 +6,7 @@ same prompts differ by their scores alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,6 +37,30 @@ class Interval:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A number with its interval, and what it is on each resample (R,): equal seeds and prompts make those paired."""
+
+    interval: Interval
+    draws: np.ndarray
+
+    @property
+    def value(self) -> float:
+        """The number itself, on all prompts."""
+        return self.interval.mean
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"mean", "low", "high", "n"}`: the draws can be made again from the records."""
+        return self.interval.to_json()
+
+    def minus(self, other: Figure, confidence: float = 0.95) -> Figure:
+        """The paired difference, of figures over the same prompts in the same order, drawn with the same seed."""
+        if self.draws.shape != other.draws.shape or self.interval.n != other.interval.n:
+            raise ValueError("a paired difference needs the same prompts and resamples")
+        draws = self.draws - other.draws
+        return Figure(percentiles(self.value - other.value, draws, self.interval.n, confidence), draws)
+
+
 def bootstrap_means(values: Numbers, *, resamples: int = 1000, seed: int = 0) -> np.ndarray:
     """Means of `resamples` draws with replacement of the N prompts.
 
@@ -49,15 +73,44 @@ def bootstrap_means(values: Numbers, *, resamples: int = 1000, seed: int = 0) ->
     if not np.isfinite(values).all():
         raise ValueError("values must be finite")
     n = len(values)
+    # How often each prompt is drawn is all that a mean needs: one matrix product serves all columns.
+    return np.concatenate([counts @ values / n for counts in bootstrap_counts(n, resamples=resamples, seed=seed)])
+
+
+def bootstrap_counts(n: int, *, resamples: int = 1000, seed: int = 0, block: int = _BLOCK) -> Iterator[np.ndarray]:
+    """How often each of `n` prompts is drawn, (block, n) resamples at a time; the block's size changes no draw."""
     rng = np.random.default_rng(seed)
-    blocks = []
-    for start in range(0, resamples, _BLOCK):
-        size = min(_BLOCK, resamples - start)
+    for start in range(0, resamples, block):
+        size = min(block, resamples - start)
         drawn = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
-        # How often each prompt is drawn is all that a mean needs: one matrix product serves all columns.
-        counts = np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)
-        blocks.append(counts @ values / n)
-    return np.concatenate(blocks)
+        yield np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)
+
+
+def percentiles(value: float, draws: np.ndarray, n: int, confidence: float = 0.95) -> Interval:
+    """A figure over `n` prompts with the percentile interval of its `draws` (R,); no bounds where one prompt gives none."""
+    if n < 2:
+        return Interval(value, None, None, n)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return Interval(value, float(low), float(high), n)
+
+
+def mean_figure(
+    values: Numbers, weights: Numbers | None = None, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> Figure:
+    """Σ weights·values / Σ weights over N prompts; a prompt of weight 0 is drawn like any other and adds nothing.
+
+    values: (N,); weights: (N,), 1 by default. Resamples in which all weights are 0 take the figure itself.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    weights = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=np.float64)
+    total = weights.sum()
+    if values.ndim != 1 or weights.shape != values.shape or not total > 0:
+        raise ValueError(f"values {values.shape} and weights {weights.shape} must be (N,), some weight above 0")
+    mean = float(weights @ values / total)
+    sums = bootstrap_means(np.stack([weights * (values - mean), weights], axis=1), resamples=resamples, seed=seed)
+    draws = mean + np.divide(sums[:, 0], sums[:, 1], out=np.zeros(len(sums)), where=sums[:, 1] > 0)
+    return Figure(percentiles(mean, draws, len(values), confidence), draws)
 
 
 def mean_interval(values: Numbers, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0) -> Interval:
