@@ -1,0 +1,193 @@
+"""What a benchmark is: questions to answer, answers to judge, replies to read, verdicts to score.
+
+Data and pure functions alone: nothing here asks a model. A `Benchmark` tells whoever does (a sampler, a judge's client)
+what to ask, and what the replies are worth:
+
+    read_questions -> next_prompt -> [a model answers] -> judge_questions -> [a judge replies] -> parse -> score
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from isdaa.data.checks import Text
+from isdaa.evaluation.statistics import Figure
+
+Row = Mapping[str, Any]
+ChatMessage = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be answered. `row` is the file's own, kept so that writing loses no key; `where` is its 'file:row'."""
+
+    id: str
+    prompt: Text  # text to continue, or chat messages to answer
+    follow_ups: tuple[str, ...] = ()  # what the user says after each answer
+    category: str = ""
+    references: tuple[str, ...] = ()  # a right answer a turn, for the judge
+    response: str | None = None  # the data set's own response, where it is the opponent
+    where: str = ""
+    row: Row = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One model's answer, a text a turn. tokens: of the last turn, or None where nobody counted."""
+
+    question: str
+    model: str
+    turns: tuple[str, ...]
+    tokens: int | None = None
+    where: str = ""
+    row: Row = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How a benchmark wants its questions answered. top_k is always off; there is no system prompt."""
+
+    max_new_tokens: int
+    temperature: float
+    by_category: Mapping[str, float] = field(default_factory=dict)
+    top_p: float = 1.0
+
+    def temperature_of(self, question: Question) -> float:
+        """0 means greedy."""
+        return self.by_category.get(question.category, self.temperature)
+
+
+@dataclass(frozen=True)
+class JudgeQuestion:
+    """One request to a judge. game: which of those about an answer it is; logprobs: those of the first token are wanted."""
+
+    question: str
+    game: str
+    messages: tuple[ChatMessage, ...]
+    template: str
+    max_tokens: int
+    temperature: float = 0.0
+    logprobs: bool = False
+
+
+class Reply(Protocol):
+    """What a judge says. first_token_logprobs: log-probability of each first token that the endpoint names, or None."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def first_token_logprobs(self) -> Mapping[str, float] | None: ...
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a reply says: a preference for the model in [0, 1], or a grade. `value` is None where it cannot be read.
+
+    kind: `soft` from log-probabilities, `hard` from a sampled word, `grade`; weight: how many votes it counts.
+    """
+
+    game: str
+    value: float | None
+    kind: Literal["soft", "hard", "grade", "unparsed"]
+    label: str = ""
+    weight: float = 1.0
+    reply: str = ""
+    prompt: str = ""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A question, its answer, what the answer is compared with, and every verdict on it."""
+
+    question: Question
+    answer: Answer
+    opponent: Answer | None
+    verdicts: tuple[Verdict, ...]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How verdicts become figures. difficulty: AlpacaEval's, by question id. Intervals resample questions, by the seed."""
+
+    resamples: int = 1000
+    confidence: float = 0.95
+    seed: int = 0
+    difficulty: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model's result: figures by name, of which `headline` is the benchmark's own; counts; notes a reader must see.
+
+    by_question: each question's share of the headline's uncontrolled form, by id: the unit that intervals resample.
+    """
+
+    headline: str
+    figures: Mapping[str, Figure]
+    counts: Mapping[str, int]
+    by_question: Mapping[str, float]
+    details: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """What `metrics.json` holds."""
+        return {
+            "headline": self.headline,
+            "figures": {name: figure.to_json() for name, figure in self.figures.items()},
+            "counts": dict(self.counts),
+            "details": dict(self.details),
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark by its functions. Files are those of the original tool.
+
+    opponent: what an answer is compared with: `file` another model's answers, `data` the data set's response (or a
+    file), None nothing. score: judged answers by model -> score by model; models are scored together since some
+    formulas pool them. write_judgments takes the judge's name; read_judgments (file, questions, answers) gives
+    judged answers by model.
+    """
+
+    name: str
+    title: str
+    headline: str
+    generation: Generation
+    opponent: Literal["file", "data"] | None
+    source: str  # of the questions, where the user names none; "" where they must
+    read_questions: Callable[[str, str | None], list[Question]]
+    read_answers: Callable[[str | Path, Sequence[Question]], list[Answer]]
+    write_answers: Callable[[str | Path, Sequence[Question], Sequence[Answer]], None]
+    judge_questions: Callable[[Question, Answer, Answer | None], list[JudgeQuestion]]
+    parse: Callable[[JudgeQuestion, Reply], Verdict]
+    score: Callable[[Mapping[str, Sequence[Judged]], Scoring], dict[str, Score]]
+    write_judgments: Callable[[str | Path, Sequence[Judged], str], None]
+    read_judgments: Callable[[str | Path, Sequence[Question], Sequence[Answer]], dict[str, list[Judged]]]
+
+
+def next_prompt(question: Question, answers: Sequence[str]) -> Text | None:
+    """What a model is asked after it gave `answers`: text, or the conversation so far; None when all is answered."""
+    if not answers:
+        return question.prompt
+    if len(answers) > len(question.follow_ups):
+        return None
+    if isinstance(question.prompt, str):
+        raise ValueError("a question with further turns is a conversation, not a text")
+    messages = list(question.prompt)
+    for answer, follow_up in zip(answers, question.follow_ups, strict=False):
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": follow_up}]
+    return messages
+
+
+def prompt_text(question: Question) -> str:
+    """The first prompt's words: the text, or the last message's of a conversation of one; more are named by their roles."""
+    if isinstance(question.prompt, str):
+        return question.prompt
+    if len(question.prompt) == 1:
+        return str(question.prompt[0]["content"])
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in question.prompt)
