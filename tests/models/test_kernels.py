@@ -377,8 +377,8 @@ def test_layers_are_compiled_once(checkpointing):
     for pairs in (2, 1, 5, 3):
         compare(model, truth_model, forward, pairs)
         counts.append(counter.frame_count)
-    # PyTorch does not look into what it checkpoints: there the layers run as they are.
-    assert counts[1] == counts[-1] <= 8 and (counts[-1] > 0) != checkpointing
+    # Once for all layers, and once more for the last one, whose forward is another (`last_layer`).
+    assert 0 < counts[1] == counts[-1] <= 12
 
 
 def test_a_compiled_model_gives_the_same():

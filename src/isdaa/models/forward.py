@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from isdaa.errors import UserError
-from isdaa.models import shared_prefix
+from isdaa.models import last_layer, shared_prefix
 from isdaa.models.choice import AUTO, SDPA, choose_attention
 from isdaa.models.inner import (
     REQUEST,
@@ -140,6 +140,7 @@ def prepare(model: nn.Module, probe: bool = True, longest_row: int | None = None
     state = install_forward(inner)
     state.own_head = False
     shared_prefix.install(inner)
+    last_layer.install(inner)
     choose_attention(inner, attention)
     if not probe:
         return PairForward(model, SHARED_PREFIX)

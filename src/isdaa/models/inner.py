@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from isdaa.errors import UserError
-from isdaa.models import shared_prefix
+from isdaa.models import last_layer, shared_prefix
 from isdaa.models.layout import Layout
 from isdaa.models.logprobs import Head, LinearHead, OwnHead, linear_head, text_config, token_logps
 from isdaa.models.shared_prefix import LAYOUT_KEYWORD
@@ -141,7 +141,7 @@ def _packed_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor, la
         use_cache=False,
         **{LAYOUT_KEYWORD: layout},
     )
-    return out.last_hidden_state[0].index_select(0, layout.on(input_ids.device, "predictor_index"))
+    return last_layer.narrowed(out.last_hidden_state, layout)
 
 
 def _inputs(model: nn.Module, input_ids: Tensor, tie: Tie | None) -> dict[str, Tensor]:

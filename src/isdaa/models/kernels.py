@@ -306,8 +306,8 @@ def compile_layers(model: nn.Module, **options: Any) -> int:
 
     Attention over a packed row stays outside (`shared_prefix`): what is compiled knows only the number of tokens, which is
     dynamic, so that it is compiled once and serves every batch. `torch.compile(model)`, which is what the Trainer's
-    `torch_compile` does, gives the same numbers but also compiles our own index arithmetic, several times over. Under
-    gradient checkpointing the layers run as they are: PyTorch does not compile what it checkpoints.
+    `torch_compile` does, gives the same numbers but also compiles our own index arithmetic, several times over. Where the
+    last layer is narrowed (`last_layer`) it is compiled by itself.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 

@@ -136,6 +136,16 @@ class Layout:
         return torch.where(self.offset == 0, last, self.target_index - 1)
 
     @cached_property
+    def kept_index(self) -> Tensor:
+        """(K,) positions whose last hidden state predicts any response token, rising."""
+        return self.predictor_index.unique(sorted=True)
+
+    @cached_property
+    def predictor_among_kept(self) -> Tensor:
+        """(N,) place of the predictor of every response token in `kept_index`."""
+        return torch.searchsorted(self.kept_index, self.predictor_index)
+
+    @cached_property
     def position_ids(self) -> Tensor:
         """(T,) position ids: 0.. within each prompt, going on from there in each of its responses."""
         position = torch.arange(self.tokens) - self.prompt_starts.repeat_interleave(self.group_lengths)
