@@ -127,6 +127,14 @@ def stop_token_ids(tokenizer: Any, chat: bool) -> set[int]:
     return stop
 
 
+def ending_ids(tokenizer: Any) -> set[int]:
+    """Ids that end a response wherever the model is used: as `stop_token_ids`, in chat where there is a usable template."""
+    try:
+        return stop_token_ids(tokenizer, chat=bool(tokenizer.chat_template))
+    except UserError:  # the data was plain text: nobody asked the template for anything
+        return stop_token_ids(tokenizer, chat=False)
+
+
 def template_hash(tokenizer: Any) -> str:
     """Digest of the chat template, 'none' where there is none."""
     return digest(tokenizer.chat_template) if tokenizer.chat_template else "none"

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isdaa.data.chat import stop_token_ids, template_hash, tokenizer_digest
+from isdaa.data.chat import ending_ids, stop_token_ids, template_hash, tokenizer_digest
 from isdaa.data.checks import Text
 from isdaa.data.encoding import Encoder, PairIds, TokenizationSettings
 from isdaa.data.pairs import Counts, Row
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Encoder",
     "TokenizationSettings",
+    "ending_ids",
     "stop_token_ids",
     "template_hash",
     "tokenize_pairs",

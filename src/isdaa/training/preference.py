@@ -25,9 +25,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as hf_logging
 
 from isdaa.data.collation import PairBatch, collate
+from isdaa.data.tokenization import ending_ids
 from isdaa.models import fused
 from isdaa.models.forward import PairForward, ResponseLogps, disable_dropout
 from isdaa.models.inner import SHARED_PREFIX
+from isdaa.models.saving import generation_config
 from isdaa.objectives.objective import Objective, ObjectiveOutput, PairLogps
 from isdaa.objectives.weights import batch_weights
 from isdaa.terminal import progress as show_progress
@@ -391,6 +393,9 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
             Path(folder, "training_args.bin").unlink(missing_ok=True)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
+                if Path(folder, "config.json").is_file():  # an adapter is used with its base model's
+                    model = self.accelerator.unwrap_model(self.model)
+                    generation_config(model, self.tokenizer, ending_ids(self.tokenizer)).save_pretrained(folder)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # Tied weights are saved once; loading them is not a loss.

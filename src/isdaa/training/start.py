@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from isdaa.config import Config, resolved
-from isdaa.data.tokenization import TokenizationSettings, tokenizer_digest
+from isdaa.data.tokenization import TokenizationSettings, ending_ids, tokenizer_digest
 from isdaa.distributed import once
 from isdaa.errors import UserError
 from isdaa.files import digest
@@ -150,7 +150,7 @@ def keep_model(model: Callable[[], Any], tokenizer: Any, folder: Path, record: M
 
     model: gives it; called by the main process alone.
     """
-    once(lambda: save_model(model(), tokenizer, folder, described(record, folder)))
+    once(lambda: save_model(model(), tokenizer, folder, described(record, folder), stop_ids=ending_ids(tokenizer)))
 
 
 def trained_model(trainer: Any, load: Callable[..., Any]) -> Any:
