@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from isdaa.data.checks import Text
+from isdaa.errors import UserError
 from isdaa.evaluation.statistics import Figure
 
 Row = Mapping[str, Any]
@@ -30,6 +31,7 @@ class Question:
     category: str = ""
     references: tuple[str, ...] = ()  # a right answer a turn, for the judge
     response: str | None = None  # the data set's own response, where it is the opponent
+    responder: str = "data"  # whose that response is
     where: str = ""
     row: Row = field(default_factory=dict)
 
@@ -62,7 +64,10 @@ class Generation:
 
 @dataclass(frozen=True)
 class JudgeQuestion:
-    """One request to a judge. game: which of those about an answer it is; logprobs: those of the first token are wanted."""
+    """One request to a judge.
+
+    game: which of the requests about an answer it is; logprobs: how many alternatives of the first token are wanted.
+    """
 
     question: str
     game: str
@@ -70,7 +75,13 @@ class JudgeQuestion:
     template: str
     max_tokens: int
     temperature: float = 0.0
-    logprobs: bool = False
+    logprobs: int | None = None
+
+
+class ReadQuestions(Protocol):
+    """Questions of a local path, a Hub name or `project`: the questions that come with isdaa."""
+
+    def __call__(self, source: str, split: str | None = None, limit: int | None = None) -> list[Question]: ...
 
 
 class Reply(Protocol):
@@ -87,7 +98,8 @@ class Reply(Protocol):
 class Verdict:
     """What a reply says: a preference for the model in [0, 1], or a grade. `value` is None where it cannot be read.
 
-    kind: `soft` from log-probabilities, `hard` from a sampled word, `grade`; weight: how many votes it counts.
+    kind: `soft` from log-probabilities, `hard` from a sampled word, `grade`; weight: how many votes it counts; messages
+    and template: what was asked, for the original tool's files; row: of the file it was read from.
     """
 
     game: str
@@ -96,17 +108,21 @@ class Verdict:
     label: str = ""
     weight: float = 1.0
     reply: str = ""
-    prompt: str = ""
+    messages: tuple[ChatMessage, ...] = ()
+    template: str = ""
+    row: Row = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A question, its answer, what the answer is compared with, and every verdict on it."""
+    """A question, its answer, what the answer is compared with, and every verdict on it; row: of the file, where read."""
 
     question: Question
     answer: Answer
     opponent: Answer | None
     verdicts: tuple[Verdict, ...]
+    judge: str = ""
+    row: Row = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,6 +133,10 @@ class Scoring:
     confidence: float = 0.95
     seed: int = 0
     difficulty: Mapping[str, float] | None = None
+
+    def drawn(self) -> dict[str, Any]:
+        """The arguments that every figure's function takes."""
+        return {"resamples": self.resamples, "confidence": self.confidence, "seed": self.seed}
 
 
 @dataclass(frozen=True)
@@ -146,28 +166,52 @@ class Score:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark by its functions. Files are those of the original tool.
+    """A benchmark by its functions. Files are those of the original tool; every reader raises UserError for a bad row.
 
     opponent: what an answer is compared with: `file` another model's answers, `data` the data set's response (or a
-    file), None nothing. score: judged answers by model -> score by model; models are scored together since some
-    formulas pool them. write_judgments takes the judge's name; read_judgments (file, questions, answers) gives
-    judged answers by model.
+    file), None nothing. source: of the questions, where the user names none. baselines: which model is the opponent of
+    a category, where the file of opponents holds several. score: judged answers by model -> score by model; models are
+    scored together since some formulas pool them.
     """
 
     name: str
     title: str
-    headline: str
     generation: Generation
     opponent: Literal["file", "data"] | None
-    source: str  # of the questions, where the user names none; "" where they must
-    read_questions: Callable[[str, str | None], list[Question]]
+    source: str
+    read_questions: ReadQuestions
     read_answers: Callable[[str | Path, Sequence[Question]], list[Answer]]
     write_answers: Callable[[str | Path, Sequence[Question], Sequence[Answer]], None]
     judge_questions: Callable[[Question, Answer, Answer | None], list[JudgeQuestion]]
     parse: Callable[[JudgeQuestion, Reply], Verdict]
     score: Callable[[Mapping[str, Sequence[Judged]], Scoring], dict[str, Score]]
-    write_judgments: Callable[[str | Path, Sequence[Judged], str], None]
+    write_judgments: Callable[[str | Path, Sequence[Judged]], None]
     read_judgments: Callable[[str | Path, Sequence[Question], Sequence[Answer]], dict[str, list[Judged]]]
+    baselines: Mapping[str, str] = field(default_factory=dict)
+
+    def opponents(self, questions: Sequence[Question], answers: Sequence[Answer] = ()) -> dict[str, Answer | None]:
+        """What each question's answer is compared with, by question id; `answers`: of the opponents' file, where there is one.
+
+        Raises UserError where a question has no opponent.
+        """
+        if self.opponent is None:
+            return {question.id: None for question in questions}
+        models = sorted({answer.model for answer in answers})
+        by_key = {(answer.question, answer.model): answer for answer in answers}
+        found: dict[str, Answer | None] = {}
+        for question in questions:
+            wanted = models[0] if len(models) == 1 else self.baselines.get(question.category, "")
+            opponent = by_key.get((question.id, wanted))
+            if not answers and self.opponent == "data" and question.response is not None:
+                opponent = Answer(question.id, question.responder, (question.response,))
+            if opponent is None:
+                raise UserError(
+                    f"{question.where}: nothing to compare an answer to question {question.id} with"
+                    + (f"; its opponent is {wanted}, the answers are of {', '.join(models)}" if len(models) > 1 else "")
+                    + f"; give answers of the opponent to every question of {self.name}"
+                )
+            found[question.id] = opponent
+        return found
 
 
 def next_prompt(question: Question, answers: Sequence[str]) -> Text | None:

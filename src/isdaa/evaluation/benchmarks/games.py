@@ -1,0 +1,99 @@
+"""Two responses before a judge, in both orders: what the verdicts say together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from isdaa.errors import UserError
+from isdaa.evaluation.benchmarks.benchmark import Judged, JudgeQuestion, Verdict
+
+OPPONENT_FIRST, MODEL_FIRST = "opponent first", "model first"
+
+
+def preference(judged: Judged) -> float:
+    """The mean preference for the model over the orders that were asked; NaN where one could not be read.
+
+    One order alone would carry the judge's liking for a place into the figure.
+    """
+    values = [verdict.value for verdict in judged.verdicts]
+    read = [value for value in values if value is not None]
+    return sum(read) / len(read) if read and len(read) == len(values) else math.nan
+
+
+def flipped(judged: Judged) -> bool | None:
+    """Whether the two orders prefer different responses; None where there are not two readable verdicts. A tie is no flip."""
+    read = [verdict.value for verdict in judged.verdicts if verdict.value is not None]
+    return (read[0] - 0.5) * (read[1] - 0.5) < 0 if len(read) == 2 else None
+
+
+def flip_rate(judged: Sequence[Judged]) -> float | None:
+    """Share of the questions judged in both orders whose two verdicts contradict each other."""
+    flips = [flip for flip in map(flipped, judged) if flip is not None]
+    return sum(flips) / len(flips) if flips else None
+
+
+def counts(judged: Sequence[Judged]) -> dict[str, int]:
+    """How many questions, replies, unread replies, questions left out for these, soft and hard votes."""
+    verdicts = [verdict for one in judged for verdict in one.verdicts]
+    return {
+        "questions": len(judged),
+        "replies": len(verdicts),
+        "unparsed": sum(verdict.value is None for verdict in verdicts),
+        "left_out": sum(any(verdict.value is None for verdict in one.verdicts) or not one.verdicts for one in judged),
+        "soft": sum(verdict.kind == "soft" for verdict in verdicts),
+        "hard": sum(verdict.kind == "hard" for verdict in verdicts),
+    }
+
+
+def notes(count: dict[str, int], flips: float | None = None) -> list[str]:
+    """What a reader must know of the counts."""
+    lines = []
+    if count["unparsed"]:
+        lines.append(
+            f"{count['unparsed']} of {count['replies']} replies could not be read; "
+            f"{count['left_out']} of {count['questions']} questions are left out for it"
+        )
+    if count["hard"] and count["soft"]:
+        lines.append(f"{count['hard']} votes are hard, for the endpoint gave no log-probabilities; {count['soft']} are soft")
+    if flips is not None and flips > 0.5:
+        lines.append(f"the judge contradicts itself on {flips:.0%} of the questions when the order is swapped")
+    return lines
+
+
+def oriented(share_of_second: float, game: str) -> float:
+    """Preference for the model, from the preference for the response in the second place."""
+    return share_of_second if game == OPPONENT_FIRST else 1 - share_of_second
+
+
+def no_reply(asked: JudgeQuestion, reason: str) -> Verdict:
+    """The verdict on a question that the judge never answered: counted with the replies that could not be read."""
+    return Verdict(asked.game, None, "unparsed", reply=reason, messages=asked.messages, template=asked.template)
+
+
+def unparsed(game: str, reply: str) -> Verdict:
+    """A reply that says nothing that counts."""
+    return Verdict(game, None, "unparsed", reply=reply)
+
+
+GAME_KEYS = ("game", "value", "kind", "label", "reply", "template")
+
+
+def game_row(verdict: Verdict) -> dict[str, Any]:
+    """One order's verdict in a file of isdaa's own."""
+    return {key: getattr(verdict, key) for key in GAME_KEYS}
+
+
+def read_game(row: Mapping[str, Any] | None, where: str) -> Verdict:
+    """The verdict that `game_row` wrote; keys that it does not write are not looked at."""
+    row = row or {}
+    value, kind = row.get("value"), row.get("kind")
+    sound = value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1)
+    if not sound or (kind == "unparsed") != (value is None) or kind not in ("soft", "hard", "unparsed"):
+        raise UserError(
+            f"{where}: one order has value {value!r} and kind {kind!r}; it must have a value between 0 and 1 and kind soft or "
+            "hard, or null and unparsed"
+        )
+    game, label, reply, template = (str(row.get(key) or "") for key in ("game", "label", "reply", "template"))
+    return Verdict(game, None if value is None else float(value), kind, label, reply=reply, template=template)

@@ -1,0 +1,149 @@
+"""Rows of the original tools' files, with every complaint as one line: 'file:row', key, what stands there, how to mend it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from isdaa.data.checks import kind
+from isdaa.data.readers import iterate_rows
+from isdaa.errors import UserError, nearest
+from isdaa.evaluation.benchmarks.benchmark import Answer, Question, Row
+
+PROJECT = "project"
+Located = tuple[Row, str]
+
+
+def question_rows(
+    source: str,
+    split: str | None,
+    limit: int | None,
+    *,
+    hub_file: str | None = None,
+    repo_type: str = "dataset",
+    columns: frozenset[str] = frozenset(),
+) -> list[Located]:
+    """(row, 'file:row') of a path, a Hub data set, or the project's own questions in MT-Bench's format.
+
+    hub_file: the file of the questions in a Hub repository whose own loader is a script, or that holds many files.
+    """
+    if source == PROJECT and not Path(source).exists():
+        return project_rows()[:limit]
+    if hub_file is not None and not Path(source).expanduser().exists():
+        source, split = _downloaded(source, hub_file, repo_type), None
+    rows = list(iterate_rows(source, split, limit=limit, columns=columns))
+    if not rows:
+        raise UserError(f"{source}: no question in it")
+    return rows
+
+
+def project_rows() -> list[Located]:
+    """The project's own questions: rows of MT-Bench's format, with 'file:row'."""
+    text = resources.files("isdaa.evaluation.benchmarks").joinpath("questions", "project.jsonl").read_text(encoding="utf-8")
+    return [(json.loads(line), f"project.jsonl:{number}") for number, line in enumerate(text.splitlines(), start=1)]
+
+
+def _downloaded(repo: str, file: str, repo_type: str) -> str:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(repo, file, repo_type=repo_type)
+    except Exception as error:  # network, permissions, unknown names: each has its own class
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{repo}: {file} cannot be had from the Hub ({reason}); download it and give its path") from None
+
+
+def key_of(row: Row, names: Sequence[str], where: str, what: str) -> str:
+    """The first of `names` that the row has. Raises UserError that says what belongs there."""
+    for name in names:
+        if row.get(name) is not None:
+            return name
+    if any(name in row for name in names):
+        raise UserError(f"{where}: key '{names[0]}' is null; give {what} or remove the row")
+    found = ", ".join(f"'{name}'" for name in row) or "none"
+    raise UserError(f"{where}: key '{names[0]}' is missing{nearest(names[0], row)}; the keys are {found}; give {what}")
+
+
+def text(row: Row, names: str | Sequence[str], where: str, what: str, *, empty: bool = False) -> str:
+    """A text under the first of `names`; an answer may be `empty`, a question may not."""
+    name = key_of(row, [names] if isinstance(names, str) else names, where, what)
+    value = row[name]
+    if not isinstance(value, str):
+        raise UserError(f"{where}: key '{name}' must be text, not {kind(value)}; give {what}")
+    if not empty and not value.strip():
+        raise UserError(f"{where}: key '{name}' is empty; give {what} or remove the row")
+    return value
+
+
+def texts(row: Row, names: str | Sequence[str], where: str, what: str, *, empty: bool = False) -> tuple[str, ...]:
+    """A list of at least one text."""
+    name = key_of(row, [names] if isinstance(names, str) else names, where, what)
+    value = row[name]
+    if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(item, str) for item in value):
+        raise UserError(f"{where}: key '{name}' must be a list of texts, not {kind(value)}; give {what}")
+    if not value or not (empty or all(item.strip() for item in value)):
+        raise UserError(f"{where}: key '{name}' is empty or has an empty text; give {what} or remove the row")
+    return tuple(value)
+
+
+def identity(row: Row, names: Sequence[str], where: str) -> str:
+    """A question's id as text, from a text or a whole number."""
+    name = key_of(row, names, where, "the question's id")
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise UserError(f"{where}: key '{name}' must be an id (text or a whole number), not {kind(value)}")
+    return str(value)
+
+
+def objects(row: Row, name: str, where: str, what: str) -> list[Mapping[str, Any] | None]:
+    """A list of objects; a null in it stays."""
+    value = row.get(name)
+    if not isinstance(value, list) or not value or not all(item is None or isinstance(item, Mapping) for item in value):
+        raise UserError(f"{where}: key '{name}' must be a list of objects, not {kind(value)}; give {what}")
+    return value
+
+
+def without_repeats(questions: Sequence[Question]) -> list[Question]:
+    """The questions, if their ids differ. Raises UserError naming the second of two."""
+    first: dict[str, str] = {}
+    for question in questions:
+        if question.id in first:
+            raise UserError(
+                f"{question.where}: question {question.id} is there already ({first[question.id]}); remove or rename one"
+            )
+        first[question.id] = question.where
+    return list(questions)
+
+
+def matched(answers: Iterable[Answer], questions: Sequence[Question], path: str | Path) -> list[Answer]:
+    """Those answers that belong to the questions, model by model; all of them where no question is given.
+
+    Raises UserError where one model answers a question twice, or some question not at all.
+    """
+    wanted = {question.id: question for question in questions}
+    found: dict[tuple[str, str], Answer] = {}
+    for answer in answers:
+        if wanted and answer.question not in wanted:
+            continue
+        key = (answer.model, answer.question)
+        if key in found:
+            raise UserError(
+                f"{answer.where}: {answer.model} answers question {answer.question} again (first at {found[key].where}); "
+                "remove one"
+            )
+        found[key] = answer
+    models = dict.fromkeys(model for model, _ in found)
+    if not models:
+        raise UserError(f"{path}: no answer to any of the questions; give the answers that belong to these questions")
+    answered = {question for _, question in found}
+    missing = [identifier for identifier in wanted if identifier not in answered]
+    if missing:
+        raise UserError(
+            f"{path}: no answer to question {missing[0]}"
+            + (f" and {len(missing) - 1} others" if len(missing) > 1 else "")
+            + "; generate them or give fewer questions"
+        )
+    return [found[model, question] for model in models for question in wanted or answered if (model, question) in found]
