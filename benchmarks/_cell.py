@@ -108,6 +108,7 @@ class Cell:
     orders: list[list[str]] = field(default_factory=list)
     multiplied: list[float] = field(default_factory=list)  # seconds of each round
     flops: list[int] = field(default_factory=list)
+    saved: list[float] = field(default_factory=list)  # seconds of products that isdaa leaves out
     out: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -233,6 +234,7 @@ def _train(cell: Cell, settings: Settings, workers: dict[str, Worker], bar: Bar)
                 if timed >= 0:
                     cell.multiplied.append(told["seconds"])
                     cell.flops.append(told["flops"])
+                    cell.saved.append(told["saved"])
             elif name in cell.arms:
                 _step(cell, name, workers[name], timed >= 0)
             bar.update()

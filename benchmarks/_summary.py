@@ -16,6 +16,7 @@ from safetensors import safe_open
 from shapes import BETA, Lengths
 
 WEIGHTED, BARE = "isdaa_is_dpo", "isdaa_bare"
+PACKED = ("isdaa_dpo", WEIGHTED, "isdaa_bare")
 OTHER_WORK = (WEIGHTED,)  # another objective: its loss and weights are not compared
 ROUNDING = 2.0**-22  # of a sum of logps: a few units in the last place
 UPDATE_TOLERANCE = 1e-2  # of the largest update, and of the update's length
@@ -49,6 +50,8 @@ DEFINITIONS = {
     "that is there: one forward and two backward products of each linear map over every token once (a prompt once a pair), the "
     "head over response tokens alone, attention over visible (query, key) pairs; nothing that an implementation recomputes",
     "matmul_share": "matmul_seconds over the arm's seconds in the same round; the same products for all arms",
+    "matmul_saved": "seconds of those products that isdaa does not do: the last layer's gated unit at the prompts' tokens",
+    "matmul_share_done": "matmul_seconds less matmul_saved over the arm's seconds in the same round; isdaa's packed rows alone",
     "loss_difference": "largest |loss − loss of isdaa_dpo| over all steps, warm-up included",
     "loss_moved": "largest |loss − log 2| of isdaa_dpo: what the loss difference is to be compared with",
     "weight_difference": "largest |weight − weight of isdaa_dpo| after the last step",
@@ -160,6 +163,7 @@ def summarise(cell: Cell, batch_size: int) -> dict[str, Any]:
         "orders": cell.orders,
         "matmul_seconds": cell.multiplied,
         "matmul_flops": cell.flops,
+        "matmul_saved": cell.saved,
         "elsewhere": spread([share for recorded in cell.arms.values() for share in recorded.elsewhere]),
         "matmul_gflops_per_second": spread([f / s / 1e9 for f, s in zip(cell.flops, cell.multiplied, strict=True)]),
         "arms": arms,
@@ -186,6 +190,9 @@ def _arm(cell: Cell, name: str, recorded: Recorded, base: Recorded | None, batch
         "above_start": None if memory is None else peak - memory,
         "losses": recorded.losses,
     }
+    if name in PACKED:
+        done = [needed - less for needed, less in zip(cell.multiplied, cell.saved, strict=True)]
+        found["matmul_share_done"] = spread(ratios(done, recorded.seconds))
     if base is not None:
         found["time_ratio"] = spread(ratios(recorded.seconds, base.seconds))
         found["memory_ratio"] = peak / base.peak if base.peak else None

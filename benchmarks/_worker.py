@@ -12,15 +12,16 @@ import resource
 import statistics
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 from peers import ARMS, Job, make_model
-from shapes import Lengths, Product, Size, products
+from shapes import Lengths, Product, Size, products, saved
 
 from isdaa.models.logprobs import LinearHead, chunk_rows
 
@@ -80,8 +81,19 @@ def multiply(pipe: Connection, size: Size, folder: Path, threads: int, repeats: 
         while True:
             lengths: Sequence[Lengths] = pipe.recv()
             needed = list(products(size, lengths, chunk))
-            seconds = sum(time_product(product, repeats) for product in needed)
-            pipe.send({"event": "multiplied", "seconds": seconds, "flops": sum(product.flops for product in needed)})
+            took = {product: time_product(product, repeats) for product in needed}
+            seconds = sum(took[product] for product in needed)
+            tokens = sum(map(sum, lengths))
+            # The same products were timed for all layers together; their rows are this many tokens.
+            less = sum(took_by_one(took, product) * rows / tokens for product, rows in saved(size, lengths))
+            flops = sum(product.flops for product in needed)
+            pipe.send({"event": "multiplied", "seconds": seconds, "flops": flops, "saved": less})
+
+
+def took_by_one(took: Mapping[Product, float], product: Product) -> float:
+    """Seconds of a product that was timed together with the others of its shape."""
+    (times,) = {alike.times for alike in took if replace(alike, times=1) == product}
+    return took[replace(product, times=times)] / times
 
 
 @torch.no_grad()

@@ -43,22 +43,34 @@ def _cells(file: Path) -> list[dict[str, Any]]:
 
 def overview(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """A row for every arm of every cell."""
-    yield "| shape | arm | s / step | time / isdaa | peak MiB | memory / isdaa | matmul share | Δ weight / update |"
-    yield "|---|---|---|---|---|---|---|---|"
+    columns = (
+        "shape",
+        "arm",
+        "s / step",
+        "time / isdaa",
+        "peak MiB",
+        "memory / isdaa",
+        "matmul share",
+        "of those done",
+        "Δ weight / update",
+    )
+    yield f"| {' | '.join(columns)} |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for cell in cells:
         name = f"{cell['name']}, {cell['batch_size']} pairs, {cell['rounds']} rounds"
         for arm, label in LABELS.items():
             if arm not in cell["arms"]:
                 continue
             found = cell["arms"][arm]
-            share = found["matmul_share"]
+            share, done = found["matmul_share"], found.get("matmul_share_done")
+            done = "–" if done is None else f"{done['median']:.0%}"
             yield (
                 f"| {name} | {label} | {_spread(found['step'], 2)} | {_spread(found['time_ratio'], 2)} | {found['peak']:.0f} "
-                f"| {found['memory_ratio']:.2f} | {share['median']:.0%} | {_same(found)} |"
+                f"| {found['memory_ratio']:.2f} | {share['median']:.0%} | {done} | {_same(found)} |"
             )
             name = ""
         for arm, why in (cell.get("left_out") or {}).items():
-            yield f"| {name} | {LABELS[arm]} | {why.split(' (')[0]} | | | | | |"
+            yield f"| {name} | {LABELS[arm]} | {why.split(' (')[0]} | | | | | | |"
 
 
 def _same(found: Mapping[str, Any]) -> str:

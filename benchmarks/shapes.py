@@ -145,6 +145,15 @@ def products(size: Size, lengths: Sequence[Lengths], chunk: int) -> Iterator[Pro
         yield Product("tn", size.heads, keys, queries, d, times)  # gradients of the values and of the keys
 
 
+def saved(size: Size, lengths: Sequence[Lengths]) -> Iterator[tuple[Product, int]]:
+    """Products among these that isdaa does not do in full, and the rows that it leaves out: the last layer's gated unit needs the
+    last token of each prompt and the responses but for their last tokens."""
+    tokens = sum(p + c + r for p, c, r in lengths)
+    kept = sum(max(c, 1) + r - 1 for _, c, r in lengths)
+    for inputs, outputs in ((size.hidden, size.intermediate), (size.hidden, size.intermediate), (size.intermediate, size.hidden)):
+        yield from ((product, tokens - kept) for product in linear(tokens, inputs, outputs, 1))
+
+
 def linear(rows: int, inputs: int, outputs: int, times: int) -> Iterator[Product]:
     """x Wᵀ, and in the backward pass g W and gᵀ x."""
     yield Product("nt", 1, rows, inputs, outputs, times)

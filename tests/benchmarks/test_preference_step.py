@@ -24,8 +24,8 @@ import peers  # noqa: E402
 import preference_step  # noqa: E402
 from _memory import BASE, GIB, Budget  # noqa: E402
 from _summary import LABELS, OTHER_WORK, is_same_work, loss_tolerance, losses_apart, weights_apart, wrong  # noqa: E402
-from _worker import time_product  # noqa: E402
-from shapes import EOS, PAD, SHAPES, TINY_SHAPE, Product, Size, draw_pairs, lengths_of, products, tiny  # noqa: E402
+from _worker import time_product, took_by_one  # noqa: E402
+from shapes import EOS, PAD, SHAPES, TINY_SHAPE, Product, Size, draw_pairs, lengths_of, products, saved, tiny  # noqa: E402
 
 
 def command(*options: object) -> list[str]:
@@ -220,6 +220,16 @@ def test_products_are_six_flops_a_weight_and_token() -> None:
     attention = [product for product in products(size, lengths, 8) if product.batch > 1]
     visible = sum((p + c) * (p + c + 1) // 2 + r * p + r * (r + 1) // 2 for p, c, r in lengths)
     assert sum(product.flops for product in attention) == pytest.approx(12 * size.layers * size.hidden * visible, rel=0.02)
+
+
+def test_products_that_the_last_layer_saves() -> None:
+    size, lengths = Size(1000), [(50, 10, 7), (20, 5, 5)]
+    parts = list(saved(size, lengths))
+    # Of 97 tokens it keeps the two last ones of the prompts and 9 + 6 + 4 + 4 - 2 of the responses: each pair's two share one.
+    assert {rows for _, rows in parts} == {97 - (10 + 7 - 1) - (5 + 5 - 1)}
+    took = {product: float(product.flops) for product in products(size, lengths, 8)}
+    one_layer = sum(took_by_one(took, product) for product, _ in parts)
+    assert one_layer == 6 * 97 * 3 * size.hidden * size.intermediate
 
 
 @pytest.mark.parametrize("form", ["nt", "nn", "tn"])
