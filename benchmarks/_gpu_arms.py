@@ -160,8 +160,8 @@ def isdaa(job: dict[str, Any], attention: str, compiled: bool = False) -> dict[s
 
 def trl(job: dict[str, Any]) -> dict[str, Any]:
     """`DPOTrainer` at its best settings."""
+    from _words import as_text, word_tokenizer
     from datasets import Dataset
-    from peers import _as_text, word_tokenizer
     from trl import DPOConfig, DPOTrainer
 
     rows, steps, batch = _rows(job), Steps(job), job["batch_size"]
@@ -176,7 +176,7 @@ def trl(job: dict[str, Any]) -> dict[str, Any]:
             precompute_ref_log_probs=True, gradient_checkpointing=job["checkpointing"], **recompute,
         )  # fmt: skip
         trainer = DPOTrainer(
-            model=_model(job, attention), args=args, train_dataset=Dataset.from_list([_as_text(row) for row in rows]),
+            model=_model(job, attention), args=args, train_dataset=Dataset.from_list([as_text(row) for row in rows]),
             processing_class=word_tokenizer(_task(job).size.vocabulary),
         )  # fmt: skip
         dataset: Any = trainer.train_dataset

@@ -32,11 +32,11 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+from _words import as_text, word_tokenizer
 from datasets import Dataset
-from shapes import BETA, EOS, FIRST_WORD, PAD, Size
-from tokenizers import Tokenizer, models, pre_tokenizers
+from shapes import BETA, EOS, PAD, Size
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import utils as trl_utils
@@ -206,7 +206,7 @@ def trl_trainer(job: Job, gate: Gate, settings: dict[str, Any], gpu_head: bool =
     trainer = DPOTrainer(
         model=str(job.model),
         args=args,
-        train_dataset=Dataset.from_list([_as_text(row) for row in job.rows]),
+        train_dataset=Dataset.from_list([as_text(row) for row in job.rows]),
         processing_class=word_tokenizer(job.vocabulary),
     )
     for row, own in zip(job.rows, cast(Any, trainer.train_dataset), strict=True):
@@ -236,21 +236,6 @@ def _score_responses_only() -> None:
     if not hasattr(trl_utils, "_use_triton"):
         raise RuntimeError("this version of TRL chooses the positions that its head scores in another way")
     trl_utils._use_triton = lambda device: True  # read by the patched forward alone; the kernels ask their own module
-
-
-def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """Words "t3", "t4", … are ids 3, 4, …; nothing is added at the front."""
-    words = {PAD: "<pad>", 1: "<unk>", EOS: "</s>"} | {i: f"t{i}" for i in range(FIRST_WORD, vocabulary)}
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in words.items()}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
-
-
-def _as_text(row: dict[str, list[int]]) -> dict[str, str]:
-    """TRL adds the EOS that a response ends with."""
-    prompt, chosen, rejected = (row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
-    texts = (" ".join(f"t{i}" for i in ids) for ids in (prompt, chosen[:-1], rejected[:-1]))
-    return dict(zip(("prompt", "chosen", "rejected"), (f" {text}" for text in texts), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
