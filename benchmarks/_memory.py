@@ -15,7 +15,7 @@ SHARE = 0.95  # of the memory that is free
 TILE = (4096, 32_768)  # tokens, words: the logits that TRL's head computes at a time
 BASE = "isdaa_dpo"  # everything is compared with it
 PACKED = ("isdaa_dpo", "isdaa_is_dpo", "isdaa_bare")
-ONE_BY_ONE = ("trl_best", "trl_gpu_head")
+ONE_BY_ONE = ("isdaa_one", "trl_best", "trl_gpu_head")
 EVERYWHERE = ("trl_best", "trl_whole", "trl_defaults", "two_rows")  # these score prompts and padding, too
 RECOMPUTED, SECOND_MODEL = "trl_defaults", "trl_defaults"
 

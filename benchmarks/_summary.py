@@ -16,7 +16,7 @@ from safetensors import safe_open
 from shapes import BETA, Lengths
 
 WEIGHTED, BARE = "isdaa_is_dpo", "isdaa_bare"
-PACKED = ("isdaa_dpo", WEIGHTED, "isdaa_bare")
+PACKED = ("isdaa_dpo", WEIGHTED, "isdaa_one", BARE)
 OTHER_WORK = (WEIGHTED,)  # another objective: its loss and weights are not compared
 ROUNDING = 2.0**-22  # of a sum of logps: a few units in the last place
 UPDATE_TOLERANCE = 1e-2  # of the largest update, and of the update's length
@@ -24,6 +24,7 @@ UPDATE_TOLERANCE = 1e-2  # of the largest update, and of the update's length
 LABELS = {
     "isdaa_dpo": "isdaa dpo",
     "isdaa_is_dpo": "isdaa is_dpo",
+    "isdaa_one": "isdaa dpo, one pair at a time",
     "isdaa_bare": "isdaa, bare loop",
     "isdaa_two_rows": "isdaa, two rows",
     "trl_best": "TRL, best settings",

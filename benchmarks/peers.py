@@ -120,8 +120,10 @@ class _Gated(TrainerCallback):
 # isdaa
 
 
-def isdaa_trainer(job: Job, gate: Gate, method: str = "dpo", mode: str = SHARED_PREFIX) -> nn.Module:
-    """`PreferenceTrainer`, set up as `isdaa train` does it."""
+def isdaa_trainer(
+    job: Job, gate: Gate, method: str = "dpo", mode: str = SHARED_PREFIX, batch_tokens: int | None = None
+) -> nn.Module:
+    """`PreferenceTrainer`, set up as `isdaa train` does it. batch_tokens: of a forward pass, at least one pair."""
     model = load(job.model)
     args = training_arguments(
         AlignConfig(
@@ -143,6 +145,7 @@ def isdaa_trainer(job: Job, gate: Gate, method: str = "dpo", mode: str = SHARED_
         forward=forward,
         train_dataset=pairs.with_reference(*reference_logps(forward, pairs, key={}, cache_dir=None)),
         callbacks=[MetricsFile(job.folder / "metrics.jsonl")],
+        batch_tokens=batch_tokens,
     )
     _Gated(gate).attach(trainer)
     gate.ready()
@@ -318,6 +321,7 @@ def load(folder: Path) -> nn.Module:
 ARMS: dict[str, Callable[[Job, Gate], nn.Module]] = {
     "isdaa_dpo": isdaa_trainer,
     "isdaa_is_dpo": lambda job, gate: isdaa_trainer(job, gate, "is_dpo"),
+    "isdaa_one": lambda job, gate: isdaa_trainer(job, gate, batch_tokens=1),
     "isdaa_bare": isdaa_bare,
     "isdaa_two_rows": lambda job, gate: isdaa_trainer(job, gate, mode=TWO_ROWS),
     "trl_best": trl_best,

@@ -39,7 +39,7 @@ from isdaa.terminal import clock, progress, say
 OUT = Path("runs/bench/preference_step.json")
 # How many times longer than its matrix products a step of each arm is, roughly; for the estimate that is printed first.
 SLOWNESS = {
-    "isdaa_dpo": 1.6, "isdaa_is_dpo": 1.6, "isdaa_bare": 1.6, "isdaa_two_rows": 4,
+    "isdaa_dpo": 1.6, "isdaa_is_dpo": 1.6, "isdaa_one": 1.8, "isdaa_bare": 1.6, "isdaa_two_rows": 4,
     "trl_best": 6, "trl_whole": 10, "trl_gpu_head": 4, "trl_defaults": 15, "two_rows": 6, MATMUL: 3,
 }  # fmt: skip
 START = 25.0  # seconds in which the processes of a cell begin
