@@ -102,6 +102,11 @@ def test_options_override_the_file_and_are_named_as_options(tmp_path: Path) -> N
         load_config(path, {"objective.beta": "x"})
 
 
+def test_a_section_that_an_option_made_wrong_names_the_option(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r'run\.yaml with --objective\.method: objective: unknown method "dop"'):
+        load_config(write(tmp_path, objective={"beta": 0.2}), {"objective.method": "dop", "align.batch_size": 2})
+
+
 def test_numbers_with_exponents_are_numbers(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("model: {path: m}\ndata: {pairs: p}\nalign: {learning_rate: 1e-6}\nobjective: {beta: 5e-2}\n")

@@ -401,6 +401,9 @@ def _describe(error: Any, where: str, overrides: Mapping[str, Any]) -> str:
         if section is None and error["type"] != "extra_forbidden":
             break
     dotted = ".".join(keys)
+    given = sorted(f"--{key}" for key in overrides if dotted and key.startswith(f"{dotted}."))
+    if given:  # the section as a whole is wrong: what was said here may be why
+        where = f"{where} with {', '.join(given)}"
     place = f"--{dotted}" if dotted in overrides else f"{where}: {dotted}" if dotted else where
     if error["type"] == "extra_forbidden":
         parent: type[BaseModel] = Config

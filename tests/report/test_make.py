@@ -55,6 +55,6 @@ def test_checkpoints_that_isdaa_did_not_train(trained: Path, tmp_path: Path, cap
 
 def test_what_is_missing_is_one_line(tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, ["report"], "--checkpoints")
-    refused(capsys, ["report", str(tmp_path / "nowhere")], "nowhere")
+    refused(capsys, ["report", str(tmp_path / "nowhere")], "nowhere: no such folder")
     refused(capsys, ["report", str(trained), "--checkpoints", "x"], "--checkpoints")
     refused(capsys, ["report", "--checkpoints", str(trained / "sft"), "--referense", "x"], "--reference")

@@ -1,4 +1,4 @@
-"""Held-out preference pairs: does the policy rank them as people did, and how far have their logps drifted?
+"""Held-out preference pairs: does the policy rank them as their labels do, and how far have their logps drifted?
 
 Neither number predicts the win rate: accuracy rises and both logps fall in runs that get better and in runs that get
 worse.

@@ -35,7 +35,7 @@ CAPTIONS = {
     "training": "How good the answers are along training, and how far the policy has moved from the reference.",
     "texts": "Signs of a policy that games its judge: answers grow, hit the limit, or repeat themselves.",
     "held_out": (
-        "Share of held-out pairs that the policy ranks as people did (0.5 is guessing), and how far the log-probabilities of the "
+        "Share of held-out pairs that the policy ranks as their labels do (0.5 is guessing), and how far the log-probabilities of the "
         "chosen and the rejected responses have moved."
     ),
     "quantiles": (
@@ -67,7 +67,7 @@ HELD_OUT = (
     Quantity(
         "held_out.accuracy",
         "Implicit-reward accuracy",
-        "Share of held-out pairs that the policy ranks as people did; 0.5 is guessing.",
+        "Share of held-out pairs that the policy ranks as their labels do; 0.5 is guessing.",
     ),
     Quantity(
         "held_out.chosen_drift",

@@ -29,6 +29,8 @@ def report_on(
     """
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     first = Path(paths[0])
+    if not as_one_run and not first.exists():
+        raise UserError(f"{first}: no such folder; name that of a run or of a sweep, or models with --checkpoints")
     if (first / SWEEP).is_file():
         if len(paths) > 1 or given:
             raise UserError(f"{first}: a sweep's report takes neither other paths nor evaluation options; give its folder alone")
