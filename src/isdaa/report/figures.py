@@ -35,8 +35,8 @@ CAPTIONS = {
     "training": "How good the answers are along training, and how far the policy has moved from the reference.",
     "texts": "Signs of a policy that games its judge: answers grow, hit the limit, or repeat themselves.",
     "held_out": (
-        "Share of held-out pairs that the policy ranks as their labels do (0.5 is guessing), and how far the log-probabilities of the "
-        "chosen and the rejected responses have moved."
+        "Share of held-out pairs that the policy ranks as their labels do (0.5 is guessing), and how far the "
+        "log-probabilities of the chosen and the rejected responses have moved."
     ),
     "quantiles": (
         "Logarithm of the importance weight before the clip: median, middle half (dark) and middle nine tenths (pale) of the "
