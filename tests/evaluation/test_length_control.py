@@ -174,3 +174,19 @@ def test_the_fit_weights_rows_as_repeats_would() -> None:
     counts = np.arange(30) % 4
     repeated = np.repeat(np.arange(30), counts)
     assert fit_logistic(design, preferences, counts) == pytest.approx(fit_logistic(design[repeated], preferences[repeated]))
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
+def test_the_ridge_moves_no_rate(hard: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty prompts, where it is largest: less than a thousandth of a point."""
+    from isdaa.evaluation import logistic
+
+    for seed in range(20):
+        arguments = simulated(20, seed, hard)
+        with_ridge = length_controlled(*arguments, resamples=1)
+        with monkeypatch.context() as patched:
+            patched.setattr(logistic, "RIDGE", 1e-12)
+            without = length_controlled(*arguments, resamples=1)
+        assert (with_ridge.rate is None) == (without.rate is None)
+        if with_ridge.rate is not None:
+            assert with_ridge.rate.value == pytest.approx(without.rate.value, abs=1e-5)

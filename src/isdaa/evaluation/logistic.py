@@ -9,7 +9,7 @@ import numpy as np
 
 # Added to the curvature of the summed log-likelihood: moves a rate over 20 prompts by less than 1e-5, and gives collinear
 # features (and resamples that a line separates) the solution of smallest norm instead of none.
-RIDGE = 1e-4
+RIDGE = 1e-6
 _STEPS = 100
 
 

@@ -165,7 +165,7 @@ def test_votes_by_hand() -> None:
     assert score.by_question == pytest.approx({"x": 1 / 4, "y": 1.5 / 2})
     assert score.counts["left_out"] == 1 and score.counts["unparsed"] == 1
     assert score.details["flip_rate"] == 0.5  # x alone contradicts itself; a tie does not
-    assert "style_controlled_win_rate" not in score.figures  # no answers are known
+    assert "style_controlled_win_rate" not in score.figures and any("no style control" in note for note in score.notes)
 
 
 def test_the_win_rate_is_bradley_terrys(tmp_path: Path) -> None:
@@ -291,6 +291,19 @@ def test_a_feature_that_never_varies_and_separation() -> None:
     decided = np.where(features[:, 0] > 0.4, votes, 0.0)
     control = style_controlled(names, ids, decided, votes, features, resamples=5)
     assert not control.at_mean_style and "tells all wins from all losses" in control.note
+
+
+def test_a_model_that_wins_everything_leaves_the_others_figures_alone() -> None:
+    names, ids, wins, votes, features = simulated(3)
+    wins = np.where(names == "m2", votes, wins)
+    control = style_controlled(names, ids, wins, votes, features, resamples=5)
+    assert control.at_mean_style["m2"].value == control.at_equal_style["m2"].value == 1.0
+    assert control.at_mean_style["m2"].draws.tolist() == [1.0] * 5
+    kept = names != "m2"
+    alone = style_controlled(names[kept], ids[kept], wins[kept], votes[kept], features[kept], resamples=5)
+    for name in ("m0", "m1"):  # at equal style, which does not depend on the pool's mean
+        assert control.at_equal_style[name].value == pytest.approx(alone.at_equal_style[name].value, abs=1e-5)
+        assert control.at_mean_style[name].value != pytest.approx(alone.at_mean_style[name].value, abs=1e-5)
 
 
 def test_scores_with_answers_control_for_style(tmp_path: Path) -> None:

@@ -74,6 +74,8 @@ IDS = ("uid", "question_id")
 # Beside `metadata`, in answers that isdaa writes: what counted `token_len`. The original counts with gpt-4o's tokenizer.
 COUNTED_BY, ORIGINAL_COUNTER, PIECES = "token_len_by", "gpt-4o", "words and marks"
 
+NO_ANSWERS = "no style control: it needs the answers of model and baseline"
+
 SYSTEM = (
     "You decide which of two assistants, A and B, answers a user's prompt better. First work out for yourself what a good "
     "answer holds. Then compare both answers with it and with each other: correctness before all else, then how well they "
@@ -207,8 +209,8 @@ def score(judged: Mapping[str, Sequence[Judged]], scoring: Scoring) -> dict[str,
                 figures[model]["style_controlled_win_rate" + suffix] = control.at_mean_style[model]
                 figures[model]["equal_style_win_rate" + suffix] = control.at_equal_style[model]
                 details[model] |= {f"style/{name}{suffix}": value for name, value in control.coefficients.items()}
-            if control is not None and control.note and not suffix:
-                remarks[model].append(control.note)
+            if not suffix and figures[model]:
+                remarks[model] += [NO_ANSWERS] if control is None else [control.note] if control.note else []
     result = {}
     for model, answers in judged.items():
         count, flips = games.counts(answers), games.flip_rate(answers)

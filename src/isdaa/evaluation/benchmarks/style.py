@@ -78,7 +78,8 @@ def style_controlled(
     models, prompts: of each comparison; wins, votes: (N,), won votes and all; features: (N, 4). Mean and deviation
     (n − 1) are over the votes of all models, as in the original, whose rate σ(θ) is therefore that at the pool's mean
     style: with a single model it controls for next to nothing. The rate at equal style, σ(θ − Σ s_k·mean_k/deviation_k),
-    is free of the company a model is judged in. Prompts are resampled, for all models together.
+    is free of the company a model is judged in. Prompts are resampled, for all models together. Where style tells a
+    model's wins from its losses without fault, likelihood has no maximum, and no rate is given.
     """
     names, which = np.unique(np.asarray(models), return_inverse=True)
     places, prompt = np.unique(np.asarray(prompts), return_inverse=True)
@@ -89,10 +90,14 @@ def style_controlled(
     scores = np.where(varied, (features - mean) / unit, 0.0)
     design = np.concatenate([np.eye(len(names))[which], scores], axis=1)
     targets = np.divide(wins, votes, out=np.full(len(votes), 0.5), where=votes > 0)
-    if separates(design[votes > 0], targets[votes > 0]):
-        return StyleControl({}, {}, {}, "style tells all wins from all losses, so no style-controlled rate can be estimated")
-    fit = fit_logistic(design, targets, votes)[None]
     size = len(names)
+    # A model that wins, or loses, every vote has that rate at any style, and says nothing about style.
+    extremes = {m: value for m in range(size) for value in (0.0, 1.0) if (targets[(which == m) & (votes > 0)] == value).all()}
+    free = ~np.isin(which, list(extremes))
+    fitted = free & (votes > 0)
+    if fitted.any() and separates(design[fitted], targets[fitted]):
+        return StyleControl({}, {}, {}, "style tells all wins from all losses, so no style-controlled rate can be estimated")
+    fit = fit_logistic(design, targets, votes * free)[None]
 
     def rates(coefficients: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(R, M) at the resample's own mean style, and at equal style."""
@@ -100,12 +105,15 @@ def style_controlled(
         own = _moments(features, weights)[0]
         shifted = strength + (style * (own - mean) / unit).sum(axis=1, keepdims=True)
         equal = strength - (style * mean / unit).sum(axis=1, keepdims=True)
-        return sigmoid(shifted), sigmoid(equal)
+        chances = sigmoid(shifted), sigmoid(equal)
+        for m, value in extremes.items():
+            chances[0][:, m] = chances[1][:, m] = value
+        return chances
 
     draws: list[tuple[np.ndarray, np.ndarray]] = []
     for counts in bootstrap_counts(len(places), resamples=resamples, seed=seed, block=_BLOCK):
         weights = counts[:, prompt] * votes
-        draws.append(rates(fit_logistic(design, targets, weights, start=fit[0]), weights))
+        draws.append(rates(fit_logistic(design, targets, weights * free, start=fit[0]), weights))
     centre = rates(fit, votes[None])
     figures: list[dict[str, Figure]] = []
     for kind in (0, 1):
