@@ -34,6 +34,16 @@ def test_prompts_bring_the_chosen_response_as_opponent(questions: list, tmp_path
     assert benchmark("tldr").opponents(bare, other)[bare[0].id].turns == ("theirs",)
 
 
+def test_a_recipes_test_split_is_read_whichever_recipe_it_is(tmp_path: Path) -> None:
+    for split, name in (("train", "No"), ("test", "Yes")):
+        jsonl(tmp_path / f"{split}.jsonl", [{**PAIRS[0], "chosen": f" {name}"}])
+    for recipe in ("hh", "hh_chat"):
+        (question,) = benchmark("hh").read_questions(f"{recipe}:{tmp_path}")
+        assert question.response.strip() == "Yes"
+        assert isinstance(question.prompt, str) == (recipe == "hh")
+    assert len(benchmark("hh").read_questions(f"hh:{tmp_path}", "train")) == 1
+
+
 def test_the_papers_settings() -> None:
     settings = benchmark("tldr").generation
     assert (settings.temperature, settings.top_p, settings.max_new_tokens) == (0.7, 0.95, 128)

@@ -81,7 +81,11 @@ HH_WORDING = Wording(
 
 
 def read_questions(recipe: str, source: str, split: str | None = None, limit: int | None = None) -> list[Question]:
-    """Prompts with the chosen responses of the recipe's data set, its local copy (`recipe:PATH`), or any file of pairs."""
+    """Prompts with the chosen responses of the recipe's data set, its local copy (`recipe:PATH`), or any file of pairs.
+
+    Of a recipe (`hh_chat` has HH's dialogues as messages) the split `test`, where none is named.
+    """
+    from isdaa.data.recipes import RECIPES
     from isdaa.data.sources import load_prompts
 
     if source == PROJECT:
@@ -91,7 +95,7 @@ def read_questions(recipe: str, source: str, split: str | None = None, limit: in
             for row, where in rows
         ]
     known = recipe if source in ("", recipe) else source
-    prompts, _ = load_prompts(known, split or ("test" if known.partition(":")[0] == recipe else None), limit=limit)
+    prompts, _ = load_prompts(known, split or ("test" if known.partition(":")[0] in RECIPES else None), limit=limit)
     return [
         Question(str(row["id"]), row["prompt"], response=_words(row["chosen"]), where=row["where"]) for row in map(dict, prompts)
     ]
