@@ -1,0 +1,162 @@
+"""What is asked of a judge model and what it answers: plain frozen values, and the request body that a question becomes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from isdaa.errors import UserError
+from isdaa.files import digest
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+MOST_LOGPROBS = 20  # more alternatives than this no endpoint gives
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """Which judge, and how it is asked. The defaults of judging stand here and nowhere else.
+
+    model: its name at the endpoint. base_url: the endpoint's address up to `/v1`; None: `OPENAI_BASE_URL`, else OpenAI's.
+    temperature: None is not sent (models that reason refuse any but their own). max_tokens: of a reply.
+    logprobs: how many alternatives of the reply's first token are wanted; None: none. seed: None is not sent.
+    concurrency: requests in flight at once. timeout_s: seconds a whole request may take. retries: after the first try of
+    a question. max_requests: HTTP requests that one `Judge` may send, retries included; None: no limit.
+    price_in, price_out: per million tokens, in any currency; None: no cost is told. key_variable: the environment
+    variable that holds the key; the key itself is in no setting.
+
+    Raises UserError where a value makes no sense.
+    """
+
+    model: str
+    base_url: str | None = None
+    temperature: float | None = 0.0
+    max_tokens: int = 512
+    logprobs: int | None = None
+    seed: int | None = None
+    concurrency: int = 8
+    timeout_s: float = 120.0
+    retries: int = 6
+    max_requests: int | None = None
+    price_in: float | None = None
+    price_out: float | None = None
+    key_variable: str = KEY_VARIABLE
+
+    def __post_init__(self) -> None:
+        if not self.model.strip():
+            raise UserError("judge: the model's name is empty; name one that the endpoint serves")
+        _check("temperature", self.temperature, 0)
+        _check("max_tokens", self.max_tokens, 1)
+        _check("logprobs", self.logprobs, 1, MOST_LOGPROBS)
+        _check("concurrency", self.concurrency, 1)
+        _check("timeout_s", self.timeout_s, 0.001)
+        _check("retries", self.retries, 0)
+        _check("max_requests", self.max_requests, 0)
+        _check("price_in", self.price_in, 0)
+        _check("price_out", self.price_out, 0)
+        if (self.price_in is None) != (self.price_out is None):
+            raise UserError("judge: give both prices, of a million tokens read and of a million written, or neither")
+
+
+def _check(name: str, value: float | None, least: float, most: float = math.inf) -> None:
+    if value is not None and not (math.isfinite(value) and least <= value <= most):
+        limit = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
+        raise UserError(f"judge: {name} must be {limit}, got {value}")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One conversation that the judge answers. The overrides stand before the judge's settings where they are not None.
+
+    messages: `{"role": …, "content": …}`. Equal questions are asked once: to sample several replies to the same
+    messages, give each a seed of its own.
+    """
+
+    messages: tuple[dict[str, str], ...]
+    temperature: float | None = None
+    max_tokens: int | None = None
+    logprobs: int | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the judge said. `text` is never empty.
+
+    first_token_logprobs: natural logarithms by token, of the reply's first position; None where the endpoint gave none
+    (or none were wanted). cached: this reply cost no request. model: what the endpoint said it is.
+    """
+
+    text: str
+    first_token_logprobs: dict[str, float] | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cached: bool = False
+    finish_reason: str | None = None
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class NoReply:
+    """Why a question has no reply: every retry failed, the judge refused, or the budget of requests is spent.
+
+    unasked: the question was never sent, or its retries were cut short, by the budget alone. It is never cached: the
+    next `ask` asks again.
+    """
+
+    reason: str
+    unasked: bool = False
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a judge has cost since it was made.
+
+    requests: HTTP requests, retries included. cached: questions answered without one. failures: questions without a
+    reply; unasked: those the budget left over. Tokens are those that this process's requests were billed; uncounted:
+    requests answered without a count of tokens. cost: None without prices.
+    """
+
+    requests: int = 0
+    cached: int = 0
+    retries: int = 0
+    failures: int = 0
+    unasked: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    uncounted: int = 0
+    cost: float | None = None
+
+    def __str__(self) -> str:
+        words = [f"{self.requests:,} requests", f"{self.cached:,} answered from the cache", f"{self.retries:,} retries"]
+        words += [f"{self.failures:,} questions without a reply"] if self.failures else []
+        words += [f"{self.unasked:,} questions not asked"] if self.unasked else []
+        words.append(f"{self.prompt_tokens:,} tokens read, {self.completion_tokens:,} written")
+        words += [f"{self.uncounted:,} requests that the endpoint gave no count of"] if self.uncounted else []
+        words += [f"cost {self.cost:.2f}"] if self.cost is not None else []
+        return ", ".join(words)
+
+
+def request_body(settings: JudgeSettings, question: Question) -> dict[str, Any]:
+    """All that decides the reply, as the endpoint's JSON; `max_tokens` goes by its old name here."""
+    temperature = question.temperature if question.temperature is not None else settings.temperature
+    logprobs = question.logprobs if question.logprobs is not None else settings.logprobs
+    seed = question.seed if question.seed is not None else settings.seed
+    body: dict[str, Any] = {"model": settings.model, "messages": [dict(message) for message in question.messages]}
+    body["max_tokens"] = question.max_tokens or settings.max_tokens
+    if temperature is not None:
+        body["temperature"] = float(temperature)
+    if logprobs is not None:
+        body |= {"logprobs": True, "top_logprobs": logprobs}
+    if seed is not None:
+        body["seed"] = seed
+    return body
+
+
+def request_key(body: dict[str, Any]) -> str:
+    """The cache key: a digest of judge model, messages (the template's words are in them) and settings.
+
+    The endpoint's address is no part of it: the same model under another address or port is the same judge.
+    Raises UnicodeEncodeError where a message is no valid Unicode.
+    """
+    return digest(body)

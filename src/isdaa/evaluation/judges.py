@@ -1,0 +1,293 @@
+"""A judge model behind any OpenAI-compatible endpoint: many questions in, their replies out in the same order.
+
+What was answered once is never asked again (`judge_cache`), no more requests are in flight or sent than allowed, what
+fails for a moment is tried again, and what cannot go well until the user mends it ends in one clear line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+from isdaa.errors import UserError
+from isdaa.evaluation.judge_cache import ReplyCache
+from isdaa.evaluation.judge_client import Endpoint, Failure, unknown_model
+from isdaa.evaluation.judge_types import (
+    JudgeSettings,
+    NoReply,
+    Question,
+    Reply,
+    Usage,
+    request_body,
+    request_key,
+)
+from isdaa.files import digest
+from isdaa.terminal import Bar, say
+
+__all__ = ["Judge", "JudgeSettings", "NoReply", "Question", "Reply", "Usage"]
+
+FIRST_PAUSE = 1.0  # seconds after the first failure; twice as long after each further one
+LONGEST_PAUSE = 60.0
+POLL = 0.2  # seconds between two looks at a question that another process is asking
+PATIENCE = 3  # questions that fail before any went well, or for each of `concurrency` later, until the judge is given up
+
+
+class Judge:
+    """Asks one judge model. Making it sends nothing and needs neither key nor package: a cached run needs none.
+
+    cache: the JSONL file of its replies, which several processes may share; None: in memory alone. sleep and clock are
+    for tests. Raises UserError for settings or a cache file that cannot be used.
+    """
+
+    def __init__(
+        self,
+        settings: JudgeSettings,
+        cache: str | Path | None = None,
+        *,
+        sleep: Callable[[float], Awaitable[Any]] = asyncio.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.settings = settings
+        self.cache = ReplyCache(cache)
+        self._endpoint = Endpoint(settings)
+        self._sleep, self._clock = sleep, clock
+        self._random = random.Random(settings.seed or 0)
+        self._quiet_until = 0.0  # an endpoint's Retry-After holds for every request
+        self._answered = False
+        self._failed_in_a_row = 0
+        self._count = dict.fromkeys(
+            ("requests", "cached", "retries", "failures", "unasked", "prompt_tokens", "completion_tokens", "uncounted"), 0
+        )
+
+    @property
+    def name(self) -> str:
+        """The judge model's name."""
+        return self.settings.model
+
+    @property
+    def digest(self) -> str:
+        """Changes whenever the replies may: of the model and the settings that are sent."""
+        return digest(request_body(self.settings, Question(())))
+
+    @property
+    def usage(self) -> Usage:
+        """Requests, tokens and cost since this judge was made."""
+        price_in, price_out, cost = self.settings.price_in, self.settings.price_out, None
+        if price_in is not None and price_out is not None:
+            cost = (self._count["prompt_tokens"] * price_in + self._count["completion_tokens"] * price_out) / 1e6
+        return Usage(**self._count, cost=cost)
+
+    def ready(self) -> None:
+        """Raises UserError where a package or a key is missing; call it before long work whose result is to be judged."""
+        self._endpoint.ready()
+
+    def ask(self, questions: Sequence[Question], progress: Bar | None = None) -> list[Reply | NoReply]:
+        """The reply to every question, in order; equal questions are asked once.
+
+        A question that has no reply after all retries gets a `NoReply`; so do, at once, those that are left when the
+        budget of requests is spent (one line says how many). Raises UserError where the endpoint refuses key, model,
+        address or settings, or stops answering: what was answered by then is in the cache.
+        """
+        results: dict[str, Reply | NoReply] = {}
+        keys: list[str] = []
+        waiting: dict[str, dict[str, Any]] = {}
+        for number, question in enumerate(questions):
+            body = request_body(self.settings, question)
+            try:
+                key = request_key(body)
+            except UnicodeEncodeError:
+                key = f"question {number}"
+                results[key] = self._without("the question is no valid Unicode text")
+            keys.append(key)
+            if key in results or key in waiting:
+                continue
+            reply = self.cache.get(key)
+            if reply is not None:
+                results[key] = reply
+            else:
+                waiting[key] = body
+        known = sum(key not in waiting for key in keys)
+        if progress is not None and known:
+            progress.update(known)
+        if waiting:
+            shares = dict.fromkeys(waiting, 0)
+            for key in keys:
+                if key in shares:
+                    shares[key] += 1
+            _run(self._ask_all(waiting, results, shares, progress))
+        self._tally(keys, results)
+        return [results[key] for key in keys]
+
+    def _tally(self, keys: Sequence[str], results: dict[str, Reply | NoReply]) -> None:
+        seen: set[str] = set()
+        left = 0
+        for key in keys:
+            result = results[key]
+            self._count["cached"] += isinstance(result, Reply) and (result.cached or key in seen)
+            left += isinstance(result, NoReply) and result.unasked and key not in seen
+            seen.add(key)
+        self._count["unasked"] += left
+        if left:
+            say(
+                f"{left} of {len(seen)} questions to the judge are left: the budget of {self.settings.max_requests} requests "
+                "(--max-requests) is spent. The same command goes on with them; what is answered is not asked again."
+            )
+
+    async def _ask_all(
+        self, waiting: dict[str, dict[str, Any]], results: dict[str, Reply | NoReply], shares: dict[str, int], bar: Bar | None
+    ) -> None:
+        """Fill `results`: one question at a time until the judge has answered one, then `concurrency` at once."""
+        pending = iter(waiting.items())
+        client = self._endpoint.client()
+
+        async def work(until_answered: bool) -> None:
+            for key, body in pending:
+                results[key] = await self._answer(client, key, body)
+                if bar is not None:
+                    bar.update(shares[key], note=self._note())
+                if until_answered and self._answered:
+                    return
+
+        try:
+            await work(until_answered=True)
+            async with _cancelled_together() as tasks:
+                tasks += [asyncio.create_task(work(until_answered=False)) for _ in range(self.settings.concurrency)]
+                await asyncio.gather(*tasks)
+        finally:
+            await client.close()
+
+    async def _answer(self, client: Any, key: str, body: dict[str, Any]) -> Reply | NoReply:
+        """From another process that shares the cache, or by asking."""
+        while True:
+            with self.cache.claim(key) as mine:
+                reply = self.cache.get(key)
+                if reply is not None:
+                    return reply
+                if mine:
+                    return await self._request(client, key, body)
+            await asyncio.sleep(POLL)
+
+    async def _request(self, client: Any, key: str, body: dict[str, Any]) -> Reply | NoReply:
+        attempt = 0
+        while True:
+            if not self._spent():
+                await self._pause(self._back_off(attempt) if attempt else 0)
+                await self._pause(self._quiet_until - self._clock())
+            if self._spent():
+                return NoReply(f"the budget of {self.settings.max_requests} requests is spent", unasked=True)
+            self._count["retries"] += attempt > 0
+            self._count["requests"] += 1
+            outcome = await self._endpoint.ask(client, body)
+            if isinstance(outcome, Reply):
+                self._bill((outcome.prompt_tokens, outcome.completion_tokens))
+                self.cache.add(key, body, outcome)
+                self._answered, self._failed_in_a_row = True, 0
+                return outcome
+            if outcome.tokens is not None:
+                self._bill(outcome.tokens)
+            if outcome.wait is not None:
+                self._quiet_until = max(self._quiet_until, self._clock() + outcome.wait)
+            # Settings that were good for other questions are good: then a 400 is about this one.
+            if outcome.kind == "fatal" and not (self._answered and outcome.complaint in (400, 422)):
+                raise UserError(await self._explained(client, outcome))
+            if outcome.kind != "retry" or attempt == self.settings.retries:
+                return self._gave_up(outcome)
+            attempt += 1
+
+    def _gave_up(self, outcome: Failure) -> NoReply:
+        """A question without a reply; UserError where that has become the rule."""
+        if outcome.kind != "question":
+            self._failed_in_a_row += 1
+            place = self._endpoint.address
+            if not self._answered and (outcome.unreached or self._failed_in_a_row >= PATIENCE):
+                raise UserError(f"no reply from the judge at {place}: {outcome.reason}; is {self.name} served there?")
+            if self._failed_in_a_row >= PATIENCE * max(self.settings.concurrency, PATIENCE):
+                raise UserError(
+                    f"the judge at {place} left {self._failed_in_a_row} questions in a row without a reply; the last reason: "
+                    f"{outcome.reason}. What it answered is kept; run the same command again when it is well"
+                )
+        return self._without(outcome.reason)
+
+    def _without(self, reason: str) -> NoReply:
+        self._count["failures"] += 1
+        return NoReply(reason)
+
+    async def _explained(self, client: Any, outcome: Failure) -> str:
+        """The failure's reason, with the names that the endpoint serves where the model's may be wrong."""
+        if outcome.complaint and not self._spent():
+            self._count["requests"] += 1
+            served = await self._endpoint.models(client)
+            if served and self.name not in served:
+                return f"{unknown_model(self._endpoint.address, self.name, served)} ({outcome.reason})"
+            if not served:
+                return f"{outcome.reason}; check the judge's address (it ends in /v1 for most servers), model and settings"
+        return f"{outcome.reason}; check the judge's model and settings" if outcome.complaint else outcome.reason
+
+    def _spent(self) -> bool:
+        return self.settings.max_requests is not None and self._count["requests"] >= self.settings.max_requests
+
+    def _bill(self, tokens: tuple[int | None, int | None]) -> None:
+        self._count["prompt_tokens"] += tokens[0] or 0
+        self._count["completion_tokens"] += tokens[1] or 0
+        self._count["uncounted"] += None in tokens
+
+    def _back_off(self, attempt: int) -> float:
+        """Seconds before the attempt: doubled each time, of which a random half is left out so that waiters part."""
+        return min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE) * (0.5 + 0.5 * self._random.random())
+
+    async def _pause(self, seconds: float) -> None:
+        if seconds > 0:
+            await self._sleep(seconds)
+
+    def _note(self) -> str:
+        usage = self.usage
+        words = [f"{usage.failures} without a reply"] if usage.failures else []
+        words += [f"{usage.retries} retries"] if usage.retries else []
+        words += [f"cost {usage.cost:.2f}"] if usage.cost is not None else []
+        return ", ".join(words)
+
+
+@contextlib.asynccontextmanager
+async def _cancelled_together() -> AsyncIterator[list[asyncio.Task[None]]]:
+    """A list of tasks, none of which outlives the block."""
+    tasks: list[asyncio.Task[None]] = []
+    try:
+        yield tasks
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    """Run to the end, also where a notebook's event loop is running already."""
+    if not _in_event_loop():
+        asyncio.run(work)
+        return
+    failed: list[BaseException] = []
+
+    def inside() -> None:
+        try:
+            asyncio.run(work)
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=inside, name="judge")
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+
+
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
