@@ -13,6 +13,7 @@ from transformers.trainer_callback import ExportableState
 
 from isdaa.errors import UserError
 from isdaa.training.checkpoints import rotate, write_checkpoint
+from isdaa.training.hub import model_files, push_checkpoint, upload
 
 
 class WholeCheckpoints:
@@ -50,8 +51,56 @@ class WholeCheckpoints:
                     self.before_rename(aside, step)
 
         write_checkpoint(folder, fill, main=self.args.should_save, barrier=self.accelerator.wait_for_everyone)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
         if self.args.should_save:
             rotate(folder.parent, self.args.save_total_limit)
+
+    # ---- models that a script saves, and the Hub ----
+
+    def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's, with card and record beside the model."""
+        super().save_model(output_dir, True)  # type: ignore[misc]
+        if _internal_call:
+            return
+        self._describe(Path(str(self.args.output_dir if output_dir is None else output_dir)))
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def create_model_card(self: Any, *args: Any, **kwargs: Any) -> None:
+        """This project's card and record in the output folder; what other trainers' cards are told is not used."""
+        self._describe(Path(self.args.output_dir))
+
+    def _describe(self: Any, folder: Path) -> None:
+        if self.args.should_save and self.before_rename is not None:
+            self.before_rename(folder, self.state.global_step)
+
+    def push_to_hub(
+        self: Any,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the model into the output folder and upload it, as the Trainer does; kwargs were for another card."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card()
+        self._finish_current_push()
+        folder = Path(self.args.output_dir)
+        message = commit_message or "End of training"
+        return upload(self, folder, model_files(folder), message, blocking=blocking, token=token, revision=revision)
+
+    def _push_from_checkpoint(self: Any, checkpoint_folder: str) -> None:
+        """Start the upload of a checkpoint; one is left out while another is on its way, unless `hub_always_push`."""
+        if self.is_world_process_zero():
+            push_checkpoint(self, Path(checkpoint_folder))
 
     def _note_callback_states(self: Any) -> None:
         """What the Trainer itself does before it writes its state."""
