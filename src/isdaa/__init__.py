@@ -1,32 +1,46 @@
 """Offline preference alignment that does not over-optimise.
 
-`Objective`, `PairLogps` and `PRESETS` are loaded on first use, so that importing the package costs nothing.
+Everything that it offers by name is loaded on first use, so that importing the package costs nothing.
 """
 
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from isdaa.objectives.objective import Objective, PairLogps
     from isdaa.objectives.presets import PRESETS
+    from isdaa.training.preference import PreferenceTrainer
+    from isdaa.training.preference_config import PreferenceConfig
+    from isdaa.training.preference_trainer import preference_trainer
 
 # torch reads this when it makes its first tensor: large blocks of CPU memory in huge pages, which are mapped hundreds of
 # times faster. A training step maps and frees gigabytes, and spends 5 % of its time on that otherwise.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
-__all__ = ["PRESETS", "Objective", "PairLogps", "__version__"]
+HOMES = {
+    "Objective": "objectives.objective",
+    "PairLogps": "objectives.objective",
+    "PRESETS": "objectives.presets",
+    "PreferenceConfig": "training.preference_config",
+    "PreferenceTrainer": "training.preference",
+    "preference_trainer": "training.preference_trainer",
+}
+__all__ = [
+    "PRESETS",
+    "Objective",
+    "PairLogps",
+    "PreferenceConfig",
+    "PreferenceTrainer",
+    "__version__",
+    "preference_trainer",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Objective", "PairLogps"):
-        from isdaa.objectives import objective
-
-        return getattr(objective, name)
-    if name == "PRESETS":
-        from isdaa.objectives.presets import PRESETS
-
-        return PRESETS
+    if name in HOMES:
+        return getattr(import_module(f"isdaa.{HOMES[name]}"), name)
     raise AttributeError(f"module 'isdaa' has no attribute {name!r}")

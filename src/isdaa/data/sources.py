@@ -66,8 +66,20 @@ def load_pairs(
     limit: at most so many rows are read. Raises UserError, also where no pair is left.
     """
     counts = Counts()
+    return _different(_canonical(source, split, "pairs", canonical_pair, counts, subset, limit), counts, source)
+
+
+def pairs_of(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[Dataset, Counts]:
+    """As `load_pairs`, of rows in memory; errors call them `name:row`, counted from 1."""
+    counts = Counts()
+    numbered = ((row, f"{name}:{number}") for number, row in enumerate(rows, 1))
+    return _different(_counted(numbered, canonical_pair, counts), counts, name)
+
+
+def _different(rows: Iterable[Row], counts: Counts, source: str) -> tuple[Dataset, Counts]:
+    """The pairs whose responses differ."""
     pairs: list[Row] = []
-    for pair in _canonical(source, split, "pairs", canonical_pair, counts, subset, limit):
+    for pair in rows:
         if same_response(pair):
             counts.dropped_equal += 1
         else:
@@ -120,14 +132,18 @@ def _canonical(
 ) -> Iterator[Row]:
     """The rows of a source as `canonical` makes them; `counts` gets how many were read, and how many dropped on the way."""
     place, rows = opened(source, split, purpose, subset=subset, limit=limit)
+    return _counted(rows, lambda row, where: canonical(place.row(row, where), where, place.source), counts)
+
+
+def _counted(rows: Numbered, canonical: Callable[[Mapping[str, Any], str], Row], counts: Counts) -> Iterator[Row]:
     for row, where in rows:
         counts.rows += 1
         try:
-            canonical_row = canonical(place.row(row, where), where, place.source)
+            made = canonical(row, where)
         except (NoCommonPromptError, NoResponseError) as error:
             counts.drop(error)
             continue
-        yield canonical_row
+        yield made
 
 
 def hold_out(rows: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Dataset | None]:

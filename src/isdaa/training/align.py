@@ -27,9 +27,10 @@ from isdaa.objectives.objective import Objective
 from isdaa.record import ModelRecord
 from isdaa.training.arguments import total_steps, training_arguments
 from isdaa.training.batches import BEHAVIOUR_COLUMNS, TokenisedPairs
+from isdaa.training.checkpoints import named
 from isdaa.training.guard import guard_of
 from isdaa.training.look import longest_row
-from isdaa.training.monitor import MetricsFile, metrics_line
+from isdaa.training.monitor import MetricsFile, last_metrics
 from isdaa.training.preference import PreferenceTrainer
 from isdaa.training.reference import reference_logps
 from isdaa.training.run import Run
@@ -92,10 +93,10 @@ def _align(run: Run) -> Path:
     checkpoints = run.folder / "checkpoints"
 
     def record(step: int) -> ModelRecord:
-        return record_of(run, "policy", step=step, reference=reference, metrics=_last_metrics(trainer))
+        return record_of(run, "policy", step=step, reference=reference, metrics=last_metrics(trainer.state.log_history))
 
     def describe(folder: Path, step: int) -> None:
-        for name, text in described(record(step), checkpoints / f"checkpoint-{step}").items():
+        for name, text in described(record(step), named(folder)).items():
             (folder / name).write_text(text, encoding="utf-8")
 
     guard = guard_of(run, tokenizer, forward, start=start, identity=loaded, held_out=held_out, record=record)
@@ -146,15 +147,6 @@ def _adapter_base(run: Run, policy: Any, tokenizer: Any, start: str | None) -> s
     if not base.is_dir():
         save_model(policy, tokenizer, base)
     return str(base.absolute())
-
-
-def _last_metrics(trainer: Any) -> dict[str, float]:
-    """Each metric's last logged value, by its name in `metrics.jsonl`; values that are not finite are left out."""
-    last: dict[str, float] = {}
-    for entry in trainer.state.log_history:
-        line = metrics_line(entry) or {}
-        last.update({k: float(v) for k, v in line.items() if isinstance(v, int | float) and ("/" in k or k == "loss")})
-    return last
 
 
 def _pairs(run: Run, tokenizer: Any) -> tuple[TokenisedPairs, TokenisedPairs | None]:

@@ -135,6 +135,11 @@ def write_checkpoint(
     barrier()
 
 
+def named(folder: Path) -> Path:
+    """The path that a folder has, or, while it is written aside, the one that it will have."""
+    return folder.with_name(folder.name.removeprefix(ASIDE))
+
+
 def rotate(folder: Path, keep: int | None) -> None:
     """Remove the oldest complete checkpoints beyond `keep`, each renamed first, so that none is ever half there.
 

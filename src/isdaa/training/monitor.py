@@ -39,6 +39,15 @@ def metrics_line(entry: dict[str, Any]) -> dict[str, Any] | None:
     return line
 
 
+def last_metrics(log_history: list[dict[str, Any]]) -> dict[str, float]:
+    """Each metric's last logged value, by its name in `metrics.jsonl`; values that are not finite are left out."""
+    last: dict[str, float] = {}
+    for entry in log_history:
+        line = metrics_line(entry) or {}
+        last.update({k: float(v) for k, v in line.items() if isinstance(v, int | float) and ("/" in k or k == "loss")})
+    return last
+
+
 class MetricsFile(TrainerCallback):
     """`metrics.jsonl`: one JSON object a line, with `step`, `epoch` and `<group>/<name>` metrics.
 
