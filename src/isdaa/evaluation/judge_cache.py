@@ -85,13 +85,11 @@ class ReplyCache:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.touch()
+            with open(self.path, "a+b") as file:
+                file.seek(0)
+                beginning = file.read(len(BEGINNING))
         except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot keep the judge's replies there ({error.strerror}); choose another file"
-            ) from None
-        with open(self.path, "rb") as file:
-            beginning = file.read(len(BEGINNING))
+            raise UserError(f"{self.path}: the judge's replies cannot be kept there ({error.strerror}); name a file") from None
         if not BEGINNING.startswith(beginning):  # a torn first line may be shorter
             raise UserError(f"{self.path}: holds something else than a judge's replies; choose another file for them")
         broken = self._refresh()

@@ -150,7 +150,8 @@ class Endpoint:
             return Failure("retry", said, wait=wait)
         if status < 400:
             target = urlsplit(headers.get("location", ""))
-            place = self.secret.scrub(f"{target.scheme}://{target.hostname}{target.path}") if target.hostname else "elsewhere"
+            host, path = target.netloc.rpartition("@")[2], target.path.removesuffix("/chat/completions")
+            place = self.secret.scrub(f"{target.scheme}://{host}{path}") if host else "elsewhere"
             return Failure("fatal", f"{self.address} sends on to {place}; give the judge's own address with --judge-base-url")
         if status == 413 or (status in (400, 422) and any(mark in low for mark in TOO_LONG)):
             return Failure("question", f"too long for the judge ({said})")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import traceback
 
 from isdaa.errors import UserError
 
@@ -71,6 +73,9 @@ class _Scrubber(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = self._secret.scrub(record.getMessage()), None
+        if record.exc_info:
+            error = record.exc_info if isinstance(record.exc_info, tuple) else sys.exc_info()
+            record.exc_text, record.exc_info = self._secret.scrub("".join(traceback.format_exception(*error))), None
         return True
 
 

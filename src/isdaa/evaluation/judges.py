@@ -11,6 +11,7 @@ import contextlib
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ __all__ = ["Judge", "JudgeSettings", "NoReply", "Question", "Reply", "Usage"]
 
 FIRST_PAUSE = 1.0  # seconds after the first failure; twice as long after each further one
 LONGEST_PAUSE = 60.0
-POLL = 0.2  # seconds between two looks at a question that another process is asking
+POLL = 0.02  # seconds until the next question is looked at, where another process is asking this one
 PATIENCE = 3  # questions that fail before any went well, or for each of `concurrency` later, until the judge is given up
 
 
@@ -143,12 +144,18 @@ class Judge:
         self, waiting: dict[str, dict[str, Any]], results: dict[str, Reply | NoReply], shares: dict[str, int], bar: Bar | None
     ) -> None:
         """Fill `results`: one question at a time until the judge has answered one, then `concurrency` at once."""
-        pending = iter(waiting.items())
+        queue = deque(waiting.items())
         client = self._endpoint.client()
 
         async def work(until_answered: bool) -> None:
-            for key, body in pending:
-                results[key] = await self._answer(client, key, body)
+            while queue:
+                key, body = queue.popleft()
+                result = await self._answer(client, key, body)
+                if result is None:
+                    queue.append((key, body))
+                    await asyncio.sleep(POLL)
+                    continue
+                results[key] = result
                 if bar is not None:
                     bar.update(shares[key], note=self._note())
                 if until_answered and self._answered:
@@ -162,16 +169,11 @@ class Judge:
         finally:
             await client.close()
 
-    async def _answer(self, client: Any, key: str, body: dict[str, Any]) -> Reply | NoReply:
-        """From another process that shares the cache, or by asking."""
-        while True:
-            with self.cache.claim(key) as mine:
-                reply = self.cache.get(key)
-                if reply is not None:
-                    return reply
-                if mine:
-                    return await self._request(client, key, body)
-            await asyncio.sleep(POLL)
+    async def _answer(self, client: Any, key: str, body: dict[str, Any]) -> Reply | NoReply | None:
+        """By asking, or what another process that shares the cache has written; None while that one is asking."""
+        with self.cache.claim(key) as mine:
+            reply = self.cache.get(key)
+            return reply if reply is not None or not mine else await self._request(client, key, body)
 
     async def _request(self, client: Any, key: str, body: dict[str, Any]) -> Reply | NoReply:
         attempt = 0

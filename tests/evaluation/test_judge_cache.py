@@ -1,0 +1,170 @@
+"""Replies on disk: killed, torn, shared by processes, never asked for twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from judge_server import Answer, ask, asks, judge, replying, serving
+
+from isdaa.errors import UserError
+from isdaa.evaluation.judge_cache import ReplyCache
+from isdaa.evaluation.judges import Reply
+
+CHILD = """
+import sys
+from judge_server import asks, judge
+asking = judge(sys.argv[1], sys.argv[2], concurrency=int(sys.argv[3]))
+replies = asking.ask(asks(int(sys.argv[4])))
+assert all(reply.text == "A" for reply in replies)
+"""
+
+
+def child(url: str, cache: Path, concurrency: int, n: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", CHILD, url, str(cache), str(concurrency), str(n)]
+    paths = [str(Path(__file__).parent), *sys.path]
+    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))})
+
+
+def test_what_kill_9_left_is_not_asked_again(tmp_path: Path) -> None:
+    cache = tmp_path / "replies.jsonl"
+    with serving(lambda number, body: Answer(delay=0.02)) as server:
+        process = child(server.url, cache, 2, 60)
+        try:
+            deadline = time.monotonic() + 30
+            while (not cache.exists() or cache.read_bytes().count(b"\n") < 10) and time.monotonic() < deadline:
+                time.sleep(0.01)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        time.sleep(0.2)  # requests on their way
+        kept = cache.read_bytes().count(b"\n")
+        before = server.contents()
+        assert 10 <= kept < 60 and len(before) <= kept + 2
+        # The kill may also fall into the middle of a line.
+        torn = cache.read_bytes()
+        cache.write_bytes(torn[:-25])
+        asking = judge(server, cache)
+        assert all(isinstance(reply, Reply) and reply.text == "A" for reply in asking.ask(asks(60)))
+        assert asking.usage.cached == kept - 1
+        assert len(server.asked) - len(before) == 60 - (kept - 1)
+        asked = len(server.asked)
+        assert all(isinstance(reply, Reply) and reply.cached for reply in judge(server, cache).ask(asks(60)))
+        assert len(server.asked) == asked
+    lines = cache.read_bytes().splitlines()
+    assert len(lines) == 61 and sum(_is_json(line) for line in lines) == 60
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def test_two_processes_share_the_work_and_ask_nothing_twice(tmp_path: Path) -> None:
+    cache = tmp_path / "replies.jsonl"
+    with serving(lambda number, body: Answer(delay=0.03)) as server:
+        both = [child(server.url, cache, 2, 60) for _ in range(2)]
+        assert [process.wait(timeout=60) for process in both] == [0, 0]
+    assert sorted(server.contents()) == sorted(f"question {i}" for i in range(60))
+    assert len(ReplyCache(cache)) == 60
+
+
+def test_a_reply_is_on_disk_before_the_next_question_is_asked(tmp_path: Path) -> None:
+    cache = tmp_path / "replies.jsonl"
+    lines = []
+
+    def behaviour(number: int, body: dict[str, Any]) -> Answer:
+        lines.append(cache.read_bytes().count(b"\n"))
+        return Answer()
+
+    with serving(behaviour) as server:
+        judge(server, cache, concurrency=1).ask(asks(4))
+    assert lines == [0, 1, 2, 3]
+
+
+def test_another_model_message_or_setting_is_another_question(tmp_path: Path) -> None:
+    cache = tmp_path / "replies.jsonl"
+    with serving(replying()) as server:
+        judge(server, cache).ask(asks(1))
+        for changes in ({"model": "other-judge"}, {"temperature": 1.0}, {"max_tokens": 3}, {"logprobs": 2}, {"seed": 1}):
+            judge(server, cache, **changes).ask(asks(1))
+        judge(server, cache).ask([ask("another")])
+        assert len(server.asked) == 7
+        # What does not change the reply does not change the key.
+        judge(server, cache, concurrency=1, retries=0, timeout_s=3, max_requests=9, price_in=1, price_out=1).ask(asks(1))
+        assert len(server.asked) == 7
+    with serving(replying("never asked")) as elsewhere:
+        (reply,) = judge(elsewhere, cache).ask(asks(1))
+        assert reply == Reply("A", None, 10, 2, True, "stop", "served-name") and not elsewhere.asked
+
+
+def test_a_cached_reply_is_the_reply_and_names_its_request(tmp_path: Path) -> None:
+    cache = tmp_path / "replies.jsonl"
+    reply = Reply("Überraschung\u2028\n\x00", {"m": -0.25, "M": -9999.0}, 3, None, False, "stop", None)
+    ReplyCache(cache).add("abcdef0123456789", {"model": "judge"}, reply)
+    read = ReplyCache(cache).get("abcdef0123456789")
+    assert read == Reply(**{**vars(reply), "cached": True})
+    (line,) = cache.read_text(encoding="utf-8").split("\n")[:-1]
+    assert json.loads(line)["request"] == {"model": "judge"}
+
+
+def test_damaged_lines_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = tmp_path / "replies.jsonl"
+    for key in ("a1" * 8, "b2" * 8):
+        ReplyCache(cache).add(key, {}, Reply("A"))
+    first, second = cache.read_bytes().splitlines(keepends=True)
+    odd = b'{"judge_reply": "c3", "reply": {"text": 3}}\n{"judge_reply": 1, "reply": {"text": ""}}\n[1]\n\n'
+    cache.write_bytes(first[:30] + b"\n" + odd + second)
+    again = ReplyCache(cache)
+    assert len(again) == 1 and again.get("b2" * 8) is not None and again.get("a1" * 8) is None
+    assert "passed over 4 lines" in caplog.text
+
+
+@pytest.mark.parametrize("content", ['{"prompt": "x"}\n', "[1, 2]", "text\n"])
+def test_another_programs_file_is_refused_and_left_alone(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "samples.jsonl"
+    file.write_text(content)
+    with pytest.raises(UserError, match="holds something else than a judge's replies"):
+        ReplyCache(file)
+    assert file.read_text() == content
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be kept there"):
+        ReplyCache(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be kept there"):
+        ReplyCache(tmp_path / "file" / "replies.jsonl")
+
+
+def test_a_claim_is_held_against_other_processes_and_ends_with_its_process(tmp_path: Path) -> None:
+    cache = tmp_path / "replies.jsonl"
+    program = (
+        "import sys, time\nfrom isdaa.evaluation.judge_cache import ReplyCache\n"
+        "with ReplyCache(sys.argv[1]).claim('ab' * 12) as mine:\n    print(mine, flush=True)\n    time.sleep(60)\n"
+    )
+    paths = os.pathsep.join(filter(None, sys.path))
+    command = [sys.executable, "-c", program, str(cache)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": paths})
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == b"True\n"
+        ours = ReplyCache(cache)
+        with ours.claim("ab" * 12) as mine, ours.claim("cd" * 12) as other:
+            assert (mine, other) == (False, True)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    with ours.claim("ab" * 12) as mine:
+        assert mine
