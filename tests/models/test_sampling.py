@@ -280,7 +280,7 @@ def test_chunks_are_neighbours_of_similar_length() -> None:
     groups = [(tuple(range(n)), [i]) for i, n in enumerate(lengths)]
 
     def cut(tokens: int) -> list[list[int]]:
-        return [[len(prompt) for prompt, _ in part] for part in decoding._chunks(groups, tokens)]
+        return [[len(prompt) for prompt, _ in part] for part in decoding.chunks_of(groups, tokens)]
 
     assert cut(1) == [[n] for n in lengths]
     assert cut(1000) == [lengths]

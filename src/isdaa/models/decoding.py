@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from isdaa.models.forward import inner_model
 from isdaa.models.kv_cache import can_join, join, new_cache, select_rows
-from isdaa.models.lean_decoding import lean_forward
 
 logger = logging.getLogger(__name__)
 
 # Tokens of prompts that are computed at a time: on a CPU as many as keep the processor's caches warm.
-_PROMPT_TOKENS = {"cpu": 4096}
+PROMPT_TOKENS = {"cpu": 4096}
 
 Group = tuple[tuple[int, ...], list[int]]  # a prompt, and the numbers of its samples
 
@@ -54,17 +53,15 @@ class CachedRun:
         pad_id: int,
         with_states: bool = False,
         chunk: int | None = None,
-        lean: bool = False,
     ) -> None:
         self.model, self.with_states, self.options = model, with_states, _last_position_only(model)
         self.mask: Tensor
         self.logits: Tensor
         self.states: Tensor | None
         device = next(model.parameters()).device
-        self.lean = lean_forward(model) if lean else None
         empty = _new_cache(model)
-        chunk = chunk or _PROMPT_TOKENS.get(device.type, 2**16)
-        chunks = list(_chunks(groups, chunk)) if can_join(empty) else [list(groups)]
+        chunk = chunk or PROMPT_TOKENS.get(device.type, 2**16)
+        chunks = list(chunks_of(groups, chunk)) if can_join(empty) else [list(groups)]
         caches, logits, states = [], [], []
         for part in chunks:
             self.cache = _new_cache(model)
@@ -79,20 +76,16 @@ class CachedRun:
         self.positions = torch.tensor(lengths, device=device)
         self.logits = torch.cat(logits)
         self.states = None if any(s is None for s in states) else torch.cat(states)  # type: ignore[arg-type]
-        repeats = _repeats(groups, device)
+        repeats = repeats_of(groups, device)
         if len(chunks) > 1:
             self.cache, self.mask = empty, _left_padded(lengths, max(lengths), device)
-            join(caches, [_repeats(part, device) for part in chunks], empty)
+            join(caches, [repeats_of(part, device) for part in chunks], empty)
         elif repeats is not None:
             select_rows(self.cache, repeats)
         if repeats is not None:
             self._keep_numbers(repeats)
 
     def _forward(self, ids: Tensor, position_ids: Tensor) -> None:
-        if self.lean is not None:
-            self.logits, states = self.lean(ids, position_ids, self.mask, self.cache)
-            self.states = states if self.with_states else None
-            return
         self.logits, self.states = _predict(
             self.model,
             self.with_states,
@@ -120,8 +113,8 @@ class CachedRun:
         self.positions = self.positions + 1
 
 
-def _chunks(groups: Sequence[Group], tokens: int) -> Iterator[list[Group]]:
-    """Neighbours in chunks of at most `tokens`, padding included. A chunk that is large enough ends where the length
+def chunks_of(groups: Sequence[Group], tokens: int) -> Iterator[list[Group]]:
+    """Neighbouring prompts in chunks of at most `tokens`, padding included. A chunk that is large enough ends where the length
     changes: without padding, attention needs no mask."""
     chunk: list[Group] = []
     longest = 0
@@ -136,7 +129,7 @@ def _chunks(groups: Sequence[Group], tokens: int) -> Iterator[list[Group]]:
     yield chunk
 
 
-def _repeats(groups: Sequence[Group], device: torch.device) -> Tensor | None:
+def repeats_of(groups: Sequence[Group], device: torch.device) -> Tensor | None:
     """Row of the prompt of each sample; None where each prompt has one."""
     if all(len(numbers) == 1 for _, numbers in groups):
         return None
@@ -217,30 +210,18 @@ def cache_works(model: nn.Module, prompt: Sequence[int]) -> bool:
     """Whether left padding, position ids and a cache give the model's own logits; tried once a model, on few tokens."""
     known = _WORKS.setdefault(model, {})
     if "cache" not in known:
-        known["cache"] = _gives_own_logits(model, prompt, lean=False)
+        known["cache"] = gives_own_logits(model, prompt, CachedRun)
         if not known["cache"]:
             name = type(inner_model(model)).__name__
             logger.warning("%s does not support padded sampling with a cache; sampling without one, which is slow", name)
     return known["cache"]
 
 
-def lean_works(model: nn.Module, prompt: Sequence[int]) -> bool:
-    """Whether `lean_decoding` is written for the model and gives the model's own logits; that is tried once a model."""
-    cache = new_cache(inner_model(model))
-    if cache is None or not can_join(cache) or lean_forward(model) is None:
-        return False
-    known = _WORKS.setdefault(model, {})
-    if "lean" not in known:
-        known["lean"] = _gives_own_logits(model, prompt, lean=True)
-        if not known["lean"]:
-            logger.warning("%s: its logits are not those of its architecture", type(inner_model(model)).__name__)
-    return known["lean"]
-
-
 @torch.no_grad()
-def _gives_own_logits(model: nn.Module, prompt: Sequence[int], lean: bool) -> bool:
+def gives_own_logits(model: nn.Module, prompt: Sequence[int], start: Callable[..., Run]) -> bool:
+    """Whether a kind of run gives the model's own logits on a few tokens: `start` as `CachedRun`."""
     try:
-        difference = _cache_error(model, (list(prompt) * 6)[:7], lean)
+        difference = _cache_error(model, (list(prompt) * 6)[:7], start)
     except Exception as error:  # whatever a model of unknown make raises, the plain way remains
         logger.debug("sampling with a cache failed: %s", error)
         difference = math.inf
@@ -249,7 +230,7 @@ def _gives_own_logits(model: nn.Module, prompt: Sequence[int], lean: bool) -> bo
     return not difference > (5e-3 if precise else 0.1)
 
 
-def _cache_error(model: nn.Module, tokens: list[int], lean: bool) -> float:
+def _cache_error(model: nn.Module, tokens: list[int], start: Callable[..., Run]) -> float:
     """Largest relative error of the cached logits after a padded prompt and after one more token."""
     if not {"position_ids", "past_key_values", "attention_mask"} <= set(_accepted(model)):
         return math.inf
@@ -258,7 +239,7 @@ def _cache_error(model: nn.Module, tokens: list[int], lean: bool) -> float:
     errors = []
     for chunk in (None, 1):  # padded together, and each by itself
         rows = [tokens[:3], tokens[1:]]
-        run = CachedRun(model, [(tuple(row), [0]) for row in rows], pad_id=tokens[0], chunk=chunk, lean=lean)
+        run = start(model, [(tuple(row), [0]) for row in rows], pad_id=tokens[0], chunk=chunk)
         device = run.logits.device
         for _ in range(2):
             for row, logits in zip(rows, run.logits, strict=True):

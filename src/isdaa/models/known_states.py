@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from isdaa.models.forward import PairForward
+from isdaa.models.forward import PairForward, evaluating
 from isdaa.models.inner import head_of, inner_model
 from isdaa.models.layout import Layout
-from isdaa.models.logprobs import Head, token_logps
-from isdaa.models.rows import Row, RowDivergences, kl_pass, sequence_logps
+from isdaa.models.lean_rows import lean_reader, lean_states
+from isdaa.models.logprobs import full_vocabulary_kl, token_logps
+from isdaa.models.rows import Row, RowDivergences, sequence_logps
 
 logger = logging.getLogger(__name__)
 
@@ -46,35 +46,41 @@ def states_agree(policy: PairForward, rows: Sequence[Row], states: Sequence[Tens
     return False
 
 
+@torch.no_grad()
 def kl_from_states(
     policy: PairForward, reference: PairForward, rows: Sequence[Row], states: Sequence[Tensor], batch_tokens: int = 16384
 ) -> RowDivergences:
-    """What `kl_pass` gives, with the policy's states known: (length of the response, D) of each row, on any device."""
+    """What `kl_pass` gives, with the policy's states known: (length of the response, D) of each row, on any device.
+
+    Raises:
+        ValueError: not as many states as response tokens.
+        UserError: vocabularies of different size.
+    """
     head = head_of(inner_model(policy.model))
+    there, elsewhere = (next(side.model.parameters()).device for side in (policy, reference))
     out = RowDivergences(*(torch.zeros(len(rows)) for _ in range(3)))
-    for batch in _batches(rows, batch_tokens):
-        of_batch = [rows[i] for i in batch]
-        targets = [token for _, response in of_batch for token in response]
-        known = _Known(policy.model, head, torch.cat([states[i] for i in batch]), targets)
-        found = kl_pass(known, reference, of_batch, batch_tokens=sum(map(_length, of_batch)))  # type: ignore[arg-type]
-        out.policy_logps[batch], out.reference_logps[batch], out.kl[batch] = found.policy_logps, found.reference_logps, found.kl
+    with evaluating(reference.model):
+        lean = lean_reader(reference, rows)
+        for batch in _batches(rows, batch_tokens):
+            of_batch = [rows[i] for i in batch]
+            known = torch.cat([states[i] for i in batch]).to(there)
+            lengths = [len(response) for _, response in of_batch]
+            if len(known) != sum(lengths):
+                raise ValueError(f"{len(known)} states of {sum(lengths)} response tokens")
+            targets = torch.tensor([token for _, response in of_batch for token in response], dtype=torch.int64, device=there)
+            if lean is not None:
+                hidden, reference_head = lean_states(lean, of_batch), head_of(inner_model(reference.model))
+            else:
+                ids = torch.tensor([token for row in of_batch for part in row for token in part], device=elsewhere)
+                prompts = torch.tensor([len(prompt) for prompt, _ in of_batch])
+                layout = Layout.of_rows(prompts, torch.tensor(lengths))
+                hidden, reference_head = reference.predicting_states(reference.model, ids, layout)
+            kl, logps, logps_ref = full_vocabulary_kl(known, head, hidden, reference_head, targets)
+            tokens = torch.stack([logps, logps_ref.to(there), kl]).float().cpu()
+            row = torch.arange(len(batch)).repeat_interleave(torch.tensor(lengths))
+            sums = torch.zeros(3, len(batch)).index_add_(1, row, tokens)
+            out.policy_logps[batch], out.reference_logps[batch], out.kl[batch] = sums
     return out
-
-
-@dataclass
-class _Known:
-    """Stands in for a policy's `PairForward` in `kl_pass`, for one batch of rows of falling length."""
-
-    model: nn.Module
-    head: Head
-    states: Tensor
-    targets: list[int]
-
-    def predicting_states(self, model: nn.Module, input_ids: Tensor, layout: Layout) -> tuple[Tensor, Head]:
-        """The states, provided that they are asked for in the order in which they are kept."""
-        if input_ids[layout.on(input_ids.device, "target_index")].tolist() != self.targets:
-            raise RuntimeError("the states belong to other rows, or to the same in another order")
-        return self.states.to(input_ids.device), self.head
 
 
 def _length(row: Row) -> int:

@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from isdaa.errors import UserError
-from isdaa.models.decoding import CachedRun, Group, PlainRun, Run, cache_works, lean_works
+from isdaa.models.decoding import CachedRun, Group, PlainRun, Run, cache_works
 from isdaa.models.forward import inner_model
+from isdaa.models.lean_decoding import LeanRun, lean_sampler
 from isdaa.models.shared_prefix import plain_attention
 
 # Finished rows leave the batch once they are this share of it. Only rows that move into their places are copied.
@@ -156,13 +156,13 @@ def sample(
     results: dict[int, Sample] = {}
     with _evaluation_mode(model), plain_attention(model), torch.no_grad():
         longest = max(groups, key=len)
-        lean = lean_works(model, longest)
-        cached = lean or cache_works(model, longest)
-        start: Callable[..., Run] = partial(CachedRun, lean=lean) if cached else PlainRun
+        lean = lean_sampler(model, longest)
+        cached = lean is not None or cache_works(model, longest)
+        kind: Callable[..., Run] = CachedRun if cached else PlainRun
         for batch in _batches(groups, batch_size, equal_lengths=not cached):
             rows = [index for _, indices in batch for index in indices]
             randoms = np.stack([uniforms(seed, keys[i], settings.max_new_tokens) for i in rows])
-            run = start(model, batch, pad_id, with_states)
+            run = kind(model, batch, pad_id, with_states) if lean is None else LeanRun(lean, batch, with_states)
             samples = _decode(run, settings, stop_ids, randoms, [keys[i] for i in rows])
             results.update(zip(rows, samples, strict=True))
             if progress is not None:
@@ -197,7 +197,8 @@ def _decode(
     run: Run, settings: SamplingSettings, stop_ids: Collection[int], randoms: np.ndarray, keys: Sequence[str]
 ) -> list[Sample]:
     rows, steps = randoms.shape
-    stops = np.fromiter(stop_ids, dtype=np.int64)
+    stops = np.zeros(run.logits.shape[1], dtype=bool)
+    stops[[stop for stop in stop_ids if 0 <= stop < len(stops)]] = True
     ids = np.zeros((rows, steps), dtype=np.int64)
     lengths, finished = np.full(rows, steps), np.zeros(rows, dtype=bool)
     flight = np.arange(rows)  # which row each row of the run is
@@ -207,7 +208,7 @@ def _decode(
         if run.states is not None:
             states.append((flight, run.states))
         ids[flight, step] = tokens.cpu().numpy()  # a finished row may go on for a while; its length says where it ended
-        ended = np.isin(ids[flight, step], stops) & ~finished[flight]
+        ended = stops[ids[flight, step]] & ~finished[flight]
         finished[flight[ended]], lengths[flight[ended]] = True, step + 1
         going = ~finished[flight]
         if not going.any() or step == steps - 1:
