@@ -156,7 +156,11 @@ def judge_questions(question: Question, answer: Answer, opponent: Answer | None)
                 {"role": "system", "content": SYSTEM},
                 {
                     "role": "user",
-                    "content": USER.format(instruction=prompt_text(question), first=first.turns[0], second=second.turns[0]),
+                    "content": USER.format(
+                        instruction=games.inside(prompt_text(question)),
+                        first=games.inside(first.turns[0]),
+                        second=games.inside(second.turns[0]),
+                    ),
                 },
             ),
             TEMPLATE,

@@ -161,7 +161,8 @@ def judge_questions(question: Question, answer: Answer, opponent: Answer | None)
     orders = {games.OPPONENT_FIRST: (opponent, answer), games.MODEL_FIRST: (answer, opponent)}
     asked = []
     for game, (first, second) in orders.items():
-        user = USER.format(prompt=prompt_text(question), first=first.turns[0], second=second.turns[0])
+        texts = {"prompt": prompt_text(question), "first": first.turns[0], "second": second.turns[0]}
+        user = USER.format(**{name: games.inside(text) for name, text in texts.items()})
         messages = ({"role": "system", "content": SYSTEM}, {"role": "user", "content": user})
         asked.append(JudgeQuestion(question.id, game, messages, TEMPLATE, max_tokens=4096))
     return asked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,15 @@ from isdaa.errors import UserError
 from isdaa.evaluation.benchmarks.benchmark import Judged, JudgeQuestion, Verdict
 
 OPPONENT_FIRST, MODEL_FIRST = "opponent first", "model first"
+
+
+def inside(text: str) -> str:
+    """The text as it stands between markers: a line of its own that would open or close one (`<<<`, `>>>`) is broken up.
+
+    So a response cannot end its part of the judge's question and go on as the judge's master. Everything else stays,
+    Python's `>>> ` prompts and shifts within a line among it.
+    """
+    return re.sub(r"(?m)>>>(?=\s*$)", ">> >", re.sub(r"(?m)^(\s*)<<<", r"\1< <<", text))
 
 
 def preference(judged: Judged) -> float:

@@ -140,10 +140,10 @@ def judge_questions(question: Question, answer: Answer, opponent: Answer | None 
     for turn, game in enumerate(TURNS[: len(users)], start=1):
         parts = []
         for i in range(turn):
-            parts.append(USER_SAID.format(turn=i + 1, text=users[i]))
+            parts.append(USER_SAID.format(turn=i + 1, text=games.inside(users[i])))
             if referenced:
-                parts.append(REFERENCE.format(turn=i + 1, text=question.references[i]))
-            parts.append(ASSISTANT_SAID.format(turn=i + 1, text=answer.turns[i]))
+                parts.append(REFERENCE.format(turn=i + 1, text=games.inside(question.references[i])))
+            parts.append(ASSISTANT_SAID.format(turn=i + 1, text=games.inside(answer.turns[i])))
         parts.append(ASKED.format(turn=turn) + (AGAINST if referenced else "") + (LATER if turn > 1 else ""))
         messages = ({"role": "system", "content": SYSTEM}, {"role": "user", "content": "\n\n".join(parts)})
         template = f"isdaa-single{'-reference' if referenced else ''}-1{'-multi-turn' if turn > 1 else ''}"

@@ -55,10 +55,11 @@ class Wording:
 
     def user(self, prompt: str, first: str, second: str) -> str:
         """The whole question."""
+        prompt, first, second = (games.inside(part.strip()) for part in (prompt, first, second))
         return (
-            f"{self.asked}\n\n<<<{self.prompt}\n{prompt.strip()}\n{self.prompt}>>>\n\n"
-            f"<<<{self.response} A\n{first.strip()}\n{self.response} A>>>\n\n"
-            f"<<<{self.response} B\n{second.strip()}\n{self.response} B>>>\n\n"
+            f"{self.asked}\n\n<<<{self.prompt}\n{prompt}\n{self.prompt}>>>\n\n"
+            f"<<<{self.response} A\n{first}\n{self.response} A>>>\n\n"
+            f"<<<{self.response} B\n{second}\n{self.response} B>>>\n\n"
             f"First compare both in one sentence. Then write, on a line of its own, which {self.response} is better: "
             '"Better: A" or "Better: B".'
         )
