@@ -68,6 +68,29 @@ class Blocks:
         self.headers[key], self.records[key] = head, lines
 
 
+class Lines:
+    """Records that stand alone, one line each, found by their `key`: a kill loses at most those that were being made."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._found: dict[str, Record] = {}
+        for line in whole_jsonl(self.path):
+            if not isinstance(line.get("key"), str):
+                raise UserError(f"{self.path}: a line has no key, so isdaa did not write it; move the file away")
+            self._found[line["key"]] = line
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._found
+
+    def __getitem__(self, key: str) -> Record:
+        return self._found[key]
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Append records, each with its `key`, and sync them."""
+        append_jsonl(self.path, records)
+        self._found |= {record["key"]: record for record in records}
+
+
 def blocks_of(folder: Path, name: str, plan: Record) -> Blocks:
     """The blocks of file `name` that an evaluation's plan speaks of, those that it shares with others included."""
     shared = plan.get("shared")

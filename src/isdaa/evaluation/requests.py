@@ -99,7 +99,7 @@ def requests(model_paths: Sequence[str | Path], overrides: Mapping[str, Any] | N
     scorers = {_resolved(record.scorer) for record in records.values() if record is not None and record.scorer is not None}
     if len(scorers) > 1 and "scorer" not in given:
         raise UserError(f"the models' records name different scorers ({', '.join(sorted(scorers))}); choose with --scorer")
-    sections = _sections(first, given)
+    sections = sections_of(first, given)
     scorer = given.get("scorer") or sections.evaluation.scorer or next(iter(scorers), None)
     model = (first.config.get("model") if first else None) or {}
     return Request(
@@ -110,7 +110,7 @@ def requests(model_paths: Sequence[str | Path], overrides: Mapping[str, Any] | N
         scorer=None if scorer in (None, "none") else str(scorer),
         settings=sections.evaluation,
         tokenization=sections.tokenization,
-        output_dir=str(given.get("output_dir") or _home(model_paths)),
+        output_dir=str(given.get("output_dir") or home_of(model_paths)),
         held_out=() if "data" in given else _held_out_pairs(paths, records),
         dtype=str(given.get("dtype") or model.get("dtype") or "float32"),
         trust_remote_code=bool(given.get("trust_remote_code", model.get("trust_remote_code", False))),
@@ -216,7 +216,7 @@ def _is_checkpoint(folder: Path) -> bool:
     return number.isdecimal() and any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
 
 
-def _home(model_paths: Sequence[str | Path]) -> Path:
+def home_of(model_paths: Sequence[str | Path]) -> Path:
     """Where records go: the run's folder; of several runs, the folder around them; of a lone model, its own."""
     homes = []
     for path in model_paths:
@@ -246,7 +246,7 @@ def _resolved(value: str) -> str:
     return os.path.realpath(value) if Path(value).exists() and value != GOLD else value
 
 
-def _sections(record: ModelRecord | None, given: Mapping[str, Any]) -> Any:
+def sections_of(record: ModelRecord | None, given: Mapping[str, Any]) -> Any:
     """The sections `evaluation` and `tokenization`: defaults, then the record's values, then the user's."""
     data: dict[str, Any] = {"model": {"path": "-"}, "data": {"pairs": "-"}}
     for name, section in (("evaluation", EvaluationConfig), ("tokenization", TokenizationConfig)):

@@ -98,7 +98,14 @@ def read_questions(recipe: str, source: str, split: str | None = None, limit: in
     known = recipe if source in ("", recipe) else source
     prompts, _ = load_prompts(known, split or ("test" if known.partition(":")[0] in RECIPES else None), limit=limit)
     return [
-        Question(str(row["id"]), row["prompt"], response=_words(row["chosen"]), where=row["where"]) for row in map(dict, prompts)
+        Question(
+            str(row["id"]),
+            row["prompt"],
+            response=_words(row["chosen"]),
+            where=row["where"],
+            row={"facts": row["facts"]} if row.get("facts") else {},  # of the embedded world, for its gold reward
+        )
+        for row in map(dict, prompts)
     ]
 
 
