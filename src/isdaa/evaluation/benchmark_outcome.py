@@ -1,0 +1,198 @@
+"""What verdicts come to: scores, models compared question by question, and the result in one sentence."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from isdaa.evaluation.benchmarks.benchmark import Benchmark, Judged, Score, Scoring, prompt_text
+from isdaa.evaluation.statistics import difference_interval
+
+WORDS = {
+    "win_rate": "win rate",
+    "discrete_win_rate": "discrete win rate",
+    "length_controlled_win_rate": "length-controlled win rate",
+    "style_controlled_win_rate": "style-controlled win rate",
+    "equal_style_win_rate": "win rate at equal style",
+    "score": "mean grade",
+    "turn_1": "turn 1",
+    "turn_2": "turn 2",
+}
+EXAMPLES = 8
+
+
+def is_share(headline: str) -> bool:
+    """Whether the figure is a share of comparisons won, and no grade."""
+    return headline.endswith("win_rate")
+
+
+def shown(value: float, share: bool) -> str:
+    """`61.3 %`, or a grade `6.42`."""
+    return f"{100 * value:.1f} %" if share else f"{value:.2f}"
+
+
+def headline_of(scores: Mapping[str, Score]) -> str:
+    """The figure that all models are compared by: the benchmark's own where every model has it, else their raw rate."""
+    own = {score.headline for score in scores.values()}
+    if len(own) == 1:
+        return own.pop()
+    return next((name for name in ("win_rate", "score") if all(name in score.figures for score in scores.values())), "")
+
+
+def comparisons(judged: Mapping[str, Sequence[Judged]], scores: Mapping[str, Score], scoring: Scoring) -> list[dict[str, Any]]:
+    """Every two models on the questions that both answered: how often each was better, and by how much on average.
+
+    `difference` is the mean over those questions of the raw figure (a share, or a grade); `headline_difference` that of
+    the headline figure, drawn by drawn resample, where both models answered the same questions.
+    """
+    headline = headline_of(scores)
+    found = []
+    for first, second in combinations(scores, 2):
+        ours, theirs = scores[first].by_question, scores[second].by_question
+        common = [identifier for identifier in ours if identifier in theirs]
+        if not common:
+            continue
+        a, b = (np.array([side[identifier] for identifier in common]) for side in (ours, theirs))
+        row: dict[str, Any] = {
+            "first": first,
+            "second": second,
+            "questions": len(common),
+            "better": int((a > b).sum()),
+            "worse": int((a < b).sum()),
+            "equal": int((a == b).sum()),
+            "difference": difference_interval(a, b, **scoring.drawn()).to_json(),
+            "headline_difference": None,
+        }
+        same = [one.question.id for one in judged[first]] == [one.question.id for one in judged[second]]
+        figures = [scores[name].figures.get(headline) for name in (first, second)]
+        if same and figures[0] is not None and figures[1] is not None and figures[0].draws.shape == figures[1].draws.shape:
+            row["headline_difference"] = figures[0].minus(figures[1], scoring.confidence).to_json()
+        found.append(row)
+    return found
+
+
+def sentence(bench: Benchmark, metrics: Mapping[str, Any]) -> str:
+    """The result for someone who reads one sentence."""
+    headline, questions = metrics["headline"], metrics["questions"]
+    start = f"Partial, {questions['judged']} of {questions['count']} questions judged: " if metrics["partial"] else ""
+    if not headline:
+        return f"{start}no reply of the judge could be read, so there is no result."
+    share = is_share(headline)
+    ranked = sorted(metrics["models"], key=lambda model: -model["figures"][headline]["mean"])
+    best = ranked[0]
+    figure = best["figures"][headline]
+    told = shown(figure["mean"], share) + _range(figure, share)
+    level = "" if share else " of 10"
+    name = WORDS.get(headline, headline)
+    if len(ranked) == 1:
+        if not share:
+            return f"{start}{best['model']} has a {name} of {told}{level} on {bench.title}."
+        return f"{start}{best['model']} has a {name} of {told} against {metrics['opponent']}: {_against(figure)}."
+    return f"{start}{best['model']} leads on {bench.title} with a {name} of {told}{level}{_lead(ranked, metrics, share)}."
+
+
+def _range(figure: Mapping[str, Any], share: bool) -> str:
+    if figure["low"] is None:
+        return ""
+    low, high = (shown(figure[side], share).removesuffix(" %") for side in ("low", "high"))
+    return f" [{low}, {high}]"
+
+
+def _against(figure: Mapping[str, Any]) -> str:
+    if figure["low"] is None:
+        return "one question tells nothing"
+    if figure["low"] > 0.5:
+        return "better than its opponent"
+    return "worse than its opponent" if figure["high"] < 0.5 else "the two cannot be told apart on these questions"
+
+
+def _lead(ranked: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], share: bool) -> str:
+    """How far ahead of the others the first is, and from which it cannot be told."""
+    best = ranked[0]["model"]
+    ahead: list[tuple[str, str]] = []
+    alike: list[tuple[str, str]] = []
+    for other in ranked[1:]:
+        gap = gap_between(metrics["comparisons"], best, other["model"])
+        if gap is None:
+            continue
+        points = f"{100 * gap['mean']:.1f} points" if share else f"{gap['mean']:.2f}"
+        (ahead if gap["low"] is not None and gap["low"] > 0 else alike).append((other["model"], points))
+    parts = []
+    if ahead:
+        parts.append(
+            f"{ahead[0][1]} ahead of {ahead[0][0]}" + (f" and more of {len(ahead) - 1} others" if len(ahead) > 1 else "")
+        )
+    if alike:
+        names = [name for name, _ in alike]
+        parts.append(
+            f"it cannot be told from {', '.join(names[:3])}" + (f" and {len(names) - 3} others" if len(names) > 3 else "")
+        )
+    return "".join(f"; {part}" for part in parts)
+
+
+def gap_between(rows: Sequence[Mapping[str, Any]], first: str, second: str) -> dict[str, Any] | None:
+    """The difference first − second of the headline where it is known, else of the raw figure."""
+    for row in rows:
+        gap = row["headline_difference"] or row["difference"]
+        if (row["first"], row["second"]) == (first, second):
+            return dict(gap)
+        if (row["first"], row["second"]) == (second, first):
+            low, high = gap["low"], gap["high"]
+            flipped = {"low": None if high is None else -high, "high": None if low is None else -low}
+            return {**gap, "mean": -gap["mean"], **flipped}
+    return None
+
+
+def table_csv(metrics: Mapping[str, Any]) -> str:
+    """One row a model and figure: mean and interval; then one a pair of models."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["model", "against", "figure", "mean", "low", "high", "questions"])
+    for model in metrics["models"]:
+        for name, figure in model["figures"].items():
+            values = (figure[key] for key in ("mean", "low", "high", "n"))
+            writer.writerow([model["model"], metrics["opponent"] or "", name, *values])
+    for row in metrics["comparisons"]:
+        for name in ("difference", "headline_difference"):
+            if row[name] is not None:
+                writer.writerow([row["first"], row["second"], name, *(row[name][key] for key in ("mean", "low", "high", "n"))])
+    return out.getvalue()
+
+
+def examples(judged: Mapping[str, Sequence[Judged]], scores: Mapping[str, Score], most: int = EXAMPLES) -> list[dict[str, Any]]:
+    """Questions to read: where the first model fares best and where worst, with every answer and what the judge said."""
+    first = next(iter(scores))
+    values = scores[first].by_question
+    by_model = {label: {one.question.id: one for one in answers} for label, answers in judged.items()}
+    order = sorted((identifier for identifier in values if identifier in by_model[first]), key=lambda i: (-values[i], i))
+    kept = order if len(order) <= most else [*order[: most // 2], *order[-(most - most // 2) :]]
+    return [_example(identifier, by_model, scores) for identifier in kept]
+
+
+def _example(identifier: str, by_model: Mapping[str, Mapping[str, Judged]], scores: Mapping[str, Score]) -> dict[str, Any]:
+    sides = {label: answers[identifier] for label, answers in by_model.items() if identifier in answers}
+    one = next(iter(sides.values()))
+    opponent = one.opponent
+    return {
+        "id": identifier,
+        "category": one.question.category,
+        "asked": [prompt_text(one.question), *one.question.follow_ups],
+        "opponent": None if opponent is None else {"model": opponent.model, "turns": list(opponent.turns)},
+        "answers": [
+            {
+                "model": label,
+                "turns": list(side.answer.turns),
+                "value": scores[label].by_question.get(identifier),
+                "verdicts": [
+                    {"game": verdict.game, "label": verdict.label, "value": verdict.value, "reply": verdict.reply}
+                    for verdict in side.verdicts
+                ],
+            }
+            for label, side in sides.items()
+        ],
+    }

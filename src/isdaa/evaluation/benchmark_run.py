@@ -1,0 +1,341 @@
+"""One call from models to a benchmark's figures: answer, judge, score; every step's work is found again on disk.
+
+generations.jsonl        every turn of every answer as it was drawn (`benchmark_answers.py`)
+answers/MODEL            the answers in the original tool's format
+replies.jsonl            what the judge model replied (`judge_cache.py`); scores.jsonl of a reward model
+judgments/JUDGE/MODEL    the judgments in the original tool's format
+metrics.json, .csv       figures with intervals, models compared; examples.json: answers to read
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from isdaa.errors import UserError
+from isdaa.evaluation.benchmark_answers import Answering, Drawn, Respondent, answer
+from isdaa.evaluation.benchmark_judging import Case, check_judge, judge_of, judged
+from isdaa.evaluation.benchmark_outcome import comparisons, examples, headline_of, sentence, table_csv
+from isdaa.evaluation.benchmark_request import BenchmarkRequest, file_name
+from isdaa.evaluation.benchmarks import benchmark
+from isdaa.evaluation.benchmarks.alpaca_eval import ALPACA_EVAL, read_difficulty
+from isdaa.evaluation.benchmarks.benchmark import Answer, Benchmark, Judged, Question, Scoring
+from isdaa.evaluation.benchmarks.mt_bench import MT_BENCH, with_references
+from isdaa.evaluation.benchmarks.rows import PROJECT, without_repeats
+from isdaa.evaluation.records import Lines, locked
+from isdaa.evaluation.scorers import load_scorer
+from isdaa.files import write_atomically, write_json
+from isdaa.record import git_revision, versions
+
+FORMAT = 1
+GENERATIONS, ANSWERS, JUDGMENTS = "generations.jsonl", "answers", "judgments"
+METRICS, TABLE, EXAMPLES = "metrics.json", "metrics.csv", "examples.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call came to. metrics: as in `metrics.json`; folder: of the files. stopped: why judging ended early, if it did."""
+
+    metrics: dict[str, Any]
+    folder: Path
+    stopped: str | None = None
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Somebody's answers. drawn: where they were generated here; path: of the model."""
+
+    label: str
+    answers: Mapping[str, Answer]
+    drawn: Mapping[str, Drawn] | None = None
+    path: str | None = None
+
+    def finished(self, question: str) -> bool:
+        """Whether the model itself ended its answer, as far as anybody knows."""
+        return self.drawn is None or self.drawn[question].finished
+
+
+def run_benchmark(request: BenchmarkRequest) -> Outcome:
+    """Answer, judge and score. Without a judge the answers are all there is.
+
+    All input is looked at before there is a folder, and before anything long. Raises UserError; where a budget of
+    requests is spent, `Outcome.stopped` says so and the metrics are of the questions that were judged.
+    """
+    bench = benchmark(request.benchmark)
+    _check(bench, request)
+    if request.sources.judgments:
+        return _score_again(bench, request)
+    questions = _questions(bench, request)
+    check_judge(bench, request, questions)
+    given = _given(bench, request, questions)
+    settings = Answering(
+        bench.name,
+        bench.title,
+        replace(bench.generation, max_new_tokens=request.max_new_tokens or bench.generation.max_new_tokens),
+        request.seed,
+        request.batch_size,
+        request.dtype,
+        request.trust_remote_code,
+        request.chat_template,
+    )
+    wants_judge = request.asking is not None or request.judge is not None
+    opponents, baseline = _opponents(bench, request, questions) if wants_judge else ({}, request.baseline)
+    respondents = [Respondent(model, settings, questions, "policy") for model in request.models]
+    if baseline is not None:
+        respondents.append(Respondent(baseline, settings, questions, "opponent"))
+    with locked(request.output_dir) as folder:
+        judge = judge_of(request, folder)
+        drawn = answer(respondents, questions, Lines(folder / GENERATIONS)) if respondents else []
+        sides = [
+            _Side(respondent.label, {key: one.answer for key, one in found.items()}, found, respondent.path)
+            for respondent, found in zip(respondents, drawn, strict=True)
+        ]
+        _write_answers(bench, folder, questions, sides)
+        other = sides.pop() if baseline is not None else None
+        sides = [*sides, *given]
+        metrics = _described(bench, request, questions, settings if respondents else None)
+        if judge is None:
+            metrics |= {"models": [_entry(side) for side in sides], "opponent": other.label if other is not None else None}
+            write_json(folder / METRICS, metrics)
+            return Outcome(metrics, folder)
+        if other is not None:
+            opponents = dict(other.answers)
+        cases = {side.label: partial(_case, side, opponents, other) for side in sides}
+        found, left = judged(bench, judge, questions, cases)
+        metrics["questions"]["judged"] = len(questions) - left
+        metrics |= {"judge": judge.to_json(), "partial": left > 0}
+        stopped = _stopped(request, len(questions), left) if left else None
+        if left == len(questions):
+            raise UserError(f"{stopped}; no question is judged yet")
+        _write_judgments(bench, folder, judge.name, found)
+        metrics = _scored(bench, request, metrics, found, {side.label: side for side in sides}, judge.both_orders, folder)
+        return Outcome(metrics, folder, stopped)
+
+
+def _check(bench: Benchmark, request: BenchmarkRequest) -> None:
+    if request.sources.references is not None and bench is not MT_BENCH:
+        raise UserError(f"--references: only mt_bench grades against right answers, {bench.name} has no use for them")
+    if request.sources.difficulty is not None and bench is not ALPACA_EVAL:
+        raise UserError(f"--difficulty: only alpaca_eval has instruction difficulties, {bench.name} has no use for them")
+    if request.judge is not None:
+        load_scorer(request.judge)  # is there such a thing?
+    if bench.opponent is None and (request.sources.opponent or request.sources.baseline):
+        raise UserError(f"{bench.name} grades every answer by itself: leave out --opponent and --baseline")
+
+
+def _questions(bench: Benchmark, request: BenchmarkRequest) -> list[Question]:
+    sources = request.sources
+    questions = bench.read_questions(sources.questions or bench.source, sources.split, sources.limit)
+    questions = without_repeats(questions)
+    return with_references(questions, sources.references) if sources.references is not None else questions
+
+
+def _given(bench: Benchmark, request: BenchmarkRequest, questions: Sequence[Question]) -> list[_Side]:
+    """The models whose answers another tool wrote."""
+    sides: dict[str, dict[str, Answer]] = {}
+    for file in request.sources.answers:
+        read: dict[str, dict[str, Answer]] = {}
+        for one in bench.read_answers(Path(file).expanduser(), questions):
+            read.setdefault(one.model, {})[one.question] = one
+        for label in read:
+            if label in sides or label in [model.label for model in request.models]:
+                raise UserError(f"{file}: answers of {label} are there already; rename the model in one of the files")
+        sides |= read
+    return [_Side(label, answers) for label, answers in sides.items()]
+
+
+def _opponents(bench: Benchmark, request: BenchmarkRequest, questions: Sequence[Question]) -> tuple[dict[str, Any], Any]:
+    """(opponent's answer by question, the model that has yet to give them).
+
+    The first of: the user's file, the user's model, the data's own, the models' reference.
+    """
+    sources = request.sources
+    if bench.opponent is None:
+        return dict.fromkeys(question.id for question in questions), None
+    if sources.opponent is not None:
+        return bench.opponents(questions, bench.read_answers(Path(sources.opponent).expanduser(), questions)), None
+    if request.baseline is not None:
+        return {}, request.baseline
+    if bench.opponent == "data" and all(question.response is not None for question in questions):
+        return bench.opponents(questions), None
+    if request.reference is not None:
+        return {}, request.reference
+    raise UserError(
+        f"{bench.name} compares each answer with an opponent's, and neither these questions nor the models' records name one; "
+        "give its answers with --opponent FILE, or a model that answers with --baseline MODEL"
+    )
+
+
+def _case(side: _Side, opponents: Mapping[str, Answer | None], other: _Side | None, question: Question) -> Case | None:
+    if question.id not in side.answers:
+        return None
+    ended = other is None or other.finished(question.id)
+    return Case(question, side.answers[question.id], opponents[question.id], side.finished(question.id), ended)
+
+
+def _write_answers(bench: Benchmark, folder: Path, questions: Sequence[Question], sides: Sequence[_Side]) -> None:
+    for side in sides:
+        bench.write_answers(folder / ANSWERS / _file(bench, side.label), questions, [side.answers[q.id] for q in questions])
+
+
+def _write_judgments(bench: Benchmark, folder: Path, judge: str, found: Mapping[str, Sequence[Judged]]) -> None:
+    for label, answers in found.items():
+        bench.write_judgments(folder / JUDGMENTS / file_name(judge) / _file(bench, label), answers)
+
+
+def _file(bench: Benchmark, label: str) -> str:
+    return file_name(label) + (".json" if bench is ALPACA_EVAL else ".jsonl")
+
+
+def _stopped(request: BenchmarkRequest, count: int, left: int) -> str:
+    assert request.asking is not None
+    return (
+        f"the budget of {request.asking.settings.max_requests} requests (--max-requests) is spent: {count - left} of {count} "
+        "questions are judged, all replies are kept; the same command goes on from here"
+    )
+
+
+def _score_again(bench: Benchmark, request: BenchmarkRequest) -> Outcome:
+    """Judgments of files, scored as they are."""
+    sources = request.sources
+    wanted = sources.questions is not None or bench is MT_BENCH or sources.limit is not None
+    questions = _questions(bench, request) if wanted else []
+    files = [file for file in (*sources.answers, sources.opponent) if file is not None]
+    answers = [one for file in files for one in bench.read_answers(Path(file).expanduser(), questions)]
+    found: dict[str, list[Judged]] = {}
+    for file in sources.judgments:
+        read = bench.read_judgments(Path(file).expanduser(), questions, answers)
+        again = next((label for label in read if label in found), None)
+        if again is not None:
+            raise UserError(f"{file}: {again} is judged in another of the files already; give one of them")
+        found |= read
+    names = sorted({one.judge for answers in found.values() for one in answers if one.judge})
+    count = len({one.question.id for answers in found.values() for one in answers})
+    with locked(request.output_dir) as folder:
+        metrics = _described(bench, request, questions, None)
+        metrics["questions"] |= {"count": len(questions) or count, "judged": count}
+        metrics |= {"judge": {"kind": "file", "name": ", ".join(names) or "unknown"}, "partial": count < len(questions)}
+        both = any(verdict.game for answers in found.values() for one in answers for verdict in one.verdicts)
+        return Outcome(_scored(bench, request, metrics, found, {}, both, folder), folder)
+
+
+def _described(
+    bench: Benchmark, request: BenchmarkRequest, questions: Sequence[Question], settings: Answering | None
+) -> dict[str, Any]:
+    """What `metrics.json` says of the call, before there are figures."""
+    sources = request.sources
+    generation = None
+    if settings is not None:
+        chosen = settings.generation
+        generation = {
+            "max_new_tokens": chosen.max_new_tokens,
+            "benchmarks_own_limit": bench.generation.max_new_tokens,
+            "temperature": chosen.temperature,
+            "temperature_by_category": dict(chosen.by_category),
+            "top_p": chosen.top_p,
+            "seed": request.seed,
+            "dtype": request.dtype,
+            "chat_template": "given" if request.chat_template is not None else "the tokenizer's",
+        }
+    return {
+        "format": FORMAT,
+        "benchmark": bench.name,
+        "title": bench.title,
+        "sentence": "",
+        "partial": False,
+        "headline": "",
+        "questions": {
+            "source": sources.questions or bench.source,
+            "project": sources.questions == PROJECT,
+            "split": sources.split,
+            "limit": sources.limit,
+            "count": len(questions),
+            "judged": 0,
+        },
+        "sources": asdict(sources),
+        "generation": generation,
+        "judge": None,
+        "opponent": None,
+        "models": [],
+        "comparisons": [],
+        "confidence": request.confidence,
+        "resamples": request.resamples,
+        "seed": request.seed,
+        "versions": versions(),
+        "git_revision": git_revision(),
+    }
+
+
+def _entry(side: _Side) -> dict[str, Any]:
+    """A model, and its answers in numbers."""
+    answers = list(side.answers.values())
+    told: dict[str, Any] = {
+        "count": len(answers),
+        "mean_characters": sum(sum(map(len, one.turns)) / len(one.turns) for one in answers) / len(answers),
+        "mean_tokens": None,
+        "turns": sum(len(one.turns) for one in answers),
+        "truncated": None,
+        "no_room": None,
+        "empty": sum(not turn.strip() for one in answers for turn in one.turns),
+    }
+    if side.drawn is not None:
+        drawn = list(side.drawn.values())
+        told |= {
+            "mean_tokens": sum(one.tokens for one in drawn) / told["turns"],
+            "truncated": sum(one.cut for one in drawn),
+            "no_room": sum(one.no_room for one in drawn),
+        }
+    return {"model": side.label, "path": side.path, "answers": told}
+
+
+def _scored(
+    bench: Benchmark,
+    request: BenchmarkRequest,
+    metrics: dict[str, Any],
+    found: Mapping[str, Sequence[Judged]],
+    sides: Mapping[str, _Side],
+    both_orders: bool,
+    folder: Path,
+) -> dict[str, Any]:
+    """The metrics with figures, comparisons and the sentence; written with their table and some answers to read."""
+    difficulty = read_difficulty(request.sources.difficulty) if request.sources.difficulty is not None else None
+    scoring = Scoring(request.resamples, request.confidence, request.seed, difficulty)
+    scores = bench.score(found, scoring)
+    models = []
+    for label, score in scores.items():
+        plain = score.to_json()
+        if not both_orders:
+            plain["details"].pop("flip_rate", None)
+        entry = _entry(sides[label]) if label in sides else {"model": label, "path": None, "answers": None}
+        models.append(entry | plain | {"notes": [*plain["notes"], *_remarks(entry)]})
+    opponents = sorted({one.opponent.model for answers in found.values() for one in answers if one.opponent is not None})
+    metrics |= {
+        "headline": headline_of(scores),
+        "opponent": " and ".join(opponents) or None,
+        "models": models,
+        "comparisons": comparisons(found, scores, scoring),
+        "difficulty": request.sources.difficulty,
+    }
+    metrics["sentence"] = sentence(bench, metrics)
+    write_json(folder / METRICS, metrics)
+    write_atomically(folder / TABLE, table_csv(metrics))
+    write_json(folder / EXAMPLES, examples(found, scores))
+    return metrics
+
+
+def _remarks(entry: Mapping[str, Any]) -> list[str]:
+    """What a reader must know of the answers."""
+    told = entry["answers"]
+    if told is None:
+        return []
+    lines = []
+    if told["truncated"]:
+        lines.append(f"{told['truncated']} of {told['turns']} answers ended at the limit on new tokens")
+    if told["no_room"]:
+        lines.append(f"{told['no_room']} turns had no room left in the model's context and are empty")
+    elif told["empty"]:
+        lines.append(f"{told['empty']} of {told['turns']} answers are empty")
+    return lines

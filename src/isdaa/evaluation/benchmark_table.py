@@ -1,0 +1,136 @@
+"""What `isdaa evaluate --benchmark` prints."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from isdaa.evaluation.benchmark_outcome import WORDS, is_share
+from isdaa.evaluation.table import PLAIN_WIDTH, number, percent
+
+Column = tuple[str, Callable[[Mapping[str, Any]], str]]
+# Figures that the table has room for, in this order; the others are in the report and in metrics.json.
+SHOWN = ("length_controlled_win_rate", "equal_style_win_rate", "win_rate", "score", "turn_1", "turn_2")
+EVERY_PAIR = 3  # models of which every two are compared in the terminal
+HEADERS = {"length_controlled_win_rate": "LC win rate", "equal_style_win_rate": "at equal style"}
+
+
+def print_outcome(metrics: Mapping[str, Any], file: IO[str] | None = None, width: int | None = None) -> None:
+    """The table, the models compared, what a reader must know, the sentence; plain where `file` (stdout) is no terminal."""
+    stream = file or sys.stdout
+    console = Console(file=stream, highlight=False, width=width)
+    if not console.is_terminal and width is None:
+        console = Console(file=stream, highlight=False, width=PLAIN_WIDTH, color_system=None)
+    plain = not console.is_terminal
+    console.print(_table(columns_of(metrics), metrics["models"], plain))
+    if metrics["comparisons"]:
+        console.print(_table(_pair_columns(metrics), pairs_of(metrics), plain))
+    for line in legend(metrics):
+        console.print(line, style=None if plain else "dim", markup=False)
+    if metrics["sentence"]:
+        console.print(metrics["sentence"], markup=False)
+
+
+def _table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], plain: bool) -> Table:
+    table = Table(box=box.ASCII2 if plain else box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for place, (header, _) in enumerate(columns):
+        left = place == 0
+        table.add_column(
+            header, justify="left" if left else "right", overflow="fold", no_wrap=not left, min_width=10 if left else None
+        )
+    for row in rows:
+        table.add_row(*(cell(row) for _, cell in columns))
+    return table
+
+
+def columns_of(metrics: Mapping[str, Any]) -> list[Column]:
+    """Columns that some model has a value for."""
+    models = metrics["models"]
+    columns: list[Column] = [("model", lambda m: m["model"])]
+    for name in SHOWN:
+        if any(name in model.get("figures", {}) for model in models):
+            header = HEADERS.get(name, WORDS.get(name, name))
+            columns.append((header, lambda m, name=name: spread(m["figures"].get(name), is_share(name))))  # type: ignore[misc]
+    if any("flip_rate" in model.get("details", {}) for model in models):
+        columns.append(("flips", lambda m: percent(m["details"]["flip_rate"]) if "flip_rate" in m["details"] else ""))
+    if any(model.get("counts", {}).get("unparsed") for model in models):
+        columns.append(("unread", lambda m: str(m["counts"]["unparsed"])))
+    if any(model["answers"] for model in models):
+        columns.append(("characters", lambda m: number(m["answers"]["mean_characters"] if m["answers"] else None, 0)))
+    if any((model["answers"] or {}).get("truncated") is not None for model in models):
+        columns.append(("cut", lambda m: _cut(m["answers"])))
+    return columns
+
+
+def _cut(answers: Mapping[str, Any] | None) -> str:
+    return "" if answers is None or answers["truncated"] is None else percent(answers["truncated"] / answers["turns"])
+
+
+def pairs_of(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Every two models; of many models, each with the best alone."""
+    rows, headline = list(metrics["comparisons"]), metrics["headline"]
+    if len(metrics["models"]) <= EVERY_PAIR or not headline:
+        return rows
+    best = max(metrics["models"], key=lambda model: model["figures"][headline]["mean"])["model"]
+    return [row for row in rows if best in (row["first"], row["second"])]
+
+
+def _pair_columns(metrics: Mapping[str, Any]) -> list[Column]:
+    share = is_share(metrics["headline"])
+    headline = HEADERS.get(metrics["headline"]) or WORDS.get(metrics["headline"], metrics["headline"])
+    return [
+        ("compared", lambda row: f"{row['first']} − {row['second']}"),
+        (headline, lambda row: signed(row["headline_difference"] or row["difference"], share)),
+        ("better", lambda row: str(row["better"])),
+        ("equal", lambda row: str(row["equal"])),
+        ("worse", lambda row: str(row["worse"])),
+    ]
+
+
+def spread(figure: Mapping[str, Any] | None, share: bool) -> str:
+    """`61.3 ± 4.2 %`; a grade `6.42 ± 0.31`."""
+    if figure is None:
+        return ""
+    scale, digits, unit = (100, 1, " %") if share else (1, 2, "")
+    if figure["low"] is None:
+        return f"{scale * figure['mean']:.{digits}f}{unit}"
+    return f"{scale * figure['mean']:.{digits}f} ± {scale * (figure['high'] - figure['low']) / 2:.{digits}f}{unit}"
+
+
+def signed(figure: Mapping[str, Any], share: bool) -> str:
+    """`+4.1 [+1.2, +7.0]`, in points of a percentage or of a grade."""
+    scale, digits = (100, 1) if share else (1, 2)
+    values = [figure["mean"], figure["low"], figure["high"]]
+    mean, *bounds = ["" if value is None else f"{scale * value:+.{digits}f}" for value in values]
+    return f"{mean} [{', '.join(bounds)}]" if all(bounds) else mean
+
+
+def legend(metrics: Mapping[str, Any]) -> list[str]:
+    """What the columns mean, who judged, what it cost, and what the table does not say."""
+    questions, judge = metrics["questions"], metrics["judge"]
+    if judge is None:
+        return [
+            f"{questions['count']} questions of {metrics['title']}; cut: share of answers that ended at the limit on new tokens."
+        ]
+    level = f"{metrics['confidence'] * 100:g} %"
+    count = questions["judged"]
+    lines = [f"{count} question{'s' * (count != 1)}; ± is half of a {level} bootstrap interval over questions."]
+    against = f" against {metrics['opponent']}" if metrics["opponent"] else ""
+    lines.append(f"{metrics['title']}{against}, judged by {judge['name']}{_cost(judge)}.")
+    lines += [f"{model['model']}: {note}." for model in metrics["models"] for note in model["notes"]]
+    return lines
+
+
+def _cost(judge: Mapping[str, Any]) -> str:
+    usage = judge.get("usage")
+    if usage is None:
+        return ""
+    words = [f"{usage['requests']:,} requests", f"{usage['cached']:,} replies kept from before"]
+    words.append(f"{usage['prompt_tokens']:,} tokens read and {usage['completion_tokens']:,} written")
+    words += [f"cost {usage['cost']:.2f}"] if usage["cost"] is not None else []
+    return f" ({', '.join(words)})"
