@@ -23,7 +23,7 @@ from isdaa.report.words import number
 def _no_pictures(request, monkeypatch):
     """Pictures take seconds each; tests of text do without them, those marked `drawn` do not."""
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr(page, "_draw", lambda figures, folder: {figure.name: "<svg></svg>" for figure in figures})
+        monkeypatch.setattr(page, "drawings_of", lambda figures, folder: {figure.name: "<svg></svg>" for figure in figures})
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def write_report(study: Study, folder: Path) -> Path:
     found = find(study)
     report = report_of(found)
     figures = figures_of(found)
-    drawings = _draw(figures, folder / CHARTS)
+    drawings = drawings_of(figures, folder / CHARTS)
     report["charts"] = [
         {"name": f.name, "title": f.title, "files": [f"{CHARTS}/{f.name}.{kind}" for kind in ("png", "svg")]} for f in figures
     ]
@@ -56,7 +56,7 @@ def render(report: Mapping[str, Any], figures: list[Figure], drawings: Mapping[s
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": number, "interval": interval, "percent": percent, "plain": plain}
-    style = (HERE / "page.css").read_text(encoding="utf-8") + _colours()
+    style = (HERE / "page.css").read_text(encoding="utf-8") + dark_rules()
     by_section: dict[str, list[Figure]] = {}
     for figure in figures:
         by_section.setdefault(figure.section, []).append(figure)
@@ -89,7 +89,7 @@ def plain(value: Any) -> str:
     )
 
 
-def _draw(figures: list[Figure], folder: Path) -> dict[str, str]:
+def drawings_of(figures: list[Figure], folder: Path) -> dict[str, str]:
     """Write each chart's files; returns the two drawings of each for the page, wide and narrow."""
     drawings = {}
     with progress("drawing", len(figures)) as bar:
@@ -105,7 +105,7 @@ def _draw(figures: list[Figure], folder: Path) -> dict[str, str]:
     return drawings
 
 
-def _colours() -> str:
+def dark_rules() -> str:
     """Rules that turn the drawings' colours into those of a dark page."""
     rules = []
     for light, dark in DARK.items():

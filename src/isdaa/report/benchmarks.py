@@ -1,0 +1,114 @@
+"""The page of a benchmark's result: one sentence, the table, the charts, answers to read; it needs no network and no script."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from isdaa.errors import UserError
+from isdaa.evaluation.benchmark_outcome import WORDS, gap_between, is_share
+from isdaa.evaluation.benchmark_run import EXAMPLES, METRICS
+from isdaa.evaluation.benchmark_table import percent, signed
+from isdaa.files import read_json, write_atomically
+from isdaa.report import words
+from isdaa.report.benchmark_charts import benchmark_figures, categories_of, colours_of, ranked
+from isdaa.report.figures import Figure
+from isdaa.report.page import CHARTS, HERE, PAGE, dark_rules, drawings_of, plain
+
+MINUS = str.maketrans("-", "−")
+
+
+def write_benchmark_report(folder: str | Path) -> Path:
+    """Write `report.html` and `charts/` beside the metrics of a benchmark; returns the page's path. Raises UserError."""
+    folder = Path(folder)
+    if not (folder / METRICS).is_file():
+        raise UserError(f"{folder}: no {METRICS} of a benchmark there; run `isdaa evaluate --benchmark` first")
+    metrics = read_json(folder / METRICS)
+    read = read_json(folder / EXAMPLES) if (folder / EXAMPLES).is_file() else []
+    figures = benchmark_figures(metrics)
+    drawings = drawings_of(figures, folder / CHARTS)
+    write_atomically(folder / PAGE, render(metrics, read, figures, drawings))
+    return folder / PAGE
+
+
+def render(
+    metrics: Mapping[str, Any], read: Sequence[Mapping[str, Any]], figures: list[Figure], drawings: Mapping[str, str]
+) -> str:
+    """The page. Everything but the drawings, which are ours, is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    share = is_share(metrics["headline"])
+    filters: dict[str, Any] = {"percent": percent, "plain": plain, "level": words.percent}
+    filters["figure"] = lambda value: figure(value, share)
+    filters["signed"] = lambda value: signed(value, share).translate(MINUS)
+    environment.filters |= filters
+    style = (HERE / "page.css").read_text(encoding="utf-8") + dark_rules()
+    order = [model["model"] for model in ranked(metrics)]
+    models = sorted(metrics["models"], key=lambda model: order.index(model["model"]) if model["model"] in order else len(order))
+    return environment.get_template("benchmarks.html").render(
+        metrics=metrics,
+        models=models,
+        columns=columns_of(metrics),
+        categories=categories_of(metrics),
+        prefix="win_rate/" if share else "category/",
+        pairs=_pairs(metrics, order),
+        examples=read,
+        share=share,
+        headline=WORDS.get(metrics["headline"], metrics["headline"]),
+        tone=tone(metrics),
+        notes=[f"{model['model']}: {note}" for model in models for note in model["notes"]],
+        colours=colours_of(metrics),
+        style=Markup(style),
+        figures=figures,
+        drawings={name: Markup(drawing) for name, drawing in drawings.items()},
+    )
+
+
+def figure(value: Mapping[str, Any] | None, share: bool) -> dict[str, str] | None:
+    """`61.3 %` and `[57.0, 65.1]`; a grade `6.42` and its interval."""
+    if value is None:
+        return None
+    scale, digits = (100, 1) if share else (1, 2)
+    bounds = "" if value["low"] is None else f"[{scale * value['low']:.{digits}f}, {scale * value['high']:.{digits}f}]"
+    return {"mean": f"{scale * value['mean']:.{digits}f}{' %' if share else ''}", "range": bounds}
+
+
+def columns_of(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(figure, header) of the table: all but those by category."""
+    names = dict.fromkeys(name for model in metrics["models"] for name in model["figures"] if "/" not in name)
+    return [(name, WORDS.get(name, name).capitalize()) for name in names]
+
+
+def tone(metrics: Mapping[str, Any]) -> str:
+    """The sentence's colour: green where something is told apart, grey-yellow where not."""
+    if not metrics["headline"]:
+        return "none"
+    best, *others = [model["model"] for model in ranked(metrics)]
+    if others:
+        gaps = [gap_between(metrics["comparisons"], best, other) for other in others]
+        return "not" if gaps and all(gap is not None and gap["low"] is not None and gap["low"] > 0 for gap in gaps) else "under"
+    if not is_share(metrics["headline"]):
+        return "none"
+    value = ranked(metrics)[0]["figures"][metrics["headline"]]
+    if value["low"] is None:
+        return "under"
+    return "not" if value["low"] > 0.5 else "over" if value["high"] < 0.5 else "under"
+
+
+def _pairs(metrics: Mapping[str, Any], order: Sequence[str]) -> list[dict[str, Any]]:
+    """Every two models, the better one first, in the order of the table."""
+    place = {name: number for number, name in enumerate(order)}
+    rows = []
+    for row in metrics["comparisons"]:
+        first, second = row["first"], row["second"]
+        swap = place.get(first, 0) > place.get(second, 0)
+        names = (second, first) if swap else (first, second)
+        better, worse = (row["worse"], row["better"]) if swap else (row["better"], row["worse"])
+        gap = gap_between([row], *names)
+        rows.append({"first": names[0], "second": names[1], "gap": gap, "better": better, "worse": worse, "equal": row["equal"]})
+    return sorted(rows, key=lambda row: (place.get(row["first"], 0), place.get(row["second"], 0)))

@@ -1,0 +1,71 @@
+"""A benchmark's page: what it says, and that nothing of it sticks out or runs in a real browser."""
+
+import re
+from pathlib import Path
+
+import pytest
+from test_browser import BROWSER, PROBE, dump
+
+from isdaa.errors import UserError
+from isdaa.files import write_json
+from isdaa.report.benchmarks import write_benchmark_report
+
+LONG = "a-model-with-a-very-long-name/that-nobody-would-have-chosen-by-hand"
+
+
+def figure(mean: float, width: float = 0.1) -> dict:
+    return {"mean": mean, "low": mean - width, "high": mean + width, "n": 40}
+
+
+def write(folder: Path, share: bool = True, models: int = 2) -> Path:
+    headline = "length_controlled_win_rate" if share else "score"
+    names = ["first", LONG, *(f"model {i}" for i in range(2, models))][:models]
+    entries = []
+    for place, name in enumerate(names):
+        value = 0.6 - 0.05 * place if share else 6.5 - place
+        figures = {headline: figure(value)} | ({"win_rate": figure(value + 0.02)} if share else {"turn_1": figure(value)})
+        figures |= {f"{'win_rate/' if share else 'category/'}{c}": figure(value, 0.2) for c in ("coding", "creative writing")}
+        answers = {"mean_characters": 812.4, "truncated": 3, "turns": 40}
+        entry = {"model": name, "answers": answers, "figures": figures, "counts": {"unparsed": 0}, "details": {}, "notes": []}
+        entries.append(entry)
+    counts = {"better": 20, "equal": 5, "worse": 15, "headline_difference": None}
+    pairs = [{"first": "first", "second": name, "difference": figure(0.05), **counts} for name in names[1:]]
+    metrics = {
+        "title": "AlpacaEval 2", "sentence": "first <b>leads</b>.", "headline": headline, "confidence": 0.95, "resamples": 1000,
+        "partial": False, "questions": {"source": "q.json", "project": False, "limit": None, "count": 40, "judged": 40},
+        "opponent": "base" if share else None, "judge": {"kind": "model", "name": "judge", "base_url": None}, "models": entries,
+        "comparisons": pairs, "generation": None, "git_revision": None, "versions": {"isdaa": "0"},
+    }  # fmt: skip
+    write_json(folder / "metrics.json", metrics)
+    told = {"game": "model first", "label": "A", "value": 1.0 if share else 7.0, "reply": "<script>document.title = 1</script>"}
+    sides = [{"model": name, "turns": ["word " * 300], "value": 0.5, "verdicts": [told]} for name in names]
+    asked = {"id": "1", "category": "coding", "asked": ["x" * 300], "opponent": None, "answers": sides}
+    write_json(folder / "examples.json", [asked])
+    return write_benchmark_report(folder)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_the_page_says_what_the_metrics_say(share, tmp_path):
+    page = write(tmp_path, share, models=3).read_text()
+    assert "first &lt;b&gt;leads&lt;/b&gt;." in page and "<script" not in page
+    assert ("60.0 %" if share else "6.50") in page and ("[50.0, 70.0]" if share else "[6.40, 6.60]") in page
+    assert not re.search(r'(?:src|href)="(?!data:)', page)
+    assert all((tmp_path / f"charts/{name}.{kind}").is_file() for name in ("models", "differences") for kind in ("png", "svg"))
+    assert (tmp_path / "charts/categories.svg").is_file()
+
+
+def test_a_folder_without_metrics_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"no metrics\.json of a benchmark there"):
+        write_benchmark_report(tmp_path)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_sticks_out_and_nothing_runs(width, tmp_path):
+    page = write(tmp_path, models=4)
+    (probe := tmp_path / "probe.html").write_text(PROBE.format(width=width, page=page.as_uri()), encoding="utf-8")
+    dom, console = dump(probe, tmp_path / "profile")
+    found = re.search(r'data-found="([^"]*)"', dom)
+    assert found is not None and console == ""
+    scroll, client, title, drawings = found.group(1).split("|")
+    assert int(scroll) <= int(client) and title == "AlpacaEval 2: benchmark report" and int(drawings) == 6
