@@ -23,11 +23,12 @@ ALLOWED = {
     "config": BASEMENT | {"objectives"},
     "options": BASEMENT | {"config"},
     "record": BASEMENT,
+    "benchmark_options": BASEMENT | {"evaluation"},
     "evaluation": BASEMENT | GROUND,
     "training": BASEMENT | GROUND | {"evaluation"},
     "report": BASEMENT | GROUND | {"evaluation"},
     "experiments": BASEMENT | GROUND | {"evaluation", "training", "report"},
-    "cli": BASEMENT | GROUND | {"options", "evaluation", "training", "report", "experiments"},
+    "cli": BASEMENT | GROUND | {"options", "benchmark_options", "evaluation", "training", "report", "experiments"},
 }
 
 

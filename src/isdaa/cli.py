@@ -16,6 +16,7 @@ from isdaa.errors import UserError
 EXAMPLES = """examples:
   isdaa train --config config.yaml --objective.beta 0.05
   isdaa evaluate --model_path runs/mini/model
+  isdaa evaluate --model_path runs/mini/model --benchmark mt_bench --judge-model NAME --judge-base-url URL
   isdaa report runs/mini
   isdaa sweep --config configs/mini/sweep.yaml --jobs 2
   isdaa methods
@@ -24,6 +25,7 @@ EXAMPLES = """examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command. Dashes and underscores in option names are the same."""
+    from isdaa.benchmark_options import add_benchmark_options
     from isdaa.options import OneLineParser, add_options
 
     parser = OneLineParser(
@@ -45,11 +47,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser(
         "evaluate",
-        help="KL, win rate and drift of one model, or of every checkpoint of a run",
-        usage="isdaa evaluate --model_path PATH [PATH ...] [options]",
+        help="KL, win rate and drift of one model, or of every checkpoint of a run; or a benchmark by a judge",
+        usage="isdaa evaluate --model_path PATH [PATH ...] [options]\n"
+        "       isdaa evaluate --model_path PATH [PATH ...] --benchmark NAME [--judge_model NAME --judge_base_url URL] [options]",
     )
-    evaluate.add_argument("--model_path", nargs="+", required=True, metavar="PATH", help="model, checkpoint or run folders")
+    evaluate.add_argument("--model_path", nargs="+", metavar="PATH", help="model, checkpoint or run folders")
     evaluate.add_argument("--output", metavar="DIR", help="where records go (default: `evaluation` in the run's folder)")
+    add_benchmark_options(evaluate)
     _evaluation_options(evaluate)
 
     report = commands.add_parser(
@@ -111,7 +115,7 @@ def _evaluation_options(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--reference", metavar="PATH", help="reference model (default: from the record beside the model)")
     parser.add_argument("--data", metavar="SOURCE", help="held-out prompts or pairs (default: from the record)")
-    parser.add_argument("--split", metavar="NAME", help="split of --data")
+    parser.add_argument("--split", metavar="NAME", help="split of --data, or of --questions")
     parser.add_argument("--scorer", metavar="NAME", help="`gold`, a reward model's path, or `none` (default: from the record)")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "auto"], help="of the policies in memory (default: the record's)"
@@ -188,6 +192,11 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    from isdaa.benchmark_options import check_without_benchmark
+
+    if arguments.benchmark is not None:
+        return _benchmark(arguments)
+    check_without_benchmark(arguments)
     overrides = _evaluation_overrides(arguments) | {"output_dir": arguments.output}
     _quiet_libraries()
     from isdaa.evaluation.evaluate import evaluate_request
@@ -199,6 +208,34 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if is_main():
         print_table(metrics)
         print(f"records: {request.output_dir}")
+    return 0
+
+
+def _benchmark(arguments: argparse.Namespace) -> int:
+    """Status 2 also where a budget of requests ended the judging early: what is there is printed first."""
+    from isdaa.benchmark_options import request_of
+    from isdaa.options import overrides_of
+
+    if world_size() > 1:
+        raise UserError("evaluate --benchmark: works in one process; start it without torchrun or accelerate launch")
+    names = ("dtype", "trust_remote_code")
+    request = request_of(arguments, overrides_of(arguments) | {name: getattr(arguments, name) for name in names})
+    _quiet_libraries()
+    from isdaa.evaluation.benchmark_run import run_benchmark
+    from isdaa.evaluation.benchmark_table import print_outcome
+    from isdaa.report.benchmarks import write_benchmark_report
+
+    outcome = run_benchmark(request)
+    print_outcome(outcome.metrics)
+    if outcome.metrics["judge"] is None:
+        print(
+            f"answers: {outcome.folder / 'answers'}\nNo judge is named, so nothing is judged: add --judge-model NAME "
+            "--judge-base-url URL, or --judge PATH for a reward model; the answers will not be generated again."
+        )
+        return 0
+    print(f"records: {outcome.folder}\nreport: {write_benchmark_report(outcome.folder)}")
+    if outcome.stopped is not None:
+        raise UserError(outcome.stopped)
     return 0
 
 

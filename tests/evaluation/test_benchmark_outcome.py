@@ -1,0 +1,112 @@
+"""Scores in words and pairs: what is compared, what a reader is told."""
+
+import io
+
+import pytest
+
+from isdaa.benchmark_options import add_benchmark_options
+from isdaa.evaluation.benchmark_outcome import comparisons, gap_between, headline_of, sentence, table_csv
+from isdaa.evaluation.benchmark_request import file_name
+from isdaa.evaluation.benchmark_table import print_outcome, signed, spread
+from isdaa.evaluation.benchmarks import BENCHMARKS, TLDR
+from isdaa.evaluation.benchmarks.benchmark import Answer, Judged, Question, Scoring, Verdict
+from isdaa.options import OneLineParser
+
+SCORING = Scoring(resamples=200)
+
+
+def judged(model: str, values: list[float | None]) -> list[Judged]:
+    """One question a value; None: a reply that could not be read."""
+    found = []
+    for number, value in enumerate(values):
+        kind = "unparsed" if value is None else "hard"
+        sides = [Answer(str(number), name, ("text",)) for name in (model, "base")]
+        found.append(Judged(Question(str(number), "prompt"), sides[0], sides[1], (Verdict("", value, kind),), "judge"))
+    return found
+
+
+def metrics_of(models: dict[str, list[float | None]], **changes):
+    found = {name: judged(name, values) for name, values in models.items()}
+    scores = TLDR.score(found, SCORING)
+    count = len(next(iter(models.values())))
+    metrics = {
+        "headline": headline_of(scores),
+        "title": TLDR.title,
+        "opponent": "base",
+        "partial": False,
+        "confidence": 0.95,
+        "questions": {"count": count, "judged": count},
+        "judge": {"kind": "reward", "name": "judge"},
+        "models": [{"model": name, "answers": None, **score.to_json()} for name, score in scores.items()],
+        "comparisons": comparisons(found, scores, SCORING),
+    }
+    metrics |= changes
+    return metrics | {"sentence": sentence(TLDR, metrics)}
+
+
+def test_two_models_are_compared_on_the_questions_that_both_have_a_verdict_on():
+    (row,) = metrics_of({"a": [1, 1, None, 0, 1], "b": [0, 1, 1, 0.5, None]})["comparisons"]
+    assert (row["questions"], row["better"], row["worse"], row["equal"]) == (3, 1, 1, 1)
+    assert row["difference"]["mean"] == pytest.approx((1 + 0 - 0.5) / 3)
+    # The headline is each model's mean over what could be read of it.
+    assert row["headline_difference"]["mean"] == pytest.approx(3 / 4 - 2.5 / 4)
+
+
+def test_a_gap_read_the_other_way_round_changes_its_sign():
+    rows = metrics_of({"a": [1] * 8 + [0] * 2, "b": [0.5] * 5 + [0] * 5})["comparisons"]
+    there, back = gap_between(rows, "a", "b"), gap_between(rows, "b", "a")
+    assert there is not None and back is not None
+    assert (back["mean"], back["low"], back["high"]) == (-there["mean"], -there["high"], -there["low"])
+    assert back["low"] < back["high"] and gap_between(rows, "a", "c") is None
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([1] * 30 + [0] * 2, "better than its opponent"),
+        ([0] * 30 + [1] * 2, "worse than its opponent"),
+        ([0, 1] * 8, "cannot be told apart"),
+        ([1], "one question tells nothing"),
+    ],
+)
+def test_one_model_in_a_sentence(values, words):
+    told = metrics_of({"a": values})["sentence"]
+    assert told.startswith("a has a win rate of ") and " against base: " in told and words in told
+
+
+def test_several_models_in_a_sentence():
+    told = metrics_of({"weak": [0] * 40, "strong": [1] * 39 + [0], "twin": [0] + [1] * 39})["sentence"]
+    assert told.startswith("strong leads on TL;DR summaries with a win rate of 97.5 %")
+    assert "97.5 points ahead of weak" in told and "cannot be told from twin" in told
+
+
+def test_no_readable_reply_is_no_result():
+    metrics = metrics_of({"a": [None, None]})
+    assert metrics["sentence"] == "no reply of the judge could be read, so there is no result."
+    partial = metrics_of({"a": [1, 0]}, partial=True, questions={"count": 5, "judged": 2})
+    assert partial["sentence"].startswith("Partial, 2 of 5 questions judged: a has")
+
+
+def test_figures_as_people_read_them():
+    assert spread({"mean": 0.6134, "low": 0.57, "high": 0.65}, True) == "61.3 ± 4.0 %"
+    assert spread({"mean": 6.4, "low": None, "high": None}, False) == "6.40"
+    assert signed({"mean": 0.041, "low": -0.01, "high": 0.1}, True) == "+4.1 [-1.0, +10.0]"
+    assert file_name("dpo/model") == "dpo--model" and file_name("../x y") == "x--y"
+
+
+def test_table_and_csv_hold_every_model_and_pair():
+    metrics = metrics_of({"a": [1, 0, 1], "b": [0, 0, 1]})
+    out = io.StringIO()
+    print_outcome(metrics, out)
+    assert "a − b" in out.getvalue() and "judged by judge" in out.getvalue()
+    rows = [line.split(",") for line in table_csv(metrics).splitlines()]
+    assert [row[:3] for row in rows[1:]] == [
+        ["a", "base", "win_rate"], ["b", "base", "win_rate"], ["a", "b", "difference"], ["a", "b", "headline_difference"],
+    ]  # fmt: skip
+    assert float(rows[1][3]) == pytest.approx(2 / 3)
+
+
+def test_the_options_name_every_benchmark():
+    parser = OneLineParser()
+    add_benchmark_options(parser)
+    assert all(name in parser.format_help() for name in BENCHMARKS)
