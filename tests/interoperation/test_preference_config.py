@@ -19,6 +19,7 @@ from trl import DPOConfig
 
 from isdaa import PreferenceConfig, PreferenceTrainer, preference_trainer
 from isdaa.cli import main
+from isdaa.config import fields as config_fields
 from isdaa.errors import UserError
 from isdaa.training.preference_config import DEFAULT_ALONE, GONE
 
@@ -125,6 +126,15 @@ def test_the_arguments_can_be_a_command_line() -> None:
     (args,) = HfArgumentParser(PreferenceConfig).parse_args_into_dataclasses(line.split())
     assert (args.method, args.beta, args.learning_rate, args.hub_model_id) == ("is_dpo", 0.05, 1e-4, "me/mine")
     assert args.objective_arguments()["clip_eps"] is None
+
+
+def test_the_axolotl_table_names_keys_that_exist() -> None:
+    known = {name for name, _, _ in config_fields()}
+    rows = MIGRATING.partition("## An Axolotl configuration")[2].partition("\n## ")[0]
+    sections = "|".join(sorted({name.split(".")[0] for name in known}))
+    named = re.findall(rf"`((?:{sections})\.\w+)", rows)
+    assert len(named) > 30
+    assert not set(named) - known
 
 
 # --- preference_trainer
