@@ -7,7 +7,7 @@ import pytest
 from isdaa.benchmark_options import add_benchmark_options
 from isdaa.evaluation.benchmark_outcome import comparisons, gap_between, headline_of, sentence, table_csv
 from isdaa.evaluation.benchmark_request import file_name
-from isdaa.evaluation.benchmark_table import print_outcome, signed, spread
+from isdaa.evaluation.benchmark_table import pairs_of, print_outcome, signed, spread
 from isdaa.evaluation.benchmarks import BENCHMARKS, TLDR
 from isdaa.evaluation.benchmarks.benchmark import Answer, Judged, Question, Scoring, Verdict
 from isdaa.options import OneLineParser
@@ -85,6 +85,21 @@ def test_no_readable_reply_is_no_result():
     assert metrics["sentence"] == "no reply of the judge could be read, so there is no result."
     partial = metrics_of({"a": [1, 0]}, partial=True, questions={"count": 5, "judged": 2})
     assert partial["sentence"].startswith("Partial, 2 of 5 questions judged: a has")
+
+
+def test_a_model_of_which_nothing_could_be_read_takes_no_part():
+    metrics = metrics_of({"mute": [None, None], "a": [1, 0], "b": [1, 1]})
+    assert metrics["headline"] == "win_rate" and metrics["sentence"].startswith("b leads on")
+    assert [(row["first"], row["second"]) for row in metrics["comparisons"]] == [("a", "b")]
+    print_outcome(metrics, out := io.StringIO())
+    assert "mute" in out.getvalue() and "2 of 2 replies could not be read" in " ".join(out.getvalue().split())
+
+
+def test_of_many_models_the_terminal_compares_each_with_the_best():
+    values = {f"m{i}": [1.0] * (4 + i) + [0.0] * (6 - i) for i in range(5)}
+    metrics = metrics_of(values)
+    assert len(metrics["comparisons"]) == 10
+    assert [row["first"] for row in pairs_of(metrics)] == ["m0", "m1", "m2", "m3"]
 
 
 def test_figures_as_people_read_them():

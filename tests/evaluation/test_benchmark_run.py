@@ -359,6 +359,16 @@ def test_replies_that_say_nothing_are_counted(models, tmp_path, capsys):
     assert "2 of 8 replies could not be read" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("name", ["mt_bench", "arena_hard"])
+def test_a_judge_who_never_says_anything_gives_no_result(name, models, tmp_path, capsys):
+    with judge_server(lambda talk: "Hm.") as (_, url):
+        options = [*project(models, "one", "two", baseline=name != "mt_bench"), *judge_options(url)]
+        assert evaluate(name, tmp_path / "out", *options, limit=2) == 0
+    assert "no reply of the judge could be read" in " ".join(capsys.readouterr().out.split())
+    page = (tmp_path / "out/report.html").read_text()
+    assert "no reply of the judge could be read, so there is no result." in page and '<td class="n">4</td>' in page
+
+
 def test_a_question_without_a_reply_is_counted_and_asked_again(models, tmp_path):
     well = []
 

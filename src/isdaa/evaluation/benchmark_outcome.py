@@ -37,11 +37,22 @@ def shown(value: float, share: bool) -> str:
 
 
 def headline_of(scores: Mapping[str, Score]) -> str:
-    """The figure that all models are compared by: the benchmark's own where every model has it, else their raw rate."""
-    own = {score.headline for score in scores.values()}
+    """The figure that all models are compared by: the benchmark's own where every model has it, else their raw rate.
+
+    A model of which no reply could be read has no figure, and no say; empty where that is so of all.
+    """
+    known = [score for score in scores.values() if score.figures]
+    own = {score.headline for score in known}
     if len(own) == 1:
         return own.pop()
-    return next((name for name in ("win_rate", "score") if all(name in score.figures for score in scores.values())), "")
+    return next((name for name in ("win_rate", "score") if known and all(name in score.figures for score in known)), "")
+
+
+def ranked(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The models that have a headline figure, best first."""
+    headline = metrics["headline"]
+    known = [model for model in metrics["models"] if headline in model["figures"]]
+    return sorted(known, key=lambda model: -model["figures"][headline]["mean"])
 
 
 def comparisons(judged: Mapping[str, Sequence[Judged]], scores: Mapping[str, Score], scoring: Scoring) -> list[dict[str, Any]]:
@@ -83,17 +94,17 @@ def sentence(bench: Benchmark, metrics: Mapping[str, Any]) -> str:
     if not headline:
         return f"{start}no reply of the judge could be read, so there is no result."
     share = is_share(headline)
-    ranked = sorted(metrics["models"], key=lambda model: -model["figures"][headline]["mean"])
-    best = ranked[0]
+    order = ranked(metrics)
+    best = order[0]
     figure = best["figures"][headline]
     told = shown(figure["mean"], share) + _range(figure, share)
     level = "" if share else " of 10"
     name = WORDS.get(headline, headline)
-    if len(ranked) == 1:
+    if len(order) == 1:
         if not share:
             return f"{start}{best['model']} has a {name} of {told}{level} on {bench.title}."
         return f"{start}{best['model']} has a {name} of {told} against {metrics['opponent']}: {_against(figure)}."
-    return f"{start}{best['model']} leads on {bench.title} with a {name} of {told}{level}{_lead(ranked, metrics, share)}."
+    return f"{start}{best['model']} leads on {bench.title} with a {name} of {told}{level}{_lead(order, metrics, share)}."
 
 
 def _range(figure: Mapping[str, Any], share: bool) -> str:
@@ -111,12 +122,12 @@ def _against(figure: Mapping[str, Any]) -> str:
     return "worse than its opponent" if figure["high"] < 0.5 else "the two cannot be told apart on these questions"
 
 
-def _lead(ranked: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], share: bool) -> str:
+def _lead(order: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], share: bool) -> str:
     """How far ahead of the others the first is, and from which it cannot be told."""
-    best = ranked[0]["model"]
+    best = order[0]["model"]
     ahead: list[tuple[str, str]] = []
     alike: list[tuple[str, str]] = []
-    for other in ranked[1:]:
+    for other in order[1:]:
         gap = gap_between(metrics["comparisons"], best, other["model"])
         if gap is None:
             continue

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from isdaa.evaluation.benchmark_outcome import WORDS, is_share
+from isdaa.evaluation.benchmark_outcome import WORDS, is_share, ranked
 from isdaa.evaluation.table import PLAIN_WIDTH, number, percent
 
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]
@@ -73,10 +73,10 @@ def _cut(answers: Mapping[str, Any] | None) -> str:
 
 def pairs_of(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Every two models; of many models, each with the best alone."""
-    rows, headline = list(metrics["comparisons"]), metrics["headline"]
-    if len(metrics["models"]) <= EVERY_PAIR or not headline:
+    rows, order = list(metrics["comparisons"]), ranked(metrics)
+    if len(metrics["models"]) <= EVERY_PAIR or not order:
         return rows
-    best = max(metrics["models"], key=lambda model: model["figures"][headline]["mean"])["model"]
+    best = order[0]["model"]
     return [row for row in rows if best in (row["first"], row["second"])]
 
 

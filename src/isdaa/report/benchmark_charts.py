@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from isdaa.evaluation.benchmark_outcome import gap_between, is_share
+from isdaa.evaluation.benchmark_outcome import gap_between, is_share, ranked
 from isdaa.report.figures import Figure
 from isdaa.report.style import INK, LETTER, MUTED, PALETTE, PAPER, Drawing, configured, frame, layer
 
@@ -30,7 +30,7 @@ def benchmark_figures(metrics: Mapping[str, Any]) -> list[Figure]:
     if hollow:
         caption += " The hollow dot is the raw win rate, before any control."
     figures = [Figure("models", "result", title_of(headline) + against, caption, lambda width: models_chart(metrics, width), 1)]
-    if len(metrics["models"]) > 1 and metrics["comparisons"]:
+    if len(ranked(metrics)) > 1 and metrics["comparisons"]:
         best = leader(metrics)
         caption = (
             f"Each model minus {best}, on the same questions, with {level} intervals over questions. An interval that does not "
@@ -53,12 +53,6 @@ def title_of(headline: str) -> str:
     """The headline's name as a title."""
     names = {"length_controlled_win_rate": "Length-controlled win rate", "score": "Mean grade, of 10"}
     return names.get(headline, "Win rate")
-
-
-def ranked(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Models with a headline figure, best first."""
-    known = [model for model in metrics["models"] if metrics["headline"] in model["figures"]]
-    return sorted(known, key=lambda model: -model["figures"][metrics["headline"]]["mean"])
 
 
 def leader(metrics: Mapping[str, Any]) -> str:

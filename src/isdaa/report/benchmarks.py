@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.errors import UserError
-from isdaa.evaluation.benchmark_outcome import WORDS, gap_between, is_share
+from isdaa.evaluation.benchmark_outcome import WORDS, gap_between, is_share, ranked
 from isdaa.evaluation.benchmark_run import EXAMPLES, METRICS
 from isdaa.evaluation.benchmark_table import percent, signed
 from isdaa.files import read_json, write_atomically
 from isdaa.report import words
-from isdaa.report.benchmark_charts import benchmark_figures, categories_of, colours_of, ranked
+from isdaa.report.benchmark_charts import benchmark_figures, categories_of, colours_of
 from isdaa.report.figures import Figure
 from isdaa.report.page import CHARTS, HERE, PAGE, dark_rules, drawings_of, plain
 

@@ -53,7 +53,10 @@ def _downloaded(repo: str, file: str, repo_type: str) -> str:
         return hf_hub_download(repo, file, repo_type=repo_type)
     except Exception as error:  # network, permissions, unknown names: each has its own class
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{repo}: {file} cannot be had from the Hub ({reason}); download it and give its path") from None
+        raise UserError(
+            f"{repo}: {file} cannot be had from the Hub ({reason}); download it and give its path, or `project` for isdaa's own "
+            "questions"
+        ) from None
 
 
 def key_of(row: Row, names: Sequence[str], where: str, what: str) -> str:
