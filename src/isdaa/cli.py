@@ -26,6 +26,7 @@ EXAMPLES = """examples:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command. Dashes and underscores in option names are the same."""
     from isdaa.benchmark_options import add_benchmark_options
+    from isdaa.evaluation.tax import add_tax_options
     from isdaa.options import OneLineParser, add_options
 
     parser = OneLineParser(
@@ -47,13 +48,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser(
         "evaluate",
-        help="KL, win rate and drift of one model, or of every checkpoint of a run; or a benchmark by a judge",
+        help="KL, win rate and drift of one model, or of every checkpoint of a run; or a benchmark, or lm-eval's tasks",
         usage="isdaa evaluate --model_path PATH [PATH ...] [options]\n"
-        "       isdaa evaluate --model_path PATH [PATH ...] --benchmark NAME [--judge_model NAME --judge_base_url URL] [options]",
+        "       isdaa evaluate --model_path PATH [PATH ...] --benchmark NAME [--judge_model NAME --judge_base_url URL] …\n"
+        "       isdaa evaluate --model_path PATH [PATH ...] --tax [TASK ...] [options]",
     )
     evaluate.add_argument("--model_path", nargs="+", metavar="PATH", help="model, checkpoint or run folders")
     evaluate.add_argument("--output", metavar="DIR", help="where records go (default: `evaluation` in the run's folder)")
     add_benchmark_options(evaluate)
+    add_tax_options(evaluate)
     _evaluation_options(evaluate)
 
     report = commands.add_parser(
@@ -195,10 +198,17 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from isdaa.benchmark_options import check_without_benchmark
 
     if arguments.benchmark is not None:
+        if any(value is not None for name, value in vars(arguments).items() if name.startswith("tax")):
+            raise UserError("evaluate: --benchmark and --tax are two evaluations; call one after the other")
         return _benchmark(arguments)
     check_without_benchmark(arguments)
     overrides = _evaluation_overrides(arguments) | {"output_dir": arguments.output}
     _quiet_libraries()
+    from isdaa.evaluation.tax import tax_command
+
+    status = tax_command(arguments, overrides)
+    if status is not None:
+        return status
     from isdaa.evaluation.evaluate import evaluate_request
     from isdaa.evaluation.requests import requests
     from isdaa.evaluation.table import print_table
