@@ -15,7 +15,7 @@ from chains import ALIGN, chat_model, config_file, content, jsonl, plain_pairs, 
 from tokenizers_for_tests import byte_level
 
 from isdaa import __version__
-from isdaa.cli import main
+from isdaa.cli import COMMANDS, main
 
 PAIRS = plain_pairs(10)
 
@@ -369,8 +369,23 @@ def test_an_error_without_a_file_has_no_empty_field(capsys: pytest.CaptureFixtur
     def fail(arguments: Any) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setitem(__import__("isdaa.cli", fromlist=["_"]).COMMANDS, "methods", fail)
+    monkeypatch.setitem(COMMANDS, "methods", fail)
     refused(capsys, ["methods"], "isdaa: error: No space left on device")
+
+
+def test_a_process_that_was_left_alone_says_no_more_than_that(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(arguments: Any) -> int:
+        raise RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:23466. This is typically caused by …")
+
+    monkeypatch.setitem(COMMANDS, "methods", lost)
+    with pytest.raises(RuntimeError):
+        main(["methods"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main(["methods"]) == 1
+    assert capsys.readouterr().err == "isdaa: process 1 ends, since another one has ended\n"
 
 
 def test_evaluate_in_another_dtype(in_finished: Path) -> None:

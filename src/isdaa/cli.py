@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from isdaa import __version__
-from isdaa.distributed import finish, is_main, speaks_first, world_size
-from isdaa.errors import UserError
+from isdaa.distributed import finish, is_main, left_alone, rank, speaks_first, world_size
+from isdaa.errors import UserError, refused
 
 EXAMPLES = """examples:
   isdaa train --config config.yaml --objective.beta 0.05
@@ -149,10 +149,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if error.filename is None and error.errno is None:
+        found = refused(error)
+        if found is None:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        return _refused(f"{where}{error.strerror or error}")
+        return _refused(str(found))
+    except RuntimeError as error:
+        if not left_alone(error):
+            raise
+        print(f"isdaa: process {rank()} ends, since another one has ended", file=sys.stderr, flush=True)
+        return 1
 
 
 def _refused(line: str) -> int:

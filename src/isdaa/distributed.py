@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from isdaa.errors import UserError
+from isdaa.errors import UserError, refused
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -124,6 +124,11 @@ def speaks_first() -> bool:
         return is_main()
 
 
+def left_alone(error: Exception) -> bool:
+    """Whether an error says no more than that another process is gone; what it ended by is its own to say."""
+    return world_size() > 1 and any(f"Connection {how} by peer" in str(error) for how in ("closed", "reset"))
+
+
 def _outcome(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
     """(value, error) of a call, fit for sending."""
     global _alone
@@ -133,6 +138,10 @@ def _outcome(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
     except UserError as error:
         return None, error
     except Exception as error:
+        # An OSError loses its class on the way to the others; the command line would have said it in one line.
+        foreseen = refused(error) if isinstance(error, OSError) else None
+        if foreseen is not None:
+            return None, foreseen
         import traceback
 
         traceback.print_exc()

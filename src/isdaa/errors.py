@@ -13,6 +13,14 @@ class UserError(Exception):
         super().__init__(" ".join(str(message).split()))
 
 
+def refused(error: OSError) -> UserError | None:
+    """What the system refused, as one line with the file's name; None for a library's own error that is an OSError by name."""
+    if error.filename is None and error.errno is None:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return UserError(f"{where}{error.strerror or error}")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """` (did you mean "x"?)` for the known name closest to `name`, or an empty string where none is close."""
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)

@@ -24,7 +24,7 @@ from forward_helpers import (
 
 from isdaa.models import logprobs, shared_prefix
 from isdaa.models.forward import prepare
-from isdaa.models.inner import head_of
+from isdaa.models.inner import head_of, own_head
 from isdaa.models.layout import Layout
 
 
@@ -166,3 +166,14 @@ def test_order_and_composition_of_the_batch_change_nothing(name):
             alone = forward(model, pair, None, packed([lengths[i]])[1])
             assert_close(alone.chosen_logps, together.chosen_logps[i : i + 1], scale=1.0)
             assert_close(alone.rejected_logps, together.rejected_logps[i : i + 1], scale=1.0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_models_own_forward_serves_as_its_head(name):
+    """As it must under FSDP, where the head's weights are whole only inside its own forward."""
+    model = tiny(name)
+    prepare(model)
+    ids = torch.randint(3, VOCABULARY, (1, 7))
+    with torch.no_grad():
+        hidden = getattr(model, model.base_model_prefix)(input_ids=ids).last_hidden_state[0]
+        torch.testing.assert_close(own_head(model).logits(hidden), model(input_ids=ids).logits[0])

@@ -206,10 +206,17 @@ class _Given(nn.Module):
         super().__init__()
         self.hidden = hidden
 
+    @property
+    def decoder(self) -> _Given:
+        """OPT calls this part of its model."""
+        return self
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         from transformers.modeling_outputs import MoeModelOutputWithPast
 
-        return MoeModelOutputWithPast(last_hidden_state=self.hidden)
+        out = MoeModelOutputWithPast(last_hidden_state=self.hidden)
+        out.cross_attentions = None  # type: ignore[attr-defined]  # GPT-2 and its like pass them on
+        return out
 
 
 @contextmanager
