@@ -26,16 +26,16 @@ def main() -> None:
     distributed.start()
     assert torch.distributed.get_world_size() == 2
     found: dict[str, Any] = {"primitives": primitives()}
-    train("two.yaml")
-    train("lora.yaml")
-    train("resumed.yaml")
+    for name in ("two", "lora", "resumed", "supervised", "adapter", "few", "pair"):
+        train(f"{name}.yaml")
     for output in ("evaluation-two", "evaluation-resumed"):
         evaluate(str(Path("one").absolute()), output)
     trainer()
     found["fully_shard"] = fully_shard()
     as_on_gpus()
-    train("fsdp2.yaml")
-    train("fsdp2-lora.yaml")
+    for name in ("fsdp2", "fsdp2-lora", "fsdp2-supervised"):
+        train(f"{name}.yaml")
+    stop_and_go_on("fsdp2-stopped.yaml")
     Path(f"rank-{distributed.rank()}.json").write_text(json.dumps(found))
     distributed.finish()
 
@@ -54,12 +54,19 @@ def primitives() -> dict[str, Any]:
     def failing() -> None:
         raise UserError("the main process has failed")
 
+    def refused(items: Sequence[int]) -> list[int]:
+        raise PermissionError(13, "Permission denied", "a file")
+
     return {
         "dealt": distributed.dealt(range(7), squares),
         "few": distributed.dealt([5], squares),
         "once": distributed.once(lambda: f"by {rank}, alone among {distributed.world_size()}"),
         "everyones": distributed.everyones(lambda: rank),
         "errors": [message(lambda: distributed.dealt(range(7), lame)), message(lambda: distributed.once(failing))],
+        "refused": [
+            message(lambda: distributed.dealt(range(7), refused)),
+            message(lambda: distributed.once(lambda: refused([]))),
+        ],
         "after": distributed.dealt(range(2), squares),
     }
 
@@ -77,6 +84,28 @@ def train(config: str) -> None:
     from isdaa.training.stages import run
 
     run(load_config(config, {"output_dir": Path(config).stem}))
+
+
+def stop_and_go_on(config: str) -> None:
+    """Alignment that ends behind its second checkpoint, and is started again."""
+    from isdaa.training.whole import WholeCheckpoints
+
+    save: Any = WholeCheckpoints._save_checkpoint
+
+    def save_and_stop(self: Any, *args: Any, **kwargs: Any) -> None:
+        save(self, *args, **kwargs)
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+
+    kind: Any = WholeCheckpoints
+    kind._save_checkpoint = save_and_stop
+    try:
+        train(config)
+    except KeyboardInterrupt:
+        kind._save_checkpoint = save
+        train(config)
+    else:
+        raise AssertionError("it was not stopped")
 
 
 def evaluate(model: str, output: str) -> None:
