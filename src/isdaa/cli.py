@@ -15,6 +15,7 @@ from isdaa.errors import UserError, refused
 
 EXAMPLES = """examples:
   isdaa train --config config.yaml --objective.beta 0.05
+  isdaa inspect --config config.yaml
   isdaa evaluate --model_path runs/mini/model
   isdaa evaluate --model_path runs/mini/model --benchmark mt_bench --judge-model NAME --judge-base-url URL
   isdaa report runs/mini
@@ -45,6 +46,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--config", metavar="FILE", help="YAML file; every key can be overridden by an option")
     add_options(train)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="what a config will read and need, without training: rows, tokens, cuts, steps, memory, time",
+        usage="isdaa inspect --config FILE [--device NAME] [options] [--section.key VALUE ...]",
+    )
+    inspect.add_argument("--config", metavar="FILE", help="YAML file of `isdaa train` or of `isdaa sweep` (then its base run)")
+    inspect.add_argument("--row", type=int, default=0, metavar="N", help="which row is shown token by token (default: 0)")
+    inspect.add_argument("--whole", action="store_true", help="show long rows in full")
+    inspect.add_argument("--processes", type=int, default=1, metavar="N", help="processes of the run, one a device (default: 1)")
+    inspect.add_argument("--json", action="store_true", help="print everything as JSON")
+    inspect.add_argument("--out", metavar="FILE", help="write the JSON to a file, beside what is printed")
+    add_options(inspect)
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -176,6 +190,46 @@ def _train(arguments: argparse.Namespace) -> int:
 
     run(config)
     return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from isdaa.options import overrides_of
+
+    if arguments.processes < 1:
+        raise UserError(f"--processes: expected a number from 1 on, got {arguments.processes}")
+    config = _run_config(arguments.config, overrides_of(arguments))
+    _quiet_libraries()
+    from isdaa.files import write_json
+    from isdaa.training.inspect import inspect
+    from isdaa.training.inspect_page import print_inspection
+
+    found = inspect(config, arguments.processes, arguments.row)
+    if arguments.out is not None:
+        write_json(arguments.out, found.facts())
+    if arguments.json:
+        import json
+
+        print(json.dumps(found.facts(), indent=2, ensure_ascii=False, default=str))
+    else:
+        print_inspection(found, whole=arguments.whole)
+    if found.missing:
+        raise UserError(found.missing[0])
+    return 0
+
+
+def _run_config(path: str | None, overrides: dict[str, Any]) -> Any:
+    """The configuration of a run; of a sweep's file, that of its base run."""
+    import yaml
+
+    from isdaa.config import load_config
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path is not None else None
+    except (OSError, ValueError, yaml.YAMLError):
+        content = None  # load_config says what is wrong
+    if path is not None and isinstance(content, dict) and "grids" in content and isinstance(content.get("base"), str):
+        path = str(Path(path).parent / content["base"])
+    return load_config(path, overrides)
 
 
 def _evaluation_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -359,6 +413,7 @@ def _quiet_libraries() -> None:
 
 COMMANDS = {
     "train": _train,
+    "inspect": _inspect,
     "evaluate": _evaluate,
     "report": _report,
     "logps": _logps,

@@ -84,6 +84,11 @@ class Layout:
         return max(int(self.prompt_lengths.max()), int(rows.max()) if len(rows) else 0)
 
     @cached_property
+    def longest_response(self) -> int:
+        """The longest response, in tokens; at least 1."""
+        return max(1, int(self.response_lengths.max())) if self.responses else 1
+
+    @cached_property
     def group_lengths(self) -> Tensor:
         """(P,) tokens of a prompt with all its responses."""
         return self.prompt_lengths.index_add(0, self.prompt_of, self.response_lengths)
@@ -172,7 +177,7 @@ class Layout:
 
         Through a padded block rather than `index_add`, whose order of addition is not fixed on a GPU.
         """
-        width = max(1, int(self.response_lengths.max())) if self.responses else 1
+        width = self.longest_response
         slots = self.cached(
             (str(values.device), "slots"),
             lambda: (self.response_of * width + self.offset).to(values.device),

@@ -23,13 +23,15 @@ from isdaa.models.pooling import pool_by_mask
 from isdaa.models.saving import save_model, weights_digest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [  # one door to models: what goes in, what comes out
     "add_lora",
     "load_model",
     "load_sequence_classifier",
     "load_tokenizer",
+    "model_config",
+    "random_config",
     "random_model",
     "save_model",
     "torch_dtype",
@@ -167,7 +169,20 @@ def random_model(config: dict[str, Any], seed: int, *, dtype: str = "float32") -
     Raises:
         UserError: unknown model_type or key, or values that the architecture refuses.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    full = random_config(config)
+    try:
+        with _seeded(seed), quiet():
+            model = AutoModelForCausalLM.from_config(full, dtype=torch_dtype(dtype) or torch.float32)
+    except Exception as error:
+        raise _no_model(config, error) from error
+    return model.eval()
+
+
+def random_config(config: dict[str, Any]) -> PretrainedConfig:
+    """The configuration of `random_model`. Raises UserError as it does."""
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     values = dict(config)
     model_type = values.pop("model_type", None)
@@ -181,14 +196,39 @@ def random_model(config: dict[str, Any], seed: int, *, dtype: str = "float32") -
             if not hasattr(defaults, key):
                 known = [name for name in defaults.to_dict() if not name.startswith("_")]
                 raise UserError(f'model_type {model_type}: unknown key "{key}"{nearest(key, known)}')
-        with _seeded(seed), quiet():
-            full = AutoConfig.for_model(model_type, **values)
-            model = AutoModelForCausalLM.from_config(full, dtype=torch_dtype(dtype) or torch.float32)
+        return AutoConfig.for_model(model_type, **values)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"model_type {model_type}: no model can be made of this config ({_short(error)})") from error
-    return model.eval()
+        raise _no_model(config, error) from error
+
+
+def _no_model(config: dict[str, Any], error: Exception) -> UserError:
+    return UserError(f"model_type {config['model_type']}: no model can be made of this config ({_short(error)})")
+
+
+def model_config(path_or_name: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> PretrainedConfig:
+    """The configuration of the model of a folder or Hub name, an adapter's being its base model's. No weights are needed.
+
+    Raises:
+        UserError: nothing is there, or no configuration in it.
+    """
+    from transformers import AutoConfig
+
+    name = str(path_or_name)
+    folder = _local_folder(name)
+    adapter = _adapter_config(name, folder, revision)
+    if adapter is not None:
+        inner = _adapter_settings(adapter).get("revision")
+        return model_config(_base_of(adapter, name), trust_remote_code=trust_remote_code, revision=inner)
+    if folder is not None and not (folder / "config.json").is_file():
+        _check_folder(name, folder)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code} | ({} if folder else {"revision": revision})
+    try:
+        with quiet(downloads=folder is None):
+            return AutoConfig.from_pretrained(str(folder or name), **options, **offline(folder))
+    except Exception as error:
+        raise _readable(error, name, folder, "configuration") from error
 
 
 def torch_dtype(name: str) -> torch.dtype | None:

@@ -214,7 +214,7 @@ class _LinearLogps(torch.autograd.Function):
                     d = e.mul_(-1 / total[:, None])
                     d.scatter_add_(1, y, torch.ones_like(d[:, :1]))
                     d = _through_head(d, slope, head)
-                    if kept is not None and d.data_ptr() != kept[rows].data_ptr():
+                    if kept is not None and chunks.kept is None:  # else the chunk lies there already
                         kept[rows] = d
                     if hidden_direction is not None:
                         torch.mm(d.to(dtype), w, out=hidden_direction[rows])

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -33,7 +34,8 @@ def tie_of(model: nn.Module) -> Tie | None:
     if "forward" in embedding.__dict__ or embedding._forward_hooks or embedding._forward_pre_hooks or embedding._backward_hooks:
         return None
     weight = embedding.weight
-    plain = type(weight.data) is Tensor and not hasattr(weight, "ds_id") and not weight._backward_hooks
+    # FakeTensor: a step that is only planned (`training.rehearsal`) goes the same way.
+    plain = type(weight.data) in (Tensor, FakeTensor) and not hasattr(weight, "ds_id") and not weight._backward_hooks
     return Tie() if plain and weight.requires_grad and weight.device.type == "cpu" else None
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from isdaa.data.pairs import Counts
-from isdaa.data.sources import common_prompts, hold_out, load_pairs
 from isdaa.data.tokenization import tokenize_pairs, tokenizer_digest
 from isdaa.distributed import once, world_size
 from isdaa.errors import UserError
@@ -32,6 +30,7 @@ from isdaa.training.guard import guard_of
 from isdaa.training.look import longest_row
 from isdaa.training.monitor import MetricsFile, last_metrics
 from isdaa.training.preference import PreferenceTrainer
+from isdaa.training.reading import read_pairs
 from isdaa.training.reference import reference_logps
 from isdaa.training.run import Run
 from isdaa.training.start import (
@@ -152,19 +151,13 @@ def _adapter_base(run: Run, policy: Any, tokenizer: Any, start: str | None) -> s
 def _pairs(run: Run, tokenizer: Any) -> tuple[TokenisedPairs, TokenisedPairs | None]:
     """Training and held-out pairs as token ids; the held-out ones are also kept as text, for `isdaa evaluate`."""
     config = run.config
-    source = pairs_source(run)
-    rows, counts = load_pairs(source, config.data.pairs_split, limit=config.data.limit)
-    held_counts = Counts()
-    if config.data.eval_pairs is not None:
-        held, held_counts = load_pairs(config.data.eval_pairs, config.data.eval_split, limit=config.data.limit)
-        common = common_prompts(rows, held)
-        if common:
-            run.say(
-                "align", [f"{common} prompts are in data.pairs and in data.eval_pairs: the held-out figures flatter the policy"]
-            )
-    else:
-        rows, held = hold_out(rows, config.data.eval_fraction, config.seed)
-        counts = replace(counts, rows=counts.rows - (len(held) if held is not None else 0))
+    read = read_pairs(config, pairs_source(run))
+    if read.common:
+        run.say(
+            "align",
+            [f"{read.common} prompts are in data.pairs and in data.eval_pairs: the held-out figures flatter the policy"],
+        )
+    rows, held, counts, held_counts = read.rows, read.held, read.counts, read.held_counts
     tokens, more = _tokens(run, rows, tokenizer)
     run.say("align", [f"training pairs: {line}" for line in (counts + more).lines()])
     if held is None:
@@ -173,7 +166,6 @@ def _pairs(run: Run, tokenizer: Any) -> tuple[TokenisedPairs, TokenisedPairs | N
         return TokenisedPairs(tokens), None
     write_jsonl(run.folder / "eval_pairs.jsonl", (_plain(row) for row in held))
     held_tokens, more = _tokens(run, held, tokenizer)
-    held_counts = replace(held_counts, rows=held_counts.rows or len(held))
     run.say("align", [f"held-out pairs: {line}" for line in (held_counts + more).lines()])
     return TokenisedPairs(tokens), TokenisedPairs(held_tokens)
 

@@ -1,0 +1,196 @@
+"""`isdaa inspect`: what a configuration's stages will read and do, before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from isdaa.config import Config
+from isdaa.errors import UserError
+from isdaa.files import read_json
+from isdaa.models.loading import model_config, random_config
+from isdaa.training.arguments import total_steps
+from isdaa.training.examine import Examined, examine, written_by_label, writes_date
+from isdaa.training.run import Run
+from isdaa.training.start import cache_folder, starting_path, tokenizer_of
+from isdaa.training.supervised import pairs_source
+
+Severity = str  # "warning" or "note"
+
+
+@dataclass
+class StageReport:
+    """One stage. steps: of the optimiser, None for `label`; batch: rows of a global batch."""
+
+    examined: Examined
+    steps: int | None = None
+    steps_per_epoch: int | None = None
+    batch: int | None = None
+    checkpoints: int | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """Plain data for a file."""
+        names = ("steps", "steps_per_epoch", "batch", "checkpoints")
+        return {**self.examined.facts(), **{name: getattr(self, name) for name in names}}
+
+
+@dataclass
+class Inspection:
+    """All that `isdaa inspect` found. missing: what could not be had, one line each, in the form of an error."""
+
+    config: Config
+    stages: list[StageReport] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    model: dict[str, Any] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """Plain data for a file."""
+        return {
+            "stages": [stage.facts() for stage in self.stages],
+            "model": self.model,
+            "warnings": self.warnings,
+            "missing": self.missing,
+        }
+
+
+def inspect(config: Config, processes: int = 1, row: int = 0) -> Inspection:
+    """Look at everything that can be had; what cannot is named in `missing`. Nothing is trained and no weights are read.
+
+    Raises UserError where neither a tokenizer nor any rows can be had.
+    """
+    run = _run(config)
+    found = Inspection(config)
+    start = _start(run, found)
+    tokenizer = _attempt(found, lambda: tokenizer_of(config, start))
+    if tokenizer is None:
+        raise UserError(found.missing[-1])
+    architecture = _attempt(found, lambda: architecture_of(config, start, tokenizer))
+    for stage in config.stages:
+        report = _attempt(found, lambda stage=stage: _stage(stage, run, found, tokenizer, row))  # type: ignore[misc]
+        if report is not None:
+            _count_steps(report, config, processes)
+            found.stages.append(report)
+    _warn(found, tokenizer, architecture)
+    return found
+
+
+def _run(config: Config) -> Run:
+    """The run of a configuration, with what is done in it; nothing is written."""
+    run = Run(config)
+    if run.path.exists():
+        state = read_json(run.path)
+        if isinstance(state, dict) and isinstance(state.get("stages"), dict):
+            run.state = state
+    return run
+
+
+def _attempt(found: Inspection, get: Any) -> Any:
+    try:
+        return get()
+    except UserError as error:
+        found.missing.append(str(error))
+        return None
+
+
+def _start(run: Run, found: Inspection) -> str | None:
+    """Where tokenizer and architecture come from. A model that is only named `model.random` needs no folder."""
+    start = starting_path(run)
+    if "sft" in run.config.stages:
+        start = run.config.model.path
+    return start
+
+
+def architecture_of(config: Config, start: str | None, tokenizer: Any) -> Any:
+    """The transformers configuration of the policy. Raises UserError where there is none."""
+    if start is not None:
+        revision = config.model.revision if start == config.model.path else None
+        return model_config(start, trust_remote_code=config.model.trust_remote_code, revision=revision)
+    assert config.model.random is not None
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    return random_config({"vocab_size": len(tokenizer), **ids, **config.model.random})
+
+
+def _stage(stage: str, run: Run, found: Inspection, tokenizer: Any, row: int) -> StageReport:
+    config, cache = run.config, cache_folder(run)
+    source = {"sft": config.data.sft, "label": config.data.prompts}.get(stage) or pairs_source(run)
+    if stage in ("reward", "align") and config.data.pairs is None and not Path(source).exists():
+        prompts = next((report.examined for report in found.stages if report.examined.stage == "label"), None)
+        if prompts is None:
+            raise UserError(f"{source}: not written yet, and the prompts that label will use could not be read")
+        written = written_by_label(config, tokenizer, prompts, cache)
+        written.stage = stage
+        return StageReport(written)
+    return StageReport(examine(stage, config, tokenizer, source, cache, row))
+
+
+def _count_steps(report: StageReport, config: Config, processes: int) -> None:
+    stage = report.examined.stage
+    if stage == "label":
+        return
+    settings = getattr(config, stage)
+    rows = len(report.examined.lengths)
+    report.batch = settings.batch_size * settings.gradient_accumulation_steps * processes
+    report.steps = total_steps(settings, rows, processes)
+    report.steps_per_epoch = -(-rows // report.batch)
+    save = getattr(settings, "save_steps", None) or max(1, -(-report.steps // 10))
+    made = -(-report.steps // save)
+    kept = getattr(settings, "save_total_limit", None) if stage == "align" else 2
+    report.checkpoints = made if kept is None else min(made, kept)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Warnings
+
+
+def _warn(found: Inspection, tokenizer: Any, architecture: Any) -> None:
+    config = found.config
+    say = found.warnings.append
+    trains = [stage for stage in config.stages if stage != "label"]
+    if trains and config.model.dtype == "bfloat16" and not config.lora.rank:
+        rate = max(getattr(config, stage).learning_rate for stage in trains)
+        say(
+            f"model.dtype is bfloat16 and all weights are trained: an update of a weight is about the learning rate ({rate:g}), and "
+            "one below 1/256 of the weight is rounded away, so that most weights never move; set model.dtype float32 (and "
+            "precision bfloat16), or lora.rank"
+        )
+    chat = any(run.kind == "given" and shown for report in found.stages for shown in report.examined.shown for run in shown.runs)
+    if chat and writes_date(tokenizer):
+        say(
+            "the chat template writes today's date into every conversation: a run that goes on tomorrow sees other tokens than it "
+            "began with, and its cached reference logps do not fit; name a tokenizer whose template does not (model.tokenizer)"
+        )
+    for report in found.stages:
+        _warn_of_stage(report, config, architecture, say)
+
+
+def _warn_of_stage(report: StageReport, config: Config, architecture: Any, say: Any) -> None:
+    examined, stage = report.examined, report.examined.stage
+    if report.steps is not None and getattr(config, stage).warmup_steps >= report.steps:
+        warm = getattr(config, stage).warmup_steps
+        say(f"{stage}: warm-up ({warm} steps) is as long as the run ({report.steps}): the learning rate stays low")
+    if architecture is not None:
+        text = architecture.get_text_config()
+        longest = _longest(examined, config)
+        positions = getattr(text, "max_position_embeddings", None)
+        if isinstance(positions, int) and 0 < positions < longest:
+            say(f"{stage}: rows of {longest} tokens, but the model has {positions} positions; lower tokenization.max_length")
+        if examined.highest_id >= getattr(text, "vocab_size", examined.highest_id + 1):
+            say(f"{stage}: token id {examined.highest_id} occurs, but the model's vocabulary has {text.vocab_size}")
+    if examined.ended is not None and examined.ended < 0.9:
+        say(
+            f"{stage}: only {examined.ended:.0%} of the responses end with an end token; a model learns to stop from those alone "
+            "(raise tokenization.max_length, or see whether the data was cut)"
+        )
+    cut = sum(int(part.cut.sum()) for part in examined.parts if part.name in ("prompt", "example"))
+    share = cut / max(1, sum(len(part.lengths) for part in examined.parts if part.name in ("prompt", "example")))
+    if share > 0.05:
+        say(f"{stage}: {share:.0%} of the {'examples' if stage == 'sft' else 'prompts'} are cut")
+
+
+def _longest(examined: Examined, config: Config) -> int:
+    lengths = examined.lengths
+    if examined.stage == "label":
+        return int(lengths.max()) + config.label.max_new_tokens
+    return int((lengths[:, 0] + lengths[:, 1:].max(1)).max()) if lengths.shape[1] > 1 else int(lengths.max())

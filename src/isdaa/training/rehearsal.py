@@ -1,0 +1,298 @@
+"""A training step without numbers: the code that trains, run on tensors that have a shape and no content.
+
+What a step needs is not written down here a second time, it is counted while the step's own code runs under PyTorch's fake
+tensors: operations by `FlopCounterMode`, memory by following every tensor from its making to its end. So the plan knows
+whatever the code does (one gradient for tied embeddings, kept directions of the head, recomputation, adapters) for any
+architecture, without its weights and without its memory. The same code with real tensors and random weights is a
+measurement of speed.
+
+Legend: P prompts, R responses, B rows, L tokens of a padded row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from isdaa.config import LoraConfig
+from isdaa.models import fused
+from isdaa.models.adapters import add_lora
+from isdaa.models.forward import PairForward, disable_dropout, prepare
+from isdaa.models.hub import quiet
+from isdaa.models.layout import Layout
+
+Kind = Literal["pairs", "sft", "reward"]
+# Index tensors that follow from a layout. They hold numbers that are needed, so they are made before the rehearsal.
+_DERIVED = (
+    *("tokens", "responses", "longest", "longest_response", "group_lengths", "longest_group", "groups", "prompt_starts"),
+    *("response_starts", "response_of", "offset", "target_index", "predictor_index", "position_ids", "owner"),
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Padded rows, as TRL's trainers make them. rows: B; length: L; scored: positions of a row that the head sees."""
+
+    rows: int
+    length: int
+    scored: int
+
+    @property
+    def tokens(self) -> int:
+        """B · L."""
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What one forward pass, or one forward and backward pass, needs.
+
+    flops: additions and multiplications, those that are done again included. The rest are bytes at the moment when most
+    memory is in use, beside weights and optimiser: gradients, logits (every tensor with V columns), activations (all else).
+    """
+
+    flops: float
+    gradients: int
+    logits: int
+    activations: int
+
+    @property
+    def bytes(self) -> int:
+        """All of it."""
+        return self.gradients + self.logits + self.activations
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is trained. architecture: a transformers configuration. on_cpu: with what only a CPU gets."""
+
+    kind: Kind
+    architecture: Any
+    dtype: torch.dtype = torch.float32
+    precision: str = "float32"
+    lora: LoraConfig | None = None
+    checkpointing: bool = False
+    on_cpu: bool = True
+    batch_tokens: int | None = None
+
+
+class Stage:
+    """A model with the setting of a training stage, on which steps are rehearsed (or, with `real`, done).
+
+    parameters: weights of the model itself; trainable_parameters: those that are trained, an adapter's perhaps; linear: those
+    of its linear layers but the head, largest_linear: of the largest of these; the `*_bytes` in the model's dtype, largest_layer
+    those of the largest module that is gathered at a time where weights are sharded.
+    """
+
+    def __init__(self, setting: Setting, real: bool = False) -> None:
+        self.setting, self.real = setting, real
+        self._fake = None if real else FakeTensorMode(allow_non_fake_inputs=True)
+        with nullcontext() if real else torch.device("meta"), quiet():
+            model = base = self._base()
+            if setting.lora is not None and setting.lora.rank:
+                model = add_lora(base, **setting.lora.model_dump(), seed=0)
+        with self._mode():
+            if not real:
+                _give_shapes(model)
+            self.model: nn.Module = model
+            self.forward: PairForward | None = None
+            if setting.kind == "pairs":
+                self.forward = prepare(model, probe=False)
+                disable_dropout(model)
+                if setting.on_cpu:
+                    fused.install(model, prove=real)
+            if setting.checkpointing:
+                _checkpoint(model)
+        adapter = [p for name, p in model.named_parameters() if "lora_" in name]
+        self.adapter_bytes = sum(_size(p) for p in adapter)
+        self.weight_bytes = _bytes(model) - self.adapter_bytes
+        self.parameters = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in adapter)
+        self.linear = sum(m.weight.numel() for m in _linear(base))
+        self.largest_linear = max((m.weight.numel() for m in _linear(base)), default=0)
+        self.largest_layer = max((_bytes(child) for child in _repeated(model)), default=self.weight_bytes)
+        self.vocabulary = int(getattr(base.config.get_text_config(), "vocab_size", 0))
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self.trainable_parameters = sum(p.numel() for p in self.trainable)
+
+    def _base(self) -> Any:
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+        setting = self.setting
+        if setting.kind == "reward":
+            setting.architecture.num_labels = 1
+            setting.architecture.get_text_config().pad_token_id = setting.architecture.pad_token_id = 0
+            return AutoModelForSequenceClassification.from_config(setting.architecture, dtype=setting.dtype)
+        model = AutoModelForCausalLM.from_config(setting.architecture, dtype=setting.dtype)
+        if setting.kind == "sft":
+            from trl.trainer.utils import add_fused_lm_head
+
+            add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+        return model
+
+    @contextmanager
+    def _mode(self) -> Iterator[None]:
+        with self._fake or nullcontext():
+            yield
+
+    def count(self, batch: Layout | Rows, train: bool = True, accumulating: bool = False) -> Counted:
+        """Rehearse one micro-batch. accumulating: gradients of an earlier one are there already."""
+        assert not self.real
+        if isinstance(batch, Layout):
+            # A layout keeps what is derived from it: the fake tensors must not come back in earnest.
+            batch = Layout(batch.prompt_lengths, batch.response_lengths, batch.prompt_of, batch.chosen, batch.rejected)
+            for name in _DERIVED:
+                getattr(batch, name)
+        with self._mode():
+            # One after the other: the counter of operations holds on to tensors that checkpointing would let go.
+            self._clear(accumulating)
+            with FlopCounterMode(display=False) as flops:
+                self.compute(batch, train)
+            self._clear(accumulating)
+            with _Ledger(self.vocabulary, self.trainable) as ledger:
+                self.compute(batch, train)
+            ledger.close()
+            self._clear(False)
+        return Counted(float(flops.get_total_flops()), *ledger.at_peak)
+
+    def _clear(self, accumulating: bool) -> None:
+        for parameter in self.trainable:
+            parameter.grad = torch.zeros_like(parameter) if accumulating else None
+
+    def compute(self, batch: Layout | Rows, train: bool = True) -> None:
+        """One forward pass, and the backward pass of a loss where `train`."""
+        self.model.train(train)
+        with torch.set_grad_enabled(train):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.setting.precision == "bfloat16"):
+                loss = self._pairs(batch, train) if isinstance(batch, Layout) else self._rows(batch)
+            if train:
+                loss.backward()
+
+    def _pairs(self, layout: Layout, train: bool) -> Tensor:
+        assert self.forward is not None
+        ids = torch.zeros(layout.tokens, dtype=torch.long)
+        out = self.forward(self.model, ids, None, layout)
+        if len(out.chosen_logps) == 0:
+            return out.token_logps.sum()
+        return torch.nn.functional.softplus(out.rejected_logps - out.chosen_logps).mean()
+
+    def _rows(self, batch: Rows) -> Tensor:
+        ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        if self.setting.kind == "reward":
+            chosen, rejected = self.model(**inputs).logits.squeeze(-1).chunk(2)
+            return torch.nn.functional.softplus(rejected - chosen).mean()
+        return -self.model(**inputs, labels=ids, fused_lm_head=True).log_probs.mean()
+
+
+class _Ledger(TorchDispatchMode):
+    """Follows the memory of every tensor that is made while it is on. `at_peak`: gradients, logits, the rest, in bytes."""
+
+    def __init__(self, vocabulary: int, trainable: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.shapes = {p.shape for p in trainable if p.ndim > 1}
+        self.live = {"gradients": 0, "logits": 0, "other": 0}
+        self.before = sum(_size(p.grad) for p in trainable if p.grad is not None)
+        self.at_peak, self.peak = (self.before, 0, 0), self.before
+        self.seen: set[int] = set()
+        self.ends: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in inputs:
+                self._made(tensor)
+        return out
+
+    def _made(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        kind, size = self._kind(tensor), storage.nbytes()
+        self.live[kind] += size
+        self.ends.append(weakref.finalize(storage, self._gone, key, kind, size))
+        total = self.before + sum(self.live.values())
+        if total > self.peak:
+            self.peak, self.at_peak = total, (self.before + self.live["gradients"], self.live["logits"], self.live["other"])
+
+    def _kind(self, tensor: Tensor) -> str:
+        """By its shape: a matrix that is formed like a weight is its gradient, for nothing else is."""
+        if tensor.ndim != 2 or not tensor.is_floating_point():
+            return "other"
+        if tensor.shape in self.shapes:
+            return "gradients"
+        return "logits" if tensor.shape[-1] == self.vocabulary else "other"
+
+    def _gone(self, key: int, kind: str, size: int) -> None:
+        if key in self.seen:
+            self.seen.discard(key)
+            self.live[kind] -= size
+
+    def close(self) -> None:
+        """Follow nothing any more."""
+        for end in self.ends:
+            end.detach()
+
+
+def layout_of(groups: list[tuple[int, list[tuple[int, int]]]]) -> Layout:
+    """A packed row: (tokens of a prompt, [(tokens of chosen, of rejected) of each of its pairs]) for P prompts."""
+    prompts = torch.tensor([prompt for prompt, _ in groups])
+    responses = torch.tensor([length for _, pairs in groups for pair in pairs for length in pair])
+    prompt_of = torch.tensor([2 * len(pairs) for _, pairs in groups])
+    numbers = torch.arange(len(responses))
+    return Layout(prompts, responses, torch.arange(len(groups)).repeat_interleave(prompt_of), numbers[0::2], numbers[1::2])
+
+
+def _give_shapes(model: nn.Module) -> None:
+    """Turn a model on `meta` into one of fake tensors on the CPU: its code then goes the ways that a CPU goes."""
+    known: dict[int, Tensor] = {}
+
+    def stand_in(tensor: Tensor) -> Tensor:
+        if id(tensor) not in known:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            known[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        return known[id(tensor)]
+
+    for module in model.modules():
+        for place in (module._parameters, module._buffers):
+            for name, tensor in place.items():
+                if tensor is not None:
+                    place[name] = stand_in(tensor)  # type: ignore[assignment]
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(_size(t) for t in {id(t): t for t in (*module.parameters(), *module.buffers())}.values())
+
+
+def _linear(model: nn.Module) -> list[nn.Linear]:
+    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    return [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+
+
+def _repeated(model: nn.Module) -> Iterator[nn.Module]:
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            yield from module
+
+
+def _checkpoint(model: Any) -> None:
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

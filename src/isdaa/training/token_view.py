@@ -1,0 +1,152 @@
+"""A row token by token: which tokens the model is given, which it is scored on, where the response ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+EDGE = 48  # tokens shown at each end of a long part
+GIVEN, CHOSEN, REJECTED, LEARNT, END = "given", "chosen", "rejected", "learnt", "end"
+# Two shades each, so that neighbours differ: the colours of chosen and rejected are told apart by the colour-blind, too.
+SHADES = {
+    GIVEN: ("grey78 on grey23", "grey78 on grey30"),
+    CHOSEN: ("white on #1d4ed8", "white on #1e3a8a"),
+    REJECTED: ("white on #b45309", "white on #92400e"),
+    LEARNT: ("white on #1d4ed8", "white on #1e3a8a"),
+    END: ("bold black on #facc15",) * 2,
+}
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token. text: as it reads, with spaces and line breaks made visible; scored: whether the loss sees it."""
+
+    id: int
+    text: str
+    scored: bool
+    end: bool
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring tokens of one kind. name: what the row calls them; kind: a key of `SHADES`."""
+
+    name: str
+    kind: str
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A row's runs, in the order in which the model reads them. title: which row it is."""
+
+    title: str
+    runs: tuple[Run, ...]
+
+    def facts(self) -> dict[str, Any]:
+        """Plain data for a file: every token, none left out."""
+        runs = [
+            {
+                "name": run.name,
+                "ids": [token.id for token in run.tokens],
+                "tokens": [token.text for token in run.tokens],
+                "scored": [token.scored for token in run.tokens],
+                "ends": bool(run.tokens and run.tokens[-1].end),
+            }
+            for run in self.runs
+        ]
+        return {"title": self.title, "runs": runs}
+
+
+def shown_pair(row: Mapping[str, Any], tokenizer: Any, stops: set[int]) -> Shown:
+    """A tokenised pair (`tokenize_pairs`)."""
+    runs = [_run("prompt", GIVEN, row["prompt_ids"], tokenizer, set())]
+    for name, kind in (("chosen", CHOSEN), ("rejected", REJECTED)):
+        runs.append(_run(name, kind, row[f"{name}_ids"], tokenizer, stops))
+    return Shown(f"pair {row['index']} · {row['id']}", tuple(runs))
+
+
+def shown_example(row: Mapping[str, Any], tokenizer: Any, stops: set[int]) -> Shown:
+    """A tokenised SFT example (`tokenize_sft`), cut into what is given and what is learnt."""
+    ids, mask = row["input_ids"], row["completion_mask"]
+    starts = [i for i in range(len(ids)) if i == 0 or mask[i] != mask[i - 1]]
+    runs = []
+    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+        name, kind = ("learnt", LEARNT) if mask[start] else ("given", GIVEN)
+        runs.append(_run(name, kind, ids[start:end], tokenizer, stops if mask[start] else set()))
+    return Shown(f"example {row['index']} · {row['id']}", tuple(runs))
+
+
+def shown_prompt(name: str, ids: Sequence[int], index: int, tokenizer: Any) -> Shown:
+    """A prompt that responses will be sampled for."""
+    return Shown(f"prompt {index} · {name}", (_run("prompt", GIVEN, ids, tokenizer, set()),))
+
+
+def _run(name: str, kind: str, ids: Sequence[int], tokenizer: Any, stops: set[int]) -> Run:
+    scored = kind != GIVEN
+    return Run(name, kind, tuple(Token(int(i), readable(tokenizer, int(i)), scored, scored and int(i) in stops) for i in ids))
+
+
+def readable(tokenizer: Any, token: int) -> str:
+    """A token's own text; where it is a part of a character, as the vocabulary writes it. White space becomes visible."""
+    text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    piece = tokenizer.convert_ids_to_tokens(token)
+    if not text or "\N{REPLACEMENT CHARACTER}" in text:
+        text = str(piece)
+    elif isinstance(piece, str) and piece.startswith("▁") and not text.startswith(" "):
+        text = f" {text}"  # SentencePiece drops the space of a text's first word
+    return "".join(_visible(character) for character in text)
+
+
+def _visible(character: str) -> str:
+    return {" ": "·", "\n": "↵", "\t": "⇥"}.get(character, character if character.isprintable() else repr(character)[1:-1])
+
+
+def lines_of(run: Run, width: int, colour: bool, whole: bool = False) -> list[Text]:
+    """A run as lines of at most `width` columns. Without colour tokens stand between bars, and the end in brackets.
+
+    whole: all tokens; otherwise long parts show their two ends.
+    """
+    tokens: list[Token | str] = list(run.tokens)
+    if not whole and len(tokens) > 2 * EDGE + 8:
+        tokens = [*tokens[:EDGE], f" … {len(tokens) - 2 * EDGE} tokens more … ", *tokens[-EDGE:]]
+    lines, line = [], Text(no_wrap=True)
+    for number, token in enumerate(tokens):
+        piece = _piece(token, run.kind, number, colour)
+        if line and line.cell_len + piece.cell_len > width:
+            lines.append(line)
+            line = Text(no_wrap=True)
+        while piece.cell_len > width:  # a token longer than a line
+            head, piece = piece[:width], piece[width:]
+            lines.append(head)
+        line.append_text(piece)
+    return [*lines, line]
+
+
+def _piece(token: Token | str, kind: str, number: int, colour: bool) -> Text:
+    if isinstance(token, str):
+        return Text(token, style="dim italic")
+    if colour:
+        return Text(token.text, style=SHADES[END if token.end else kind][number % 2])
+    return Text(f"[{token.text}]" if token.end else f"{token.text}|")
+
+
+def print_shown(shown: Shown, console: Console, colour: bool, whole: bool = False) -> None:
+    """One row on a console."""
+    console.print(Text(f" {shown.title}"))
+    names = [run.name if run.name in ("given", "learnt") else f"{run.name}, {_state(run)}" for run in shown.runs]
+    label = max(cell_len(name) for name in names)
+    for run, name in zip(shown.runs, names, strict=True):
+        lines = lines_of(run, max(20, console.width - label - 8), colour, whole)
+        for number, line in enumerate(lines):
+            left = f" {name:<{label}} {len(run.tokens):>4}  " if number == 0 else " " * (label + 8)
+            console.print(Text(left, style="dim" if run.kind == GIVEN else "") + line, soft_wrap=True)
+
+
+def _state(run: Run) -> str:
+    return "given" if run.kind == GIVEN else "scored"
