@@ -55,6 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--config", metavar="FILE", help="YAML file of `isdaa train` or of `isdaa sweep` (then its base run)")
     inspect.add_argument("--row", type=int, default=0, metavar="N", help="which row is shown token by token (default: 0)")
     inspect.add_argument("--whole", action="store_true", help="show long rows in full")
+    inspect.add_argument(
+        "--device", default="auto", metavar="NAME",
+        help="that the plan is for: auto (this one), cpu, h100, h200, b200, a100, a100-40, l40s, l4, a6000, rtx4090",
+    )  # fmt: skip
+    inspect.add_argument("--sharding", choices=["ddp", "fsdp2", "zero2", "zero3"], default="ddp", help="with several processes")
+    inspect.add_argument("--no_plan", action="store_true", help="leave out memory and time")
     inspect.add_argument("--processes", type=int, default=1, metavar="N", help="processes of the run, one a device (default: 1)")
     inspect.add_argument("--json", action="store_true", help="print everything as JSON")
     inspect.add_argument("--out", metavar="FILE", help="write the JSON to a file, beside what is printed")
@@ -203,7 +209,14 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from isdaa.training.inspect import inspect
     from isdaa.training.inspect_page import print_inspection
 
-    found = inspect(config, arguments.processes, arguments.row)
+    found = inspect(
+        config,
+        device=arguments.device,
+        processes=arguments.processes,
+        sharding=arguments.sharding,
+        row=arguments.row,
+        plans=not arguments.no_plan,
+    )
     if arguments.out is not None:
         write_json(arguments.out, found.facts())
     if arguments.json:

@@ -164,7 +164,7 @@ def _piece_mask(prompt: int, length: int, how: _Kernel, like: Tensor) -> Tensor 
 def _attend_in_block(query: Tensor, key: Tensor, value: Tensor, layout: Layout, how: _Kernel) -> Tensor:
     """One call for all prompts: gathered to a padded (P, H, L, D) block, with a mask. For short ones, where the padding
     costs less than the calls."""
-    into, back, padding, width = layout.cached((query.device, "block"), lambda: _block_index(layout, query.device))
+    into, back, padding, width = block_index(layout, query.device)
     mask = layout.cached((query.device, query.dtype, how.window, "block"), lambda: _block_mask(layout, how.window, query))
 
     def gather(x: Tensor) -> Tensor:
@@ -191,8 +191,12 @@ class _Permute(torch.autograd.Function):
         return rows if ctx.back_zero is None else rows.index_fill_(0, ctx.back_zero, 0), None, None, None, None
 
 
-def _block_index(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
+def block_index(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
     """(P*L,) packed row of every block slot, (T,) block slot of every packed row, slots that are padding, and L."""
+    return layout.cached((device, "block"), lambda: _block_index(layout, device))
+
+
+def _block_index(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
     width = layout.longest_group
     starts = layout.prompt_starts[:, None]
     slot = torch.arange(width)
@@ -205,7 +209,7 @@ def _block_index(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, 
 
 def _block_mask(layout: Layout, window: int | None, like: Tensor) -> Tensor:
     """(P, 1, L, L) additive mask. A padding slot is seen by itself alone."""
-    into, _, padding, width = _block_index(layout, torch.device("cpu"))
+    into, _, padding, width = block_index(layout, torch.device("cpu"))
     position, owner = layout.position_ids[into], layout.owner[into]
     position[padding], owner[padding] = 0, -2 - padding  # each a response of its own
     position, owner = position.view(-1, width), owner.view(-1, width)

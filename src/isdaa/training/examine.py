@@ -66,6 +66,7 @@ class Examined:
 
     lengths: (N, k) tokens after all cuts of a row's parts: prompt, chosen, rejected for pairs (k = 3), the whole example
         for SFT and the prompt for sampling (k = 1). learnt: mean share of an SFT example's tokens that is learnt.
+    groups: (N,) the number of each pair's prompt.
     found: what the texts hold, by name; see `FOUND`. sampled: the M rows that it was looked for in.
     assumed: not empty where the rows do not exist yet: what they are taken to be like.
     """
@@ -78,6 +79,7 @@ class Examined:
     shown: list[Shown] = field(default_factory=list)
     found: dict[str, int] = field(default_factory=dict)
     sampled: int = 0
+    groups: np.ndarray | None = None
     ended: float | None = None
     different_prompts: int | None = None
     learnt: float | None = None
@@ -136,7 +138,10 @@ def _pairs(stage: str, config: Config, tokenizer: Any, source: str, cache: Path,
     result = Examined(stage, source, counts, np.stack([lengths for _, lengths in columns.values()], 1))
     result.highest_id = max(int(ids.max()) for ids, _ in columns.values())
     prompts, lengths = columns["prompt_ids"]
-    result.different_prompts = len({part.tobytes() for part in np.split(prompts, np.cumsum(lengths)[:-1])})
+    numbers: dict[bytes, int] = {}
+    parts = np.split(prompts, np.cumsum(lengths)[:-1])
+    result.groups = np.array([numbers.setdefault(part.tobytes(), len(numbers)) for part in parts])
+    result.different_prompts = len(numbers)
     if read.held is not None and stage == "align":
         held, _ = tokenize_pairs(read.held, tokenizer, token_settings(config), cache_dir=cache)
         result.held_out = len(held)
@@ -233,6 +238,7 @@ def written_by_label(config: Config, tokenizer: Any, prompts: Examined, cache: P
     )
     result.held_out, result.held_lengths = held, every[:held] if held else None
     result.highest_id, result.different_prompts = prompts.highest_id, (count - held) // pairs
+    result.groups = np.repeat(np.arange(len(prompts.lengths)), pairs)[held:]
     result.assumed = f"not written yet: taken to be {count:,} pairs, each response as long as {like}"
     return result
 

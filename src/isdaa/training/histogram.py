@@ -34,7 +34,7 @@ def print_histogram(part: Part, console: Console, end: int) -> None:
     facts = part.facts()
     middle, high = (facts["percentiles"][q] for q in ("50", "95"))
     words = f"half have up to {middle:.0f} tokens, 95 % up to {high:.0f}, the longest {facts['longest']:,}"
-    console.print(Text(f" {part.name}", style="bold") + Text(f"  {words}", style=""), soft_wrap=True)
+    console.print(Text.assemble((f" {part.name}", "bold")) + Text(f"  {words}", style=""), soft_wrap=True)
     for line in range(HEIGHT - 1, -1, -1):
         text = Text(" " * LEFT)
         for column, height in enumerate(bars):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ from isdaa.config import Config
 from isdaa.errors import UserError
 from isdaa.files import read_json
 from isdaa.models.loading import model_config, random_config
+from isdaa.terminal import progress
 from isdaa.training.arguments import total_steps
-from isdaa.training.examine import Examined, examine, written_by_label, writes_date
+from isdaa.training.devices import PRESETS, check_name
+from isdaa.training.examine import Examined, examine, writes_date, written_by_label
+from isdaa.training.plan import Plan, Sharding, own_memory, plan
 from isdaa.training.run import Run
 from isdaa.training.start import cache_folder, starting_path, tokenizer_of
 from isdaa.training.supervised import pairs_source
-
-Severity = str  # "warning" or "note"
 
 
 @dataclass
@@ -28,11 +30,13 @@ class StageReport:
     steps_per_epoch: int | None = None
     batch: int | None = None
     checkpoints: int | None = None
+    plan: Plan | None = None
 
     def facts(self) -> dict[str, Any]:
         """Plain data for a file."""
         names = ("steps", "steps_per_epoch", "batch", "checkpoints")
-        return {**self.examined.facts(), **{name: getattr(self, name) for name in names}}
+        counted = {name: getattr(self, name) for name in names}
+        return {**self.examined.facts(), **counted, "plan": self.plan.facts() if self.plan is not None else None}
 
 
 @dataclass
@@ -55,11 +59,17 @@ class Inspection:
         }
 
 
-def inspect(config: Config, processes: int = 1, row: int = 0) -> Inspection:
+def inspect(
+    config: Config, *, device: str = "auto", processes: int = 1, sharding: Sharding = "ddp", row: int = 0, plans: bool = True
+) -> Inspection:
     """Look at everything that can be had; what cannot is named in `missing`. Nothing is trained and no weights are read.
 
-    Raises UserError where neither a tokenizer nor any rows can be had.
+    device: one of `devices.NAMES`, for the plan. processes: of the run, one a device; sharding: what they divide. row: of each
+    stage's rows, which is shown token by token. plans: False leaves out memory and time.
+
+    Raises UserError where not even a tokenizer can be had, and for an unknown device.
     """
+    check_name(device)
     run = _run(config)
     found = Inspection(config)
     start = _start(run, found)
@@ -72,8 +82,35 @@ def inspect(config: Config, processes: int = 1, row: int = 0) -> Inspection:
         if report is not None:
             _count_steps(report, config, processes)
             found.stages.append(report)
+    if plans and architecture is not None:
+        _import_trainers(config)
+        program, on = own_memory(), here() if device == "auto" else device
+        with progress("planning", total=len(found.stages)) as bar:
+            for report in found.stages:
+                options: dict[str, Any] = {"processes": processes, "sharding": sharding, "program": program}
+                options |= {"steps": report.steps, "checkpoints": report.checkpoints}
+                report.plan = plan(report.examined, config, architecture, device=on, **options)
+                bar.update()
     _warn(found, tokenizer, architecture)
     return found
+
+
+def here() -> str:
+    """The present device, as far as it is known: a GPU's preset by its name, else `cpu`."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    name = torch.cuda.get_device_name().lower().replace(" ", "")
+    return next((preset for preset in PRESETS if preset.removeprefix("rtx") in name), "cpu")
+
+
+def _import_trainers(config: Config) -> None:
+    """What training will import, so that this process is as large as that one at its start."""
+    names = {"sft": "trl.trainer.sft_trainer", "reward": "trl.trainer.reward_trainer", "align": "isdaa.training.align"}
+    for stage in config.stages:
+        if stage in names:
+            import_module(names[stage])
 
 
 def _run(config: Config) -> Run:
@@ -151,18 +188,20 @@ def _warn(found: Inspection, tokenizer: Any, architecture: Any) -> None:
     if trains and config.model.dtype == "bfloat16" and not config.lora.rank:
         rate = max(getattr(config, stage).learning_rate for stage in trains)
         say(
-            f"model.dtype is bfloat16 and all weights are trained: an update of a weight is about the learning rate ({rate:g}), and "
-            "one below 1/256 of the weight is rounded away, so that most weights never move; set model.dtype float32 (and "
-            "precision bfloat16), or lora.rank"
+            f"model.dtype is bfloat16 and all weights are trained: an update is about the learning rate ({rate:g}), and one "
+            "below 1/256 of the weight is rounded away, so that most weights never move; set model.dtype float32 (and precision "
+            "bfloat16), or lora.rank"
         )
     chat = any(run.kind == "given" and shown for report in found.stages for shown in report.examined.shown for run in shown.runs)
     if chat and writes_date(tokenizer):
         say(
-            "the chat template writes today's date into every conversation: a run that goes on tomorrow sees other tokens than it "
-            "began with, and its cached reference logps do not fit; name a tokenizer whose template does not (model.tokenizer)"
+            "the chat template writes today's date into every conversation: a run that goes on tomorrow sees other tokens than "
+            "it began with, and its cached reference logps do not fit; name a tokenizer whose template does not (model.tokenizer)"
         )
     for report in found.stages:
         _warn_of_stage(report, config, architecture, say)
+        if report.plan is not None:
+            _warn_of_plan(report.plan, say)
 
 
 def _warn_of_stage(report: StageReport, config: Config, architecture: Any, say: Any) -> None:
@@ -187,6 +226,20 @@ def _warn_of_stage(report: StageReport, config: Config, architecture: Any, say: 
     share = cut / max(1, sum(len(part.lengths) for part in examined.parts if part.name in ("prompt", "example")))
     if share > 0.05:
         say(f"{stage}: {share:.0%} of the {'examples' if stage == 'sft' else 'prompts'} are cut")
+
+
+def _warn_of_plan(plan: Plan, say: Any) -> None:
+    if plan.available is not None and plan.peak.total > plan.available:
+        say(
+            f"{plan.stage}: needs about {plan.peak.total / 1e9:.1f} GB, and there are {plan.available / 1e9:.1f}: lower "
+            f"batch_size and raise gradient_accumulation_steps, set {plan.stage}.gradient_checkpointing or lora.rank, or put "
+            "it in shards on more devices"
+        )
+    if plan.disk_free is not None and plan.disk > plan.disk_free:
+        say(
+            f"{plan.stage}: checkpoints will take {plan.disk / 1e9:.1f} GB, and {plan.disk_free / 1e9:.1f} GB are free: raise "
+            f"save_steps or set save_total_limit"
+        )
 
 
 def _longest(examined: Examined, config: Config) -> int:

@@ -13,6 +13,7 @@ from rich.text import Text
 from isdaa.training.examine import FOUND
 from isdaa.training.histogram import common_end, print_histogram
 from isdaa.training.inspect import Inspection, StageReport
+from isdaa.training.plan_page import print_plan
 from isdaa.training.token_view import print_shown
 
 PLAIN_WIDTH = 100  # columns where there is no terminal to ask
@@ -39,6 +40,9 @@ def print_to(found: Inspection, console: Console, whole: bool = False) -> None:
     colour = console.color_system is not None and not console.no_color
     for report in found.stages:
         _stage(report, console, colour, whole)
+    for report in found.stages:
+        if report.plan is not None:
+            print_plan(report.plan, console, colour)
     _lines("missing", [f"{line}" for line in found.missing], "bold red", "✗", console)
     _lines("worth a look", found.warnings, "yellow", "!", console)
     if not found.warnings and not found.missing:
@@ -54,13 +58,13 @@ def _stage(report: StageReport, console: Console, colour: bool, whole: bool) -> 
     _rows(report, console)
     if examined.shown:
         console.print()
-        console.print(Text(" token by token  ", style="bold") + Text(MARKS[colour], style="dim"))
+        console.print(Text.assemble((" token by token  ", "bold")) + Text(MARKS[colour], style="dim"))
         for shown in examined.shown:
             print_shown(shown, console, colour, whole)
     if examined.parts:
         console.print()
         note = f"; {len(examined.parts[0].lengths):,} rows sampled" if examined.sampled < examined.counts.kept else ""
-        console.print(Text(" lengths in tokens, before any cut", style="bold") + Text(note, style="dim"))
+        console.print(Text.assemble((" lengths in tokens, before any cut", "bold")) + Text(note, style="dim"))
         end = common_end(examined.parts)
         for part in examined.parts:
             print_histogram(part, console, end)
@@ -97,7 +101,7 @@ def _rows(report: StageReport, console: Console) -> None:
 
 def _steps(report: StageReport) -> str:
     noun = "examples" if report.examined.stage == "sft" else "pairs"
-    kept = f"; {report.checkpoints} checkpoints kept" if report.checkpoints else ""
+    kept = f"; {report.checkpoints} checkpoint{'s' * (report.checkpoints > 1)} kept" if report.checkpoints else ""
     return f"{report.steps:,} of {report.batch:,} {noun} ({report.steps_per_epoch:,} an epoch){kept}"
 
 

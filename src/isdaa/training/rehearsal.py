@@ -30,6 +30,7 @@ from isdaa.models.adapters import add_lora
 from isdaa.models.forward import PairForward, disable_dropout, prepare
 from isdaa.models.hub import quiet
 from isdaa.models.layout import Layout
+from isdaa.models.shared_prefix import block_index
 
 Kind = Literal["pairs", "sft", "reward"]
 # Index tensors that follow from a layout. They hold numbers that are needed, so they are made before the rehearsal.
@@ -54,22 +55,19 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Counted:
-    """What one forward pass, or one forward and backward pass, needs.
+class Memory:
+    """Bytes at the moment when most memory is in use, beside weights and optimiser: gradients, copies of the weights in another
+    dtype (autocast's), logits (every matrix with V columns), activations (all else)."""
 
-    flops: additions and multiplications, those that are done again included. The rest are bytes at the moment when most
-    memory is in use, beside weights and optimiser: gradients, logits (every tensor with V columns), activations (all else).
-    """
-
-    flops: float
     gradients: int
+    casts: int
     logits: int
     activations: int
 
     @property
-    def bytes(self) -> int:
+    def total(self) -> int:
         """All of it."""
-        return self.gradients + self.logits + self.activations
+        return self.gradients + self.casts + self.logits + self.activations
 
 
 @dataclass(frozen=True)
@@ -144,25 +142,25 @@ class Stage:
         with self._fake or nullcontext():
             yield
 
-    def count(self, batch: Layout | Rows, train: bool = True, accumulating: bool = False) -> Counted:
-        """Rehearse one micro-batch. accumulating: gradients of an earlier one are there already."""
+    def operations(self, batch: Layout | Rows, train: bool = True) -> float:
+        """Additions and multiplications of one micro-batch, those that are done again for want of memory included."""
+        batch = _fresh(batch)
+        with self._mode(), FlopCounterMode(display=False) as flops:
+            self.compute(batch, train)
+            self._clear(False)
+        return float(flops.get_total_flops())
+
+    def memory(self, batch: Layout | Rows, train: bool = True, accumulating: bool = False) -> Memory:
+        """What one micro-batch needs. accumulating: gradients of an earlier one are there already."""
         assert not self.real
-        if isinstance(batch, Layout):
-            # A layout keeps what is derived from it: the fake tensors must not come back in earnest.
-            batch = Layout(batch.prompt_lengths, batch.response_lengths, batch.prompt_of, batch.chosen, batch.rejected)
-            for name in _DERIVED:
-                getattr(batch, name)
+        batch = _fresh(batch)
         with self._mode():
-            # One after the other: the counter of operations holds on to tensors that checkpointing would let go.
-            self._clear(accumulating)
-            with FlopCounterMode(display=False) as flops:
-                self.compute(batch, train)
             self._clear(accumulating)
             with _Ledger(self.vocabulary, self.trainable) as ledger:
                 self.compute(batch, train)
             ledger.close()
             self._clear(False)
-        return Counted(float(flops.get_total_flops()), *ledger.at_peak)
+        return Memory(*ledger.at_peak)
 
     def _clear(self, accumulating: bool) -> None:
         for parameter in self.trainable:
@@ -195,15 +193,15 @@ class Stage:
 
 
 class _Ledger(TorchDispatchMode):
-    """Follows the memory of every tensor that is made while it is on. `at_peak`: gradients, logits, the rest, in bytes."""
+    """Follows the memory of every tensor that is made while it is on. `at_peak`: the bytes of `Memory`."""
 
     def __init__(self, vocabulary: int, trainable: list[nn.Parameter]) -> None:
         super().__init__()
         self.vocabulary = vocabulary
-        self.shapes = {p.shape for p in trainable if p.ndim > 1}
-        self.live = {"gradients": 0, "logits": 0, "other": 0}
+        self.shapes = {p.shape: p.dtype for p in trainable if p.ndim > 1}
+        self.live = {"gradients": 0, "casts": 0, "logits": 0, "other": 0}
         self.before = sum(_size(p.grad) for p in trainable if p.grad is not None)
-        self.at_peak, self.peak = (self.before, 0, 0), self.before
+        self.at_peak, self.peak = (self.before, 0, 0, 0), self.before
         self.seen: set[int] = set()
         self.ends: list[Any] = []
 
@@ -226,14 +224,15 @@ class _Ledger(TorchDispatchMode):
         self.ends.append(weakref.finalize(storage, self._gone, key, kind, size))
         total = self.before + sum(self.live.values())
         if total > self.peak:
-            self.peak, self.at_peak = total, (self.before + self.live["gradients"], self.live["logits"], self.live["other"])
+            gradients, *others = self.live.values()
+            self.peak, self.at_peak = total, (self.before + gradients, *others)
 
     def _kind(self, tensor: Tensor) -> str:
         """By its shape: a matrix that is formed like a weight is its gradient, for nothing else is."""
         if tensor.ndim != 2 or not tensor.is_floating_point():
             return "other"
         if tensor.shape in self.shapes:
-            return "gradients"
+            return "gradients" if tensor.dtype == self.shapes[tensor.shape] else "casts"
         return "logits" if tensor.shape[-1] == self.vocabulary else "other"
 
     def _gone(self, key: int, kind: str, size: int) -> None:
@@ -245,6 +244,17 @@ class _Ledger(TorchDispatchMode):
         """Follow nothing any more."""
         for end in self.ends:
             end.detach()
+
+
+def _fresh(batch: Layout | Rows) -> Layout | Rows:
+    """The batch with all that its numbers are needed for, made beforehand. A layout keeps what is derived from it: fake
+    tensors must not come back in earnest, so it is another one."""
+    if isinstance(batch, Layout):
+        batch = Layout(batch.prompt_lengths, batch.response_lengths, batch.prompt_of, batch.chosen, batch.rejected)
+        for name in _DERIVED:
+            getattr(batch, name)
+        block_index(batch, torch.device("cpu"))
+    return batch
 
 
 def layout_of(groups: list[tuple[int, list[tuple[int, int]]]]) -> Layout:

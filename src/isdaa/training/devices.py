@@ -1,0 +1,137 @@
+"""How fast a device trains: measured where it is here, assumed where it is not."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from isdaa.errors import UserError, nearest
+from isdaa.models.hub import quiet
+from isdaa.models.layout import Layout
+from isdaa.training.rehearsal import Rows, Setting, Stage, layout_of
+
+# Of a GPU's peak, what is done again under gradient checkpointing counted as work. As benchmarks/cost_estimate.py: 0.30 of
+# the operations that are needed is 0.40 of those that are done where the forward pass is done twice.
+ASSUMED_SHARE = {"bfloat16": 0.40, "float32": 0.60}
+SHARE_OF_PRODUCT = 0.7  # of a large matrix product's speed, that a step reaches (docs/performance.md: 0.65 to 0.82)
+BUDGET = 1.5e11  # operations of a step that is done to measure the speed
+SECONDS = 3.0  # spent on such steps
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device by its data sheet. memory: bytes; bf16, fp32: dense peak operations a second (fp32 without TF32)."""
+
+    name: str
+    memory: float
+    bf16: float
+    fp32: float
+
+
+PRESETS = {
+    "h100": Device("H100 SXM 80 GB", 80e9, 989e12, 67e12),
+    "h200": Device("H200 SXM 141 GB", 141e9, 989e12, 67e12),
+    "b200": Device("B200 180 GB", 180e9, 2250e12, 75e12),
+    "a100": Device("A100 80 GB", 80e9, 312e12, 19.5e12),
+    "a100-40": Device("A100 40 GB", 40e9, 312e12, 19.5e12),
+    "l40s": Device("L40S 48 GB", 48e9, 362e12, 91.6e12),
+    "l4": Device("L4 24 GB", 24e9, 121e12, 30.3e12),
+    "a6000": Device("RTX A6000 48 GB", 48e9, 154.8e12, 38.7e12),
+    "rtx4090": Device("GeForce RTX 4090 24 GB", 24e9, 165.2e12, 82.6e12),
+}
+NAMES = ("auto", "cpu", *PRESETS)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """operations: a second; parameters: that the optimiser updates a second; how: where the figures come from."""
+
+    operations: float
+    parameters: float
+    how: str
+    measured: bool
+
+
+def check_name(name: str) -> None:
+    """Raises UserError for a device that nobody knows."""
+    if name not in NAMES:
+        raise UserError(f"--device {name}: one of {', '.join(NAMES)}{nearest(name, NAMES)}")
+
+
+def assumed_speed(device: Device, precision: str) -> Speed:
+    """Of a GPU that is not here."""
+    peak = device.bf16 if precision == "bfloat16" else device.fp32
+    share = ASSUMED_SHARE[precision]
+    how = f"assumed: {share:.0%} of the data sheet's {peak / 1e12:g} TFLOP/s in {precision}"
+    return Speed(share * peak, 5e10, how, False)
+
+
+def measured_speed(setting: Setting, batch: Layout | Rows) -> Speed:
+    """Of this machine's CPU: a few real steps of the model with random weights.
+
+    A large model is cut to as many of its layers, and a large batch to as many of its rows, as take about a second.
+    """
+    small, batch = _cut(setting, batch)
+    operations = Stage(small).operations(batch)
+    stage = Stage(small, real=True)
+    optimiser = torch.optim.AdamW(stage.trainable, lr=0.0, fused=True)
+    steps: list[float] = []
+    updates: list[float] = []
+    began = time.perf_counter()
+    while len(steps) < 3 or (time.perf_counter() - began < SECONDS and len(steps) < 50):
+        start = time.perf_counter()
+        stage.compute(batch)
+        middle = time.perf_counter()
+        optimiser.step()
+        optimiser.zero_grad()
+        steps.append(middle - start)
+        updates.append(time.perf_counter() - middle)
+    seconds, update = statistics.median(steps[1:]), statistics.median(updates[1:])
+    layers = _layers(small.architecture)
+    whole = layers == _layers(setting.architecture)
+    model = "the model" if whole else f"the model cut to {layers} layers"
+    rate, threads = operations / seconds, torch.get_num_threads()
+    how = f"measured: {len(steps)} steps of {model} with random weights, {rate / 1e9:.0f} GFLOP/s on {threads} threads"
+    return Speed(rate, stage.trainable_parameters / update, how, True)
+
+
+def product_speed(hidden: int, intermediate: int, dtype: torch.dtype) -> Speed:
+    """Of this machine's CPU, by one matrix product of the model's widths."""
+    a, b = torch.randn(512, hidden, dtype=dtype), torch.randn(hidden, intermediate, dtype=dtype)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        _ = a @ b
+        times.append(time.perf_counter() - start)
+    rate = SHARE_OF_PRODUCT * 2 * 512 * hidden * intermediate / statistics.median(times[1:])
+    how = f"{SHARE_OF_PRODUCT:.0%} of a matrix product's measured speed, {rate / 1e9:.0f} GFLOP/s"
+    return Speed(rate, 2e8, how, True)
+
+
+def _layers(architecture: Any) -> int:
+    return int(getattr(architecture.get_text_config(), "num_hidden_layers", 0) or 0)
+
+
+def _cut(setting: Setting, batch: Layout | Rows) -> tuple[Setting, Layout | Rows]:
+    """Setting and batch within `BUDGET`."""
+    if isinstance(batch, Layout):
+        keep = max(1, min(len(batch.groups), int(len(batch.groups) * 4096 / batch.tokens)))
+        batch = layout_of([(p, list(zip(r[0::2], r[1::2], strict=True))) for p, r in batch.groups[:keep]])
+    elif batch.tokens > 4096:
+        batch = replace(batch, rows=max(2, 4096 // batch.length // 2 * 2))
+    architecture = copy.deepcopy(setting.architecture)
+    with quiet():
+        operations = Stage(replace(setting, architecture=copy.deepcopy(architecture))).operations(batch)
+    layers = _layers(architecture)
+    wanted = max(1, min(layers, round(layers * BUDGET / operations)))
+    if wanted < layers:
+        text = architecture.get_text_config()
+        text.num_hidden_layers = wanted
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:wanted]
+    return replace(setting, architecture=architecture), batch
