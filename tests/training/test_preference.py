@@ -25,6 +25,7 @@ from training_helpers import (
 
 from isdaa import Objective
 from isdaa.config import AlignConfig
+from isdaa.models.adapters import add_lora
 from isdaa.models.forward import prepare
 from isdaa.training.arguments import total_steps, training_arguments
 from isdaa.training.batches import TokenisedPairs
@@ -263,6 +264,17 @@ def test_gradient_checkpointing_changes_nothing(pairs: TokenisedPairs, tmp_path:
         assert bool(recomputed) is on
         found.append(weights_of(model))
     assert largest_difference(found[1], found[0]) < 1e-6
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("on", [False, True])
+def test_gradient_checkpointing_computes_layers_again(rank: int, on: bool, pairs: TokenisedPairs, tmp_path: Path) -> None:
+    model: Any = tiny_model()  # in evaluation mode, as models are loaded
+    layer, calls = model.model.layers[0], []
+    layer.input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+    policy = add_lora(model, rank=rank) if rank else model
+    trainer_of(policy, tmp_path, pairs, gradient_checkpointing=on, max_steps=2).train()
+    assert len(calls) == (4 if on else 2)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "rmsprop"])

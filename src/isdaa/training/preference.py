@@ -380,6 +380,8 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; the terminal is given back whatever happens."""
         self._tables, self._interval_started, self._interval_pairs = [], None, 0
+        # An adapter's wrapper is born in training mode around a model in evaluation mode, where layers checkpoint nothing.
+        self.model.train()
         try:
             return super().train(*args, **kwargs)
         finally:
