@@ -236,14 +236,15 @@ def small(**changes: Any) -> LlamaConfig:
 
 
 def test_operations_are_those_of_the_mathematics() -> None:
-    stage = Stage(Setting("pairs", small()))
+    architecture = small(num_hidden_layers=6)
+    stage = Stage(Setting("pairs", architecture))
     layout = layout_of([(150, [(20, 30)]), (140, [(25, 15), (10, 10)])])
-    linear, head = stage.linear, 64 * 300
-    needed = 6 * linear * layout.tokens + 6 * head * 110
-    assert needed < stage.operations(layout) < 1.25 * needed  # attention comes on top
-    assert 2 * linear * layout.tokens < stage.operations(layout, train=False) < 1.25 * needed / 3
-    again = Stage(Setting("pairs", small(), checkpointing=True)).operations(layout)
-    assert again > stage.operations(layout) + 1.5 * linear * layout.tokens
+    # Attention comes on top; of the last layer only what predicts a response has to be computed.
+    most, least = (2 * (stage.linear * share * layout.tokens + 64 * 300 * 110) for share in (1, 5 / 6))
+    assert 3 * least < stage.operations(layout) < 1.25 * 3 * most
+    assert least < stage.operations(layout, train=False) < 1.25 * most
+    again = Stage(Setting("pairs", architecture, checkpointing=True)).operations(layout)
+    assert again > stage.operations(layout) + 0.75 * least
 
 
 def test_parts_of_memory_move_as_they_must() -> None:
@@ -252,13 +253,14 @@ def test_parts_of_memory_move_as_they_must() -> None:
     assert plain.parameters == plain.trainable_parameters == sum(p.numel() for p in plain.model.parameters())
     memory = plain.memory(layout)
     checkpointed = Stage(Setting("pairs", small(num_hidden_layers=8), checkpointing=True)).memory(layout)
-    deep = Stage(Setting("pairs", small(num_hidden_layers=8))).memory(layout)
+    eight = Stage(Setting("pairs", small(num_hidden_layers=8)))
+    deep = eight.memory(layout)
     assert checkpointed.activations < 0.5 * deep.activations and deep.activations > 3 * memory.activations
-    assert plain.memory(layout, train=False).activations < 0.4 * memory.activations
+    assert eight.memory(layout, train=False).activations < 0.3 * deep.activations
     assert plain.memory(layout, accumulating=True).gradients >= 4 * plain.parameters
     lora = Stage(Setting("pairs", small(), lora=LoraConfig(rank=4)))
     assert lora.parameters == plain.parameters and lora.trainable_parameters * 4 == lora.adapter_bytes
-    assert lora.memory(layout).gradients < memory.gradients
+    assert lora.memory(layout, accumulating=True).gradients < plain.memory(layout, accumulating=True).gradients / 2
     assert Stage(Setting("reward", small())).memory(Rows(4, 60, 1)).total > 0
     assert all(not isinstance(t, torch.Tensor) or t.numel() for t in layout._cache.values())
 

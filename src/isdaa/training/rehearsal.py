@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -33,11 +34,8 @@ from isdaa.models.layout import Layout
 from isdaa.models.shared_prefix import block_index
 
 Kind = Literal["pairs", "sft", "reward"]
-# Index tensors that follow from a layout. They hold numbers that are needed, so they are made before the rehearsal.
-_DERIVED = (
-    *("tokens", "responses", "longest", "longest_response", "group_lengths", "longest_group", "groups", "prompt_starts"),
-    *("response_starts", "response_of", "offset", "target_index", "predictor_index", "position_ids", "owner"),
-)
+# What follows from a layout's lengths. It holds numbers that are needed, so it is made before the rehearsal.
+_DERIVED = tuple(name for name, value in vars(Layout).items() if isinstance(value, cached_property))
 
 
 @dataclass(frozen=True)
@@ -224,8 +222,8 @@ class _Ledger(TorchDispatchMode):
         self.ends.append(weakref.finalize(storage, self._gone, key, kind, size))
         total = self.before + sum(self.live.values())
         if total > self.peak:
-            gradients, *others = self.live.values()
-            self.peak, self.at_peak = total, (self.before + gradients, *others)
+            gradients, casts, logits, other = self.live.values()
+            self.peak, self.at_peak = total, (self.before + gradients, casts, logits, other)
 
     def _kind(self, tensor: Tensor) -> str:
         """By its shape: a matrix that is formed like a weight is its gradient, for nothing else is."""
