@@ -381,7 +381,7 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
         """Train; the terminal is given back whatever happens."""
         self._tables, self._interval_started, self._interval_pairs = [], None, 0
         # An adapter's wrapper is born in training mode around a model in evaluation mode, where layers checkpoint nothing.
-        self.model.train()
+        self.policy.train()
         try:
             return super().train(*args, **kwargs)
         finally:
