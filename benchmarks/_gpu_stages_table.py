@@ -8,7 +8,7 @@ from typing import Any
 Told = Mapping[str, Any]
 TRAINING = (
     *("cell", "rows at a time", "rows a step", "a second", "tokens a second", "MFU"),
-    *("GiB before", "peak GiB", "planned GiB", "planned / peak"),
+    *("GiB before", "peak GiB", "planned GiB", "planned / peak", "planned / measured time"),
 )
 ROWS = {"sft": "examples", "reward": "pairs", "align": "pairs"}
 
@@ -36,14 +36,17 @@ def _training(report: Told) -> Iterator[str]:
         if told["status"] != "done":
             yield f"| {name} | {told['status']} |" + " |" * (len(TRAINING) - 2)
             continue
-        peak, plan = _peak(told, "training"), (told.get("plan") or {}).get("gib")
+        peak, plan = _peak(told, "training"), told.get("plan") or {}
         rate = f"{told['examples_per_second']:.3g} {ROWS[told['stage']]}"
         batches = ", ".join([*(f"~~{tried['batch']}~~" for tried in told.get("too_large", [])), str(told["batch"])])
         figures = [batches, str(told["rows_a_step"]), rate, f"{told['tokens_per_second']:.3g}", _text(told["mfu"], ".1%")]
-        figures += [_text(told["before_training_gib"], ".1f"), _text(peak, ".1f"), _text(plan, ".1f")]
-        yield f"| {name} | {' | '.join(figures)} | {_text(plan / peak if plan and peak else None, '.2f')} |"
+        figures += [_text(told["before_training_gib"], ".1f"), _text(peak, ".1f"), _text(plan.get("gib"), ".1f")]
+        median = told["rows_a_step"] / told["examples_per_second"]
+        figures += [_text(_ratio(plan.get("gib"), peak), ".2f"), _text(_ratio(plan.get("step_seconds"), median), ".2f")]
+        yield f"| {name} | {' | '.join(figures)} |"
     yield ""
     yield "Struck out: more than memory has room for. Tokens: no padding; a pair's prompt once in `align`, twice in `reward`."
+    yield "Planned: by `isdaa inspect`, without CUDA's own memory and what lies between pieces, as peaks are."
     yield ""
 
 
@@ -86,6 +89,10 @@ def _not_done(report: Told) -> Iterator[str]:
 
 def _peak(told: Told, part: str) -> float | None:
     return told["phases"].get(part, {}).get("peak_gib")
+
+
+def _ratio(one: float | None, other: float | None) -> float | None:
+    return one / other if one and other else None
 
 
 def _text(value: float | None, style: str) -> str:

@@ -43,6 +43,7 @@ from isdaa.config import Config
 from isdaa.files import read_json
 
 GIB = 2**30
+NOT_ALLOCATED = ("CUDA", "program and data", "between pieces")  # parts of a plan that are not PyTorch's
 
 
 class Phases:
@@ -330,12 +331,32 @@ def _rates(phases: Phases, counts: dict[str, int]) -> dict[str, Any]:
 
 
 def planned(config: Config, cell: Cell, device: str) -> dict[str, Any] | None:
-    """What `isdaa inspect` says beforehand of the cell's memory and time; None where this version of isdaa says nothing."""
+    """What `isdaa inspect` says of the cell's memory and time; None where it says nothing of such a stage, or is not there.
+
+    `gib`: what PyTorch allocates in training, or in the phase that needs most: without CUDA's own memory and what lies between
+    pieces, which `max_memory_allocated` does not count either.
+    """
     try:
-        from isdaa.training import plan  # type: ignore[attr-defined]
+        from isdaa.training.inspect import inspect
     except ImportError:
         return None
-    return {"module": plan.__name__}
+    if cell.stage not in (*TRAINING, "label"):
+        return None
+    try:
+        found = inspect(config)
+        plan = found.stages[0].plan if found.stages else None
+        if plan is None:
+            return {"failed": "; ".join(found.missing)}
+        phase = next((phase for phase in plan.phases if phase.name == "training"), plan.peak)
+        counted = sum(size for name, size in phase.parts.items() if name not in NOT_ALLOCATED)
+        return {"device": plan.device, "gib": counted / GIB, "step_seconds": plan.step_seconds, **_parts_of(plan)}
+    except Exception as error:  # the measurement stands without it
+        traceback.print_exc()
+        return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+
+
+def _parts_of(plan: Any) -> dict[str, Any]:
+    return {"phases": {phase.name: {name: size / GIB for name, size in phase.parts.items()} for phase in plan.phases}}
 
 
 def _of_memory(error: Exception) -> bool:

@@ -76,6 +76,7 @@ def test_every_cell_says_what_it_is_for(everything: dict[str, Any]) -> None:
             assert told["batch"] == 4 and told["rows_a_step"] == 8 and len(told["step_seconds"]) == 4 == len(told["losses"])
             assert told["examples_per_second"] > 0 and told["phases"]["training"]["seconds"] > 0
             assert ("saving the model" in told["phases"]) == cell.saves
+            assert told["plan"] is None or told["plan"]["gib"] > 0  # None: isdaa says nothing beforehand
     for name in ("align-full", "align-lora"):
         assert cells[name]["losses"] == pytest.approx(cells[f"{name}-checkpointing"]["losses"], abs=1e-5)
         assert "reference logps" in cells[name]["phases"]
@@ -132,6 +133,15 @@ def test_memory_time_and_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert cells["align-lora"]["status"] == "done" and cells["align-lora"]["too_large"][0]["batch"] == 4
     table = (tmp_path / "out.md").read_text()
     assert "| align-lora | ~~4~~, 2 |" in table and "label: failed: ValueError: no" in table
+
+
+def test_plan_and_measurement_stand_beside_each_other(everything: dict[str, Any]) -> None:
+    told = dict(everything["report"]["cells"]["align-full"])
+    told |= {"plan": {"gib": 3.0, "step_seconds": 1.5}, "examples_per_second": 4.0, "rows_a_step": 8}
+    told["phases"] = {"training": {"seconds": 1.0, "calls": 1, "peak_gib": 2.0}}
+    table = gpu_stages.tables({**everything["report"], "cells": {"align-full": told}})
+    (line,) = [line for line in table.splitlines() if line.startswith("| align-full | 4 |")]
+    assert line.endswith("| 2.0 | 3.0 | 1.50 | 0.75 |")
 
 
 def test_without_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, everything: dict[str, Any]) -> None:
