@@ -331,15 +331,13 @@ def _rates(phases: Phases, counts: dict[str, int]) -> dict[str, Any]:
 
 
 def planned(config: Config, cell: Cell, device: str) -> dict[str, Any] | None:
-    """What `isdaa inspect` says of the cell's memory and time; None where it says nothing of such a stage, or is not there.
+    """What `isdaa inspect` says of the cell's memory and time; None where it says nothing of such a stage.
 
     `gib`: what PyTorch allocates in training, or in the phase that needs most: without CUDA's own memory and what lies between
     pieces, which `max_memory_allocated` does not count either.
     """
-    try:
-        from isdaa.training.inspect import inspect
-    except ImportError:
-        return None
+    from isdaa.training.inspect import inspect
+
     if cell.stage not in (*TRAINING, "label"):
         return None
     try:

@@ -16,6 +16,8 @@ from chains import ROOT
 from isdaa.config import load_config
 from isdaa.experiments import sweep as sweeps
 from isdaa.files import read_json
+from isdaa.training import plan
+from isdaa.training.devices import Speed
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import _gpu_stages
@@ -61,6 +63,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(gpu_stages, "_process", inline)
         patched.setattr(sweeps, "LocalJobs", Inline)
+        patched.setattr(plan, "measured_speed", lambda *given: Speed(1e9, 1e9, "given", False))  # it takes seconds a cell
         status, report = call(folder)
     assert status == 0
     return {"report": report, "table": (folder / "out.md").read_text(), "folder": folder}
@@ -76,7 +79,7 @@ def test_every_cell_says_what_it_is_for(everything: dict[str, Any]) -> None:
             assert told["batch"] == 4 and told["rows_a_step"] == 8 and len(told["step_seconds"]) == 4 == len(told["losses"])
             assert told["examples_per_second"] > 0 and told["phases"]["training"]["seconds"] > 0
             assert ("saving the model" in told["phases"]) == cell.saves
-            assert told["plan"] is None or told["plan"]["gib"] > 0  # None: isdaa says nothing beforehand
+            assert told["plan"]["gib"] > 0 and told["plan"]["step_seconds"] > 0
     for name in ("align-full", "align-lora"):
         assert cells[name]["losses"] == pytest.approx(cells[f"{name}-checkpointing"]["losses"], abs=1e-5)
         assert "reference logps" in cells[name]["phases"]
