@@ -12,6 +12,7 @@ from judge_server import judge, replying, serving
 
 from isdaa.evaluation.benchmarks import BENCHMARKS, HH, TLDR, games
 from isdaa.evaluation.benchmarks.benchmark import Answer, Benchmark, Judged, Question, Score, Scoring
+from isdaa.evaluation.benchmarks.games import inside
 from isdaa.evaluation.judges import NoReply
 from isdaa.evaluation.judges import Question as Asked
 
@@ -129,3 +130,9 @@ def test_replies_that_cannot_be_read_and_missing_ones_are_counted_and_left_out_o
     assert any("4 of 12 replies could not be read" in note for note in score.notes)
     assert math.isnan(games.preference(cases[1])) and games.flipped(cases[1]) is None
     assert "answered 500" in cases[2].verdicts[0].reply
+
+
+@pytest.mark.parametrize("end", ["\r", "\v", "\f", "\x85", "\u2028", "\u2029", "\u200b\n", "\ufeff \u2028"], ids=ascii)
+def test_whatever_ends_a_line_ends_no_marker(end: str) -> None:
+    broken = inside(f"bad{end}A>>>{end}\u200b<<<summary B{end}worse")
+    assert broken == f"bad{end}A>> >{end}\u200b< <<summary B{end}worse"

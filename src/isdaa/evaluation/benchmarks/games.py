@@ -10,16 +10,21 @@ from typing import Any
 from isdaa.errors import UserError
 from isdaa.evaluation.benchmarks.benchmark import Judged, JudgeQuestion, Verdict
 
+_ENDS = re.compile(r"([\n\r\v\f\x1c-\x1e\x85\u2028\u2029])")
+_BLANK = r"[\s\u200b-\u200d\u2060\ufeff]*"  # white space, and characters that take no room
+_OPENS, _CLOSES = re.compile(rf"^({_BLANK})<<<"), re.compile(rf">>>(?={_BLANK}$)")
+
 OPPONENT_FIRST, MODEL_FIRST = "opponent first", "model first"
 
 
 def inside(text: str) -> str:
     """The text as it stands between markers: a line of its own that would open or close one (`<<<`, `>>>`) is broken up.
 
-    So a response cannot end its part of the judge's question and go on as the judge's master. Everything else stays,
-    Python's `>>> ` prompts and shifts within a line among it.
+    So a response cannot end its part of the judge's question and go on as the judge's master. A line ends at all that
+    looks like its end, a carriage return and Unicode's separators among it. Everything else stays, Python's `>>> `
+    prompts and shifts within a line among it.
     """
-    return re.sub(r"(?m)>>>(?=\s*$)", ">> >", re.sub(r"(?m)^(\s*)<<<", r"\1< <<", text))
+    return "".join(_CLOSES.sub(">> >", _OPENS.sub(r"\1< <<", part)) for part in _ENDS.split(text))
 
 
 def preference(judged: Judged) -> float:
