@@ -268,7 +268,8 @@ def test_an_endpoint_that_dies_is_given_up_and_its_replies_are_kept(tmp_path: An
         asking = judge(server, tmp_path / "cache.jsonl", concurrency=2, retries=0)
         with pytest.raises(UserError, match=r"9 questions in a row without a reply.*answered 500.*run the same command again"):
             asking.ask(asks(100))
-        assert 14 <= len(server.asked) <= 15 and len(asking.cache) == 5
+        # Five answered and nine not, in a row; another may be in flight then, and one failed before the fifth answer was read.
+        assert 14 <= len(server.asked) <= 16 and len(asking.cache) == 5
 
 
 def test_text_that_is_no_unicode_is_a_question_without_a_reply() -> None:
