@@ -234,6 +234,15 @@ def test_an_unknown_model_is_named_with_the_nearest_and_those_served() -> None:
     assert len(server.asked) == 2
 
 
+def test_an_address_without_v1_is_pointed_at() -> None:
+    """Also where the endpoint lists its models there."""
+    with serving(scripted(Answer(status=404, body=b""))) as server:
+        with pytest.raises(UserError, match=r"answered 404; check the judge's address \(it ends in /v1"):
+            judge(server.url.removesuffix("/v1")).ask(asks(3))
+        with pytest.raises(UserError, match=r"answered 404; check the judge's model and settings"):
+            judge(server.url).ask(asks(3))
+
+
 def test_settings_that_the_endpoint_refuses_end_at_once() -> None:
     body = {"error": {"message": "'temperature' does not support 0.0 with this model"}}
     line = r"answered 400: 'temperature' does not support 0.0 .*; check .* settings"

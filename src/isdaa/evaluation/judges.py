@@ -227,7 +227,7 @@ class Judge:
             served = await self._endpoint.models(client)
             if served and self.name not in served:
                 return f"{unknown_model(self._endpoint.address, self.name, served)} ({outcome.reason})"
-            if not served:
+            if not served or (outcome.complaint == 404 and not self._endpoint.address.endswith("/v1")):
                 return f"{outcome.reason}; check the judge's address (it ends in /v1 for most servers), model and settings"
         return f"{outcome.reason}; check the judge's model and settings" if outcome.complaint else outcome.reason
 
