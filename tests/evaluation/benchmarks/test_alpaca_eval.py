@@ -68,7 +68,7 @@ def test_a_misspelt_key_names_the_nearest_and_missing_answers_are_counted(output
     with pytest.raises(UserError, match=r'key \'output\' is missing \(did you mean "ouput"\?\)'):
         BENCH.read_answers(outputs, questions)
     outputs.write_text(json.dumps([ROWS[0]]))
-    with pytest.raises(UserError, match="no answer to question 1 and 1 others"):
+    with pytest.raises(UserError, match="no answer to question 1 and 1 more"):
         BENCH.read_answers(outputs, questions)
     outputs.write_text(json.dumps([{"instruction": "Another.", "output": "x", "generator": "base"}]))
     with pytest.raises(UserError, match="no answer to any of the questions"):
@@ -155,7 +155,7 @@ def test_scores_by_hand() -> None:
 def test_a_judge_that_always_says_m_gives_half_and_flips_everywhere() -> None:
     score = BENCH.score({"mine": judged([(0.0, 1.0)] * 3, [(5, 9), (9, 5), (7, 7)])}, Scoring(resamples=20))["mine"]
     assert score.figures["win_rate"].value == 0.5 and score.details["flip_rate"] == 1.0
-    assert any("contradicts itself on 100%" in note for note in score.notes)
+    assert any("contradicts itself on 100 %" in note for note in score.notes)
 
 
 def test_no_readable_reply_gives_no_figure_but_counts() -> None:

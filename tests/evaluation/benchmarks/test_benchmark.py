@@ -54,6 +54,20 @@ def test_the_projects_questions() -> None:
     assert all(len(row.get("reference", ["", ""])) == 2 for row in rows)
 
 
+def test_a_folder_called_project_hides_nothing(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert [len(one.read_questions("project", None, 3)) for one in BENCHMARKS.values()] == [3] * len(BENCHMARKS)
+
+
+def test_answers_of_two_models_are_no_opponent() -> None:
+    bench = BENCHMARKS["alpaca_eval"]
+    questions = bench.read_questions("project", None, 1)
+    answers = [Answer("0", model, ("text",)) for model in ("one", "two")]
+    with pytest.raises(UserError, match="the answers are of one, two: give those of one model alone"):
+        bench.opponents(questions, answers)
+
+
 def test_a_hub_file_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 

@@ -23,6 +23,7 @@ def questions(tmp_path: Path) -> list:
 def test_prompts_bring_the_chosen_response_as_opponent(questions: list, tmp_path: Path) -> None:
     opponents = benchmark("hh").opponents(questions)
     assert [opponents[q.id].turns[0].strip() for q in questions] == ["Hello!", "Knock, knock."]
+    assert {opponent.model for opponent in opponents.values()} == {"the chosen response"}
     posts = [{"query": "SUBREDDIT: r/x\n\nTL;DR:", "summary": "short"}]
     (question,) = benchmark("tldr").read_questions(f"tldr:{jsonl(tmp_path / 'tldr.jsonl', posts)}")
     assert question.response.strip() == "short" and question.prompt.endswith("TL;DR:")

@@ -89,7 +89,7 @@ def _question(identifier: str, row: Mapping[str, Any], where: str) -> Question:
         messages,
         category=str(row.get("dataset") or ""),
         response=output,
-        responder=str(row.get("generator") or "data"),
+        responder=str(row.get("generator") or "the data's output"),
         where=where,
         row=row,
     )

@@ -31,7 +31,7 @@ class Question:
     category: str = ""
     references: tuple[str, ...] = ()  # a right answer a turn, for the judge
     response: str | None = None  # the data set's own response, where it is the opponent
-    responder: str = "data"  # whose that response is
+    responder: str = "the data's response"  # whose that response is
     where: str = ""
     row: Row = field(default_factory=dict)
 
@@ -206,12 +206,23 @@ class Benchmark:
                 opponent = Answer(question.id, question.responder, (question.response,))
             if opponent is None:
                 raise UserError(
-                    f"{question.where}: nothing to compare an answer to question {question.id} with"
-                    + (f"; its opponent is {wanted}, the answers are of {', '.join(models)}" if len(models) > 1 else "")
-                    + f"; give answers of the opponent to every question of {self.name}"
+                    f"{question.where}: nothing to compare an answer to question {question.id} with; "
+                    + self._wanted(wanted, models)
                 )
             found[question.id] = opponent
         return found
+
+    def _wanted(self, opponent: str, models: Sequence[str]) -> str:
+        """What to do where a question has no opponent among the models that answered."""
+        if len(models) > 1 and not opponent:
+            return f"the answers are of {', '.join(models)}: give those of one model alone"
+        known = f"its opponent is {opponent}, the answers are of {', '.join(models)}; " if len(models) > 1 else ""
+        return f"{known}give answers of the opponent to every question of {self.name}"
+
+
+def counted(number: int, one: str, more: str | None = None) -> str:
+    """`1 question`, `2 questions`; more: the plural, where it is not `one` with an s."""
+    return f"{number:,} {one if number == 1 else more or one + 's'}"
 
 
 def next_prompt(question: Question, answers: Sequence[str]) -> Text | None:

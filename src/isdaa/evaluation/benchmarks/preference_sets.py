@@ -102,6 +102,7 @@ def read_questions(recipe: str, source: str, split: str | None = None, limit: in
             str(row["id"]),
             row["prompt"],
             response=_words(row["chosen"]),
+            responder="the chosen response",
             where=row["where"],
             row={"facts": row["facts"]} if row.get("facts") else {},  # of the embedded world, for its gold reward
         )

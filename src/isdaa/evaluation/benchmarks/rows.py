@@ -30,7 +30,7 @@ def question_rows(
 
     hub_file: the file of the questions in a Hub repository whose own loader is a script, or that holds many files.
     """
-    if source == PROJECT and not Path(source).exists():
+    if source == PROJECT:  # a folder of that name is `./project`
         return project_rows()[:limit]
     if hub_file is not None and not Path(source).expanduser().exists():
         source, split = _downloaded(source, hub_file, repo_type), None
@@ -146,7 +146,7 @@ def matched(answers: Iterable[Answer], questions: Sequence[Question], path: str 
     if missing:
         raise UserError(
             f"{path}: no answer to question {missing[0]}"
-            + (f" and {len(missing) - 1} others" if len(missing) > 1 else "")
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
             + "; generate them or give fewer questions"
         )
     return [found[model, question] for model in models for question in wanted or answered if (model, question) in found]
