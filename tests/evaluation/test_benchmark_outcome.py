@@ -3,14 +3,16 @@
 import io
 
 import pytest
+from scipy.stats import binomtest
 
 from isdaa.benchmark_options import add_benchmark_options
-from isdaa.evaluation.benchmark_outcome import comparisons, gap_between, headline_of, sentence, table_csv
+from isdaa.evaluation.benchmark_outcome import comparisons, fewest, gap_between, headline_of, sentence, table_csv
 from isdaa.evaluation.benchmark_request import file_name
 from isdaa.evaluation.benchmark_table import pairs_of, print_outcome, signed, spread
 from isdaa.evaluation.benchmarks import BENCHMARKS, TLDR
 from isdaa.evaluation.benchmarks.benchmark import Answer, Judged, Question, Scoring, Verdict
 from isdaa.options import OneLineParser
+from isdaa.report.benchmarks import tone
 
 SCORING = Scoring(resamples=200)
 
@@ -66,12 +68,33 @@ def test_a_gap_read_the_other_way_round_changes_its_sign():
         ([1] * 30 + [0] * 2, "better than its opponent"),
         ([0] * 30 + [1] * 2, "worse than its opponent"),
         ([0, 1] * 8, "cannot be told apart"),
-        ([1], "one question tells nothing"),
+        ([1], "1 question cannot tell two models apart"),
+        ([1] * 5, "5 questions cannot tell two models apart"),  # chance does so one time in sixteen
+        ([0] * 6, "worse than its opponent"),
     ],
 )
 def test_one_model_in_a_sentence(values, words):
     told = metrics_of({"a": values})["sentence"]
     assert told.startswith("a has a win rate of ") and " against base: " in told and words in told
+
+
+def test_how_many_questions_can_tell_two_models_apart():
+    """As many as a two-sided sign test needs where all go the same way."""
+    for confidence in (0.5, 0.9, 0.95, 0.99):
+        n = fewest(confidence)
+        assert binomtest(n, n).pvalue <= 1 - confidence < binomtest(n - 1, n - 1).pvalue
+
+
+@pytest.mark.parametrize(
+    ("n", "told", "colour"), [(5, "it cannot be told from weak", "under"), (6, "points ahead of weak", "not")]
+)
+def test_few_questions_put_no_model_ahead_of_another(n, told, colour):
+    metrics = metrics_of({"weak": [0] * n, "strong": [1] * n})
+    assert told in metrics["sentence"] and tone(metrics) == colour
+    print_outcome(metrics, out := io.StringIO())
+    assert "somewhat too narrow for so few" in " ".join(out.getvalue().split())
+    print_outcome(metrics_of({"a": [0, 1] * 25}), out := io.StringIO())
+    assert "too narrow" not in out.getvalue()
 
 
 def test_several_models_in_a_sentence():
@@ -82,7 +105,7 @@ def test_several_models_in_a_sentence():
 
 def test_no_readable_reply_is_no_result():
     metrics = metrics_of({"a": [None, None]})
-    assert metrics["sentence"] == "no reply of the judge could be read, so there is no result."
+    assert metrics["sentence"] == "No reply of the judge could be read, so there is no result."
     partial = metrics_of({"a": [1, 0]}, partial=True, questions={"count": 5, "judged": 2})
     assert partial["sentence"].startswith("Partial, 2 of 5 questions judged: a has")
 

@@ -17,7 +17,7 @@ import isdaa.models.sampling
 from isdaa.cli import main
 from isdaa.evaluation.benchmarks import BENCHMARKS
 from isdaa.evaluation.records import Lines
-from isdaa.files import read_json, read_jsonl
+from isdaa.files import read_json, read_jsonl, write_jsonl
 from isdaa.world import gold_reward, make_posts
 
 NAMES = list(BENCHMARKS)
@@ -159,15 +159,15 @@ def test_a_judge_who_likes_a_place_gives_half_and_flips_always(models, tmp_path,
             assert model["figures"]["win_rate"]["mean"] == 0.5
             assert model["details"]["flip_rate"] == 1.0
             assert "contradicts itself" in " ".join(model["notes"])
-    assert "cannot be told apart" in " ".join(capsys.readouterr().out.split())
+    assert "4 questions cannot tell two models apart" in " ".join(capsys.readouterr().out.split())
 
 
 def test_answers_of_another_tool_are_judged_and_paired(tmp_path, no_models):
     (questions := tmp_path / "q.jsonl").write_text(
-        "".join(json.dumps({"instruction": f"Task {i}", "output": "plain", "generator": "base"}) + "\n" for i in range(5))
+        "".join(json.dumps({"instruction": f"Task {i}", "output": "plain", "generator": "base"}) + "\n" for i in range(8))
     )
     files = []
-    for label, words in (("strong", ["GOOD"] * 5), ("weak", ["GOOD", "poor", "poor", "poor", "poor"])):
+    for label, words in (("strong", ["GOOD"] * 8), ("weak", ["GOOD", *["poor"] * 7])):
         rows = [{"instruction": f"Task {i}", "output": word, "generator": label} for i, word in enumerate(words)]
         (file := tmp_path / f"{label}.json").write_text(json.dumps(rows))
         files.append(str(file))
@@ -178,10 +178,10 @@ def test_answers_of_another_tool_are_judged_and_paired(tmp_path, no_models):
     # Against `plain` the word GOOD wins in both orders; where nothing is GOOD, the first always wins: a half.
     strong, weak = metrics["models"]
     assert strong["figures"]["win_rate"]["mean"] == 1.0
-    assert weak["figures"]["win_rate"]["mean"] == pytest.approx((1 + 4 * 0.5) / 5)
+    assert weak["figures"]["win_rate"]["mean"] == pytest.approx((1 + 7 * 0.5) / 8)
     (pair,) = metrics["comparisons"]
-    assert (pair["first"], pair["second"], pair["better"], pair["equal"], pair["worse"]) == ("strong", "weak", 4, 1, 0)
-    assert pair["difference"]["mean"] == pytest.approx(0.4)
+    assert (pair["first"], pair["second"], pair["better"], pair["equal"], pair["worse"]) == ("strong", "weak", 7, 1, 0)
+    assert pair["difference"]["mean"] == pytest.approx(7 / 16)
     assert pair["difference"]["low"] > 0
     assert metrics["opponent"] == "base"
     assert metrics["sentence"].startswith("strong leads on AlpacaEval 2 with a")
@@ -247,6 +247,26 @@ def test_without_a_judge_there_are_answers_and_a_word_on_judging(models, tmp_pat
         assert evaluate("mt_bench", tmp_path / "out", *project(models, "one", baseline=False), *judge_options(url)) == 0
         assert len(judge.asked) == 8
     assert read_jsonl(tmp_path / "out/generations.jsonl") == rows
+
+
+def test_answers_alone_do_not_take_the_place_of_figures(finished, models, capsys):
+    folder = finished("mt_bench")
+    before = (folder / "metrics.json").read_bytes()
+    assert evaluate("mt_bench", folder, *project(models, "one", baseline=False)) == 0
+    assert "nothing is judged" in capsys.readouterr().out
+    assert (folder / "metrics.json").read_bytes() == before
+
+
+def test_models_judged_on_different_questions_are_told(tmp_path, capsys):
+    asked = [row | {"turn": turn} for row in [{"question_id": 81 + i} for i in range(4)] for turn in (1, 2)]
+    rows = [{**row, "model": model, "judge": ["j", "t"], "judgment": "[[5]]", "score": 5} for model in "AB" for row in asked]
+    questions, file = tmp_path / "questions.jsonl", tmp_path / "judgments.jsonl"
+    write_jsonl(questions, [{"question_id": 81 + i, "category": "writing", "turns": ["Hi", "And?"]} for i in range(4)])
+    write_jsonl(file, rows[:-2])  # B lacks the last question
+    assert evaluate("mt_bench", tmp_path / "out", "--questions", questions, "--judgments", file, limit=None) == 0
+    words = "judged on 3 of 4 questions: compare it by the paired differences alone"
+    assert f"B: {words}" in " ".join(capsys.readouterr().out.split())
+    assert [words in model["notes"] for model in read_json(tmp_path / "out/metrics.json")["models"]] == [False, True]
 
 
 def test_mt_bench_asks_its_second_turn_after_the_first_and_at_the_categorys_temperature(models, tmp_path):
@@ -364,9 +384,9 @@ def test_a_judge_who_never_says_anything_gives_no_result(name, models, tmp_path,
     with judge_server(lambda talk: "Hm.") as (_, url):
         options = [*project(models, "one", "two", baseline=name != "mt_bench"), *judge_options(url)]
         assert evaluate(name, tmp_path / "out", *options, limit=2) == 0
-    assert "no reply of the judge could be read" in " ".join(capsys.readouterr().out.split())
+    assert "No reply of the judge could be read" in " ".join(capsys.readouterr().out.split())
     page = (tmp_path / "out/report.html").read_text()
-    assert "no reply of the judge could be read, so there is no result." in page and '<td class="n">4</td>' in page
+    assert "No reply of the judge could be read, so there is no result." in page and '<td class="n">4</td>' in page
 
 
 def test_a_question_without_a_reply_is_counted_and_asked_again(models, tmp_path):

@@ -65,7 +65,7 @@ def honest(number: int, body: dict[str, Any]) -> Response:
 def test_a_judge_that_always_says_a_gives_half_and_flips_every_time(bench: Benchmark) -> None:
     score = scored(judged(replying("Better: A"), bench), bench)
     assert score.figures["win_rate"].value == 0.5 and score.details["flip_rate"] == 1.0
-    assert any("contradicts itself on 100%" in note for note in score.notes)
+    assert any("contradicts itself on 100 %" in note for note in score.notes)
 
 
 @pytest.mark.parametrize("bench", [TLDR, HH], ids=lambda bench: bench.name)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from isdaa.evaluation.benchmarks.benchmark import Benchmark, Judged, Score, Scoring, prompt_text
+from isdaa.evaluation.benchmarks.benchmark import Benchmark, Judged, Score, Scoring, counted, prompt_text
 from isdaa.evaluation.statistics import difference_interval
 
 WORDS = {
@@ -92,7 +93,7 @@ def sentence(bench: Benchmark, metrics: Mapping[str, Any]) -> str:
     headline, questions = metrics["headline"], metrics["questions"]
     start = f"Partial, {questions['judged']} of {questions['count']} questions judged: " if metrics["partial"] else ""
     if not headline:
-        return f"{start}no reply of the judge could be read, so there is no result."
+        return f"{start}{'no' if start else 'No'} reply of the judge could be read, so there is no result."
     share = is_share(headline)
     order = ranked(metrics)
     best = order[0]
@@ -103,7 +104,8 @@ def sentence(bench: Benchmark, metrics: Mapping[str, Any]) -> str:
     if len(order) == 1:
         if not share:
             return f"{start}{best['model']} has a {name} of {told}{level} on {bench.title}."
-        return f"{start}{best['model']} has a {name} of {told} against {metrics['opponent']}: {_against(figure)}."
+        against = f"{metrics['opponent']}: {_against(figure, metrics['confidence'])}"
+        return f"{start}{best['model']} has a {name} of {told} against {against}."
     return f"{start}{best['model']} leads on {bench.title} with a {name} of {told}{level}{_lead(order, metrics, share)}."
 
 
@@ -114,12 +116,26 @@ def _range(figure: Mapping[str, Any], share: bool) -> str:
     return f" [{low}, {high}]"
 
 
-def _against(figure: Mapping[str, Any]) -> str:
-    if figure["low"] is None:
-        return "one question tells nothing"
-    if figure["low"] > 0.5:
-        return "better than its opponent"
-    return "worse than its opponent" if figure["high"] < 0.5 else "the two cannot be told apart on these questions"
+def fewest(confidence: float) -> int:
+    """How many questions tell two models apart at best, if every one goes the same way: what a sign test needs.
+
+    With fewer a bootstrap interval may have no width at all, and would tell apart what chance does: 6 at 95 %.
+    """
+    return 1 + math.ceil(-math.log2(1 - confidence))
+
+
+def told_apart(interval: Mapping[str, Any], even: float, confidence: float) -> int:
+    """1 where the interval lies above `even`, −1 below; 0 where it holds it, or its questions are too few."""
+    if interval["low"] is None or interval["n"] < fewest(confidence):
+        return 0
+    return int(interval["low"] > even) - int(interval["high"] < even)
+
+
+def _against(figure: Mapping[str, Any], confidence: float) -> str:
+    if figure["n"] < fewest(confidence):
+        return f"{counted(figure['n'], 'question')} cannot tell two models apart"
+    apart = ("the two cannot be told apart on these questions", "better than its opponent", "worse than its opponent")
+    return apart[told_apart(figure, 0.5, confidence)]
 
 
 def _lead(order: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], share: bool) -> str:
@@ -132,7 +148,7 @@ def _lead(order: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], share:
         if gap is None:
             continue
         points = f"{100 * gap['mean']:.1f} points" if share else f"{gap['mean']:.2f}"
-        (ahead if gap["low"] is not None and gap["low"] > 0 else alike).append((other["model"], points))
+        (ahead if told_apart(gap, 0, metrics["confidence"]) > 0 else alike).append((other["model"], points))
     parts = []
     if ahead:
         parts.append(

@@ -22,12 +22,12 @@ from isdaa.evaluation.benchmark_outcome import comparisons, examples, headline_o
 from isdaa.evaluation.benchmark_request import BenchmarkRequest, file_name
 from isdaa.evaluation.benchmarks import benchmark
 from isdaa.evaluation.benchmarks.alpaca_eval import ALPACA_EVAL, read_difficulty
-from isdaa.evaluation.benchmarks.benchmark import Answer, Benchmark, Judged, Question, Scoring
+from isdaa.evaluation.benchmarks.benchmark import Answer, Benchmark, Judged, Question, Scoring, counted
 from isdaa.evaluation.benchmarks.mt_bench import MT_BENCH, with_references
 from isdaa.evaluation.benchmarks.rows import PROJECT, without_repeats
 from isdaa.evaluation.records import Lines, locked
 from isdaa.evaluation.scorers import load_scorer
-from isdaa.files import write_atomically, write_json
+from isdaa.files import read_json, write_atomically, write_json
 from isdaa.record import git_revision, versions
 
 FORMAT = 1
@@ -99,7 +99,8 @@ def run_benchmark(request: BenchmarkRequest) -> Outcome:
         metrics = _described(bench, request, questions, settings if respondents else None)
         if judge is None:
             metrics |= {"models": [_entry(side) for side in sides], "opponent": other.label if other is not None else None}
-            write_json(folder / METRICS, metrics)
+            if not _judged_before(folder):
+                write_json(folder / METRICS, metrics)
             return Outcome(metrics, folder)
         if other is not None:
             opponents = dict(other.answers)
@@ -113,6 +114,11 @@ def run_benchmark(request: BenchmarkRequest) -> Outcome:
         _write_judgments(bench, folder, judge.name, found)
         metrics = _scored(bench, request, metrics, found, {side.label: side for side in sides}, judge.both_orders, folder)
         return Outcome(metrics, folder, stopped)
+
+
+def _judged_before(folder: Path) -> bool:
+    """Whether figures are there, which answers alone must not take the place of."""
+    return (folder / METRICS).is_file() and read_json(folder / METRICS).get("judge") is not None
 
 
 def _check(bench: Benchmark, request: BenchmarkRequest) -> None:
@@ -305,12 +311,18 @@ def _scored(
     scoring = Scoring(request.resamples, request.confidence, request.seed, difficulty)
     scores = bench.score(found, scoring)
     models = []
+    asked = len({one.question.id for answers in found.values() for one in answers})
     for label, score in scores.items():
         plain = score.to_json()
         if not both_orders:
             plain["details"].pop("flip_rate", None)
         entry = _entry(sides[label]) if label in sides else {"model": label, "path": None, "answers": None}
-        models.append(entry | plain | {"notes": [*plain["notes"], *_remarks(entry)]})
+        notes = [*plain["notes"], *_remarks(entry)]
+        if len(found[label]) < asked:
+            notes.append(
+                f"judged on {len(found[label])} of {counted(asked, 'question')}: compare it by the paired differences alone"
+            )
+        models.append(entry | plain | {"notes": notes})
     opponents = sorted({one.opponent.model for answers in found.values() for one in answers if one.opponent is not None})
     metrics |= {
         "headline": headline_of(scores),

@@ -11,11 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from isdaa.evaluation.benchmark_outcome import WORDS, is_share, ranked
+from isdaa.evaluation.benchmarks.benchmark import counted
 from isdaa.evaluation.table import PLAIN_WIDTH, number, percent
 
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]
 # Figures that the table has room for, in this order; the others are in the report and in metrics.json.
 SHOWN = ("length_controlled_win_rate", "equal_style_win_rate", "win_rate", "score", "turn_1", "turn_2")
+ENOUGH = 50  # questions from which on a bootstrap interval covers about as often as it says
 EVERY_PAIR = 3  # models of which every two are compared in the terminal
 HEADERS = {"length_controlled_win_rate": "LC win rate", "equal_style_win_rate": "at equal style"}
 
@@ -119,18 +121,24 @@ def legend(metrics: Mapping[str, Any]) -> list[str]:
         ]
     level = f"{metrics['confidence'] * 100:g} %"
     count = questions["judged"]
-    lines = [f"{count} question{'s' * (count != 1)}; ± is half of a {level} bootstrap interval over questions."]
+    lines = [f"{counted(count, 'question')}; ± is half of a {level} bootstrap interval over questions{few(count)}."]
     against = f" against {metrics['opponent']}" if metrics["opponent"] else ""
     lines.append(f"{metrics['title']}{against}, judged by {judge['name']}{_cost(judge)}.")
     lines += [f"{model['model']}: {note}." for model in metrics["models"] for note in model["notes"]]
     return lines
 
 
+def few(questions: int) -> str:
+    """What is to be said of the intervals over so few questions (`statistics.mean_interval`)."""
+    return ", somewhat too narrow for so few" if questions < ENOUGH else ""
+
+
 def _cost(judge: Mapping[str, Any]) -> str:
     usage = judge.get("usage")
     if usage is None:
         return ""
-    words = [f"{usage['requests']:,} requests", f"{usage['cached']:,} replies kept from before"]
+    kept = "reply" if usage["cached"] == 1 else "replies"
+    words = [counted(usage["requests"], "request"), f"{usage['cached']:,} {kept} kept from before"]
     words.append(f"{usage['prompt_tokens']:,} tokens read and {usage['completion_tokens']:,} written")
     words += [f"cost {usage['cost']:.2f}"] if usage["cost"] is not None else []
     return f" ({', '.join(words)})"

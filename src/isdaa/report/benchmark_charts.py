@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from isdaa.evaluation.benchmark_outcome import gap_between, is_share, ranked
+from isdaa.evaluation.benchmark_outcome import fewest, gap_between, is_share, ranked
 from isdaa.report.figures import Figure
 from isdaa.report.style import INK, LETTER, MUTED, PALETTE, PAPER, Drawing, configured, frame, layer
 
@@ -32,17 +32,16 @@ def benchmark_figures(metrics: Mapping[str, Any]) -> list[Figure]:
     figures = [Figure("models", "result", title_of(headline) + against, caption, lambda width: models_chart(metrics, width), 1)]
     if len(ranked(metrics)) > 1 and metrics["comparisons"]:
         best = leader(metrics)
-        caption = (
-            f"Each model minus {best}, on the same questions, with {level} intervals over questions. An interval that does not "
-            "reach zero tells the two apart."
-        )
+        caption = f"Each model minus {best}, on the same questions, with {level} intervals over questions."
+        if metrics["questions"]["judged"] >= fewest(metrics["confidence"]):
+            caption += " An interval that does not reach zero tells the two apart."
         figures.append(
             Figure(
                 "differences", "result", "Difference from the best", caption, lambda width: differences_chart(metrics, width), 1
             )
         )
     if categories_of(metrics):
-        caption = f"Bars are {level} intervals over the questions of a category; few questions, wide intervals."
+        caption = f"Bars are {level} intervals over the questions of a category; over few questions they are rough."
         figures.append(
             Figure("categories", "categories", "By category", caption, lambda width: categories_chart(metrics, width), 1)
         )
@@ -51,7 +50,7 @@ def benchmark_figures(metrics: Mapping[str, Any]) -> list[Figure]:
 
 def title_of(headline: str) -> str:
     """The headline's name as a title."""
-    names = {"length_controlled_win_rate": "Length-controlled win rate", "score": "Mean grade, of 10"}
+    names = {"length_controlled_win_rate": "Length-controlled win rate", "score": "Mean grade"}
     return names.get(headline, "Win rate")
 
 
@@ -99,7 +98,7 @@ def differences_chart(metrics: Mapping[str, Any], width: int) -> Drawing:
         gap = gap_between(metrics["comparisons"], name, best)
         if gap is not None:
             rows.append(_row(name, gap, colours[name], share))
-    title = f"Difference from {_cut(best, width)} ({'points' if share else 'of a grade'})"
+    title = f"Difference from {_cut(best, width)} ({'points' if share else 'grades'})"
     return _dots(rows, width, title, share, even=0.0, within=None)
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.errors import UserError
-from isdaa.evaluation.benchmark_outcome import WORDS, gap_between, is_share, ranked
+from isdaa.evaluation.benchmark_outcome import WORDS, gap_between, is_share, ranked, told_apart
 from isdaa.evaluation.benchmark_run import EXAMPLES, METRICS
-from isdaa.evaluation.benchmark_table import percent, signed
+from isdaa.evaluation.benchmark_table import few, percent, signed
 from isdaa.files import read_json, write_atomically
 from isdaa.report import words
 from isdaa.report.benchmark_charts import benchmark_figures, categories_of, colours_of
@@ -61,6 +61,7 @@ def render(
         share=share,
         headline=WORDS.get(metrics["headline"], metrics["headline"]),
         tone=tone(metrics),
+        few=few(metrics["questions"]["judged"]),
         notes=[f"{model['model']}: {note}" for model in models for note in model["notes"]],
         colours=colours_of(metrics),
         style=Markup(style),
@@ -88,16 +89,14 @@ def tone(metrics: Mapping[str, Any]) -> str:
     """The sentence's colour: green where something is told apart, grey-yellow where not."""
     if not metrics["headline"]:
         return "none"
+    confidence = metrics["confidence"]
     best, *others = [model["model"] for model in ranked(metrics)]
     if others:
         gaps = [gap_between(metrics["comparisons"], best, other) for other in others]
-        return "not" if gaps and all(gap is not None and gap["low"] is not None and gap["low"] > 0 for gap in gaps) else "under"
+        return "not" if all(gap is not None and told_apart(gap, 0, confidence) > 0 for gap in gaps) else "under"
     if not is_share(metrics["headline"]):
         return "none"
-    value = ranked(metrics)[0]["figures"][metrics["headline"]]
-    if value["low"] is None:
-        return "under"
-    return "not" if value["low"] > 0.5 else "over" if value["high"] < 0.5 else "under"
+    return ("under", "not", "over")[told_apart(ranked(metrics)[0]["figures"][metrics["headline"]], 0.5, confidence)]
 
 
 def _pairs(metrics: Mapping[str, Any], order: Sequence[str]) -> list[dict[str, Any]]:

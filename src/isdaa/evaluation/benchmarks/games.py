@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from isdaa.errors import UserError
-from isdaa.evaluation.benchmarks.benchmark import Judged, JudgeQuestion, Verdict
+from isdaa.evaluation.benchmarks.benchmark import Judged, JudgeQuestion, Verdict, counted
 
 _ENDS = re.compile(r"([\n\r\v\f\x1c-\x1e\x85\u2028\u2029])")
 _BLANK = r"[\s\u200b-\u200d\u2060\ufeff]*"  # white space, and characters that take no room
@@ -67,13 +67,15 @@ def notes(count: dict[str, int], flips: float | None = None) -> list[str]:
     lines = []
     if count["unparsed"]:
         lines.append(
-            f"{count['unparsed']} of {count['replies']} replies could not be read; "
-            f"{count['left_out']} of {count['questions']} questions are left out for it"
+            f"{count['unparsed']} of {counted(count['replies'], 'reply', 'replies')} could not be read; "
+            f"{count['left_out']} of {counted(count['questions'], 'question')} left out for it"
         )
     if count["hard"] and count["soft"]:
-        lines.append(f"{count['hard']} votes are hard, for the endpoint gave no log-probabilities; {count['soft']} are soft")
+        lines.append(
+            f"{counted(count['hard'], 'vote')} hard, {count['soft']} soft: without log-probabilities a vote is a win or a loss"
+        )
     if flips is not None and flips > 0.5:
-        lines.append(f"the judge contradicts itself on {flips:.0%} of the questions when the order is swapped")
+        lines.append(f"the judge contradicts itself on {100 * flips:.0f} % of the questions when the order is swapped")
     return lines
 
 

@@ -30,6 +30,7 @@ from isdaa.evaluation.benchmarks.benchmark import (
     Score,
     Scoring,
     Verdict,
+    counted,
     prompt_text,
 )
 from isdaa.evaluation.benchmarks.rows import identity, matched, objects, question_rows, text, texts, without_repeats
@@ -183,7 +184,7 @@ def _score(judged: list[Judged], scoring: Scoring) -> Score:
     if failed:
         lines.append(f"{len(failed)} of {len(verdicts)} grades could not be read; the means are of the others")
     if bare:
-        lines.append(f"{bare} questions of {', '.join(WITH_REFERENCE)} have no right answer to be graded against")
+        lines.append(f"no right answer to grade against: {counted(bare, 'question')} of {', '.join(WITH_REFERENCE)}")
         count["without_reference"] = bare
     means = {one.question.id: _grades(one, TURNS) for one in judged}
     by_question = {identifier: sum(grades) / len(grades) for identifier, grades in means.items() if grades}
