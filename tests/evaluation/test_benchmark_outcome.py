@@ -8,10 +8,11 @@ from scipy.stats import binomtest
 from isdaa.benchmark_options import add_benchmark_options
 from isdaa.evaluation.benchmark_outcome import comparisons, fewest, gap_between, headline_of, sentence, table_csv
 from isdaa.evaluation.benchmark_request import file_name
-from isdaa.evaluation.benchmark_table import pairs_of, print_outcome, signed, spread
+from isdaa.evaluation.benchmark_table import pairs_of, print_outcome, raw_mark, signed, spread
 from isdaa.evaluation.benchmarks import BENCHMARKS, TLDR
 from isdaa.evaluation.benchmarks.benchmark import Answer, Judged, Question, Scoring, Verdict
 from isdaa.options import OneLineParser
+from isdaa.report.benchmark_charts import _domain
 from isdaa.report.benchmarks import tone
 
 SCORING = Scoring(resamples=200)
@@ -116,6 +117,22 @@ def test_a_model_of_which_nothing_could_be_read_takes_no_part():
     assert [(row["first"], row["second"]) for row in metrics["comparisons"]] == [("a", "b")]
     print_outcome(metrics, out := io.StringIO())
     assert "mute" in out.getvalue() and "2 of 2 replies could not be read" in " ".join(out.getvalue().split())
+
+
+def test_a_raw_difference_under_a_controlled_headline_is_marked():
+    metrics = metrics_of({"a": [1, 0, 1], "b": [0, 0, 1]})
+    assert raw_mark(metrics["comparisons"][0], "length_controlled_win_rate") == ""
+    metrics["comparisons"][0]["headline_difference"] = None
+    assert raw_mark(metrics["comparisons"][0], "win_rate") == ""
+    assert raw_mark(metrics["comparisons"][0], "length_controlled_win_rate") == " raw"
+    figures = {"length_controlled_win_rate": {"mean": 0.5, "low": None, "high": None, "n": 3}}
+    models = [model | {"figures": model["figures"] | figures} for model in metrics["models"]]
+    print_outcome(metrics | {"headline": "length_controlled_win_rate", "models": models}, out := io.StringIO())
+    assert "+33.3 [+0.0, +100.0] raw" in out.getvalue()
+
+
+def test_equal_models_are_drawn_on_an_axis_that_can_be_read():
+    assert _domain([0.0, 0.0], None) == [-0.25, 0.25] and _domain([50.0], (0.0, 100.0)) == [49.0, 51.0]
 
 
 def test_of_many_models_the_terminal_compares_each_with_the_best():

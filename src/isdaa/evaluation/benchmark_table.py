@@ -18,6 +18,7 @@ Column = tuple[str, Callable[[Mapping[str, Any]], str]]
 # Figures that the table has room for, in this order; the others are in the report and in metrics.json.
 SHOWN = ("length_controlled_win_rate", "equal_style_win_rate", "win_rate", "score", "turn_1", "turn_2")
 ENOUGH = 50  # questions from which on a bootstrap interval covers about as often as it says
+RAW = ("win_rate", "score")
 EVERY_PAIR = 3  # models of which every two are compared in the terminal
 HEADERS = {"length_controlled_win_rate": "LC win rate", "equal_style_win_rate": "at equal style"}
 
@@ -87,11 +88,19 @@ def _pair_columns(metrics: Mapping[str, Any]) -> list[Column]:
     headline = HEADERS.get(metrics["headline"]) or WORDS.get(metrics["headline"], metrics["headline"])
     return [
         ("compared", lambda row: f"{row['first']} − {row['second']}"),
-        (headline, lambda row: signed(row["headline_difference"] or row["difference"], share)),
+        (
+            headline,
+            lambda row: signed(row["headline_difference"] or row["difference"], share) + raw_mark(row, metrics["headline"]),
+        ),
         ("better", lambda row: str(row["better"])),
         ("equal", lambda row: str(row["equal"])),
         ("worse", lambda row: str(row["worse"])),
     ]
+
+
+def raw_mark(row: Mapping[str, Any], headline: str) -> str:
+    """Says where two models have no difference of the headline, so that the raw figure's stands in its place."""
+    return " raw" if row["headline_difference"] is None and headline not in RAW else ""
 
 
 def spread(figure: Mapping[str, Any] | None, share: bool) -> str:

@@ -13,6 +13,7 @@ NARROW = 500  # pixels; below, labels are cut and letters smaller
 LONGEST, LONGEST_WIDE = 24, 44  # letters of a model's name on a narrow drawing, and on a wide one
 # The figure that stands beside the headline as a hollow dot: what it was before anything was controlled for.
 PLAIN = "win_rate"
+LEAST_MARGIN = 0.25  # of a point or a grade: where all that is drawn is one value
 
 
 def benchmark_figures(metrics: Mapping[str, Any]) -> list[Figure]:
@@ -184,7 +185,7 @@ def _dots(
 def _domain(values: Sequence[float], within: tuple[float, float] | None) -> list[float]:
     """A little more than what is drawn, and no more than there can be."""
     low, high = min(values), max(values)
-    margin = max(0.06 * (high - low), 0.02 * abs(high), 1e-6)
+    margin = max(0.06 * (high - low), 0.02 * abs(high), LEAST_MARGIN)
     if within is None:
         return [low - margin, high + margin]
     return [max(low - margin, within[0] - 0.5), min(high + margin, within[1] + 0.5)]

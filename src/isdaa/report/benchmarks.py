@@ -9,7 +9,7 @@ from typing import Any
 from isdaa.errors import UserError
 from isdaa.evaluation.benchmark_outcome import WORDS, gap_between, is_share, ranked, told_apart
 from isdaa.evaluation.benchmark_run import EXAMPLES, METRICS
-from isdaa.evaluation.benchmark_table import few, percent, signed
+from isdaa.evaluation.benchmark_table import few, percent, raw_mark, signed
 from isdaa.files import read_json, write_atomically
 from isdaa.report import words
 from isdaa.report.benchmark_charts import benchmark_figures, categories_of, colours_of
@@ -109,5 +109,15 @@ def _pairs(metrics: Mapping[str, Any], order: Sequence[str]) -> list[dict[str, A
         names = (second, first) if swap else (first, second)
         better, worse = (row["worse"], row["better"]) if swap else (row["better"], row["worse"])
         gap = gap_between([row], *names)
-        rows.append({"first": names[0], "second": names[1], "gap": gap, "better": better, "worse": worse, "equal": row["equal"]})
+        rows.append(
+            {
+                "first": names[0],
+                "second": names[1],
+                "gap": gap,
+                "raw": raw_mark(row, metrics["headline"]),
+                "better": better,
+                "worse": worse,
+                "equal": row["equal"],
+            }
+        )
     return sorted(rows, key=lambda row: (place.get(row["first"], 0), place.get(row["second"], 0)))
