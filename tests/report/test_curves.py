@@ -1,17 +1,20 @@
 """Charts of the report: what is drawn, and that the drawing is whole."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from report_studies import cells, study, sweep, trajectory
 
-from isdaa.evaluation.comparison import at_matched_kl, summarise
+from isdaa.evaluation.comparison import MatchedKl, SeedMean, at_matched_kl, summarise
 from isdaa.evaluation.overoptimization import fit_law
 from isdaa.report.courses import Quantity, course_chart, thin, weights_of
 from isdaa.report.curves import final_chart, matched_kl_chart, study_chart
 from isdaa.report.lines import lines_of, panels_of
 from isdaa.report.style import PALETTE, inline_svg, legend_columns, save_chart, svg_of
+
+ENDS = {"dpo": (0.731, 0.709), "is_dpo": (0.725, 0.731)}
 
 
 def test_a_study_has_a_panel_a_beta_with_seeds_behind_their_mean():
@@ -86,6 +89,14 @@ def test_matched_kl_chart():
     matched = at_matched_kl([run for run in sweep(seeds=3).runs if "0.01" in run.cell], "dpo-beta0.01")
     chart = matched_kl_chart(matched).to_dict(validate=True)
     assert {layer["mark"]["type"] for layer in chart["layer"]} == {"area", "line"}
+
+
+def test_no_two_ticks_carry_the_same_label():
+    """Win rates within two hundredths, on an axis whose labels have two digits."""
+    means = {cell: [SeedMean(value, None, None, 1, (value,)) for value in ends] for cell, ends in ENDS.items()}
+    svg = svg_of(matched_kl_chart(MatchedKl(np.array([1.4, 1.6]), means, {}, "dpo")).to_dict())
+    labels = re.findall(r">(0\.\d+)</text>", svg)
+    assert len(labels) >= 2 and len(set(labels)) == len(labels)
 
 
 def test_a_course_has_the_reference_and_skips_what_nobody_measured():

@@ -114,7 +114,7 @@ def final_chart(
     title = f"Win rate against {opponent} at the end of training"
 
     def x(name: str) -> Any:
-        axis = alt.Axis(title=title, format=".2f", tickCount=6, grid=False)
+        axis = alt.Axis(title=title, format=".2f", tickMinStep=0.01, tickCount=6, grid=False)
         return alt.X(f"{name}:Q", scale=alt.Scale(domain=list(domain), nice=False, zero=False), axis=axis)
 
     colour = alt.Color("colour:N", scale=None)
@@ -224,9 +224,9 @@ def colour_of(alt: Any, names: Sequence[str], palette: Sequence[str], width: int
 
 def win_axis(alt: Any, opponent: str = "") -> Any:
     """The axis of win rates."""
-    return alt.Axis(
-        title=f"Win rate against {opponent}" if opponent else "Win rate", format=".2f", tickCount=5, domain=False, ticks=False
-    )
+    title = f"Win rate against {opponent}" if opponent else "Win rate"
+    # Ticks closer than their labels can tell would carry the same label twice.
+    return alt.Axis(title=title, format=".2f", tickMinStep=0.01, tickCount=5, domain=False, ticks=False)
 
 
 def mean_path(runs: Sequence[Trajectory]) -> tuple[np.ndarray, np.ndarray] | None:
