@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from isdaa.config import LoraConfig, load_config
 from isdaa.training.devices import Speed
 from isdaa.training.examine import Part, writes_date
 from isdaa.training.histogram import HEIGHT, heights, print_histogram
-from isdaa.training.inspect import inspect
+from isdaa.training.inspect import _warn_of_plan, inspect
 from isdaa.training.inspect_page import print_to
-from isdaa.training.plan import batches_of, plan
+from isdaa.training.plan import Phase, Plan, batches_of, plan
 from isdaa.training.rehearsal import Rows, Setting, Stage, layout_of
 from isdaa.training.token_view import lines_of, readable, shown_pair
 
@@ -300,6 +301,13 @@ def test_bfloat16_weights_are_warned_of(place: Path) -> None:
     warned = inspect(aligned(**{"model.dtype": "bfloat16"}), plans=False).warnings
     assert any("bfloat16" in line and "float32" in line for line in warned)
     assert not any("bfloat16" in line for line in inspect(aligned(), plans=False).warnings)
+
+
+def test_a_busy_machine_is_said_to_be_one() -> None:
+    said: list[str] = []
+    for elsewhere in (0.02, 0.4):
+        _warn_of_plan(Plan("align", "cpu", [Phase("training", {})], replace(SPEED, elsewhere=elsewhere), 1, 1), said.append)
+    assert len(said) == 1 and "other programs had 40% of the cores" in said[0]
 
 
 # Plans, then trains, in one process: the libraries are loaded once. The rehearsal allocates next to nothing.

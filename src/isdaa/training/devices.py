@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 import statistics
 import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 import torch
 
 from isdaa.errors import UserError, nearest
@@ -49,12 +51,14 @@ NAMES = ("auto", "cpu", *PRESETS)
 
 @dataclass(frozen=True)
 class Speed:
-    """operations: a second; parameters: that the optimiser updates a second; how: where the figures come from."""
+    """operations: a second; parameters: that the optimiser updates a second; how: where the figures come from; elsewhere:
+    share of the cores that other programs had while it was measured."""
 
     operations: float
     parameters: float
     how: str
     measured: bool
+    elsewhere: float = 0.0
 
 
 def check_name(name: str) -> None:
@@ -82,7 +86,7 @@ def measured_speed(setting: Setting, batch: Layout | Rows) -> Speed:
     optimiser = torch.optim.AdamW(stage.trainable, lr=0.0, fused=True)
     steps: list[float] = []
     updates: list[float] = []
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), _work_of_others()
     while len(steps) < 3 or (time.perf_counter() - began < SECONDS and len(steps) < 50):
         start = time.perf_counter()
         stage.compute(batch)
@@ -91,13 +95,20 @@ def measured_speed(setting: Setting, batch: Layout | Rows) -> Speed:
         optimiser.zero_grad()
         steps.append(middle - start)
         updates.append(time.perf_counter() - middle)
+    elsewhere = (_work_of_others() - worked) / (time.perf_counter() - began) / (os.cpu_count() or 1)
     seconds, update = statistics.median(steps[1:]), statistics.median(updates[1:])
     layers = _layers(small.architecture)
     whole = layers == _layers(setting.architecture)
     model = "the model" if whole else f"the model cut to {layers} layers"
     rate, threads = operations / seconds, torch.get_num_threads()
     how = f"measured: {len(steps)} steps of {model} with random weights, {rate / 1e9:.0f} GFLOP/s on {threads} threads"
-    return Speed(rate, stage.trainable_parameters / update, how, True)
+    return Speed(rate, stage.trainable_parameters / update, how, True, max(0.0, elsewhere))
+
+
+def _work_of_others() -> float:
+    """Seconds that all cores have worked for other processes than this one, from some moment on."""
+    times = psutil.cpu_times()
+    return float(times.user + times.system + getattr(times, "nice", 0.0)) - time.process_time()
 
 
 def product_speed(hidden: int, intermediate: int, dtype: torch.dtype) -> Speed:

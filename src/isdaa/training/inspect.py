@@ -20,6 +20,8 @@ from isdaa.training.run import Run
 from isdaa.training.start import cache_folder, starting_path, tokenizer_of
 from isdaa.training.supervised import pairs_source
 
+BUSY = 0.1  # share of the cores; two threads that wait for each other lose far more than that in speed
+
 
 @dataclass
 class StageReport:
@@ -229,6 +231,11 @@ def _warn_of_stage(report: StageReport, config: Config, architecture: Any, say: 
 
 
 def _warn_of_plan(plan: Plan, say: Any) -> None:
+    if plan.speed.elsewhere > BUSY:
+        say(
+            f"{plan.stage}: other programs had {plan.speed.elsewhere:.0%} of the cores while its speed was measured: times may "
+            "be many times too long; look again when the machine is idle"
+        )
     if plan.available is not None and plan.peak.total > plan.available:
         say(
             f"{plan.stage}: needs about {plan.peak.total / 1e9:.1f} GB, and there are {plan.available / 1e9:.1f}: lower "
