@@ -1,7 +1,7 @@
 """Every stage of the paper's recipes on one GPU for a few steps: memory, speed, and the embedded experiment with a larger model.
 
     python benchmarks/gpu_stages.py --minutes 60 --out docs/results/gpu_stages.json
-    python benchmarks/gpu_stages.py --model tiny --device cpu --out /tmp/stages.json        # whether it runs at all
+    python benchmarks/gpu_stages.py --model tiny --device cpu --out runs/stages.json        # whether it runs at all
 
 Llama 3.2 3B's architecture with random weights in fp32 under bf16 autocast, as `configs/tldr/` has it, on random text of
 TL;DR's lengths: `sft`, `reward`, `label`, `align` with `is_dpo`, `evaluate` with samples, KL and scores. Training in full and by

@@ -130,7 +130,7 @@ class Endpoint:
                 answer = await client.models.with_raw_response.list()
             listed = json.loads(self.secret.scrub(answer.http_response.text))["data"]
             return [str(model["id"]) for model in listed]
-        except Exception:
+        except Exception:  # a help in another error: without the names that one is said alone
             return []
 
     def _status(self, status: int, headers: Mapping[str, str], text: str) -> Failure:
