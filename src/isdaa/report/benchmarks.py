@@ -14,7 +14,7 @@ from isdaa.files import read_json, write_atomically
 from isdaa.report import words
 from isdaa.report.benchmark_charts import benchmark_figures, categories_of, colours_of
 from isdaa.report.figures import Figure
-from isdaa.report.page import CHARTS, HERE, PAGE, dark_rules, drawings_of, plain
+from isdaa.report.page import CHARTS, PAGE, drawings_of, fill, plain
 
 MINUS = str.maketrans("-", "−")
 
@@ -35,22 +35,17 @@ def write_benchmark_report(folder: str | Path) -> Path:
 def render(
     metrics: Mapping[str, Any], read: Sequence[Mapping[str, Any]], figures: list[Figure], drawings: Mapping[str, str]
 ) -> str:
-    """The page. Everything but the drawings, which are ours, is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    """The page."""
     share = is_share(metrics["headline"])
     filters: dict[str, Any] = {"percent": percent, "plain": plain, "level": words.percent}
     filters["figure"] = lambda value: figure(value, share)
     filters["signed"] = lambda value: signed(value, share).translate(MINUS)
-    environment.filters |= filters
-    style = (HERE / "page.css").read_text(encoding="utf-8") + dark_rules()
     order = [model["model"] for model in ranked(metrics)]
     models = sorted(metrics["models"], key=lambda model: order.index(model["model"]) if model["model"] in order else len(order))
-    return environment.get_template("benchmarks.html").render(
+    return fill(
+        "benchmarks.html",
+        drawings,
+        filters,
         metrics=metrics,
         models=models,
         columns=columns_of(metrics),
@@ -64,9 +59,7 @@ def render(
         few=few(metrics["questions"]["judged"]),
         notes=[f"{model['model']}: {note}" for model in models for note in model["notes"]],
         colours=colours_of(metrics),
-        style=Markup(style),
         figures=figures,
-        drawings={name: Markup(drawing) for name, drawing in drawings.items()},
     )
 
 

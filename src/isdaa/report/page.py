@@ -48,28 +48,36 @@ def write_report(study: Study, folder: Path) -> Path:
 
 
 def render(report: Mapping[str, Any], figures: list[Figure], drawings: Mapping[str, str], found: Findings) -> str:
-    """The page. Everything but the drawings, which are ours, is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"number": number, "interval": interval, "percent": percent, "plain": plain}
-    style = (HERE / "page.css").read_text(encoding="utf-8") + dark_rules()
+    """The page."""
+    filters = {"number": number, "interval": interval, "percent": percent, "plain": plain}
     by_section: dict[str, list[Figure]] = {}
     for figure in figures:
         by_section.setdefault(figure.section, []).append(figure)
-    return environment.get_template("page.html").render(
+    return fill(
+        "page.html",
+        drawings,
+        filters,
         report=report,
-        style=Markup(style),
-        drawings={name: Markup(drawing) for name, drawing in drawings.items()},
         sections=by_section,
         colours={line.cell: line.colour for line in found.lines},
         single=len(report["runs"]) == 1,
         logged=found.histories,
         opponent="the data’s chosen responses" if report["opponent"] == "chosen" else "the reference",
     )
+
+
+def fill(template: str, drawings: Mapping[str, str], filters: Mapping[str, Any], **values: Any) -> str:
+    """A page by its template's name. Everything but the style and the drawings, which are ours, is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= filters
+    style = (HERE / "page.css").read_text(encoding="utf-8") + dark_rules()
+    marked = {name: Markup(drawing) for name, drawing in drawings.items()}
+    return environment.get_template(template).render(style=Markup(style), drawings=marked, **values)
 
 
 def plain(value: Any) -> str:
