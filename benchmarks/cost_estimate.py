@@ -41,7 +41,7 @@ class Data:
     rows: int
     prompt: int
     response: int
-    held_out: int = 0  # pairs of the split that is evaluated on
+    held_out: int = 0  # pairs of the split that is evaluated on, or of these rows, where `data.eval_pairs` names none
     shape: str = "tldr"  # of gpu_step.py, whose measurement fits best
 
 
@@ -139,7 +139,7 @@ def labelling(name: str, config: Config, data: Data) -> Work:
 
 def alignment(config: Config, data: Data) -> Work:
     """Preference training. Reference logps are computed once and shared: a pass more in the first run, left out here."""
-    return Work("align", config.align.epochs * data.rows * flops_of(LLAMA_3B, [_pair(data)]), **_of(data))
+    return Work("align", config.align.epochs * _trained(config, data) * flops_of(LLAMA_3B, [_pair(data)]), **_of(data))
 
 
 def evaluation(config: Config, data: Data) -> Work:
@@ -155,7 +155,7 @@ def evaluation(config: Config, data: Data) -> Work:
 def checkpoints_of(config: Config, data: Data) -> int:
     """Models of one run that are evaluated."""
     batch = config.align.batch_size * config.align.gradient_accumulation_steps
-    steps = math.ceil(config.align.epochs * math.ceil(data.rows / batch))
+    steps = math.ceil(config.align.epochs * math.ceil(_trained(config, data) / batch))
     return math.ceil(steps / (config.align.save_steps or math.ceil(steps / 10)))
 
 
@@ -181,6 +181,11 @@ def _grid(sweep: Path, data: Data) -> tuple[Work, Work, int]:
     once = evaluation(config, data)
     run = alignment(config, data) + once.times(checkpoints_of(config, data))
     return run, once.times(2), runs
+
+
+def _trained(config: Config, data: Data) -> int:
+    """Pairs that are left to train on."""
+    return data.rows - (data.held_out if config.data.eval_pairs is None else 0)
 
 
 def _of(data: Data) -> dict[str, Any]:

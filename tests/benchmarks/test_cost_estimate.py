@@ -103,3 +103,16 @@ def test_bad_options_are_one_line(options: list[str], words: str, capsys: pytest
     assert cost_estimate.main(options) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
+
+
+def test_held_out_rows_are_not_trained_on() -> None:
+    """TL;DR holds out a share of its own posts; the other sets have splits for it."""
+    config = load_config(CONFIGS / "tldr" / "align.yaml")
+    assert DATA["tldr posts"].held_out == round(config.data.eval_fraction * DATA["tldr posts"].rows)
+    assert cost_estimate.checkpoints_of(config, DATA["tldr posts"]) == 9  # 894 steps, not 912
+    whole, half = (cost_estimate.alignment(config, Data(1000, 100, 20, held_out=held)) for held in (0, 500))
+    assert half.flops == whole.flops / 2
+    hh = load_config(CONFIGS / "instruct" / "hh.yaml")
+    assert (
+        cost_estimate.alignment(hh, Data(1000, 9, 9, held_out=500)).flops == cost_estimate.alignment(hh, Data(1000, 9, 9)).flops
+    )
