@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ LABELS = {
 SHAPES = ("tldr", "chat")
 HERE = Path(__file__).resolve().parent
 SEED = 0
+NEEDED = ("transformers", "accelerate", "pydantic", "safetensors")  # beside torch, numpy and rich; TRL's arm has its own needs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arms, shapes = _chosen("arms", arguments.arms, LABELS), _chosen("shapes", arguments.shapes, SHAPES)
-        _check(arguments)
+        _check(arguments, arms)
     except UserError as error:
         print(f"gpu_step.py: error: {error}", file=sys.stderr)
         return 2
@@ -95,7 +97,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(arguments: Any) -> None:
+def _check(arguments: Any, arms: Sequence[str]) -> None:
+    lacking = [name for name in NEEDED if find_spec(name) is None]
+    if lacking and any(arm.startswith("isdaa") for arm in arms):
+        raise UserError(f"not installed here, and isdaa's arms need it: {', '.join(lacking)}; pip install {' '.join(lacking)}")
     small = {"batch_size": 2, "rounds": 2, "warmup": 1, "visits": 1}
     for name, large in (("batch_size", 16), ("rounds", 8), ("warmup", 3), ("visits", 2)):
         if getattr(arguments, name) is None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -138,3 +140,31 @@ def test_what_the_figures_are(monkeypatch, tmp_path, capsys):
 def test_bad_options(options, why, capsys):
     assert gpu_step.main(options) == 2
     assert why in capsys.readouterr().err
+
+
+WITHOUT = """
+import sys
+sys.modules.update(dict.fromkeys(("datasets", "trl", "bitsandbytes"), None))
+import _gpu_arms
+_gpu_arms.main(*sys.argv[1:])
+"""
+
+
+def test_isdaas_arms_need_neither_datasets_nor_trl(tmp_path: Path) -> None:
+    asked, answered = tmp_path / "job.json", tmp_path / "result.json"
+    asked.write_text(json.dumps({**JOB, "arm": "isdaa_sdpa"}))
+    paths = os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-c", WITHOUT, str(asked), str(answered)]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, check=True, capture_output=True)
+    told = json.loads(answered.read_text())
+    assert "failed" not in told and len(told["seconds"]) == 2
+
+
+def test_what_is_not_installed_is_said_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_step, "find_spec", lambda name: None if name == "pydantic" else object())
+    options = ["--tiny", "--device", "cpu", "--out", str(tmp_path / "out.json"), "--arms"]
+    assert gpu_step.main([*options, "isdaa_sdpa"]) == 2
+    error = capsys.readouterr().err
+    assert "pip install pydantic" in error and error.count("\n") == 1
