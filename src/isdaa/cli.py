@@ -203,6 +203,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     if arguments.processes < 1:
         raise UserError(f"--processes: expected a number from 1 on, got {arguments.processes}")
+    if arguments.sharding != "ddp" and arguments.processes == 1:
+        raise UserError(f"--sharding {arguments.sharding}: nothing to divide among one process; say how many by --processes")
     config = _run_config(arguments.config, overrides_of(arguments))
     _quiet_libraries()
     from isdaa.files import write_json

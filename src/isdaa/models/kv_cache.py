@@ -74,6 +74,14 @@ def _room(length: int) -> int:
     return length + max(32, length // 2)
 
 
+def room_of(prompt: int, total: int) -> int:
+    """Tokens that a layer has room for when a prompt of `prompt` tokens has grown to `total`."""
+    room = _room(prompt)
+    while room < total:
+        room = _room(room + 1)
+    return room
+
+
 def _append(buffer: Tensor | None, kept: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
     """The buffer, larger if need be, and the view of all tokens in it."""
     used = kept.shape[2]

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from isdaa.errors import UserError
+from isdaa.models.place import kind_of
 from isdaa.models.tied import Tie
 
 # Elements of one chunk of logits: 32 MiB in fp32 on a CPU, where larger ones fall out of the cache; a GPU needs more
@@ -75,7 +77,7 @@ Head = LinearHead | OwnHead
 
 def chunk_rows(head: Head, device: torch.device) -> int:
     """Rows of hidden states whose logits are computed at a time."""
-    return max(_LEAST_ROWS, _CHUNK_ELEMENTS.get(device.type, 2**27) // head.vocabulary)
+    return max(_LEAST_ROWS, _CHUNK_ELEMENTS.get(kind_of(device), 2**27) // head.vocabulary)
 
 
 def token_logps(
@@ -189,7 +191,7 @@ class _LinearLogps(torch.autograd.Function):
         wpo = torch.empty_like(logps) if with_wpo else logps.new_empty(0)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         trains_head = needs_weight or needs_bias
-        small = len(h) * len(w) * dtype.itemsize <= _KEPT_BYTES.get(hidden.device.type, 0)
+        small = len(h) * len(w) * dtype.itemsize <= _KEPT_BYTES.get(kind_of(hidden.device), 0)
         # Under no_grad a weight still says that it requires one.
         ahead = with_grad and (needs_hidden or trains_head) and (small or not trains_head)
         kept = h.new_empty(len(h), len(w)) if ahead and trains_head else None
@@ -345,8 +347,9 @@ def linear_head(model: nn.Module) -> LinearHead | None:
     if type(layer) is not nn.Linear:
         return None
     for parameter in (layer.weight, layer.bias):
-        # Parameters that DeepSpeed or FSDP2 keep in pieces are whole only inside the layer's own forward.
-        if parameter is not None and (hasattr(parameter, "ds_id") or type(parameter.data) is not Tensor):
+        # Parameters that DeepSpeed or FSDP2 keep in pieces are whole only inside the layer's own forward. Fake tensors, on which
+        # a step is only planned (`training.rehearsal`), are whole.
+        if parameter is not None and (hasattr(parameter, "ds_id") or type(parameter.data) not in (Tensor, FakeTensor)):
             return None
     config = text_config(model)
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)

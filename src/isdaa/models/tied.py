@@ -16,6 +16,8 @@ from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from isdaa.models.place import kind_of
+
 
 @dataclass(eq=False)
 class Tie:
@@ -36,7 +38,7 @@ def tie_of(model: nn.Module) -> Tie | None:
     weight = embedding.weight
     # FakeTensor: a step that is only planned (`training.rehearsal`) goes the same way.
     plain = type(weight.data) in (Tensor, FakeTensor) and not hasattr(weight, "ds_id") and not weight._backward_hooks
-    return Tie() if plain and weight.requires_grad and weight.device.type == "cpu" else None
+    return Tie() if plain and weight.requires_grad and kind_of(weight.device) == "cpu" else None
 
 
 def embed(model: nn.Module, input_ids: Tensor, tie: Tie) -> Tensor:

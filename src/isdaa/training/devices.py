@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
+import re
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -20,6 +22,7 @@ from isdaa.training.rehearsal import Rows, Setting, Stage, layout_of
 # Of a GPU's peak, what is done again under gradient checkpointing counted as work. As benchmarks/cost_estimate.py: 0.30 of
 # the operations that are needed is 0.40 of those that are done where the forward pass is done twice.
 ASSUMED_SHARE = {"bfloat16": 0.40, "float32": 0.60}
+SHARE_OF_GPU_PRODUCT = {"bfloat16": 0.55, "float32": 0.70}  # the same, of what one large product reaches on a GPU
 SHARE_OF_PRODUCT = 0.7  # of a large matrix product's speed, that a step reaches (docs/performance.md: 0.65 to 0.82)
 BUDGET = 1.5e11  # operations of a step that is done to measure the speed
 SECONDS = 3.0  # spent on such steps
@@ -27,12 +30,14 @@ SECONDS = 3.0  # spent on such steps
 
 @dataclass(frozen=True)
 class Device:
-    """A device by its data sheet. memory: bytes; bf16, fp32: dense peak operations a second (fp32 without TF32)."""
+    """A device by its data sheet. memory: bytes; bf16, fp32: dense peak operations a second (fp32 without TF32); measured: they
+    are what one large product reaches here."""
 
     name: str
     memory: float
     bf16: float
     fp32: float
+    measured: bool = False
 
 
 PRESETS = {
@@ -47,6 +52,8 @@ PRESETS = {
     "rtx4090": Device("GeForce RTX 4090 24 GB", 24e9, 165.2e12, 82.6e12),
 }
 NAMES = ("auto", "cpu", *PRESETS)
+PRESENT = "gpu"  # the GPU of this machine, where the table does not have it
+OTHERS = {"pcie", "nvl", "laptop", "mig"}  # words in the names of GPUs that share a name with a faster one
 
 
 @dataclass(frozen=True)
@@ -67,11 +74,55 @@ def check_name(name: str) -> None:
         raise UserError(f"--device {name}: one of {', '.join(NAMES)}{nearest(name, NAMES)}")
 
 
+def here() -> str:
+    """This machine's device: the preset of its GPU, `PRESENT` for a GPU that the table does not have, or `cpu`."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return preset_of(torch.cuda.get_device_name(), float(torch.cuda.get_device_properties(0).total_memory)) or PRESENT
+
+
+def preset_of(name: str, memory: float) -> str | None:
+    """The preset of a GPU by its name and its bytes of memory; None where the table has no such one."""
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    if words & OTHERS:
+        return None
+    for preset, device in PRESETS.items():
+        if preset.removeprefix("rtx").partition("-")[0] in words and abs(memory / device.memory - 1) < 0.15:
+            return preset
+    return None
+
+
+@functools.cache
+def device_of(name: str) -> Device:
+    """A GPU by its name in `PRESETS`, or this machine's (`PRESENT`), whose speed is then taken from one large product."""
+    if name in PRESETS:
+        return PRESETS[name]
+    half, single = (_product_on_gpu(dtype) for dtype in (torch.bfloat16, torch.float32))
+    return Device(
+        torch.cuda.get_device_name(), float(torch.cuda.get_device_properties(0).total_memory), half, single, measured=True
+    )
+
+
+def _product_on_gpu(dtype: torch.dtype) -> float:
+    """Operations a second of a product of two matrices of 4096 × 4096."""
+    side, times = 4096, []
+    a, b = (torch.randn(side, side, dtype=dtype, device="cuda") for _ in range(2))
+    for _ in range(6):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        _ = a @ b
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * side**3 / min(times)
+
+
 def assumed_speed(device: Device, precision: str) -> Speed:
-    """Of a GPU that is not here."""
+    """Of a GPU, by its data sheet or by one product."""
     peak = device.bf16 if precision == "bfloat16" else device.fp32
-    share = ASSUMED_SHARE[precision]
-    how = f"assumed: {share:.0%} of the data sheet's {peak / 1e12:g} TFLOP/s in {precision}"
+    share = (SHARE_OF_GPU_PRODUCT if device.measured else ASSUMED_SHARE)[precision]
+    rate = f"{peak / 1e12:.4g} TFLOP/s"
+    source = f"the {rate} that one product reaches here" if device.measured else f"the data sheet's {rate}"
+    how = f"assumed: {share:.0%} of {source} in {precision}"
     return Speed(share * peak, 5e10, how, False)
 
 

@@ -130,7 +130,7 @@ def examine(stage: str, config: Config, tokenizer: Any, source: str, cache: Path
 
 
 def _pairs(stage: str, config: Config, tokenizer: Any, source: str, cache: Path, row: int) -> Examined:
-    read = read_pairs(config, source)
+    read = read_pairs(config, source, held_out=stage == "align")
     tokens, more = tokenize_pairs(read.rows, tokenizer, token_settings(config), cache_dir=cache)
     counts = read.counts + more
     names = ("prompt_ids", "chosen_ids", "rejected_ids")

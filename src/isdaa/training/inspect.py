@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from isdaa.config import Config
 from isdaa.errors import UserError
@@ -13,21 +19,23 @@ from isdaa.files import read_json
 from isdaa.models.loading import model_config, random_config
 from isdaa.terminal import progress
 from isdaa.training.arguments import total_steps
-from isdaa.training.devices import PRESETS, check_name
+from isdaa.training.devices import check_name, here
 from isdaa.training.examine import Examined, examine, writes_date, written_by_label
-from isdaa.training.plan import Plan, Sharding, own_memory, plan
+from isdaa.training.plan import Plan, Sharding, dtype_of, own_memory, plan
 from isdaa.training.run import Run
 from isdaa.training.start import cache_folder, starting_path, tokenizer_of
-from isdaa.training.supervised import pairs_source
+from isdaa.training.supervised import NO_BASE, not_for_reward, pairs_source
 
 BUSY = 0.1  # share of the cores; two threads that wait for each other lose far more than that in speed
 
 
 @dataclass
 class StageReport:
-    """One stage. steps: of the optimiser, None for `label`; batch: rows of a global batch."""
+    """One stage. steps: of the optimiser, None for `label`; batch: rows of a global batch; architecture: the configuration of the
+    model that is trained or sampled from, None where it could not be had."""
 
     examined: Examined
+    architecture: Any = None
     steps: int | None = None
     steps_per_epoch: int | None = None
     batch: int | None = None
@@ -49,13 +57,11 @@ class Inspection:
     stages: list[StageReport] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
-    model: dict[str, Any] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
         """Plain data for a file."""
         return {
             "stages": [stage.facts() for stage in self.stages],
-            "model": self.model,
             "warnings": self.warnings,
             "missing": self.missing,
         }
@@ -74,37 +80,74 @@ def inspect(
     check_name(device)
     run = _run(config)
     found = Inspection(config)
-    start = _start(run, found)
-    tokenizer = _attempt(found, lambda: tokenizer_of(config, start))
-    if tokenizer is None:
-        raise UserError(found.missing[-1])
-    architecture = _attempt(found, lambda: architecture_of(config, start, tokenizer))
+
+    @cache
+    def belongings(start: str | None) -> tuple[Any, Any]:
+        """(tokenizer, architecture) of a model that a stage starts from; None for what is missing."""
+        tokenizer = _attempt(found, lambda: tokenizer_of(config, start))
+        return tokenizer, None if tokenizer is None else _attempt(found, lambda: architecture_of(config, start, tokenizer))
+
+    tokenizers = [belongings(_start(stage, run))[0] for stage in config.stages]
+    if all(tokenizer is None for tokenizer in tokenizers):
+        raise UserError(found.missing[0])
     for stage in config.stages:
-        report = _attempt(found, lambda stage=stage: _stage(stage, run, found, tokenizer, row))  # type: ignore[misc]
+        start = _start(stage, run)
+        tokenizer, architecture = belongings(start)
+        if stage == "reward" and start is None and "sft" not in config.stages:
+            found.missing.append(NO_BASE)
+            continue
+        if tokenizer is None:
+            continue
+        report = _attempt(found, lambda stage=stage, own=tokenizer: _stage(stage, run, found, own, row))  # type: ignore[misc]
         if report is not None:
+            report.architecture = architecture
             _count_steps(report, config, processes)
             found.stages.append(report)
-    if plans and architecture is not None:
+    planned = [report for report in found.stages if plans and report.architecture is not None]
+    if planned:
         _import_trainers(config)
         program, on = own_memory(), here() if device == "auto" else device
-        with progress("planning", total=len(found.stages)) as bar:
-            for report in found.stages:
-                options: dict[str, Any] = {"processes": processes, "sharding": sharding, "program": program}
+        others = _others(found)
+        with progress("planning", total=len(planned)) as bar:
+            for report in planned:
+                options: dict[str, Any] = {"processes": processes, "sharding": sharding, "program": program, "others": others}
                 options |= {"steps": report.steps, "checkpoints": report.checkpoints}
-                report.plan = plan(report.examined, config, architecture, device=on, **options)
+                try:
+                    with _without_traces():
+                        report.plan = plan(report.examined, config, report.architecture, device=on, **options)
+                except Exception as error:  # a model's own code, run without numbers, raises whatever it likes
+                    why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+                    found.warnings.append(f"{report.examined.stage}: no plan, for this model's code cannot be rehearsed ({why})")
                 bar.update()
-    _warn(found, tokenizer, architecture)
+    _warn(found, tokenizers)
     return found
 
 
-def here() -> str:
-    """The present device, as far as it is known: a GPU's preset by its name, else `cpu`."""
-    import torch
+@contextmanager
+def _without_traces() -> Iterator[None]:
+    """torch logs the traceback of what fake tensors cannot do, and then raises it."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
-    if not torch.cuda.is_available():
-        return "cpu"
-    name = torch.cuda.get_device_name().lower().replace(" ", "")
-    return next((preset for preset in PRESETS if preset.removeprefix("rtx") in name), "cpu")
+
+def _others(found: Inspection) -> dict[str, Any]:
+    """Configurations of further models that lie in memory beside the policy. A scorer may well be trained later."""
+    config, others = found.config, {}
+    trust = config.model.trust_remote_code
+    if "align" in config.stages:
+        for name, path in (("reference", config.reference.path), ("behaviour", config.behaviour.model_path)):
+            if path is not None:
+                revision = config.model.revision if path == config.model.path else None
+                others[name] = _attempt(found, partial(model_config, path, trust_remote_code=trust, revision=revision))
+    if "label" in config.stages and config.label.scorer not in (None, "gold"):
+        with suppress(UserError):
+            others["scorer"] = model_config(str(config.label.scorer))
+    return {name: architecture for name, architecture in others.items() if architecture is not None}
 
 
 def _import_trainers(config: Config) -> None:
@@ -133,12 +176,12 @@ def _attempt(found: Inspection, get: Any) -> Any:
         return None
 
 
-def _start(run: Run, found: Inspection) -> str | None:
-    """Where tokenizer and architecture come from. A model that is only named `model.random` needs no folder."""
-    start = starting_path(run)
-    if "sft" in run.config.stages:
-        start = run.config.model.path
-    return start
+def _start(stage: str, run: Run) -> str | None:
+    """Where a stage's tokenizer and architecture come from; an SFT model has those of what it started from. A model that is only
+    named `model.random` needs no folder."""
+    if stage == "reward" and run.config.reward.path is not None:
+        return run.config.reward.path
+    return run.config.model.path if "sft" in run.config.stages else starting_path(run)
 
 
 def architecture_of(config: Config, start: str | None, tokenizer: Any) -> Any:
@@ -161,7 +204,10 @@ def _stage(stage: str, run: Run, found: Inspection, tokenizer: Any, row: int) ->
         written = written_by_label(config, tokenizer, prompts, cache)
         written.stage = stage
         return StageReport(written)
-    return StageReport(examine(stage, config, tokenizer, source, cache, row))
+    examined = examine(stage, config, tokenizer, source, cache, row)
+    if stage == "reward":
+        examined.notes += not_for_reward(config)
+    return StageReport(examined)
 
 
 def _count_steps(report: StageReport, config: Config, processes: int) -> None:
@@ -183,25 +229,31 @@ def _count_steps(report: StageReport, config: Config, processes: int) -> None:
 # Warnings
 
 
-def _warn(found: Inspection, tokenizer: Any, architecture: Any) -> None:
+def _warn(found: Inspection, tokenizers: list[Any]) -> None:
     config = found.config
     say = found.warnings.append
-    trains = [stage for stage in config.stages if stage != "label"]
-    if trains and config.model.dtype == "bfloat16" and not config.lora.rank:
-        rate = max(getattr(config, stage).learning_rate for stage in trains)
+    trained = [report for report in found.stages if report.examined.stage != "label" and report.architecture is not None]
+    coarse = [
+        report.examined.stage
+        for report in trained
+        if dtype_of(config, report.architecture) == torch.bfloat16 and (report.examined.stage == "reward" or not config.lora.rank)
+    ]
+    if coarse:
+        rate = max(getattr(config, stage).learning_rate for stage in coarse)
+        of_file = ", which here is bfloat16," if config.model.dtype == "auto" else ""
         say(
-            f"model.dtype is bfloat16 and all weights are trained: an update is about the learning rate ({rate:g}), and one "
-            "below 1/256 of the weight is rounded away, so that most weights never move; set model.dtype float32 (and precision "
-            "bfloat16), or lora.rank"
+            f"model.dtype is {config.model.dtype}{of_file} and all weights are trained: an update is about the learning rate "
+            f"({rate:g}), and one below 1/256 of the weight is rounded away, so that most weights never move; set model.dtype "
+            "float32 (and precision bfloat16), or lora.rank"
         )
     chat = any(run.kind == "given" and shown for report in found.stages for shown in report.examined.shown for run in shown.runs)
-    if chat and writes_date(tokenizer):
+    if chat and any(writes_date(tokenizer) for tokenizer in tokenizers if tokenizer is not None):
         say(
             "the chat template writes today's date into every conversation: a run that goes on tomorrow sees other tokens than "
             "it began with, and its cached reference logps do not fit; name a tokenizer whose template does not (model.tokenizer)"
         )
     for report in found.stages:
-        _warn_of_stage(report, config, architecture, say)
+        _warn_of_stage(report, config, report.architecture, say)
         if report.plan is not None:
             _warn_of_plan(report.plan, say)
 

@@ -5,26 +5,27 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from isdaa.config import Config, OptimisationConfig
+from isdaa.models.decoding import PROMPT_TOKENS
+from isdaa.models.kv_cache import room_of
 from isdaa.models.layout import Layout
 from isdaa.models.loading import torch_dtype
-from isdaa.training.batches import GlobalBatchSampler
-from isdaa.training.devices import PRESETS, Speed, assumed_speed, measured_speed, product_speed
+from isdaa.training.devices import Speed, assumed_speed, device_of, measured_speed, product_speed
 from isdaa.training.examine import Examined
+from isdaa.training.plan_batches import Batches, batches_of
 from isdaa.training.rehearsal import Kind, Rows, Setting, Stage, layout_of
 
 Sharding = Literal["ddp", "fsdp2", "zero2", "zero3"]
 SHARDINGS = ("ddp", "fsdp2", "zero2", "zero3")
-REFERENCE_TOKENS = 16_384  # of a pass of `training.reference`
-STATES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "rmsprop": 4, "sgd": 0}  # bytes a trained weight
+# Of a trained weight: tensors of its own dtype that the optimiser keeps, and bytes beside them.
+STATES = {"adamw": (2, 0), "adamw_8bit": (0, 2), "paged_adamw_8bit": (0, 2), "rmsprop": (1, 0), "sgd": (0, 0)}
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, and constants of blocks, themselves quantised
 # The C library's allocator hands memory on in pieces that do not quite fit, in layers' worth of activations (plan-check.json).
 SCATTERED_LAYERS = 3
@@ -95,20 +96,23 @@ def plan(
     steps: int | None = None,
     checkpoints: int | None = None,
     speed: Speed | None = None,
+    others: Mapping[str, Any] | None = None,
 ) -> Plan:
     """The plan of a stage.
 
-    architecture: a transformers configuration. device: `cpu`, this machine's, or one of `devices.PRESETS`. program: bytes of
-    this process with its libraries and data. steps, checkpoints: of the run. speed: given, nothing is measured.
+    architecture: a transformers configuration. device: `cpu`, this machine's, or a name that `devices.device_of` knows. program:
+    bytes of this process with its libraries and data. steps, checkpoints: of the run. speed: given, nothing is measured. others:
+    configurations of `reference`, `behaviour` and `scorer`, where these are models of their own.
     """
+    others = others or {}
     if examined.stage == "label":
-        return _label_plan(examined, config, architecture, device, processes, program)
+        return _label_plan(examined, config, architecture, device, processes, program, speed, others.get("scorer"))
     settings: OptimisationConfig = getattr(config, examined.stage)
     kinds: dict[str, Kind] = {"align": "pairs", "sft": "sft", "reward": "reward"}
     setting = Setting(
         kind=kinds[examined.stage],
         architecture=architecture,
-        dtype=_dtype(config, architecture),
+        dtype=dtype_of(config, architecture),
         precision=settings.precision,
         lora=config.lora if examined.stage != "reward" else None,
         checkpointing=settings.gradient_checkpointing,
@@ -117,16 +121,15 @@ def plan(
     setting = replace(setting, architecture=copy.deepcopy(architecture))
     batches = batches_of(examined, config, settings, processes)
     stage = Stage(setting)
-    memory = stage.memory(batches.heaviest, accumulating=settings.gradient_accumulation_steps > 1)
+    memory = stage.memory(batches.heaviest, accumulating=settings.gradient_accumulation_steps > 1 or batches.pieces)
     a_step = stage.operations(batches.typical) / batches.typical.tokens  # operations a token
     if speed is None:
         speed = _speed(setting, batches.typical, device, architecture)
 
-    weights = float(stage.weight_bytes)
-    if config.model.quantization is not None:
-        weights += stage.linear * NF4 - stage.linear * setting.dtype.itemsize
-    states = float(STATES[settings.optimizer] * stage.trainable_parameters)
+    weights = _weights(stage, config)
     trained = float(sum(p.numel() * p.element_size() for p in stage.trainable))
+    tensors, beside = STATES[settings.optimizer]
+    states = tensors * trained + beside * stage.trainable_parameters
     parts = {
         "weights": weights,
         "adapter": float(stage.adapter_bytes),
@@ -136,31 +139,52 @@ def plan(
         "activations": float(memory.activations),
         "logits": float(memory.logits),
     }
-    if config.model.quantization is not None:
+    if _is_quantised(stage, config):
         parts["weights taken out of 4 bits"] = float(stage.largest_linear * setting.dtype.itemsize)
     if processes > 1:
-        parts |= _shared(parts, sharding, processes, trained, float(stage.largest_layer))
+        rest = stage.rest_bytes * (1 if stage.adapter_bytes else 2)  # its gradients, too, are whole for a moment
+        parts |= _shared(parts, sharding, processes, trained, float(stage.largest_layer), float(rest))
     layers = max(1, int(getattr(architecture.get_text_config(), "num_hidden_layers", 1) or 1))
     kept = 0.0
     if device == "cpu" and setting.kind == "pairs":
         whole = memory if not setting.checkpointing else Stage(replace(setting, checkpointing=False)).memory(batches.heaviest)
         kept = SCATTERED_LAYERS * whole.activations / layers
     phases = [Phase("training", _around(parts, device, program, kept))]
+    if examined.stage == "sft" and processes > 1 and sharding in ("fsdp2", "zero3"):
+        phases.insert(0, Phase("loading the model", _around({"weights": weights}, device, program, 0.0)))  # before it is divided
     result = Plan(examined.stage, device, phases, speed, stage.parameters, stage.trainable_parameters)
     result.tokens, result.plain = batches.tokens, batches.plain
 
     steps = steps or batches.steps
-    share = result.tokens / processes
+    share = result.tokens / _at_once(device, processes)
     epoch = share * a_step / speed.operations + batches.steps * stage.trainable_parameters / speed.parameters
     result.epoch_seconds, result.step_seconds = epoch, epoch / batches.steps
     result.seconds["training"] = result.step_seconds * steps
     if examined.stage == "align":
-        _add_passes(result, examined, config, stage, batches, steps, processes, program, weights)
+        _add_passes(result, examined, config, stage, batches, steps, processes, program, others)
     result.checkpoint = (float(stage.adapter_bytes) or float(stage.weight_bytes)) + states
-    result.disk = result.checkpoint * (checkpoints or 0) + float(stage.weight_bytes)
+    models = 2 if examined.stage == "align" and config.guard.keep == "best" else 1  # the final one, and the best
+    result.disk = result.checkpoint * (checkpoints or 0) + float(models * stage.weight_bytes)
     result.disk_free = _free_disk(Path(config.output_dir))
-    result.available = _memory_of(device)
+    result.available = _memory_of(device, processes)
+    if device == "cpu" and processes > 1:
+        result.notes.append(f"{processes} processes share this CPU's speed and memory; planned is one of them")
     return result
+
+
+def _is_quantised(stage: Stage, config: Config) -> bool:
+    return config.model.quantization is not None and stage.setting.kind != "reward"
+
+
+def _weights(stage: Stage, config: Config) -> float:
+    """Bytes of a policy's weights, an adapter's left out."""
+    linear = stage.linear * (NF4 - stage.setting.dtype.itemsize) if _is_quantised(stage, config) else 0.0
+    return stage.weight_bytes + linear
+
+
+def _at_once(device: str, processes: int) -> int:
+    """How many processes compute at the speed of one alone: on a CPU they share what there is."""
+    return 1 if device == "cpu" else processes
 
 
 def _add_passes(
@@ -172,23 +196,47 @@ def _add_passes(
     steps: int,
     processes: int,
     program: float,
-    weights: float,
+    others: Mapping[str, Any],
 ) -> None:
-    """Reference logps before training, and held-out figures during it: passes without gradients."""
-    forward = stage.operations(batches.typical, train=False) / batches.typical.tokens
-    memory = stage.memory(batches.reference, train=False)
-    parts = {"weights": weights, "activations": float(memory.activations), "logits": float(memory.logits)}
-    result.phases.insert(0, Phase("reference logps", _around(parts, result.device, program, 0.0)))
+    """Logps of reference and behaviour policy before training, and held-out figures during it: passes without gradients."""
     held = int(examined.held_lengths.sum()) if examined.held_lengths is not None else 0
-    rate = result.speed.operations * processes
-    result.seconds = {"reference logps": (result.tokens + held) * forward / rate, **result.seconds}
+    rate = result.speed.operations * _at_once(result.device, processes)
+    before: dict[str, float] = {}
+    for number, name in enumerate(("reference", *(name for name in ("behaviour",) if name in others))):
+        model = stage if name not in others else _another(stage, config, others[name])
+        memory = model.memory(batches.reference, train=False)
+        parts = {"weights": _weights(stage, config)}  # the policy is there already
+        if model is not stage:
+            parts["weights of the other model"] = float(model.weight_bytes)
+        parts |= {"weights cast by autocast": float(memory.casts), "activations": float(memory.activations)}
+        parts["logits"] = float(memory.logits)
+        result.phases.insert(number, Phase(f"{name} logps", _around(parts, result.device, program, 0.0)))
+        before[f"{name} logps"] = (result.tokens + held) * _forward(model, batches) / rate
+    result.seconds = {**before, **result.seconds}
     if held:
         every = config.align.eval_steps or config.align.save_steps or max(1, -(-steps // 10))
-        result.seconds["held-out pairs"] = -(-steps // every) * held * forward / rate
+        result.seconds["held-out pairs"] = -(-steps // every) * held * _forward(stage, batches) / rate
+    if config.guard.steps is not None:
+        beside = "" if stage.adapter_bytes else f", its reference ({stage.weight_bytes / 1e9:.2f} GB) beside the policy"
+        result.notes.append(f"the guard's samples and scores come on top{beside}")
 
 
-def _shared(parts: dict[str, float], sharding: Sharding, processes: int, trained: float, layer: float) -> dict[str, float]:
-    """The parts that lie in shards, and what a process has beside its own."""
+def _another(stage: Stage, config: Config, architecture: Any) -> Stage:
+    """A reference or behaviour model of its own, loaded as the policy is."""
+    dtype = dtype_of(config, architecture)
+    return Stage(replace(stage.setting, architecture=copy.deepcopy(architecture), dtype=dtype, lora=None, checkpointing=False))
+
+
+def _forward(stage: Stage, batches: Batches) -> float:
+    """Operations a token without gradients."""
+    return stage.operations(batches.typical, train=False) / batches.typical.tokens
+
+
+def _shared(
+    parts: dict[str, float], sharding: Sharding, processes: int, trained: float, layer: float, rest: float
+) -> dict[str, float]:
+    """The parts that lie in shards, and what a process has beside its own. rest: embedding, head and last norm, gathered
+    together and for as long as a micro-batch takes."""
     changed: dict[str, float] = {}
     if sharding == "ddp":
         return {"gradients on their way": trained}
@@ -196,7 +244,7 @@ def _shared(parts: dict[str, float], sharding: Sharding, processes: int, trained
     changed["gradients"] = trained / processes
     if sharding in ("fsdp2", "zero3"):
         changed["weights"] = parts["weights"] / processes
-        changed["layers gathered"] = 3 * layer  # one in use, the next on its way, the gradients of one
+        changed["layers gathered"] = 3 * layer + rest  # one in use, the next on its way, the gradients of one
     else:
         changed["gradients on their way"] = layer
     return changed
@@ -214,7 +262,7 @@ def _around(parts: dict[str, float], device: str, program: float, kept: float) -
 def _speed(setting: Setting, batch: Layout | Rows, device: str, architecture: Any) -> Speed:
     if device != "cpu":
         both = (str(setting.dtype).removeprefix("torch."), setting.precision)
-        return assumed_speed(PRESETS[device], "bfloat16" if "bfloat16" in both else "float32")
+        return assumed_speed(device_of(device), "bfloat16" if "bfloat16" in both else "float32")
     text = architecture.get_text_config()
     hidden, vocabulary = int(getattr(text, "hidden_size", 1024)), int(getattr(text, "vocab_size", 0))
     if hidden * vocabulary > 2e8:  # the embedding alone would need gigabytes
@@ -222,18 +270,19 @@ def _speed(setting: Setting, batch: Layout | Rows, device: str, architecture: An
     return measured_speed(setting, batch)
 
 
-def _dtype(config: Config, architecture: Any) -> torch.dtype:
+def dtype_of(config: Config, architecture: Any) -> torch.dtype:
     """Of the weights in memory; `auto` is the file's."""
     return torch_dtype(config.model.dtype) or getattr(architecture, "dtype", None) or torch.float32
 
 
-def _memory_of(device: str) -> float | None:
+def _memory_of(device: str, processes: int) -> float | None:
+    """Bytes for one process."""
     if device != "cpu":
-        return PRESETS[device].memory
+        return device_of(device).memory
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024.0 + own_memory()
+                return (int(line.split()[1]) * 1024.0 + own_memory()) / processes
         return None
     except OSError:
         return None
@@ -255,139 +304,54 @@ def _free_disk(folder: Path) -> float | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Batches
+# Sampling
 
 
-@dataclass(frozen=True)
-class Batches:
-    """Micro-batches of an epoch on one device. tokens: of the epoch on all of them; plain: were nothing shared."""
-
-    heaviest: Layout | Rows
-    typical: Layout | Rows
-    reference: Layout | Rows
-    tokens: int
-    plain: int | None
-    steps: int
-
-
-def batches_of(examined: Examined, config: Config, settings: OptimisationConfig, processes: int) -> Batches:
-    """The batches that training will see in its first epoch (of SFT, some that are as likely)."""
-    size = len(examined.lengths)
-    steps = -(-size // (settings.batch_size * settings.gradient_accumulation_steps * processes))
-    if examined.stage != "align":
-        return _padded(examined, config, settings, steps)
-    groups = examined.groups
-    assert groups is not None
-    sampler = GlobalBatchSampler(
-        size,
-        settings.batch_size,
-        settings.gradient_accumulation_steps,
-        processes,
-        0,
-        config.seed if settings.seed is None else settings.seed,
-        lengths=examined.lengths.sum(1),
-        groups=groups if config.align.group_by_prompt else None,
-    )
-    micro = [[i for i in batch if i >= 0] for batch in sampler]
-    budget = config.align.batch_tokens
-    pieces = micro if budget is None else [piece for batch in micro for piece in _pieces(examined, batch, budget)]
-    tokens = np.array([_tokens(examined, piece) for piece in pieces])
-    ordinary = [i for i, piece in enumerate(pieces) if len(piece) >= np.median([len(p) for p in pieces])]
-    typical = min(ordinary, key=lambda i: abs(float(tokens[i]) - float(tokens[ordinary].mean())))
-    longest = np.lexsort((groups, -_longest_of_group(examined)[groups]))
-    plain = int((2 * examined.lengths[:, 0] + examined.lengths[:, 1:].sum(1)).sum())
-    return Batches(
-        heaviest=_layout(examined, pieces[int(tokens.argmax())]),
-        typical=_layout(examined, pieces[typical]),
-        reference=_layout(examined, _pieces(examined, longest.tolist(), REFERENCE_TOKENS, stop=True)[0]),
-        tokens=int(tokens.sum()) * processes,
-        plain=plain,
-        steps=steps,
-    )
-
-
-def _longest_of_group(examined: Examined) -> np.ndarray:
-    assert examined.groups is not None
-    longest = np.zeros(int(examined.groups.max()) + 1, dtype=np.int64)
-    np.maximum.at(longest, examined.groups, examined.lengths.sum(1))
-    return longest
-
-
-def _tokens(examined: Examined, pairs: Sequence[int]) -> int:
-    """Of a packed row, every prompt once."""
-    assert examined.groups is not None
-    _, first = np.unique(examined.groups[pairs], return_index=True)
-    return int(examined.lengths[pairs, 1:].sum() + examined.lengths[np.asarray(pairs)[first], 0].sum())
-
-
-def _pieces(examined: Examined, pairs: Sequence[int], budget: int, stop: bool = False) -> list[list[int]]:
-    """Consecutive pieces of at most so many tokens, prompts counted with every pair; only the first one where `stop`."""
-    pieces: list[list[int]] = [[]]
-    used = 0
-    for i in pairs:
-        cost = int(examined.lengths[i].sum())
-        if pieces[-1] and used + cost > budget:
-            if stop:
-                break
-            pieces.append([])
-            used = 0
-        pieces[-1].append(i)
-        used += cost
-    return pieces
-
-
-def _layout(examined: Examined, pairs: Sequence[int]) -> Layout:
-    assert examined.groups is not None
-    prompts: dict[int, tuple[int, list[tuple[int, int]]]] = {}
-    for i in pairs:
-        prompt, chosen, rejected = (int(n) for n in examined.lengths[i])
-        prompts.setdefault(int(examined.groups[i]), (prompt, []))[1].append((chosen, rejected))
-    return layout_of(list(prompts.values()))
-
-
-def _padded(examined: Examined, config: Config, settings: OptimisationConfig, steps: int) -> Batches:
-    """Rows in a random order, padded to the longest of a micro-batch; a reward model reads a pair as two rows."""
-    pair = examined.stage == "reward"
-    lengths = examined.lengths
-    rows = np.concatenate([lengths[:, :1] + lengths[:, 1:2], lengths[:, :1] + lengths[:, 2:]], 1) if pair else lengths
-    order = np.random.default_rng(config.seed).permutation(len(rows))
-    size = min(settings.batch_size, len(rows))
-    longest = np.array([rows[order[i : i + size]].max() for i in range(0, len(rows) - size + 1, size)])
-    per = size * (2 if pair else 1)
-
-    def batch(length: float) -> Rows:
-        return Rows(per, round(length), 1 if pair else round(length * (examined.learnt or 1.0)))
-
-    heaviest, mean = batch(float(longest.max())), batch(float(longest.mean()))
-    count = len(rows) / size
-    return Batches(heaviest, mean, mean, round(count * per * float(longest.mean())), None, steps)
-
-
-def _label_plan(examined: Examined, config: Config, architecture: Any, device: str, processes: int, program: float) -> Plan:
-    """Sampling: memory of weights and keys and values; time where it can be said at all."""
-    settings, text = config.label, architecture.get_text_config()
-    dtype = _dtype(config, architecture)
+def _label_plan(
+    examined: Examined,
+    config: Config,
+    architecture: Any,
+    device: str,
+    processes: int,
+    program: float,
+    speed: Speed | None,
+    scorer: Any,
+) -> Plan:
+    """Sampling: memory of weights, keys and values, and a scorer's weights; time where it can be said at all."""
+    settings, dtype = config.label, dtype_of(config, architecture)
     stage = Stage(Setting("pairs", copy.deepcopy(architecture), dtype=dtype, on_cpu=device == "cpu"))
-    heads: Any = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
-    size: Any = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    width = int(examined.lengths.max()) + settings.max_new_tokens
-    cache = 2.0 * text.num_hidden_layers * heads * size * width * settings.batch_size * dtype.itemsize
-    logits = 3.0 * settings.batch_size * stage.vocabulary * 4
-    parts = {"weights": float(stage.weight_bytes), "keys and values": cache, "logits": logits}
-    precision = "bfloat16" if dtype.itemsize == 2 else "float32"
-    if device == "cpu":
+    if speed is None:
         batch = layout_of([(int(examined.lengths.mean()), [(16, 16)])] * 8)
         speed = _speed(stage.setting, batch, device, architecture)
-    else:
-        speed = assumed_speed(PRESETS[device], precision)
-    result = Plan("label", device, [Phase("sampling", _around(parts, device, program, 0.0))], speed, stage.parameters, 0)
+    held = {"weights": _weights(stage, config)}
+    if scorer is not None:
+        held["weights of the scorer"] = float(Stage(Setting("reward", copy.deepcopy(scorer))).weight_bytes)
+    longest, rows = int(examined.lengths.max()), settings.batch_size
+    width = room_of(longest, longest + settings.max_new_tokens)
+    prompts = min(len(examined.lengths), -(-rows // settings.samples))  # of a batch, each computed once
+    together = max(1, min(prompts, PROMPT_TOKENS.get("cpu" if device == "cpu" else "cuda", 2**16) // longest))
+    memory = stage.memory(layout_of([(max(1, longest - 2), [(1, 1)])] * together), train=False)
+    reading = {"keys and values": _cached(architecture, prompts * longest, dtype), "activations": float(memory.activations)}
+    writing = {"keys and values": _cached(architecture, rows * width, dtype), "logits": 3.0 * rows * stage.vocabulary * 4}
+    both = (("prompts", reading), ("sampling", writing))
+    phases = [Phase(name, _around({**held, **parts}, device, program, 0.0)) for name, parts in both]
+    result = Plan("label", device, phases, speed, stage.parameters, 0)
     responses = settings.samples * len(examined.lengths)
-    batches = -(-responses // (settings.batch_size * processes))
     tokens = int(examined.lengths.sum()) + responses * settings.max_new_tokens
-    seconds = 2.0 * stage.parameters * tokens / processes / speed.operations
+    seconds = 2.0 * stage.parameters * tokens / _at_once(device, processes) / speed.operations
     if device != "cpu":
+        batches = -(-responses // (rows * processes))
         seconds = max(seconds, SAMPLING_STEP * batches * settings.max_new_tokens)
     result.seconds["sampling, at most"] = seconds
-    result.tokens, result.available = tokens, _memory_of(device)
-    result.notes.append("the scorer, and behaviour logps of the samples, come on top")
+    result.tokens, result.available = tokens, _memory_of(device, processes)
+    what = "the scorer's work" if scorer is not None or settings.scorer == "gold" else "the scorer, whose size is not known yet,"
+    result.notes.append(f"{what} and behaviour logps of the samples come on top")
     return result
+
+
+def _cached(architecture: Any, tokens: int, dtype: torch.dtype) -> float:
+    """Bytes of the keys and values of so many tokens."""
+    text = architecture.get_text_config()
+    heads: Any = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
+    size: Any = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2.0 * text.num_hidden_layers * heads * size * tokens * dtype.itemsize

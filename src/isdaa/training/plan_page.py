@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
-from isdaa.training.devices import PRESETS
+from isdaa.training.devices import device_of
 from isdaa.training.plan import Phase, Plan
 
 GB = 1e9
@@ -14,6 +14,8 @@ SHADES = {
     "program and data": "grey50",
     "CUDA": "grey50",
     "weights": "#3b82f6",
+    "weights of the other model": "#1d4ed8",
+    "weights of the scorer": "#1d4ed8",
     "layers gathered": "#93c5fd",
     "weights cast by autocast": "#60a5fa",
     "weights taken out of 4 bits": "#93c5fd",
@@ -37,7 +39,7 @@ WORDS = {
 
 def print_plan(plan: Plan, console: Console, colour: bool) -> None:
     """One stage's plan on a console."""
-    name = PRESETS[plan.device].name if plan.device in PRESETS else "this CPU"
+    name = "this CPU" if plan.device == "cpu" else device_of(plan.device).name
     console.print()
     console.print(Rule(Text(f"plan · {plan.stage} on {name}", style="bold"), align="left", style="dim"))
     adapter = any("adapter" in phase.parts for phase in plan.phases)

@@ -21,9 +21,14 @@ class PairRows:
     common: int = 0
 
 
-def read_pairs(config: Config, source: str) -> PairRows:
-    """Pairs of a source, as `align` divides them: `data.eval_pairs` is held out, else a share of the prompts."""
+def read_pairs(config: Config, source: str, held_out: bool = True) -> PairRows:
+    """Pairs of a source, as `align` divides them: `data.eval_pairs` is held out, else a share of the prompts.
+
+    held_out: False where nobody asks for `data.eval_pairs`, as in `reward`: they are not read then.
+    """
     rows, counts = load_pairs(source, config.data.pairs_split, limit=config.data.limit)
+    if config.data.eval_pairs is not None and not held_out:
+        return PairRows(rows, counts, None, Counts())
     if config.data.eval_pairs is not None:
         held, held_counts = load_pairs(config.data.eval_pairs, config.data.eval_split, limit=config.data.limit)
         return PairRows(rows, counts, held, held_counts, common_prompts(rows, held))

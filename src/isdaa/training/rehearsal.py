@@ -3,8 +3,8 @@
 What a step needs is not written down here a second time, it is counted while the step's own code runs under PyTorch's fake
 tensors: operations by `FlopCounterMode`, memory by following every tensor from its making to its end. So the plan knows
 whatever the code does (one gradient for tied embeddings, kept directions of the head, recomputation, adapters) for any
-architecture, without its weights and without its memory. The same code with real tensors and random weights is a
-measurement of speed.
+architecture, without its weights and without its memory. Where the code takes another way on a GPU, that one is rehearsed.
+The same code with real tensors and random weights is a measurement of speed.
 
 Legend: P prompts, R responses, B rows, L tokens of a padded row, V vocabulary.
 """
@@ -31,6 +31,7 @@ from isdaa.models.adapters import add_lora
 from isdaa.models.forward import PairForward, disable_dropout, prepare
 from isdaa.models.hub import quiet
 from isdaa.models.layout import Layout
+from isdaa.models.place import standing_for
 from isdaa.models.shared_prefix import block_index
 
 Kind = Literal["pairs", "sft", "reward"]
@@ -40,7 +41,8 @@ _DERIVED = tuple(name for name, value in vars(Layout).items() if isinstance(valu
 
 @dataclass(frozen=True)
 class Rows:
-    """Padded rows, as TRL's trainers make them. rows: B; length: L; scored: positions of a row that the head sees."""
+    """Padded rows, as TRL's trainers make them. rows: B; length: L; scored: positions of a row that are learnt: TRL's head sees
+    them alone on a GPU, and all on a CPU."""
 
     rows: int
     length: int
@@ -70,7 +72,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is trained. architecture: a transformers configuration. on_cpu: with what only a CPU gets."""
+    """How a model is trained. architecture: a transformers configuration. on_cpu: as on a CPU; otherwise as on a GPU."""
 
     kind: Kind
     architecture: Any
@@ -79,15 +81,15 @@ class Setting:
     lora: LoraConfig | None = None
     checkpointing: bool = False
     on_cpu: bool = True
-    batch_tokens: int | None = None
 
 
 class Stage:
     """A model with the setting of a training stage, on which steps are rehearsed (or, with `real`, done).
 
     parameters: weights of the model itself; trainable_parameters: those that are trained, an adapter's perhaps; linear: those
-    of its linear layers but the head, largest_linear: of the largest of these; the `*_bytes` in the model's dtype, largest_layer
-    those of the largest module that is gathered at a time where weights are sharded.
+    of its linear layers but the head and an adapter, largest_linear: of the largest of these; the `*_bytes` in the model's dtype,
+    largest_layer those of the largest module that is gathered at a time where weights are sharded, rest_bytes those of all that
+    lies outside of such modules.
     """
 
     def __init__(self, setting: Setting, real: bool = False) -> None:
@@ -95,6 +97,7 @@ class Stage:
         self._fake = None if real else FakeTensorMode(allow_non_fake_inputs=True)
         with nullcontext() if real else torch.device("meta"), quiet():
             model = base = self._base()
+            linear = _linear(base)  # an adapter's are not among them
             if setting.lora is not None and setting.lora.rank:
                 model = add_lora(base, **setting.lora.model_dump(), seed=0)
         with self._mode():
@@ -113,9 +116,11 @@ class Stage:
         self.adapter_bytes = sum(_size(p) for p in adapter)
         self.weight_bytes = _bytes(model) - self.adapter_bytes
         self.parameters = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in adapter)
-        self.linear = sum(m.weight.numel() for m in _linear(base))
-        self.largest_linear = max((m.weight.numel() for m in _linear(base)), default=0)
+        self.linear = sum(m.weight.numel() for m in linear)
+        self.largest_linear = max((m.weight.numel() for m in linear), default=0)
         self.largest_layer = max((_bytes(child) for child in _repeated(model)), default=self.weight_bytes)
+        inside = {id(p) for child in _repeated(model) for p in child.parameters()}
+        self.rest_bytes = sum(_size(p) for p in model.parameters() if id(p) not in inside) if inside else 0
         self.vocabulary = int(getattr(base.config.get_text_config(), "vocab_size", 0))
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.trainable_parameters = sum(p.numel() for p in self.trainable)
@@ -133,11 +138,12 @@ class Stage:
             from trl.trainer.utils import add_fused_lm_head
 
             add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+            self._body = model.base_model
         return model
 
     @contextmanager
     def _mode(self) -> Iterator[None]:
-        with self._fake or nullcontext():
+        with self._fake or nullcontext(), standing_for(None if self.setting.on_cpu else "cuda"):
             yield
 
     def operations(self, batch: Layout | Rows, train: bool = True) -> float:
@@ -187,7 +193,24 @@ class Stage:
         if self.setting.kind == "reward":
             chosen, rejected = self.model(**inputs).logits.squeeze(-1).chunk(2)
             return torch.nn.functional.softplus(rejected - chosen).mean()
-        return -self.model(**inputs, labels=ids, fused_lm_head=True).log_probs.mean()
+        with self._learnt_alone(batch) if not self.setting.on_cpu else nullcontext(ids) as labels:
+            return -self.model(**inputs, labels=labels, fused_lm_head=True).log_probs.mean()
+
+    @contextmanager
+    def _learnt_alone(self, batch: Rows) -> Iterator[Tensor]:
+        """Labels (B, n) for as many positions as are learnt, the only ones that the model's body then hands on to TRL's head.
+        On a GPU it picks them itself; how many they are, fake tensors could not know."""
+        count = min(batch.length, batch.scored + 1)  # the head leaves out the last one
+
+        def narrow(module: nn.Module, inputs: Any, output: Any) -> Any:
+            output.last_hidden_state = output.last_hidden_state[:, -count:]
+            return output
+
+        handle = self._body.register_forward_hook(narrow)
+        try:
+            yield torch.zeros(batch.rows, count, dtype=torch.long)
+        finally:
+            handle.remove()
 
 
 class _Ledger(TorchDispatchMode):

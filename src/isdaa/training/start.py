@@ -41,7 +41,8 @@ def tokenizer_of(config: Config, folder: str | None = None) -> Any:
         if size not in SIZES:
             raise UserError(f"model.tokenizer: no world {size!r}; known are {', '.join(SIZES)}")
         return build_tokenizer(size)
-    return load_tokenizer(name, trust_remote_code=config.model.trust_remote_code, revision=config.model.revision)
+    revision = config.model.revision if name == config.model.path else None  # another repository's has other names
+    return load_tokenizer(name, trust_remote_code=config.model.trust_remote_code, revision=revision)
 
 
 def starting_path(run: Run) -> str | None:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from isdaa.config import OptimisationConfig
+from isdaa.config import Config, OptimisationConfig
 from isdaa.data.sources import hold_out, load_pairs, load_sft
 from isdaa.data.tokenization import tokenize_pairs, tokenize_sft
 from isdaa.data.tokens import content_digest
@@ -34,6 +34,7 @@ from isdaa.training.start import (
 from isdaa.training.whole import WholeCheckpoints
 
 IGNORED = -100  # the label of a token that is not learnt
+NO_BASE = "reward.path: a reward model needs a base; name one, or run the sft stage first"
 
 
 def sft(run: Run) -> Path:
@@ -112,7 +113,8 @@ def reward(run: Run) -> Path:
     config = run.config
     start = config.reward.path or starting_path(run)
     if start is None:
-        raise UserError("reward.path: a reward model needs a base; name one, or run the sft stage first")
+        raise UserError(NO_BASE)
+    run.say("reward", not_for_reward(config))
     tokenizer = tokenizer_of(config, start)
     data = once(lambda: _both(run, tokenizer))
     model = load_sequence_classifier(
@@ -147,6 +149,14 @@ def reward(run: Run) -> Path:
 
     keep_model(trained, tokenizer, folder, record)
     return folder
+
+
+def not_for_reward(config: Config) -> list[str]:
+    """What the configuration asks of the policy and the reward model does not get, in words."""
+    told = {"lora.rank": bool(config.lora.rank), "model.quantization": config.model.quantization is not None}
+    return [
+        f"{key} is for the policy (sft, align): all weights of the reward model are trained" for key, on in told.items() if on
+    ]
 
 
 def _both(run: Run, tokenizer: Any) -> Any:
