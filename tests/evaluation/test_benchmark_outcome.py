@@ -6,13 +6,14 @@ import pytest
 from scipy.stats import binomtest
 
 from isdaa.benchmark_options import add_benchmark_options
-from isdaa.evaluation.benchmark_outcome import comparisons, fewest, gap_between, headline_of, sentence, table_csv
+from isdaa.evaluation.benchmark_outcome import comparisons, gap_between, headline_of, sentence, table_csv
 from isdaa.evaluation.benchmark_request import file_name
 from isdaa.evaluation.benchmark_table import pairs_of, print_outcome, raw_mark, signed, spread
 from isdaa.evaluation.benchmarks import BENCHMARKS, TLDR
 from isdaa.evaluation.benchmarks.benchmark import Answer, Judged, Question, Scoring, Verdict
+from isdaa.evaluation.statistics import fewest
 from isdaa.options import OneLineParser
-from isdaa.report.benchmark_charts import _domain
+from isdaa.report.benchmark_charts import _domain, benchmark_figures
 from isdaa.report.benchmarks import tone
 
 SCORING = Scoring(resamples=200)
@@ -72,6 +73,9 @@ def test_a_gap_read_the_other_way_round_changes_its_sign():
         ([1], "1 question cannot tell two models apart"),
         ([1] * 5, "5 questions cannot tell two models apart"),  # chance does so one time in sixteen
         ([0] * 6, "worse than its opponent"),
+        ([1] * 4 + [0.5] * 96, "the two cannot be told apart"),  # the 96 draws speak for neither; its interval is above 50 %
+        ([1] * 5 + [None] * 95, "the two cannot be told apart"),
+        ([1] * 6 + [0.5] * 94, "better than its opponent"),
     ],
 )
 def test_one_model_in_a_sentence(values, words):
@@ -98,8 +102,31 @@ def test_few_questions_put_no_model_ahead_of_another(n, told, colour):
     assert "too narrow" not in out.getvalue()
 
 
+def test_equal_models_lead_nobody():
+    same = [1, 0] * 10
+    assert metrics_of({"a": same, "b": same})["sentence"] == (
+        "a and b are level on TL;DR summaries with a win rate of 50.0 % [25.0, 75.0] each."
+    )
+    # Level on the whole, though each wins where the other loses; a third is behind, a fourth is not for sure.
+    told = metrics_of({"weak": [0] * 20, "a": same, "near": [0, 0, *same[2:-2], 0, 1], "b": same[::-1]})["sentence"]
+    assert told.startswith("a and b are level on TL;DR summaries with a win rate of 50.0 % [") and " each; " in told
+    assert told.endswith("50.0 points ahead of weak; they cannot be told from near.")
+    many = metrics_of(dict.fromkeys("abcde", same))
+    assert many["sentence"].startswith("a, b, c and 2 others are level on") and tone(many) == "under"
+
+
+def test_a_few_questions_among_many_draws_put_no_model_ahead():
+    base = [0.5] * 60
+    for wins, told, colour in ((5, "it cannot be told from base", "under"), (6, "points ahead of base", "not")):
+        metrics = metrics_of({"base": base, "better": [1.0] * wins + base[wins:]})
+        assert metrics["comparisons"][0]["difference"]["high"] < 0, "the interval alone would tell them apart"
+        assert told in metrics["sentence"] and tone(metrics) == colour
+        caption = benchmark_figures(metrics)[1].caption
+        assert ("tells the two apart" in caption) == (wins == 6)
+
+
 def test_several_models_in_a_sentence():
-    told = metrics_of({"weak": [0] * 40, "strong": [1] * 39 + [0], "twin": [0] + [1] * 39})["sentence"]
+    told = metrics_of({"weak": [0] * 40, "strong": [1] * 39 + [0], "twin": [0, 0] + [1] * 38})["sentence"]
     assert told.startswith("strong leads on TL;DR summaries with a win rate of 97.5 %")
     assert "97.5 points ahead of weak" in told and "cannot be told from twin" in told
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from isdaa.evaluation.benchmarks.benchmark import Benchmark, Judged, Score, Scoring, counted, prompt_text
-from isdaa.evaluation.statistics import difference_interval
+from isdaa.evaluation.statistics import difference_interval, fewest
 
 WORDS = {
     "win_rate": "win rate",
@@ -99,14 +98,20 @@ def sentence(bench: Benchmark, metrics: Mapping[str, Any]) -> str:
     best = order[0]
     figure = best["figures"][headline]
     told = shown(figure["mean"], share) + _range(figure, share)
-    level = "" if share else " of 10"
+    scale = "" if share else " of 10"
     name = WORDS.get(headline, headline)
     if len(order) == 1:
         if not share:
-            return f"{start}{best['model']} has a {name} of {told}{level} on {bench.title}."
-        against = f"{metrics['opponent']}: {_against(figure, metrics['confidence'])}"
+            return f"{start}{best['model']} has a {name} of {told}{scale} on {bench.title}."
+        against = f"{metrics['opponent']}: {_against(best, figure, metrics['confidence'])}"
         return f"{start}{best['model']} has a {name} of {told} against {against}."
-    return f"{start}{best['model']} leads on {bench.title} with a {name} of {told}{level}{_lead(order, metrics, share)}."
+    first = _level(order, metrics, share)
+    lead = _lead(first, order, metrics, share)
+    if len(first) == 1:
+        return f"{start}{best['model']} leads on {bench.title} with a {name} of {told}{scale}{lead}."
+    alike = len({_range(model["figures"][headline], share) for model in first}) == 1
+    told = (told if alike else shown(figure["mean"], share)) + scale
+    return f"{start}{_listed([model['model'] for model in first])} are level on {bench.title} with a {name} of {told} each{lead}."
 
 
 def _range(figure: Mapping[str, Any], share: bool) -> str:
@@ -116,58 +121,79 @@ def _range(figure: Mapping[str, Any], share: bool) -> str:
     return f" [{low}, {high}]"
 
 
-def fewest(confidence: float) -> int:
-    """How many questions tell two models apart at best, if every one goes the same way: what a sign test needs.
+def told_apart(interval: Mapping[str, Any], even: float, confidence: float, decided: int) -> int:
+    """1 where the interval lies above `even`, −1 below; 0 where it holds it, or too few questions say anything.
 
-    With fewer a bootstrap interval may have no width at all, and would tell apart what chance does: 6 at 95 %.
+    decided: questions with a verdict for the one side or the other (`fewest`).
     """
-    return 1 + math.ceil(-math.log2(1 - confidence))
-
-
-def told_apart(interval: Mapping[str, Any], even: float, confidence: float) -> int:
-    """1 where the interval lies above `even`, −1 below; 0 where it holds it, or its questions are too few."""
-    if interval["low"] is None or interval["n"] < fewest(confidence):
+    if interval["low"] is None or decided < fewest(confidence):
         return 0
     return int(interval["low"] > even) - int(interval["high"] < even)
 
 
-def _against(figure: Mapping[str, Any], confidence: float) -> str:
+def decided_of(model: Mapping[str, Any], figure: Mapping[str, Any]) -> int:
+    """How many of a model's questions have a verdict that is no draw; metrics of an older isdaa do not say, and all count."""
+    return int(model.get("decided", figure["n"]))
+
+
+def _against(model: Mapping[str, Any], figure: Mapping[str, Any], confidence: float) -> str:
     if figure["n"] < fewest(confidence):
         return f"{counted(figure['n'], 'question')} cannot tell two models apart"
     apart = ("the two cannot be told apart on these questions", "better than its opponent", "worse than its opponent")
-    return apart[told_apart(figure, 0.5, confidence)]
+    return apart[told_apart(figure, 0.5, confidence, decided_of(model, figure))]
 
 
-def _lead(order: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], share: bool) -> str:
-    """How far ahead of the others the first is, and from which it cannot be told."""
-    best = order[0]["model"]
+def _level(order: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], share: bool) -> list[Mapping[str, Any]]:
+    """The first of the ranked models, and those whose figure reads the same and that nothing tells from it."""
+    best = order[0]
+
+    def read(model: Mapping[str, Any]) -> str:
+        return shown(model["figures"][metrics["headline"]]["mean"], share)
+
+    def ahead(other: Mapping[str, Any]) -> bool:
+        gap = gap_between(metrics["comparisons"], best["model"], other["model"])
+        return gap is not None and told_apart(gap, 0, metrics["confidence"], gap["decided"]) != 0
+
+    return [best, *(other for other in order[1:] if read(other) == read(best) and not ahead(other))]
+
+
+def _lead(first: Sequence[Mapping[str, Any]], order: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], share: bool) -> str:
+    """How far ahead of the others the first is (or those are that are level with it), and from which it cannot be told."""
     ahead: list[tuple[str, str]] = []
     alike: list[tuple[str, str]] = []
-    for other in order[1:]:
-        gap = gap_between(metrics["comparisons"], best, other["model"])
-        if gap is None:
+    for other in order:
+        gaps = [gap_between(metrics["comparisons"], one["model"], other["model"]) for one in first if other not in first]
+        known = [gap for gap in gaps if gap is not None]
+        if not known:
             continue
-        points = f"{100 * gap['mean']:.1f} points" if share else f"{gap['mean']:.2f}"
-        (ahead if told_apart(gap, 0, metrics["confidence"]) > 0 else alike).append((other["model"], points))
+        points = f"{100 * known[0]['mean']:.1f} points" if share else f"{known[0]['mean']:.2f}"
+        apart = all(told_apart(gap, 0, metrics["confidence"], gap["decided"]) > 0 for gap in known)
+        (ahead if apart else alike).append((other["model"], points))
     parts = []
     if ahead:
-        parts.append(
-            f"{ahead[0][1]} ahead of {ahead[0][0]}" + (f" and more of {len(ahead) - 1} others" if len(ahead) > 1 else "")
-        )
+        more = f" and more of {counted(len(ahead) - 1, 'other')}" if len(ahead) > 1 else ""
+        parts.append(f"{ahead[0][1]} ahead of {ahead[0][0]}{more}")
     if alike:
-        names = [name for name, _ in alike]
-        parts.append(
-            f"it cannot be told from {', '.join(names[:3])}" + (f" and {len(names) - 3} others" if len(names) > 3 else "")
-        )
+        parts.append(f"{'it' if len(first) == 1 else 'they'} cannot be told from {_listed([name for name, _ in alike])}")
     return "".join(f"; {part}" for part in parts)
 
 
+def _listed(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`, `a, b, c and 2 others`."""
+    shown, last = (names[:3], counted(len(names) - 3, "other")) if len(names) > 3 else (names[:-1], names[-1])
+    return f"{', '.join(shown)} and {last}" if shown else last
+
+
 def gap_between(rows: Sequence[Mapping[str, Any]], first: str, second: str) -> dict[str, Any] | None:
-    """The difference first − second of the headline where it is known, else of the raw figure."""
+    """The difference first − second of the headline where it is known, else of the raw figure.
+
+    `decided`: on how many questions one of the two was better.
+    """
     for row in rows:
-        gap = row["headline_difference"] or row["difference"]
+        decided = row["better"] + row["worse"]
+        gap = {**(row["headline_difference"] or row["difference"]), "decided": decided}
         if (row["first"], row["second"]) == (first, second):
-            return dict(gap)
+            return gap
         if (row["first"], row["second"]) == (second, first):
             low, high = gap["low"], gap["high"]
             flipped = {"low": None if high is None else -high, "high": None if low is None else -low}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from isdaa.evaluation.benchmark_outcome import fewest, gap_between, is_share, ranked
+from isdaa.evaluation.benchmark_outcome import gap_between, is_share, ranked
+from isdaa.evaluation.statistics import fewest
 from isdaa.report.figures import Figure
 from isdaa.report.style import INK, LETTER, MUTED, PALETTE, PAPER, Drawing, configured, frame, layer
 
@@ -34,7 +35,8 @@ def benchmark_figures(metrics: Mapping[str, Any]) -> list[Figure]:
     if len(ranked(metrics)) > 1 and metrics["comparisons"]:
         best = leader(metrics)
         caption = f"Each model minus {best}, on the same questions, with {level} intervals over questions."
-        if metrics["questions"]["judged"] >= fewest(metrics["confidence"]):
+        gaps = [gap_between(metrics["comparisons"], best, model["model"]) for model in ranked(metrics)[1:]]
+        if all(gap is None or gap["decided"] >= fewest(metrics["confidence"]) for gap in gaps):
             caption += " An interval that does not reach zero tells the two apart."
         figures.append(
             Figure(

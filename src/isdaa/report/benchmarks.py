@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.errors import UserError
-from isdaa.evaluation.benchmark_outcome import WORDS, gap_between, is_share, ranked, told_apart
+from isdaa.evaluation.benchmark_outcome import WORDS, decided_of, gap_between, is_share, ranked, told_apart
 from isdaa.evaluation.benchmark_run import EXAMPLES, METRICS
 from isdaa.evaluation.benchmark_table import few, percent, raw_mark, signed
 from isdaa.files import read_json, write_atomically
@@ -86,10 +86,13 @@ def tone(metrics: Mapping[str, Any]) -> str:
     best, *others = [model["model"] for model in ranked(metrics)]
     if others:
         gaps = [gap_between(metrics["comparisons"], best, other) for other in others]
-        return "not" if all(gap is not None and told_apart(gap, 0, confidence) > 0 for gap in gaps) else "under"
+        first = all(gap is not None and told_apart(gap, 0, confidence, gap["decided"]) > 0 for gap in gaps)
+        return "not" if first else "under"
     if not is_share(metrics["headline"]):
         return "none"
-    return ("under", "not", "over")[told_apart(ranked(metrics)[0]["figures"][metrics["headline"]], 0.5, confidence)]
+    model = ranked(metrics)[0]
+    figure = model["figures"][metrics["headline"]]
+    return ("under", "not", "over")[told_apart(figure, 0.5, confidence, decided_of(model, figure))]
 
 
 def _pairs(metrics: Mapping[str, Any], order: Sequence[str]) -> list[dict[str, Any]]:

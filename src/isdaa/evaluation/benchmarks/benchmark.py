@@ -153,12 +153,18 @@ class Score:
     details: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    @property
+    def decided(self) -> int:
+        """How many questions have a verdict that is no draw; of grades, all that could be read."""
+        return sum(value != 0.5 for value in self.by_question.values())
+
     def to_json(self) -> dict[str, Any]:
         """What `metrics.json` holds."""
         return {
             "headline": self.headline,
             "figures": {name: figure.to_json() for name, figure in self.figures.items()},
             "counts": dict(self.counts),
+            "decided": self.decided,
             "details": dict(self.details),
             "notes": list(self.notes),
         }
