@@ -296,7 +296,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _benchmark(arguments: argparse.Namespace) -> int:
-    """Status 2 also where a budget of requests ended the judging early: what is there is printed first."""
+    """Status 2 also where a budget ended the judging early, or no reply could be read: what is there is printed first."""
     from isdaa.benchmark_options import request_of
     from isdaa.options import overrides_of
 

@@ -33,11 +33,12 @@ from isdaa.record import git_revision, versions
 FORMAT = 1
 GENERATIONS, ANSWERS, JUDGMENTS = "generations.jsonl", "answers", "judgments"
 METRICS, TABLE, EXAMPLES = "metrics.json", "metrics.csv", "examples.json"
+QUOTED = 80  # characters of a judge's reply in an error
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call came to. metrics: as in `metrics.json`; folder: of the files. stopped: why judging ended early, if it did."""
+    """What a call came to. metrics: as in `metrics.json`; folder: of the files. stopped: why it is not the whole result."""
 
     metrics: dict[str, Any]
     folder: Path
@@ -62,7 +63,8 @@ def run_benchmark(request: BenchmarkRequest) -> Outcome:
     """Answer, judge and score. Without a judge the answers are all there is.
 
     All input is looked at before there is a folder, and before anything long. Raises UserError; where a budget of
-    requests is spent, `Outcome.stopped` says so and the metrics are of the questions that were judged.
+    requests is spent, `Outcome.stopped` says so and the metrics are of the questions that were judged; where no reply of
+    the judge could be read it says that, and the metrics hold no figure.
     """
     bench = benchmark(request.benchmark)
     _check(bench, request)
@@ -113,6 +115,9 @@ def run_benchmark(request: BenchmarkRequest) -> Outcome:
             raise UserError(f"{stopped}; no question is judged yet")
         _write_judgments(bench, folder, judge.name, found)
         metrics = _scored(bench, request, metrics, found, {side.label: side for side in sides}, judge.both_orders, folder)
+        if not metrics["headline"]:
+            way = f"name another judge, or give it room with --judge-max-tokens; all is kept in {folder}"
+            stopped = "; ".join([_unread(found, f"replies of {judge.name}"), way, *([stopped] if stopped else [])])
         return Outcome(metrics, folder, stopped)
 
 
@@ -198,10 +203,20 @@ def _file(bench: Benchmark, label: str) -> str:
 
 def _stopped(request: BenchmarkRequest, count: int, left: int) -> str:
     assert request.asking is not None
-    return (
-        f"the budget of {request.asking.settings.max_requests} requests (--max-requests) is spent: {count - left} of {count} "
-        "questions are judged, all replies are kept; the same command goes on from here"
-    )
+    budget = request.asking.settings.max_requests
+    kept = f"{count - left} of {count} questions are judged, all replies are kept"
+    if not budget:
+        return f"--max-requests 0 lets nothing be asked: {kept}; a higher number goes on from here"
+    return f"the budget of {counted(budget, 'request')} (--max-requests) is spent: {kept}; the same command goes on from here"
+
+
+def _unread(found: Mapping[str, Sequence[Judged]], what: str) -> str:
+    """That no verdict could be read, with the first of them; what: their name, in the plural."""
+    said = [verdict.reply for answers in found.values() for one in answers for verdict in one.verdicts]
+    first = " ".join(next((reply for reply in said if reply.strip()), "").split())
+    first = first if len(first) <= QUOTED else first[: QUOTED - 1] + "…"
+    quoted = f" (the first: {first!r})" if first else ""
+    return f"none of the {len(said)} {what} could be read{quoted}, so there is no result"
 
 
 def _score_again(bench: Benchmark, request: BenchmarkRequest) -> Outcome:
@@ -225,7 +240,8 @@ def _score_again(bench: Benchmark, request: BenchmarkRequest) -> Outcome:
         metrics["questions"] |= {"count": len(questions) or count, "judged": count}
         metrics |= {"judge": {"kind": "file", "name": ", ".join(names) or "unknown"}, "partial": count < len(questions)}
         both = any(verdict.game for answers in found.values() for one in answers for verdict in one.verdicts)
-        return Outcome(_scored(bench, request, metrics, found, {}, both, folder), folder)
+        metrics = _scored(bench, request, metrics, found, {}, both, folder)
+        return Outcome(metrics, folder, None if metrics["headline"] else _unread(found, "verdicts of the files"))
 
 
 def _described(

@@ -135,9 +135,15 @@ class Judge:
             seen.add(key)
         self._count["unasked"] += left
         if left:
+            budget = self.settings.max_requests
             say(
-                f"{left} of {len(seen)} questions to the judge are left: the budget of {self.settings.max_requests} requests "
-                "(--max-requests) is spent. The same command goes on with them; what is answered is not asked again."
+                f"{left} of {len(seen)} questions to the judge are left: "
+                + (
+                    f"the budget of {budget} requests (--max-requests) is spent. The same command goes on with them; "
+                    if budget
+                    else "a budget of 0 requests (--max-requests) lets none be sent. A higher one goes on with them; "
+                )
+                + "what is answered is not asked again."
             )
 
     async def _ask_all(
