@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers_for_tests import CHATML, byte_level, ids_of
+from transformers import AutoTokenizer
 
 from isdaa.data import chat as chat_room
 from isdaa.data import encoding as encoding_room
@@ -338,6 +339,20 @@ def test_a_template_that_refuses_or_forgets() -> None:
     assert message.startswith("pairs.jsonl:1: ") and "no system, please" in message
     tokenizer.chat_template = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
     assert "leaves out the assistant's words" in refusal(tokenizer, CHAT)
+
+
+def test_a_template_that_cannot_be_used_is_named_by_where_it_stands(tmp_path: Path) -> None:
+    def loaded(template: str) -> Any:
+        tokenizer = byte_level()
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path)
+        return AutoTokenizer.from_pretrained(tmp_path)
+
+    file = tmp_path / "chat_template.jinja"
+    assert refusal(loaded("\n{% if"), CHAT).startswith(f"{file}: the chat template refuses a question and its answer")
+    assert refusal(loaded("{{ messages[0]['content'] }}"), CHAT).startswith(f"{file}: the chat template leaves out")
+    message = refusal(loaded("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML), CHAT)
+    assert message.startswith("pairs.jsonl:1: ") and message.endswith(f"mend its messages or the template in {file}")
 
 
 def test_template_hash() -> None:

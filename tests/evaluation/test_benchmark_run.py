@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,10 @@ from isdaa.world import gold_reward, make_posts
 
 NAMES = list(BENCHMARKS)
 KEY = "sk-never-to-be-written-anywhere"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -547,11 +552,28 @@ def test_a_tokenizer_without_template_is_refused_with_the_way_out(tmp_path, caps
     options = ["--model_path", model, "--questions", "project"]
     assert evaluate("mt_bench", tmp_path / "out", *options) == 2
     assert "--chat_template FILE" in capsys.readouterr().err and not (tmp_path / "out").exists()
-    (template := tmp_path / "t.jinja").write_text(
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    )
+    (template := tmp_path / "t.jinja").write_text(TEMPLATE)
     assert evaluate("mt_bench", tmp_path / "out", *options, "--chat_template", str(template)) == 0
+
+
+def test_a_broken_chat_template_is_named_by_its_file(models, tmp_path, capsys, no_models):
+    model = tmp_path / "model"
+    shutil.copytree(models["one"], model)
+    options = ["--model_path", str(model), "--questions", "project"]
+    given = tmp_path / "given.jinja"
+    for broken, more in ((given, ["--chat_template", str(given)]), (model / "chat_template.jinja", [])):
+        broken.write_text("one\n{% for m in messages %}")
+        assert evaluate("mt_bench", tmp_path / "out", *options, *more) == 2
+        error = capsys.readouterr().err
+        assert f"{broken}: the chat template refuses" in error and "TemplateSyntaxError" in error and "line 2" in error
+        broken.write_text("{{ messages[0]['content'] }}")
+        assert evaluate("mt_bench", tmp_path / "out", *options, *more) == 2
+        assert f"{broken}: the chat template leaves out the assistant's words" in capsys.readouterr().err
+        broken.write_text("{% if 'railway' in messages[0]['content'] %}{{ raise_exception('no trains') }}{% endif %}" + TEMPLATE)
+        assert evaluate("mt_bench", tmp_path / "out", *options, *more) == 2
+        error = capsys.readouterr().err
+        assert "project.jsonl:2: " in error and "no trains" in error and f"the template in {broken}" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_of_another_program_is_no_store(tmp_path):

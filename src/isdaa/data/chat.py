@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from isdaa.data.checks import Message
@@ -26,18 +27,23 @@ class ChatFormat:
     turn_end: the part of it that is scored ('<|im_end|>'): through the first special token, or without trailing white
         space where there is none;
     stop_id: id of that token; None where the template closes a turn with no token of its own (then EOS is appended).
+
+    place: where the template stands, for messages; None: where the tokenizer was loaded from (`template_place`).
+    Raises UserError for a template that does not render a plain question and answer.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, place: str | None = None) -> None:
         if not tokenizer.chat_template:
             raise UserError(NO_TEMPLATE)
         self.tokenizer = tokenizer
+        self.place = place or template_place(tokenizer)
         question = {"role": "user", "content": "question"}
-        probe = self.render([question, {"role": "assistant", "content": PROBE}], "the chat template", opening=False)
+        probe = self.render([question, {"role": "assistant", "content": PROBE}], None, opening=False)
         _, found, self.suffix = probe.rpartition(PROBE)
         if not found:
+            where = f"{self.place}: " if self.place else ""
             raise UserError(
-                "the chat template leaves out the assistant's words; set one that renders messages of role 'assistant'"
+                f"{where}the chat template leaves out the assistant's words; set one that renders messages of role 'assistant'"
             )
         tokens = {str(token): index for index, token in tokenizer.added_tokens_decoder.items()}
         places = [(self.suffix.find(token), -len(token), token) for token in tokens if token in self.suffix]
@@ -50,19 +56,26 @@ class ChatFormat:
     def opening_ids(self) -> list[int]:
         """Ids of what opens the assistant's turn; empty where the template writes nothing there."""
         question = [{"role": "user", "content": "question"}]
-        closed = self.render(question, "the chat template", opening=False)
-        opened = self.render(question, "the chat template", opening=True)
+        closed, opened = (self.render(question, None, opening=opening) for opening in (False, True))
         return tokenize_text(self.tokenizer, [opened[len(closed) :]])[0] if opened.startswith(closed) and opened != closed else []
 
-    def render(self, messages: Sequence[Message], where: str, opening: bool) -> str:
-        """The template's text; `opening`: with the words that open the assistant's turn."""
+    def render(self, messages: Sequence[Message], where: str | None, opening: bool) -> str:
+        """The template's text; `opening`: with the words that open the assistant's turn; where: None of a probe."""
         try:
             return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening)
         except Exception as error:  # templates raise whatever they like: jinja2's own errors, TypeError, KeyError
+            line = getattr(error, "lineno", None)
+            said = f"{type(error).__name__}: {error}" + (f", line {line}" if line is not None else "")
+            if where is None:
+                of = f"{self.place}: " if self.place else ""
+                raise UserError(f"{of}the chat template refuses a question and its answer ({said}); mend it") from None
             raise UserError(
-                f"{where}: the chat template refuses the conversation ({type(error).__name__}: {error}); "
-                "mend its messages or the template"
+                f"{where}: the chat template refuses the conversation ({said}); mend its messages or the template{self._inside}"
             ) from None
+
+    @property
+    def _inside(self) -> str:
+        return f" in {self.place}" if self.place else ""
 
     def prompt(self, messages: Sequence[Message], where: str) -> str:
         """The conversation so far, with the assistant's turn opened."""
@@ -76,8 +89,8 @@ class ChatFormat:
             raise UserError(
                 f"{where}: the chat template's prompt is no prefix of prompt and response: after "
                 f"{prompt[:place][-20:]!r} the prompt has {prompt[place : place + 20]!r}, the whole "
-                f"{whole[place : place + 20]!r}; set a template whose generation prompt is what it writes before an "
-                "assistant message"
+                f"{whole[place : place + 20]!r}; set a template{self._inside} whose generation prompt is what it writes before "
+                "an assistant message"
             )
         answer_text = whole[len(prompt) :]
         if not answer_text.endswith(self.suffix):
@@ -119,11 +132,11 @@ def start_ids(tokenizer: Any) -> list[int]:
     return list(full[:place])
 
 
-def stop_token_ids(tokenizer: Any, chat: bool) -> set[int]:
-    """Ids that end a response: EOS and, in chat, the template's end-of-turn token."""
+def stop_token_ids(tokenizer: Any, chat: bool, place: str | None = None) -> set[int]:
+    """Ids that end a response: EOS and, in chat, the template's end-of-turn token. place: as `ChatFormat` takes it."""
     stop = {tokenizer.eos_token_id} - {None}
     if chat:
-        stop |= {ChatFormat(tokenizer).stop_id} - {None}
+        stop |= {ChatFormat(tokenizer, place).stop_id} - {None}
     return stop
 
 
@@ -133,6 +146,13 @@ def ending_ids(tokenizer: Any) -> set[int]:
         return stop_token_ids(tokenizer, chat=bool(tokenizer.chat_template))
     except UserError:  # the data was plain text: nobody asked the template for anything
         return stop_token_ids(tokenizer, chat=False)
+
+
+def template_place(tokenizer: Any) -> str:
+    """Where the chat template stands: a file of the folder that the tokenizer was loaded from, its Hub name, or ''."""
+    name = str(getattr(tokenizer, "name_or_path", None) or "")
+    files = [Path(name).expanduser() / file for file in ("chat_template.jinja", "tokenizer_config.json")] if name else []
+    return next((str(file) for file in files if file.is_file()), name)
 
 
 def template_hash(tokenizer: Any) -> str:

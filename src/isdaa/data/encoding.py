@@ -94,10 +94,11 @@ class Memory:
 class Encoder:
     """A tokenizer with the rules of this file. Texts go through it in batches; what it sees is counted in `counts`.
 
-    Several threads may use one encoder at once where `in_threads` says so.
+    Several threads may use one encoder at once where `in_threads` says so. template: where the chat template stands, where
+    it is not the tokenizer's own.
     """
 
-    def __init__(self, tokenizer: Any, settings: TokenizationSettings | None = None) -> None:
+    def __init__(self, tokenizer: Any, settings: TokenizationSettings | None = None, template: str | None = None) -> None:
         if tokenizer.eos_token_id is None:
             raise UserError(NO_EOS)
         self.tokenizer = tokenizer
@@ -106,6 +107,7 @@ class Encoder:
         self.start = start_ids(tokenizer)
         self.counts = Counts()
         self._chat: ChatFormat | None = None
+        self._template = template
         self._prompts = Memory(REMEMBERED)
         self._lock = threading.Lock()
 
@@ -129,7 +131,7 @@ class Encoder:
     def chat(self) -> ChatFormat:
         """The chat template, read when the first conversation comes. Raises UserError where there is none."""
         if self._chat is None:
-            self._chat = ChatFormat(self.tokenizer)
+            self._chat = ChatFormat(self.tokenizer, self._template)
         return self._chat
 
     def prompts(self, rows: Sequence[Mapping[str, Any]]) -> list[Prompt]:

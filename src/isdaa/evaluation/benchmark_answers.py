@@ -26,7 +26,10 @@ ROOM_STEP = 128  # tokens; answers that a short context cuts share a few limits,
 
 @dataclass(frozen=True)
 class Answering:
-    """How all models answer. generation: the benchmark's, with the user's limit; chat_template: text, or the model's own."""
+    """How all models answer. generation: the benchmark's, with the user's limit.
+
+    chat_template: text that stands in for the models' own, of the file `template_file`.
+    """
 
     benchmark: str
     title: str
@@ -36,6 +39,7 @@ class Answering:
     dtype: str
     trust_remote_code: bool = False
     chat_template: str | None = None
+    template_file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Respondent:
     """A model that answers. Making one reads its tokenizer and what tells its weights; the weights come when asked.
 
     role: policies share their random numbers, so that they differ by themselves alone; the opponent has its own.
-    Raises UserError where the tokenizer lacks what the questions need.
+    Raises UserError where the tokenizer lacks what the questions need, or its chat template cannot be used.
     """
 
     def __init__(
@@ -78,12 +82,14 @@ class Respondent:
                 "--chat_template FILE (Jinja), or set `chat_template` in its tokenizer_config.json"
             )
         self.tokenizer = tokenizer
-        self.encoder = Encoder(tokenizer, TokenizationSettings(max_length=NO_CUT + 1, max_prompt_length=NO_CUT))
-        self.stop = {chat: stop_token_ids(tokenizer, chat) for chat in chats}
+        uncut = TokenizationSettings(max_length=NO_CUT + 1, max_prompt_length=NO_CUT)
+        self.encoder = Encoder(tokenizer, uncut, settings.template_file)
+        self.stop = {chat: stop_token_ids(tokenizer, chat, settings.template_file) for chat in chats}
         self.template = template_hash(tokenizer)
         self.digest = model_digest(model.path, settings.trust_remote_code)
         self._identity = [FORMAT, self.digest, settings.dtype, tokenizer_digest(tokenizer), settings.seed]
         self._model: Any = None
+        self.asked(questions, {question.id: () for question in questions})  # does the template take every question?
 
     @property
     def model(self) -> Any:

@@ -56,7 +56,7 @@ class BenchmarkRequest:
 
     reference: of the models' records, for where neither user nor data names an opponent. judge: `gold` or a reward model's
     path; asking: a judge model; at most one of them. max_prompt_length: tokens of a prompt that a reward model reads.
-    chat_template: text of a template that stands in for the tokenizers' own.
+    chat_template: text of a template that stands in for the tokenizers' own, read from `template_file`.
     """
 
     benchmark: str
@@ -69,6 +69,7 @@ class BenchmarkRequest:
     asking: Asking | None = None
     max_new_tokens: int | None = None
     chat_template: str | None = None
+    template_file: str | None = None
     max_prompt_length: int = 512
     batch_size: int = 64
     seed: int = 0
@@ -122,6 +123,7 @@ def benchmark_request(
         asking=asking,
         max_new_tokens=max_new_tokens,
         chat_template=_template(chat_template),
+        template_file=chat_template,
         max_prompt_length=sections.tokenization.max_prompt_length,
         batch_size=sections.evaluation.batch_size,
         seed=sections.evaluation.seed,

@@ -82,6 +82,7 @@ def run_benchmark(request: BenchmarkRequest) -> Outcome:
         request.dtype,
         request.trust_remote_code,
         request.chat_template,
+        request.template_file,
     )
     wants_judge = request.asking is not None or request.judge is not None
     opponents, baseline = _opponents(bench, request, questions) if wants_judge else ({}, request.baseline)
