@@ -122,10 +122,22 @@ def _asking(arguments: argparse.Namespace) -> Any:
             raise UserError("options of a judge model are given, and no judge model; name it with --judge-model")
         return None
     from isdaa.evaluation.benchmark_request import Asking
-    from isdaa.evaluation.judge_types import JudgeSettings
+    from isdaa.evaluation.judge_types import LIMITS, JudgeSettings, check_limit, check_variable
 
+    if not arguments.judge_model.strip():
+        raise UserError("--judge-model is empty; name a model that the endpoint serves")
     if temperature is not None:
         given["temperature"] = _temperature(temperature)
+    for option, field in (SETTINGS | {"judge_temperature": "temperature"}).items():
+        if field in LIMITS:
+            check_limit(field, given.get(field), "--" + option.replace("_", "-"))
+    if "key_variable" in given:
+        check_variable(given["key_variable"], "--judge-key-variable")
+    if ("price_in" in given) != ("price_out" in given):
+        raise UserError(
+            "--judge-price-in and --judge-price-out: give both prices, of a million tokens read and of a million written, or "
+            "neither"
+        )
     settings = JudgeSettings(arguments.judge_model, **given)
     return Asking(settings, temperature is not None, "max_tokens" in given, logprobs)
 

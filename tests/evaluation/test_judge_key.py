@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from judge_server import Answer, asks, completion, judge, scripted, serving
 
+from isdaa.cli import main
 from isdaa.errors import UserError
 from isdaa.evaluation.judge_client import address
 from isdaa.evaluation.judge_secret import Secret, key_from_environment
@@ -118,6 +119,15 @@ def test_another_variable_can_hold_the_key(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.delenv("OPENAI_API_KEY")
         judge(server).ask(asks(1))
     assert [headers["authorization"] for headers in server.headers] == ["Bearer sk-from-the-other-variable", "Bearer none"]
+
+
+def test_a_key_in_the_place_of_its_variables_name_is_refused_unseen(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="key_variable must name an environment variable") as caught:
+        JudgeSettings("judge", key_variable=KEY)
+    options = ["--benchmark", "tldr", "--answers", __file__, "--judge-model", "judge", "--judge-key-variable", KEY]
+    assert main(["evaluate", *options]) == 2
+    shown = capsys.readouterr()
+    assert "--judge-key-variable must name" in shown.err and not parts(shown.out + shown.err + str(caught.value))
 
 
 @pytest.mark.parametrize("value", [f"{KEY}\r\nx: y", f"{KEY} {KEY}", f"{KEY}ß"])

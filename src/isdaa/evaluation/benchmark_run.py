@@ -223,7 +223,7 @@ def _unread(found: Mapping[str, Sequence[Judged]], what: str) -> str:
 def _score_again(bench: Benchmark, request: BenchmarkRequest) -> Outcome:
     """Judgments of files, scored as they are."""
     sources = request.sources
-    wanted = sources.questions is not None or bench is MT_BENCH or sources.limit is not None
+    wanted = bench is MT_BENCH or any(named is not None for named in (sources.questions, sources.split, sources.limit))
     questions = _questions(bench, request) if wanted else []
     files = [file for file in (*sources.answers, sources.opponent) if file is not None]
     answers = [one for file in files for one in bench.read_answers(Path(file).expanduser(), questions)]

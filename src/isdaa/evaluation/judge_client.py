@@ -199,7 +199,8 @@ def read_answer(text: str) -> Reply | Failure:
     if reason == "content_filter" or (refusal and not content.strip()):
         return Failure("question", f"the judge refused: {_quoted(str(refusal or reason))}", tokens=tokens)
     if not content.strip() and reason == "length":
-        return Failure("cut", "the reply was cut before its first word; raise the judge's max_tokens", tokens=tokens)
+        way = "raise the judge's max_tokens (--judge-max-tokens)"
+        return Failure("cut", f"the reply was cut before its first word; {way}", tokens=tokens)
     if not content.strip():
         return Failure("retry", "the reply is empty", tokens=tokens)
     return Reply(

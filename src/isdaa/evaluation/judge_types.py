@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,18 @@ from isdaa.files import digest
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 MOST_LOGPROBS = 20  # more alternatives than this no endpoint gives
+# Field of `JudgeSettings` -> the least and the most that makes sense.
+LIMITS: dict[str, tuple[float, float]] = {
+    "temperature": (0, math.inf),
+    "max_tokens": (1, math.inf),
+    "logprobs": (1, MOST_LOGPROBS),
+    "concurrency": (1, math.inf),
+    "timeout_s": (0.001, math.inf),
+    "retries": (0, math.inf),
+    "max_requests": (0, math.inf),
+    "price_in": (0, math.inf),
+    "price_out": (0, math.inf),
+}
 
 
 @dataclass(frozen=True)
@@ -45,23 +58,26 @@ class JudgeSettings:
     def __post_init__(self) -> None:
         if not self.model.strip():
             raise UserError("judge: the model's name is empty; name one that the endpoint serves")
-        _check("temperature", self.temperature, 0)
-        _check("max_tokens", self.max_tokens, 1)
-        _check("logprobs", self.logprobs, 1, MOST_LOGPROBS)
-        _check("concurrency", self.concurrency, 1)
-        _check("timeout_s", self.timeout_s, 0.001)
-        _check("retries", self.retries, 0)
-        _check("max_requests", self.max_requests, 0)
-        _check("price_in", self.price_in, 0)
-        _check("price_out", self.price_out, 0)
+        for field in LIMITS:
+            check_limit(field, getattr(self, field), f"judge: {field}")
+        check_variable(self.key_variable, "judge: key_variable")
         if (self.price_in is None) != (self.price_out is None):
             raise UserError("judge: give both prices, of a million tokens read and of a million written, or neither")
 
 
-def _check(name: str, value: float | None, least: float, most: float = math.inf) -> None:
+def check_limit(field: str, value: float | None, name: str) -> None:
+    """Raises UserError where a setting of the judge is out of its limits; `name`: what the user calls it."""
+    least, most = LIMITS[field]
     if value is not None and not (math.isfinite(value) and least <= value <= most):
         limit = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
-        raise UserError(f"judge: {name} must be {limit}, got {value}")
+        raise UserError(f"{name} must be {limit}, got {value}")
+
+
+def check_variable(value: str, name: str) -> None:
+    """Raises UserError, which does not show it, where the name of the key's variable is none: it may be the key itself."""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
+        what = "must name an environment variable (letters, digits, underscores), in which the key is"
+        raise UserError(f"{name} {what}")
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def test_the_hubs_file_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Non
     file.write_text('[{"instruction": "Do.", "output": "x", "generator": "g", "dataset": "d"}]')
     asked = []
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **options: asked.append((args, options)) or str(file))
-    (question,) = BENCHMARKS["alpaca_eval"].read_questions("tatsu-lab/alpaca_eval", "eval")
+    (question,) = BENCHMARKS["alpaca_eval"].read_questions("tatsu-lab/alpaca_eval")
     opponent = BENCHMARKS["alpaca_eval"].opponents([question])["0"]
     assert (opponent.model, opponent.turns) == ("g", ("x",))  # the file brings the baseline along
     assert question.category == "d" and asked == [

@@ -32,7 +32,7 @@ from isdaa.evaluation.benchmarks.benchmark import (
     Verdict,
     prompt_text,
 )
-from isdaa.evaluation.benchmarks.rows import PROJECT, identity, matched, objects, project_rows, text
+from isdaa.evaluation.benchmarks.rows import PROJECT, check_split, identity, matched, objects, project_rows, text
 from isdaa.evaluation.length_control import win_rate
 from isdaa.files import write_jsonl
 
@@ -89,6 +89,7 @@ def read_questions(recipe: str, source: str, split: str | None = None, limit: in
     from isdaa.data.recipes import RECIPES
     from isdaa.data.sources import load_prompts
 
+    check_split(source, split)
     if source == PROJECT:
         rows = project_rows()[:limit]
         return [

@@ -30,14 +30,27 @@ def question_rows(
 
     hub_file: the file of the questions in a Hub repository whose own loader is a script, or that holds many files.
     """
+    single = hub_file if not Path(source).expanduser().exists() else None
+    check_split(source, split, single)
     if source == PROJECT:  # a folder of that name is `./project`
         return project_rows()[:limit]
-    if hub_file is not None and not Path(source).expanduser().exists():
-        source, split = _downloaded(source, hub_file, repo_type), None
+    if single is not None:
+        source = _downloaded(source, single, repo_type)
     rows = list(iterate_rows(source, split, limit=limit, columns=columns))
     if not rows:
         raise UserError(f"{source}: no question in it")
     return rows
+
+
+def check_split(source: str, split: str | None, hub_file: str | None = None) -> None:
+    """Raises UserError where a split is named of questions that have none: the project's, a file's, one file's on the Hub."""
+    if split is None:
+        return
+    if source == PROJECT:
+        raise UserError(f"--split {split}: the questions that come with isdaa have no splits; leave it out")
+    if hub_file is not None or Path(source).expanduser().is_file():
+        file = source if hub_file is None else f"{source}: {hub_file}"
+        raise UserError(f"--split {split}: the questions are all in one file, {file}, which has no splits; leave it out")
 
 
 def project_rows() -> list[Located]:
