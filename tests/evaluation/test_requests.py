@@ -148,7 +148,7 @@ def test_records_of_a_symlinked_run(tmp_path):
     assert record is not None and record.reference == str((tmp_path / "deep" / "down" / "sft").resolve())
 
 
-def test_what_is_gone_or_mistyped_is_named(tmp_path):
+def test_what_is_gone_or_mistyped_is_named(tmp_path, monkeypatch):
     folder = run(tmp_path / "demo" / "dpo")
     with pytest.raises(UserError, match=rf"did you mean {folder}\?"):
         requests([tmp_path / "demo"])
@@ -156,6 +156,10 @@ def test_what_is_gone_or_mistyped_is_named(tmp_path):
     with pytest.raises(UserError, match=r"checkpoint-10/isdaa.json.*sft, is not there.*--reference"):
         requests([folder])
     with pytest.raises(UserError, match=r"runs/minni: no such folder here.*no record.*--reference"):
+        requests(["runs/minni"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mini").mkdir(parents=True)
+    with pytest.raises(UserError, match=r'^runs/minni: no such folder here \(did you mean "runs/mini"\?\); for a model'):
         requests(["runs/minni"])
 
 

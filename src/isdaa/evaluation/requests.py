@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.config import EvaluationConfig, TokenizationConfig, validate
-from isdaa.errors import UserError
+from isdaa.errors import UserError, nearest
 from isdaa.files import file_digest
 from isdaa.record import GOLD, NAME, ModelRecord, read_record
 
@@ -81,8 +81,10 @@ def requests(model_paths: Sequence[str | Path], overrides: Mapping[str, Any] | N
         bare = next((path for path, record in records.items() if record is None or getattr(record, field) is None), None)
         if bare is not None and len(found) != 1:
             if not Path(bare).exists():
+                beside = Path(bare).parent
+                near = nearest(str(bare), map(str, beside.iterdir())) if beside.is_dir() else ""
                 raise UserError(
-                    f"{bare}: no such folder here, and of a Hub model no record names {what}; give it with --{option}"
+                    f"{bare}: no such folder here{near}; for a model of the Hub, of which no record names {what}, give --{option}"
                 )
             lacks = "its record does not name" if records[bare] is not None else "no isdaa.json beside it names"
             raise UserError(f"{bare}: {lacks} {what}; give it with --{option}")
