@@ -324,6 +324,29 @@ def test_the_mean_of_tasks_and_its_sentence() -> None:
     assert line.endswith("over 2 tasks; worse on a")
 
 
+def tax_with(measured: dict[str, Any], reference: list[Answers]) -> dict[str, Any]:
+    """What `tax.json` holds of one model's scores, as far as a table needs it."""
+    model = {"label": "m", "path": "m", **measured}
+    return {"statistics": OPTIONS, "reference": {"path": "r", **scores(reference, None, **OPTIONS)}, "models": [model]}
+
+
+@pytest.mark.parametrize(("differing", "alike"), [(5, 0), (6, 0), (5, 95), (6, 94)])
+def test_fewer_differing_items_than_a_sign_test_needs_are_not_marked(differing: int, alike: int) -> None:
+    reference = [answers("a", {"a": [1.0] * (differing + alike)})]
+    measured = scores([answers("a", {"a": [0.0] * differing + [1.0] * alike})], reference, **OPTIONS)
+    assert measured["tasks"][0]["difference"]["high"] < 0, "the interval alone would be marked"
+    assert [row["clear"] for row in tax_rows(tax_with(measured, reference))] == [0, -1 if differing == 6 else 0]
+    assert sentence("m", measured).endswith("; worse on a" if differing == 6 else "; worse on none for sure")
+
+
+def test_the_mean_of_tasks_is_not_marked_by_a_task_of_few_items() -> None:
+    """Two items that were lost weigh as much as a hundred: the mean's interval has no width, and says nothing."""
+    reference = [answers("few", {"few": [1.0] * 2}), answers("many", {"many": [1.0, 0.0] * 50})]
+    measured = scores([answers("few", {"few": [0.0] * 2}), answers("many", {"many": [0.0, 1.0] * 50})], reference, **OPTIONS)
+    assert measured["mean"]["difference"]["high"] < 0 and measured["mean"]["differing"] == 2
+    assert [row["clear"] for row in tax_rows(tax_with(measured, reference))] == [0] * 6
+
+
 def test_metrics_that_are_no_means_and_metrics_of_which_less_is_better() -> None:
     def corpus(value: float) -> list[Answers]:
         return [answers("bleu", {"bleu": [0.0, 1.0]}, by_item=False, value=value), answers("a", {"a": [1.0, 0.0]})]

@@ -160,6 +160,7 @@ class Harness:
         Raises UserError where the task cannot be loaded or does not suit the model.
         """
         import torch
+        from jinja2 import TemplateError
         from lm_eval import evaluate
 
         started = time.monotonic()
@@ -178,7 +179,7 @@ class Harness:
                 )
         except torch.OutOfMemoryError:
             raise UserError(f"{part.name}: the GPU's memory is full; choose a smaller --tax-batch-size") from None
-        except (ValueError, KeyError, AssertionError) as error:
+        except (ValueError, KeyError, AssertionError, TemplateError) as error:
             raise UserError(f"{part.name}: lm-eval cannot ask this task: {_said(error)}") from error
         results = {}
         records: list[Record] = []

@@ -126,13 +126,15 @@ def measure_tax(request: Request, settings: TaxSettings) -> dict[str, Any]:
 
 def _keys(path: str, weights: str, request: Request, harness: Harness, settings: TaxSettings) -> Keys:
     """The blocks of one model."""
-    from isdaa.data.chat import tokenizer_digest
+    from isdaa.data.chat import ChatFormat, tokenizer_digest
     from isdaa.files import digest
     from isdaa.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(path, trust_remote_code=request.trust_remote_code)
     if settings.chat_template and not tokenizer.chat_template:
         raise UserError(f"{path}: its tokenizer has no chat template; leave --tax-chat-template out")
+    if settings.chat_template:
+        ChatFormat(tokenizer)  # can it be used?
     who = [weights, tokenizer_digest(tokenizer), request.dtype]
     how = [harness.version, settings.limit, settings.chat_template]
     return {
@@ -227,7 +229,8 @@ def _compared(
     models = []
     for model in request.models:
         measured = scores(answers(model.path), own, **chosen)
-        models.append({**model.to_json(), "digest": digests[model.path], **measured, "sentence": sentence(model.label, measured)})
+        told = sentence(model.label, measured, chosen["confidence"])
+        models.append({**model.to_json(), "digest": digests[model.path], **measured, "sentence": told})
     reference = {"path": request.reference, "digest": digests[request.reference], **scores(own, None, **chosen)}
     return {"statistics": chosen, "reference": reference, "models": models}
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from isdaa.errors import UserError
 from isdaa.evaluation.harness import METRICS
-from isdaa.evaluation.statistics import Figure, Interval, mean_figure, percentiles
+from isdaa.evaluation.statistics import Figure, Interval, fewest, mean_figure, percentiles
 
 Record = Mapping[str, Any]
 
@@ -64,9 +64,11 @@ def scores(
 
     Items are resampled: those of a group together, whatever their task; those of different tasks independently. The mean is
     over the tasks that the user named, each counting the same, and is left out where not every one is a mean over items of
-    something of which more is better.
+    something of which more is better. Beside a difference stands `differing`, on how many items the two models differ; of
+    the mean, on how many in all, but no more than the smallest task has items.
     """
-    entries, figures, gaps = [], [], []
+    entries: list[dict[str, Any]] = []
+    figures, gaps = [], []
     for place, answers in enumerate(tasks):
         other = reference[place] if reference is not None else None
         if other is not None:
@@ -83,6 +85,7 @@ def scores(
             measured[metric] = {
                 "score": _json(score, len(answers.items)),
                 "difference": gap.to_json() if gap is not None else _plain_difference(score, base, len(answers.items)),
+                "differing": _differing(answers, other, metric) if gap is not None and other is not None else None,
                 "higher_is_better": answers.higher(metric),
             }
         shots = sorted({result["shots"] or 0 for result in answers.results.values()})
@@ -101,14 +104,17 @@ def scores(
     mean = None
     if len(tasks) > 1 and all(isinstance(figure, Figure) for figure in figures):
         difference = _mean(gaps, confidence) if reference is not None else None
-        mean = {"score": _mean(figures, confidence), "difference": difference}
+        differing = None
+        if difference is not None:
+            differing = min(sum(entry["differing"] for entry in entries), *(entry["items"] for entry in entries))
+        mean = {"score": _mean(figures, confidence), "difference": difference, "differing": differing}
     return {"tasks": entries, "mean": mean}
 
 
-def sentence(label: str, measured: Record) -> str:
+def sentence(label: str, measured: Record, confidence: float = 0.95) -> str:
     """What the numbers say of one model, in a sentence."""
     entries = measured["tasks"]
-    signs = {entry["task"]: clear(entry["difference"], entry["higher_is_better"]) for entry in entries}
+    signs = {entry["task"]: clear(entry, confidence) for entry in entries}
     lost, won = ([task for task, sign in signs.items() if sign == wanted] for wanted in (-1, 1))
     found = []
     if measured["mean"] is not None:
@@ -121,11 +127,18 @@ def sentence(label: str, measured: Record) -> str:
     return f"alignment tax of {label}: {'; '.join(found)}"
 
 
-def clear(difference: Record | None, higher: bool = True) -> int:
-    """-1 where a difference is a loss beyond chance, 1 a gain, 0 where its interval holds zero or there is none."""
+def clear(measured: Record, confidence: float = 0.95) -> int:
+    """-1 where a model lost beyond chance, 1 where it gained; 0 where the interval of its difference holds zero.
+
+    measured: `difference`, `differing` and, where less may be better, `higher_is_better`. Where fewer items differ than a
+    sign test needs (`statistics.fewest`), or there is no interval, it is 0, too.
+    """
+    difference = measured["difference"]
     if difference is None or difference["low"] is None or difference["low"] <= 0 <= difference["high"]:
         return 0
-    return 1 if (difference["mean"] > 0) == higher else -1
+    if (measured.get("differing") or 0) < fewest(confidence):
+        return 0
+    return 1 if (difference["mean"] > 0) == measured.get("higher_is_better", True) else -1
 
 
 def signed(difference: Record | None) -> str:
@@ -143,6 +156,11 @@ def _figure(answers: Answers, metric: str, options: Mapping[str, Any]) -> Figure
     if not answers.by_item(metric):
         return answers.whole(metric)
     return mean_figure([item["values"][metric] for item in answers.items], answers.weights(), **options)
+
+
+def _differing(one: Answers, other: Answers, metric: str) -> int:
+    pairs = zip(one.items, other.items, strict=True)
+    return sum(ours["values"][metric] != theirs["values"][metric] for ours, theirs in pairs)
 
 
 def _json(score: Figure | float | None, items: int) -> dict[str, Any] | None:
@@ -165,8 +183,8 @@ def _mean(figures: Sequence[Figure | float | None], confidence: float) -> dict[s
         return None
     value = float(np.mean([figure.value for figure in known]))
     draws = np.mean([figure.draws for figure in known], axis=0)
-    fewest = min(figure.interval.n for figure in known)
-    found = percentiles(value, draws, fewest, confidence)
+    smallest = min(figure.interval.n for figure in known)
+    found = percentiles(value, draws, smallest, confidence)
     return Interval(value, found.low, found.high, sum(figure.interval.n for figure in known)).to_json()
 
 

@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from isdaa.evaluation.statistics import fewest
 from isdaa.evaluation.table import PLAIN_WIDTH, pm, short
 from isdaa.evaluation.tax_scores import clear, signed
 
@@ -21,9 +22,11 @@ def tax_rows(tax: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row a task and model, the reference's first: all that a table or chart needs of `tax.json`.
 
     Keys: task, metric (`acc,none`; None of the mean), model (label), path, shots, items, score and difference
-    (`{"mean", "low", "high", "n"}`; None for the reference), clear (-1: lost beyond chance, 1: gained, 0).
+    (`{"mean", "low", "high", "n"}`; None for the reference), higher (whether more of the metric is better), clear (-1: lost
+    beyond chance, 1: gained, 0).
     """
     rows = []
+    confidence = tax["statistics"]["confidence"]
     everyone = [tax["reference"] | {"label": "reference"}, *tax["models"]]
     for place, task in enumerate(tax["reference"]["tasks"]):
         for model in everyone:
@@ -38,7 +41,8 @@ def tax_rows(tax: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "items": entry["items"],
                     "score": entry["score"],
                     "difference": entry["difference"],
-                    "clear": clear(entry["difference"], entry["higher_is_better"]),
+                    "higher": entry["higher_is_better"],
+                    "clear": clear(entry, confidence),
                 }
             )
     for model in everyone:
@@ -53,7 +57,8 @@ def tax_rows(tax: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "items": model["mean"]["score"]["n"],
                     "score": model["mean"]["score"],
                     "difference": model["mean"]["difference"],
-                    "clear": clear(model["mean"]["difference"]),
+                    "higher": True,
+                    "clear": clear(model["mean"], confidence),
                 }
             )
     return rows
@@ -61,10 +66,11 @@ def tax_rows(tax: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def tax_notes(tax: Mapping[str, Any]) -> list[str]:
     """What the table means, and what it does not say."""
-    level = f"{tax['statistics']['confidence'] * 100:g} %"
+    confidence = tax["statistics"]["confidence"]
     lines = [
         "Alignment tax: score minus the reference's on the same items; below zero, alignment cost ability.",
-        f"± is half of a {level} bootstrap interval over items; *: zero lies outside of it.",
+        f"± is half of a {confidence * 100:g} % bootstrap interval over items; *: zero lies outside of it, and the two models "
+        f"differ on at least {fewest(confidence)} items.",
     ]
     entries = [entry for model in (tax["reference"], *tax["models"]) for entry in model["tasks"]]
     part = list(dict.fromkeys(entry["task"] for entry in entries if entry["items"] < entry["of"]))
@@ -98,12 +104,12 @@ def print_tax(tax: Mapping[str, Any], file: IO[str] | None = None, width: int | 
             table.add_section()
         before = row["task"]
         table.add_row(
-            _task(row) if first else "",
+            task_name(row) if first else "",
             short(row["model"]),
             pm(row["score"], 3),
             signed(row["difference"]) + (" *" if row["clear"] else "  " if row["difference"] else ""),
             str(row["items"]),
-            _shots(row["shots"]),
+            examples_of(row),
             style=None if plain or row["difference"] else "dim",
         )
     console.print(table)
@@ -111,14 +117,15 @@ def print_tax(tax: Mapping[str, Any], file: IO[str] | None = None, width: int | 
         console.print(line, style=None if plain else "dim", soft_wrap=True)
 
 
-def _shots(shots: int | list[int] | None) -> str:
-    """`5`; `0 to 5` of a group whose tasks differ."""
+def examples_of(row: Mapping[str, Any]) -> str:
+    """How many examples a prompt held: `5`; `0 to 5` of a group whose tasks differ."""
+    shots = row["shots"]
     if isinstance(shots, list):
         return f"{shots[0]} to {shots[-1]}"
     return "" if shots is None else str(shots)
 
 
-def _task(row: Mapping[str, Any]) -> str:
+def task_name(row: Mapping[str, Any]) -> str:
     """`gsm8k (exact_match, strict-match)`; the filter only where there is a choice of filters."""
     if row["metric"] is None:
         return row["task"]
