@@ -280,9 +280,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     _quiet_libraries()
     from isdaa.evaluation.tax import tax_command
 
-    status = tax_command(arguments, overrides)
-    if status is not None:
-        return status
+    folder = tax_command(arguments, overrides)
+    if folder is not None:
+        from isdaa.report.benchmarks import renew_benchmark_reports
+
+        for page in renew_benchmark_reports(folder):
+            print(f"report: {page}")
+        return 0
     from isdaa.evaluation.evaluate import evaluate_request
     from isdaa.evaluation.requests import requests
     from isdaa.evaluation.table import print_table

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from benchmark_run_helpers import judge_server
 from chains import chat_model, jsonl, read_lines, refused
 
 from isdaa.cli import main
@@ -245,6 +246,38 @@ def test_a_chat_template_and_prompts_that_do_not_fit(place: Path, capsys: pytest
     assert main(command("baskets", models=["after"], output="chat", more=more)) == 0
     assert "Prompts longer than a model's window lost their beginning: baskets" in capsys.readouterr().out
     assert entry(tax_of("chat")["reference"], "baskets")["truncated"]
+
+
+def test_a_chat_template_that_cannot_be_used_is_named_by_its_file(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(place / "after", tmp_path / "broken")
+    (tmp_path / "broken" / "chat_template.jinja").write_text("{% if")
+    argv = command("few", models=[str(tmp_path / "broken")], output=str(tmp_path / "out"), more=("--tax-chat-template",))
+    refused(capsys, argv, "broken/chat_template.jinja: the chat template refuses", "TemplateSyntaxError")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_benchmarks_page_shows_the_tax_of_its_models(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = tmp_path / "records"
+    records.mkdir()
+    shutil.copy("first/tax.jsonl", records)
+    where = ["--output", str(records / "mt_bench"), "--limit", "2", "--max-new-tokens", "4", "--evaluation.bootstrap", "100"]
+    asked = ["evaluate", "--benchmark", "mt_bench", "--model_path", "after", "--questions", "project", *where]
+    with judge_server(lambda talk: "[[5]]") as (_, url):
+        assert main([*asked, "--judge-model", "toy", "--judge-base-url", url]) == 0
+    page = records / "mt_bench" / "report.html"
+    assert "Alignment tax" not in page.read_text()
+    capsys.readouterr()
+    assert main(command("baskets", "sums", models=["after", "twin"], output=str(records))) == 0
+    assert f"report: {page}" in capsys.readouterr().out
+    after, twin = tax_of(str(records))["models"]
+    shown = page.read_text()
+    assert after["sentence"].removeprefix("a") in shown and twin["sentence"].removeprefix("a") not in shown
+    difference = entry(after, "baskets")["difference"]["mean"]
+    assert f"{difference:+.3f} ±".replace("-", "−") in shown
+    assert all(text in shown for text in ("baskets (acc)", "sums (exact_match, strict)", MEAN, 'id="tax"'))
+    assert (page.parent / "charts" / "tax.svg").is_file()
 
 
 def test_the_five_tasks_are_known_with_the_leaderboards_examples(place: Path) -> None:

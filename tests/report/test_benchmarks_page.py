@@ -7,6 +7,7 @@ import pytest
 from test_browser import BROWSER, PROBE, dump
 
 from isdaa.errors import UserError
+from isdaa.evaluation.tax_scores import Answers, scores
 from isdaa.files import write_json
 from isdaa.report.benchmarks import write_benchmark_report
 
@@ -27,7 +28,7 @@ def write(folder: Path, share: bool = True, models: int = 2) -> Path:
         figures |= {f"{'win_rate/' if share else 'category/'}{c}": figure(value, 0.2) for c in ("coding", "creative writing")}
         answers = {"mean_characters": 812.4, "truncated": 3, "turns": 40}
         entry = {"model": name, "answers": answers, "figures": figures, "counts": {"unparsed": 0}, "details": {}, "notes": []}
-        entries.append(entry)
+        entries.append(entry | {"digest": f"weights {place}"})
     counts = {"better": 20, "equal": 5, "worse": 15, "headline_difference": None}
     pairs = [{"first": "first", "second": name, "difference": figure(0.05), **counts} for name in names[1:]]
     metrics = {
@@ -42,6 +43,44 @@ def write(folder: Path, share: bool = True, models: int = 2) -> Path:
     asked = {"id": "1", "category": "coding", "asked": ["x" * 300], "opponent": None, "answers": sides}
     write_json(folder / "examples.json", [asked])
     return write_benchmark_report(folder)
+
+
+def write_tax(folder: Path) -> None:
+    """Tasks with items of 0 and 1, of the page's first two models and of a third that the page does not show."""
+
+    def answered(gap: int) -> list[Answers]:
+        found = []
+        for task, count in (("a_task_with_a_very_long_name_of_its_own", 40), ("gsm8k", 30)):
+            values = [float(i % 2 or i < gap) for i in range(count)]
+            items = [{"task": task, "item": i, "doc": "", "values": {"acc,none": value}} for i, value in enumerate(values)]
+            metric = {"value": 0.0, "by_item": True, "higher": True}
+            results = {task: {"shots": 5, "of": count, "metrics": {"acc,none": metric}}}
+            found.append(Answers(task, [{"results": results, "truncated": False}], items, True))
+        return found
+
+    options = {"bootstrap": 200, "confidence": 0.95, "seed": 0}
+    models = [
+        {"label": f"other {i}", "path": "", "digest": f"weights {i}", **scores(answered(gap), answered(0), **options)}
+        for i, gap in ((0, 20), (1, 2), (7, 0))
+    ]
+    reference = {"path": "", "digest": "", **scores(answered(0), None, **options)}
+    write_json(folder / "tax.json", {"statistics": options, "reference": reference, "models": models})
+    (folder / "tax.jsonl").touch()
+
+
+@pytest.mark.parametrize("place", [".", ".."])
+def test_the_tax_of_the_pages_own_models_is_shown(place, tmp_path):
+    (folder := tmp_path / "mt_bench").mkdir()
+    write_tax(folder / place)
+    page = write(folder).read_text()
+    section = page[page.index("<h2>Alignment tax</h2>") : page.index("<h2>Answers to read</h2>")]
+    assert "Alignment tax of first: +0.292" in section and "better on a_task_with_a_very_long_name_of_its_own, gsm8k." in section
+    assert "+0.250 ± " in section and " *</td>" in section and "other" not in section  # of 40 items 10, and of the page's names
+    assert section.count(" *</td>") == 3 and ">40</td>" in section  # the first model's; the other differs on one item a task
+    assert section.count("<tr>") == 1 + 3 * 3 and (folder / "charts/tax.png").is_file()
+    assert "two models differ on at least 6 items" in section
+    (folder / place / "tax.json").unlink()
+    assert "Alignment tax" not in write(folder).read_text()
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -62,10 +101,11 @@ def test_a_folder_without_metrics_is_named(tmp_path):
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_sticks_out_and_nothing_runs(width, tmp_path):
+    write_tax(tmp_path)
     page = write(tmp_path, models=4)
     (probe := tmp_path / "probe.html").write_text(PROBE.format(width=width, page=page.as_uri()), encoding="utf-8")
     dom, console = dump(probe, tmp_path / "profile")
     found = re.search(r'data-found="([^"]*)"', dom)
     assert found is not None and console == ""
     scroll, client, title, drawings = found.group(1).split("|")
-    assert int(scroll) <= int(client) and title == "AlpacaEval 2: benchmark report" and int(drawings) == 6
+    assert int(scroll) <= int(client) and title == "AlpacaEval 2: benchmark report" and int(drawings) == 8

@@ -47,12 +47,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Side:
-    """Somebody's answers. drawn: where they were generated here; path: of the model."""
+    """Somebody's answers. drawn: where they were generated here; path, digest: of the model and of its weights."""
 
     label: str
     answers: Mapping[str, Answer]
     drawn: Mapping[str, Drawn] | None = None
     path: str | None = None
+    digest: str | None = None
 
     def finished(self, question: str) -> bool:
         """Whether the model itself ended its answer, as far as anybody knows."""
@@ -93,7 +94,7 @@ def run_benchmark(request: BenchmarkRequest) -> Outcome:
         judge = judge_of(request, folder)
         drawn = answer(respondents, questions, Lines(folder / GENERATIONS)) if respondents else []
         sides = [
-            _Side(respondent.label, {key: one.answer for key, one in found.items()}, found, respondent.path)
+            _Side(respondent.label, {key: one.answer for key, one in found.items()}, found, respondent.path, respondent.digest)
             for respondent, found in zip(respondents, drawn, strict=True)
         ]
         _write_answers(bench, folder, questions, sides)
@@ -311,7 +312,7 @@ def _entry(side: _Side) -> dict[str, Any]:
             "truncated": sum(one.cut for one in drawn),
             "no_room": sum(one.no_room for one in drawn),
         }
-    return {"model": side.label, "path": side.path, "answers": told}
+    return {"model": side.label, "path": side.path, "digest": side.digest, "answers": told}
 
 
 def _scored(

@@ -59,8 +59,8 @@ def add_tax_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tax_chat_template", action="store_true", default=None, help=chat)
 
 
-def tax_command(arguments: argparse.Namespace, overrides: Mapping[str, Any]) -> int | None:
-    """Measure and print the alignment tax where the command line asks for it; None where it does not.
+def tax_command(arguments: argparse.Namespace, overrides: Mapping[str, Any]) -> Path | None:
+    """Measure and print the alignment tax where the command line asks for it; returns its folder, None where it does not.
 
     overrides: as `requests` takes them. Raises UserError.
     """
@@ -87,7 +87,7 @@ def tax_command(arguments: argparse.Namespace, overrides: Mapping[str, Any]) -> 
     request = requests(arguments.model_path, {**overrides, "data": "none", "scorer": "none"})
     print_tax(measure_tax(request, settings))
     print(f"records: {Path(request.output_dir) / TAX}")
-    return 0
+    return Path(request.output_dir)
 
 
 def measure_tax(request: Request, settings: TaxSettings) -> dict[str, Any]:

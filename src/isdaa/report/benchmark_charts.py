@@ -83,13 +83,13 @@ def _prefix(metrics: Mapping[str, Any]) -> str:
 def models_chart(metrics: Mapping[str, Any], width: int) -> Drawing:
     """One row a model, best first."""
     headline, colours = metrics["headline"], colours_of(metrics)
-    rows = [_row(model["model"], model["figures"][headline], colours[model["model"]]) for model in ranked(metrics)]
+    rows = [row_of(model["model"], model["figures"][headline], colours[model["model"]]) for model in ranked(metrics)]
     share = is_share(headline)
     if share and headline != PLAIN:
         for row, model in zip(rows, ranked(metrics), strict=True):
             row["plain"] = model["figures"][PLAIN]["mean"] if PLAIN in model["figures"] else None
     title = f"{title_of(headline)} ({'%' if share else '1 to 10'})"
-    return _dots(rows, width, title, share, even=50.0 if share else None)
+    return dots(rows, width, title, share, even=50.0 if share else None)
 
 
 def differences_chart(metrics: Mapping[str, Any], width: int) -> Drawing:
@@ -100,9 +100,9 @@ def differences_chart(metrics: Mapping[str, Any], width: int) -> Drawing:
     for name in others:
         gap = gap_between(metrics["comparisons"], name, best)
         if gap is not None:
-            rows.append(_row(name, gap, colours[name], share))
+            rows.append(row_of(name, gap, colours[name]))
     title = f"Difference from {_cut(best, width)} ({'points' if share else 'grades'})"
-    return _dots(rows, width, title, share, even=0.0, within=None)
+    return dots(rows, width, title, share, even=0.0, within=None)
 
 
 def categories_chart(metrics: Mapping[str, Any], width: int) -> Drawing:
@@ -115,12 +115,13 @@ def categories_chart(metrics: Mapping[str, Any], width: int) -> Drawing:
         for model in ranked(metrics):
             figure = model["figures"].get(prefix + category)
             if figure is not None:
-                rows.append(_row(category, figure, colours[model["model"]], share) | {"model": model["model"]})
+                rows.append(row_of(category, figure, colours[model["model"]]) | {"model": model["model"]})
     title = f"{'Win rate (%)' if share else 'Mean grade (1 to 10)'}"
-    return _dots(rows, width, title, share, even=50.0 if share else None, offset=several)
+    return dots(rows, width, title, share, even=50.0 if share else None, offset=several)
 
 
-def _row(name: str, figure: Mapping[str, Any], colour: str, share: bool | None = None) -> dict[str, Any]:
+def row_of(name: str, figure: Mapping[str, Any], colour: str) -> dict[str, Any]:
+    """What `dots` draws in one row."""
     return {"name": name, "colour": colour, "mean": figure["mean"], "low": figure["low"], "high": figure["high"], "plain": None}
 
 
@@ -129,7 +130,7 @@ def _cut(name: str, width: int) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
-def _dots(
+def dots(
     rows: Sequence[Mapping[str, Any]],
     width: int,
     title: str,
@@ -137,8 +138,9 @@ def _dots(
     even: float | None,
     within: tuple[float, float] | None = (0.0, 100.0),
     offset: bool = False,
+    least: float = LEAST_MARGIN,
 ) -> Drawing:
-    """Dots with bars, one row a name; offset: several models stand below each other in a row."""
+    """Dots with bars, one row a name; offset: several models stand below each other in a row; least: as `_domain` takes it."""
     import altair as alt
 
     scale = 100.0 if share else 1.0
@@ -150,7 +152,7 @@ def _dots(
     ]
     names = list(dict.fromkeys(row["name"] for row in drawn))
     values = [row[key] for row in drawn for key in ("mean", "low", "high", "plain") if row[key] is not None]
-    domain = _domain([*values, *([even] if even is not None else [])], within if share else None)
+    domain = _domain([*values, *([even] if even is not None else [])], within if share else None, least)
     axis = alt.Axis(title=None, domain=False, ticks=False, labelColor=INK, grid=True)
     y = alt.Y("name:N", sort=names, axis=axis)
     models = list(dict.fromkeys(row["model"] for row in drawn)) if offset else []
@@ -184,10 +186,10 @@ def _dots(
     return configured([frame(layers, inner, step)], 1, 11 if small else 12)
 
 
-def _domain(values: Sequence[float], within: tuple[float, float] | None) -> list[float]:
-    """A little more than what is drawn, and no more than there can be."""
+def _domain(values: Sequence[float], within: tuple[float, float] | None, least: float = LEAST_MARGIN) -> list[float]:
+    """A little more than what is drawn, by `least` at least, and no more than there can be."""
     low, high = min(values), max(values)
-    margin = max(0.06 * (high - low), 0.02 * abs(high), LEAST_MARGIN)
+    margin = max(0.06 * (high - low), 0.02 * abs(high), least)
     if within is None:
         return [low - margin, high + margin]
     return [max(low - margin, within[0] - 0.5), min(high + margin, within[1] + 0.5)]

@@ -15,25 +15,46 @@ from isdaa.report import words
 from isdaa.report.benchmark_charts import benchmark_figures, categories_of, colours_of
 from isdaa.report.figures import Figure
 from isdaa.report.page import CHARTS, PAGE, drawings_of, fill, plain
-
-MINUS = str.maketrans("-", "−")
+from isdaa.report.tax import tax_figure, tax_of, tax_table
+from isdaa.report.words import MINUS
 
 
 def write_benchmark_report(folder: str | Path) -> Path:
-    """Write `report.html` and `charts/` beside the metrics of a benchmark; returns the page's path. Raises UserError."""
+    """Write `report.html` and `charts/` beside the metrics of a benchmark; returns the page's path. Raises UserError.
+
+    The alignment tax of its models is on it, where `isdaa evaluate --tax` measured that in the same folder or the one around.
+    """
     folder = Path(folder)
     if not (folder / METRICS).is_file():
         raise UserError(f"{folder}: no {METRICS} of a benchmark there; run `isdaa evaluate --benchmark` first")
     metrics = read_json(folder / METRICS)
     read = read_json(folder / EXAMPLES) if (folder / EXAMPLES).is_file() else []
     figures = benchmark_figures(metrics)
+    tax = tax_of(folder, metrics)
+    if tax is not None and (chart := tax_figure(tax, metrics)) is not None:
+        figures.append(chart)
     drawings = drawings_of(figures, folder / CHARTS)
-    write_atomically(folder / PAGE, render(metrics, read, figures, drawings))
+    write_atomically(folder / PAGE, render(metrics, read, figures, drawings, tax))
     return folder / PAGE
 
 
+def renew_benchmark_reports(folder: Path) -> list[Path]:
+    """Write those benchmarks' pages again, in a folder and directly below it, that show the tax which it holds now."""
+    pages = []
+    for place in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
+        if (place / METRICS).is_file() and (place / PAGE).is_file():
+            metrics = read_json(place / METRICS)
+            if metrics.get("benchmark") and metrics.get("judge") is not None and tax_of(place, metrics) is not None:
+                pages.append(write_benchmark_report(place))
+    return pages
+
+
 def render(
-    metrics: Mapping[str, Any], read: Sequence[Mapping[str, Any]], figures: list[Figure], drawings: Mapping[str, str]
+    metrics: Mapping[str, Any],
+    read: Sequence[Mapping[str, Any]],
+    figures: list[Figure],
+    drawings: Mapping[str, str],
+    tax: Mapping[str, Any] | None = None,
 ) -> str:
     """The page."""
     share = is_share(metrics["headline"])
@@ -60,6 +81,7 @@ def render(
         notes=[f"{model['model']}: {note}" for model in models for note in model["notes"]],
         colours=colours_of(metrics),
         figures=figures,
+        tax=tax_table(tax) if tax is not None else None,
     )
 
 

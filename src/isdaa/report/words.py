@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+MINUS = str.maketrans("-", "−")  # of a number
 OVER, NOT, UNDER = "over-optimised", "not detected", "underpowered"
 NO_SCORER = (
     "No verdict: these runs were evaluated without a scorer, and KL, drift and held-out accuracy do not tell better from worse."
