@@ -56,6 +56,23 @@ def chat_reward_model(folder: Path, seed: int = 7) -> str:
     return str(folder)
 
 
+def judge_of_one_word(folder: Path, word: str) -> str:
+    """A model that replies with that word, one token, to whatever it is asked: its logits look at the last token alone."""
+    words = byte_level("chatml")
+    model = LlamaForCausalLM(_config(words, max_position_embeddings=8192, tie_word_embeddings=False)).eval()
+    said, end = words.convert_tokens_to_ids(word), words.eos_token_id
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.model.norm.weight.fill_(1)
+        model.model.embed_tokens.weight[:, 0] = 1
+        model.model.embed_tokens.weight[said] = torch.eye(16)[1]
+        model.lm_head.weight[said, 0] = model.lm_head.weight[end, 1] = 1
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return str(folder)
+
+
 def between(text: str, start: str, end: str) -> str:
     """What stands between two markers."""
     return text.split(start, 1)[1].split(end, 1)[0].strip()

@@ -1,8 +1,7 @@
-"""End to end: a tiny model of random weights behind `transformers serve` is asked both orders of real benchmark questions."""
+"""End to end: a tiny model behind `transformers serve` judges both orders of real benchmark questions, and a whole benchmark."""
 
 from __future__ import annotations
 
-import copy
 import os
 import socket
 import subprocess
@@ -13,26 +12,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from evaluation_helpers import TOKENIZER, save, tiny
+from benchmark_run_helpers import judge_of_one_word
+from evaluation_helpers import save, tiny
 from judge_server import judge
 
+from isdaa.cli import main
 from isdaa.errors import UserError
 from isdaa.evaluation.benchmarks import TLDR, games
 from isdaa.evaluation.benchmarks.benchmark import Answer, Judged, Question, Scoring
 from isdaa.evaluation.judges import Question as Asked
 from isdaa.evaluation.judges import Reply
+from isdaa.files import read_json
 
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 PATIENCE = 90  # seconds until the server must have come up
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """Address and model name of a running `transformers serve`."""
+    """Address and model name of a running `transformers serve`; the model prefers whatever comes first."""
     folder = tmp_path_factory.mktemp("serve")
-    tokenizer = copy.deepcopy(TOKENIZER)
-    tokenizer.chat_template = TEMPLATE
-    model = save(tiny(), folder / "model", tokenizer)
+    model = judge_of_one_word(folder / "model", "A")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     program = "from transformers.cli.transformers import main; main()"
@@ -70,6 +69,7 @@ def test_transformers_serve_is_a_judge(served: tuple[str, str], tmp_path: Path, 
     asking = judge(url, tmp_path / "replies.jsonl", model=model, concurrency=2, timeout_s=60)
     replies = asking.ask(requests)
     assert all(isinstance(reply, Reply) and reply.completion_tokens and reply.prompt_tokens for reply in replies)
+    assert [reply.text for reply in replies if isinstance(reply, Reply)] == ["A"] * 6
     # It ignores the wish for log-probabilities: nothing is made up in their place.
     assert all(isinstance(reply, Reply) and reply.first_token_logprobs is None for reply in replies)
     assert asking.usage.requests == 6 and asking.usage.failures == 0 and asking.usage.completion_tokens > 0
@@ -80,9 +80,8 @@ def test_transformers_serve_is_a_judge(served: tuple[str, str], tmp_path: Path, 
         for i, (question, answer) in enumerate(pairs)
     ]
     score = TLDR.score({"model": cases}, Scoring(resamples=100))["model"]
-    assert score.counts["replies"] == 6
-    assert score.counts["unparsed"] == sum(one.value is None for one in verdicts) == 6  # random words
-    assert games.flip_rate(cases) is None
+    assert score.counts["replies"] == 6 and score.counts["unparsed"] == 0
+    assert score.figures["win_rate"].value == 0.5 and games.flip_rate(cases) == 1.0
 
     again = judge("http://127.0.0.1:1/v1", tmp_path / "replies.jsonl", model=model)
     assert [reply.text for reply in again.ask(requests) if isinstance(reply, Reply)] == [
@@ -91,3 +90,34 @@ def test_transformers_serve_is_a_judge(served: tuple[str, str], tmp_path: Path, 
     assert again.usage.requests == 0
     with pytest.raises(UserError, match=r"answered 400: Server is pinned to .*requested 'other'"):
         judge(url, model="other").ask(requests)
+
+
+def test_transformers_serve_judges_a_whole_benchmark(
+    served: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    url, model = served
+    out = tmp_path / "out"
+    policy = save(tiny(seed=1), tmp_path / "policy")
+
+    def command(address: str) -> list[str]:
+        words = ["evaluate", "--benchmark", "tldr", "--model_path", policy, "--questions", "world:small", "--split", "test"]
+        words += ["--limit", "4", "--max-new-tokens", "8", "--evaluation.bootstrap", "100", "--output", str(out)]
+        return [*words, "--judge-model", model, "--judge-base-url", address, "--judge-concurrency", "2"]
+
+    assert main(command(url)) == 0
+    metrics = read_json(out / "metrics.json")
+    usage = metrics["judge"]["usage"]
+    assert usage["requests"] == 8 and usage["failures"] == 0 and usage["prompt_tokens"] > 8 * usage["completion_tokens"] > 0
+    (found,) = metrics["models"]
+    assert found["figures"]["win_rate"]["mean"] == 0.5 and found["details"]["flip_rate"] == 1.0
+    assert found["counts"]["replies"] == 8 and found["counts"]["unparsed"] == 0
+    assert "contradicts itself" in " ".join(capsys.readouterr().out.split())
+    questions = TLDR.read_questions("world:small", "test", 4)
+    (file,) = (out / "judgments").rglob("*.jsonl")
+    (judged,) = TLDR.read_judgments(file, questions, []).values()
+    assert len(judged) == 4 and all(one.judge == model for one in judged)
+    assert "contradicts itself" in (out / "report.html").read_text()
+
+    assert main(command("http://127.0.0.1:1/v1")) == 0  # nobody there to ask again
+    assert read_json(out / "metrics.json")["judge"]["usage"]["requests"] == 0
