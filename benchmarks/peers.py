@@ -28,10 +28,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+from _without import LEFT, Left
 from _words import as_text, word_tokenizer
 from datasets import Dataset
 from shapes import BETA, EOS, PAD, Size
@@ -151,6 +153,12 @@ def isdaa_trainer(
     gate.ready()
     trainer.train()
     return model
+
+
+def isdaa_without(job: Job, gate: Gate, left: Left) -> nn.Module:
+    """isdaa dpo, with one thing of what makes it fast left out."""
+    with left():
+        return isdaa_trainer(job, gate)
 
 
 def isdaa_bare(job: Job, gate: Gate) -> nn.Module:
@@ -329,4 +337,4 @@ ARMS: dict[str, Callable[[Job, Gate], nn.Module]] = {
     "trl_gpu_head": lambda job, gate: trl_best(job, gate, gpu_head=True),
     "trl_defaults": trl_defaults,
     "two_rows": two_rows,
-}
+} | {name: partial(isdaa_without, left=left) for name, left in LEFT.items()}

@@ -2,6 +2,7 @@
 
     python benchmarks/preference_step.py
     python benchmarks/preference_step.py --shapes all --vocabularies all --out docs/results/preference_step.json
+    python benchmarks/preference_step.py --arms without                 # what each thing that makes isdaa fast is worth
 
 Every arm trains the same random Llama on the same random pairs, with the same loss and optimiser, in fp32, in a process of its
 own that has all threads. A round is one step of every arm, one after the other in an order that is shuffled, so that whatever
@@ -25,7 +26,7 @@ from typing import Any
 
 import numpy as np
 from _cell import HUGE_PAGES, MATMUL, Ended, Plan, Settings, plans, running
-from _memory import BASE, free_memory
+from _memory import BASE, WITHOUT, free_memory
 from _summary import DEFINITIONS, LABELS, below, summarise, table, wrong
 from rich.console import Console
 from shapes import SHAPES, TINY_SHAPE, TINY_VOCABULARY, VOCABULARIES, Shape, Size, lengths_of, products, tiny
@@ -41,7 +42,8 @@ OUT = Path("runs/bench/preference_step.json")
 SLOWNESS = {
     "isdaa_dpo": 1.6, "isdaa_is_dpo": 1.6, "isdaa_one": 1.8, "isdaa_bare": 1.6, "isdaa_two_rows": 4,
     "trl_best": 6, "trl_whole": 10, "trl_gpu_head": 4, "trl_defaults": 15, "two_rows": 6, MATMUL: 3,
-}  # fmt: skip
+} | dict.fromkeys(WITHOUT, 1.8)  # fmt: skip
+ALL = [name for name in LABELS if name not in WITHOUT]
 START = 25.0  # seconds in which the processes of a cell begin
 
 
@@ -50,7 +52,13 @@ def build_parser() -> OneLineParser:
     parser = OneLineParser(prog="preference_step.py", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shapes", nargs="+", default=["tldr"], metavar="NAME", help=f"{', '.join(SHAPES)}, or all")
     parser.add_argument("--vocabularies", nargs="+", default=["32000"], metavar="V", help="numbers of tokens, or all")
-    parser.add_argument("--arms", nargs="+", default=["all"], metavar="NAME", help=f"{', '.join(LABELS)}, or all")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        default=["all"],
+        metavar="NAME",
+        help=f"{', '.join(LABELS)}; all: {', '.join(ALL)}; without: {BASE} and all without_…",
+    )
     parser.add_argument("--rounds", type=int, default=None, metavar="N", help="timed steps of each arm (default: 7)")
     parser.add_argument("--warmup", type=int, default=1, metavar="N", help="steps before them")
     parser.add_argument("--batch_size", type=int, default=None, metavar="B", help="pairs of a step (default: 4)")
@@ -140,12 +148,17 @@ def _settings(arguments: Any) -> Settings:
         found[name] = default if value is None else value
         if found[name] < least:
             raise UserError(f"--{name}: expected a whole number from {least} on, got {value}")
-    arms = _chosen("arms", arguments.arms, LABELS)
+    arms = _arms(arguments.arms)
     if BASE not in arms:
         raise UserError(f"--arms: {BASE} must be among them, since all others are compared with it")
     if arguments.out.is_dir():
         raise UserError(f"--out: {arguments.out} is a folder; name a file")
     return Settings(arms=tuple(arms), repeats=3, **found)
+
+
+def _arms(given: Sequence[str]) -> list[str]:
+    named = {"all": ALL, "without": [BASE, *WITHOUT]}
+    return named[given[0]] if len(given) == 1 and given[0] in named else _chosen("arms", given, LABELS)
 
 
 def _chosen(option: str, given: Sequence[str], known: Any) -> list[str]:

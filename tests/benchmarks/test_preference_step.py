@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from isdaa.models import fused, inner, last_layer, logprobs
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -79,7 +81,7 @@ def test_the_arms_do_the_same_work_but_for_the_weighted_one(ran: Any) -> None:
 
 @pytest.mark.slow
 def test_all_arms_do_the_same_work(tmp_path: Path) -> None:
-    done, report = run_tiny(tmp_path)
+    done, report = run_tiny(tmp_path, "--arms", *LABELS)
     check(report, list(LABELS))
     assert all(label in done.stdout for label in LABELS.values())
 
@@ -139,6 +141,42 @@ def verdict(right: tuple[Path, list[float], Path]) -> bool:
 
 def test_every_arm_has_a_label() -> None:
     assert list(LABELS) == list(peers.ARMS)
+
+
+def test_arms_by_name() -> None:
+    def arms(*given: str) -> tuple[str, ...]:
+        return preference_step._settings(preference_step.build_parser().parse_args(["--arms", *given])).arms
+
+    assert set(arms("all")) | set(arms("without")) == set(LABELS)
+    assert set(arms("all")) & set(arms("without")) == {BASE}
+    assert arms(BASE, "without_tie") == (BASE, "without_tie")
+
+
+@pytest.mark.parametrize(
+    ("arm", "module", "part"),
+    [
+        ("without_last_layer", last_layer, "_keep"),
+        ("without_direction", logprobs, "_scaled"),
+        ("without_tie", inner, "embed"),
+        ("without_fused", fused._RMSNorm, "forward"),
+    ],
+)
+def test_what_an_arm_does_without_is_not_called(
+    right: Any, monkeypatch: pytest.MonkeyPatch, arm: str, module: Any, part: str
+) -> None:
+    folder, losses, _ = right
+    calls = []
+    original = getattr(module, part)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(part)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, part, staticmethod(counted) if isinstance(module, type) else counted)
+    assert losses_apart(trained(arm, folder)[0], losses) < 2e-6
+    assert not calls
+    trained(BASE, folder)
+    assert calls
 
 
 def test_a_plain_script_does_the_same_work(right: Any) -> None:
