@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE / name) for name in (".", "data", "models", "training")]
@@ -30,6 +31,8 @@ def main() -> None:
         train(f"{name}.yaml")
     for output in ("evaluation-two", "evaluation-resumed"):
         evaluate(str(Path("one").absolute()), output)
+    for output in ("benchmark-two", "benchmark-resumed"):
+        assert benchmark(Path("one").absolute(), Path(output).absolute()) == 0
     trainer()
     found["fully_shard"] = fully_shard()
     as_on_gpus()
@@ -113,6 +116,16 @@ def evaluate(model: str, output: str) -> None:
     from isdaa.evaluation.requests import requests
 
     evaluate_request(requests([model], {"output_dir": output}))
+
+
+def benchmark(run: Path, output: Path) -> int:
+    """Summaries of a run's model beside its reference's, judged by the world. Gives the command's status."""
+    from isdaa.cli import main
+
+    settings = ["--evaluation.batch_size", "4", "--evaluation.bootstrap", "100", "--limit", "11", "--max_new_tokens", "12"]
+    words = ["--benchmark", "tldr", "--questions", "world:small", "--judge", "gold", *settings]
+    with patch("isdaa.cli.finish"):  # it ends what the program that calls goes on with
+        return main(["evaluate", "--model_path", str(run), "--output", str(output), *words])
 
 
 def trainer() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from isdaa import __version__
-from isdaa.distributed import finish, is_main, left_alone, rank, speaks_first, world_size
+from isdaa.distributed import finish, is_main, left_alone, once, rank, speaks_first, world_size
 from isdaa.errors import UserError, refused
 
 EXAMPLES = """examples:
@@ -304,8 +304,6 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     from isdaa.benchmark_options import request_of
     from isdaa.options import overrides_of
 
-    if world_size() > 1:
-        raise UserError("evaluate --benchmark: works in one process; start it without torchrun or accelerate launch")
     names = ("dtype", "trust_remote_code")
     request = request_of(arguments, overrides_of(arguments) | {name: getattr(arguments, name) for name in names})
     _quiet_libraries()
@@ -314,14 +312,18 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     from isdaa.report.benchmarks import write_benchmark_report
 
     outcome = run_benchmark(request)
-    print_outcome(outcome.metrics)
-    if outcome.metrics["judge"] is None:
-        print(
-            f"answers: {outcome.folder / 'answers'}\nNo judge is named, so nothing is judged: add --judge-model NAME "
-            "--judge-base-url URL, or --judge PATH for a reward model; the answers will not be generated again."
-        )
-        return 0
-    print(f"records: {outcome.folder}\nreport: {write_benchmark_report(outcome.folder)}")
+
+    def show() -> None:
+        print_outcome(outcome.metrics)
+        if outcome.metrics["judge"] is None:
+            print(
+                f"answers: {outcome.folder / 'answers'}\nNo judge is named, so nothing is judged: add --judge-model NAME "
+                "--judge-base-url URL, or --judge PATH for a reward model; the answers will not be generated again."
+            )
+        else:
+            print(f"records: {outcome.folder}\nreport: {write_benchmark_report(outcome.folder)}")
+
+    once(show)
     if outcome.stopped is not None:
         raise UserError(outcome.stopped)
     return 0

@@ -15,7 +15,7 @@ import torch
 from chains import CHAIN, config_file, read_lines, train, without_time
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from together import accelerate_environment
+from together import accelerate_environment, benchmark
 from training_helpers import largest_difference, moved, tiny_model, token_rows, trainer_of
 
 from isdaa import Objective
@@ -123,11 +123,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, more in (("pair", PAIR), ("few", FEW)):
         assert train(home / f"{name}-one", alone(ONE, home) | more) == 0
     assert main(["evaluate", "--model_path", str(home / "one"), "--output", str(home / "evaluation-one")]) == 0
+    assert benchmark(home / "one", home / "benchmark-one") == 0
     run(home / "trainer-one", batch_size=8)
     config_file(home / "two.yaml", TWO)
     label_half_done(home)
     shutil.copytree(home / "evaluation-one", home / "evaluation-resumed")
     cut(home / "evaluation-resumed" / "samples.jsonl")
+    shutil.copytree(home / "benchmark-one", home / "benchmark-resumed")
+    cut(home / "benchmark-resumed" / "generations.jsonl")
     in_shards = {"fsdp2": {}, "fsdp2-lora": LORA, "fsdp2-stopped": {}}
     for name, more in {"lora": LORA, "adapter": on_adapter, "pair": PAIR, "few": FEW, **in_shards}.items():
         config_file(home / f"{name}.yaml", alone(TWO, home) | more)
@@ -242,6 +245,17 @@ def test_labels_that_one_process_began_are_finished_by_two(home: Path) -> None:
 def test_evaluation_is_that_of_one_process(home: Path, which: str) -> None:
     for name in ("samples.jsonl", "scores.jsonl", "pairs.jsonl"):
         same_records(*(sorted_blocks(read_lines(home / f"evaluation-{run}" / name)) for run in ("one", which)))
+
+
+@pytest.mark.parametrize("which", ["two", "resumed"])
+def test_a_benchmark_is_that_of_one_process(home: Path, which: str) -> None:
+    one, other = home / "benchmark-one", home / f"benchmark-{which}"
+    answers, others = ({line["key"]: line for line in read_lines(run / "generations.jsonl")} for run in (one, other))
+    assert len(answers) == 33  # of two checkpoints and of their reference
+    assert others == answers
+    metrics, found = (json.loads((run / "metrics.json").read_text()) for run in (one, other))
+    assert found["models"] == metrics["models"] and found["sentence"] == metrics["sentence"]
+    assert (other / "report.html").is_file()
 
 
 def sorted_blocks(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

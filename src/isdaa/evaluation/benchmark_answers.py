@@ -2,15 +2,18 @@
 
 An answer's key is a digest of all that decides it (weights, prompt ids, temperature, limit, seed, stream of random
 numbers), and it depends on nothing else, so that a second run draws only what is missing: after a kill, for more
-questions, beside another model.
+questions, beside another model. Several processes share the batches; an answer does not depend on who draws it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
+from isdaa.distributed import dealt, once, world_size
 from isdaa.errors import UserError
 from isdaa.evaluation.benchmarks.benchmark import Answer, Generation, Question, next_prompt
 from isdaa.evaluation.identity import model_digest
@@ -86,7 +89,7 @@ class Respondent:
         self.encoder = Encoder(tokenizer, uncut, settings.template_file)
         self.stop = {chat: stop_token_ids(tokenizer, chat, settings.template_file) for chat in chats}
         self.template = template_hash(tokenizer)
-        self.digest = model_digest(model.path, settings.trust_remote_code)
+        self.digest = once(lambda: model_digest(model.path, settings.trust_remote_code))
         self._identity = [FORMAT, self.digest, settings.dtype, tokenizer_digest(tokenizer), settings.seed]
         self._model: Any = None
         self.asked(questions, {question.id: () for question in questions})  # does the template take every question?
@@ -214,9 +217,11 @@ def _answers(respondent: Respondent, questions: Sequence[Question], store: Lines
     while asked := respondent.asked(questions, turns):
         missing = [one for one in asked if one.key not in store]
         bar.update(len(asked) - len(missing))
-        for batch, room in _batches(respondent, missing):
-            store.add(respondent.draw(batch, room))
-            bar.update(len(batch))
+        batches = list(_batches(respondent, missing))
+        for start in range(0, len(batches), world_size()):
+            for drawn in dealt(batches[start : start + world_size()], partial(_drawn, respondent)):
+                store.add(drawn)
+                bar.update(len(drawn))
         for one in asked:
             record = store[one.key]
             turns[one.question.id].append(record["text"])
@@ -232,12 +237,17 @@ def _answers(respondent: Respondent, questions: Sequence[Question], store: Lines
     }
 
 
+def _drawn(respondent: Respondent, batches: Sequence[tuple[list[_Asked], int]]) -> list[list[Record]]:
+    return [respondent.draw(batch, room) for batch, room in batches]
+
+
 def _batches(respondent: Respondent, asked: Sequence[_Asked]) -> Iterator[tuple[list[_Asked], int]]:
-    """Batches of one temperature and one room each, with that room; the longest prompts first."""
+    """Batches of one temperature and one room each, with that room; the longest prompts first. No process is left idle for a
+    batch that another one could share."""
     groups: dict[tuple[float, int, bool], list[_Asked]] = {}
     for one in sorted(asked, key=lambda one: -len(one.ids)):
         groups.setdefault((one.temperature, respondent.room(len(one.ids)), one.chat), []).append(one)
-    size = respondent.settings.batch_size
+    size = min(respondent.settings.batch_size, max(1, math.ceil(len(asked) / world_size())))
     for (_, room, _), members in groups.items():
         for start in range(0, len(members), size):
             yield members[start : start + size], room

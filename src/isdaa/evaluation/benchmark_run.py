@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from isdaa.distributed import once
 from isdaa.errors import UserError
 from isdaa.evaluation.benchmark_answers import Answering, Drawn, Respondent, answer
-from isdaa.evaluation.benchmark_judging import Case, check_judge, judge_of, judged
+from isdaa.evaluation.benchmark_judging import BenchmarkJudge, Case, check_judge, judge_of, judged
 from isdaa.evaluation.benchmark_outcome import comparisons, examples, headline_of, sentence, table_csv
 from isdaa.evaluation.benchmark_request import BenchmarkRequest, file_name
 from isdaa.evaluation.benchmarks import benchmark
@@ -68,9 +69,36 @@ def run_benchmark(request: BenchmarkRequest) -> Outcome:
     the judge could be read it says that, and the metrics hold no figure.
     """
     bench = benchmark(request.benchmark)
-    _check(bench, request)
+    once(lambda: _check(bench, request))
     if request.sources.judgments:
-        return _score_again(bench, request)
+        return once(lambda: _score_again(bench, request))
+    plan = once(lambda: _plan(bench, request))
+    models = [Respondent(model, plan.answering, plan.questions, "policy") for model in request.models]
+    if plan.baseline is not None:
+        models.append(Respondent(plan.baseline, plan.answering, plan.questions, "opponent"))
+    with locked(request.output_dir) as folder:
+        judges: list[BenchmarkJudge | None] = []  # the main process's own: a client cannot be sent to others
+        once(lambda: judges.append(judge_of(request, folder)))
+        drawn = answer(models, plan.questions, once(lambda: Lines(folder / GENERATIONS))) if models else []
+        sides = [
+            _Side(model.label, {key: one.answer for key, one in found.items()}, found, model.path, model.digest)
+            for model, found in zip(models, drawn, strict=True)
+        ]
+        return once(lambda: _concluded(bench, request, plan, sides, judges[0], folder))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is read before any model. given: answers of files; baseline: the model that has yet to give the opponent's."""
+
+    questions: list[Question]
+    given: list[_Side]
+    answering: Answering
+    opponents: dict[str, Any]
+    baseline: Any
+
+
+def _plan(bench: Benchmark, request: BenchmarkRequest) -> _Plan:
     questions = _questions(bench, request)
     check_judge(bench, request, questions)
     given = _given(bench, request, questions)
@@ -87,40 +115,43 @@ def run_benchmark(request: BenchmarkRequest) -> Outcome:
     )
     wants_judge = request.asking is not None or request.judge is not None
     opponents, baseline = _opponents(bench, request, questions) if wants_judge else ({}, request.baseline)
-    respondents = [Respondent(model, settings, questions, "policy") for model in request.models]
-    if baseline is not None:
-        respondents.append(Respondent(baseline, settings, questions, "opponent"))
-    with locked(request.output_dir) as folder:
-        judge = judge_of(request, folder)
-        drawn = answer(respondents, questions, Lines(folder / GENERATIONS)) if respondents else []
-        sides = [
-            _Side(respondent.label, {key: one.answer for key, one in found.items()}, found, respondent.path, respondent.digest)
-            for respondent, found in zip(respondents, drawn, strict=True)
-        ]
-        _write_answers(bench, folder, questions, sides)
-        other = sides.pop() if baseline is not None else None
-        sides = [*sides, *given]
-        metrics = _described(bench, request, questions, settings if respondents else None)
-        if judge is None:
-            metrics |= {"models": [_entry(side) for side in sides], "opponent": other.label if other is not None else None}
-            if not _judged_before(folder):
-                write_json(folder / METRICS, metrics)
-            return Outcome(metrics, folder)
-        if other is not None:
-            opponents = dict(other.answers)
-        cases = {side.label: partial(_case, side, opponents, other) for side in sides}
-        found, left = judged(bench, judge, questions, cases)
-        metrics["questions"]["judged"] = len(questions) - left
-        metrics |= {"judge": judge.to_json(), "partial": left > 0}
-        stopped = _stopped(request, len(questions), left) if left else None
-        if left == len(questions):
-            raise UserError(f"{stopped}; no question is judged yet")
-        _write_judgments(bench, folder, judge.name, found)
-        metrics = _scored(bench, request, metrics, found, {side.label: side for side in sides}, judge.both_orders, folder)
-        if not metrics["headline"]:
-            way = f"name another judge, or give it room with --judge-max-tokens; all is kept in {folder}"
-            stopped = "; ".join([_unread(found, f"replies of {judge.name}"), way, *([stopped] if stopped else [])])
-        return Outcome(metrics, folder, stopped)
+    return _Plan(questions, given, settings, opponents, baseline)
+
+
+def _concluded(
+    bench: Benchmark,
+    request: BenchmarkRequest,
+    plan: _Plan,
+    drawn: Sequence[_Side],
+    judge: BenchmarkJudge | None,
+    folder: Path,
+) -> Outcome:
+    """Answers written, judged and scored. drawn: the models' own, the opponent's last where a model gave them."""
+    questions, opponents = plan.questions, plan.opponents
+    _write_answers(bench, folder, questions, drawn)
+    other = drawn[-1] if plan.baseline is not None else None
+    sides = [*(drawn if other is None else drawn[:-1]), *plan.given]
+    metrics = _described(bench, request, questions, plan.answering if drawn else None)
+    if judge is None:
+        metrics |= {"models": [_entry(side) for side in sides], "opponent": other.label if other is not None else None}
+        if not _judged_before(folder):
+            write_json(folder / METRICS, metrics)
+        return Outcome(metrics, folder)
+    if other is not None:
+        opponents = dict(other.answers)
+    cases = {side.label: partial(_case, side, opponents, other) for side in sides}
+    found, left = judged(bench, judge, questions, cases)
+    metrics["questions"]["judged"] = len(questions) - left
+    metrics |= {"judge": judge.to_json(), "partial": left > 0}
+    stopped = _stopped(request, len(questions), left) if left else None
+    if left == len(questions):
+        raise UserError(f"{stopped}; no question is judged yet")
+    _write_judgments(bench, folder, judge.name, found)
+    metrics = _scored(bench, request, metrics, found, {side.label: side for side in sides}, judge.both_orders, folder)
+    if not metrics["headline"]:
+        way = f"name another judge, or give it room with --judge-max-tokens; all is kept in {folder}"
+        stopped = "; ".join([_unread(found, f"replies of {judge.name}"), way, *([stopped] if stopped else [])])
+    return Outcome(metrics, folder, stopped)
 
 
 def _judged_before(folder: Path) -> bool:

@@ -86,8 +86,9 @@ class Lines:
         return self._found[key]
 
     def add(self, records: Sequence[Record]) -> None:
-        """Append records, each with its `key`, and sync them."""
-        append_jsonl(self.path, records)
+        """Append records, each with its `key`, and sync them; of several processes, which all call it, the main one writes."""
+        if is_main():
+            append_jsonl(self.path, records)
         self._found |= {record["key"]: record for record in records}
 
 
