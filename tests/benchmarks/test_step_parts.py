@@ -11,9 +11,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import step_profile  # noqa: E402
-import weighting_cost  # noqa: E402
-from shapes import TINY_SHAPE, tiny  # noqa: E402
+import step_profile
+import weighting_cost
+from shapes import TINY_SHAPE, tiny
 
 
 def test_operators_are_added_up_by_part() -> None:
