@@ -38,8 +38,11 @@ LAYOUT_KEYWORD = "isdaa_layout"
 _SHORT_GROUP = 96
 
 # Keywords that change the attention itself in a way that is not written here: better an error (and the fallback of
-# `forward.prepare`) than a silently different model.
-_UNSUPPORTED = ("s_aux", "position_bias", "cache", "cu_seq_lens_q", "block_mask", "indexer_mask")
+# `forward.prepare`) than a silently different model. Those of indexers change nothing in a row as short as a probe.
+_UNSUPPORTED = (
+    *("s_aux", "sinks", "position_bias", "cache", "cu_seq_lens_q"),
+    *("block_mask", "indexer_mask", "indices", "block_indices"),
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,11 +71,15 @@ def shared_prefix_attention(
     of Gemma 2 (cap·tanh(score / cap)). Returns (1, T, H, D).
 
     Raises:
-        NotImplementedError: the model passes something that is not written here (attention sinks, position biases, …).
+        NotImplementedError: the model passes something that is not written here (attention sinks, position biases, a mask of
+            its own, …).
     """
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"shared-prefix attention does not know the argument {name!r}")
+    if isinstance(attention_mask, Tensor) and attention_mask.numel() > 1:
+        # What `inner` gives the model has one element. Whatever a model makes of it (a choice of keys, a bias) would be lost.
+        raise NotImplementedError(f"shared-prefix attention reads no mask, and the model made one, {tuple(attention_mask.shape)}")
     if not getattr(module, "is_causal", True):
         raise NotImplementedError("shared-prefix attention is causal")
     if query.shape[0] != 1 or query.shape[2] != isdaa_layout.tokens or key.shape[2] != isdaa_layout.tokens:
