@@ -27,7 +27,7 @@ from isdaa.models.inner import (
 )
 from isdaa.models.layout import Layout
 from isdaa.models.logprobs import Head
-from isdaa.models.probe import head_trouble, make_probe
+from isdaa.models.probe import counted_positions, head_trouble, make_probe, switching_length
 
 __all__ = ["PairForward", "ResponseLogps", "disable_dropout", "evaluating", "inner_model", "prepare"]
 
@@ -58,12 +58,16 @@ class PairForward:
 
     `model` is what `prepare` was given or any wrapper around it. `mode` is "shared_prefix" or "two_rows";
     `unprobed_window` is an attention window that the probe could not exceed: batches with longer rows are computed as
-    two rows.
+    two rows. `counted` is how many tokens a packed row may have before a model that counts positions by itself
+    (`probe.counted_positions`) would notice: longer ones are computed as two rows, too. `switch` is the length from which
+    a row changes the positions of its whole batch (`probe.switching_length`): a batch of which that is true is warned of.
     """
 
     model: nn.Module
     mode: str
     unprobed_window: int | None = None
+    counted: int | None = None
+    switch: int | None = None
 
     def __call__(
         self, model: nn.Module, input_ids: Tensor, position_ids: Tensor | None, layout: Layout, with_wpo: bool = False
@@ -110,6 +114,17 @@ class PairForward:
                 " their pairs are computed as two separate rows"
             )
             mode = TWO_ROWS
+        if self.counted is not None and layout.tokens > self.counted:
+            _warn_once(
+                f"this model scales attention by a count of its own from token {self.counted + 1} on: batches of more tokens"
+                " are computed as two separate rows a pair (align.batch_tokens keeps them shorter)"
+            )
+            mode = TWO_ROWS
+        if self.switch is not None and layout.longest > self.switch >= layout.shortest:
+            _warn_once(
+                f"a row of more than {self.switch} tokens changes the rotary positions of all rows of its batch: logps of shorter"
+                f" ones depend on what they meet; let none be longer (tokenization.max_length: {self.switch})"
+            )
         request = Request(layout, mode, want)
         out = model(input_ids=input_ids, position_ids=position_ids.reshape(1, -1), **{REQUEST: request})
         if not isinstance(out, dict) or "token_logps" not in out:
@@ -134,16 +149,22 @@ def prepare(model: nn.Module, probe: bool = True, longest_row: int | None = None
             plain rows, gives way to "sdpa", with a warning.
 
     Raises:
-        UserError: an unknown attention, no causal language model, or one whose logps can be computed in neither way.
+        UserError: an unknown attention, no causal language model, one whose logps can be computed in neither way, or one with
+            an adapter that acts on a part of a row.
     """
     inner = inner_model(model)
+    if any(getattr(config, "alora_invocation_tokens", None) for config in getattr(model, "peft_config", {}).values()):
+        raise UserError(
+            "an activated LoRA (alora_invocation_tokens) acts from some token of a row on; a packed row has many such"
+        )
     state = install_forward(inner)
     state.own_head = False
     shared_prefix.install(inner)
     last_layer.install(inner)
     choose_attention(inner, attention)
+    lengths: dict[str, Any] = {"counted": counted_positions(inner), "switch": switching_length(inner)}
     if not probe:
-        return PairForward(model, SHARED_PREFIX)
+        return PairForward(model, SHARED_PREFIX, **lengths)
 
     def token_logps(mode: str) -> Callable[[Tensor, Layout], Tensor]:
         return lambda ids, layout: PairForward(model, mode)(model, ids, None, layout).token_logps
@@ -165,7 +186,7 @@ def prepare(model: nn.Module, probe: bool = True, longest_row: int | None = None
             # Small random weights hardly attend at all: numbers alone would not tell.
             trouble = "its attention does not go through transformers' attention interface"
         if trouble is None:
-            return PairForward(model, SHARED_PREFIX, pair.unprobed_window)
+            return PairForward(model, SHARED_PREFIX, pair.unprobed_window, **lengths)
         logger.warning(
             "%s: the shared prefix does not reproduce the model's own logps (%s); every pair is computed as two"
             " separate rows, at up to twice the cost",
@@ -177,7 +198,7 @@ def prepare(model: nn.Module, probe: bool = True, longest_row: int | None = None
             state.own_head = own_head
             trouble = pair.trouble(model, token_logps(TWO_ROWS))
             if trouble is None:
-                return PairForward(model, TWO_ROWS)
+                return PairForward(model, TWO_ROWS, switch=lengths["switch"])
     raise UserError(f"{name}: chunked logps do not equal the model's own logits ({trouble}); this model is not supported")
 
 

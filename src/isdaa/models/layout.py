@@ -84,6 +84,12 @@ class Layout:
         return max(int(self.prompt_lengths.max()), int(rows.max()) if len(rows) else 0)
 
     @cached_property
+    def shortest(self) -> int:
+        """The shortest of the R rows `prompt + response`, in tokens; 0 where there is none."""
+        rows = self.prompt_lengths[self.prompt_of] + self.response_lengths
+        return int(rows.min()) if len(rows) else 0
+
+    @cached_property
     def longest_response(self) -> int:
         """The longest response, in tokens; at least 1."""
         return max(1, int(self.response_lengths.max())) if self.responses else 1

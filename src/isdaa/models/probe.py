@@ -135,6 +135,26 @@ def _windows(model: nn.Module) -> set[int]:
     return {w for w in found if isinstance(w, int) and not isinstance(w, bool) and w > 0}
 
 
+def counted_positions(model: nn.Module) -> int | None:
+    """Tokens of a packed row up to which it makes no difference that layers without rotary positions count tokens by
+    themselves (Llama 4's temperature tuning; no probe is as long), or None where none does."""
+    found = [
+        source.floor_scale
+        for source in _sources(model)
+        if getattr(source, "attn_temperature_tuning", False) and getattr(source, "floor_scale", None)
+    ]
+    return min(found) - 1 if found else None
+
+
+def switching_length(model: nn.Module) -> int | None:
+    """Tokens of a row beyond which rotary positions of the whole batch are others ("longrope"), or None."""
+    rope = getattr(text_config(model), "rope_parameters", None)
+    if not isinstance(rope, dict) or rope.get("rope_type") != "longrope":
+        return None
+    length = rope.get("original_max_position_embeddings")
+    return length if isinstance(length, int) else None
+
+
 def _sources(model: nn.Module) -> Iterator[Any]:
     for module in model.modules():
         if "config" in module.__dict__:
