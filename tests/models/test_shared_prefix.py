@@ -164,3 +164,32 @@ def test_disable_dropout():
         assert torch.equal(first, forward(model, ids, None, layout).token_logps)
         saved = json.loads(inner_model(model).config.to_json_string(use_diff=False))
         assert saved["resid_pdrop" if isinstance(config, GPT2Config) else "attention_dropout"] > 0
+
+
+@pytest.mark.parametrize("kind", ["falcon", "persimmon", "mixtral"])
+def test_randomness_that_is_no_dropout_layer(kind):
+    """Probabilities that are read from the config in each call, and noise in front of a router."""
+    from transformers import AutoModelForCausalLM, FalconConfig, MixtralConfig, PersimmonConfig
+
+    small = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+    config = {
+        "falcon": lambda: FalconConfig(**small, parallel_attn=False, hidden_dropout=0.5, attention_dropout=0.4),
+        "persimmon": lambda: PersimmonConfig(**small, intermediate_size=16, attention_dropout=0.5),
+        "mixtral": lambda: MixtralConfig(**small, num_key_value_heads=2, intermediate_size=16, router_jitter_noise=0.5),
+    }[kind]()
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    forward = prepare(model)
+    ids, layout = packed(lengths_of(3))
+    expected = forward(model.eval(), ids, None, layout).token_logps
+    model.train()
+    assert not torch.equal(forward(model, ids, None, layout).token_logps, expected)
+    disable_dropout(model)
+    assert_close(forward(model, ids, None, layout).token_logps, expected)
+    with plain_attention(model):
+        assert_close(forward(model, ids, None, layout).token_logps, expected)
+    assert model.config is config
+    saved = json.loads(config.to_json_string(use_diff=False))
+    assert saved["router_jitter_noise" if kind == "mixtral" else "attention_dropout"] > 0

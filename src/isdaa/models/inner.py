@@ -7,6 +7,7 @@ keyword is the model's own forward, untouched.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -231,12 +232,38 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+# What training adds at random besides dropout: noise in front of routers (Mixtral, DBRX, PhiMoE). PhiMoE's `router_jitter_noise`
+# is not of them: it is a threshold, in evaluation too.
+_NOISE = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Sets every dropout probability of a model to 0, in place: dropout layers, LoRA's included, and the numbers that
-    attention layers pass on. The config keeps its values."""
+    attention layers pass on; and the noise of routers. The model's config keeps its values: a module that reads them anew in
+    each call (Falcon's, Persimmon's) gets a copy."""
+    copies: dict[int, Any] = {}
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in list(vars(module).items()):
-            if "drop" in name and isinstance(value, float):
+            if ("drop" in name or name in _NOISE) and isinstance(value, float):
                 setattr(module, name, 0.0)
+        config = module.__dict__.get("config")
+        if config is not None and _reads_dropout(module, config):
+            if id(config) not in copies:
+                copies[id(config)] = copy.copy(config)
+                for name in _dropouts(config):
+                    setattr(copies[id(config)], name, 0.0)
+            module.config = copies[id(config)]
+
+
+def _dropouts(config: Any) -> set[str]:
+    """Names of a config's dropout probabilities that are above 0."""
+    values = getattr(config, "__dict__", {}).items()
+    return {name for name, value in values if "drop" in name and isinstance(value, float) and value > 0}
+
+
+def _reads_dropout(module: nn.Module, config: Any) -> bool:
+    """Whether a module's forward looks up a probability in its config."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)  # what is wrapped for gradient checkpointing, too
+    return code is not None and "config" in code.co_names and not _dropouts(config).isdisjoint(code.co_names)
