@@ -87,6 +87,42 @@ def test_what_computes_something_else_keeps_its_forward():
     assert torch.equal(low(torch.arange(5)[None]).logits, copy.deepcopy(low)(torch.arange(5)[None]).logits)
 
 
+def test_gates_that_are_cut_off_somewhere_keep_their_forward():
+    """As DeepSeek V4 does at 10: numbers as small as a norm gives do not show it. The limit may be that of one layer alone."""
+
+    class CutMLP(nn.Module):
+        def __init__(self, limit):
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 8)
+            self.act_fn, self.limit = nn.SiLU(), limit
+
+        def forward(self, x):
+            return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=self.limit)) * self.up_proj(x))
+
+    torch.manual_seed(0)
+    model = nn.ModuleList([CutMLP(float("inf")), CutMLP(10.0), CutMLP(5000.0)])
+    assert fused.install(model) == 1
+    assert ["forward" in module.__dict__ for module in model] == [True, False, False]
+
+
+def test_autocast_is_left_to_the_module():
+    class CarefulMLP(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 8)
+            self.act_fn = nn.SiLU()
+
+        def forward(self, x):
+            return self.down_proj((self.act_fn(self.gate_proj(x).float()) * self.up_proj(x).float()).to(x.dtype))
+
+    torch.manual_seed(0)
+    module, x = CarefulMLP(), torch.randn(3, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = module(x)
+        assert fused.install(module) == 1
+        assert torch.equal(module(x), expected)
+
+
 def test_copies_pickles_lora_and_checkpointing():
     from peft import LoraConfig, get_peft_model
 

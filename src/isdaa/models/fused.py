@@ -21,6 +21,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 _DTYPES = (torch.float32, torch.float64)
+# Largest value that enters a gate while a kind of module is tried, besides that of plain random numbers: a model may cut gates
+# off at some value, often 7 or 10, which small ones do not reach.
+_REACHES = (100.0, 10_000.0)
 
 
 def install(model: nn.Module, prove: bool = True) -> int:
@@ -35,13 +38,18 @@ def install(model: nn.Module, prove: bool = True) -> int:
         own = getattr(module.__dict__.get("forward"), "__func__", None)
         if forward is None or ("forward" in module.__dict__ and own not in (forward, type(module).forward)):
             continue  # somebody else's forward stands there
-        key = (type(module), forward, getattr(module, "variance_epsilon", None))
+        key = (type(module), forward, *_settings(module))
         if key not in fits:
             fits[key] = not prove or _same(module, forward)
         if fits[key]:
             module.forward = MethodType(forward, module)  # type: ignore[method-assign]
             count += 1
     return count
+
+
+def _settings(module: nn.Module) -> list[tuple[str, Any]]:
+    """Numbers and flags by which modules of one class may differ."""
+    return sorted((k, v) for k, v in vars(module).items() if isinstance(v, int | float) and k != "training")
 
 
 def _fused_forward(module: nn.Module) -> Any:
@@ -67,10 +75,9 @@ def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _gated_forward(self: Any, x: Tensor) -> Tensor:
-    gate = self.gate_proj(x)
-    if gate.dtype not in _DTYPES or gate.device.type != "cpu":
-        return self.down_proj(self.act_fn(gate) * self.up_proj(x))
-    return self.down_proj(_Gated.apply(gate, self.up_proj(x)))
+    if x.dtype not in _DTYPES or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return type(self).forward(self, x)  # which may care for precision in a way of its own
+    return self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 # So that a pickle of a bound method finds it: a revived module has its class's forward.
@@ -85,17 +92,25 @@ def _same(module: nn.Module, forward: Any) -> bool:
     width = layer.weight.shape[0] if forward is _norm_forward else getattr(layer, "in_features", 0)
     try:
         parameter = next(twin.parameters())
-        x = torch.randn(2, 3, width, generator=generator).to(parameter.dtype).requires_grad_()
-        leaves = [x, *(p for p in twin.parameters() if p.requires_grad)]
-        found = []
-        with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-            for way in (type(twin).forward, forward):
-                out = way(twin, x)
-                mix = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
-                found.append([out.detach(), *torch.autograd.grad((out * mix).sum(), leaves)])
+        x = torch.randn(2, 3, width, generator=generator).to(parameter.dtype)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            largest = float((x if forward is _norm_forward else layer(x)).abs().max())
+        return all(_same_on(twin, forward, x * factor) for factor in (1.0, *(reach / (largest or 1.0) for reach in _REACHES)))
     except Exception:  # a foreign module that does something else: it keeps its own forward
         return False
-    tolerance = 1e-10 if parameter.dtype == torch.float64 else 1e-5
+
+
+def _same_on(module: nn.Module, forward: Any, x: Tensor) -> bool:
+    """Whether both forwards of a module give the same for one input."""
+    x = x.requires_grad_()
+    leaves = [x, *(p for p in module.parameters() if p.requires_grad)]
+    found = []
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        for way in (type(module).forward, forward):
+            out = way(module, x)
+            mix = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+            found.append([out.detach(), *torch.autograd.grad((out * mix).sum(), leaves)])
+    tolerance = 1e-10 if x.dtype == torch.float64 else 1e-5
     return all(float((a - b).abs().max()) <= tolerance * float(b.abs().max()) for b, a in zip(*found, strict=True))
 
 
