@@ -69,15 +69,19 @@ def overview(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                 f"| {found['memory_ratio']:.2f} | {share['median']:.0%} | {done} | {_same(found)} |"
             )
             name = ""
-        for arm, why in (cell.get("left_out") or {}).items():
+        for arm, why in {**(cell.get("left_out") or {}), **(cell.get("failed") or {})}.items():
             yield f"| {name} | {LABELS[arm]} | {why.split(' (')[0]} | | | | | | |"
+            name = ""
 
 
 def _same(found: Mapping[str, Any]) -> str:
+    """The last column; what forbids to trust a ratio is part of it."""
     comparison = found.get("comparison")
     if comparison is None or "weight_difference" not in comparison:
         return "–"
-    return f"{comparison['weight_difference']:.1e} / {comparison['largest_update']:.1e}"
+    difference = comparison["weight_difference"]  # None: not a number
+    text = f"{'∞' if difference is None else f'{difference:.1e}'} / {comparison['largest_update']:.1e}"
+    return text if comparison.get("same_work", True) else f"{text}, NOT the same work"
 
 
 def costs(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -27,6 +27,7 @@ import preference_step  # noqa: E402
 from _memory import BASE, GIB, Budget  # noqa: E402
 from _summary import LABELS, OTHER_WORK, is_same_work, loss_tolerance, losses_apart, weights_apart, wrong  # noqa: E402
 from _worker import time_product, took_by_one  # noqa: E402
+from performance_tables import overview  # noqa: E402
 from shapes import EOS, PAD, SHAPES, TINY_SHAPE, Product, Size, draw_pairs, lengths_of, products, saved, tiny  # noqa: E402
 
 
@@ -231,6 +232,21 @@ def test_a_failed_arm_forbids_success() -> None:
     assert wrong(summary) == []
     assert wrong(summary | {"failed": {"trl_best": "ValueError: no"}}) == ["cell: trl_best failed: ValueError: no"]
     assert len(wrong(summary | {"left_out": {BASE: "out of memory"}})) == 1
+
+
+def test_tables_show_what_forbids_to_trust_a_ratio(ran: Any) -> None:
+    _, report = ran
+    cell = {**report["cells"][0], "batch_size": 2, "rounds": 2}
+    assert "NOT" not in "\n".join(overview([cell]))
+    other = json.loads(json.dumps(cell))
+    other["arms"]["two_rows"]["comparison"] |= {"same_work": False, "weight_difference": None}
+    other["left_out"], other["failed"] = {"trl_whole": "out of memory (9 GiB)"}, {"trl_defaults": "ValueError: no"}
+    lines = list(overview([other]))
+    (wrong_one,) = (line for line in lines if LABELS["two_rows"] in line)
+    assert "∞ / " in wrong_one and "NOT the same work" in wrong_one
+    assert [line for line in lines if LABELS["trl_whole"] in line and "| out of memory |" in line]
+    assert [line for line in lines if LABELS["trl_defaults"] in line and "ValueError: no" in line]
+    assert len({line.count("|") for line in lines}) == 1
 
 
 # ---- what is trained on, and its products ----
