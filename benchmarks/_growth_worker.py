@@ -65,8 +65,9 @@ def work(pipe: Connection, point: Point, threads: int, seed: int) -> None:
 
 
 class Step:
-    """One optimiser step of DPO on always the same pairs, as training does it: layout, forward, loss, backward, clipping,
-    fused AdamW. The reference is the initial model, whose logps the first step's own forward gives."""
+    """One optimiser step of DPO on always the same pairs: layout, forward, loss, backward, clipping, fused AdamW. Norms and
+    gated units are transformers' own, which the Trainer replaces on a CPU (`models.fused`). The reference is the initial model,
+    whose logps the first step's own forward gives."""
 
     def __init__(self, point: Point, seed: int) -> None:
         torch.manual_seed(seed)
