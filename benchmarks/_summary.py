@@ -32,11 +32,11 @@ LABELS = {
     "trl_gpu_head": "TRL, best, head as on a GPU",
     "trl_defaults": "TRL, defaults",
     "two_rows": "two rows, full logits",
-    "without_last_layer": "isdaa dpo, the whole last layer",
-    "without_direction": "isdaa dpo, the head's direction computed again",
-    "without_tie": "isdaa dpo, tied embeddings with two gradients",
-    "without_fused": "isdaa dpo, norms and gated units in single operations",
-    "without_huge_pages": "isdaa dpo, ordinary pages",
+    "without_last_layer": "without the cut last layer",
+    "without_direction": "without the kept direction",
+    "without_tie": "without one tied gradient",
+    "without_fused": "without fused operations",
+    "without_huge_pages": "without huge pages",
 }
 
 DEFINITIONS = {
