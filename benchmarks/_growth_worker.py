@@ -24,6 +24,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from isdaa.data.collation import PairBatch, collate
+from isdaa.models import fused
 from isdaa.models.forward import PairForward, prepare
 from isdaa.models.inner import SHARED_PREFIX
 from isdaa.models.layout import Layout
@@ -65,9 +66,8 @@ def work(pipe: Connection, point: Point, threads: int, seed: int) -> None:
 
 
 class Step:
-    """One optimiser step of DPO on always the same pairs: layout, forward, loss, backward, clipping, fused AdamW. Norms and
-    gated units are transformers' own, which the Trainer replaces on a CPU (`models.fused`). The reference is the initial model,
-    whose logps the first step's own forward gives."""
+    """One optimiser step of DPO on always the same pairs: layout, forward, loss, backward, clipping, fused AdamW; norms and
+    gated units as the Trainer has them. The reference is the initial model, whose logps the first step's own forward gives."""
 
     def __init__(self, point: Point, seed: int) -> None:
         torch.manual_seed(seed)
@@ -83,6 +83,7 @@ class Step:
         self.forward: PairForward = prepare(self.model, longest_row=point.prompt + point.response)
         if self.forward.mode != SHARED_PREFIX:
             raise RuntimeError(f"the mode {self.forward.mode} was chosen: the shared prefix would not be measured")
+        fused.install(self.model)
         self.batch: PairBatch = collate(point.rows(seed))
         self.objective = Objective(**resolve("dpo", beta=BETA))
         self.optimiser = torch.optim.AdamW(self.model.train().parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
