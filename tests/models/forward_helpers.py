@@ -27,7 +27,7 @@ from transformers import (
 from isdaa.models.layout import Layout
 
 VOCABULARY = 61
-_SMALL = {
+SMALL = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -40,26 +40,26 @@ _SMALL = {
     "pad_token_id": 0,
 }
 _GPT2 = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 128}
-_PLAIN_HEADS = {**_SMALL, "num_key_value_heads": 4}
+_PLAIN_HEADS = {**SMALL, "num_key_value_heads": 4}
 
 CONFIGS = {
-    "llama": lambda: LlamaConfig(**_SMALL),
-    "llama_tied": lambda: LlamaConfig(**_SMALL, tie_word_embeddings=True),
-    "qwen2": lambda: Qwen2Config(**_SMALL),
-    "qwen3": lambda: Qwen3Config(**_SMALL, head_dim=8),
-    "mistral": lambda: MistralConfig(**_SMALL, sliding_window=None),
-    "mistral_long_window": lambda: MistralConfig(**_SMALL, sliding_window=100),
-    "mistral_short_window": lambda: MistralConfig(**_SMALL, sliding_window=5),
-    "gpt_neox": lambda: GPTNeoXConfig(**{k: v for k, v in _SMALL.items() if k != "num_key_value_heads"}),
+    "llama": lambda: LlamaConfig(**SMALL),
+    "llama_tied": lambda: LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "qwen2": lambda: Qwen2Config(**SMALL),
+    "qwen3": lambda: Qwen3Config(**SMALL, head_dim=8),
+    "mistral": lambda: MistralConfig(**SMALL, sliding_window=None),
+    "mistral_long_window": lambda: MistralConfig(**SMALL, sliding_window=100),
+    "mistral_short_window": lambda: MistralConfig(**SMALL, sliding_window=5),
+    "gpt_neox": lambda: GPTNeoXConfig(**{k: v for k, v in SMALL.items() if k != "num_key_value_heads"}),
     "gpt2": lambda: GPT2Config(**_GPT2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
     "phi": lambda: PhiConfig(**_PLAIN_HEADS),
-    "granite": lambda: GraniteConfig(**_SMALL, logits_scaling=3.0, attention_multiplier=0.3, residual_multiplier=0.7),
-    "cohere": lambda: CohereConfig(**_SMALL, logit_scale=0.25),
-    "cohere2": lambda: Cohere2Config(**_SMALL, sliding_window=5),
+    "granite": lambda: GraniteConfig(**SMALL, logits_scaling=3.0, attention_multiplier=0.3, residual_multiplier=0.7),
+    "cohere": lambda: CohereConfig(**SMALL, logit_scale=0.25),
+    "cohere2": lambda: Cohere2Config(**SMALL, sliding_window=5),
     "gemma2": lambda: Gemma2Config(
-        **_SMALL, head_dim=8, sliding_window=5, attn_logit_softcapping=2.0, final_logit_softcapping=3.0
+        **SMALL, head_dim=8, sliding_window=5, attn_logit_softcapping=2.0, final_logit_softcapping=3.0
     ),
-    "gemma3": lambda: Gemma3TextConfig(**_SMALL, head_dim=8, sliding_window=5, final_logit_softcapping=4.0),
+    "gemma3": lambda: Gemma3TextConfig(**SMALL, head_dim=8, sliding_window=5, final_logit_softcapping=4.0),
     "opt": lambda: OPTConfig(
         vocab_size=VOCABULARY,
         hidden_size=16,

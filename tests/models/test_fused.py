@@ -61,6 +61,15 @@ def test_gradients_by_finite_differences(operation):
         frozen.requires_grad_(True)
 
 
+class Gated(nn.Module):
+    """The parts of a gated unit."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 8)
+        self.act_fn = nn.SiLU()
+
+
 def test_what_computes_something_else_keeps_its_forward():
     class OddRMSNorm(nn.Module):
         def __init__(self):
@@ -70,12 +79,7 @@ def test_what_computes_something_else_keeps_its_forward():
         def forward(self, x):
             return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon) * (1 + self.weight)
 
-    class OddMLP(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 8)
-            self.act_fn = nn.SiLU()
-
+    class OddMLP(Gated):
         def forward(self, x):
             return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) + x
 
@@ -90,11 +94,10 @@ def test_what_computes_something_else_keeps_its_forward():
 def test_gates_that_are_cut_off_somewhere_keep_their_forward():
     """As DeepSeek V4 does at 10: numbers as small as a norm gives do not show it. The limit may be that of one layer alone."""
 
-    class CutMLP(nn.Module):
+    class CutMLP(Gated):
         def __init__(self, limit):
             super().__init__()
-            self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 8)
-            self.act_fn, self.limit = nn.SiLU(), limit
+            self.limit = limit
 
         def forward(self, x):
             return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=self.limit)) * self.up_proj(x))
@@ -106,12 +109,7 @@ def test_gates_that_are_cut_off_somewhere_keep_their_forward():
 
 
 def test_autocast_is_left_to_the_module():
-    class CarefulMLP(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 8)
-            self.act_fn = nn.SiLU()
-
+    class CarefulMLP(Gated):
         def forward(self, x):
             return self.down_proj((self.act_fn(self.gate_proj(x).float()) * self.up_proj(x).float()).to(x.dtype))
 

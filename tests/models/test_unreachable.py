@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from forward_helpers import VOCABULARY, assert_close, packed, plain_logps, tiny, untouched
+from forward_helpers import SMALL, assert_close, packed, plain_logps, tiny, untouched
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from isdaa.errors import UserError
@@ -15,26 +15,15 @@ from isdaa.models import shared_prefix
 from isdaa.models.forward import prepare
 from isdaa.models.layout import Layout
 
-SMALL = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-
 
 def made(model_type: str, **options) -> torch.nn.Module:
     """A model in which attention matters."""
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {model_type}")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**{**SMALL, **options})).eval()
+    model = AutoModelForCausalLM.from_config(
+        CONFIG_MAPPING[model_type](**{**SMALL, "max_position_embeddings": 512, **options})
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
