@@ -14,9 +14,8 @@ from isdaa.config import Config, OptimisationConfig
 from isdaa.models.layout import Layout
 from isdaa.training.batches import GlobalBatchSampler
 from isdaa.training.examine import Examined
+from isdaa.training.reference import BATCH_TOKENS
 from isdaa.training.rehearsal import Rows, layout_of
-
-REFERENCE_TOKENS = 16_384  # of a pass of `training.reference`
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def _pieces(examined: Examined, pairs: Sequence[int], budget: int) -> list[list[
 def _first_of_reference(examined: Examined, order: Sequence[int]) -> list[int]:
     """The pairs of the first pass of `training.reference`, prompts counted with every pair."""
     ends = examined.lengths[order].sum(1).cumsum()
-    return list(order[: max(1, int((ends <= REFERENCE_TOKENS).sum()))])
+    return list(order[: max(1, int((ends <= BATCH_TOKENS).sum()))])
 
 
 def _layout(examined: Examined, pairs: Sequence[int]) -> Layout:

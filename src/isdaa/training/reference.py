@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it whenever the forward pass changes what it computes: older files are then not read
 NAMES = ("chosen_logps", "rejected_logps")
+BATCH_TOKENS = 16_384  # of a forward pass
 
 Loader = Callable[[], PairForward]
 
@@ -42,7 +43,7 @@ def reference_logps(
     *,
     key: dict[str, Any],
     cache_dir: str | Path | None,
-    batch_tokens: int = 16384,
+    batch_tokens: int = BATCH_TOKENS,
     precision: str = "float32",
     progress: str = "reference logps",
 ) -> tuple[np.ndarray, np.ndarray]:
