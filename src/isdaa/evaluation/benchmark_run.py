@@ -10,24 +10,24 @@ metrics.json, .csv       figures with intervals, models compared; examples.json:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from isdaa.distributed import once
 from isdaa.errors import UserError
-from isdaa.evaluation.benchmark_answers import Answering, Drawn, Respondent, answer
-from isdaa.evaluation.benchmark_judging import BenchmarkJudge, Case, check_judge, judge_of, judged
+from isdaa.evaluation.benchmark_answers import Answering, Respondent, answer
+from isdaa.evaluation.benchmark_input import Plan, Side, check, plan_of, questions_of
+from isdaa.evaluation.benchmark_judging import BenchmarkJudge, Case, judge_of, judged
 from isdaa.evaluation.benchmark_outcome import comparisons, examples, headline_of, sentence, table_csv
 from isdaa.evaluation.benchmark_request import BenchmarkRequest, file_name
 from isdaa.evaluation.benchmarks import benchmark
 from isdaa.evaluation.benchmarks.alpaca_eval import ALPACA_EVAL, read_difficulty
 from isdaa.evaluation.benchmarks.benchmark import Answer, Benchmark, Judged, Question, Scoring, counted
-from isdaa.evaluation.benchmarks.mt_bench import MT_BENCH, with_references
-from isdaa.evaluation.benchmarks.rows import PROJECT, without_repeats
+from isdaa.evaluation.benchmarks.mt_bench import MT_BENCH
+from isdaa.evaluation.benchmarks.rows import PROJECT
 from isdaa.evaluation.records import Lines, locked
-from isdaa.evaluation.scorers import load_scorer
 from isdaa.files import read_json, write_atomically, write_json
 from isdaa.record import git_revision, versions
 
@@ -46,21 +46,6 @@ class Outcome:
     stopped: str | None = None
 
 
-@dataclass(frozen=True)
-class _Side:
-    """Somebody's answers. drawn: where they were generated here; path, digest: of the model and of its weights."""
-
-    label: str
-    answers: Mapping[str, Answer]
-    drawn: Mapping[str, Drawn] | None = None
-    path: str | None = None
-    digest: str | None = None
-
-    def finished(self, question: str) -> bool:
-        """Whether the model itself ended its answer, as far as anybody knows."""
-        return self.drawn is None or self.drawn[question].finished
-
-
 def run_benchmark(request: BenchmarkRequest) -> Outcome:
     """Answer, judge and score. Without a judge the answers are all there is.
 
@@ -69,10 +54,10 @@ def run_benchmark(request: BenchmarkRequest) -> Outcome:
     the judge could be read it says that, and the metrics hold no figure.
     """
     bench = benchmark(request.benchmark)
-    once(lambda: _check(bench, request))
+    once(lambda: check(bench, request))
     if request.sources.judgments:
         return once(lambda: _score_again(bench, request))
-    plan = once(lambda: _plan(bench, request))
+    plan = once(lambda: plan_of(bench, request))
     models = [Respondent(model, plan.answering, plan.questions, "policy") for model in request.models]
     if plan.baseline is not None:
         models.append(Respondent(plan.baseline, plan.answering, plan.questions, "opponent"))
@@ -81,48 +66,17 @@ def run_benchmark(request: BenchmarkRequest) -> Outcome:
         once(lambda: judges.append(judge_of(request, folder)))
         drawn = answer(models, plan.questions, once(lambda: Lines(folder / GENERATIONS))) if models else []
         sides = [
-            _Side(model.label, {key: one.answer for key, one in found.items()}, found, model.path, model.digest)
+            Side(model.label, {key: one.answer for key, one in found.items()}, found, model.path, model.digest)
             for model, found in zip(models, drawn, strict=True)
         ]
         return once(lambda: _concluded(bench, request, plan, sides, judges[0], folder))
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is read before any model. given: answers of files; baseline: the model that has yet to give the opponent's."""
-
-    questions: list[Question]
-    given: list[_Side]
-    answering: Answering
-    opponents: dict[str, Any]
-    baseline: Any
-
-
-def _plan(bench: Benchmark, request: BenchmarkRequest) -> _Plan:
-    questions = _questions(bench, request)
-    check_judge(bench, request, questions)
-    given = _given(bench, request, questions)
-    settings = Answering(
-        bench.name,
-        bench.title,
-        replace(bench.generation, max_new_tokens=request.max_new_tokens or bench.generation.max_new_tokens),
-        request.seed,
-        request.batch_size,
-        request.dtype,
-        request.trust_remote_code,
-        request.chat_template,
-        request.template_file,
-    )
-    wants_judge = request.asking is not None or request.judge is not None
-    opponents, baseline = _opponents(bench, request, questions) if wants_judge else ({}, request.baseline)
-    return _Plan(questions, given, settings, opponents, baseline)
-
-
 def _concluded(
     bench: Benchmark,
     request: BenchmarkRequest,
-    plan: _Plan,
-    drawn: Sequence[_Side],
+    plan: Plan,
+    drawn: Sequence[Side],
     judge: BenchmarkJudge | None,
     folder: Path,
 ) -> Outcome:
@@ -159,68 +113,14 @@ def _judged_before(folder: Path) -> bool:
     return (folder / METRICS).is_file() and read_json(folder / METRICS).get("judge") is not None
 
 
-def _check(bench: Benchmark, request: BenchmarkRequest) -> None:
-    if request.sources.references is not None and bench is not MT_BENCH:
-        raise UserError(f"--references: only mt_bench grades against right answers, {bench.name} has no use for them")
-    if request.sources.difficulty is not None and bench is not ALPACA_EVAL:
-        raise UserError(f"--difficulty: only alpaca_eval has instruction difficulties, {bench.name} has no use for them")
-    if request.judge is not None:
-        load_scorer(request.judge)  # is there such a thing?
-    if bench.opponent is None and (request.sources.opponent or request.sources.baseline):
-        raise UserError(f"{bench.name} grades every answer by itself: leave out --opponent and --baseline")
-
-
-def _questions(bench: Benchmark, request: BenchmarkRequest) -> list[Question]:
-    sources = request.sources
-    questions = bench.read_questions(sources.questions or bench.source, sources.split, sources.limit)
-    questions = without_repeats(questions)
-    return with_references(questions, sources.references) if sources.references is not None else questions
-
-
-def _given(bench: Benchmark, request: BenchmarkRequest, questions: Sequence[Question]) -> list[_Side]:
-    """The models whose answers another tool wrote."""
-    sides: dict[str, dict[str, Answer]] = {}
-    for file in request.sources.answers:
-        read: dict[str, dict[str, Answer]] = {}
-        for one in bench.read_answers(Path(file).expanduser(), questions):
-            read.setdefault(one.model, {})[one.question] = one
-        for label in read:
-            if label in sides or label in [model.label for model in request.models]:
-                raise UserError(f"{file}: answers of {label} are there already; rename the model in one of the files")
-        sides |= read
-    return [_Side(label, answers) for label, answers in sides.items()]
-
-
-def _opponents(bench: Benchmark, request: BenchmarkRequest, questions: Sequence[Question]) -> tuple[dict[str, Any], Any]:
-    """(opponent's answer by question, the model that has yet to give them).
-
-    The first of: the user's file, the user's model, the data's own, the models' reference.
-    """
-    sources = request.sources
-    if bench.opponent is None:
-        return dict.fromkeys(question.id for question in questions), None
-    if sources.opponent is not None:
-        return bench.opponents(questions, bench.read_answers(Path(sources.opponent).expanduser(), questions)), None
-    if request.baseline is not None:
-        return {}, request.baseline
-    if bench.opponent == "data" and all(question.response is not None for question in questions):
-        return bench.opponents(questions), None
-    if request.reference is not None:
-        return {}, request.reference
-    raise UserError(
-        f"{bench.name} compares each answer with an opponent's, and neither these questions nor the models' records name one; "
-        "give its answers with --opponent FILE, or a model that answers with --baseline MODEL"
-    )
-
-
-def _case(side: _Side, opponents: Mapping[str, Answer | None], other: _Side | None, question: Question) -> Case | None:
+def _case(side: Side, opponents: Mapping[str, Answer | None], other: Side | None, question: Question) -> Case | None:
     if question.id not in side.answers:
         return None
     ended = other is None or other.finished(question.id)
     return Case(question, side.answers[question.id], opponents[question.id], side.finished(question.id), ended)
 
 
-def _write_answers(bench: Benchmark, folder: Path, questions: Sequence[Question], sides: Sequence[_Side]) -> None:
+def _write_answers(bench: Benchmark, folder: Path, questions: Sequence[Question], sides: Sequence[Side]) -> None:
     for side in sides:
         bench.write_answers(folder / ANSWERS / _file(bench, side.label), questions, [side.answers[q.id] for q in questions])
 
@@ -256,7 +156,7 @@ def _score_again(bench: Benchmark, request: BenchmarkRequest) -> Outcome:
     """Judgments of files, scored as they are."""
     sources = request.sources
     wanted = bench is MT_BENCH or any(named is not None for named in (sources.questions, sources.split, sources.limit))
-    questions = _questions(bench, request) if wanted else []
+    questions = questions_of(bench, request) if wanted else []
     files = [file for file in (*sources.answers, sources.opponent) if file is not None]
     answers = [one for file in files for one in bench.read_answers(Path(file).expanduser(), questions)]
     found: dict[str, list[Judged]] = {}
@@ -324,7 +224,7 @@ def _described(
     }
 
 
-def _entry(side: _Side) -> dict[str, Any]:
+def _entry(side: Side) -> dict[str, Any]:
     """A model, and its answers in numbers."""
     answers = list(side.answers.values())
     told: dict[str, Any] = {
@@ -351,7 +251,7 @@ def _scored(
     request: BenchmarkRequest,
     metrics: dict[str, Any],
     found: Mapping[str, Sequence[Judged]],
-    sides: Mapping[str, _Side],
+    sides: Mapping[str, Side],
     both_orders: bool,
     folder: Path,
 ) -> dict[str, Any]:
