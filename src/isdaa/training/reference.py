@@ -30,7 +30,7 @@ from isdaa.training.pieces import packed
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # raise it whenever the forward pass changes what it computes: older files are then not read
+FORMAT = 2  # raise it whenever the forward pass changes what it computes: older files are then not read
 NAMES = ("chosen_logps", "rejected_logps")
 BATCH_TOKENS = 16_384  # of a forward pass
 
