@@ -51,7 +51,7 @@ def pairs_of(given: Task, count: int, seed: int) -> list[dict[str, list[int]]]:
 
 def flops_of(size: Size, lengths: Sequence[Lengths]) -> int:
     """Operations that the mathematics of a step needs: every token once, the head at response tokens, visible scores."""
-    return sum(product.flops for product in products(size, lengths, chunk=1024))
+    return sum(product.flops for product in products(size, lengths))
 
 
 def make_model(size: Size, dtype: Any, device: str, attention: str) -> Any:

@@ -15,7 +15,6 @@ from shapes import Lengths, Shape, Size, draw_pairs, lengths_of, products
 LEVEL = 0.95
 MIB = 1 << 20
 BASE_SIZE = Size(32_000)
-CHUNK = 256  # rows of the head's products; the count of arithmetic does not depend on it
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Point:
     @property
     def flops(self) -> int:
         """Additions and multiplications that the mathematics of the step needs (`shapes.products`)."""
-        return sum(product.flops for product in products(self.size, self.lengths, CHUNK))
+        return sum(product.flops for product in products(self.size, self.lengths))
 
     def rows(self, seed: int) -> list[dict[str, list[int]]]:
         """Random token ids; every pair is as long as every other."""

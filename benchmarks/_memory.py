@@ -14,7 +14,9 @@ IMPORTS = 0.46 * GIB
 SHARE = 0.95  # of the memory that is free
 TILE = (4096, 32_768)  # tokens, words: the logits that TRL's head computes at a time
 BASE = "isdaa_dpo"  # everything is compared with it
-WITHOUT = ("without_last_layer", "without_direction", "without_tie", "without_fused", "without_huge_pages")  # of isdaa_dpo
+WITHOUT = (  # of isdaa_dpo
+    "without_blocks", "without_last_layer", "without_direction", "without_tie", "without_fused", "without_huge_pages",
+)  # fmt: skip
 PACKED = ("isdaa_dpo", "isdaa_is_dpo", "isdaa_bare", *WITHOUT)
 ONE_BY_ONE = ("isdaa_one", "trl_best", "trl_gpu_head")
 EVERYWHERE = ("trl_best", "trl_whole", "trl_defaults", "two_rows")  # these score prompts and padding, too

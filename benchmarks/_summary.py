@@ -32,6 +32,7 @@ LABELS = {
     "trl_gpu_head": "TRL, best, head as on a GPU",
     "trl_defaults": "TRL, defaults",
     "two_rows": "two rows, full logits",
+    "without_blocks": "without blocks of queries",
     "without_last_layer": "without the cut last layer",
     "without_direction": "without the kept direction",
     "without_tie": "without one tied gradient",

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from unittest.mock import patch
 
-from isdaa.models import fused, inner, last_layer, logprobs
+from isdaa.models import choice, fused, inner, last_layer, logprobs
 
 Left = Callable[[], AbstractContextManager[object]]
 
 LEFT: dict[str, Left] = {
+    "without_blocks": lambda: patch.object(choice, "FAST", {}),
     "without_last_layer": lambda: patch.object(last_layer, "install", lambda model: False),
     "without_direction": lambda: patch.object(logprobs, "_KEPT_BYTES", {}),
     "without_tie": lambda: patch.object(inner, "tie_of", lambda model: None),

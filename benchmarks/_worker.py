@@ -23,7 +23,6 @@ import torch
 from peers import ARMS, Job, make_model
 from shapes import Lengths, Product, Size, products, saved
 
-from isdaa.models.logprobs import LinearHead, chunk_rows
 
 MIB = 1 << 20
 WEIGHTS = "weights.safetensors"
@@ -77,10 +76,9 @@ def prepare_model(pipe: Connection, size: Size, folder: Path, threads: int) -> N
 def multiply(pipe: Connection, size: Size, folder: Path, threads: int, repeats: int) -> None:
     """Time the products of one batch after another: receives its lengths, sends seconds and flops."""
     with _Reporting(pipe, folder, threads, None):
-        chunk = chunk_rows(LinearHead(torch.empty(size.vocabulary, 1)), torch.device("cpu"))
         while True:
             lengths: Sequence[Lengths] = pipe.recv()
-            needed = list(products(size, lengths, chunk))
+            needed = list(products(size, lengths))
             took = {product: time_product(product, repeats) for product in needed}
             seconds = sum(took[product] for product in needed)
             tokens = sum(map(sum, lengths))

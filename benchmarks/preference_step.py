@@ -183,7 +183,7 @@ def _environment(threads: int) -> None:
 
 def _expected(plan: Plan, settings: Settings) -> float:
     """Seconds of a cell, from how fast this process multiplies."""
-    flops = sum(product.flops for product in products(plan.size, lengths_of(plan.rows), 256)) / settings.steps
+    flops = sum(product.flops for product in products(plan.size, lengths_of(plan.rows))) / settings.steps
     slowness = sum(SLOWNESS[name] for name in (*plan.arms, MATMUL))
     return START + settings.steps * slowness * flops / _speed()
 

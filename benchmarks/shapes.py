@@ -120,9 +120,9 @@ class Product:
         return 2 * self.times * self.batch * self.m * self.k * self.n
 
 
-def products(size: Size, lengths: Sequence[Lengths], chunk: int) -> Iterator[Product]:
+def products(size: Size, lengths: Sequence[Lengths]) -> Iterator[Product]:
     """The products that the mathematics of one step needs: one forward and two backward of each linear map, two and four of
-    attention. chunk: rows of the head's logits that exist at a time. Nothing that an implementation recomputes is in it.
+    attention. Nothing that an implementation recomputes is in it, and no product is cut into smaller ones.
 
     Every prompt counts once; the head sees the N response tokens alone; attention counts the (query, key) pairs that are
     visible, as a rectangle of as many, since no plain product computes a triangle.
@@ -131,11 +131,7 @@ def products(size: Size, lengths: Sequence[Lengths], chunk: int) -> Iterator[Pro
     responses = sum(c + r for _, c, r in lengths)
     for (inputs, outputs), times in size.linear.items():
         yield from linear(tokens, inputs, outputs, times * size.layers)
-    full, rest = divmod(responses, chunk)
-    if full:
-        yield from linear(chunk, size.hidden, size.vocabulary, full)
-    if rest:
-        yield from linear(rest, size.hidden, size.vocabulary, 1)
+    yield from linear(responses, size.hidden, size.vocabulary, 1)
     for p, c, r in lengths:
         visible = (p + c) * (p + c + 1) // 2 + r * p + r * (r + 1) // 2
         queries = p + c + r

@@ -200,7 +200,7 @@ class AlignConfig(OptimisationConfig):
 
     batch_tokens: Int | None = Field(None, ge=1, description="split a forward pass into pieces of at most so many tokens")
     group_by_prompt: bool = Field(False, description="pairs of one prompt one after the other, sharing its forward pass")
-    attention: Literal["auto", "sdpa", "flex", "varlen"] = Field(
+    attention: Literal["auto", "sdpa", "blocks", "flex", "varlen"] = Field(
         "auto", description="kernel of the shared prefix; auto: the fastest that proves itself on this device"
     )
     fused_head: bool = Field(False, description="token logps by cut_cross_entropy on a GPU, where it is exact (half precision)")

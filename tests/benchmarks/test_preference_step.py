@@ -268,10 +268,10 @@ def test_pairs_have_the_lengths_of_their_shape_whatever_the_vocabulary(name: str
 def test_products_are_six_flops_a_weight_and_token() -> None:
     size = Size(1000)
     lengths = [(50, 10, 7), (20, 5, 5)]
-    linear = [product for product in products(size, lengths, 8) if product.batch == 1]
+    linear = [product for product in products(size, lengths) if product.batch == 1]
     layers = size.layers * sum(i * o * n for (i, o), n in size.linear.items())
     assert sum(product.flops for product in linear) == 6 * (97 * layers + 27 * size.hidden * size.vocabulary)
-    attention = [product for product in products(size, lengths, 8) if product.batch > 1]
+    attention = [product for product in products(size, lengths) if product.batch > 1]
     visible = sum((p + c) * (p + c + 1) // 2 + r * p + r * (r + 1) // 2 for p, c, r in lengths)
     assert sum(product.flops for product in attention) == pytest.approx(12 * size.layers * size.hidden * visible, rel=0.02)
 
@@ -281,7 +281,7 @@ def test_products_that_the_last_layer_saves() -> None:
     parts = list(saved(size, lengths))
     # Of 97 tokens it keeps the two last ones of the prompts and 9 + 6 + 4 + 4 - 2 of the responses: each pair's two share one.
     assert {rows for _, rows in parts} == {97 - (10 + 7 - 1) - (5 + 5 - 1)}
-    took = {product: float(product.flops) for product in products(size, lengths, 8)}
+    took = {product: float(product.flops) for product in products(size, lengths)}
     one_layer = sum(took_by_one(took, product) for product, _ in parts)
     assert one_layer == 6 * 97 * 3 * size.hidden * size.intermediate
 

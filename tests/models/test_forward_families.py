@@ -83,7 +83,7 @@ def test_two_rows_equal_two_plain_rows(name, caplog, monkeypatch):
     if name != "bloom":  # a model that the shared prefix would fit, told otherwise
         monkeypatch.setattr(shared_prefix, "_visible", lambda q, k, w: q[..., :, None] * 0 >= k[..., None, :] * 0)
     with caplog.at_level(logging.WARNING):
-        forward = prepare(model)
+        forward = prepare(model, attention="sdpa")
     assert forward.mode == "two_rows"
     assert "two separate rows" in caplog.text and "ForCausalLM" in caplog.text
     monkeypatch.undo()

@@ -156,7 +156,7 @@ def test_a_long_row_needs_no_square_mask(monkeypatch):
     assert 0 < max(largest) <= layout.tokens * (layout.tokens // kernels.BLOCK + 2)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, "sdpa"])
 @pytest.mark.parametrize("name", SHARED)
 def test_models_equal_plain_rows(on_cpu, way, name, caplog):
     """The equality tests of the shared prefix, through whole models of all families, with gradients."""

@@ -1,11 +1,12 @@
 """Which attention a model uses over a packed row, and the proof that a fast one computes what the slow one does.
 
-"sdpa" works everywhere. "varlen" and "flex" (`kernels`) are for GPUs, and foreign code on a machine that nobody has tested:
-each is run once, forward and backward, for every kind of tensors (device, dtype, heads, …) and compared with a plain
-matrix of scores in fp32, before it is used. What fails is not used; `forward.prepare` compares the whole model's logps, too.
-"auto" is, on a GPU, "varlen", else "flex", else "sdpa"; elsewhere "sdpa".
+"sdpa" works everywhere. "blocks" (`query_blocks`) is for a CPU. "varlen" and "flex" (`kernels`) are for GPUs, and foreign code
+on a machine that nobody has tested: each is run once, forward and backward, for every kind of tensors (device, dtype, heads, …)
+and compared with a plain matrix of scores in fp32, before it is used. What fails is not used; `forward.prepare` compares the
+whole model's logps, too. "auto" is, on a GPU, "varlen", else "flex", else "sdpa"; on a CPU "blocks" where prompts are not short,
+else "sdpa".
 
-Why this order (reasoned, not measured): at lengths of preference data attention is a few per cent of the arithmetic, and
+Why this order on a GPU (reasoned, not measured): at lengths of preference data attention is a few per cent of the arithmetic, and
 what costs is the number of calls, of which "sdpa" makes several a response in every layer. The two others make one.
 FlashAttention's kernels need no compilation, and waste less on short responses than blocks of 128 do.
 """
@@ -22,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from isdaa.errors import UserError, nearest
-from isdaa.models import kernels
+from isdaa.models import kernels, query_blocks
 from isdaa.models.layout import Layout
 
-AUTO, SDPA, FLEX, VARLEN = "auto", "sdpa", "flex", "varlen"
-NAMES = (AUTO, SDPA, FLEX, VARLEN)
-FAST = (VARLEN, FLEX)
+AUTO, SDPA, BLOCKS, FLEX, VARLEN = "auto", "sdpa", "blocks", "flex", "varlen"
+NAMES = (AUTO, SDPA, BLOCKS, FLEX, VARLEN)
+FAST = {"cuda": (VARLEN, FLEX), "cpu": (BLOCKS,)}
 _ATTRIBUTE = "_isdaa_attention"
 
 # Of the largest value: generous for bf16 and TF32, and far below what a wrong mask changes.
@@ -62,18 +63,26 @@ def fast_attention(
     scaling: float | None,
     window: int | None,
     softcap: float | None,
+    short: bool = False,
 ) -> tuple[str, Attention] | None:
-    """Name and function of the fast attention to use in a layer, or None where that is "sdpa"."""
+    """Name and function of the fast attention to use in a layer, or None where that is "sdpa".
+
+    short: whether prompts and responses are so short that on a CPU one padded block is faster."""
     wanted = getattr(module, _ATTRIBUTE, AUTO)
     names: tuple[str, ...] = () if wanted == SDPA else (wanted,)
     if wanted == AUTO:
-        names = FAST if query.device.type == "cuda" else ()
+        names = () if short and query.device.type == "cpu" else FAST.get(query.device.type, ())
     settings: dict[str, Any] = {"scaling": scaling, "window": window, "softcap": softcap}
     kind = str(query.device), query.dtype, query.shape[1], key.shape[1], query.shape[3]
     for name in names:
-        lack = "it knows no dropout" if dropout > 0 else kernels.lacks(name, query, key, softcap)
+        if dropout > 0:
+            lack = "it knows no dropout"
+        elif name == BLOCKS:
+            lack = query_blocks.lacks(query, window, softcap)
+        else:
+            lack = kernels.lacks(name, query, key, softcap)
         if lack is None:
-            if _proved(name, *kind, **settings):
+            if name == BLOCKS or _proved(name, *kind, **settings):
                 return name, _bound(name, settings)
         elif wanted != AUTO and lack not in _said:
             _said.add(lack)
@@ -82,6 +91,8 @@ def fast_attention(
 
 
 def _bound(name: str, settings: dict[str, Any]) -> Attention:
+    if name == BLOCKS:
+        return lambda query, key, value, layout: query_blocks.attend_blocks(query, key, value, layout, settings["scaling"])
     if name == FLEX:
         return lambda query, key, value, layout: kernels.attend_flex(query, key, value, layout, **settings)
     kernel = kernels.varlen_kernel(settings["softcap"])

@@ -113,6 +113,16 @@ class Layout:
         return groups
 
     @cached_property
+    def pieces(self) -> list[tuple[int, int]]:
+        """The packed row cut into (length of the prompt that lies elsewhere, tokens): (0, prompt + first response), and
+        (prompt, response) for each further response that is not empty."""
+        pieces = []
+        for prompt, responses in self.groups:
+            pieces.append((0, prompt + sum(responses[:1])))
+            pieces += [(prompt, length) for length in responses[1:] if length]
+        return pieces
+
+    @cached_property
     def prompt_starts(self) -> Tensor:
         """(P,) position in the packed row of the first token of each prompt."""
         return self.group_lengths.cumsum(0) - self.group_lengths

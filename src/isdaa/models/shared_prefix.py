@@ -6,7 +6,7 @@ share it. Every linear layer of the model therefore works on (1, T) real tokens,
 attention knows which tokens belong together.
 It does so through transformers' ``AttentionInterface``: `install` makes a model use `shared_prefix_attention`, which
 
-* computes prompt by prompt (on a GPU with one kernel: `choice`) when a `Layout` comes with the call (the keyword
+* computes prompt by prompt (`choice`: on a GPU with one kernel, on a CPU mostly with plain products) when a `Layout` comes with the call (the keyword
   ``isdaa_layout`` travels down to the attention layers like any other keyword, so a recomputation under gradient
   checkpointing sees the very same layout), and
 * hands every other call to the implementation that the model had before. Plain ``model(...)`` and ``generate`` on an
@@ -88,11 +88,14 @@ def shared_prefix_attention(
         sliding_window = None
     isdaa_layout.attended = True
     how = _Kernel(scaling, dropout if module.training else 0.0, sliding_window, softcap)
-    fast = fast_attention(module, query, key, dropout=how.dropout, scaling=scaling, window=sliding_window, softcap=softcap)
+    short = len(isdaa_layout.prompt_lengths) > 1 and isdaa_layout.longest_group <= _SHORT_GROUP
+    fast = fast_attention(
+        module, query, key, dropout=how.dropout, scaling=scaling, window=sliding_window, softcap=softcap, short=short
+    )
     isdaa_layout.cached("attention", lambda: "sdpa" if fast is None else fast[0])  # for those who want to know
     if fast is not None:
         return fast[1](query, key, value, isdaa_layout), None
-    if len(isdaa_layout.prompt_lengths) > 1 and isdaa_layout.longest_group <= _SHORT_GROUP:
+    if short:
         return _attend_in_block(query, key, value, isdaa_layout, how), None
     return _attend_one_by_one(query, key, value, isdaa_layout, how), None
 
@@ -137,7 +140,7 @@ def _attend_one_by_one(query: Tensor, key: Tensor, value: Tensor, layout: Layout
     """A call for each response, nothing padded: a prompt with its first response is a causal slice of the packed row as
     it stands; each further response attends to its prompt and to itself. Splitting makes views, and its backward is one
     concatenation."""
-    pieces = _pieces(layout)
+    pieces = layout.pieces
     queries, keys, values = (t.split([length for _, length in pieces], 2) for t in (query, key, value))
     masks = layout.cached((query.device, query.dtype, how), lambda: [_piece_mask(p, n, how, query) for p, n in pieces])
     outputs = []
@@ -149,16 +152,6 @@ def _attend_one_by_one(query: Tensor, key: Tensor, value: Tensor, layout: Layout
             first_keys, first_values = k, v
         outputs.append(how(q, k, v, mask).transpose(1, 2))
     return torch.cat(outputs, 1)
-
-
-def _pieces(layout: Layout) -> list[tuple[int, int]]:
-    """The packed row cut into (length of the prompt that lies elsewhere, tokens): (0, prompt + first response), and
-    (prompt, response) for each further response that is not empty."""
-    pieces = []
-    for prompt, responses in layout.groups:
-        pieces.append((0, prompt + sum(responses[:1])))
-        pieces += [(prompt, length) for length in responses[1:] if length]
-    return pieces
 
 
 def _piece_mask(prompt: int, length: int, how: _Kernel, like: Tensor) -> Tensor | None:

@@ -128,7 +128,7 @@ class PreferenceConfig(TrainingArguments):
     reference_cache_dir: str | None = _setting(None, "of reference logps; None: `.isdaa_cache` beside output_dir")
     batch_tokens: int | None = _setting(None, "split a forward pass into pieces of at most so many tokens")
     group_by_prompt: bool = _setting(False, "pairs of one prompt one after the other, sharing its forward pass")
-    attention: str = _setting("auto", "kernel of the shared prefix: auto, sdpa, flex or varlen")
+    attention: str = _setting("auto", "kernel of the shared prefix: auto, sdpa, blocks, flex or varlen")
     probe: bool = _setting(True, "compare shared-prefix logps with plain rows before training")
 
     model_init_kwargs: dict[str, Any] | str | None = _setting(  # noqa: RUF009
