@@ -23,7 +23,6 @@ import torch
 from peers import ARMS, Job, make_model
 from shapes import Lengths, Product, Size, products, saved
 
-
 MIB = 1 << 20
 WEIGHTS = "weights.safetensors"
 

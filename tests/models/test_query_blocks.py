@@ -45,9 +45,7 @@ def test_rounds_as_the_fused_kernel_does():
     how = shared_prefix._Kernel(None, 0.0, None, None)
     sdpa = lambda q, k, v: shared_prefix._attend_one_by_one(q, k, v, layout, how)  # noqa: E731
     exact = values_and_gradients(dense, layout, 6, 2)
-    ours, usual = (
-        values_and_gradients(way, layout, 6, 2, torch.float32) for way in (lambda *x: attend_blocks(*x, layout), sdpa)
-    )
+    ours, usual = (values_and_gradients(way, layout, 6, 2, torch.float32) for way in (lambda *x: attend_blocks(*x, layout), sdpa))
     for found, plain, truth in zip(ours, usual, exact, strict=True):
         assert (found - truth).abs().max() <= 3 * (plain - truth).abs().max() + 1e-7 * truth.abs().max()
 

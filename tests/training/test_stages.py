@@ -435,7 +435,7 @@ def test_the_config_chooses_the_kernels(place: Path, monkeypatch: pytest.MonkeyP
     assert train("other", ALIGN, align__compile_layers=True, align__gradient_checkpointing=True) == 2
     assert "align.compile_layers" in capsys.readouterr().err
     assert train("other", ALIGN, align__attention="flash") == 2
-    assert "expected one of auto, sdpa, flex, varlen" in capsys.readouterr().err
+    assert "expected one of auto, sdpa, blocks, flex, varlen" in capsys.readouterr().err
 
 
 def test_lora_starts_at_the_policy_as_loaded_and_its_checkpoints_can_be_evaluated(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from isdaa.errors import UserError, nearest
 from isdaa.models import kernels, query_blocks
 from isdaa.models.layout import Layout
+from isdaa.models.place import kind_of
 
 AUTO, SDPA, BLOCKS, FLEX, VARLEN = "auto", "sdpa", "blocks", "flex", "varlen"
 NAMES = (AUTO, SDPA, BLOCKS, FLEX, VARLEN)
@@ -71,10 +72,12 @@ def fast_attention(
     wanted = getattr(module, _ATTRIBUTE, AUTO)
     names: tuple[str, ...] = () if wanted == SDPA else (wanted,)
     if wanted == AUTO:
-        names = () if short and query.device.type == "cpu" else FAST.get(query.device.type, ())
+        place = kind_of(query.device)  # what stands for a GPU is rehearsed with "sdpa": no kernel of a GPU runs on it
+        names = () if place != query.device.type or (short and place == "cpu") else FAST.get(place, ())
     settings: dict[str, Any] = {"scaling": scaling, "window": window, "softcap": softcap}
     kind = str(query.device), query.dtype, query.shape[1], key.shape[1], query.shape[3]
     for name in names:
+        lack: str | None
         if dropout > 0:
             lack = "it knows no dropout"
         elif name == BLOCKS:

@@ -6,7 +6,7 @@ share it. Every linear layer of the model therefore works on (1, T) real tokens,
 attention knows which tokens belong together.
 It does so through transformers' ``AttentionInterface``: `install` makes a model use `shared_prefix_attention`, which
 
-* computes prompt by prompt (`choice`: on a GPU with one kernel, on a CPU mostly with plain products) when a `Layout` comes with the call (the keyword
+* computes prompt by prompt (`choice` says in which way) when a `Layout` comes with the call (the keyword
   ``isdaa_layout`` travels down to the attention layers like any other keyword, so a recomputation under gradient
   checkpointing sees the very same layout), and
 * hands every other call to the implementation that the model had before. Plain ``model(...)`` and ``generate`` on an
