@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from isdaa.models.layout import Layout
+from isdaa.models.place import kind_of
 
 BLOCK = 96  # queries; scores of a block then stay in the cache at the lengths of preference data
 _DTYPES = (torch.float32, torch.float64)
@@ -37,7 +38,7 @@ def attend_blocks(query: Tensor, key: Tensor, value: Tensor, layout: Layout, sca
 
 def lacks(query: Tensor, window: int | None, softcap: float | None) -> str | None:
     """Why this attention cannot be used, in words, or None."""
-    if query.device.type != "cpu":
+    if query.device.type != "cpu" or kind_of(query.device) != "cpu":
         return "it is for a CPU"
     if query.dtype not in _DTYPES or torch.is_autocast_enabled("cpu"):
         return "it knows fp32 and fp64 alone"
