@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _memory import Budget, free_memory
+from _memory import Budget, free_memory, of_products
 from shapes import Lengths, Shape, Size, draw_pairs, lengths_of
 
 from isdaa.terminal import Bar, say
@@ -69,7 +69,8 @@ class Plan:
 def plans(settings: Settings, name: str, shape: Shape, size: Size) -> list[Plan]:
     """One, or several where memory is short: each has the arm that all others are compared with."""
     rows = draw_pairs(shape, size.vocabulary, settings.steps * settings.batch_size, settings.seed, size.positions)
-    budget = Budget(size, _by_step(rows, settings.batch_size), settings.arms, free_memory())
+    lengths, free = _by_step(rows, settings.batch_size), free_memory()
+    budget = Budget(size, lengths, settings.arms, None if free is None else free - of_products(size, lengths))
     parts, too_large = budget.parts()
     found = []
     for number, arms in enumerate(parts, 1):

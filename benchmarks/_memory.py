@@ -23,6 +23,12 @@ EVERYWHERE = ("trl_best", "trl_whole", "trl_defaults", "two_rows")  # these scor
 RECOMPUTED, SECOND_MODEL = "trl_defaults", "trl_defaults"
 
 
+def of_products(size: Size, lengths: Sequence[Sequence[Lengths]]) -> float:
+    """Bytes of the process that times matrix products: the head's are the largest."""
+    rows = max(sum(c + r for _, c, r in step) for step in lengths)
+    return IMPORTS + 4.0 * (size.vocabulary * (rows + size.hidden) + rows * size.hidden)
+
+
 class Budget:
     """Of one cell. lengths: of the pairs of each step; free: bytes, or None where they are not known."""
 

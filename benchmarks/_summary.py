@@ -53,9 +53,10 @@ DEFINITIONS = {
     "memory": "MiB that the process held right before the first step; above_start is peak less this",
     "held": "MiB that the process holds while it waits after its last step",
     "memory_ratio": "an arm's peak over that of isdaa_dpo, whole processes",
-    "matmul_seconds": "seconds of the matrix products that one step needs, measured by themselves in the same round, in memory "
-    "that is there: one forward and two backward products of each linear map over every token once (a prompt once a pair), the "
-    "head over response tokens alone, attention over visible (query, key) pairs; nothing that an implementation recomputes",
+    "matmul_seconds": "seconds of the matrix products that one step needs, each as one product, measured by themselves in the "
+    "same round, in memory that is there: one forward and two backward products of each linear map over every token once (a "
+    "prompt once a pair), the head over response tokens alone, attention over visible (query, key) pairs; nothing that an "
+    "implementation recomputes",
     "matmul_share": "matmul_seconds over the arm's seconds in the same round; the same products for all arms",
     "matmul_saved": "seconds of those products that isdaa does not do: the last layer's gated unit at the prompts' tokens",
     "matmul_share_done": "matmul_seconds less matmul_saved over the arm's seconds in the same round; isdaa's packed rows alone",

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from forward_helpers import lengths_of, packed, tiny, untouched
+from forward_helpers import packed, tiny, untouched
 from test_forward_families import compare, compare_shared
 from test_kernels import LAYOUTS, used
 
@@ -14,15 +14,25 @@ from isdaa.models import choice, query_blocks, shared_prefix
 from isdaa.models.forward import prepare
 from isdaa.models.layout import Layout
 from isdaa.models.query_blocks import attend_blocks
+from isdaa.training.rehearsal import Setting, Stage
 
 
-def values_and_gradients(attend, layout, heads, groups, dtype=torch.float64):
+def attention_over(model, forward, lengths):
+    ids, layout = packed(lengths)
+    with torch.no_grad():
+        forward(model, ids, None, layout)
+    return layout.cached("attention", lambda: "nothing")
+
+
+def values_and_gradients(attend, layout, heads, groups, dtype=torch.float64, size=8):
+    """size: of values."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
     # As a model hands them over: heads behind tokens in memory.
-    inputs = [draw(1, layout.tokens, n, 8).transpose(1, 2).requires_grad_() for n in (heads, groups, groups)]
+    sizes = ((heads, 8), (groups, 8), (groups, size))
+    inputs = [draw(1, layout.tokens, *both).transpose(1, 2).requires_grad_() for both in sizes]
     out = attend(*inputs)
-    assert out.shape == (1, layout.tokens, heads, 8) and out.dtype == dtype
+    assert out.shape == (1, layout.tokens, heads, size) and out.dtype == dtype
     return [out.detach(), *torch.autograd.grad((out * draw(*out.shape)).sum(), inputs)]
 
 
@@ -37,6 +47,14 @@ def test_equals_a_matrix_of_scores(name, heads, groups, block, monkeypatch):
         dense = lambda q, k, v, s=scaling: choice._dense(q, k, v, layout, s, None, None)  # noqa: E731
         for found, truth in zip(ours, values_and_gradients(dense, layout, heads, groups), strict=True):
             torch.testing.assert_close(found, truth, rtol=0, atol=1e-12 * max(1.0, float(truth.abs().max())))
+
+
+def test_values_of_another_size():
+    layout = LAYOUTS["shared"]
+    dense = lambda q, k, v: choice._dense(q, k, v, layout, None, None, None)  # noqa: E731
+    ways = (lambda *x: attend_blocks(*x, layout), dense)
+    for found, truth in zip(*(values_and_gradients(way, layout, 6, 2, size=5) for way in ways), strict=True):
+        torch.testing.assert_close(found, truth, rtol=0, atol=1e-12 * float(truth.abs().max()))
 
 
 def test_rounds_as_the_fused_kernel_does():
@@ -74,13 +92,14 @@ def test_models_equal_plain_rows(name, checkpointing):
     compare_shared(model, truth_model, forward)
 
 
-def test_auto_takes_it_for_long_prompts():
+def test_auto_takes_it_for_rows_that_are_neither_short_nor_very_long(monkeypatch):
     model = tiny("llama")
     forward = prepare(model)
     assert used(model, forward) == "sdpa"  # two short pairs: one padded block
-    ids, layout = packed([(100, 5, 4), (3, 2, 2)])
-    forward(model, ids, None, layout)
-    assert layout.cached("attention", lambda: "nothing") == "blocks"
+    assert attention_over(model, forward, [(100, 5, 4), (3, 2, 2)]) == "blocks"
+    monkeypatch.setattr(shared_prefix, "_LONGEST_IN_BLOCKS", 104)
+    assert attention_over(model, forward, [(100, 5, 4), (3, 2, 2)]) == "sdpa"
+    assert attention_over(model, forward, [(99, 5, 4), (3, 2, 2)]) == "blocks"
 
 
 def test_a_model_in_which_it_is_wrong_goes_back_to_sdpa(monkeypatch, caplog):
@@ -91,9 +110,7 @@ def test_a_model_in_which_it_is_wrong_goes_back_to_sdpa(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         forward = prepare(model)
     assert forward.mode == "shared_prefix" and "attention by blocks does not reproduce" in caplog.text
-    ids, layout = packed([(100, 5, 4), (3, 2, 2)])
-    forward(model, ids, None, layout)
-    assert layout.cached("attention", lambda: "nothing") == "sdpa"
+    assert attention_over(model, forward, [(100, 5, 4), (3, 2, 2)]) == "sdpa"
     compare(model, truth_model, forward, 3)
 
 
@@ -117,6 +134,13 @@ def test_windows_and_soft_caps_are_left_to_sdpa(name, caplog, monkeypatch):
     assert "attention by blocks is not used: it knows no windows and no soft caps" in caplog.text
     for pairs in (1, 5):
         compare(model, truth_model, forward, pairs)
-    ids, layout = packed(lengths_of(2))
-    forward(model, ids, None, layout)
     assert forward.mode == "shared_prefix"
+
+
+def test_a_rehearsal_proves_nothing_and_does_as_it_is_told(monkeypatch):
+    proofs: dict = {}
+    monkeypatch.setattr(choice, "_proofs", proofs)
+    batch = Layout.of_pairs(*(torch.tensor([n]) for n in (300, 20, 20)))
+    told = {name: Stage(Setting("pairs", tiny("llama").config, attention=name)).operations(batch) for name in ("auto", "sdpa")}
+    assert told["auto"] > told["sdpa"] and not proofs  # the fused kernel's operations are not counted
+    assert choice._proved("blocks", "cpu", torch.float32, 4, 2, 8, None, None, None) and len(proofs) == 1

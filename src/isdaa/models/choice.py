@@ -1,10 +1,10 @@
 """Which attention a model uses over a packed row, and the proof that a fast one computes what the slow one does.
 
 "sdpa" works everywhere. "blocks" (`query_blocks`) is for a CPU. "varlen" and "flex" (`kernels`) are for GPUs, and foreign code
-on a machine that nobody has tested: each is run once, forward and backward, for every kind of tensors (device, dtype, heads, …)
-and compared with a plain matrix of scores in fp32, before it is used. What fails is not used; `forward.prepare` compares the
-whole model's logps, too. "auto" is, on a GPU, "varlen", else "flex", else "sdpa"; on a CPU "blocks" where prompts are not short,
-else "sdpa".
+on a machine that nobody has tested. Each of the three is run once, forward and backward, for every kind of tensors (device,
+dtype, heads, …) and compared with a plain matrix of scores in fp32, before it is used. What fails is not used; `forward.prepare`
+compares the whole model's logps, too. "auto" is, on a GPU, "varlen", else "flex", else "sdpa"; on a CPU "blocks" unless rows are
+very short or very long, else "sdpa".
 
 Why this order on a GPU (reasoned, not measured): at lengths of preference data attention is a few per cent of the arithmetic, and
 what costs is the number of calls, of which "sdpa" makes several a response in every layer. The two others make one.
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from isdaa.errors import UserError, nearest
 from isdaa.models import kernels, query_blocks
@@ -64,16 +65,16 @@ def fast_attention(
     scaling: float | None,
     window: int | None,
     softcap: float | None,
-    short: bool = False,
+    blocks: bool = True,
 ) -> tuple[str, Attention] | None:
     """Name and function of the fast attention to use in a layer, or None where that is "sdpa".
 
-    short: whether prompts and responses are so short that on a CPU one padded block is faster."""
+    blocks: whether "auto" may take blocks of queries on a CPU, at the lengths at hand."""
     wanted = getattr(module, _ATTRIBUTE, AUTO)
     names: tuple[str, ...] = () if wanted == SDPA else (wanted,)
     if wanted == AUTO:
         place = kind_of(query.device)  # what stands for a GPU is rehearsed with "sdpa": no kernel of a GPU runs on it
-        names = () if place != query.device.type or (short and place == "cpu") else FAST.get(place, ())
+        names = () if place != query.device.type or (place == "cpu" and not blocks) else FAST.get(place, ())
     settings: dict[str, Any] = {"scaling": scaling, "window": window, "softcap": softcap}
     kind = str(query.device), query.dtype, query.shape[1], key.shape[1], query.shape[3]
     for name in names:
@@ -85,7 +86,8 @@ def fast_attention(
         else:
             lack = kernels.lacks(name, query, key, softcap)
         if lack is None:
-            if name == BLOCKS or _proved(name, *kind, **settings):
+            # Tensors without numbers (`training.rehearsal`) cannot prove anything, and ours needs it least.
+            if (name == BLOCKS and isinstance(query, FakeTensor)) or _proved(name, *kind, **settings):
                 return name, _bound(name, settings)
         elif wanted != AUTO and lack not in _said:
             _said.add(lack)

@@ -188,6 +188,10 @@ class Layout:
             self._cache[key] = make()
         return self._cache[key]
 
+    def replace(self, key: Any, value: Any) -> None:
+        """Puts another value in the place of what `cached` holds."""
+        self._cache[key] = value
+
     def response_sums(self, values: Tensor) -> Tensor:
         """Sums (N,) token values over their responses, giving (R,).
 

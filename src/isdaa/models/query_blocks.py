@@ -27,7 +27,8 @@ _DTYPES = (torch.float32, torch.float64)
 
 
 def attend_blocks(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None = None) -> Tensor:
-    """(1, T, H, D) from (1, H, T, D) and (1, G, T, D): every response sees its prompt and itself, causally.
+    """(1, T, H, D) from (1, H, T, D) and (1, G, T, D): every response sees its prompt and itself, causally. Values may be of
+    another size than keys, and then so is what is returned.
 
     scaling: of the scores; None is 1/√D.
     """
@@ -80,15 +81,15 @@ def _blocks(layout: Layout) -> Iterator[_Block]:
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(s·QKᵀ)·V over what is visible. With P the probabilities and G the gradient of the output: dV = PᵀG,
-    dS = P·(GVᵀ - rowsum(P·GVᵀ)), dQ = s·dS·K and dK = s·dSᵀQ."""
+    """softmax(s·QKᵀ)·V over what is visible. With P the probabilities and dO the gradient of the output:
+    dV = Pᵀ·dO, dP = dO·Vᵀ, dS = P∘(dP - rowsum(P∘dP)), dQ = s·dS·K and dK = s·dSᵀ·Q."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float) -> Tensor:
         queries = _rows(query[0].transpose(0, 1), key.shape[1]).mul_(scaling)
         keys, values = key[0].contiguous(), value[0].contiguous()
         shared, later = query.shape[1] // key.shape[1], _later(query)
-        out = query.new_empty(layout.tokens, *query.shape[1::2])
+        out = query.new_empty(layout.tokens, query.shape[1], value.shape[3])
         for block in _blocks(layout):
             rows = slice(block.first * shared, block.last * shared)
             probabilities = _probabilities(queries[:, rows], block.keys(keys), shared, later)
@@ -101,20 +102,20 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         queries, keys, values = ctx.saved_tensors
-        grad = _rows(grads[0][0], len(keys))
+        grad_out = _rows(grads[0][0], len(keys))
         shared, later = queries.shape[1] // keys.shape[1], _later(queries)
-        out = queries.new_empty(keys.shape[1], len(keys) * shared, keys.shape[2])
+        grad_queries = queries.new_empty(keys.shape[1], len(keys) * shared, keys.shape[2])
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
         for block in _blocks(ctx.layout):
             rows = slice(block.first * shared, block.last * shared)
-            query, above, seen = queries[:, rows], grad[:, rows], block.keys(keys)
+            query, above, seen = queries[:, rows], grad_out[:, rows], block.keys(keys)
             probabilities = _probabilities(query, seen, shared, later)
             block.add(grad_values, torch.bmm(probabilities.transpose(1, 2), above))
-            scores = torch.bmm(above, block.keys(values).transpose(1, 2))
-            scores = torch.ops.aten._softmax_backward_data(scores, probabilities, -1, scores.dtype)
-            block.add(grad_keys, torch.bmm(scores.transpose(1, 2), query))
-            _write(out[block.first : block.last], torch.bmm(scores, seen))
-        return out.mul_(ctx.scaling).transpose(0, 1)[None], grad_keys[None], grad_values[None], None, None
+            grad_probabilities = torch.bmm(above, block.keys(values).transpose(1, 2))
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_probabilities, probabilities, -1, query.dtype)
+            block.add(grad_keys, torch.bmm(grad_scores.transpose(1, 2), query))
+            _write(grad_queries[block.first : block.last], torch.bmm(grad_scores, seen))
+        return grad_queries.mul_(ctx.scaling).transpose(0, 1)[None], grad_keys[None], grad_values[None], None, None
 
 
 def _rows(x: Tensor, groups: int) -> Tensor:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from isdaa.models.choice import fast_attention
+from isdaa.models.choice import SDPA, fast_attention
 from isdaa.models.layout import Layout
 
 NAME = "isdaa_shared_prefix"
@@ -36,6 +36,8 @@ LAYOUT_KEYWORD = "isdaa_layout"
 # Up to this many tokens a prompt and its responses, the cost of a call for each response outweighs that of padding and a
 # mask (measured on pairs: one block is faster at 80 tokens a pair, the calls are faster at 120).
 _SHORT_GROUP = 96
+# Rows beyond this are not measured in blocks of queries, whose scores grow with the row.
+_LONGEST_IN_BLOCKS = 4096
 
 # Keywords that change the attention itself in a way that is not written here: better an error (and the fallback of
 # `forward.prepare`) than a silently different model. Those of indexers change nothing in a row as short as a probe.
@@ -90,9 +92,18 @@ def shared_prefix_attention(
     how = _Kernel(scaling, dropout if module.training else 0.0, sliding_window, softcap)
     short = len(isdaa_layout.prompt_lengths) > 1 and isdaa_layout.longest_group <= _SHORT_GROUP
     fast = fast_attention(
-        module, query, key, dropout=how.dropout, scaling=scaling, window=sliding_window, softcap=softcap, short=short
+        module,
+        query,
+        key,
+        dropout=how.dropout,
+        scaling=scaling,
+        window=sliding_window,
+        softcap=softcap,
+        blocks=not short and isdaa_layout.longest <= _LONGEST_IN_BLOCKS,
     )
-    isdaa_layout.cached("attention", lambda: "sdpa" if fast is None else fast[0])  # for those who want to know
+    # For those who want to know; of a model with several kinds of layers, a fast one.
+    if isdaa_layout.cached("attention", lambda: SDPA) == SDPA and fast is not None:
+        isdaa_layout.replace("attention", fast[0])
     if fast is not None:
         return fast[1](query, key, value, isdaa_layout), None
     if short:

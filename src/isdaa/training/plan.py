@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from isdaa.config import Config, OptimisationConfig
+from isdaa.models.choice import AUTO
 from isdaa.models.decoding import PROMPT_TOKENS
 from isdaa.models.kv_cache import room_of
 from isdaa.models.layout import Layout
@@ -117,6 +118,7 @@ def plan(
         lora=config.lora if examined.stage != "reward" else None,
         checkpointing=settings.gradient_checkpointing,
         on_cpu=device == "cpu",
+        attention=getattr(settings, "attention", AUTO),
     )
     setting = replace(setting, architecture=copy.deepcopy(architecture))
     batches = batches_of(examined, config, settings, processes)

@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from isdaa.config import LoraConfig
 from isdaa.models import fused
 from isdaa.models.adapters import add_lora
+from isdaa.models.choice import AUTO
 from isdaa.models.forward import PairForward, disable_dropout, prepare
 from isdaa.models.hub import quiet
 from isdaa.models.layout import Layout
@@ -72,7 +73,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is trained. architecture: a transformers configuration. on_cpu: as on a CPU; otherwise as on a GPU."""
+    """How a model is trained. architecture: a transformers configuration. on_cpu: as on a CPU; otherwise as on a GPU. attention:
+    over packed rows (`models.choice`)."""
 
     kind: Kind
     architecture: Any
@@ -81,6 +83,7 @@ class Setting:
     lora: LoraConfig | None = None
     checkpointing: bool = False
     on_cpu: bool = True
+    attention: str = AUTO
 
 
 class Stage:
@@ -106,7 +109,7 @@ class Stage:
             self.model: nn.Module = model
             self.forward: PairForward | None = None
             if setting.kind == "pairs":
-                self.forward = prepare(model, probe=False)
+                self.forward = prepare(model, probe=False, attention=setting.attention)
                 disable_dropout(model)
                 if setting.on_cpu:
                     fused.install(model, prove=real)
