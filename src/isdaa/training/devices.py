@@ -23,7 +23,7 @@ from isdaa.training.rehearsal import Rows, Setting, Stage, layout_of
 # the operations that are needed is 0.40 of those that are done where the forward pass is done twice.
 ASSUMED_SHARE = {"bfloat16": 0.40, "float32": 0.60}
 SHARE_OF_GPU_PRODUCT = {"bfloat16": 0.55, "float32": 0.70}  # the same, of what one large product reaches on a GPU
-SHARE_OF_PRODUCT = 0.7  # of a large matrix product's speed, that a step reaches (docs/performance.md: 0.61 to 0.83, chat with a large vocabulary 0.48)
+SHARE_OF_PRODUCT = 0.7  # of a large matrix product's speed, that a step reaches (docs/performance.md: 0.48 to 0.83)
 BUDGET = 1.5e11  # operations of a step that is done to measure the speed
 SECONDS = 3.0  # spent on such steps
 
