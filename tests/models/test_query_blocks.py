@@ -93,6 +93,7 @@ def test_models_equal_plain_rows(name, checkpointing):
 
 
 def test_auto_takes_it_for_rows_that_are_neither_short_nor_very_long(monkeypatch):
+    monkeypatch.setattr(shared_prefix, "_NARROWEST_IN_BLOCKS", 0)
     model = tiny("llama")
     forward = prepare(model)
     assert used(model, forward) == "sdpa"  # two short pairs: one padded block
@@ -100,9 +101,13 @@ def test_auto_takes_it_for_rows_that_are_neither_short_nor_very_long(monkeypatch
     monkeypatch.setattr(shared_prefix, "_LONGEST_IN_BLOCKS", 104)
     assert attention_over(model, forward, [(100, 5, 4), (3, 2, 2)]) == "sdpa"
     assert attention_over(model, forward, [(99, 5, 4), (3, 2, 2)]) == "blocks"
+    width = model.config.num_attention_heads * model.config.head_dim
+    monkeypatch.setattr(shared_prefix, "_NARROWEST_IN_BLOCKS", width + 1)
+    assert attention_over(model, forward, [(99, 5, 4), (3, 2, 2)]) == "sdpa"
 
 
 def test_a_model_in_which_it_is_wrong_goes_back_to_sdpa(monkeypatch, caplog):
+    monkeypatch.setattr(shared_prefix, "_NARROWEST_IN_BLOCKS", 0)
     right = query_blocks.attend_blocks
     monkeypatch.setattr(query_blocks, "attend_blocks", lambda *x: right(*x) * 1.01)
     model = tiny("llama")
@@ -141,6 +146,6 @@ def test_a_rehearsal_proves_nothing_and_does_as_it_is_told(monkeypatch):
     proofs: dict = {}
     monkeypatch.setattr(choice, "_proofs", proofs)
     batch = Layout.of_pairs(*(torch.tensor([n]) for n in (300, 20, 20)))
-    told = {name: Stage(Setting("pairs", tiny("llama").config, attention=name)).operations(batch) for name in ("auto", "sdpa")}
-    assert told["auto"] > told["sdpa"] and not proofs  # the fused kernel's operations are not counted
+    told = {name: Stage(Setting("pairs", tiny("llama").config, attention=name)).operations(batch) for name in ("blocks", "sdpa")}
+    assert told["blocks"] > told["sdpa"] and not proofs  # the fused kernel's operations are not counted
     assert choice._proved("blocks", "cpu", torch.float32, 4, 2, 8, None, None, None) and len(proofs) == 1

@@ -22,6 +22,7 @@ from transformers import LlamaConfig
 
 from isdaa.cli import main
 from isdaa.config import LoraConfig, load_config
+from isdaa.models import shared_prefix
 from isdaa.training.devices import Speed
 from isdaa.training.examine import Part, writes_date
 from isdaa.training.histogram import HEIGHT, heights, print_histogram
@@ -236,7 +237,8 @@ def small(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**(sizes | {"tie_word_embeddings": True} | changes))
 
 
-def test_operations_are_those_of_the_mathematics() -> None:
+def test_operations_are_those_of_the_mathematics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_prefix, "_NARROWEST_IN_BLOCKS", 0)
     architecture = small(num_hidden_layers=6)
     stage = Stage(Setting("pairs", architecture))
     layout = layout_of([(150, [(20, 30)]), (140, [(25, 15), (10, 10)])])

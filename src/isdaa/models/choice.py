@@ -4,7 +4,7 @@
 on a machine that nobody has tested. Each of the three is run once, forward and backward, for every kind of tensors (device,
 dtype, heads, …) and compared with a plain matrix of scores in fp32, before it is used. What fails is not used; `forward.prepare`
 compares the whole model's logps, too. "auto" is, on a GPU, "varlen", else "flex", else "sdpa"; on a CPU "blocks" unless rows are
-very short or very long, else "sdpa".
+very short or very long or the model is narrow, else "sdpa".
 
 Why this order on a GPU (reasoned, not measured): at lengths of preference data attention is a few per cent of the arithmetic, and
 what costs is the number of calls, of which "sdpa" makes several a response in every layer. The two others make one.
