@@ -17,7 +17,8 @@ from scipy.stats import binom
 from isdaa.errors import UserError
 from isdaa.files import read_json
 
-BASE, BEST = "isdaa_dpo", "trl_best"
+BASE = "isdaa_dpo"
+TRL = ("trl_best", "trl_whole")
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
     except UserError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
-    print("\n".join([*overview(cells), "", *costs(cells)]))
+    print("\n".join([*overview(cells), "", *costs(cells), "", *together(cells)]))
 
 
 def _cells(file: Path) -> list[dict[str, Any]]:
@@ -94,6 +95,20 @@ def costs(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         if all(arm in arms for pair in pairs for arm in pair):
             found = [_median([a / b for a, b in zip(*(arms[arm]["seconds"] for arm in pair), strict=True)]) for pair in pairs]
             yield f"| {cell['name']} | {cell['rounds']} | " + " | ".join(found) + " |"
+
+
+def together(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """TRL's time over isdaa's, the rounds of all cells of one shape and batch size put together."""
+    rounds: dict[tuple[str, int, str], list[float]] = {}
+    for cell in cells:
+        shape = cell["name"].split(", part")[0]
+        for arm in (arm for arm in TRL if arm in cell["arms"]):
+            ratios = [a / b for a, b in zip(*(cell["arms"][name]["seconds"] for name in (arm, BASE)), strict=True)]
+            rounds.setdefault((shape, cell["batch_size"], arm), []).extend(ratios)
+    yield "| shape | pairs | rounds in all | arm | time / isdaa |"
+    yield "|---|---|---|---|---|"
+    for (shape, pairs, arm), ratios in rounds.items():
+        yield f"| {shape} | {pairs} | {len(ratios)} | {LABELS[arm]} | {_median(ratios)} |"
 
 
 def _median(ratios: Sequence[float]) -> str:

@@ -27,7 +27,7 @@ import preference_step  # noqa: E402
 from _memory import BASE, GIB, Budget  # noqa: E402
 from _summary import LABELS, OTHER_WORK, is_same_work, loss_tolerance, losses_apart, weights_apart, wrong  # noqa: E402
 from _worker import time_product, took_by_one  # noqa: E402
-from performance_tables import overview  # noqa: E402
+from performance_tables import overview, together  # noqa: E402
 from shapes import EOS, PAD, SHAPES, TINY_SHAPE, Product, Size, draw_pairs, lengths_of, products, saved, tiny  # noqa: E402
 
 
@@ -232,6 +232,25 @@ def test_a_failed_arm_forbids_success() -> None:
     assert wrong(summary) == []
     assert wrong(summary | {"failed": {"trl_best": "ValueError: no"}}) == ["cell: trl_best failed: ValueError: no"]
     assert len(wrong(summary | {"left_out": {BASE: "out of memory"}})) == 1
+
+
+def test_rounds_of_several_files_are_put_together() -> None:
+    def cell(name: str, pairs: int, seconds: list[float]) -> dict[str, Any]:
+        arms = {BASE: {"seconds": [2.0] * len(seconds)}, "trl_best": {"seconds": seconds}}
+        return {"name": name, "batch_size": pairs, "arms": arms}
+
+    cells = [
+        cell("tldr, V = 8, part 1 of 2", 4, [2.0, 4.0, 6.0]),
+        cell("tldr, V = 8", 4, [8.0, 10.0, 12.0]),
+        cell("tldr, V = 8", 2, [2.0]),
+        {"name": "tldr, V = 8", "batch_size": 4, "arms": {BASE: {"seconds": [2.0]}}},
+    ]
+    rows = list(together(cells))[2:]
+    # Of six rounds all lie between the first and the last, with 97 % confidence: 1 - 2 / 2⁶.
+    assert rows == [
+        f"| tldr, V = 8 | 4 | 6 | {LABELS['trl_best']} | 3.500 [1.000, 6.000] |",
+        f"| tldr, V = 8 | 2 | 1 | {LABELS['trl_best']} | 1.000 (too few rounds for an interval) |",
+    ]
 
 
 def test_tables_show_what_forbids_to_trust_a_ratio(ran: Any) -> None:

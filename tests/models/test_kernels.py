@@ -186,8 +186,8 @@ def test_gradient_checkpointing(on_cpu):
 # Choosing, and giving way
 
 
-def used(model, forward):
-    ids, layout = packed(lengths_of(2))
+def used(model, forward, lengths=None):
+    ids, layout = packed(lengths or lengths_of(2))
     with torch.no_grad():
         forward(model, ids, None, layout)
     return layout.cached("attention", lambda: "nothing")

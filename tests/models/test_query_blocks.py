@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from forward_helpers import packed, tiny, untouched
+from forward_helpers import tiny, untouched
 from test_forward_families import compare, compare_shared
 from test_kernels import LAYOUTS, used
 
@@ -15,13 +15,6 @@ from isdaa.models.forward import prepare
 from isdaa.models.layout import Layout
 from isdaa.models.query_blocks import attend_blocks
 from isdaa.training.rehearsal import Setting, Stage
-
-
-def attention_over(model, forward, lengths):
-    ids, layout = packed(lengths)
-    with torch.no_grad():
-        forward(model, ids, None, layout)
-    return layout.cached("attention", lambda: "nothing")
 
 
 def values_and_gradients(attend, layout, heads, groups, dtype=torch.float64, size=8):
@@ -93,21 +86,21 @@ def test_models_equal_plain_rows(name, checkpointing):
 
 
 def test_auto_takes_it_for_rows_that_are_neither_short_nor_very_long(monkeypatch):
-    monkeypatch.setattr(shared_prefix, "_NARROWEST_IN_BLOCKS", 0)
+    monkeypatch.setattr(query_blocks, "_NARROWEST", 0)
     model = tiny("llama")
     forward = prepare(model)
     assert used(model, forward) == "sdpa"  # two short pairs: one padded block
-    assert attention_over(model, forward, [(100, 5, 4), (3, 2, 2)]) == "blocks"
-    monkeypatch.setattr(shared_prefix, "_LONGEST_IN_BLOCKS", 104)
-    assert attention_over(model, forward, [(100, 5, 4), (3, 2, 2)]) == "sdpa"
-    assert attention_over(model, forward, [(99, 5, 4), (3, 2, 2)]) == "blocks"
+    assert used(model, forward, [(100, 5, 4), (3, 2, 2)]) == "blocks"
+    monkeypatch.setattr(query_blocks, "_LONGEST", 104)
+    assert used(model, forward, [(100, 5, 4), (3, 2, 2)]) == "sdpa"
+    assert used(model, forward, [(99, 5, 4), (3, 2, 2)]) == "blocks"
     width = model.config.num_attention_heads * model.config.head_dim
-    monkeypatch.setattr(shared_prefix, "_NARROWEST_IN_BLOCKS", width + 1)
-    assert attention_over(model, forward, [(99, 5, 4), (3, 2, 2)]) == "sdpa"
+    monkeypatch.setattr(query_blocks, "_NARROWEST", width + 1)
+    assert used(model, forward, [(99, 5, 4), (3, 2, 2)]) == "sdpa"
 
 
 def test_a_model_in_which_it_is_wrong_goes_back_to_sdpa(monkeypatch, caplog):
-    monkeypatch.setattr(shared_prefix, "_NARROWEST_IN_BLOCKS", 0)
+    monkeypatch.setattr(query_blocks, "_NARROWEST", 0)
     right = query_blocks.attend_blocks
     monkeypatch.setattr(query_blocks, "attend_blocks", lambda *x: right(*x) * 1.01)
     model = tiny("llama")
@@ -115,7 +108,7 @@ def test_a_model_in_which_it_is_wrong_goes_back_to_sdpa(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         forward = prepare(model)
     assert forward.mode == "shared_prefix" and "attention by blocks does not reproduce" in caplog.text
-    assert attention_over(model, forward, [(100, 5, 4), (3, 2, 2)]) == "sdpa"
+    assert used(model, forward, [(100, 5, 4), (3, 2, 2)]) == "sdpa"
     compare(model, truth_model, forward, 3)
 
 

@@ -22,7 +22,7 @@ from transformers import LlamaConfig
 
 from isdaa.cli import main
 from isdaa.config import LoraConfig, load_config
-from isdaa.models import shared_prefix
+from isdaa.models import query_blocks
 from isdaa.training.devices import Speed
 from isdaa.training.examine import Part, writes_date
 from isdaa.training.histogram import HEIGHT, heights, print_histogram
@@ -238,7 +238,7 @@ def small(**changes: Any) -> LlamaConfig:
 
 
 def test_operations_are_those_of_the_mathematics(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_prefix, "_NARROWEST_IN_BLOCKS", 0)
+    monkeypatch.setattr(query_blocks, "_NARROWEST", 0)
     architecture = small(num_hidden_layers=6)
     stage = Stage(Setting("pairs", architecture))
     layout = layout_of([(150, [(20, 30)]), (140, [(25, 15), (10, 10)])])

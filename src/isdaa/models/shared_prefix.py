@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from isdaa.models import query_blocks
 from isdaa.models.choice import SDPA, fast_attention
 from isdaa.models.layout import Layout
 
@@ -36,11 +37,6 @@ LAYOUT_KEYWORD = "isdaa_layout"
 # Up to this many tokens a prompt and its responses, the cost of a call for each response outweighs that of padding and a
 # mask (measured on pairs: one block is faster at 80 tokens a pair, the calls are faster at 120).
 _SHORT_GROUP = 96
-# Rows beyond this are not measured in blocks of queries, whose scores grow with the row.
-_LONGEST_IN_BLOCKS = 4096
-# Heads times their size from which blocks of queries win on pairs of every length beyond _SHORT_GROUP: with 512 they take 0.68 to
-# 1.08 of the fused kernel's time, with 96 (the embedded world's models) 0.88 to 1.30. Between the two nothing is measured.
-_NARROWEST_IN_BLOCKS = 256
 
 # Keywords that change the attention itself in a way that is not written here: better an error (and the fallback of
 # `forward.prepare`) than a silently different model. Those of indexers change nothing in a row as short as a probe.
@@ -102,9 +98,7 @@ def shared_prefix_attention(
         scaling=scaling,
         window=sliding_window,
         softcap=softcap,
-        blocks=not short
-        and isdaa_layout.longest <= _LONGEST_IN_BLOCKS
-        and query.shape[1] * query.shape[3] >= _NARROWEST_IN_BLOCKS,
+        blocks=not short and query_blocks.suits(query, isdaa_layout),
     )
     # For those who want to know; of a model with several kinds of layers, a fast one.
     if isdaa_layout.cached("attention", lambda: SDPA) == SDPA and fast is not None:
