@@ -6,6 +6,7 @@ language and get the same one-line errors.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -127,6 +128,28 @@ class DataConfig(Section):
     evaluation: str | None = Field(None, description="held-out prompts of `isdaa evaluate`; null: the held-out pairs' prompts")
     evaluation_split: str = "test"
     limit: Int | None = Field(None, ge=1, description="read at most this many rows of each source")
+    subset: str | None = Field(
+        None, description="configuration of the Hub data sets named above, or a sub-folder of that name in a local copy"
+    )
+    prompt_repeated: Literal["strip", "keep"] | None = Field(
+        None, description="where responses begin with the text prompt once more; null: an error if most do"
+    )
+
+    def source(self, name: str) -> str | None:
+        """One of the sources, with the subset where that is for it: `owner/name:subset`."""
+        value: str | None = getattr(self, name)
+        if value is None or self.subset is None:
+            return value
+        path = Path(value).expanduser()
+        hub = not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", value) is not None
+        return f"{value}:{self.subset}" if hub or (path / self.subset).is_dir() else value
+
+    @model_validator(mode="after")
+    def _subset_of_something(self) -> DataConfig:
+        names = ("pairs", "eval_pairs", "sft", "prompts", "evaluation")
+        if self.subset is not None and all(self.source(name) == getattr(self, name) for name in names):
+            raise ValueError(f"subset: no source is a Hub data set (owner/name) or a folder that holds a folder '{self.subset}'")
+        return self
 
 
 class TokenizationConfig(Section):
@@ -135,6 +158,9 @@ class TokenizationConfig(Section):
     max_length: Int = Field(640, ge=2, description="tokens of prompt + response")
     max_prompt_length: Int = Field(512, ge=1, description="tokens of the prompt")
     truncation: Literal["keep_end", "keep_start"] = Field("keep_end", description="the part of a long prompt that is kept")
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="for the chat template, as {enable_thinking: false}; a row's column of this name wins"
+    )
 
     @model_validator(mode="after")
     def _room_for_a_response(self) -> TokenizationConfig:
@@ -346,6 +372,22 @@ class Config(Section):
         return None if name == "none" else name
 
 
+class DistinctKeys(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice, of which YAML takes the last in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            line, name = key.start_mark.line + 1, (key.tag, key.value)
+            if name in lines:
+                raise UserError(f"{self.name}:{line}: key '{key.value}' is given twice, first on line {lines[name]}; remove one")
+            lines[name] = line
+        return node
+
+
 def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read a YAML file, lay dotted overrides over it and validate.
 
@@ -354,10 +396,11 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
     data: dict[str, Any] = {}
     if path is not None:
         try:
-            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            with open(path, "rb") as file:
+                loaded = yaml.load(file, Loader=DistinctKeys)
         except FileNotFoundError:
             raise UserError(f"{path}: no such config file") from None
-        except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError, IsADirectoryError) as error:
             raise UserError(f"{path}: not a YAML file ({error})") from None
         if loaded is not None and not isinstance(loaded, dict):
             raise UserError(f"{path}: expected `key: value` lines, found {type(loaded).__name__}")

@@ -1,24 +1,40 @@
-"""Files that are either whole or absent: atomic writes, JSON Lines, content digests."""
+"""Files that are either whole or absent: atomic writes, text in any Unicode encoding, JSON Lines, content digests."""
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import contextlib
 import errno
 import fcntl
 import glob
+import gzip
 import hashlib
+import io
 import json
+import lzma
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
 from isdaa.errors import UserError
 
 DAY = 24 * 60 * 60  # seconds
+UTF8 = "utf-8-sig"  # with a byte order mark or without
+MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+Name = TypeVar("Name", bound=Hashable)
 
 
 @contextlib.contextmanager
@@ -142,22 +158,73 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
-def iterate_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield `(line number from 1, record)`; a broken line is a `UserError` of the form `file:line: …`."""
+def given_twice(names: Iterable[Name]) -> Name | None:
+    """The first of the names that comes again."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
+class JsonDecoder(json.JSONDecoder):
+    """Python's, which takes the last of a key's values in silence; here `repeated` lists such objects, each with the key."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=self._object)
+        self.repeated: list[tuple[dict[str, Any], str]] = []
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        record = dict(pairs)
+        if len(record) < len(pairs):
+            self.repeated.append((record, str(given_twice(key for key, _ in pairs))))
+        return record
+
+
+@contextlib.contextmanager
+def opened_text(path: str | Path) -> Iterator[tuple[IO[bytes], str]]:
+    """A text file's bytes, unpacked where its name ends in .gz, .bz2 or .xz, and its encoding, by the byte order mark.
+
+    Raises UserError with the file's name for whatever is wrong with its bytes, also while the caller reads them.
+    """
+    suffix = Path(path).suffix.lower()
     try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                    raise UserError(f"{path}:{number}: not valid JSON ({error}); mend or remove the line") from None
-                if not isinstance(record, dict):
-                    raise UserError(f"{path}:{number}: expected a JSON object, found {type(record).__name__}")
-                yield number, record
+        with PACKED.get(suffix, open)(path, "rb") as file:
+            head = file.read(4)
+            file.seek(0)
+            encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), UTF8)
+            if encoding == UTF8 and b"\0" in head:
+                raise UserError(f"{path}: not valid UTF-8 text (UTF-16 without its byte order mark?); save it as UTF-8")
+            yield file, encoding
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid {error.encoding.upper()} ({error.reason}); save it as UTF-8") from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise UserError(f"{path}: {error.strerror}") from None
+        raise UserError(f"{path}: not a whole {suffix} file ({error}); pack or download it again") from None
+
+
+def iterate_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield `(line number from 1, record)`; a broken line is a `UserError` of the form `file:line: …`."""
+    decoder = JsonDecoder()
+    with opened_text(path) as (file, encoding):
+        # UTF-8 is decoded line by line, so that the line of a wrong byte is known.
+        lines: Iterable[bytes | str] = file if encoding == UTF8 else io.TextIOWrapper(file, encoding, newline="\n")
+        for number, line in enumerate(lines, start=1):
+            try:
+                text = (line if isinstance(line, str) else line.decode()).removeprefix("\ufeff")
+                if not text.strip():
+                    continue
+                record = decoder.decode(text)
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path}:{number}: not valid JSON, for it is not UTF-8 ({error.reason}); save the file as UTF-8"
+                ) from None
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}:{number}: not valid JSON ({error}); mend or remove the line") from None
+            if decoder.repeated:
+                raise UserError(f"{path}:{number}: key '{decoder.repeated[0][1]}' is given twice in one object; remove one")
+            if not isinstance(record, dict):
+                raise UserError(f"{path}:{number}: expected a JSON object, found {type(record).__name__}")
+            yield number, record
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:

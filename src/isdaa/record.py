@@ -32,6 +32,7 @@ class ModelRecord:
     evaluation_split: str | None = None
     scorer: str | None = None  # "gold", a reward model's folder or name, or null
     metrics: dict[str, float] = field(default_factory=dict)  # last training metrics
+    tokens: int | None = None  # version of the rules by which text became tokens (`data.encoding.VERSION`); None: the first
     versions: dict[str, str] = field(default_factory=dict)
     git_revision: str | None = None
 

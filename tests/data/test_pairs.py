@@ -86,37 +86,61 @@ def test_multi_turn_and_system_prompts_score_the_last_turn() -> None:
     )
 
 
-def test_conversations_without_a_common_prompt_are_told_apart() -> None:
+def test_conversations_that_part_early_have_responses_of_several_messages() -> None:
+    row = pair(chosen=[USER, GOOD, MORE, GOOD], rejected=[USER, BAD, MORE, BAD])
+    assert texts(row) == ([USER], [GOOD, MORE, GOOD], [BAD, MORE, BAD])
+    assert texts(pair(chosen=[USER, GOOD, MORE, GOOD], rejected=[USER, BAD])) == ([USER], [GOOD, MORE, GOOD], [BAD])
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": {"at": "map"}}}]}
+    tool = {"role": "tool", "content": "a river"}
+    row = pair(prompt=[USER], chosen=[call, tool, GOOD], rejected=[BAD])
+    assert texts(row) == ([USER], [call, tool, GOOD], [BAD])
+    # What both say first is no choice between them: it is prompt.
+    assert texts(pair(prompt=[USER], chosen=[call, tool, GOOD], rejected=[call, tool, BAD])) == (
+        [USER, call, tool],
+        [GOOD],
+        [BAD],
+    )
+    assert texts(pair(prompt=[USER], chosen=[call], rejected=[BAD])) == ([USER], [call], [BAD])
     with pytest.raises(NoCommonPromptError):
-        pair(chosen=[USER, GOOD, MORE, GOOD], rejected=[USER, BAD, MORE, BAD])
-    with pytest.raises(NoCommonPromptError):
-        pair(chosen=[USER, GOOD, MORE, GOOD], rejected=[USER, BAD])
+        pair(chosen=[USER, GOOD], rejected=[MORE, BAD])
 
 
 @pytest.mark.parametrize(
-    ("chosen", "rejected"),
+    ("prompt", "chosen", "rejected"),
     [
-        ("The sky is blue.", "The sky is green."),
-        ("The sky is blue.", "The sky is black."),
-        ("\n\nHuman: Hi?\n\nAssistant: Yes.", "\n\nHuman: Hi?\n\nAssistant: No."),
-        ("It is so", "It is so."),
-        ("Is it so.", "Is it"),
+        ("The sky is", " blue.", " green."),
+        ("The sky is", " blue.", " black."),
+        ("\n\nHuman: Hi?\n\nAssistant:", " Yes.", " No."),
+        ("\n\nHuman: Hi?\n\nAssistant:", " Yes, I do.", " Yes, I did."),  # the words that both answers begin with are theirs
+        ("It is", " so", " so."),
+        ("Is", " it so.", " it"),
+        ("We", " don't know", " do, too"),
+        ("It costs", " 3.14 in all", " 3.15 in all"),
+        ("Das ist", " schön", " schön-gut"),
+        ("这是", "好的", "坏的"),
+        ("สวัสดี", "ครับ", "ค่ะ"),
+        ("Look: ", "👩🏽", "👩🏻"),
+        ("Flag ", "🇩🇪", "🇩🇰"),
+        ("e ", "e\u0301t", "e\u0300t"),
     ],
 )
-def test_an_implied_prompt_of_texts_is_what_trl_takes(chosen: str, rejected: str) -> None:
+def test_an_implied_prompt_of_texts_cuts_no_word(prompt: str, chosen: str, rejected: str) -> None:
     from trl import extract_prompt
 
-    expected = extract_prompt({"chosen": chosen, "rejected": rejected})
-    assert texts(pair(chosen=chosen, rejected=rejected, source="x", where="y")) == tuple(expected.values())
-    prompt = canonical_prompt({"chosen": chosen, "rejected": rejected}, WHERE)
-    assert (prompt["prompt"], prompt["chosen"]) == (expected["prompt"], expected["chosen"])
+    both = {"chosen": prompt + chosen, "rejected": prompt + rejected}
+    assert extract_prompt(both)["prompt"].startswith(prompt.rstrip())  # TRL's is as long or longer
+    found = texts(pair(**both))
+    assert "".join(found[:2]) == both["chosen"] and found[0].rstrip() == prompt.rstrip()
+    assert found[1].strip() == chosen.strip() and found[2].strip() == rejected.strip()
+    row = canonical_prompt(both, WHERE)
+    assert (row["prompt"], row["chosen"]) == found[:2]
 
 
 def test_texts_with_no_common_start_are_dropped_and_a_misnamed_prompt_is_not_implied() -> None:
     for chosen, rejected in (("Yes.", "No."), (" a", " b"), ("y", "y")):
         with pytest.raises(NoCommonPromptError):
             pair(chosen=chosen, rejected=rejected)
-    for name in ("promt", "question", "instruction"):
+    for name in ("promt", "question", "context"):
         with pytest.raises(UserError, match="'prompt' is missing") as caught:
             pair(chosen="The sea.", rejected="The sun.", **{name: "Where?"})
         assert not isinstance(caught.value, NoCommonPromptError)
@@ -198,17 +222,16 @@ def test_token_ids_need_no_text_and_come_together() -> None:
         (PLAIN | {"chosen": ""}, ["'chosen' is empty"]),
         (PLAIN | {"chosen": " \n"}, ["'chosen' is empty"]),
         (PLAIN | {"rejected": None}, ["'rejected' is null"]),
-        (PLAIN | {"prompt": ""}, ["'prompt' is empty"]),
         (PLAIN | {"prompt": 7}, ["'prompt'", "not int"]),
-        (PLAIN | {"chosen": []}, ["'chosen' is an empty list"]),
+        (PLAIN | {"chosen": []}, ["'chosen' is empty"]),
         ({"chosen": [GOOD], "rejected": [BAD]}, ["'chosen'", "no message before"]),
         ({"chosen": [USER], "rejected": [USER, BAD]}, ["'chosen'", "end with an assistant message", "'user'"]),
         (
             {"chosen": [USER, {"role": "assistant"}], "rejected": [USER, BAD]},
-            ["'chosen', message 1", "'content'", "null"],
+            ["'chosen' has an empty last message"],
         ),
         ({"chosen": [USER, GOOD | {"content": " "}], "rejected": [USER, BAD]}, ["'chosen' has an empty last message"]),
-        ({"chosen": [{"from": "human", "value": "x"}], "rejected": [USER, BAD]}, ["'chosen', message 0", "'role'"]),
+        ({"chosen": [{"from": "cat", "value": "x"}], "rejected": [USER, BAD]}, ["'chosen'", "'cat'", "human, "]),
         (
             {"chosen": [USER | {"content": [{"type": "image"}]}, GOOD], "rejected": [USER, BAD]},
             ["'content' must be text"],
@@ -245,7 +268,7 @@ def test_prompts_from_any_kind_of_row(row: dict[str, Any], prompt: Any, chosen: 
 def test_prompts_with_ids_and_refusals() -> None:
     assert canonical_prompt({"prompt_ids": [1, 2]}, WHERE)["prompt_ids"] == [1, 2]
     assert "'prompt' is missing" in refusal({"text": "Why?"}, canonical_prompt)
-    assert "'prompt' is empty" in refusal({"prompt": ""}, canonical_prompt)
+    assert "'prompt' is null" in refusal({"prompt": None}, canonical_prompt)
     assert "'messages'" in refusal({"messages": [GOOD]}, canonical_prompt)
 
 

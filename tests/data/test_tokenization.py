@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers_for_tests import CHATML, byte_level, ids_of
 from transformers import AutoTokenizer
 
-from isdaa.data import chat as chat_room
+from isdaa.data import context as context_room
 from isdaa.data import encoding as encoding_room
 from isdaa.data import tokens as tokens_room
 from isdaa.data.pairs import Counts, canonical_pair, canonical_sft
@@ -326,8 +326,16 @@ def test_chat_without_a_template() -> None:
 
 
 def test_a_template_whose_prompt_is_no_prefix() -> None:
-    message = refusal(byte_level("no_prefix"), CHAT)
-    assert message.startswith("pairs.jsonl:1: ") and "no prefix" in message and "<think>" in message
+    """Thinking that is opened for a model, and not written into answers, is no part of the prompt; anything else is refused."""
+    tokenizer = byte_level("no_prefix")
+    (row,), counts = tokens(tokenizer, CHAT)
+    assert tokenizer.decode(row["prompt_ids"]).endswith("<|im_start|>assistant\n") and counts.opening_cut == 1
+    assert row["chosen_ids"] == ids_of(tokenizer, "Paris.<|im_end|>")
+    assert tokenizer.decode(tokenize_prompt({"prompt": [USER]}, tokenizer)).endswith("<think>")  # a model is asked as ever
+    tokenizer = byte_level()
+    tokenizer.chat_template = "{{ 'Q' if add_generation_prompt else 'q' }}" + CHATML
+    message = refusal(tokenizer, CHAT)
+    assert message.startswith("pairs.jsonl:1: ") and "no prefix" in message
 
 
 def test_a_template_that_refuses_or_forgets() -> None:
@@ -396,14 +404,24 @@ def test_sft_of_conversations_learns_every_answer() -> None:
 
 
 def test_sft_where_the_template_writes_earlier_turns_otherwise() -> None:
-    """Templates that strip earlier thoughts: what is learnt is what the model will be asked with, the last turn."""
+    """Templates that write thoughts into the last turn alone: every turn is learnt as the model is asked for it."""
     tokenizer = byte_level()
+    tokenizer.chat_template = CHATML.replace(
+        "message['content'] + '<|im_end|>\n' }}",
+        "('<think></think>' if loop.last and message['role'] == 'assistant' else '') + message['content'] + '<|im_end|>\n' }}",
+    )
+    (first, second), counts = sft(tokenizer, {"messages": [USER, BAD, USER, GOOD]})
+    assert learnt(first) == ids_of(tokenizer, f"<think></think>{BAD['content']}<|im_end|>")
+    assert learnt(second) == ids_of(tokenizer, "<think></think>Paris.<|im_end|>")
+    assert tokenizer.decode(second["input_ids"]).count("think>") == 2 and first["id"] != second["id"]
+    assert counts.turns_apart == 1 and counts.lines()[0] == "1 of 1 rows kept"
+    # Earlier answers that the template leaves out are no conversation that anybody could learn from.
     tokenizer.chat_template = CHATML.replace(
         "message['content'] + '<|im_end|>\n' }}",
         "(message['content'] if loop.last or message['role'] != 'assistant' else '…') + '<|im_end|>\n' }}",
     )
-    (example,), _ = sft(tokenizer, {"messages": [USER, BAD, USER, GOOD]})
-    assert learnt(example) == ids_of(tokenizer, "Paris.<|im_end|>")
+    with pytest.raises(UserError, match="leaves out what message 1 says"):
+        sft(tokenizer, {"messages": [USER, BAD, USER, GOOD]})
 
 
 def test_sft_of_plain_text_and_cuts() -> None:
@@ -439,13 +457,13 @@ def test_prompts_alone() -> None:
 
 def count_tokenizations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
-    original = chat_room.tokenize_text
+    original = context_room.tokenize_text
 
     def counted(tokenizer: Any, texts: Any) -> Any:
         calls.append(len(texts))
         return original(tokenizer, texts)
 
-    monkeypatch.setattr("isdaa.data.encoding.tokenize_text", counted)
+    monkeypatch.setattr(context_room, "tokenize_text", counted)
     return calls
 
 
@@ -580,20 +598,20 @@ def test_rows_are_the_same_in_threads_and_alone(
     # A tokenizer without a backend is used by one thread alone.
     monkeypatch.setattr(tokens_room, "BATCH", 4)
     monkeypatch.setattr(tokens_room, "ThreadPoolExecutor", None)
-    for module in (chat_room, encoding_room):
+    for module in (context_room, encoding_room):
         monkeypatch.setattr(module, "encodes_in_threads", lambda tokenizer: False)
     assert tokens(byte_level(template, bos=True), *rows * 3, **options) == (expected, summed)
 
 
 def test_texts_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts across batches; within one, each different text: prompts, then responses and windows of both columns."""
+    """Prompts across batches; within one, each different text: prompts, then those with the responses of both columns."""
     monkeypatch.setattr(tokens_room, "BATCH", 2)
     monkeypatch.setattr(tokens_room, "WORKERS", 1)
     calls = count_tokenizations(monkeypatch)
     rows = [PLAIN | {"prompt": f"How {i % 2}?", "chosen": f" {i}"} for i in range(6)]
     tokens(byte_level(), *rows)
-    # The rejected response is its own window, and so is each chosen one: 3 responses, 2 ends of prompts, 4 of both together.
-    assert calls == [2, 9, 0, 9, 0, 9]
+    # Two prompts, each with two responses; a prompt that is remembered is encoded once more with its responses alone.
+    assert calls == [2, 6, 0, 6, 0, 6]
 
 
 def test_the_first_bad_row_is_named_and_threads_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -627,8 +645,8 @@ def test_tokenizer_digest_sees_what_matters() -> None:
 def test_what_a_call_left_set_does_not_pad_or_cut() -> None:
     words = ["The kettle is on the stove.", "a"]
     tokenizer = after_a_padded_call(byte_level())
-    assert chat_room.tokenize_text(tokenizer, words) == [ids_of(byte_level(), text) for text in words]
-    assert chat_room.tokenize_text(tokenizer, []) == []
+    assert context_room.tokenize_text(tokenizer, words) == [ids_of(byte_level(), text) for text in words]
+    assert context_room.tokenize_text(tokenizer, []) == []
 
 
 def after_a_padded_call(tokenizer: Any) -> Any:

@@ -13,8 +13,8 @@ Message = dict[str, Any]
 Text = str | list[Message]
 
 
-def check_text(row: Mapping[str, Any], column: str, where: str) -> Text:
-    """The column's text or messages. Raises UserError where it is missing, null, empty or of another type."""
+def check_text(row: Mapping[str, Any], column: str, where: str, blank: bool = False) -> Text:
+    """The column's text or messages; `blank`: a text may be empty. Raises UserError for one that is missing, null or empty."""
     if column not in row:
         found = ", ".join(f"'{name}'" for name in row if name != "where") or "none"
         raise UserError(f"{where}: column '{column}' is missing{nearest(column, row)}; the columns are {found}; rename or add it")
@@ -22,7 +22,7 @@ def check_text(row: Mapping[str, Any], column: str, where: str) -> Text:
     if value is None:
         raise UserError(f"{where}: column '{column}' is null; give a text or remove the row")
     if isinstance(value, str):
-        if not value.strip():
+        if not value.strip() and not blank:
             raise UserError(f"{where}: column '{column}' is empty; give a text or remove the row")
         return value
     return check_messages(value, column, where)
@@ -46,7 +46,7 @@ def check_messages(value: Any, column: str, where: str) -> list[Message]:
         if not isinstance(content, str):
             raise UserError(f"{where}: column '{column}', message {number}: 'content' must be text, not {kind(content)}")
         messages.append({**{k: v for k, v in message.items() if v is not None}, "content": content})
-    if not any(message["content"].strip() for message in messages):
+    if not any(message["content"].strip() or message.get("tool_calls") for message in messages):
         raise UserError(f"{where}: column '{column}' has only empty messages; give a text or remove the row")
     return messages
 

@@ -18,8 +18,9 @@ import torch
 class PairBatch:
     """B pairs packed as `[prompt_0|chosen_0|rejected_0|prompt_1|…]`; the lengths say everything about the layout.
 
-    input_ids: (T,) int64.
+    input_ids: (T,) int64; in a response `~id` for a token that is not scored.
     prompt_lengths, chosen_lengths, rejected_lengths: (B,) int64, in tokens, EOS included.
+    chosen_scored, rejected_scored: (B,) int64, those of the tokens that are scored: |y| of the objective.
     *_logps: (B,) float32, sums over a response in nats, or None where no row has them. A NaN among the behaviour logps
         marks a row without its own: the reference is its behaviour policy (`with_reference` fills it in).
     weights: (B,) float32 of the data's `weight` column (1 where a row has none), or None where no row has one.
@@ -31,6 +32,8 @@ class PairBatch:
     prompt_lengths: torch.Tensor
     chosen_lengths: torch.Tensor
     rejected_lengths: torch.Tensor
+    chosen_scored: torch.Tensor
+    rejected_scored: torch.Tensor
     valid: torch.Tensor
     index: torch.Tensor
     reference_chosen_logps: torch.Tensor | None = None
@@ -103,6 +106,8 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> PairBatch:
         prompt_lengths=torch.from_numpy(lengths[:, 0].copy()),
         chosen_lengths=torch.from_numpy(lengths[:, 1].copy()),
         rejected_lengths=torch.from_numpy(lengths[:, 2].copy()),
+        chosen_scored=torch.tensor([int((part >= 0).sum()) for part in ids[1::3]]),
+        rejected_scored=torch.tensor([int((part >= 0).sum()) for part in ids[2::3]]),
         valid=torch.tensor([bool(row.get("valid", True)) for row in rows]),
         index=torch.tensor([int(row.get("index", -1)) for row in rows], dtype=torch.int64),
         behaviour_chosen_logps=_floats(rows, "behaviour_chosen_logps"),

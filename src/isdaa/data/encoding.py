@@ -5,17 +5,18 @@ from __future__ import annotations
 import threading
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from typing import Any, Literal, NamedTuple
 
-from isdaa.data.chat import ChatFormat, encodes_in_threads, start_ids, tokenize_text, tokenizer_digest
-from isdaa.data.checks import Text
+from isdaa.data.arrivals import Arrivals
+from isdaa.data.chat import ChatFormat, check_given, given_of, joined, start_ids, tokenizer_digest
+from isdaa.data.checks import Message, Text
+from isdaa.data.context import Before, Context, encodes_in_threads, unscored
 from isdaa.data.pairs import Counts
 from isdaa.errors import UserError
 
-# Characters on each side of the boundary that are tokenised together to see whether they merge; longer than a token.
-BOUNDARY = 32
+VERSION = 2  # of these rules: raise it whenever the same rows may give other ids
 # Tokens of prompts that are remembered, four bytes each: those of one prompt's pairs may lie anywhere in the data.
 REMEMBERED = 16_000_000
 NO_EOS = (
@@ -26,13 +27,18 @@ NO_EOS = (
 
 @dataclass(frozen=True)
 class TokenizationSettings:
-    """max_length: tokens of a prompt and response; max_prompt_length: of the prompt; truncation: which end stays."""
+    """max_length: tokens of a prompt and response; max_prompt_length: of the prompt; truncation: which end stays.
+
+    chat_template_kwargs: what the chat template gets beside the messages, in all conversations; a row's own win.
+    """
 
     max_length: int = 640
     max_prompt_length: int = 512
     truncation: Literal["keep_end", "keep_start"] = "keep_end"
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        check_given(self.chat_template_kwargs, "tokenization.chat_template_kwargs")
         if self.truncation not in ("keep_end", "keep_start"):
             raise UserError(f"tokenization.truncation must be 'keep_end' or 'keep_start', not {self.truncation!r}")
         if not 1 <= self.max_prompt_length < self.max_length:
@@ -43,16 +49,26 @@ class TokenizationSettings:
 
 
 class Prompt(NamedTuple):
-    """ids: after any cut. text: what was tokenised, None for given ids; chat: made by the template."""
+    """ids: after any cut. before: text (None for given ids) and ids as tokenised, before any cut; chat: made by the template."""
 
     ids: list[int]
-    text: str | None
+    before: Before
     cut: bool
     chat: bool
 
 
+class Response(NamedTuple):
+    """ids: after any cut; `~id` where a token is not scored."""
+
+    ids: list[int]
+    cut: bool
+
+
+Pieces = list[tuple[str, bool]]  # (text, whether it is scored or learnt)
+
+
 class PairIds(NamedTuple):
-    """Token ids of one pair and what happened to it."""
+    """Token ids of one pair and what happened to it. Responses hold `~id` where a token is not scored (`context.unscored`)."""
 
     prompt: Prompt
     chosen: list[int]
@@ -106,7 +122,10 @@ class Encoder:
         self.eos: int = tokenizer.eos_token_id
         self.start = start_ids(tokenizer)
         self.counts = Counts()
+        self.context = Context(tokenizer)
         self._chat: ChatFormat | None = None
+        self._arrivals: Arrivals | None = None
+        self._special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._template = template
         self._prompts = Memory(REMEMBERED)
         self._lock = threading.Lock()
@@ -114,7 +133,7 @@ class Encoder:
     @property
     def key(self) -> list[Any]:
         """All that decides token ids, beside the rows."""
-        return [tokenizer_digest(self.tokenizer), asdict(self.settings)]
+        return [VERSION, tokenizer_digest(self.tokenizer), asdict(self.settings)]
 
     @property
     def in_threads(self) -> bool:
@@ -131,135 +150,170 @@ class Encoder:
     def chat(self) -> ChatFormat:
         """The chat template, read when the first conversation comes. Raises UserError where there is none."""
         if self._chat is None:
-            self._chat = ChatFormat(self.tokenizer, self._template)
+            self._chat = ChatFormat(self.tokenizer, self._template, self.settings.chat_template_kwargs)
         return self._chat
 
     def prompts(self, rows: Sequence[Mapping[str, Any]]) -> list[Prompt]:
-        """Prompts of rows with `prompt`, `prompt_ids` and `where`, cut to max_prompt_length."""
-        texts = [self._prompt_text(row) for row in rows]
+        """Prompts to be answered, of rows with `prompt`, `prompt_ids` and `where`, cut to max_prompt_length."""
+        return self._prompts_of(rows, [self._texts(row, ())[0] for row in rows])
+
+    def answered(self, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[tuple[Prompt, list[Response]]]:
+        """Each row's prompt, and the responses in its columns `names` ('chosen', …), cut to the room that the prompt leaves."""
+        texts = [self._texts(row, names) for row in rows]
+        prompts = self._prompts_of(rows, [prompt for prompt, _ in texts])
+        asked = [(i, pieces) for i, (_, responses) in enumerate(texts) for pieces in responses if pieces is not None]
+        behind, merged = self._in_turn([(prompts[i].before, pieces) for i, pieces in asked])
+        self.count(boundary_merges=len({asked[k][0] for k in merged}))
+        encoded = iter(behind)
+        result = []
+        for row, prompt, (_, responses) in zip(rows, prompts, texts, strict=True):
+            found = [None if pieces is None else _with_mask(next(encoded)) for pieces in responses]
+            result.append((prompt, [self._fitted(row, prompt, name, ids) for name, ids in zip(names, found, strict=True)]))
+        return result
+
+    def pairs(self, rows: Sequence[Mapping[str, Any]]) -> list[PairIds]:
+        """Token ids of canonical pairs, in order; drops nothing."""
+        found = self.answered(rows, ("chosen", "rejected"))
+        return [PairIds(prompt, a.ids, b.ids, a.cut, b.cut) for prompt, (a, b) in found]
+
+    def examples(self, rows: Sequence[Mapping[str, Any]]) -> list[list[tuple[list[int], list[int]]]]:
+        """[(ids, mask of what is learnt), …] of each SFT row, in order.
+
+        A conversation is one example, or several where the template writes a turn otherwise once others follow it: each turn is
+        learnt as the model is asked for it.
+        """
+        result: dict[int, list[tuple[list[int], list[int]]]] = {}
+        asked = [i for i, row in enumerate(rows) if row["prompt"] is not None and len(_turns(row["completion"])) == 1]
+        for i, (prompt, (response,)) in zip(asked, self.answered([rows[i] for i in asked], ("completion",)), strict=True):
+            result[i] = [(prompt.ids + response.ids, [0] * len(prompt.ids) + [1] * len(response.ids))]
+            self.count(prompts_cut=prompt.cut, completions_cut=response.cut)
+        others = [(i, pieces) for i in range(len(rows)) if i not in result for pieces in self._pieces(rows[i])]
+        encoded, merged = self._in_turn([(Before("", []), pieces) for _, pieces in others])
+        self.count(boundary_merges=len(merged))
+        for (i, _), parts in zip(others, encoded, strict=True):
+            result.setdefault(i, []).append(self._example(parts, isinstance(rows[i]["completion"], list)))
+        return [result[i] for i in range(len(rows))]
+
+    def _example(self, parts: list[tuple[list[int], bool]], chat: bool) -> tuple[list[int], list[int]]:
+        """(ids, mask) of the pieces of an SFT example, begun, ended and cut."""
+        parts[0] = self._with_start(parts[0][0], chat), parts[0][1]
+        parts[-1] = self._ended(parts[-1][0], chat, made_of_text=True), parts[-1][1]
+        ids = [token for part, _ in parts for token in part]
+        mask = [int(learnt) for part, learnt in parts for _ in part]
+        if ids[: len(self.start)] == self.start:  # given, never learnt
+            mask[: len(self.start)] = [0] * len(self.start)
+        self.count(completions_cut=len(ids) > self.settings.max_length)
+        return ids[: self.settings.max_length], mask[: self.settings.max_length]
+
+    def _in_turn(self, texts: Sequence[tuple[Before, Pieces]]) -> tuple[list[list[tuple[list[int], bool]]], set[int]]:
+        """The ids of pieces of text, each tokenised behind those before it; and the texts in which a token would span two."""
+        parts: list[list[tuple[list[int], bool]]] = [[] for _ in texts]
+        before = [start for start, _ in texts]
+        merged: set[int] = set()
+        for turn in range(max((len(pieces) for _, pieces in texts), default=0)):
+            now = [k for k, (_, pieces) in enumerate(texts) if turn < len(pieces)]
+            for k, (ids, merges) in zip(now, self.context.behind([(before[k], texts[k][1][turn][0]) for k in now]), strict=True):
+                text, learnt = texts[k][1][turn]
+                parts[k].append((ids, learnt))
+                merged |= {k} if merges else set()
+                before[k] = Before(None if before[k].text is None else f"{before[k].text}{text}", [*before[k].ids, *ids])
+        return parts, merged
+
+    def _pieces(self, row: Mapping[str, Any]) -> list[Pieces]:
+        """[(text, whether it is learnt), …] of plain text or of a conversation, through the last assistant turn; several such
+        lists where the template writes earlier turns otherwise than it did when they were the last."""
+        completion: Text = row["completion"]
+        if isinstance(completion, str):
+            self.count(no_template=bool(self.tokenizer.chat_template))
+            return [[(completion, True)]]
+        messages = [*(row["prompt"] or []), *completion]
+        first = len(messages) - len(completion)
+        where, given = row.get("where", "row"), given_of(row)
+        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        self._arrive(messages[: last + 1], 1, given, where)
+        examples: list[Pieces] = []
+        before = None
+        for i, message in enumerate(messages):
+            if i < max(first, 1) or message["role"] != "assistant":
+                continue
+            prompt = self.chat.prompt(messages[:i], where, given)
+            prompt, answer = self.chat.response(messages[:i], prompt, [message], True, where, given)
+            if before is None or not prompt.startswith(before):
+                examples.append([])
+                before = ""
+            examples[-1] += [(prompt[len(before) :], False), (answer, True)]
+            before = prompt + answer
+        return examples
+
+    def _texts(self, row: Mapping[str, Any], names: Sequence[str]) -> tuple[str | None, list[Pieces | None]]:
+        """What is tokenised: the prompt's text and the pieces of the responses; None where the row has ids."""
+        responses = [None if row.get(f"{name}_ids") is not None else row[name] for name in names]
+        prompt: Text = row["prompt"]
+        if row.get("prompt_ids") is not None or isinstance(prompt, str):
+            text = None if row.get("prompt_ids") is not None else str(prompt)
+            self.count(no_template=text is not None and bool(self.tokenizer.chat_template))
+            words = [r if r is None or isinstance(r, str) else r[-1]["content"] for r in responses]
+            return text, [None if word is None else [(word, True)] for word in words]
+        where, given = row.get("where", "row"), given_of(row)
+        turns = [[{"role": "assistant", "content": r}] if isinstance(r, str) else r for r in responses]
+        if not names:
+            self._arrive(prompt, 0, given, where)
+        for answers in turns:
+            if answers is not None:
+                self._arrive(joined(prompt, answers), len(answers), given, where)
+        whole = text = self.chat.prompt(prompt, where, given)
+        texts: list[Pieces | None] = []
+        for _ in range(2):  # a second time where an answer made the prompt shorter
+            before, texts = text, []
+            for name, answers in zip(names, turns, strict=True):
+                answer = None
+                if answers is not None:
+                    finished = row.get(f"{name}_finished", True)
+                    text, answer = self.chat.parts(prompt, text, answers, finished, where, given)
+                texts.append(answer)
+            if text == before:
+                break
+        self.count(opening_cut=text != whole)
+        return text, texts
+
+    def _arrive(self, messages: Sequence[Message], answers: int, given: Mapping[str, Any], where: str) -> None:
+        """Count what the template leaves out. Raises UserError where it must not."""
+        if self._arrivals is None:
+            self._arrivals = Arrivals(self.chat)
+        found = self._arrivals.check(messages, answers, given, where)
+        with self._lock:
+            self.counts.thinking_left_out += found.thinking
+            self.counts.unread = tuple(dict.fromkeys((*self.counts.unread, *found.unread)))
+
+    def _prompts_of(self, rows: Sequence[Mapping[str, Any]], texts: Sequence[str | None]) -> list[Prompt]:
         different = dict.fromkeys(text for text in texts if text is not None)
         encoded = self._prompts.recall(different)
-        new = self._encode(text for text in different if text not in encoded)
+        new = self.context.encode(text for text in different if text not in encoded)
         self._prompts.add(new)
         encoded |= new
         result = []
         for row, text in zip(rows, texts, strict=True):
             chat = isinstance(row["prompt"], list)
-            ids = self._given(row, "prompt_ids") if text is None else self._with_start(encoded[text], chat)
+            before = Before(text, self._given(row, "prompt_ids") if text is None else encoded[text])
+            ids = before.ids if text is None else self._with_start(before.ids, chat)
             if not ids:
-                raise UserError(f"{row.get('where', 'row')}: column 'prompt' gives no token; write a prompt or remove the row")
+                raise UserError(
+                    f"{row.get('where', 'row')}: column 'prompt' gives no token, and the tokenizer has no BOS to begin with; "
+                    "write a prompt or remove the row"
+                )
             kept = self._cut_prompt(ids, chat)
-            result.append(Prompt(kept, text, len(kept) < len(ids), chat))
+            result.append(Prompt(kept, before, len(kept) < len(ids), chat))
         return result
 
-    def responses(self, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt], name: str) -> list[tuple[list[int], bool]]:
-        """Ids of column `name` ('chosen', …) and whether they were cut to the room that the prompt leaves."""
-        return self._responses(rows, prompts, (name,))[0]
-
-    def pairs(self, rows: Sequence[Mapping[str, Any]]) -> list[PairIds]:
-        """Token ids of canonical pairs, in order; drops nothing."""
-        prompts = self.prompts(rows)
-        chosen, rejected = self._responses(rows, prompts, ("chosen", "rejected"))
-        return [
-            PairIds(prompt, a, b, a_cut, b_cut) for prompt, (a, a_cut), (b, b_cut) in zip(prompts, chosen, rejected, strict=True)
-        ]
-
-    def _responses(
-        self, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt], names: Sequence[str]
-    ) -> list[list[tuple[list[int], bool]]]:
-        """What `responses` gives, for several columns. All texts of theirs go through the tokenizer in one call."""
-        texts = [[self._response_text(row, prompt, name) for row, prompt in zip(rows, prompts, strict=True)] for name in names]
-        windows = [window for column in texts for window in _windows(prompts, column)]
-        asked = [text for column in texts for text in column if text is not None]
-        encoded = self._encode([*asked, *(text for a, b in windows for text in (a, b, a + b))])
-        self.count(boundary_merges=sum(encoded[a + b] != encoded[a] + encoded[b] for a, b in windows))
-        return [self._fitted(rows, prompts, name, column, encoded) for name, column in zip(names, texts, strict=True)]
-
-    def _fitted(
-        self,
-        rows: Sequence[Mapping[str, Any]],
-        prompts: Sequence[Prompt],
-        name: str,
-        texts: Sequence[str | None],
-        encoded: Mapping[str, list[int]],
-    ) -> list[tuple[list[int], bool]]:
-        """Responses of one column, ended and cut."""
-        result = []
-        for row, prompt, text in zip(rows, prompts, texts, strict=True):
-            ids = self._given(row, f"{name}_ids") if text is None else encoded[text]
-            if row.get(f"{name}_finished", True):
-                ids = self._ended(ids, prompt.chat, made_of_text=text is not None)
-            if not ids:
-                raise UserError(f"{row.get('where', 'row')}: column '{name}' gives no token; write a response or remove the row")
-            room = self.settings.max_length - len(prompt.ids)
-            result.append((ids[:room], len(ids) > room))
-        return result
-
-    def examples(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[list[int], list[int]]]:
-        """(ids, mask of what is learnt) of SFT rows, in order."""
-        result: dict[int, tuple[list[int], list[int]]] = {}
-        asked = [i for i, row in enumerate(rows) if row["prompt"] is not None and len(_turns(row["completion"])) == 1]
-        singles = [rows[i] for i in asked]
-        prompts = self.prompts(singles)
-        for i, prompt, (ids, cut) in zip(asked, prompts, self.responses(singles, prompts, "completion"), strict=True):
-            result[i] = prompt.ids + ids, [0] * len(prompt.ids) + [1] * len(ids)
-            self.count(prompts_cut=prompt.cut, completions_cut=cut)
-        others = [i for i in range(len(rows)) if i not in result]
-        pieces = [self._pieces(rows[i]) for i in others]
-        encoded = self._encode(text for row in pieces for text, _ in row)
-        for i, row in zip(others, pieces, strict=True):
-            parts = [(encoded[text], learnt) for text, learnt in row]
-            chat = isinstance(rows[i]["completion"], list)
-            parts[0] = self._with_start(parts[0][0], chat), parts[0][1]
-            parts[-1] = self._ended(parts[-1][0], chat, made_of_text=True), parts[-1][1]
-            ids = [token for part, _ in parts for token in part]
-            mask = [int(learnt) for part, learnt in parts for _ in part]
-            if ids[: len(self.start)] == self.start:  # given, never learnt
-                mask[: len(self.start)] = [0] * len(self.start)
-            self.count(completions_cut=len(ids) > self.settings.max_length)
-            result[i] = ids[: self.settings.max_length], mask[: self.settings.max_length]
-        return [result[i] for i in range(len(rows))]
-
-    def _pieces(self, row: Mapping[str, Any]) -> list[tuple[str, bool]]:
-        """(text, whether it is learnt) of plain text or of a conversation, through the last assistant turn."""
-        completion: Text = row["completion"]
-        if isinstance(completion, str):
-            return [(completion, True)]
-        messages = [*(row["prompt"] or []), *completion]
-        first = len(messages) - len(completion)
-        where = row.get("where", "row")
-        pieces: list[tuple[str, bool]] = []
-        for i, message in enumerate(messages):
-            if i < max(first, 1) or message["role"] != "assistant":
-                continue
-            prompt = self.chat.prompt(messages[:i], where)
-            before = "".join(text for text, _ in pieces)
-            if not prompt.startswith(before):  # earlier turns are written otherwise than the last: learn the later ones
-                pieces, before = [], ""
-            answer = self.chat.response(messages[:i], prompt, message, True, where)
-            pieces += [(prompt[len(before) :], False), (answer, True)]
-        return pieces
-
-    def _prompt_text(self, row: Mapping[str, Any]) -> str | None:
-        if row.get("prompt_ids") is not None:
-            return None
-        prompt: Text = row["prompt"]
-        return prompt if isinstance(prompt, str) else self.chat.prompt(prompt, row.get("where", "row"))
-
-    def _response_text(self, row: Mapping[str, Any], prompt: Prompt, name: str) -> str | None:
-        if row.get(f"{name}_ids") is not None:
-            return None
-        response: Text = row[name]
-        if not prompt.chat or prompt.text is None:
-            return response if isinstance(response, str) else response[-1]["content"]
-        message = {"role": "assistant", "content": response} if isinstance(response, str) else response[-1]
-        where = row.get("where", "row")
-        return self.chat.response(row["prompt"], prompt.text, message, row.get(f"{name}_finished", True), where)
-
-    def _encode(self, texts: Iterable[str]) -> dict[str, list[int]]:
-        """Ids of each different text, no special tokens added. Pairs often share prompts: each is tokenised once."""
-        different = list(dict.fromkeys(texts))
-        return dict(zip(different, tokenize_text(self.tokenizer, different), strict=True))
+    def _fitted(self, row: Mapping[str, Any], prompt: Prompt, name: str, tokenised: list[int] | None) -> Response:
+        """A response, ended and cut. tokenised: None where the row has ids."""
+        ids = self._given(row, f"{name}_ids") if tokenised is None else tokenised
+        if row.get(f"{name}_finished", True):
+            ids = self._ended(ids, prompt.chat, made_of_text=tokenised is not None)
+        if not ids:
+            raise UserError(f"{row.get('where', 'row')}: column '{name}' gives no token; write a response or remove the row")
+        room = self.settings.max_length - len(prompt.ids)
+        return Response(ids[:room], len(ids) > room)
 
     def _given(self, row: Mapping[str, Any], column: str) -> list[int]:
         ids = list(row[column])
@@ -296,18 +350,14 @@ class Encoder:
     def _ended(self, ids: list[int], chat: bool, made_of_text: bool) -> list[int]:
         """EOS at the end, never twice. In chat the end-of-turn token ends a response."""
         turn_end = self.chat.stop_id if chat and self.tokenizer.chat_template else None
-        if ids and ids[-1] in (self.eos, turn_end):
+        ends = {self.eos, turn_end} | (self._special if chat and made_of_text and turn_end is not None else set())
+        if ids and ids[-1] in ends:  # a tool call ends with a token of its own in some templates
             return ids
         return [*ids, self.eos if made_of_text or turn_end is None else turn_end]
 
 
-def _windows(prompts: Sequence[Prompt], texts: Sequence[str | None]) -> list[tuple[str, str]]:
-    """Both sides of the boundary: would tokenising across it give other ids than tokenising each side?"""
-    return [
-        (prompt.text[-BOUNDARY:], text[:BOUNDARY])
-        for prompt, text in zip(prompts, texts, strict=True)
-        if prompt.text is not None and text
-    ]
+def _with_mask(parts: Sequence[tuple[list[int], bool]]) -> list[int]:
+    return [token for ids, scored in parts for token in (ids if scored else unscored(ids))]
 
 
 def _turns(completion: Text) -> list[Any]:

@@ -16,12 +16,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from isdaa.data import formats
 from isdaa.data.checks import Message, Text, check_messages, check_text, facts, flag, number, token_ids
+from isdaa.data.implied import NoCommonPromptError, NoResponseError, implied_prompt
 from isdaa.errors import UserError, nearest
 
+__all__ = ["Counts", "NoCommonPromptError", "NoResponseError", "Row", "canonical_pair", "canonical_prompt", "canonical_sft"]
+
 Row = dict[str, Any]
+Repeated = Literal["strip", "keep"] | None  # what becomes of a prompt that responses repeat; None: counted, as they stand
+
+KEEP: Repeated = "keep"  # of files that a run wrote: what was to be taken off has been
 
 PROMPT_NAMES = ("prompt", "query")
 RESPONSE_NAMES = ("completion", "response", "summary", "reference_response", "chosen")
@@ -34,22 +41,16 @@ BEHAVIOUR_NAMES = (
     ("behavior_chosen_logps", "behavior_rejected_logps"),
     ("chosen_logps", "rejected_logps"),
 )
-KNOWN_COLUMNS = frozenset(
+SFT_COLUMNS = frozenset({"id", "messages", "text", *PROMPT_NAMES, *RESPONSE_NAMES, *formats.COLUMNS})
+PAIR_COLUMNS = frozenset(
     {
-        "id",
-        "rejected",
-        "messages",
-        "text",
-        "weight",
-        "chosen_reward",
-        "rejected_reward",
-        "chosen_finished",
-        "rejected_finished",
+        *("id", "chosen", "rejected", "messages", "weight", "chosen_reward", "rejected_reward", "chosen_finished"),
+        *("rejected_finished", "facts", *PROMPT_NAMES, *PAIR_IDS, *formats.COLUMNS),
+        *(name for names in BEHAVIOUR_NAMES for name in names),
     }
-    | {"facts", "completion_ids"}
-    | {*PROMPT_NAMES, *RESPONSE_NAMES, *PAIR_IDS}
-    | {name for names in BEHAVIOUR_NAMES for name in names}
 )
+TEMPLATE_COLUMNS = formats.JSON_COLUMNS  # what a chat template gets beside the messages
+KNOWN_COLUMNS = SFT_COLUMNS | PAIR_COLUMNS | {"completion_ids", *formats.ALPACA}
 
 
 @dataclass
@@ -64,12 +65,20 @@ class Counts:
     dropped_behaviour_cut: int = 0
     dropped_nothing_left: int = 0
     repeated_prompts: int = 0
+    prompt_repeated: int = 0
+    empty_prompts: int = 0
+    other_speakers: int = 0
     prompts_cut: int = 0
     chosen_cut: int = 0
     rejected_cut: int = 0
     completions_cut: int = 0
     own_bos: int = 0
     boundary_merges: int = 0
+    opening_cut: int = 0
+    thinking_left_out: int = 0
+    turns_apart: int = 0
+    no_template: int = 0
+    unread: tuple[str, ...] = ()
 
     def drop(self, error: Exception) -> None:
         """Count a row for which `canonical_*` or a recipe raised one of the errors that mean 'dropped'."""
@@ -80,13 +89,15 @@ class Counts:
 
     def __add__(self, other: Counts) -> Counts:
         """Counts of two steps over the same rows: `rows` is the first step's, `kept` the last one's, events add up."""
-        total = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        return Counts(**{**total, "rows": self.rows, "kept": other.kept})
+        total = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "unread"}
+        unread = tuple(dict.fromkeys((*self.unread, *other.unread)))
+        return Counts(**{**total, "rows": self.rows, "kept": other.kept, "unread": unread})
 
     def lines(self) -> list[str]:
         """One line for every count that is not zero; the first says how many rows are left."""
-        result = [f"{self.kept} of {self.rows} rows kept"]
-        return result + [f"{n} {_COUNT_LINES[name]}" for name, n in asdict(self).items() if name in _COUNT_LINES and n]
+        result = [f"{self.kept - self.turns_apart} of {self.rows} rows kept"]
+        result += [f"{n} {_COUNT_LINES[name]}" for name, n in asdict(self).items() if name in _COUNT_LINES and n]
+        return [*result, f"not read: {', '.join(self.unread)}"] if self.unread else result
 
 
 _COUNT_LINES = {
@@ -96,28 +107,31 @@ _COUNT_LINES = {
     "dropped_behaviour_cut": "dropped: would be cut, but carry behaviour logps of the whole response",
     "dropped_nothing_left": "dropped: nothing to learn is left within max_length",
     "repeated_prompts": "prompts repeated, used once",
+    "prompt_repeated": "rows: the prompt stands in column 'prompt' and once more before the responses",
+    "empty_prompts": "prompts are empty: the responses follow BOS alone",
+    "other_speakers": "rows with responses of several messages: what tools and users say in them is read, not scored",
     "prompts_cut": "prompts cut to max_prompt_length",
     "chosen_cut": "chosen responses cut to max_length (no EOS scored)",
     "rejected_cut": "rejected responses cut to max_length (no EOS scored)",
     "completions_cut": "examples cut to max_length",
     "own_bos": "prompts bring their own BOS token (no second one added)",
-    "boundary_merges": "responses whose first token would merge with the prompt if both were tokenised together",
+    "boundary_merges": "rows in which a token of the whole text would span prompt and response: divided at the boundary",
+    "opening_cut": "rows without the thinking that the chat template opens for an answer: prompts end where it writes answers",
+    "thinking_left_out": "rows with thinking in earlier turns, which the chat template leaves out",
+    "turns_apart": "further rows: a conversation's earlier turns are learnt apart where the chat template changes them later",
+    "no_template": "rows are plain text, to which the model's chat template is not applied; give messages where it should be",
 }
 
 
-class NoCommonPromptError(UserError):
-    """Texts that begin differently, or conversations that differ before their last assistant turn: no pair, dropped."""
+def canonical_pair(
+    row: Mapping[str, Any], where: str, source: str = "", repeated: Repeated = None, counts: Counts | None = None
+) -> Row:
+    """A canonical pair from any format that is read: standard, conversational (prompt given or implied), token ids, other tools'.
 
-
-class NoResponseError(UserError):
-    """A row of a published data set that holds no response where one belongs: dropped. In one's own file it is an error."""
-
-
-def canonical_pair(row: Mapping[str, Any], where: str, source: str = "") -> Row:
-    """A canonical pair from any format that is read: standard, conversational (prompt given or implied), token ids.
-
-    Raises UserError naming row and column for what is missing, empty or out of range; NoCommonPromptError (see there).
+    repeated: what becomes of a text prompt that both responses begin with. counts: gets what was noticed.
+    Raises UserError naming row and column for what is missing or out of range; NoCommonPromptError, NoResponseError: dropped.
     """
+    row, counts = formats.standard(row, where), counts if counts is not None else Counts()
     ids = {name: token_ids(row, name, where) for name in PAIR_IDS}
     given = [name for name, value in ids.items() if value is not None]
     if given and len(given) < len(PAIR_IDS):
@@ -127,12 +141,19 @@ def canonical_pair(row: Mapping[str, Any], where: str, source: str = "") -> Row:
         prompt, chosen, rejected = (_optional_text(row, names) for names in (PROMPT_NAMES, ("chosen",), ("rejected",)))
     else:
         prompt, chosen, rejected = _texts(row, where)
+        if isinstance(prompt, str):
+            prompt, chosen, rejected = _once(prompt, [chosen, rejected], repeated, counts, where)
+            _for_messages_alone(row, where)
+        counts.empty_prompts += not prompt
+        counts.other_speakers += any(len(side) > 1 for side in (chosen, rejected) if isinstance(side, list))
     behaviour_chosen, behaviour_rejected = _behaviour_logps(row, where)
     return {
         "id": row_id(row, where, source),
         "prompt": prompt,
         "chosen": chosen,
         "rejected": rejected,
+        "tools": row.get("tools"),
+        "chat_template_kwargs": row.get("chat_template_kwargs"),
         "behaviour_chosen_logps": behaviour_chosen,
         "behaviour_rejected_logps": behaviour_rejected,
         "weight": number(row, "weight", where, minimum=0.0),
@@ -146,11 +167,17 @@ def canonical_pair(row: Mapping[str, Any], where: str, source: str = "") -> Row:
     }
 
 
-def canonical_prompt(row: Mapping[str, Any], where: str, source: str = "") -> Row:
-    """{id, prompt, prompt_ids, chosen (a response to compare with, or None), facts, where} from any kind of row."""
-    if row.get("chosen") is not None and row.get("rejected") is not None:
-        pair = canonical_pair(row, where, source)
-        return {name: pair[name] for name in ("id", "prompt", "prompt_ids", "chosen", "facts", "where")}
+def canonical_prompt(
+    row: Mapping[str, Any], where: str, source: str = "", repeated: Repeated = None, counts: Counts | None = None
+) -> Row:
+    """{id, prompt, prompt_ids, chosen (a response to compare with, or None), tools, …, facts, where} from any kind of row."""
+    counts = counts if counts is not None else Counts()
+    names = ("id", "prompt", "prompt_ids", "chosen", *TEMPLATE_COLUMNS, "facts", "where")
+    plain = formats.standard(row, where)
+    if plain.get("chosen") is not None and plain.get("rejected") is not None:
+        pair = canonical_pair(row, where, source, repeated, counts)
+        return {name: pair[name] for name in names}
+    row = plain
     ids = token_ids(row, "prompt_ids", where)
     chosen: Text | None = None
     prompt: Text
@@ -162,25 +189,40 @@ def canonical_prompt(row: Mapping[str, Any], where: str, source: str = "") -> Ro
             raise UserError(f"{where}: column 'messages' has no turn before the assistant's; a prompt needs one")
     else:
         name = _first_name(row, PROMPT_NAMES) or "prompt"
-        prompt = _optional_text(row, (name,)) if ids is not None else check_text(row, name, where)
+        prompt = _optional_text(row, (name,)) if ids is not None else check_text(row, name, where, blank=True)
         answer = _first_name(row, RESPONSE_NAMES)
-        if answer is not None and (isinstance(row[answer], list) or str(row[answer]).strip()):
+        if answer is not None and not formats.empty(row[answer]):
             chosen = check_text(row, answer, where)
+        if ids is None and chosen is None and isinstance(prompt, list):
+            prompt = _prefilled(prompt)
+        elif ids is None and chosen is not None and (isinstance(prompt, list) or isinstance(chosen, list)):
+            whole, end = _joined(prompt, chosen, where)
+            prompt, chosen = _divided(whole, end)
+        elif ids is None and isinstance(chosen, str):
+            prompt, chosen = _once(prompt, [chosen], repeated, counts, where)
+    if isinstance(prompt, str) and ids is None:
+        _for_messages_alone(row, where)
+        counts.empty_prompts += not prompt
     return {
         "id": row_id(row, where, source),
         "prompt": prompt,
         "prompt_ids": ids,
         "chosen": chosen,
+        "tools": row.get("tools"),
+        "chat_template_kwargs": row.get("chat_template_kwargs"),
         "facts": facts(row, where),
         "where": where,
     }
 
 
-def canonical_sft(row: Mapping[str, Any], where: str, source: str = "") -> Row:
-    """{id, prompt, completion, where}; every assistant turn of `completion` is learnt, or all of a plain text.
+def canonical_sft(
+    row: Mapping[str, Any], where: str, source: str = "", repeated: Repeated = None, counts: Counts | None = None
+) -> Row:
+    """{id, prompt, completion, tools, …, where}; every assistant turn of `completion` is learnt, or all of a plain text.
 
     `messages` with one answer become prompt and completion; longer ones, and `text`, a completion without prompt.
     """
+    row, counts = formats.standard(row, where), counts if counts is not None else Counts()
     prompt: Text | None = None
     completion: Text
     if row.get("messages") is not None:
@@ -191,17 +233,22 @@ def canonical_sft(row: Mapping[str, Any], where: str, source: str = "") -> Row:
     elif _first_name(row, PROMPT_NAMES) is None and "text" in row:
         completion = check_text(row, "text", where)
     else:
-        prompt = check_text(row, _first_name(row, PROMPT_NAMES) or "prompt", where)
-        completion = check_text(row, _first_name(row, RESPONSE_NAMES) or "completion", where)
+        prompt = check_text(row, _first_name(row, PROMPT_NAMES) or "prompt", where, blank=True)
+        completion = _response(row, _first_name(row, RESPONSE_NAMES) or "completion", where)
         if isinstance(prompt, list) or isinstance(completion, list):
-            prompt, completion = _as_messages(prompt, "user"), _as_messages(completion, "assistant")
-            if completion[: len(prompt)] == prompt:
-                completion = completion[len(prompt) :]
+            whole, end = _joined(prompt, completion, where)
+            prompt, completion = _divided(whole, end)
+        else:
+            prompt, completion = _once(prompt, [completion], repeated, counts, where)
+            counts.empty_prompts += not prompt
     if isinstance(completion, list):
         roles = [message["role"] for message in [*(prompt or []), *completion]]
         if "assistant" not in roles[max(1, len(roles) - len(completion)) :]:
             raise UserError(f"{where}: no message with role 'assistant' answers another, so there is nothing to learn")
-    return {"id": row_id(row, where, source), "prompt": prompt, "completion": completion, "where": where}
+    else:
+        _for_messages_alone(row, where)
+    found = {name: row.get(name) for name in TEMPLATE_COLUMNS}
+    return {"id": row_id(row, where, source), "prompt": prompt, "completion": completion, **found, "where": where}
 
 
 def row_id(row: Mapping[str, Any], where: str, source: str = "") -> str:
@@ -224,65 +271,133 @@ def same_response(pair: Row) -> bool:
 
 def _texts(row: Mapping[str, Any], where: str) -> tuple[Text, Text, Text]:
     """Prompt, chosen and rejected of a row without token ids."""
-    chosen, rejected = check_text(row, "chosen", where), check_text(row, "rejected", where)
+    chosen, rejected = _response(row, "chosen", where), _response(row, "rejected", where)
     name = _first_name(row, PROMPT_NAMES)
     if isinstance(chosen, str) and isinstance(rejected, str):
         if name is None and not any(nearest("prompt", [column]) or column in PROMPT_LIKE for column in row):
-            return _without_common_start(chosen, rejected, where)
-        prompt = check_text(row, name or "prompt", where)
+            return implied_prompt(chosen, rejected, where)
+        prompt = check_text(row, name or "prompt", where, blank=True)
         if isinstance(prompt, str):
             return prompt, chosen, rejected
     else:
         prompt = check_text(row, name, where) if name is not None and row[name] is not None else []
-    conversations = [_conversation(prompt, response, where) for response in (chosen, rejected)]
-    for column, whole in zip(("chosen", "rejected"), conversations, strict=True):
+    (first, given), (second, other) = (_joined(prompt, response, where) for response in (chosen, rejected))
+    for column, whole in (("chosen", first), ("rejected", second)):
         if whole[-1]["role"] != "assistant":
             raise UserError(f"{where}: column '{column}' must end with an assistant message, not with role '{whole[-1]['role']}'")
         if len(whole) < 2:
             raise UserError(
                 f"{where}: column '{column}' has no message before the assistant's; add a prompt, there or in 'prompt'"
             )
-        if not whole[-1]["content"].strip():
-            raise UserError(f"{where}: column '{column}' has an empty last message; write a response or remove the row")
-    first, second = conversations
-    if first[:-1] != second[:-1]:
-        raise NoCommonPromptError(
-            f"{where}: chosen and rejected differ before their last assistant turn, so they have no common prompt"
-        )
-    return first[:-1], first[-1:], second[-1:]
-
-
-def _without_common_start(chosen: str, rejected: str, where: str) -> tuple[str, str, str]:
-    """An implied prompt: what both texts begin with, as TRL's `extract_prompt` divides them.
-
-    A space before the first difference goes to the responses; where one text begins with all of the other, the last
-    character of that does, so that no response is empty.
-    """
-    shorter = min(len(chosen), len(rejected))
-    end = next((i for i in range(shorter) if chosen[i] != rejected[i]), None)
-    if end is None:
-        end = shorter - 1
-    elif chosen[end - 1 : end] == " ":
+    # The prompt is all that both say before an answer, the response what follows: in most data the last assistant turn.
+    end = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if not _same(a, b)), min(len(first), len(second)))
+    end = min(end, len(first) - 1, len(second) - 1)
+    while end > 0 and not first[end]["role"] == second[end]["role"] == "assistant":
         end -= 1
-    if not chosen[:end].strip():
+    if end == 0:
         raise NoCommonPromptError(
-            f"{where}: column 'prompt' is missing, and chosen and rejected do not begin with the same words, so they have no "
-            "common prompt"
+            f"{where}: chosen and rejected do not begin with the same messages, so they have no common prompt"
         )
-    return chosen[:end], chosen[end:], rejected[end:]
+    return *_divided(first, end, prefilled=end == given == other and bool(prompt)), second[end:]
 
 
-def _conversation(prompt: Text, response: Text, where: str) -> list[Message]:
-    """The whole conversation, whether `response` repeats the prompt's messages or not. An empty `prompt` is implied."""
+def _response(row: Mapping[str, Any], column: str, where: str) -> Text:
+    """A response that says something. Raises NoResponseError for one that does not, UserError where there is no such column."""
+    if column in row and formats.empty(row[column]):
+        value = row[column]
+        what = "is null" if value is None else "has an empty last message" if isinstance(value, list) and value else "is empty"
+        raise NoResponseError(f"{where}: column '{column}' {what}; write a response or remove the row")
+    return check_text(row, column, where)
+
+
+def _once(prompt: Text, responses: list[Text], repeated: Repeated, counts: Counts, where: str) -> tuple[Text, ...]:
+    """The prompt and its responses, all texts: where each response begins with the prompt, the row is counted, and with `strip`
+    the response is what follows."""
+    words = str(prompt).strip()
+    if not words or not all(str(response).lstrip().startswith(words) for response in responses):
+        return prompt, *responses
+    counts.prompt_repeated += 1
+    if repeated != "strip":
+        return prompt, *responses
+    exact = all(str(response).startswith(str(prompt)) for response in responses)
+    cut = [str(r).removeprefix(str(prompt)) if exact else str(r).lstrip().removeprefix(words) for r in responses]
+    if not all(response.strip() for response in cut):
+        raise NoResponseError(f"{where}: a response is the prompt and nothing more")
+    return prompt, *cut
+
+
+def _for_messages_alone(row: Mapping[str, Any], where: str) -> None:
+    """Raises UserError where a text brings what only a chat template could use."""
+    for name in formats.JSON_COLUMNS:
+        if row.get(name):
+            raise UserError(
+                f"{where}: column '{name}' is for a chat template, but prompt and response are plain text, to which none is "
+                "applied; give them as messages, or remove the column"
+            )
+
+
+def _joined(prompt: Text, response: Text, where: str) -> tuple[list[Message], int]:
+    """(the whole conversation, where its response begins), whether `response` repeats the prompt's messages or not.
+
+    An empty `prompt` is implied: then the response is the last message.
+
+    Messages are the same where role and words are, white space around them aside; a system message may be in one of them alone.
+    """
     turns = _as_messages(response, "assistant")
-    if isinstance(prompt, list):
-        return turns if turns[: len(prompt)] == prompt else prompt + turns
     if turns[0]["role"] == "assistant":
-        return [{"role": "user", "content": prompt}, *turns]
-    # UltraFeedback's form: the prompt as text beside whole conversations that start with it.
-    if not any(message["content"].strip() == prompt.strip() for message in turns[:-1]):
-        raise UserError(f"{where}: column 'prompt' is none of the messages of the conversation; remove it or give it as messages")
-    return turns
+        before = _as_messages(prompt, "user")
+        return [*before, *turns], len(before) or len(turns) - 1
+    if isinstance(prompt, str):
+        # UltraFeedback's form: the prompt as text beside whole conversations that start with it.
+        if not any(message["content"].strip() == prompt.strip() for message in turns[:-1]):
+            raise UserError(
+                f"{where}: column 'prompt' is none of the messages of the conversation; remove it or give it as messages"
+            )
+        return turns, len(turns) - 1
+    begin, rest = _without_system(prompt), _without_system(turns)
+    if len(rest) >= len(begin) and all(_same(a, b) for a, b in zip(begin, rest, strict=False)):
+        system, own = prompt[: len(prompt) - len(begin)], turns[: len(turns) - len(rest)]
+        if system and own and not _same(system[0], own[0]):
+            raise UserError(f"{where}: column 'prompt' and a response begin with different system messages; leave one out")
+        whole = [*(system or own), *rest]
+        return whole, len(whole) - len(rest) + len(begin) if begin else len(whole) - 1
+    last = next((message for message in reversed(begin) if message["role"] == "user"), None)
+    if any(last is not None and _same(last, message) for message in rest):
+        if all(any(_same(message, other) for other in rest) for message in begin):
+            return turns, len(turns) - 1  # the last question alone, beside the whole conversation
+        raise UserError(
+            f"{where}: the last user message of 'prompt' stands once more in a response, which does not begin with the prompt; "
+            "leave the prompt out of the responses, or let them begin with all of it"
+        )
+    if begin and begin[-1]["role"] == rest[0]["role"] == "user":
+        raise UserError(
+            f"{where}: 'prompt' ends with a user message and a response begins with another one; one of them is too much"
+        )
+    whole = prompt + turns
+    return whole, next((i for i in range(len(prompt), len(whole)) if whole[i]["role"] == "assistant"), len(whole) - 1)
+
+
+def _without_system(messages: list[Message]) -> list[Message]:
+    return messages[1:] if messages and messages[0]["role"] == "system" else messages
+
+
+def _same(first: Message, second: Message) -> bool:
+    """Whether two messages say the same."""
+    words = [(message["role"], message["content"].strip(), message.get("tool_calls") or None) for message in (first, second)]
+    return words[0] == words[1]
+
+
+def _divided(whole: list[Message], end: int, prefilled: bool = True) -> tuple[list[Message], list[Message]]:
+    """(prompt, response). A prompt that ends with words of the assistant (a prefill) is continued by the response."""
+    prompt, response = whole[:end], whole[end:]
+    return (_prefilled(prompt) if prefilled and response and response[0]["role"] == "assistant" else prompt), response
+
+
+def _prefilled(prompt: list[Message]) -> list[Message]:
+    """The prompt, its last message marked where it is the beginning of an answer (`chat.ChatFormat` reads the mark)."""
+    if prompt[-1]["role"] != "assistant" or prompt[-1].get("tool_calls"):
+        return prompt
+    return [*prompt[:-1], {**prompt[-1], "prefix": True}]
 
 
 def _as_messages(text: Text, role: str) -> list[Message]:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from isdaa.data.pairs import KNOWN_COLUMNS
 from isdaa.errors import UserError, nearest
-from isdaa.files import iterate_jsonl
+from isdaa.files import PACKED, JsonDecoder, given_twice, iterate_jsonl, opened_text
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Numbered = Iterator[tuple[Mapping[str, Any], str]]
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # of files that may be packed, too
+SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow", ".feather")
 # Names that say which split a file of a folder, or that folder itself, holds.
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval", "sft", "prompts")
 WORLD_SPLITS = {"train": None, "test": "eval", "validation": "eval"}  # None: the split that the caller is for
@@ -26,38 +33,68 @@ def iterate_rows(
     source: str,
     split: str | None = None,
     *,
-    subset: str | None = None,
     limit: int | None = None,
     world_split: str = "sft",
     columns: frozenset[str] = frozenset(),
 ) -> Numbered:
-    """Yield (row, 'file:row').
+    """Yield (row, 'file:row') of a file, a folder, the Hub's `owner/name` or the embedded world.
 
+    `owner/name:subset` is a configuration of a Hub data set, `folder:subset` a sub-folder.
     world_split: which of the embedded world's splits stands for 'train'; columns: those to decode beside `KNOWN_COLUMNS`.
     """
-    path = Path(source).expanduser()
+    place, subset = divided(source)
+    path = Path(place).expanduser()
     if source.startswith("world:"):
         rows = _world(source, split, world_split, limit)
     elif path.exists():
-        if subset is not None:
-            raise UserError(f"{source}: 'subset' ({subset}) names a configuration of a Hub data set, but this is a local path")
-        rows = _local(path, split, columns)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith(".") and path.suffix not in SUFFIXES:
-        rows = _hub(source, split or "train", subset, columns)
+        rows = _local(path if subset is None else _sub_folder(path, subset), split, columns)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[^:/]+)?", source) and not source.startswith(".") and kind_of(path) is None:
+        rows = _hub(place, split or "train", subset, columns)
     else:
         hint = nearest(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
-        raise UserError(f"{source}: no such file or folder{hint}; give an existing path, a Hub name (owner/name) or world:small")
-    for number, item in enumerate(rows):
-        if limit is not None and number >= limit:
-            return
-        yield item
+        raise UserError(
+            f"{source}: no such file or folder{hint}; give an existing path, a Hub name (owner/name, owner/name:subset) or "
+            "world:small"
+        )
+    yield from islice(rows, limit)
+
+
+def divided(source: str) -> tuple[str, str | None]:
+    """`owner/name:subset` or `folder:subset` as its two parts; an existing path is whole, whatever colons are in it."""
+    place, colon, subset = source.rpartition(":")
+    return (place, subset) if colon and not Path(source).expanduser().exists() else (source, None)
+
+
+def kind_of(path: Path) -> str | None:
+    """Which of `SUFFIXES` says how a file is read, whatever its capitals and its packing; None: it holds no rows."""
+    inner = _unpacked(path)
+    kind = inner.suffix.lower()
+    return kind if kind in (SUFFIXES if inner == path else TEXT_SUFFIXES) else None
+
+
+def _unpacked(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix.lower() in PACKED else path
 
 
 def has_split(path: Path, split: str) -> bool:
     """Whether a local folder has a split of exactly this name: by its files' names, or as `datasets` saved it."""
     if (path / "dataset_dict.json").exists():
         return split in json.loads((path / "dataset_dict.json").read_text())["splits"]
-    return path.is_dir() and any(_is_of(file, path, split) for file in path.rglob("*") if file.suffix in SUFFIXES)
+    return path.is_dir() and any(_is_of(file, path, split) for file in _data_files(path))
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if kind_of(file) is not None and file.is_file())
+
+
+def _sub_folder(path: Path, subset: str) -> Path:
+    if not path.is_dir():
+        raise UserError(f"{path}:{subset}: {path} is a file, which has no subset; leave ':{subset}' away")
+    folders = sorted(inner.name for inner in path.iterdir() if inner.is_dir() and not inner.name.startswith("."))
+    if subset not in folders:
+        found = f"give one of {', '.join(folders)}" if folders else "it has no sub-folder at all, so name none"
+        raise UserError(f"{path}:{subset}: no sub-folder '{subset}'{nearest(subset, folders)}; {found}")
+    return path / subset
 
 
 def _is_of(file: Path, folder: Path, split: str) -> bool:
@@ -82,9 +119,11 @@ def _local(path: Path, split: str | None, columns: frozenset[str]) -> Numbered:
 
 
 def _files_of(folder: Path, split: str | None) -> list[Path]:
-    files = sorted(file for file in folder.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+    files = _data_files(folder)
     if not files:
         raise UserError(f"{folder}: holds no data file ({', '.join(SUFFIXES)})")
+    if (both := given_twice(map(_unpacked, files))) is not None:
+        raise UserError(f"{both}: is there twice, packed and not, or packed in two ways; remove one")
     exact = [file for file in files if split is not None and _is_of(file, folder, split)]
     if exact:  # `train_prefs` where there is `train_sft`, too
         return exact
@@ -101,10 +140,23 @@ def _files_of(folder: Path, split: str | None) -> list[Path]:
 
 
 def _reader(path: Path) -> Callable[[Path], Numbered]:
-    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".arrow": _arrow}
-    if path.suffix not in readers:
-        raise UserError(f"{path}: unknown kind of file '{path.suffix}'; known are {', '.join(SUFFIXES)}")
-    return readers[path.suffix]
+    readers: dict[str | None, Callable[[Path], Numbered]] = {
+        ".jsonl": _jsonl,
+        ".ndjson": _jsonl,
+        ".json": _json,
+        ".csv": partial(_csv, dialect="excel"),
+        ".tsv": partial(_csv, dialect="excel-tab"),
+        ".parquet": _parquet,
+        ".arrow": _arrow,
+        ".feather": _arrow,
+    }
+    kind = kind_of(path)
+    if kind not in readers:
+        raise UserError(
+            f"{path}: unknown kind of file '{path.name.removeprefix(_unpacked(path).stem)}'; known are {', '.join(SUFFIXES)}, "
+            f"the text kinds also packed ({', '.join(PACKED)})"
+        )
+    return readers[kind]
 
 
 def _jsonl(path: Path) -> Numbered:
@@ -114,41 +166,63 @@ def _jsonl(path: Path) -> Numbered:
 
 def _json(path: Path) -> Numbered:
     """A list of objects, an object with that list under 'data', or JSON Lines under the wrong name."""
+    decoder = JsonDecoder()
+    with opened_text(path) as (file, encoding):
+        text = file.read().decode(encoding)
     try:
-        content = json.loads(path.read_bytes())
+        content = decoder.decode(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             yield from _jsonl(path)
             return
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error}); mend the file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not valid UTF-8 ({error}); save it as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); mend the file") from None
     rows = content.get("data", [content]) if isinstance(content, dict) else content
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a list of objects, found {type(rows).__name__}")
+    if decoder.repeated:
+        keys = {id(record): key for record, key in decoder.repeated}
+        found = ((f":{n}", keys[id(inner)]) for n, row in enumerate(rows, 1) for inner in _objects(row) if id(inner) in keys)
+        row_number, key = next(found, ("", decoder.repeated[0][1]))
+        raise UserError(f"{path}{row_number}: key '{key}' is given twice in one object; remove one")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
         yield row, f"{path}:{number}"
 
 
-def _csv(path: Path) -> Numbered:
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
+    """Every object in a JSON value."""
+    if isinstance(value, dict):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _objects(inner)
+
+
+def _csv(path: Path, dialect: str) -> Numbered:
     """Rows are numbered by the line on which they start, the header being line 1."""
     csv.field_size_limit(2**31 - 1)
     line = 1
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            line = 1 if reader.fieldnames is None else reader.line_num + 1
-            for row in reader:
-                if None in row:
-                    raise UserError(f"{path}:{line}: more cells than the header has columns; quote cells that hold commas")
-                yield row, f"{path}:{line}"
+        with opened_text(path) as (file, encoding):
+            reader = csv.reader(io.TextIOWrapper(file, encoding, newline=""), dialect, strict=True)
+            header = next(reader, [])
+            if (name := given_twice(header)) is not None:
+                raise UserError(f"{path}:1: column '{name}' is there twice; rename or remove one")
+            line = reader.line_num + 1
+            for cells in reader:
+                if cells and len(cells) != len(header):
+                    raise UserError(
+                        f"{path}:{line}: {'more' if len(cells) > len(header) else 'fewer'} cells than the header has columns "
+                        f"({len(cells)}, not {len(header)}); give each column one cell, quoted where it holds the separator"
+                    )
+                if cells:
+                    yield dict(zip(header, cells, strict=True)), f"{path}:{line}"
                 line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path}:{line}: not a valid CSV row ({error}); mend or remove it") from None
-    except UnicodeDecodeError as error:  # found in a block read ahead, so the line is not known
-        raise UserError(f"{path}: not valid UTF-8 ({error}); save it as UTF-8") from None
+        kind = "TSV" if dialect == "excel-tab" else "CSV"
+        raise UserError(f"{path}:{line}: not a valid {kind} row ({error}); mend or remove it") from None
 
 
 def _parquet(path: Path) -> Numbered:
@@ -157,12 +231,8 @@ def _parquet(path: Path) -> Numbered:
 
     try:
         with pq.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(1000):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield row, f"{path}:{number}"
-    except (pa.ArrowException, OSError) as error:
+            yield from _of_batches(path, file.schema_arrow, file.iter_batches(1000))
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({_first_line(error)})") from None
 
 
@@ -173,16 +243,30 @@ def _arrow(path: Path) -> Numbered:
     try:
         with pa.memory_map(str(path)) as file:
             try:
-                batches = pa.ipc.open_stream(file).read_all().to_batches(1000)
+                table = pa.ipc.open_stream(file).read_all()
             except pa.ArrowInvalid:
-                batches = pa.ipc.open_file(file).read_all().to_batches(1000)
-            number = 0
-            for batch in batches:
-                for row in batch.to_pylist():
-                    number += 1
-                    yield row, f"{path}:{number}"
-    except (pa.ArrowException, OSError) as error:
+                table = pa.ipc.open_file(file).read_all()
+            yield from _of_batches(path, table.schema, table.to_batches(1000))
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: not a readable Arrow file ({_first_line(error)})") from None
+
+
+def _of_batches(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Numbered:
+    _check_names(path, list(schema))
+    number = 0
+    for batch in batches:
+        batch.validate(full=True)  # damaged offsets would have Python read memory that is not the file's
+        for row in batch.to_pylist():
+            number += 1
+            yield row, f"{path}:{number}"
+
+
+def _check_names(path: Path, fields: list[pa.Field]) -> None:
+    """Raises UserError where two columns, or two fields of a column, have one name."""
+    if (name := given_twice(field.name for field in fields)) is not None:
+        raise UserError(f"{path}: column '{name}' is there twice; rename or remove one")
+    for field in fields:
+        _check_names(path, [field.type.field(i) for i in range(field.type.num_fields)])
 
 
 def _saved(folder: Path, columns: frozenset[str]) -> Numbered:
@@ -198,14 +282,15 @@ def _saved(folder: Path, columns: frozenset[str]) -> Numbered:
 def _hub(name: str, split: str, subset: str | None, columns: frozenset[str]) -> Numbered:
     from datasets import load_dataset
 
+    source = name if subset is None else f"{name}:{subset}"
     try:
         rows = load_dataset(name, subset, split=split)
     except Exception as error:  # network, permissions, unknown names: each library below has its own
         raise UserError(
-            f"{name}: neither a local path nor loadable from the Hub, split '{split}' "
+            f"{source}: neither a local path nor loadable from the Hub, split '{split}' "
             f"({type(error).__name__}: {_first_line(error)}); a local copy can stand in: its path, or RECIPE:PATH"
         ) from None
-    yield from _of_dataset(rows, name, columns)
+    yield from _of_dataset(rows, source, columns)
 
 
 def _of_dataset(rows: Any, name: str, columns: frozenset[str]) -> Numbered:

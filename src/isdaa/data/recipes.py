@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from isdaa.data.checks import Message, Text, check_messages, check_text
-from isdaa.data.pairs import NoCommonPromptError, NoResponseError, Row
+from isdaa.data.implied import NoCommonPromptError, NoResponseError, last_turn
+from isdaa.data.pairs import Row
 from isdaa.data.readers import has_split
 from isdaa.errors import UserError, nearest
 
 Purpose = Literal["pairs", "prompts", "sft"]
 Convert = Callable[[Mapping[str, Any], str], Row]
 
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 # The TL;DR sets were written for another tokenizer, whose EOS and padding stand in their texts.
 FOREIGN_TOKENS = ("<|endoftext|>", "[PAD]")
 QUERY = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
@@ -160,14 +160,10 @@ def _hh_turn(row: Mapping[str, Any], column: str, where: str) -> tuple[str, str]
     if row.get("prompt") is not None:
         prompt = _text(row, "prompt", where).rstrip()
         response = text.removeprefix(row["prompt"]).removeprefix(prompt)
-    else:
-        before, marker, response = text.rpartition(ASSISTANT)
-        if not marker or HUMAN in response:
-            raise NoResponseError(f"{where}: column '{column}' does not end with a turn of the assistant")
-        prompt = before + marker
-    if not response.strip():
-        raise NoResponseError(f"{where}: column '{column}' has an empty last turn")
-    return prompt, " " + response.strip()
+        if not response.strip():
+            raise NoResponseError(f"{where}: column '{column}' has an empty last turn")
+        return prompt, " " + response.strip()
+    return last_turn(text, column, where)
 
 
 def _as_chat(convert: Convert) -> Convert:

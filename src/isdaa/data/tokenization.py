@@ -1,6 +1,6 @@
 """Text to token ids: one prompt a pair, BOS once, EOS where the response ended, every cut counted.
 
-Prompt and response are tokenised apart and their ids concatenated; nothing is ever decoded and encoded again.
+A response's ids are those that follow its prompt's in the tokenisation of both together; no ids are decoded and encoded again.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from isdaa.data.tokens import tokenized
 if TYPE_CHECKING:
     from datasets import Dataset
 
+BEHAVIOUR = ("behaviour_chosen_logps", "behaviour_rejected_logps")
 __all__ = [
     "Encoder",
     "TokenizationSettings",
@@ -34,13 +35,18 @@ __all__ = [
 
 
 def tokenize_pairs(
-    pairs: Dataset, tokenizer: Any, settings: TokenizationSettings | None = None, cache_dir: str | Path | None = None
+    pairs: Dataset,
+    tokenizer: Any,
+    settings: TokenizationSettings | None = None,
+    cache_dir: str | Path | None = None,
+    behaviour: bool = True,
 ) -> tuple[Dataset, Counts]:
     """Canonical pairs (`load_pairs`) to token ids, and the counts of what was cut or dropped on the way.
 
     Returns a Dataset with id, index (row number), prompt_ids, chosen_ids, rejected_ids (EOS included where the response
     ended), behaviour_chosen_logps, behaviour_rejected_logps and weight (None where a row has none).
     cache_dir: folder in which the result is kept under a key of its content; a damaged file there is made anew.
+    behaviour: whether the rows' own behaviour logps will be used: rows with them that would be cut are dropped then.
     Raises UserError for a tokenizer without EOS, a missing or unusable chat template, foreign ids, no pair left.
     """
     encoder = Encoder(tokenizer, settings)
@@ -50,7 +56,11 @@ def tokenize_pairs(
         for row, pair in zip(rows, encoder.pairs(rows), strict=True):
             if pair.chosen == pair.rejected:
                 encoder.count(dropped_equal=1)
-            elif row["behaviour_chosen_logps"] is not None and (pair.prompt.cut or pair.chosen_cut or pair.rejected_cut):
+            elif (
+                behaviour
+                and row["behaviour_chosen_logps"] is not None
+                and (pair.prompt.cut or pair.chosen_cut or pair.rejected_cut)
+            ):
                 encoder.count(dropped_behaviour_cut=1)
             else:
                 kept.append((row, pair))
@@ -64,10 +74,11 @@ def tokenize_pairs(
             "prompt_ids": [pair.prompt.ids for _, pair in kept],
             "chosen_ids": [pair.chosen for _, pair in kept],
             "rejected_ids": [pair.rejected for _, pair in kept],
-            **{name: [row[name] for row, _ in kept] for name in ("behaviour_chosen_logps", "behaviour_rejected_logps", "weight")},
+            **{name: [row[name] if behaviour else None for row, _ in kept] for name in BEHAVIOUR},
+            "weight": [row["weight"] for row, _ in kept],
         }
 
-    return tokenized(pairs, columns, encoder, ["pairs", *encoder.key], cache_dir, "pairs")
+    return tokenized(pairs, columns, encoder, ["pairs", behaviour, *encoder.key], cache_dir, "pairs")
 
 
 def tokenize_prompts(
@@ -93,7 +104,7 @@ def tokenize_response(
     """Token ids of a response to `prompt`, as in a pair: EOS where it ended, cut to the room that the prompt leaves."""
     encoder = Encoder(tokenizer, settings)
     row = {"prompt": prompt, "response": response, "response_finished": finished}
-    return encoder.responses([row], encoder.prompts([row]), "response")[0][0]
+    return encoder.answered([row], ("response",))[0][1][0].ids
 
 
 def tokenize_sft(
@@ -101,17 +112,24 @@ def tokenize_sft(
 ) -> tuple[Dataset, Counts]:
     """SFT rows (`load_sft`) to a Dataset of id, index, input_ids, completion_mask (1: to be learnt), as TRL reads it.
 
-    A prompt with one answer is tokenised as in a pair. Of a longer conversation every assistant turn is learnt;
-    what is beyond max_length is cut off its end; plain text is learnt whole. EOS and cache as in `tokenize_pairs`.
+    A prompt with one answer is tokenised as in a pair. Of a longer conversation every assistant turn is learnt, in one example or
+    in several (`Encoder.examples`); what is beyond max_length is cut off its end; plain text is learnt whole. EOS and cache as in
+    `tokenize_pairs`.
     """
     encoder = Encoder(tokenizer, settings)
 
     def columns(batch: list[Row]) -> dict[str, list[Any]]:
-        examples = list(zip(batch, encoder.examples(batch), strict=True))
-        kept = [(row, ids, mask) for row, (ids, mask) in examples if any(mask)]
-        encoder.count(dropped_nothing_left=len(examples) - len(kept))
+        kept = []
+        for row, examples in zip(batch, encoder.examples(batch), strict=True):
+            found = [
+                (row["id"] if turn == 0 else f"{row['id']} part {turn + 1}", ids, mask)
+                for turn, (ids, mask) in enumerate(examples)
+                if any(mask)
+            ]
+            encoder.count(dropped_nothing_left=not found, turns_apart=max(0, len(found) - 1))
+            kept += found
         return {
-            "id": [row["id"] for row, _, _ in kept],
+            "id": [name for name, _, _ in kept],
             "input_ids": [ids for _, ids, _ in kept],
             "completion_mask": [mask for _, _, mask in kept],
         }

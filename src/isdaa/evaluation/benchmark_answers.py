@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -43,6 +43,7 @@ class Answering:
     trust_remote_code: bool = False
     chat_template: str | None = None
     template_file: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class Respondent:
                 "--chat_template FILE (Jinja), or set `chat_template` in its tokenizer_config.json"
             )
         self.tokenizer = tokenizer
-        uncut = TokenizationSettings(max_length=NO_CUT + 1, max_prompt_length=NO_CUT)
+        given = dict(settings.chat_template_kwargs)
+        uncut = TokenizationSettings(max_length=NO_CUT + 1, max_prompt_length=NO_CUT, chat_template_kwargs=given)
         self.encoder = Encoder(tokenizer, uncut, settings.template_file)
         self.stop = {chat: stop_token_ids(tokenizer, chat, settings.template_file) for chat in chats}
         self.template = template_hash(tokenizer)
@@ -117,7 +119,9 @@ class Respondent:
         """What the model is asked next, for every question that is not answered to its end."""
         found = [(question, next_prompt(question, turns[question.id])) for question in questions]
         rows = [
-            {"prompt": prompt, "prompt_ids": None, "where": question.where} for question, prompt in found if prompt is not None
+            {"prompt": prompt, "prompt_ids": None, "where": question.where, **_for_template(question)}
+            for question, prompt in found
+            if prompt is not None
         ]
         prompts = self.encoder.prompts(rows)
         left = [question for question, prompt in found if prompt is not None]
@@ -184,6 +188,12 @@ class Respondent:
             end -= 1
         text = str(self.tokenizer.decode(list(ids[:end]), skip_special_tokens=False))
         return text.strip() if chat else text
+
+
+def _for_template(question: Question) -> dict[str, Any]:
+    from isdaa.data.pairs import TEMPLATE_COLUMNS
+
+    return {name: question.row.get(name) for name in TEMPLATE_COLUMNS}
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ def plan_of(bench: Benchmark, request: BenchmarkRequest) -> Plan:
         request.trust_remote_code,
         request.chat_template,
         request.template_file,
+        request.chat_template_kwargs,
     )
     wants_judge = request.asking is not None or request.judge is not None
     opponents, baseline = _opponents(bench, request, questions) if wants_judge else ({}, request.baseline)

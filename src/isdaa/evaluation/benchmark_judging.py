@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from isdaa.data.pairs import TEMPLATE_COLUMNS
 from isdaa.errors import UserError
 from isdaa.evaluation.benchmark_request import Asking, BenchmarkRequest
 from isdaa.evaluation.benchmarks.arena_hard import ARENA_HARD
@@ -174,6 +175,7 @@ class ScorerJudge:
     def _row(self, question: Question, answer: Answer | None, finished: bool) -> dict[str, Any]:
         response = answer.turns[0] if answer is not None else ""
         row = {"prompt": question.prompt, "response": response, "finished": finished, "facts": question.row.get("facts")}
+        row |= {name: question.row[name] for name in TEMPLATE_COLUMNS if question.row.get(name)}
         return row | {"where": question.where, "key": digest([self.scorer.digest, *row.values()])}
 
     def _scores(self, rows: Sequence[Mapping[str, Any]]) -> list[float]:

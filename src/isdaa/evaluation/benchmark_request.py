@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ class BenchmarkRequest:
     chat_template: str | None = None
     template_file: str | None = None
     max_prompt_length: int = 512
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 64
     seed: int = 0
     resamples: int = 1000
@@ -125,6 +126,7 @@ def benchmark_request(
         chat_template=_template(chat_template),
         template_file=chat_template,
         max_prompt_length=sections.tokenization.max_prompt_length,
+        chat_template_kwargs=sections.tokenization.chat_template_kwargs,
         batch_size=sections.evaluation.batch_size,
         seed=sections.evaluation.seed,
         resamples=sections.evaluation.bootstrap,

@@ -51,6 +51,7 @@ def tokenize(
     """The first `settings.prompts` canonical prompt rows, as token ids. Raises UserError where there is none."""
     from isdaa.data.chat import stop_token_ids, template_hash, tokenizer_digest
     from isdaa.data.encoding import Encoder, TokenizationSettings
+    from isdaa.data.pairs import TEMPLATE_COLUMNS
 
     rows = [dict(row) for _, row in zip(range(settings.prompts), rows, strict=False)]
     if not rows:
@@ -72,6 +73,7 @@ def tokenize(
                 "chosen": row.get("chosen") or None,
                 "facts": row.get("facts"),
                 "chat": prompt.chat,
+                **{name: row[name] for name in TEMPLATE_COLUMNS if row.get(name)},
             }
         )
     chats = {record["chat"] for record in records}

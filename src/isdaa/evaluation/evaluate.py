@@ -134,7 +134,7 @@ def evaluate_request(request: Request) -> dict[str, Any]:
     """`evaluate` for what `requests` found: reads the rows, then evaluates; the metrics also say where the rows came from."""
     from isdaa.data.sources import load_prompts
 
-    prompts, _ = once(lambda: load_prompts(request.data, request.split))
+    prompts, _ = once(lambda: load_prompts(request.data, request.split, repeated=request.repeated))
     held_out = once(lambda: common_pairs(request.held_out) if request.held_out else _pairs_of(request, prompts))
     metrics = evaluate(
         request.models,
@@ -161,7 +161,7 @@ def _pairs_of(request: Request, prompts: Iterable[Row]) -> list[Row] | None:
     (first,) = load_rows(request.data, request.split, limit=1)
     if all(first.get(name) is None for name in ("rejected", "rejected_ids")):
         return None
-    pairs, _ = load_pairs(request.data, request.split)
+    pairs, _ = load_pairs(request.data, request.split, repeated=request.repeated)
     evaluated = {prompt_key(row) for row in islice(prompts, request.settings.prompts)}
     return [pair for pair in pairs if prompt_key(pair) in evaluated]
 

@@ -28,9 +28,10 @@ def common_pairs(files: Sequence[str]) -> list[dict[str, Any]] | None:
 
     Raises UserError for a file without pairs.
     """
+    from isdaa.data.pairs import KEEP
     from isdaa.data.sources import load_pairs, prompt_key
 
-    first, *others = ([(prompt_key(pair), pair) for pair in load_pairs(file)[0]] for file in files)
+    first, *others = ([(prompt_key(pair), pair) for pair in load_pairs(file, repeated=KEEP)[0]] for file in files)
     shared = [{key for key, _ in pairs} for pairs in others]
     kept = [pair for key, pair in first if all(key in keys for keys in shared)]
     if not kept:
@@ -69,7 +70,7 @@ def pair_logps(forward: Any, pairs: Sequence[Record], batch_tokens: int = BATCH_
         ids = torch.tensor([token for i in batch for part in parts for token in pairs[i][part]], device=device)
         layout = Layout.of_pairs(*(torch.tensor([len(pairs[i][part]) for i in batch]) for part in parts))
         with torch.no_grad():
-            out = forward(forward.model, ids, None, layout)
+            out = forward(forward.model, layout.reading(ids), None, layout)
         for i, chosen, rejected in zip(batch, out.chosen_logps.tolist(), out.rejected_logps.tolist(), strict=True):
             result[i] = (chosen, rejected)
     return result

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from isdaa.config import EvaluationConfig, TokenizationConfig, validate
 from isdaa.errors import UserError, nearest
@@ -55,6 +55,7 @@ class Request:
     dtype: str = "float32"
     trust_remote_code: bool = False
     shared: str | None = None  # folder of an evaluation whose records are read, too
+    repeated: Literal["strip", "keep"] | None = None  # as `data.prompt_repeated`
 
 
 def requests(model_paths: Sequence[str | Path], overrides: Mapping[str, Any] | None = None) -> Request:
@@ -117,7 +118,15 @@ def requests(model_paths: Sequence[str | Path], overrides: Mapping[str, Any] | N
         dtype=str(given.get("dtype") or model.get("dtype") or "float32"),
         trust_remote_code=bool(given.get("trust_remote_code", model.get("trust_remote_code", False))),
         shared=str(given["shared"]) if "shared" in given else None,
+        repeated=_repeated(first, given),
     )
+
+
+def _repeated(record: ModelRecord | None, given: Mapping[str, Any]) -> Any:
+    """What becomes of prompts that responses repeat: as in the run; what the run wrote itself stays as it is."""
+    data = (record.config.get("data") if record is not None else None) or {}
+    own = record is not None and "data" not in given and data.get("evaluation") is None
+    return "keep" if own else data.get("prompt_repeated")
 
 
 def expand(path: str | Path) -> list[str]:

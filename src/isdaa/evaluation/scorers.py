@@ -155,25 +155,24 @@ class RewardModelScorer:
 
     def token_ids(self, rows: Sequence[ScorerRow]) -> list[list[int]]:
         """Prompt and response ids of each row, concatenated. Only a lack of positions cuts a response."""
+        from isdaa.data.context import as_read
         from isdaa.data.encoding import Encoder, TokenizationSettings
+        from isdaa.data.pairs import TEMPLATE_COLUMNS
 
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1_000_000
         prompt_length = min(self.max_prompt_length, positions - 1)
         encoder = Encoder(self.tokenizer, TokenizationSettings(max_length=positions, max_prompt_length=prompt_length))
-        texts = [response_text(row) for row in rows]
         plain = [
             # An empty response that never ended has no token at all: EOS stands for it.
             {
-                "prompt": row["prompt"],
-                "response": text,
-                "response_finished": bool(row["finished"]) or not text,
+                **{name: row.get(name) for name in ("prompt", "response", *TEMPLATE_COLUMNS)},
+                "response_finished": bool(row["finished"]) or not response_text(row),
                 "where": _place(row),
             }
-            for row, text in zip(rows, texts, strict=True)
+            for row in rows
         ]
-        prompts = encoder.prompts(plain)
-        responses = encoder.responses(plain, prompts, "response")
-        cut = sum(was_cut for _, was_cut in responses)
+        answered = [(prompt.ids, response) for prompt, (response,) in encoder.answered(plain, ("response",))]
+        cut = sum(response.cut for _, response in answered)
         if cut:
             log.warning(
                 "scorer %s: %d of %d responses do not fit its %d positions and were cut",
@@ -182,7 +181,7 @@ class RewardModelScorer:
                 len(rows),
                 positions,
             )
-        return [prompt.ids + ids for prompt, (ids, _) in zip(prompts, responses, strict=True)]
+        return [prompt + as_read(response.ids) for prompt, response in answered]
 
 
 def response_text(row: ScorerRow) -> str:

@@ -101,7 +101,7 @@ def _evaluate_reference(task: Task) -> None:
     if reference is None or config.data.evaluation is None:
         return
     given: dict[str, Any] = {f"tokenization.{key}": value for key, value in config.tokenization.model_dump().items()}
-    given |= {"reference": reference, "data": config.data.evaluation, "split": config.data.evaluation_split}
+    given |= {"reference": reference, "data": config.data.source("evaluation"), "split": config.data.evaluation_split}
     _evaluate(task, reference, given | {"dtype": config.model.dtype, "trust_remote_code": config.model.trust_remote_code})
 
 

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ResponseLogps:
-    """Logps in fp32, summed over the tokens of a response (nats).
+    """Logps in fp32, summed over the scored tokens of a response (nats).
 
     logps: (R,) of the responses in packed order; an empty response has logp 0.
     chosen_logps, rejected_logps: (B,) of the layout's pairs.
@@ -90,7 +90,7 @@ class PairForward:
         chosen, rejected = (layout.on(tokens.device, name) for name in ("chosen", "rejected"))
         found = ResponseLogps(logps, logps[chosen], logps[rejected], tokens)
         if wpo is not None:
-            means = layout.response_sums(wpo) / layout.on(tokens.device, "response_lengths").clamp(min=1)
+            means = layout.response_sums(wpo) / layout.on(tokens.device, "scored_lengths").clamp(min=1)
             found.chosen_wpo, found.rejected_wpo = means[chosen], means[rejected]
         return found
 

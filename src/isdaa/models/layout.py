@@ -23,6 +23,7 @@ class Layout:
     response_lengths: (R,) int64, in packed order; a response may be empty.
     prompt_of: (R,) int64, the prompt of each response, never falling.
     chosen, rejected: (B,) int64, the two responses of every pair, as numbers in 0..R-1; both empty for plain rows.
+    scored: (N,) bool, which response tokens count in sums over a response; None: all.
 
     Not a dataclass: FSDP's mixed precision would take one apart on its way into every layer, and hand on a copy.
 
@@ -33,6 +34,7 @@ class Layout:
     def __init__(
         self, prompt_lengths: Tensor, response_lengths: Tensor, prompt_of: Tensor, chosen: Tensor, rejected: Tensor
     ) -> None:
+        self.scored: Tensor | None = None
         # Index arithmetic happens on the CPU, once a batch; attention only ever sees finished index tensors.
         self.prompt_lengths, self.response_lengths = prompt_lengths.cpu().long(), response_lengths.cpu().long()
         self.prompt_of = prompt_of.cpu().long()
@@ -66,6 +68,24 @@ class Layout:
         """Plain rows ``prompt + response`` one after the other, from two (R,) tensors of lengths."""
         none = torch.zeros(0, dtype=torch.int64)
         return cls(prompt_lengths, response_lengths, torch.arange(len(prompt_lengths)), none, none)
+
+    def reading(self, input_ids: Tensor) -> Tensor:
+        """(T,) ids as the model reads them, of a packed row that has `~id` where a token of a response is not scored.
+
+        What is scored is kept in `scored`.
+        """
+        kept = input_ids >= 0
+        if bool(kept.all()):
+            return input_ids
+        self.scored = kept.cpu()[self.target_index]
+        return torch.where(kept, input_ids, ~input_ids)
+
+    @cached_property
+    def scored_lengths(self) -> Tensor:
+        """(R,) scored tokens of every response."""
+        if self.scored is None:
+            return self.response_lengths
+        return torch.zeros_like(self.response_lengths).index_add(0, self.response_of, self.scored.long())
 
     @cached_property
     def tokens(self) -> int:
@@ -193,10 +213,12 @@ class Layout:
         self._cache[key] = value
 
     def response_sums(self, values: Tensor) -> Tensor:
-        """Sums (N,) token values over their responses, giving (R,).
+        """Sums (N,) token values over the scored tokens of their responses, giving (R,).
 
         Through a padded block rather than `index_add`, whose order of addition is not fixed on a GPU.
         """
+        if self.scored is not None:
+            values = values * self.on(values.device, "scored")
         width = self.longest_response
         slots = self.cached(
             (str(values.device), "slots"),

@@ -48,6 +48,7 @@ from isdaa.training.start import (
     token_settings,
     tokenizer_of,
     trained_model,
+    uses_behaviour,
 )
 from isdaa.training.supervised import pairs_source
 
@@ -171,7 +172,8 @@ def _pairs(run: Run, tokenizer: Any) -> tuple[TokenisedPairs, TokenisedPairs | N
 
 
 def _tokens(run: Run, rows: Any, tokenizer: Any) -> tuple[Any, Counts]:
-    return tokenize_pairs(rows, tokenizer, token_settings(run.config), cache_dir=cache_folder(run))
+    settings, behaviour = token_settings(run.config), uses_behaviour(run.config)
+    return tokenize_pairs(rows, tokenizer, settings, cache_dir=cache_folder(run), behaviour=behaviour)
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

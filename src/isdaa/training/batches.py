@@ -72,7 +72,8 @@ class TokenisedPairs(Dataset):
         """The highest token id, and the tokens of the longest prompt + response."""
         lengths = {name: np.diff(offsets) for name, (_, offsets) in self.tokens.items()}
         longest = lengths["prompt_ids"] + np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])
-        return max(int(ids.max(initial=0)) for ids, _ in self.tokens.values()), int(longest.max(initial=0))
+        highest = max(int(np.maximum(ids, ~ids).max(initial=0)) for ids, _ in self.tokens.values())  # `~id`: not scored
+        return highest, int(longest.max(initial=0))
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> PairBatch:
         """The packed batch of some rows, in their order."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from isdaa.data.sources import load_prompts, load_sft
 from isdaa.data.tokenization import tokenize_pairs, tokenize_prompts, tokenize_sft
 from isdaa.errors import UserError
 from isdaa.training.reading import read_pairs
-from isdaa.training.start import token_settings
+from isdaa.training.start import token_settings, uses_behaviour
 from isdaa.training.token_view import Shown, shown_example, shown_pair, shown_prompt
 
 SAMPLE = 20_000
@@ -131,30 +131,31 @@ def examine(stage: str, config: Config, tokenizer: Any, source: str, cache: Path
 
 def _pairs(stage: str, config: Config, tokenizer: Any, source: str, cache: Path, row: int) -> Examined:
     read = read_pairs(config, source, held_out=stage == "align")
-    tokens, more = tokenize_pairs(read.rows, tokenizer, token_settings(config), cache_dir=cache)
+    behaviour = stage == "align" and uses_behaviour(config)
+    tokens, more = tokenize_pairs(read.rows, tokenizer, token_settings(config), cache_dir=cache, behaviour=behaviour)
     counts = read.counts + more
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     columns = {name: _column(tokens, name) for name in names}
     result = Examined(stage, source, counts, np.stack([lengths for _, lengths in columns.values()], 1))
-    result.highest_id = max(int(ids.max()) for ids, _ in columns.values())
+    result.highest_id = max(int(np.maximum(ids, ~ids).max()) for ids, _ in columns.values())
     prompts, lengths = columns["prompt_ids"]
     numbers: dict[bytes, int] = {}
     parts = np.split(prompts, np.cumsum(lengths)[:-1])
     result.groups = np.array([numbers.setdefault(part.tobytes(), len(numbers)) for part in parts])
     result.different_prompts = len(numbers)
     if read.held is not None and stage == "align":
-        held, _ = tokenize_pairs(read.held, tokenizer, token_settings(config), cache_dir=cache)
+        held, _ = tokenize_pairs(read.held, tokenizer, token_settings(config), cache_dir=cache, behaviour=behaviour)
         result.held_out = len(held)
         result.held_lengths = np.stack([_column(held, name)[1] for name in names], 1)
     if read.common:
         result.notes.append(f"{read.common} prompts are in both the training and the held-out pairs")
-    chat = any(isinstance(prompt, list) for prompt in read.rows[: min(len(read.rows), 1000)]["prompt"])
+    chat = _chat(read.rows, "prompt")
     stops = stop_token_ids(tokenizer, chat and bool(tokenizer.chat_template))
     result.ended = float(np.mean([_last(*columns[name], stops).mean() for name in names[1:]]))
     result.found["eos_inside"] = sum(int((~_only_last(*columns[name], stops)).sum()) for name in names[1:])
-    result.found["bos_inside"] = _bos_inside(*columns["prompt_ids"], tokenizer)
+    result.found["bos_inside"] = 0 if chat else _bos_inside(*columns["prompt_ids"], tokenizer)
     uncut = _uncut(
-        read.rows, tokenizer, lambda encoder, rows: [(p.prompt.ids, p.chosen, p.rejected) for p in encoder.pairs(rows)]
+        read.rows, tokenizer, config, lambda encoder, rows: [(p.prompt.ids, p.chosen, p.rejected) for p in encoder.pairs(rows)]
     )
     _add_texts(result, read.rows, tokenizer, ("prompt", "chosen", "rejected"))
     settings = config.tokenization
@@ -168,39 +169,39 @@ def _pairs(stage: str, config: Config, tokenizer: Any, source: str, cache: Path,
     result.parts.append(Part("prompt + longer response", both, both > settings.max_length, settings.max_length))
     result.shown = [shown_pair(_row(tokens, row, "pair"), tokenizer, stops)]
     if counts.boundary_merges:
-        result.merge = _merge(read.rows, tokenizer, ("chosen", "rejected"))
+        result.merge = _merge(read.rows, tokenizer, config, ("chosen", "rejected"))
     return result
 
 
 def _sft(stage: str, config: Config, tokenizer: Any, source: str, cache: Path, row: int) -> Examined:
-    rows, counts = load_sft(source, config.data.sft_split, limit=config.data.limit)
+    rows, counts = load_sft(source, config.data.sft_split, limit=config.data.limit, repeated=config.data.prompt_repeated)
     tokens, more = tokenize_sft(rows, tokenizer, token_settings(config), cache_dir=cache)
     ids, lengths = _column(tokens, "input_ids")
     mask, _ = _column(tokens, "completion_mask")
     result = Examined(stage, source, counts + more, lengths[:, None], highest_id=int(ids.max()))
     result.learnt = float(mask.mean())
-    chat = any(isinstance(answer, list) for answer in rows[: min(len(rows), 1000)]["completion"])
+    chat = _chat(rows, "completion")
     stops = stop_token_ids(tokenizer, chat and bool(tokenizer.chat_template))
     result.ended = float(_last(ids, lengths, stops).mean())
-    result.found["bos_inside"] = _bos_inside(ids, lengths, tokenizer)
-    whole = _uncut(rows, tokenizer, lambda encoder, some: [(ids,) for ids, _ in encoder.examples(some)])[:, 0]
+    result.found["bos_inside"] = 0 if chat else _bos_inside(ids, lengths, tokenizer)
+    whole = _uncut(rows, tokenizer, config, lambda encoder, some: [(e[0],) for row in encoder.examples(some) for e in row])[:, 0]
     limit = config.tokenization.max_length
     _add_texts(result, rows, tokenizer, ("prompt", "completion"))
     result.parts = [Part("example", whole, whole > limit, limit)]
     result.shown = [shown_example(_row(tokens, row, "example"), tokenizer, stops)]
     if result.counts.boundary_merges:
-        result.merge = _merge(rows, tokenizer, ("completion",))
+        result.merge = _merge(rows, tokenizer, config, ("completion",))
     return result
 
 
 def _label(stage: str, config: Config, tokenizer: Any, source: str, cache: Path, row: int) -> Examined:
-    rows, counts = load_prompts(source, config.data.prompts_split, limit=config.data.limit)
+    rows, counts = load_prompts(source, config.data.prompts_split, limit=config.data.limit, repeated=config.data.prompt_repeated)
     ids, more = tokenize_prompts(rows, tokenizer, token_settings(config))
     lengths = np.array([len(prompt) for prompt in ids])
     result = Examined(stage, source, counts + more, lengths[:, None], highest_id=max(max(prompt) for prompt in ids))
     flat = np.concatenate([np.asarray(prompt, np.int64) for prompt in ids])
-    result.found["bos_inside"] = _bos_inside(flat, lengths, tokenizer)
-    prompt = _uncut(rows, tokenizer, lambda encoder, some: [(p.ids,) for p in encoder.prompts(some)])[:, 0]
+    result.found["bos_inside"] = 0 if _chat(rows, "prompt") else _bos_inside(flat, lengths, tokenizer)
+    prompt = _uncut(rows, tokenizer, config, lambda encoder, some: [(p.ids,) for p in encoder.prompts(some)])[:, 0]
     limit = config.tokenization.max_prompt_length
     _add_texts(result, rows, tokenizer, ("prompt",))
     result.parts = [Part("prompt", prompt, prompt > limit, limit)]
@@ -216,14 +217,14 @@ def written_by_label(config: Config, tokenizer: Any, prompts: Examined, cache: P
     Lengths come from the responses beside the prompts, else from `data.sft`, else they are `label.max_new_tokens`.
     """
     label = config.label
-    source = config.data.prompts
+    source = config.data.source("prompts")
     assert source is not None
-    rows, _ = load_prompts(source, config.data.prompts_split, limit=config.data.limit)
+    rows, _ = load_prompts(source, config.data.prompts_split, limit=config.data.limit, repeated=config.data.prompt_repeated)
     most = min(label.max_new_tokens, config.tokenization.max_length - int(prompts.lengths.max()))
     known = [row for row in _spread(rows) if row.get("chosen") is not None]
     if known:
         encoder = Encoder(tokenizer, token_settings(config))
-        lengths = np.array([len(ids) for ids, _ in encoder.responses(known, encoder.prompts(known), "chosen")])
+        lengths = np.array([len(response.ids) for _, (response,) in encoder.answered(known, ("chosen",))])
         like = "the responses that stand beside the prompts"
     else:
         lengths, like = np.array([most]), f"label.max_new_tokens ({most} tokens each)"
@@ -292,9 +293,11 @@ def _spread(rows: Any, most: int = SAMPLE) -> list[Row]:
     return list(rows)
 
 
-def _uncut(rows: Any, tokenizer: Any, encode: Callable[[Encoder, Sequence[Row]], list[tuple[list[int], ...]]]) -> np.ndarray:
+def _uncut(
+    rows: Any, tokenizer: Any, config: Config, encode: Callable[[Encoder, Sequence[Row]], list[tuple[list[int], ...]]]
+) -> np.ndarray:
     """(M, k) tokens of the parts of sampled rows, nothing cut."""
-    encoder = Encoder(tokenizer, UNCUT)
+    encoder = _uncutting(tokenizer, config)
     sample = _spread(rows)
     found = [lengths for start in range(0, len(sample), 1000) for lengths in encode(encoder, sample[start : start + 1000])]
     return np.array([[len(part) for part in parts] for parts in found])
@@ -321,17 +324,25 @@ def _kind(text: Text, pattern: re.Pattern[str]) -> str | None:
     return "special_in_chat" if any(pattern.search(message["content"]) for message in text) else None
 
 
-def _merge(rows: Any, tokenizer: Any, names: Sequence[str]) -> str | None:
-    """An example of a boundary that tokenising both sides together would not have: 'a|b becomes ab'."""
+def _uncutting(tokenizer: Any, config: Config) -> Encoder:
+    return Encoder(tokenizer, replace(UNCUT, chat_template_kwargs=config.tokenization.chat_template_kwargs))
+
+
+def _chat(rows: Any, column: str) -> bool:
+    """Whether any of the first rows is a conversation."""
+    return any(isinstance(value, list) for value in rows[: min(len(rows), 1000)][column])
+
+
+def _merge(rows: Any, tokenizer: Any, config: Config, names: Sequence[str]) -> str | None:
+    """An example of a token that spans prompt and response in the whole text: the tokens on both sides of the boundary."""
     for row in _spread(rows, SOUGHT):
         for name in names:
-            encoder = Encoder(tokenizer, UNCUT)
-            (prompt,) = encoder.prompts([row]) if row.get("prompt") is not None else (None,)
-            if prompt is None or prompt.text is None:
+            encoder = _uncutting(tokenizer, config)
+            if row.get("prompt") is None or row.get(f"{name}_ids") is not None:
                 continue
-            ids, _ = encoder.responses([row], [prompt], name)[0]
+            prompt, (response,) = encoder.answered([row], (name,))[0]
             if encoder.counts.boundary_merges:
-                before, after = (tokenizer.decode(part) for part in (prompt.ids[-1:], ids[:1]))
+                before, after = (tokenizer.decode(part) for part in (prompt.ids[-1:], response.ids[:1]))
                 return f"{before!r} and {after!r}, row {row.get('where') or row.get('id')}"
     return None
 

@@ -54,8 +54,8 @@ def pair_figures(
         "rejected_logps": logps.rejected_logps,
         "chosen_drift": logps.chosen_logps - batch.reference_chosen_logps,
         "rejected_drift": logps.rejected_logps - batch.reference_rejected_logps,
-        "chosen_length": batch.chosen_lengths,
-        "rejected_length": batch.rejected_lengths,
+        "chosen_length": batch.chosen_scored,
+        "rejected_length": batch.rejected_scored,
     }
     return torch.stack([columns[name].to(like.dtype) for name in COLUMNS], dim=1)
 

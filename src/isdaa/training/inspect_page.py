@@ -89,7 +89,7 @@ def _rows(report: StageReport, console: Console) -> None:
     if examined.learnt is not None:
         entries.append(("learnt", f"{examined.learnt:.1%} of the tokens"))
     if examined.merge:
-        entries.append(("merges", f"for example {examined.merge}: kept apart, as in sampling"))
+        entries.append(("merges", f"for example {examined.merge}"))
     entries += [("look", f"{n:,} {FOUND[name]}") for name, n in examined.found.items() if n]
     entries += [("note", note) for note in examined.notes]
     if report.steps is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.data.chat import stop_token_ids
+from isdaa.data.pairs import TEMPLATE_COLUMNS
 from isdaa.data.sources import as_dataset, load_prompts
 from isdaa.data.tokenization import tokenize_pairs, tokenize_prompts
 from isdaa.distributed import dealt, is_main, once, world_size
@@ -82,8 +83,11 @@ def label(run: Run) -> Path:
 def _prompts(run: Run, tokenizer: Any) -> list[Row]:
     """Every prompt with its token ids."""
     config = run.config
-    assert config.data.prompts is not None
-    prompts, counts = load_prompts(config.data.prompts, config.data.prompts_split, limit=config.data.limit)
+    source = config.data.source("prompts")
+    assert source is not None
+    prompts, counts = load_prompts(
+        source, config.data.prompts_split, limit=config.data.limit, repeated=config.data.prompt_repeated
+    )
     ids, more = tokenize_prompts(prompts, tokenizer, token_settings(config))
     run.say("label", (counts + more).lines())
     rows = [{**row, "prompt_ids": list(prompt)} for row, prompt in zip(prompts, ids, strict=True)]
@@ -110,7 +114,7 @@ def _responses(
     sampling = SamplingSettings(settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens)
     work = [weights_digest(model), config_digest(model), asdict(sampling), settings.samples, seed, scorer.digest]
     # A record is used again only where it is what this very work would give.
-    keys = {str(row["id"]): digest([*work, row["prompt"], list(row["prompt_ids"])]) for row in rows}
+    keys = {str(row["id"]): digest([*work, row["prompt"], row["tools"], list(row["prompt_ids"])]) for row in rows}
     kept = {str(record["id"]): record for record in once(lambda: whole_jsonl(path))}
     found = {name: record["responses"] for name, record in kept.items() if record.get("key") == keys.get(name)}
     missing = [row for row in rows if str(row["id"]) not in found]
@@ -181,6 +185,7 @@ def _with_behaviour_logps(run: Run, pairs: list[Row], model: Any, tokenizer: Any
     """The pairs with μ's logps, by the very forward that training uses. Pairs that would be cut or are equal get none."""
     # A row that is marked as carrying behaviour logps is dropped where it would be cut: they are those of the whole response.
     marked = {"facts": None, "weight": None, "behaviour_chosen_logps": 0.0, "behaviour_rejected_logps": 0.0}
+    marked |= dict.fromkeys(TEMPLATE_COLUMNS)
     known = [{k: v for k, v in pair.items() if k != "pairing"} for pair in pairs]
     rows = as_dataset([{**marked, **pair, "where": f"pair {pair['id']}"} for pair in known])
     settings = token_settings(run.config)

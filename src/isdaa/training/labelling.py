@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from isdaa.config import LabelConfig
+from isdaa.data.pairs import TEMPLATE_COLUMNS
 
 Row = dict[str, Any]
 
@@ -72,7 +73,6 @@ def label_prompt(prompt: Row, responses: Sequence[Row], settings: LabelConfig, s
             pair[f"{side}_reward"] = float(response["reward"])
         if settings.pairing == "best_worst":
             pair["pairing"] = settings.pairing
-        if prompt.get("facts") is not None:
-            pair["facts"] = prompt["facts"]
+        pair |= {name: prompt[name] for name in ("facts", *TEMPLATE_COLUMNS) if prompt.get(name) is not None}
         pairs.append(pair)
     return pairs

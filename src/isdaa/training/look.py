@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from isdaa.config import Config
+from isdaa.data.pairs import KEEP
 from isdaa.data.sources import load_prompts
 from isdaa.errors import UserError
 from isdaa.evaluation.collect import Prompts, tokenize
@@ -143,8 +144,9 @@ def guard_prompts(run: Run, tokenizer: Any) -> Prompts:
     config = run.config
     wanted, reserved = config.guard.prompts, config.evaluation.prompts
     held_out = config.data.evaluation is None
-    source = config.data.evaluation or str(run.folder / "eval_pairs.jsonl")
-    rows, _ = load_prompts(source, None if held_out else config.data.evaluation_split)
+    source = config.data.source("evaluation") or str(run.folder / "eval_pairs.jsonl")
+    split, repeated = (None, KEEP) if held_out else (config.data.evaluation_split, config.data.prompt_repeated)
+    rows, _ = load_prompts(source, split, repeated=repeated)
     if len(rows) < 2:
         raise UserError(f"{source}: one held-out prompt; the guard needs two at least (data.evaluation, data.eval_fraction)")
     start = max(0, min(reserved, len(rows) - wanted))

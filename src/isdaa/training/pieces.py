@@ -64,7 +64,8 @@ def packed(batch: PairBatch) -> tuple[Tensor, Layout]:
             place, _ = known.setdefault(response.tobytes(), (len(known), response))
             places.append((number, place))
     if len(prompts) == len(batch) and all(len(known) == 2 for _, known in prompts.values()):
-        return batch.input_ids, Layout.of_pairs(*batch.parts())
+        layout = Layout.of_pairs(*batch.parts())
+        return layout.reading(batch.input_ids), layout
     rows: list[np.ndarray] = []
     lengths: list[int] = []
     prompt_of: list[int] = []
@@ -79,7 +80,7 @@ def packed(batch: PairBatch) -> tuple[Tensor, Layout]:
     layout = Layout(
         prompt_lengths, torch.tensor(lengths), torch.tensor(prompt_of), chosen=responses_of[0::2], rejected=responses_of[1::2]
     )
-    return torch.from_numpy(np.concatenate(rows)), layout
+    return layout.reading(torch.from_numpy(np.concatenate(rows))), layout
 
 
 def split_by_tokens(batch: PairBatch, budget: int | None, at_least: int = 1) -> list[PairBatch]:

@@ -125,6 +125,13 @@ class PreferenceConfig(TrainingArguments):
         "keep_end", "the part of a long prompt that is kept: keep_end or keep_start"
     )
 
+    chat_template_kwargs: dict[str, Any] | str | None = _setting(  # noqa: RUF009
+        None, "for the chat template, in all conversations; a row's column of this name wins"
+    )
+    prompt_repeated: Literal["strip", "keep"] | None = _setting(
+        None, "where responses begin with the text prompt once more: strip or keep; None: an error if most do"
+    )
+
     reference_cache_dir: str | None = _setting(None, "of reference logps; None: `.isdaa_cache` beside output_dir")
     batch_tokens: int | None = _setting(None, "split a forward pass into pieces of at most so many tokens")
     group_by_prompt: bool = _setting(False, "pairs of one prompt one after the other, sharing its forward pass")
@@ -155,8 +162,10 @@ class PreferenceConfig(TrainingArguments):
         self.objective_arguments()
         if self.truncation not in ("keep_end", "keep_start"):
             raise UserError(f"PreferenceConfig: truncation must be keep_end or keep_start, got {self.truncation!r}")
+        if self.prompt_repeated not in (None, "strip", "keep"):
+            raise UserError(f"PreferenceConfig: prompt_repeated must be strip or keep, got {self.prompt_repeated!r}")
         self.bf16 = True if self.bf16 is None else self.bf16
-        self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(_as_dict(self.gradient_checkpointing_kwargs) or {})}
+        self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(as_dict(self.gradient_checkpointing_kwargs) or {})}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the name of gradient_checkpointing
             super().__post_init__()
@@ -167,7 +176,7 @@ class PreferenceConfig(TrainingArguments):
 
     def loading(self) -> dict[str, Any]:
         """The keyword arguments of `isdaa.models.loading.load_model` for a model that is given by name."""
-        return {"trust_remote_code": self.trust_remote_code, **(_as_dict(self.model_init_kwargs) or {})}
+        return {"trust_remote_code": self.trust_remote_code, **(as_dict(self.model_init_kwargs) or {})}
 
     def objective_arguments(self) -> dict[str, Any]:
         """The keyword arguments of `isdaa.Objective`. Raises UserError for settings that mean nothing."""
@@ -187,6 +196,6 @@ def _default(kind: type[Any], name: str) -> Any:
     return found.default_factory() if found.default_factory is not MISSING else found.default
 
 
-def _as_dict(value: Any) -> Any:
+def as_dict(value: Any) -> Any:
     """A dict that a command line gave as JSON."""
     return json.loads(value) if isinstance(value, str) else value

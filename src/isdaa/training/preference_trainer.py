@@ -27,16 +27,14 @@ from isdaa.training.batches import TokenisedPairs
 from isdaa.training.checkpoints import named
 from isdaa.training.monitor import MetricsFile, last_metrics
 from isdaa.training.preference import PreferenceTrainer
-from isdaa.training.preference_config import MIGRATING, PreferenceConfig
+from isdaa.training.preference_config import MIGRATING, PreferenceConfig, as_dict
 from isdaa.training.reference import reference_logps
-from isdaa.training.start import check_rows, described, logps_key
+from isdaa.training.start import check_rows, described, logps_key, weighs_by_behaviour
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 KEYWORDS = {"dtype", "attn_implementation", "trust_remote_code", "revision", "merge_adapter", "quantization"}  # of `load_model`
-# Columns of TRL's data sets that change what a row means, and that are not read here.
-UNREAD = ("images", "image", "tools", "chat_template_kwargs")
 # Settings of the optimiser that a model's card shows.
 SHOWN = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps"),
@@ -83,8 +81,8 @@ def preference_trainer(
     name = _name(model)
     tokenizer = processing_class if processing_class is not None else _tokenizer(name, args)
     settings = _settings(args, policy)
-    train = _pairs(train_dataset, "train_dataset", tokenizer, settings)
-    held_out = None if eval_dataset is None else _pairs(eval_dataset, "eval_dataset", tokenizer, settings)
+    train = _pairs(train_dataset, "train_dataset", tokenizer, settings, args)
+    held_out = None if eval_dataset is None else _pairs(eval_dataset, "eval_dataset", tokenizer, settings, args)
     sets = [pairs for pairs in (train, held_out) if pairs is not None]
     for pairs in sets:
         check_rows(policy, name, *pairs.extent())
@@ -171,19 +169,18 @@ def _settings(args: PreferenceConfig, model: Any) -> TokenizationSettings:
     prompt = args.max_prompt_length or max(1, longest * 4 // 5)
     if prompt >= longest:
         raise UserError(f"max_prompt_length ({prompt}) must be below max_length ({longest})")
-    return TokenizationSettings(max_length=longest, max_prompt_length=prompt, truncation=args.truncation)
+    given = as_dict(args.chat_template_kwargs) or {}
+    return TokenizationSettings(longest, prompt, args.truncation, given)
 
 
-def _pairs(rows: Any, which: str, tokenizer: Any, settings: TokenizationSettings) -> TokenisedPairs:
+def _pairs(rows: Any, which: str, tokenizer: Any, settings: TokenizationSettings, args: PreferenceConfig) -> TokenisedPairs:
     if isinstance(rows, Mapping):
         raise UserError(f"{which}: one data set is expected, not a dict of them; choose one of {', '.join(map(str, rows))}")
-    names = getattr(rows, "column_names", None) or ()
-    if unread := [name for name in UNREAD if name in names]:
-        raise UserError(f"{which}: column '{unread[0]}' is not read here; apply it to the texts, or remove it")
 
     def read() -> tuple[TokenisedPairs, list[str]]:
-        canonical, counts = pairs_of(rows, which)
-        tokens, more = tokenize_pairs(canonical, tokenizer, settings)
+        canonical, counts = pairs_of(rows, which, repeated=args.prompt_repeated)
+        behaviour = weighs_by_behaviour(args.objective_arguments())
+        tokens, more = tokenize_pairs(canonical, tokenizer, settings, behaviour=behaviour)
         return TokenisedPairs(tokens), (counts + more).lines()
 
     pairs, lines = once(read)

@@ -26,11 +26,13 @@ def read_pairs(config: Config, source: str, held_out: bool = True) -> PairRows:
 
     held_out: False where nobody asks for `data.eval_pairs`, as in `reward`: they are not read then.
     """
-    rows, counts = load_pairs(source, config.data.pairs_split, limit=config.data.limit)
+    data = config.data
+    rows, counts = load_pairs(source, data.pairs_split, limit=data.limit, repeated=data.prompt_repeated)
     if config.data.eval_pairs is not None and not held_out:
         return PairRows(rows, counts, None, Counts())
-    if config.data.eval_pairs is not None:
-        held, held_counts = load_pairs(config.data.eval_pairs, config.data.eval_split, limit=config.data.limit)
+    held_source = data.source("eval_pairs")
+    if held_source is not None:
+        held, held_counts = load_pairs(held_source, data.eval_split, limit=data.limit, repeated=data.prompt_repeated)
         return PairRows(rows, counts, held, held_counts, common_prompts(rows, held))
     rows, held = hold_out(rows, config.data.eval_fraction, config.seed)
     size = len(held) if held is not None else 0

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from isdaa.config import Config, fields, resolved
+from isdaa.data.encoding import VERSION
 from isdaa.distributed import is_main, once, world_size
 from isdaa.errors import UserError
 from isdaa.files import locked_file, read_json, write_atomically, write_json
@@ -20,17 +21,18 @@ from isdaa.record import git_revision, versions
 from isdaa.terminal import say
 
 ONE_PROCESS = "guard.steps: the guard works in one process for now; set it to null"
+READING = ("data.limit", "data.subset", "data.prompt_repeated")
 # What decides the outcome of a stage. A stage that began with other values is another run.
 DECIDES: dict[str, tuple[str, ...]] = {
-    "sft": ("seed", "model", "data.sft", "data.sft_split", "data.limit", "tokenization", "sft", "lora"),
-    "label": ("seed", "model", "data.prompts", "data.prompts_split", "data.limit", "tokenization", "label"),
+    "sft": ("seed", "model", "data.sft", "data.sft_split", *READING, "tokenization", "sft", "lora"),
+    "label": ("seed", "model", "data.prompts", "data.prompts_split", *READING, "tokenization", "label"),
     "reward": (
-        *("seed", "model", "tokenization", "reward", "data.pairs", "data.pairs_split", "data.limit"),
+        *("seed", "model", "tokenization", "reward", "data.pairs", "data.pairs_split", *READING),
         *("data.eval_pairs", "data.eval_fraction"),
     ),
     "align": (
         *("seed", "objective", "model", "reference.path", "behaviour", "tokenization", "align", "lora"),
-        *("data.pairs", "data.pairs_split", "data.eval_pairs", "data.eval_split", "data.eval_fraction", "data.limit"),
+        *("data.pairs", "data.pairs_split", "data.eval_pairs", "data.eval_split", "data.eval_fraction", *READING),
     ),
 }
 # What a stage leaves behind before it is done. A stage that left nothing binds nobody: its settings may still be mended.
@@ -181,7 +183,17 @@ class Run:
                 f"{self.folder}: its {stage} stage began with {had} processes, this start has {processes}: its batches would be "
                 f"others; start it with {had}, or choose another --output_dir"
             )
-        begun = {"done": False, "values": deciding_values(self.config, stage), "pinned": before.get("pinned", {})}
+        if before and not before.get("done") and before.get("tokens", 1) != VERSION:
+            raise UserError(
+                f"{self.folder}: its {stage} stage began under other rules of tokenisation (an earlier isdaa): to go on would "
+                "mix the two; start it anew in another --output_dir"
+            )
+        begun = {
+            "done": False,
+            "values": deciding_values(self.config, stage),
+            "pinned": before.get("pinned", {}),
+            "tokens": VERSION,
+        }
         return begun if processes == 1 else begun | {"processes": processes}
 
     def pin(self, stage: str, **digests: str) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from isdaa.config import Config, resolved
+from isdaa.data.encoding import VERSION
 from isdaa.data.tokenization import TokenizationSettings, ending_ids, tokenizer_digest
 from isdaa.distributed import once
 from isdaa.errors import UserError
@@ -82,6 +83,16 @@ def device() -> str | None:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else None
 
 
+def uses_behaviour(config: Config) -> bool:
+    """Whether the rows' own behaviour logps decide anything: the objective weighs pairs by μ."""
+    return weighs_by_behaviour(config.objective.arguments())
+
+
+def weighs_by_behaviour(objective: Mapping[str, Any]) -> bool:
+    """The same of an objective's arguments: all weights but `none` and `wpo` are importance weights, or made of them."""
+    return objective.get("weight", "none") not in ("none", "wpo")
+
+
 def token_settings(config: Config) -> TokenizationSettings:
     """The tokenization section as the data room's own settings."""
     return TokenizationSettings(**config.tokenization.model_dump())
@@ -132,7 +143,7 @@ def cache_folder(run: Run) -> Path:
 def record_of(run: Run, kind: str, **facts: Any) -> ModelRecord:
     """The record beside a model of this run."""
     config = run.config
-    evaluation: str | None = config.data.evaluation
+    evaluation = config.data.source("evaluation")
     split: str | None = config.data.evaluation_split
     held_out = run.folder / "eval_pairs.jsonl"
     if evaluation is None and held_out.exists():
@@ -143,7 +154,7 @@ def record_of(run: Run, kind: str, **facts: Any) -> ModelRecord:
 
 def described(record: ModelRecord, folder: Path) -> dict[str, str]:
     """Record and card of a model that is, or will be, in `folder`: file name -> text."""
-    return {RECORD: record_text(record, folder), "README.md": model_card(record, folder.name)}
+    return {RECORD: record_text(replace(record, tokens=VERSION), folder), "README.md": model_card(record, folder.name)}
 
 
 def keep_model(model: Callable[[], Any], tokenizer: Any, folder: Path, record: ModelRecord) -> None:

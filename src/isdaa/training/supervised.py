@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.config import Config, OptimisationConfig
-from isdaa.data.sources import hold_out, load_pairs, load_sft
+from isdaa.data.context import as_read
+from isdaa.data.sources import load_sft
 from isdaa.data.tokenization import tokenize_pairs, tokenize_sft
 from isdaa.data.tokens import content_digest
 from isdaa.distributed import once, world_size
@@ -18,6 +19,7 @@ from isdaa.models.loading import load_model, load_sequence_classifier
 from isdaa.models.saving import weights_digest
 from isdaa.training.arguments import training_arguments
 from isdaa.training.monitor import TrainingProgress
+from isdaa.training.reading import read_pairs
 from isdaa.training.run import Run
 from isdaa.training.start import (
     cache_folder,
@@ -79,8 +81,9 @@ def sft(run: Run) -> Path:
 def _examples(run: Run, tokenizer: Any) -> Any:
     """A Dataset of input_ids and labels."""
     config = run.config
-    assert config.data.sft is not None
-    rows, counts = load_sft(config.data.sft, config.data.sft_split, limit=config.data.limit)
+    source = config.data.source("sft")
+    assert source is not None
+    rows, counts = load_sft(source, config.data.sft_split, limit=config.data.limit, repeated=config.data.prompt_repeated)
     examples, more = tokenize_sft(rows, tokenizer, token_settings(config), cache_dir=cache_folder(run))
     run.say("sft", (counts + more).lines())
     data = examples.map(_labels, remove_columns=[c for c in examples.column_names if c != "input_ids"])
@@ -162,23 +165,21 @@ def not_for_reward(config: Config) -> list[str]:
 def _both(run: Run, tokenizer: Any) -> Any:
     """A Dataset of chosen_ids and rejected_ids, prompts included."""
     config = run.config
-    pairs, counts = load_pairs(pairs_source(run), config.data.pairs_split, limit=config.data.limit)
-    if config.data.eval_pairs is None:
-        # The pairs that `align` holds out stay unseen by the model that may judge on them.
-        pairs, _ = hold_out(pairs, config.data.eval_fraction, config.seed)
-    tokens, more = tokenize_pairs(pairs, tokenizer, token_settings(config), cache_dir=cache_folder(run))
-    run.say("reward", (counts + more).lines())
+    # The pairs that `align` holds out stay unseen by the model that may judge on them.
+    read = read_pairs(config, pairs_source(run), held_out=False)
+    tokens, more = tokenize_pairs(read.rows, tokenizer, token_settings(config), cache_dir=cache_folder(run), behaviour=False)
+    run.say("reward", (read.counts + more).lines())
     return tokens.map(_both_rows, remove_columns=[c for c in tokens.column_names if c not in ("chosen_ids", "rejected_ids")])
 
 
 def _both_rows(row: dict[str, Any]) -> dict[str, Any]:
     prompt = list(row["prompt_ids"])
-    return {"chosen_ids": prompt + list(row["chosen_ids"]), "rejected_ids": prompt + list(row["rejected_ids"])}
+    return {name: prompt + as_read(row[name]) for name in ("chosen_ids", "rejected_ids")}
 
 
 def pairs_source(run: Run) -> str:
     """The pairs of `align` and `reward`: `data.pairs`, else what this run's `label` stage wrote."""
-    return run.config.data.pairs or str(run.folder / "pairs" / "train.jsonl")
+    return run.config.data.source("pairs") or str(run.folder / "pairs" / "train.jsonl")
 
 
 def _trl_arguments(kind: Any, settings: OptimisationConfig, folder: Path, run: Run, rows: int, **explicit: Any) -> Any:

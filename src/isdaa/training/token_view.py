@@ -88,8 +88,12 @@ def shown_prompt(name: str, ids: Sequence[int], index: int, tokenizer: Any) -> S
 
 
 def _run(name: str, kind: str, ids: Sequence[int], tokenizer: Any, stops: set[int]) -> Run:
-    scored = kind != GIVEN
-    return Run(name, kind, tuple(Token(int(i), readable(tokenizer, int(i)), scored, scored and int(i) in stops) for i in ids))
+    tokens = []
+    for i in map(int, ids):
+        scored = kind != GIVEN and i >= 0  # `~id`: what a tool or a user says in a response
+        token = max(i, ~i)
+        tokens.append(Token(token, readable(tokenizer, token), scored, scored and token in stops))
+    return Run(name, kind, tuple(tokens))
 
 
 def readable(tokenizer: Any, token: int) -> str:
@@ -132,7 +136,9 @@ def _piece(token: Token | str, kind: str, number: int, colour: bool) -> Text:
     if isinstance(token, str):
         return Text(token, style="dim italic")
     if colour:
-        return Text(token.text, style=SHADES[END if token.end else kind][number % 2])
+        return Text(token.text, style=SHADES[END if token.end else kind if token.scored else GIVEN][number % 2])
+    if not token.scored and kind != GIVEN:
+        return Text(f"({token.text})|")
     return Text(f"[{token.text}]" if token.end else f"{token.text}|")
 
 

@@ -86,6 +86,7 @@ def read_questions(recipe: str, source: str, split: str | None = None, limit: in
 
     Of a recipe (`hh_chat` has HH's dialogues as messages) the split `test`, where none is named.
     """
+    from isdaa.data.pairs import TEMPLATE_COLUMNS
     from isdaa.data.recipes import RECIPES
     from isdaa.data.sources import load_prompts
 
@@ -105,7 +106,8 @@ def read_questions(recipe: str, source: str, split: str | None = None, limit: in
             response=_words(row["chosen"]),
             responder="the chosen response",
             where=row["where"],
-            row={"facts": row["facts"]} if row.get("facts") else {},  # of the embedded world, for its gold reward
+            # Facts are the embedded world's, for its gold reward; the others are for chat templates.
+            row={name: row[name] for name in ("facts", *TEMPLATE_COLUMNS) if row.get(name)},
         )
         for row in map(dict, prompts)
     ]
