@@ -193,7 +193,7 @@ def dropped(column: str, row: int) -> list[Any]:
         ([{"prompt": "a", "choosen": "b", "rejected": "c"}], ["pairs.jsonl:1", "'chosen'", "choosen"]),
         (changed(1, chosen=""), ["pairs.jsonl:2", "'chosen'", "empty"]),
         (changed(1, rejected=None), ["pairs.jsonl:2", "'rejected'"]),
-        (changed(1, prompt="  "), ["pairs.jsonl:2", "'prompt'", "empty"]),
+        (changed(1, prompt=None), ["pairs.jsonl:2", "'prompt'", "null"]),
         (changed(1, chosen=7), ["pairs.jsonl:2", "'chosen'"]),
         (changed(2, chosen_logps=-3.0), ["pairs.jsonl:3", "'rejected_logps'", "'chosen_logps'"]),
         (changed(2, behaviour_chosen_logps=float("nan"), behaviour_rejected_logps=-1.0), ["pairs.jsonl:3", "finite"]),
@@ -224,10 +224,9 @@ def test_mended_input_needs_no_other_folder(place: Path, capsys: pytest.CaptureF
     ("tokenizer", "words"),
     [
         ({"template": "chatml", "eos": False}, ["my_model", "EOS", "eos_token"]),
-        ({"template": "no_prefix"}, ["pairs.jsonl:", "prefix", "template"]),
         ({"template": None}, ["chat template", "tokenizer_config.json"]),
     ],
-    ids=["no EOS", "no prefix", "no template"],
+    ids=["no EOS", "no template"],
 )
 def test_tokenizers_that_cannot_be_used(
     place: Path, capsys: pytest.CaptureFixture[str], tokenizer: dict[str, Any], words: list[str]
@@ -315,7 +314,7 @@ def test_pad_may_be_eos(place: Path) -> None:
     (place / "my_model").unlink()
     chat_model(place / "my_model", byte_level("chatml", pad="<|end_of_text|>"))
     assert main(["train", "--config", "run.yaml"]) == 0
-    assert read_lines(place / "runs" / "new" / "metrics.jsonl")[0]["weights/ess"] == 1
+    assert read_lines(place / "runs" / "new" / "metrics.jsonl")[0]["weights/ess"] == pytest.approx(1, abs=1e-6)
 
 
 # --- what is shown

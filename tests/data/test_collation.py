@@ -73,7 +73,7 @@ def test_to_moves_every_tensor() -> None:
     moved = collate([row]).to("meta")
     assert isinstance(moved, PairBatch)
     tensors = [value for value in vars(moved).values() if value is not None]
-    assert len(tensors) == 9
+    assert len(tensors) == 11
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert moved.behaviour_chosen_logps is None
 

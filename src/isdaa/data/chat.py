@@ -9,8 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, TemplateError, meta, nodes
+
 from isdaa.data.checks import Message
 from isdaa.data.context import Before, Context
+from isdaa.data.marks import MARK, calls
 from isdaa.errors import UserError
 from isdaa.files import digest
 
@@ -44,7 +47,7 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.place = place or template_place(tokenizer)
         self.given = check_given(given or {}, "chat_template_kwargs")
-        unread = [name for name in self.given if not self.names(name)]
+        unread = [name for name in self.given if name not in self.reads[1]]
         if unread:
             raise UserError(f"chat_template_kwargs: the chat template{self._inside} does not read '{unread[0]}'; leave it out")
         probe = self.render([QUESTION, {"role": "assistant", "content": PROBE}], None, opening=False)
@@ -56,6 +59,7 @@ class ChatFormat:
             )
         tokens = {str(token): index for index, token in tokenizer.added_tokens_decoder.items()}
         places = [(self.suffix.find(token), -len(token), token) for token in tokens if token in self.suffix]
+        self._special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.turn_end, self.stop_id = self.suffix.rstrip(), None
         if places:
             start, _, token = min(places)
@@ -67,18 +71,45 @@ class ChatFormat:
         template = self.tokenizer.chat_template
         return template if isinstance(template, str) else json.dumps(template)
 
-    def names(self, word: str) -> bool:
-        """Whether the template mentions a word at all."""
-        return re.search(rf"\b{re.escape(word)}\b", self.source) is not None
+    @cached_property
+    def reads(self) -> tuple[frozenset[str], frozenset[str]]:
+        """The keys of messages and objects, and the variables, that the template reads, by its syntax tree."""
+        source = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", self.source)  # transformers' own tag
+        try:
+            tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+        except TemplateError:  # it is refused where it is rendered, or has extensions of its own
+            words = frozenset(re.findall(r"\w+", source))
+            return words, words
+        keys = {node.attr for node in tree.find_all(nodes.Getattr)}
+        asked: list[Any] = [node.arg for node in tree.find_all(nodes.Getitem)]
+        asked += [call.args[0] for call in tree.find_all(nodes.Call) if call.args]
+        asked += [test.expr for test in tree.find_all(nodes.Compare) if any(op.op in ("in", "notin") for op in test.ops)]
+        keys |= {node.value for node in asked if isinstance(node, nodes.Const) and isinstance(node.value, str)}
+        return frozenset(keys), frozenset(meta.find_undeclared_variables(tree))
+
+    def opening_of(self, prompt: str, messages: Sequence[Message], where: str | None, given: Mapping[str, Any] | None) -> str:
+        """What opens the assistant's turn at the end of a prompt's text, with words that begin the answer."""
+        so_far = messages if _prefill(messages) is None else messages[:-1]
+        closed = self.render(so_far, where, opening=False, given=given) if so_far else ""
+        if not prompt.startswith(closed):  # Phi-3 closes what is not to be answered with EOS
+            closed = closed.removesuffix(str(self.tokenizer.eos_token))
+        return prompt[len(closed) :] if prompt.startswith(closed) else ""
 
     @cached_property
     def opening_ids(self) -> list[int]:
         """Ids of what opens the assistant's turn; empty where the template writes nothing there."""
-        closed, opened = (self.render([QUESTION], None, opening=opening) for opening in (False, True))
-        if not opened.startswith(closed) or opened == closed:
+        return self.ids_of_opening(self.render([QUESTION], None, opening=True), [QUESTION], None, None)
+
+    def ids_of_opening(
+        self, prompt: str, messages: Sequence[Message], where: str | None, given: Mapping[str, Any] | None
+    ) -> list[int]:
+        """Ids of `opening_of`, as they stand at the end of the prompt's."""
+        opening = self.opening_of(prompt, messages, where, given)
+        if not opening:
             return []
+        before = prompt.removesuffix(opening)
         context = Context(self.tokenizer)
-        return context.behind([(Before(closed, context.encode([closed])[closed]), opened[len(closed) :])])[0][0]
+        return context.behind([(Before(before, context.encode([before])[before]), opening)])[0][0]
 
     def render(
         self, messages: Sequence[Message], where: str | None, opening: bool, given: Mapping[str, Any] | None = None
@@ -87,10 +118,21 @@ class ChatFormat:
 
         given: `tools` and `chat_template_kwargs` of one conversation, beside `self.given`.
         """
-        try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=opening, **{**self.given, **(given or {})}
+
+        def text(turns: Sequence[Message]) -> str:
+            arguments = {**self.given, **(given or {})}
+            return str(
+                self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=opening, **arguments)
             )
+
+        try:
+            try:
+                return text(messages)
+            except Exception:
+                as_text = [_arguments_as_text(message) for message in messages]
+                if as_text == list(messages):
+                    raise
+                return text(as_text)  # DeepSeek V3 writes arguments as they stand
         except Exception as error:  # templates raise whatever they like: jinja2's own errors, TypeError, KeyError
             line = getattr(error, "lineno", None)
             said = " ".join(f"{type(error).__name__}: {error}".split()) + (f", line {line}" if line is not None else "")
@@ -143,7 +185,9 @@ class ChatFormat:
             )
         text = whole[len(prompt) :]
         if not text.endswith(self.suffix):
-            return prompt, text.rstrip()
+            text = text.rstrip()
+            end = "" if finished else next((token for token in self._special if text.endswith(token)), "")  # of a tool call
+            return prompt, text.removesuffix(end)
         words = text.removesuffix(self.suffix)
         return prompt, words + self.turn_end if finished else words
 
@@ -161,49 +205,97 @@ class ChatFormat:
         others = [number for number, answer in enumerate(answers) if answer["role"] != "assistant"]
         if not others:
             return prompt, [(text, True)]
-        marks = {number: f"{PROBE}{number}e" for number in others}
+        pieces = self._pieces(messages, prompt, answers, prompt + text, where, given)
+        # The same with marks in place of what others say: none may be scored, wherever the template writes it.
+        marks = {number: f"{MARK.format(number)}o" for number in others}
         marked = [{**answer, "content": marks[n]} if n in marks else answer for n, answer in enumerate(answers)]
-        between = re.split("|".join(marks.values()), self.response(messages, prompt, marked, finished, where, given)[1])
-        pieces: list[tuple[str, bool]] = []
-        for k, part in enumerate(between):
-            after, before = others[k - 1] if k else -1, others[k] if k < len(others) else len(answers)
-            start = self._opened(part, answers[after + 1]) if k and after + 1 < before else 0
-            end = (
-                len(part)
-                if k == len(others)
-                else part.rfind(self.turn_end) + len(self.turn_end)
-                if self.turn_end in part
-                else len(part)
-            )
-            if after + 1 == before:  # two others in a row
-                start = end = len(part)
-            pieces += [(part[:start], False), (part[start:end], True), (part[end:], False)]
-            if k < len(others):
-                words = answers[before]["content"]
-                done = sum(len(piece) for piece, _ in pieces)
-                pieces.append((words if text.startswith(words, done) else words.strip(), False))
-        if len(between) != len(others) + 1 or "".join(piece for piece, _ in pieces) != text:
+        whole = prompt + self.response(messages, prompt, marked, finished, where, given)[1]
+        seen = self._pieces(messages, prompt, marked, whole, where, given)
+        scored = "".join(piece for piece, own in seen or () if own)
+        if pieces is None or seen is None or any(mark in scored for mark in marks.values()):
             raise UserError(
                 f"{where}: what others than the assistant say in a response cannot be told apart in the chat template's text"
                 f"{self._inside}; make pairs of single answers of it"
             )
-        return prompt, [(piece, scored) for piece, scored in pieces if piece]
+        return prompt, pieces
 
-    def _opened(self, part: str, answer: Message) -> int:
-        """Where an answer begins in a text: behind what opens the assistant's turn, or at its own words."""
-        for opening in (self.opening, self.opening.partition("<think")[0]):
-            if opening.strip() and opening in part:
-                return part.index(opening) + len(opening)
-        return max(0, part.find(answer["content"].strip()))
+    def _pieces(
+        self,
+        messages: Sequence[Message],
+        prompt: str,
+        answers: Sequence[Message],
+        whole: str,
+        where: str,
+        given: Mapping[str, Any] | None,
+    ) -> list[tuple[str, bool]] | None:
+        """The pieces of `parts`; None where turns are not to be told apart. whole: prompt and response."""
+        pieces, done = [], len(prompt)
+        for number, answer in enumerate(answers):
+            if answer["role"] != "assistant":
+                continue
+            start, end = len(prompt), len(whole)
+            if number:
+                so_far = joined(messages, answers[:number])
+                before = self.prompt(so_far, where, given)
+                before = before if whole.startswith(before) else self._written(so_far, before, where, given)
+                start = len(before) if whole.startswith(before) else -1
+            if number < len(answers) - 1:
+                end = self._end_of_turn(messages, answers, number, whole, where, given)
+            if not done <= start <= end:
+                return None
+            pieces += [(whole[done:start], False), (whole[start:end], True)]
+            done = end
+        return [(piece, scored) for piece, scored in pieces if piece]
 
-    @cached_property
-    def opening(self) -> str:
-        """What opens the assistant's turn; empty where the template writes nothing there."""
-        closed, opened = (self.render([QUESTION], None, opening=opening) for opening in (False, True))
-        if opened.startswith(closed):
-            return opened[len(closed) :]
-        tokens = [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
-        return opened[max((opened.rfind(token) for token in tokens if token in opened), default=len(opened)) :]
+    def _end_of_turn(
+        self,
+        messages: Sequence[Message],
+        answers: Sequence[Message],
+        number: int,
+        whole: str,
+        where: str,
+        given: Mapping[str, Any] | None,
+    ) -> int:
+        """Where one of several answers ends in the text: with what closes it where it is the last; -1: nowhere.
+
+        Where the template closes it otherwise once others follow, it ends behind the first special token after its words.
+        """
+        place = len(joined(messages, answers[: number + 1])) - 1
+        alone = self._after(joined(messages, answers[: number + 1]), place, where, given)
+        rest = self._after(joined(messages, answers), place, where, given)
+        if alone is None or rest is None:
+            return -1
+        closing = alone.removesuffix(self.suffix) + self.turn_end if alone.endswith(self.suffix) else alone.rstrip()
+        if not rest.startswith(closing):
+            at, size = min(((rest.find(token), len(token)) for token in self._special if token in rest), default=(0, 0))
+            closing = rest[: at + (size if self.turn_end else 0)]  # without an end of turn the next speaker's token stands there
+        # The response may end before the template's text does: it is cut, or white space follows.
+        ending = rest.removesuffix(self.suffix)
+        ending += self.turn_end if whole.endswith(ending + self.turn_end) and ending != rest else ""
+        ending = ending if whole.endswith(ending) else rest.rstrip()
+        return len(whole) - len(ending) + len(closing) if whole.endswith(ending) else -1
+
+    def _after(self, turns: Sequence[Message], place: int, where: str, given: Mapping[str, Any] | None) -> str | None:
+        """What the template writes after the last words of one message; None where it has none."""
+        marks: dict[str, str] = {}
+
+        def mark(words: str) -> str:
+            name = f"{PROBE}{len(marks)}e"
+            marks[name] = words
+            return name
+
+        message = dict(turns[place])
+        message["content"] = mark(message["content"]) if message["content"].strip() else ""
+        if message.get("tool_calls"):
+            message["tool_calls"] = calls(message["tool_calls"], mark)
+        text = self.render([*turns[:place], message, *turns[place + 1 :]], where, opening=False, given=given)
+        ends = [text.find(name) + len(name) for name in marks if name in text]
+        if not ends:
+            return None
+        after = text[max(ends) :]
+        for name, words in marks.items():  # some templates name a call's function once more before the tool's result
+            after = after.replace(name, words)
+        return after
 
     def _written(self, messages: Sequence[Message], prompt: str, where: str, given: Mapping[str, Any] | None) -> str:
         """The prompt without the end of its opening that the template does not write before a plain answer."""
@@ -240,12 +332,28 @@ def joined(messages: Sequence[Message], answers: Sequence[Message]) -> list[Mess
     prefill = _prefill(messages)
     if prefill is None or not answers:
         return [*messages, *answers]
-    return [*messages[:-1], {**answers[0], "content": prefill + (answers[0].get("content") or "")}, *answers[1:]]
+    begun = {**_unmarked(messages[-1]), **answers[0], "content": prefill + (answers[0].get("content") or "")}
+    return [*messages[:-1], begun, *answers[1:]]
 
 
 def _prefill(messages: Sequence[Message]) -> str | None:
     """The words with which a prompt begins its answer; None where it does not (`pairs` marks such a message)."""
     return messages[-1]["content"] if messages and messages[-1].get("prefix") is True else None
+
+
+def _arguments_as_text(message: Message) -> Message:
+    """The message with the arguments of tool calls as JSON text."""
+
+    def told(call: Any) -> Any:
+        if not isinstance(call, Mapping):
+            return call
+        if isinstance(call.get("function"), Mapping):
+            return {**call, "function": told(call["function"])}
+        arguments = call.get("arguments")
+        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)} if isinstance(arguments, Mapping) else call
+
+    tool_calls = message.get("tool_calls")
+    return {**message, "tool_calls": [told(call) for call in tool_calls]} if isinstance(tool_calls, list) else message
 
 
 def _unmarked(message: Message) -> Message:

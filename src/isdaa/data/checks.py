@@ -9,6 +9,7 @@ from typing import Any
 
 from isdaa.errors import UserError, nearest
 
+THINKING = ("reasoning_content", "reasoning", "thinking")  # keys of a message beside its content
 Message = dict[str, Any]
 Text = str | list[Message]
 
@@ -45,10 +46,35 @@ def check_messages(value: Any, column: str, where: str) -> list[Message]:
             content = ""
         if not isinstance(content, str):
             raise UserError(f"{where}: column '{column}', message {number}: 'content' must be text, not {kind(content)}")
-        messages.append({**{k: v for k, v in message.items() if v is not None}, "content": content})
+        told = {k: v for k, v in message.items() if v is not None}
+        if told.get("tool_calls"):
+            told["tool_calls"] = _calls(told["tool_calls"], column, f"{where}: column '{column}', message {number}")
+        messages.append({**told, "content": content})
     if not any(message["content"].strip() or message.get("tool_calls") for message in messages):
         raise UserError(f"{where}: column '{column}' has only empty messages; give a text or remove the row")
     return messages
+
+
+def _calls(value: Any, column: str, where: str) -> list[Any]:
+    """Tool calls as a list of objects with arguments as objects, however JSON text stands in between (OpenAI's form)."""
+    value = json_cell(value, column, where)
+    calls = [json_cell(call, column, where) for call in (value if isinstance(value, list) else [value])]
+    if not all(isinstance(call, Mapping) for call in calls):
+        raise UserError(f"{where}: 'tool_calls' must be a list of objects, not {kind(value)}")
+    return [_with_arguments(call) for call in calls]
+
+
+def _with_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_arguments(call["function"])}
+    arguments = call.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except ValueError:
+            return dict(call)
+        return {**call, "arguments": arguments} if isinstance(arguments, Mapping) else dict(call)
+    return dict(call)
 
 
 def _joined_parts(parts: Sequence[Any]) -> str | None:

@@ -229,20 +229,22 @@ class Encoder:
         messages = [*(row["prompt"] or []), *completion]
         first = len(messages) - len(completion)
         where, given = row.get("where", "row"), given_of(row)
-        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        self._arrive(messages[: last + 1], 1, given, where)
+        learnt = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= max(first, 1)]
+        self._arrive([(messages[: i + 1], 1) for i in learnt], given, where)
+        self.count(not_learnt=messages[0]["role"] == "assistant" or learnt[-1] < len(messages) - 1)
         examples: list[Pieces] = []
         before = None
-        for i, message in enumerate(messages):
-            if i < max(first, 1) or message["role"] != "assistant":
-                continue
-            prompt = self.chat.prompt(messages[:i], where, given)
-            prompt, answer = self.chat.response(messages[:i], prompt, [message], True, where, given)
+        shortened = False
+        for i in learnt:
+            asked = self.chat.prompt(messages[:i], where, given)
+            prompt, answer = self.chat.response(messages[:i], asked, [messages[i]], True, where, given)
+            shortened |= prompt != asked
             if before is None or not prompt.startswith(before):
                 examples.append([])
                 before = ""
             examples[-1] += [(prompt[len(before) :], False), (answer, True)]
             before = prompt + answer
+        self.count(opening_cut=shortened)
         return examples
 
     def _texts(self, row: Mapping[str, Any], names: Sequence[str]) -> tuple[str | None, list[Pieces | None]]:
@@ -256,11 +258,8 @@ class Encoder:
             return text, [None if word is None else [(word, True)] for word in words]
         where, given = row.get("where", "row"), given_of(row)
         turns = [[{"role": "assistant", "content": r}] if isinstance(r, str) else r for r in responses]
-        if not names:
-            self._arrive(prompt, 0, given, where)
-        for answers in turns:
-            if answers is not None:
-                self._arrive(joined(prompt, answers), len(answers), given, where)
+        whole_turns = [(joined(prompt, answers), len(answers)) for answers in turns if answers is not None]
+        self._arrive(whole_turns if names else [(prompt, 0)], given, where)
         whole = text = self.chat.prompt(prompt, where, given)
         texts: list[Pieces | None] = []
         for _ in range(2):  # a second time where an answer made the prompt shorter
@@ -276,14 +275,14 @@ class Encoder:
         self.count(opening_cut=text != whole)
         return text, texts
 
-    def _arrive(self, messages: Sequence[Message], answers: int, given: Mapping[str, Any], where: str) -> None:
-        """Count what the template leaves out. Raises UserError where it must not."""
+    def _arrive(self, conversations: Sequence[tuple[list[Message], int]], given: Mapping[str, Any], where: str) -> None:
+        """Count what the template leaves out of a row's (messages, of these answers). Raises UserError where it must not."""
         if self._arrivals is None:
             self._arrivals = Arrivals(self.chat)
-        found = self._arrivals.check(messages, answers, given, where)
+        found = [self._arrivals.check(messages, answers, given, where) for messages, answers in conversations]
         with self._lock:
-            self.counts.thinking_left_out += found.thinking
-            self.counts.unread = tuple(dict.fromkeys((*self.counts.unread, *found.unread)))
+            self.counts.thinking_left_out += any(one.thinking for one in found)
+            self.counts.unread = tuple(dict.fromkeys((*self.counts.unread, *(name for one in found for name in one.unread))))
 
     def _prompts_of(self, rows: Sequence[Mapping[str, Any]], texts: Sequence[str | None]) -> list[Prompt]:
         different = dict.fromkeys(text for text in texts if text is not None)
@@ -301,7 +300,7 @@ class Encoder:
                     f"{row.get('where', 'row')}: column 'prompt' gives no token, and the tokenizer has no BOS to begin with; "
                     "write a prompt or remove the row"
                 )
-            kept = self._cut_prompt(ids, chat)
+            kept = self._cut_prompt(ids, text, row)
             result.append(Prompt(kept, before, len(kept) < len(ids), chat))
         return result
 
@@ -334,7 +333,7 @@ class Encoder:
             ids = ids[len(start) :]
         return ids
 
-    def _cut_prompt(self, ids: list[int], chat: bool) -> list[int]:
+    def _cut_prompt(self, ids: list[int], text: str | None, row: Mapping[str, Any]) -> list[int]:
         limit = self.settings.max_prompt_length
         if len(ids) <= limit:
             return ids
@@ -342,7 +341,10 @@ class Encoder:
             head = self.start if self.start and ids[: len(self.start)] == self.start else []
             return head + ids[len(ids) - (limit - len(head)) :]
         # A chat prompt still has to end with the words that open the assistant's turn.
-        tail = self.chat.opening_ids if chat and self.tokenizer.chat_template else []
+        tail: list[int] = []
+        if isinstance(row["prompt"], list) and self.tokenizer.chat_template:
+            where, given = row.get("where", "row"), given_of(row)
+            tail = self.chat.opening_ids if text is None else self.chat.ids_of_opening(text, row["prompt"], where, given)
         if not tail or len(tail) >= limit or ids[-len(tail) :] != tail:
             tail = []
         return ids[: limit - len(tail)] + tail

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from isdaa.data import formats
-from isdaa.data.checks import Message, Text, check_messages, check_text, facts, flag, number, token_ids
+from isdaa.data.checks import THINKING, Message, Text, check_messages, check_text, facts, flag, number, token_ids
 from isdaa.data.implied import NoCommonPromptError, NoResponseError, implied_prompt
 from isdaa.errors import UserError, nearest
 
@@ -77,6 +77,7 @@ class Counts:
     opening_cut: int = 0
     thinking_left_out: int = 0
     turns_apart: int = 0
+    not_learnt: int = 0
     no_template: int = 0
     unread: tuple[str, ...] = ()
 
@@ -119,6 +120,7 @@ _COUNT_LINES = {
     "opening_cut": "rows without the thinking that the chat template opens for an answer: prompts end where it writes answers",
     "thinking_left_out": "rows with thinking in earlier turns, which the chat template leaves out",
     "turns_apart": "further rows: a conversation's earlier turns are learnt apart where the chat template changes them later",
+    "not_learnt": "conversations with an answer before any question, or a question after the last answer: these are not learnt",
     "no_template": "rows are plain text, to which the model's chat template is not applied; give messages where it should be",
 }
 
@@ -382,8 +384,9 @@ def _without_system(messages: list[Message]) -> list[Message]:
 
 
 def _same(first: Message, second: Message) -> bool:
-    """Whether two messages say the same."""
-    words = [(message["role"], message["content"].strip(), message.get("tool_calls") or None) for message in (first, second)]
+    """Whether two messages say the same, tool calls and thinking included."""
+    more = ("tool_calls", *THINKING)
+    words = [(m["role"], m["content"].strip(), [m.get(name) or None for name in more]) for m in (first, second)]
     return words[0] == words[1]
 
 
