@@ -612,7 +612,7 @@ def test_texts_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [PLAIN | {"prompt": f"How {i % 2}?", "chosen": f" {i}"} for i in range(6)]
     tokens(byte_level(), *rows)
     # Two prompts, each with two responses; a prompt that is remembered is encoded once more with its responses alone.
-    assert calls == [2, 6, 0, 6, 0, 6]
+    assert [texts for texts in calls if texts] == [2, 6, 6, 6]
 
 
 def test_the_first_bad_row_is_named_and_threads_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """A response's ids are those that follow its prompt's in the whole text's, with every kind of published tokenizer."""
 
+import random
 from dataclasses import asdict
 from functools import cache
 from typing import Any
@@ -11,6 +12,7 @@ from real_tokenizers import FAMILIES, build
 from tokenizers_for_tests import ids_of
 from transformers import PreTrainedTokenizerFast
 
+from isdaa.data.context import Before, Context
 from isdaa.data.pairs import Counts, canonical_pair, canonical_sft
 from isdaa.data.sources import as_dataset
 from isdaa.data.tokenization import TokenizationSettings, tokenize_pairs, tokenize_prompt, tokenize_response, tokenize_sft
@@ -281,3 +283,42 @@ def test_every_answer_of_a_conversation_is_learnt_as_it_stands(family: str) -> N
         expected = [texts[length - 1]] if len(lengths) == 2 else [texts[1], texts[3]]
         assert [text for text in texts if text in said] == expected
     assert counts.boundary_merges == 0
+
+
+# --- long prompts
+
+
+@all_families
+def test_of_a_long_prompt_the_last_words_decide_what_the_whole_would(family: str) -> None:
+    """Only the end of a long prompt is tokenised again with the response: the ids are those of the whole text all the same."""
+    tokenizer, draw = build(family), random.Random(1)
+    context = Context(tokenizer)
+    words = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "don't",
+        "3.14",
+        "Hello,",
+        "wor",
+        "ld",
+        "nice\n\n ",
+        "f(x):",
+        "x+1",
+        "naïve",
+        "A",
+        "--",
+    ]
+    words += ["世界", "ไทย", "🙂", "it's", "!!", "▁x", "Ġy", "<0x0A>", "", "\t", "zzzz"]
+    cases, shorter = [], 0
+    for _ in range(200):
+        before = " ".join(draw.choices(words, k=draw.randint(60, 120))) + draw.choice(["", " ", "\n", ":", "\nA:", "wor"])
+        behind = draw.choice([" ", "", "\n", "ld"]) + " ".join(draw.choices(words, k=draw.randint(1, 6))) + "."
+        cases.append((Before(before, context.encode([before])[before]), behind))
+        shorter += len(context._tail(cases[-1][0]) or "") < len(before)
+    assert shorter > 100 or family == "deepseek"  # its vocabulary has tokens that go on past a word
+    for (before, behind), (ids, merges) in zip(cases, context.behind(cases), strict=True):
+        whole = context.encode([f"{before.text}{behind}"])[f"{before.text}{behind}"]
+        assert merges == (whole[: len(before.ids)] != before.ids)
+        assert merges or ids == whole[len(before.ids) :]

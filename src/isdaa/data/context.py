@@ -8,10 +8,16 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 # Before a text that merges with what stands before it, so that it is no beginning: the first of these that does not merge itself.
 ANCHORS = ("\n", "a", ".", *string.printable)
+# Of a long text the last words are enough, where no token goes past a word: from a space at least NEAR and at most FAR characters
+# before its end.
+NEAR, FAR = 32, 256
+BETWEEN_WORDS = re.compile(r"[A-Za-z] (?=[A-Za-z])")
+PAST_A_WORD = re.compile("[A-Za-z][Ġ▁ ]")
 
 
 class Before(NamedTuple):
@@ -26,8 +32,8 @@ class Context:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        fast = getattr(tokenizer, "backend_tokenizer", None) is not None
-        tokens = tokenizer.added_tokens_decoder.values() if fast else ()
+        self._fast = getattr(tokenizer, "backend_tokenizer", None) is not None
+        tokens = tokenizer.added_tokens_decoder.values() if self._fast else ()
         cutting = sorted((str(t) for t in tokens if not t.normalized and not t.single_word), key=len, reverse=True)
         self._cutting = re.compile("|".join(map(re.escape, cutting))) if cutting else None
 
@@ -44,17 +50,25 @@ class Context:
         """
         tails = [self._tail(before) for before, _ in pairs]
         encoded = self.encode(
-            [part for tail, (_, text) in zip(tails, pairs, strict=True) if tail is not None for part in (tail, tail + text)]
+            [x for tail, (_, text) in zip(tails, pairs, strict=True) if tail is not None for x in (tail, tail + text)]
+        )
+        # Where the tail alone is not what it is in the text, the whole text decides.
+        whole = self.encode(
+            [
+                str(before.text) + text
+                for tail, (before, text) in zip(tails, pairs, strict=True)
+                if tail is not None and not _ends_with(before.ids, encoded[tail])
+            ]
         )
         found: list[list[int] | None] = []
         for tail, (before, text) in zip(tails, pairs, strict=True):
             if tail is None:
                 found.append(None)
                 continue
-            start, whole = encoded[tail], encoded[tail + text]
-            if before.ids[len(before.ids) - len(start) :] != start:  # the tail alone is not what it is in the text
-                start, whole = before.ids, tokenize_text(self.tokenizer, [str(before.text) + text])[0]
-            found.append(whole[len(start) :] if whole[: len(start)] == start else None)
+            start, ids = encoded[tail], encoded[tail + text]
+            if not _ends_with(before.ids, start):
+                start, ids = before.ids, whole[str(before.text) + text]
+            found.append(ids[len(start) :] if ids[: len(start)] == start else None)
         inner = self._inner(text for ids, (_, text) in zip(found, pairs, strict=True) if ids is None)
         return [
             (ids, False) if ids is not None else (inner[text], before.text is not None)
@@ -62,11 +76,27 @@ class Context:
         ]
 
     def _tail(self, before: Before) -> str | None:
-        """The part of a text that decides the ids behind it: tokenizers divide a text at added tokens first."""
-        if before.text is None or self._cutting is None:
-            return before.text
-        last = max((found.start() for found in self._cutting.finditer(before.text)), default=0)
-        return before.text[last:]
+        """The part of a text that decides the ids behind it: texts are divided at added tokens first, then between words."""
+        if before.text is None:
+            return None
+        text = before.text
+        if self._cutting is not None:
+            text = text[max((found.start() for found in self._cutting.finditer(text)), default=0) :]
+        if len(text) > FAR and self._word_start is not None:
+            spaces = [found.start() + 1 for found in BETWEEN_WORDS.finditer(text, len(text) - FAR, len(text) - NEAR)]
+            return text[spaces[-1] + self._word_start :] if spaces else text
+        return text
+
+    @cached_property
+    def _word_start(self) -> int | None:
+        """Whether a word's tokens begin behind its space (1, where the tokenizer adds one itself) or with it (0).
+
+        None where words are not independent: a token of the vocabulary goes on past the end of a word.
+        """
+        if self._fast is False or any(PAST_A_WORD.search(token) for token in self.tokenizer.get_vocab()):
+            return None
+        both, with_space, without = tokenize_text(self.tokenizer, ["z b", " b", "b"])
+        return 0 if _ends_with(both, with_space) else 1 if _ends_with(both, without) else None
 
     def _inner(self, texts: Iterable[str]) -> dict[str, list[int]]:
         """Ids of texts that stand inside another one."""
@@ -83,6 +113,10 @@ class Context:
                     found[text] = ids[len(start) :]
                     del left[text]
         return found | self.encode(left)
+
+
+def _ends_with(ids: list[int], end: list[int]) -> bool:
+    return ids[len(ids) - len(end) :] == end
 
 
 def tokenize_text(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
