@@ -191,7 +191,7 @@ def test_a_tool_behind_its_call() -> None:
     assert "leaves out 'tool_calls' of message 1" in refusal("phi3", row)
 
 
-@pytest.mark.parametrize("role", ["human", "gpt", "Human", "observation"])
+@pytest.mark.parametrize("role", ["human", "gpt", "Human"])
 def test_roles_that_no_template_knows(role: str) -> None:
     with pytest.raises(UserError, match=f"no chat template knows the role '{role}'"):
         canonical_pair(pair([message(role, "Which one?")]), "f:1")
@@ -587,3 +587,15 @@ def test_of_a_response_of_several_messages_what_sft_learns_is_scored(template: s
     # gpt-oss ends its last turn otherwise; Qwen 3 writes thinking before the last turn alone, and in SFT each is the last.
     otherwise = r"<\|return\|>|<\|end\|>" + (r"|<think>\n\n</think>\n\n" if template.startswith("qwen3") else "")
     assert re.sub(otherwise, "", scored) == re.sub(otherwise, "", found)
+
+
+@pytest.mark.parametrize(
+    ("template", "role", "known"), [("lfm2", "observation", False), ("gemma", "model", False), ("llama3_1", "ipython", True)]
+)
+def test_roles_that_the_template_itself_does_not_know(template: str, role: str, known: bool) -> None:
+    """Many templates write any role as it stands; a model has never seen `observation`."""
+    row = pair([QUESTION, message("assistant", "Hello."), message(role, "Drizzle."), QUESTION])
+    if known:
+        assert "Drizzle." in texts(encoder(template), row)[0]
+    else:
+        assert f"'{role}'" in refusal(template, row)

@@ -26,6 +26,7 @@ BAD = {"role": "assistant", "content": "4"}
 SYSTEM = {"role": "system", "content": "You are a pirate."}
 ASKED = {"from": "human", "value": USER["content"]}
 MORE = {"role": "user", "content": "Are you sure?"}
+TOOL_RESULT = {"role": "tool", "content": "3"}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "required": ["a"]}}}
 PLAIN = {"prompt": "Q: one?\nA:", "chosen": " 1", "rejected": " 2"}
@@ -231,8 +232,7 @@ def test_texts_that_repeat_the_prompt(write: Write) -> None:
     assert load_pairs(write(repeated), repeated="keep")[0][0]["chosen"] == repeated["chosen"]
     spaced = {"prompt": " Q: one?\nA: ", "chosen": "Q: one?\nA: 1", "rejected": "Q: one?\nA: 2"}
     assert load_pairs(write(spaced), repeated="strip")[0][0]["chosen"] == " 1"
-    with pytest.raises(UserError, match=message):
-        load_prompts(write(repeated))
+    assert load_prompts(write(repeated))[1].prompt_repeated == 1  # prompts alone are asked: nothing is wrong with them
     with pytest.raises(UserError, match=message):
         load_sft(write({"prompt": "Q:", "completion": "Q: 1"}))
     assert load_sft(write({"prompt": "Q:", "completion": "Q: 1"}), repeated="strip")[0][0]["completion"] == " 1"
@@ -388,3 +388,151 @@ def test_raw_dialogues_are_recognised(write: Write) -> None:
 def test_standard_leaves_other_columns_as_they_are() -> None:
     row = {"facts": {"a": None}, "prompt_ids": [1, 2], "weight": float("nan"), "prompt": "a"}
     assert standard(row, WHERE) == row
+
+
+# --- what a reader with fresh eyes tried
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"value": 42}',
+        '{"content": "Hi"}',
+        '[{"role": "CEO", "name": "Ann"}]',
+        '{"from": "Berlin", "to": "Paris"}',
+        "{'role': 'user'} what does this dict mean?",
+        '{"role": "admin"}\nThis grants admin.',
+        " " * 50_000 + "x",
+    ],
+)
+def test_answers_that_are_json_stay_text(text: str) -> None:
+    assert texts(PLAIN | {"chosen": text, "rejected": text.replace("4", "5") + " "})[1] == text
+    assert texts(PLAIN | {"prompt": text})[0] == text
+    assert canonical_sft({"prompt": "a", "completion": text}, WHERE)["completion"] == text
+
+
+def test_told_conversations_whatever_stands_first_and_in_whatever_column() -> None:
+    named = [{"name": None, "weight": 1} | message for message in (USER, GOOD)]
+    for told in (str(named), json.dumps(named), str(tuple(named)), json.dumps(json.dumps(named))):
+        found = texts({"chosen": told, "rejected": told.replace("'content': '3'", "'content': '4'")})
+        assert [message["content"] for message in found[0]] == [ONE]
+    assert canonical_sft({"query": str([USER]), "response": str([GOOD])}, WHERE)["completion"] == [GOOD]
+    assert texts({"messages": str([USER, GOOD]), "rejected_messages": str([USER, BAD])}) == ([USER], [GOOD], [BAD])
+    twice = '[{"role": "user", "content": "a", "content": "b"}]'
+    assert "given twice" in refusal({"prompt": twice, "chosen": [GOOD], "rejected": [BAD]})
+    half = '[{"role": "user", "content": "\\ud800"}]'
+    assert "lone surrogate" in refusal({"prompt": half, "chosen": [GOOD], "rejected": [BAD]})
+
+
+@pytest.mark.parametrize("sort", ["image", "image_url", "input_audio", "thinking", "file"])
+def test_parts_of_messages_that_are_no_text_are_refused(sort: str) -> None:
+    parts = [{"type": sort, "text": ""}, {"type": "text", "text": "what?"}]
+    assert f"type '{sort}'" in refusal({"prompt": [USER | {"content": parts}], "chosen": [GOOD], "rejected": [BAD]})
+    assert texts({"prompt": [USER | {"content": ["wh", "at?"]}], "chosen": [GOOD], "rejected": [BAD]})[0][0]["content"] == "what?"
+
+
+def test_empty_answers_of_conversations_are_dropped() -> None:
+    for turns in ([USER, GOOD | {"content": ""}], [USER, GOOD | {"content": " "}, MORE, GOOD]):
+        with pytest.raises(NoResponseError):
+            canonical_sft({"messages": turns}, WHERE)
+
+
+@pytest.mark.parametrize(
+    ("row", "reader"),
+    [
+        ({"chosen": [USER, SPACED, GOOD], "rejected": [USER, SPACED, BAD]}, canonical_pair),
+        ({"messages": [USER, USER, GOOD]}, canonical_sft),
+        ({"prompt": [USER, SPACED]}, canonical_prompt),
+        ({"prompt": ONE, "chosen": [USER, USER, GOOD], "rejected": [USER, USER, BAD]}, canonical_pair),
+    ],
+)
+def test_a_user_message_that_stands_twice_is_refused_everywhere(row: dict[str, Any], reader: Any) -> None:
+    assert "stands twice" in refusal(row, reader)
+
+
+def test_repeated_prompts_of_rows_that_became_conversations(write: Write) -> None:
+    row = {"system": "Be kind.", "prompt": "Why is it?", "chosen": "Why is it? Because.", "rejected": "Why is it? No."}
+    alpaca = {"instruction": "Why is it?", "chosen": "Why is it? Because.", "rejected": "Why is it? No."}
+    for one in (row, alpaca):
+        with pytest.raises(UserError, match="prompt_repeated"):
+            load_pairs(write(one))
+        pairs, counts = load_pairs(write(one), repeated="strip")
+        assert pairs[0]["chosen"] == [{"role": "assistant", "content": "Because."}] and counts.prompt_repeated == 1
+    words = {"prompt": "Hi", "chosen": "History is long", "rejected": "Hi there"}
+    assert load_pairs(write(words), repeated="strip")[0][0]["chosen"] == "History is long"
+
+
+def test_a_prompt_that_holds_the_answer_is_refused_and_prefills_are_counted() -> None:
+    assert "ends with one of the responses" in refusal({"prompt": [USER, GOOD], "chosen": "3", "rejected": "4"})
+    counts = Counts()
+    canonical_pair({"prompt": [USER, GOOD | {"content": "It"}], "chosen": "3", "rejected": "4"}, WHERE, counts=counts)
+    assert counts.prefilled == 1
+
+
+def test_empty_columns_of_system_and_history_change_nothing_alone(write: Write) -> None:
+    for value in ("", None, []):
+        assert texts(PLAIN | {"system": value, "history": value})[0] == PLAIN["prompt"]
+    pairs, counts = load_pairs(
+        write(PLAIN | {"system": ""}, PLAIN | {"system": "Be kind.", "prompt": "b"}, PLAIN | {"prompt": "c"})
+    )
+    assert [len(row["prompt"]) for row in pairs] == [1, 2, 1] and counts.spoken == 3  # one file, one kind of rows
+    for history in (3, "three"):
+        assert "'history'" in refusal(PLAIN | {"history": history})
+    assert len(texts(PLAIN | {"history": '[["a", "b"]]'})[0]) == 3
+    assert "'system'" in refusal(PLAIN | {"system": 3})
+
+
+def test_older_and_thinking_answers_are_no_empty_ones() -> None:
+    older = {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 1}'}}
+    assert texts({"prompt": [USER], "chosen": [older], "rejected": [BAD]})[1][0]["tool_calls"][0]["function"]["arguments"] == {
+        "a": 1
+    }
+    thought = {"role": "assistant", "content": "", "reasoning_content": "hm"}
+    assert texts({"prompt": [USER], "chosen": [thought], "rejected": [BAD]})[1] == [thought]
+    twice = CALL | {"tool_calls": [{"function": {"name": "add", "arguments": '{"a": 1, "a": 2}'}}]}
+    assert "given twice" in refusal({"prompt": [USER], "chosen": [twice], "rejected": [BAD]})
+
+
+def test_columns_that_compete_are_named(write: Write) -> None:
+    both = {"prompt": "a", "completion": "b", "response": "c", "text": "d"}
+    assert load_sft(write(both))[1].unread == ("response", "text")
+    assert load_sft(write({"messages": [USER, GOOD], "prompt": "a"}))[1].unread == ("prompt",)
+    assert load_pairs(write(PLAIN | {"query": "b", "messages": [USER]}))[1].unread == ("query", "messages")
+
+
+def test_odd_values_are_one_line_or_text(write: Write) -> None:
+    import datetime
+
+    dated = USER | {"timestamp": datetime.datetime(2024, 1, 2)}
+    assert texts({"prompt": [dated], "chosen": [GOOD], "rejected": [BAD]})[0][0]["timestamp"] == "2024-01-02 00:00:00"
+    assert "bytes" in refusal({"prompt": [USER | {"raw": b"x"}], "chosen": [GOOD], "rejected": [BAD]})
+    deep: Any = "x"
+    for _ in range(3000):
+        deep = [deep]
+    assert "too deep" in refusal({"prompt": [USER | {"deep": deep}], "chosen": [GOOD], "rejected": [BAD]})
+    assert "'weight'" in refusal(PLAIN | {"weight": "9" * 400}) and "1e+06" in refusal(PLAIN | {"weight": 1e7})
+    assert canonical_pair(PLAIN | {"chosen_finished": 1.0, "images": "[]", "videos": [None]}, WHERE)["chosen_finished"] is True
+    odd = load_pairs(write(PLAIN | {"x\ny": 1, "": 2, "long" * 40: 3}))[1].lines()[-1]
+    assert "\n" not in odd and "''" in odd and len(odd) < 200
+    ids = {"prompt_ids": np.array([1]), "chosen_ids": np.array([2]), "rejected_ids": np.array([3])}
+    assert canonical_pair(ids, WHERE)["chosen_ids"] == [2]
+    frame = pd.DataFrame([PLAIN | {"id": np.nan}, PLAIN | {"id": np.nan, "prompt": "b"}])
+    assert len(pairs_of(frame, "rows")[0]) == 2
+
+
+def test_prompts_that_are_implied_need_no_equal_ids(write: Write) -> None:
+    same = {"id": "p1", "chosen": "Q: why A: The cat", "rejected": "Q: why A: The dog"}
+    assert load_pairs(write(same, same | {"rejected": "Q: why A: No"}))[1].kept == 2
+    assert texts({"prompt": "", "chosen": [USER, GOOD], "rejected": [USER, BAD]}) == ([USER], [GOOD], [BAD])
+    assert texts({"prompt": [USER], "chosen": [CALL, TOOL_RESULT], "rejected": [BAD]})[1] == [CALL]
+
+
+@pytest.mark.parametrize(
+    "talk",
+    ["\r\n\r\nHuman: Hi?\r\n\r\nAssistant:", "<s>\n\nHuman: Hi?\n\nAssistant:", "System: kind\n\nHuman: Hi?\n\nAssistant:"],
+)
+def test_dialogues_of_other_makes(talk: str, write: Write) -> None:
+    row = {"chosen": f"{talk} the cat", "rejected": f"{talk} the car"}
+    assert load_pairs(write(row))[0][0]["chosen"] == " the cat"
+    assert load_sft(write(row))[0][0]["completion"] == " the cat"
+    assert load_prompts(write({"instruction": "q", "input": "i"}))[0][0]["prompt"] == [{"role": "user", "content": "q\ni"}]

@@ -234,7 +234,7 @@ def test_token_ids_need_no_text_and_come_together() -> None:
         ({"chosen": [{"from": "cat", "value": "x"}], "rejected": [USER, BAD]}, ["'chosen'", "'cat'", "human, "]),
         (
             {"chosen": [USER | {"content": [{"type": "image"}]}, GOOD], "rejected": [USER, BAD]},
-            ["'content' must be text"],
+            ["message 0", "type 'image' is not read"],
         ),
         ({"prompt": "another", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, ["'prompt' is none of the messages"]),
         (PLAIN | {"facts": "no json"}, ["'facts' is not valid JSON"]),

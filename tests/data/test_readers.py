@@ -258,7 +258,7 @@ def test_a_key_given_twice_outside_the_rows_is_refused(tmp_path: Path) -> None:
     assert f"{path}:1: key 'a' is given twice" in refusal(path)
 
 
-@pytest.mark.parametrize("header", [["prompt", "chosen", "prompt"], ["", "prompt", ""]])
+@pytest.mark.parametrize("header", [["prompt", "chosen", "prompt"], ["", "", "prompt"]])
 @pytest.mark.parametrize(("kind", "separator"), [(".csv", ","), (".tsv", "\t"), (".tsv.gz", "\t")])
 def test_a_header_with_a_column_twice_is_refused(kind: str, separator: str, header: list[str], tmp_path: Path) -> None:
     path = tmp_path / f"a{kind}"
@@ -309,11 +309,10 @@ def test_a_table_row_with_a_wrong_number_of_cells_is_refused(kind: str, separato
     for row, words in (("1|2", "fewer"), ("1", "fewer"), (" ", "fewer"), ("1|2|3|4", "more")):
         path.write_text((start + row + "\n").replace("|", separator))
         assert f"{path}:6: {words} cells than the header has columns ({row.count('|') + 1}, not 3)" in refusal(path)
-    path.write_text((start + '||""\n').replace("|", separator))
+    path.write_text((start + '||""\n').replace("|", separator).replace("c\n\n", f"c{separator * 2}\n\n"))
     assert list(iterate_rows(str(path))) == [
         ({"a": "1\n1", "b": "2", "c": ""}, f"{path}:3"),
-        ({"a": "", "b": "", "c": ""}, f"{path}:6"),
-    ]
+    ]  # a row of empty cells is what spreadsheets add
     path.write_text((start + '1|2|"3\n').replace("|", separator))
     assert f"{path}:6: not a valid {kind.upper()} row" in refusal(path)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from isdaa.data.chat import ChatFormat
 from isdaa.data.checks import THINKING, Message
+from isdaa.data.formats import STANDARD_ROLES
 from isdaa.data.marks import MARK, Mark, calls, leaves, tool
 from isdaa.errors import UserError
 
@@ -87,7 +88,12 @@ class Arrivals:
         opening = not answers and messages[-1]["role"] != "assistant"
         text = self.chat.render(marked, where, opening=opening, given=beside)
         thinking = False
-        read, variables = self.chat.reads
+        read, variables, words = self.chat.reads
+        for message in messages:
+            role = message["role"]
+            if role not in STANDARD_ROLES and role not in words:
+                inside = f" in {self.chat.place}" if self.chat.place else ""
+                return Arrived(f"the chat template{inside} does not know the role '{role}'; write one that it knows", False, ())
         for name, number, what in marks:
             if name in text:
                 continue

@@ -25,7 +25,10 @@ NO_TEMPLATE = (
 )
 QUESTION: Message = {"role": "user", "content": "question"}
 # What the project itself says to `apply_chat_template`.
-OURS = ("tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_tensors", "chat_template", "tools")
+OURS = (
+    *("tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_tensors", "chat_template", "tools"),
+    *("messages", "conversation", "max_length", "padding", "truncation", "tokenizer_kwargs", "return_assistant_tokens_mask"),
+)
 
 
 class ChatFormat:
@@ -72,20 +75,21 @@ class ChatFormat:
         return template if isinstance(template, str) else json.dumps(template)
 
     @cached_property
-    def reads(self) -> tuple[frozenset[str], frozenset[str]]:
-        """The keys of messages and objects, and the variables, that the template reads, by its syntax tree."""
+    def reads(self) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
+        """The keys of messages and objects and the variables that the template reads, and its own words, by its syntax tree."""
         source = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", self.source)  # transformers' own tag
         try:
             tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
         except TemplateError:  # it is refused where it is rendered, or has extensions of its own
             words = frozenset(re.findall(r"\w+", source))
-            return words, words
-        keys = {node.attr for node in tree.find_all(nodes.Getattr)}
+            return words, words, words
+        keys: set[str] = {node.attr for node in tree.find_all(nodes.Getattr)}
         asked: list[Any] = [node.arg for node in tree.find_all(nodes.Getitem)]
         asked += [call.args[0] for call in tree.find_all(nodes.Call) if call.args]
         asked += [test.expr for test in tree.find_all(nodes.Compare) if any(op.op in ("in", "notin") for op in test.ops)]
         keys |= {node.value for node in asked if isinstance(node, nodes.Const) and isinstance(node.value, str)}
-        return frozenset(keys), frozenset(meta.find_undeclared_variables(tree))
+        constants = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+        return frozenset(keys), frozenset(meta.find_undeclared_variables(tree)), frozenset(constants)
 
     def opening_of(self, prompt: str, messages: Sequence[Message], where: str | None, given: Mapping[str, Any] | None) -> str:
         """What opens the assistant's turn at the end of a prompt's text, with words that begin the answer."""
@@ -315,6 +319,8 @@ class ChatFormat:
 
 def check_given(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Raises UserError for template arguments that are not for users to give."""
+    if not isinstance(given, Mapping):
+        raise UserError(f"{where}: must be names with values, such as {{enable_thinking: false}}, not {given!r}")
     ours = [name for name in given if name in OURS]
     if ours:
         raise UserError(f"{where}: '{ours[0]}' is not for the template to get from here; leave it out")

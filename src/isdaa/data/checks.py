@@ -8,10 +8,32 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from isdaa.errors import UserError, nearest
+from isdaa.files import JsonDecoder
 
 THINKING = ("reasoning_content", "reasoning", "thinking")  # keys of a message beside its content
 Message = dict[str, Any]
 Text = str | list[Message]
+
+
+def whole_text(value: Any, where: str) -> None:
+    """Raises UserError for half of a surrogate pair, which no tokenizer can read and no file can hold."""
+    if isinstance(value, str):
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                half = f"\\u{ord(value[error.start]):04x}"
+                raise UserError(
+                    f"{where} holds half of a character ({half}, a lone surrogate): a text was cut in its middle; mend or remove "
+                    "the row"
+                ) from None
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            whole_text(key, where)
+            whole_text(item, where)
+    elif isinstance(value, list) and value and not isinstance(value[0], int | float):
+        for item in value:
+            whole_text(item, where)
 
 
 def check_text(row: Mapping[str, Any], column: str, where: str, blank: bool = False) -> Text:
@@ -39,18 +61,22 @@ def check_messages(value: Any, column: str, where: str) -> list[Message]:
     for number, message in enumerate(value):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise UserError(f"{where}: column '{column}', message {number}: expected an object with 'role' and 'content'")
-        content = message.get("content")
+        content, place = message.get("content"), f"{where}: column '{column}', message {number}"
         if isinstance(content, Sequence) and not isinstance(content, str):
-            content = _joined_parts(content)
-        if content is None and message.get("tool_calls"):
+            content = _joined_parts(content, place)
+        told = {k: v for k, v in message.items() if v is not None}
+        if told.get("function_call") and not told.get("tool_calls"):  # OpenAI's older form
+            told["tool_calls"] = [{"type": "function", "function": told.pop("function_call")}]
+        says = any(told.get(name) for name in ("tool_calls", *THINKING))
+        if content is None and says:
             content = ""
         if not isinstance(content, str):
-            raise UserError(f"{where}: column '{column}', message {number}: 'content' must be text, not {kind(content)}")
-        told = {k: v for k, v in message.items() if v is not None}
+            raise UserError(f"{place}: 'content' must be text, not {kind(content)}")
         if told.get("tool_calls"):
-            told["tool_calls"] = _calls(told["tool_calls"], column, f"{where}: column '{column}', message {number}")
+            told["tool_calls"] = _calls(told["tool_calls"], column, place)
+            whole_text(told["tool_calls"], place)
         messages.append({**told, "content": content})
-    if not any(message["content"].strip() or message.get("tool_calls") for message in messages):
+    if not any(m["content"].strip() or any(m.get(name) for name in ("tool_calls", *THINKING)) for m in messages):
         raise UserError(f"{where}: column '{column}' has only empty messages; give a text or remove the row")
     return messages
 
@@ -61,26 +87,39 @@ def _calls(value: Any, column: str, where: str) -> list[Any]:
     calls = [json_cell(call, column, where) for call in (value if isinstance(value, list) else [value])]
     if not all(isinstance(call, Mapping) for call in calls):
         raise UserError(f"{where}: 'tool_calls' must be a list of objects, not {kind(value)}")
-    return [_with_arguments(call) for call in calls]
+    return [_with_arguments(call, where) for call in calls]
 
 
-def _with_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+def _with_arguments(call: Mapping[str, Any], where: str) -> dict[str, Any]:
     if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _with_arguments(call["function"])}
+        return {**call, "function": _with_arguments(call["function"], where)}
     arguments = call.get("arguments")
     if isinstance(arguments, str):
+        decoder = JsonDecoder()
         try:
-            arguments = json.loads(arguments or "{}")
+            arguments = decoder.decode(arguments or "{}")
         except ValueError:
             return dict(call)
+        if decoder.repeated:
+            raise UserError(f"{where}: key '{decoder.repeated[0][1]}' is given twice in the arguments of a tool call; remove one")
         return {**call, "arguments": arguments} if isinstance(arguments, Mapping) else dict(call)
     return dict(call)
 
 
-def _joined_parts(parts: Sequence[Any]) -> str | None:
-    """Text of a message given as typed parts; None where a part is no text."""
-    texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
-    return "".join(text for text in texts if text is not None) if all(isinstance(text, str) for text in texts) else None
+def _joined_parts(parts: Sequence[Any], place: str) -> str:
+    """Text of a message given as typed parts. Raises UserError for a part that is no text: pictures, sound, files, thinking."""
+    texts = []
+    for part in parts:
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        sort = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if not isinstance(part, Mapping) or sort not in (None, "text", "input_text", "output_text"):
+            raise UserError(f"{place}: a part of type {kind(sort)} is not read: isdaa trains on text alone; remove it or the row")
+        if not isinstance(part.get("text"), str):
+            raise UserError(f"{place}: 'content' must be text, or parts with a 'text' each, not {kind(part)}")
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 def number(
@@ -93,7 +132,7 @@ def number(
     try:
         number = math.nan if isinstance(value, bool) else float(value)
         numeric = not isinstance(value, bool)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numeric = False
     if not numeric:
         raise UserError(f"{where}: column '{column}' must be a number, not {kind(value)}; mend it or leave it out")
@@ -111,7 +150,7 @@ def flag(row: Mapping[str, Any], column: str, where: str) -> bool:
     value = row.get(column)
     if value is None or value == "":
         return True
-    flags = {"true": True, "1": True, "false": False, "0": False}
+    flags = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
     if str(value).lower() not in flags:
         raise UserError(f"{where}: column '{column}' must be true or false, not {kind(value)}")
     return flags[str(value).lower()]

@@ -9,7 +9,10 @@ from isdaa.errors import UserError
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 # Scripts that put no space between words: kana, Han, Thai, Lao, Tibetan, Burmese, Khmer. Any character may begin a response.
-NO_SPACES = re.compile("[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+NO_SPACES = re.compile(
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1b7f\u3040-\u312f\ua000-\ua4cf\ua980-\ua9df\uaa00-\uaadf\uff66-\uff9f\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+VIRAMA = 9  # Unicode's combining class
 JOINS = ("'", "’", "ʼ", ".", ",", "-", "‐", "\u00b7")  # inside don't, 3.14, 1,000, well-known
 
 
@@ -22,13 +25,17 @@ class NoResponseError(UserError):
 
 
 def is_dialogue(text: object) -> bool:
-    """Whether a text is a dialogue as HH writes it."""
-    return isinstance(text, str) and text.lstrip().startswith(HUMAN.strip()) and ASSISTANT in text
+    """Whether a text is a dialogue as HH writes it, whatever stands before it."""
+    return isinstance(text, str) and ASSISTANT in (told := _with_plain_lines(text)) and HUMAN in f"\n\n{told}"
+
+
+def _with_plain_lines(text: str) -> str:
+    return text.replace("\r\n", "\n")
 
 
 def last_turn(text: str, column: str, where: str) -> tuple[str, str]:
     """(a dialogue through its last 'Assistant:', what the assistant says then). Raises NoResponseError for no such turn."""
-    before, marker, response = text.rpartition(ASSISTANT)
+    before, marker, response = _with_plain_lines(text).rpartition(ASSISTANT)
     if not marker or HUMAN in response:
         raise NoResponseError(f"{where}: column '{column}' does not end with a turn of the assistant")
     if not response.strip():
@@ -70,6 +77,8 @@ def _inside(text: str, end: int) -> bool:
     before, after = text[end - 1], text[end : end + 1]
     if not after:
         return False
+    if unicodedata.combining(before) == VIRAMA:  # it joins what stands before and behind it
+        return True
     if unicodedata.category(after)[0] == "M" or after == "\u200d" or before == "\u200d" or "\U0001f3fb" <= after <= "\U0001f3ff":
         return True
     if "\U0001f1e6" <= after <= "\U0001f1ff" and "\U0001f1e6" <= before <= "\U0001f1ff":  # a flag is two of these

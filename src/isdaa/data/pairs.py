@@ -15,19 +15,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from isdaa.data import formats
-from isdaa.data.checks import THINKING, Message, Text, check_messages, check_text, facts, flag, number, token_ids
-from isdaa.data.implied import NoCommonPromptError, NoResponseError, implied_prompt
+from isdaa.data.checks import THINKING, Message, Text, check_messages, check_text, facts, flag, kind, number, token_ids
+from isdaa.data.implied import NoCommonPromptError, NoResponseError, implied_prompt, is_dialogue, last_turn
 from isdaa.errors import UserError, nearest
-
-__all__ = ["Counts", "NoCommonPromptError", "NoResponseError", "Row", "canonical_pair", "canonical_prompt", "canonical_sft"]
 
 Row = dict[str, Any]
 Repeated = Literal["strip", "keep"] | None  # what becomes of a prompt that responses repeat; None: counted, as they stand
 
+TOLD = 20  # names of columns that are told; of more, how many
+LARGEST_WEIGHT = 1e6
 KEEP: Repeated = "keep"  # of files that a run wrote: what was to be taken off has been
 
 PROMPT_NAMES = ("prompt", "query")
@@ -66,6 +67,9 @@ class Counts:
     dropped_nothing_left: int = 0
     repeated_prompts: int = 0
     prompt_repeated: int = 0
+    prefilled: int = 0
+    spoken: int = 0
+    trailing: int = 0
     empty_prompts: int = 0
     other_speakers: int = 0
     prompts_cut: int = 0
@@ -98,7 +102,10 @@ class Counts:
         """One line for every count that is not zero; the first says how many rows are left."""
         result = [f"{self.kept - self.turns_apart} of {self.rows} rows kept"]
         result += [f"{n} {_COUNT_LINES[name]}" for name, n in asdict(self).items() if name in _COUNT_LINES and n]
-        return [*result, f"not read: {', '.join(self.unread)}"] if self.unread else result
+        names = [name if name.isprintable() and name else repr(name) for name in self.unread]
+        names = [f"{name[:60]}…" if len(name) > 60 else name for name in names]
+        more = f" and {len(names) - TOLD} more" if len(names) > TOLD else ""
+        return [*result, f"not read: {', '.join(names[:TOLD])}{more}"] if names else result
 
 
 _COUNT_LINES = {
@@ -109,6 +116,9 @@ _COUNT_LINES = {
     "dropped_nothing_left": "dropped: nothing to learn is left within max_length",
     "repeated_prompts": "prompts repeated, used once",
     "prompt_repeated": "rows: the prompt stands in column 'prompt' and once more before the responses",
+    "prefilled": "prompts end with words of the assistant: the responses go on from them",
+    "spoken": "rows of plain text are conversations, by their columns 'system' and 'history' or those of other rows",
+    "trailing": "rows end with a message of a tool or a user, which no answer follows: left out",
     "empty_prompts": "prompts are empty: the responses follow BOS alone",
     "other_speakers": "rows with responses of several messages: what tools and users say in them is read, not scored",
     "prompts_cut": "prompts cut to max_prompt_length",
@@ -142,10 +152,10 @@ def canonical_pair(
     if given:
         prompt, chosen, rejected = (_optional_text(row, names) for names in (PROMPT_NAMES, ("chosen",), ("rejected",)))
     else:
-        prompt, chosen, rejected = _texts(row, where)
+        prompt, chosen, rejected = _once(*_texts(row, where, counts), repeated=repeated, counts=counts, where=where)
         if isinstance(prompt, str):
-            prompt, chosen, rejected = _once(prompt, [chosen, rejected], repeated, counts, where)
             _for_messages_alone(row, where)
+        counts.spoken += bool(row.get(formats.SPOKEN))
         counts.empty_prompts += not prompt
         counts.other_speakers += any(len(side) > 1 for side in (chosen, rejected) if isinstance(side, list))
     behaviour_chosen, behaviour_rejected = _behaviour_logps(row, where)
@@ -158,7 +168,7 @@ def canonical_pair(
         "chat_template_kwargs": row.get("chat_template_kwargs"),
         "behaviour_chosen_logps": behaviour_chosen,
         "behaviour_rejected_logps": behaviour_rejected,
-        "weight": number(row, "weight", where, minimum=0.0),
+        "weight": _weight(row, where),
         "chosen_reward": number(row, "chosen_reward", where),
         "rejected_reward": number(row, "rejected_reward", where),
         **ids,
@@ -196,12 +206,15 @@ def canonical_prompt(
         if answer is not None and not formats.empty(row[answer]):
             chosen = check_text(row, answer, where)
         if ids is None and chosen is None and isinstance(prompt, list):
-            prompt = _prefilled(prompt)
+            prompt = _prefilled(prompt, counts)
         elif ids is None and chosen is not None and (isinstance(prompt, list) or isinstance(chosen, list)):
             whole, end = _joined(prompt, chosen, where)
-            prompt, chosen = _divided(whole, end)
-        elif ids is None and isinstance(chosen, str):
-            prompt, chosen = _once(prompt, [chosen], repeated, counts, where)
+            prompt, chosen = _divided(whole, end, True, counts)
+        if ids is None and chosen is not None:
+            prompt, chosen = _once(prompt, chosen, repeated=repeated, counts=counts, where=where)
+    if ids is None and isinstance(prompt, list):
+        _check_turns(prompt, where)
+        counts.spoken += bool(row.get(formats.SPOKEN))
     if isinstance(prompt, str) and ids is None:
         _for_messages_alone(row, where)
         counts.empty_prompts += not prompt
@@ -234,19 +247,26 @@ def canonical_sft(
         prompt, completion = (turns[:-1], turns[-1:]) if single else (None, turns)
     elif _first_name(row, PROMPT_NAMES) is None and "text" in row:
         completion = check_text(row, "text", where)
+    elif _first_name(row, PROMPT_NAMES) is None and is_dialogue(row.get("chosen")):
+        prompt, completion = last_turn(row["chosen"], "chosen", where)
     else:
         prompt = check_text(row, _first_name(row, PROMPT_NAMES) or "prompt", where, blank=True)
         completion = _response(row, _first_name(row, RESPONSE_NAMES) or "completion", where)
         if isinstance(prompt, list) or isinstance(completion, list):
             whole, end = _joined(prompt, completion, where)
-            prompt, completion = _divided(whole, end)
-        else:
-            prompt, completion = _once(prompt, [completion], repeated, counts, where)
-            counts.empty_prompts += not prompt
+            prompt, completion = _divided(whole, end, True, counts)
+        if completion:
+            prompt, completion = _once(prompt, completion, repeated=repeated, counts=counts, where=where)
+        counts.empty_prompts += not prompt
     if isinstance(completion, list):
-        roles = [message["role"] for message in [*(prompt or []), *completion]]
-        if "assistant" not in roles[max(1, len(roles) - len(completion)) :]:
+        turns = [*(prompt or []), *completion]
+        learnt = [turn for turn in turns[max(1, len(turns) - len(completion)) :] if turn["role"] == "assistant"]
+        if not learnt:
             raise UserError(f"{where}: no message with role 'assistant' answers another, so there is nothing to learn")
+        if any(formats.empty([turn]) for turn in learnt):
+            raise NoResponseError(f"{where}: an answer of the assistant is empty; write one or remove the row")
+        _check_turns(turns, where)
+        counts.spoken += bool(row.get(formats.SPOKEN))
     else:
         _for_messages_alone(row, where)
     found = {name: row.get(name) for name in TEMPLATE_COLUMNS}
@@ -268,10 +288,26 @@ def same_response(pair: Row) -> bool:
     return pair[names[0]] == pair[names[1]] and pair["chosen_finished"] == pair["rejected_finished"]
 
 
+def competing(row: Mapping[str, Any], sft: bool) -> list[str]:
+    """Columns that hold something and are not read, since another column of the row is read in their place."""
+    told = [name for name in (*PROMPT_NAMES, *RESPONSE_NAMES, "messages", "conversations", "text") if not _nothing(row.get(name))]
+    prompts, turns = [n for n in told if n in PROMPT_NAMES], [n for n in told if n in ("messages", "conversations")]
+    answers = [n for n in told if n in RESPONSE_NAMES]
+    if not sft:
+        return [*prompts[1:], *(turns if prompts else turns[1:])]
+    if turns:
+        return [*turns[1:], *prompts, *answers, *(n for n in told if n == "text")]
+    return [*prompts[1:], *answers[1:], *(n for n in told if n == "text")] if prompts else answers if "text" in told else []
+
+
+def _nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list) and len(value) == 0)
+
+
 # --- text and conversations
 
 
-def _texts(row: Mapping[str, Any], where: str) -> tuple[Text, Text, Text]:
+def _texts(row: Mapping[str, Any], where: str, counts: Counts) -> tuple[Text, Text, Text]:
     """Prompt, chosen and rejected of a row without token ids."""
     chosen, rejected = _response(row, "chosen", where), _response(row, "rejected", where)
     name = _first_name(row, PROMPT_NAMES)
@@ -283,6 +319,7 @@ def _texts(row: Mapping[str, Any], where: str) -> tuple[Text, Text, Text]:
             return prompt, chosen, rejected
     else:
         prompt = check_text(row, name, where) if name is not None and row[name] is not None else []
+    chosen, rejected = (_through_last_answer(side, counts) for side in (chosen, rejected))
     (first, given), (second, other) = (_joined(prompt, response, where) for response in (chosen, rejected))
     for column, whole in (("chosen", first), ("rejected", second)):
         if whole[-1]["role"] != "assistant":
@@ -300,7 +337,29 @@ def _texts(row: Mapping[str, Any], where: str) -> tuple[Text, Text, Text]:
         raise NoCommonPromptError(
             f"{where}: chosen and rejected do not begin with the same messages, so they have no common prompt"
         )
-    return *_divided(first, end, prefilled=end == given == other and bool(prompt)), second[end:]
+    for whole in (first, second):
+        _check_turns(whole, where)
+    asked, answer = _divided(first, end, end == given == other and bool(prompt), counts)
+    begun = asked[-1]["content"].strip() if asked[-1].get("prefix") else ""
+    if begun and begun in (answer[-1]["content"].strip(), second[-1]["content"].strip()):
+        raise UserError(f"{where}: column 'prompt' ends with one of the responses; leave the answer out of the prompt")
+    return asked, answer, second[end:]
+
+
+def _through_last_answer(response: Text, counts: Counts) -> Text:
+    """A response without what others say behind its last answer: nothing of that is scored."""
+    if isinstance(response, str) or all(message["role"] != "assistant" for message in response):
+        return response
+    last = max(i for i, message in enumerate(response) if message["role"] == "assistant")
+    counts.trailing += last < len(response) - 1
+    return response[: last + 1]
+
+
+def _check_turns(messages: list[Message], where: str) -> None:
+    """Raises UserError where a user message stands twice in a row."""
+    for first, second in pairwise(messages):
+        if first["role"] == second["role"] == "user" and _same(first, second):
+            raise UserError(f"{where}: a user message stands twice ({kind(second['content'])}); remove one")
 
 
 def _response(row: Mapping[str, Any], column: str, where: str) -> Text:
@@ -312,20 +371,29 @@ def _response(row: Mapping[str, Any], column: str, where: str) -> Text:
     return check_text(row, column, where)
 
 
-def _once(prompt: Text, responses: list[Text], repeated: Repeated, counts: Counts, where: str) -> tuple[Text, ...]:
-    """The prompt and its responses, all texts: where each response begins with the prompt, the row is counted, and with `strip`
-    the response is what follows."""
-    words = str(prompt).strip()
-    if not words or not all(str(response).lstrip().startswith(words) for response in responses):
+def _once(prompt: Text, *responses: Text, repeated: Repeated, counts: Counts, where: str) -> tuple[Text, ...]:
+    """The prompt and its responses: where each response begins with the text of the prompt (of a conversation, of its last user
+    message), the row is counted, and with `strip` the response is what follows."""
+    asked = prompt if isinstance(prompt, str) else prompt[-1]["content"] if prompt[-1]["role"] == "user" else ""
+    answers = [response if isinstance(response, str) else response[0]["content"] for response in responses]
+    words = asked.strip()
+    if not words or not all(_begins(answer.lstrip(), words) for answer in answers):
         return prompt, *responses
     counts.prompt_repeated += 1
     if repeated != "strip":
         return prompt, *responses
-    exact = all(str(response).startswith(str(prompt)) for response in responses)
-    cut = [str(r).removeprefix(str(prompt)) if exact else str(r).lstrip().removeprefix(words) for r in responses]
-    if not all(response.strip() for response in cut):
+    exact = all(answer.startswith(asked) for answer in answers)
+    cut = [answer.removeprefix(asked) if exact else answer.lstrip().removeprefix(words) for answer in answers]
+    if not all(answer.strip() for answer in cut):
         raise NoResponseError(f"{where}: a response is the prompt and nothing more")
-    return prompt, *cut
+    if isinstance(prompt, str):
+        return prompt, *cut
+    return prompt, *([{**r[0], "content": words.lstrip()}, *r[1:]] for r, words in zip(responses, cut, strict=True))  # type: ignore[dict-item]
+
+
+def _begins(text: str, words: str) -> bool:
+    """Whether a text begins with these words, and not with longer ones."""
+    return text.startswith(words) and not (words[-1].isalnum() and text[len(words) :][:1].isalnum())
 
 
 def _for_messages_alone(row: Mapping[str, Any], where: str) -> None:
@@ -390,16 +458,17 @@ def _same(first: Message, second: Message) -> bool:
     return words[0] == words[1]
 
 
-def _divided(whole: list[Message], end: int, prefilled: bool = True) -> tuple[list[Message], list[Message]]:
+def _divided(whole: list[Message], end: int, prefilled: bool, counts: Counts) -> tuple[list[Message], list[Message]]:
     """(prompt, response). A prompt that ends with words of the assistant (a prefill) is continued by the response."""
     prompt, response = whole[:end], whole[end:]
-    return (_prefilled(prompt) if prefilled and response and response[0]["role"] == "assistant" else prompt), response
+    return (_prefilled(prompt, counts) if prefilled and response and response[0]["role"] == "assistant" else prompt), response
 
 
-def _prefilled(prompt: list[Message]) -> list[Message]:
+def _prefilled(prompt: list[Message], counts: Counts) -> list[Message]:
     """The prompt, its last message marked where it is the beginning of an answer (`chat.ChatFormat` reads the mark)."""
     if prompt[-1]["role"] != "assistant" or prompt[-1].get("tool_calls"):
         return prompt
+    counts.prefilled += 1
     return [*prompt[:-1], {**prompt[-1], "prefix": True}]
 
 
@@ -418,6 +487,13 @@ def _first_name(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
     """The first of the names that the row has a value for; else the first that it has at all."""
     present = [name for name in names if name in row]
     return next((name for name in present if row[name] is not None), present[0] if present else None)
+
+
+def _weight(row: Mapping[str, Any], where: str) -> float | None:
+    value = number(row, "weight", where, minimum=0.0)
+    if value is not None and value > LARGEST_WEIGHT:
+        raise UserError(f"{where}: column 'weight' is {value:g}; it must not be above {LARGEST_WEIGHT:g}")
+    return value
 
 
 def _behaviour_logps(row: Mapping[str, Any], where: str) -> tuple[float | None, float | None]:

@@ -186,6 +186,10 @@ def _json(path: Path) -> Numbered:
         found = ((f":{n}", keys[id(inner)]) for n, row in enumerate(rows, 1) for inner in _objects(row) if id(inner) in keys)
         row_number, key = next(found, ("", decoder.repeated[0][1]))
         raise UserError(f"{path}{row_number}: key '{key}' is given twice in one object; remove one")
+    if isinstance(content, dict) and content and all(isinstance(value, dict) for value in content.values()):
+        raise UserError(
+            f"{path}: objects of objects, as pandas writes them by itself; write it with orient='records', lines=True"
+        )
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
@@ -208,10 +212,16 @@ def _csv(path: Path, dialect: str) -> Numbered:
         with opened_text(path) as (file, encoding):
             reader = csv.reader(io.TextIOWrapper(file, encoding, newline=""), dialect, strict=True)
             header = next(reader, [])
+            while header and not header[-1].strip():  # columns that a spreadsheet adds
+                header.pop()
             if (name := given_twice(header)) is not None:
                 raise UserError(f"{path}:1: column '{name}' is there twice; rename or remove one")
             line = reader.line_num + 1
             for cells in reader:
+                while len(cells) > len(header) and not cells[-1].strip():
+                    cells.pop()
+                if not any(cells):  # a blank line, or a row of empty cells
+                    cells = []
                 if cells and len(cells) != len(header):
                     raise UserError(
                         f"{path}:{line}: {'more' if len(cells) > len(header) else 'fewer'} cells than the header has columns "

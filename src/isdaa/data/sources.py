@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from isdaa.data.formats import ALPACA, is_alpaca
+from isdaa.data.formats import ALPACA, SPOKEN, as_conversation, is_alpaca
 from isdaa.data.implied import NoCommonPromptError, NoResponseError
 from isdaa.data.pairs import (
     KNOWN_COLUMNS,
     PAIR_COLUMNS,
+    PROMPT_NAMES,
     SFT_COLUMNS,
     TEMPLATE_COLUMNS,
     Counts,
@@ -20,6 +21,7 @@ from isdaa.data.pairs import (
     canonical_pair,
     canonical_prompt,
     canonical_sft,
+    competing,
     same_response,
 )
 from isdaa.data.readers import Numbered, divided, iterate_rows
@@ -157,7 +159,7 @@ class Reading:
         for row, where in rows:
             counts.rows += 1
             if place.convert is None:
-                self._name_unread(row)
+                self._name_unread(row, sft=make is canonical_sft)
             before = counts.prompt_repeated
             try:
                 made = make(place.row(row, where), where, divided(place.source)[0], self.repeated, counts)
@@ -168,7 +170,8 @@ class Reading:
                 continue
             if counts.prompt_repeated > before:
                 self._repeats = self._repeats or where
-            if make is not canonical_sft:
+            implied = isinstance(made["prompt"], str) and all(row.get(name) is None for name in PROMPT_NAMES)
+            if make is not canonical_sft and not implied:
                 self._check_id(made)
             yield made
 
@@ -181,17 +184,26 @@ class Reading:
                 f"{self._no_response} ({counts.dropped_no_response} of {counts.rows} rows are so; up to {EMPTY_SHARE:.0%} are "
                 "dropped and counted)"
             )
-        if self.repeated is None and counts.prompt_repeated > counts.rows / 2:
+        if self.repeated is None and self.columns is not KNOWN_COLUMNS and counts.prompt_repeated > counts.rows / 2:
             raise UserError(
                 f"{self._repeats}: the responses begin with the prompt, in {counts.prompt_repeated} of {counts.rows} rows: it "
-                "would be read twice; set data.prompt_repeated to strip (it is taken off the responses) or to keep"
+                "would be read twice; set data.prompt_repeated (PreferenceConfig: prompt_repeated) to strip, which takes it "
+                "off the responses, or to keep"
             )
+        if counts.spoken:  # what one row's columns say of the file is true of all its texts
+            texts = [row for row in rows if isinstance(row["prompt"], str) and row.get("prompt_ids") is None]
+            for row in texts:
+                as_conversation(row)
+                row.pop(SPOKEN)
+            counts.spoken += len(texts)
         if not rows:
             raise UserError(f"{self.name}: no {what} is left: {'; '.join(counts.lines())}")
         return as_dataset(rows), counts
 
-    def _name_unread(self, row: Mapping[str, Any]) -> None:
+    def _name_unread(self, row: Mapping[str, Any], sft: bool) -> None:
         names = tuple(row)
+        if self.columns is not KNOWN_COLUMNS:
+            self._unread |= dict.fromkeys(competing(row, sft))
         if names != self._names:
             self._names = names
             read = self.columns | {"where"} | (frozenset(ALPACA) if is_alpaca(row) else frozenset())

@@ -28,6 +28,7 @@ from isdaa.evaluation.requests import Checkpoint, Request, checkpoints, run_fold
 from isdaa.evaluation.scorers import Scorer, load_scorer
 from isdaa.evaluation.scoring import score
 from isdaa.files import read_json, write_json
+from isdaa.terminal import say
 
 Row = Mapping[str, Any]
 
@@ -134,7 +135,9 @@ def evaluate_request(request: Request) -> dict[str, Any]:
     """`evaluate` for what `requests` found: reads the rows, then evaluates; the metrics also say where the rows came from."""
     from isdaa.data.sources import load_prompts
 
-    prompts, _ = once(lambda: load_prompts(request.data, request.split, repeated=request.repeated))
+    prompts, counts = once(lambda: load_prompts(request.data, request.split, repeated=request.repeated))
+    for line in counts.lines()[1:]:
+        say(f"{request.data}: {line}")
     held_out = once(lambda: common_pairs(request.held_out) if request.held_out else _pairs_of(request, prompts))
     metrics = evaluate(
         request.models,
