@@ -590,7 +590,8 @@ def test_of_a_response_of_several_messages_what_sft_learns_is_scored(template: s
 
 
 @pytest.mark.parametrize(
-    ("template", "role", "known"), [("lfm2", "observation", False), ("gemma", "model", False), ("llama3_1", "ipython", True)]
+    ("template", "role", "known"),
+    [("lfm2", "observation", False), ("nemotron_3_nano", "critic", False), ("llama3_1", "ipython", True)],
 )
 def test_roles_that_the_template_itself_does_not_know(template: str, role: str, known: bool) -> None:
     """Many templates write any role as it stands; a model has never seen `observation`."""
