@@ -98,6 +98,9 @@ def build_parser() -> argparse.ArgumentParser:
     logps.add_argument("--data", required=True, metavar="SOURCE", help="preference pairs")
     logps.add_argument("--split", default="train", metavar="NAME")
     logps.add_argument("--output", required=True, metavar="FILE", help="JSONL file to write")
+    logps.add_argument(
+        "--prompt_repeated", choices=["strip", "keep"], help="as data.prompt_repeated of the run that will read it"
+    )
     add_options(logps, only=("tokenization",))
 
     methods = commands.add_parser("methods", help="list the presets with formula and source")
@@ -337,7 +340,9 @@ def _logps(arguments: argparse.Namespace) -> int:
     _quiet_libraries()
     from isdaa.training.behaviour import write_behaviour_logps
 
-    write_behaviour_logps(arguments.model_path, arguments.data, arguments.split, Path(arguments.output), tokenization)
+    write_behaviour_logps(
+        arguments.model_path, arguments.data, arguments.split, Path(arguments.output), tokenization, arguments.prompt_repeated
+    )
     return 0
 
 

@@ -345,7 +345,9 @@ def test_a_prompt_that_begins_the_answer_is_marked() -> None:
     assert prompt == [USER, prefill | {"prefix": True}] and chosen == [GOOD]
     assert canonical_prompt({"prompt": [USER, prefill]}, WHERE)["prompt"][-1]["prefix"] is True
     # Two answers in a row of one conversation are two messages.
-    assert texts({"chosen": [USER, prefill, GOOD], "rejected": [USER, prefill, BAD]})[0] == [USER, prefill]
+    whole = texts({"chosen": [USER, prefill, GOOD], "rejected": [USER, prefill, BAD]})
+    assert whole[0] == [USER, prefill | {"prefix": False}]
+    assert texts({"prompt": whole[0], "chosen": [GOOD], "rejected": [BAD]}) == whole
 
 
 @pytest.mark.parametrize("nothing", ["", " \n", None, [], [{"role": "assistant", "content": ""}], [{"role": "assistant"}]])

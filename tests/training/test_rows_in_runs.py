@@ -135,3 +135,66 @@ def test_a_subset_and_repeated_prompts_by_their_keys(place: Path, capsys: pytest
         "subset",
         "'small'",
     )
+
+
+def without_version(file: Path) -> None:
+    """A record as an earlier revision wrote it."""
+    state = json.loads(file.read_text())
+    for stage in state.get("stages", {}).values():
+        stage.pop("tokens", None)
+    state.pop("tokens", None)
+    file.write_text(json.dumps(state))
+
+
+def test_whatever_an_earlier_revision_finished_is_not_built_upon(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    jsonl(place / "pairs.jsonl", conversations(16))
+    jsonl(place / "sft.jsonl", [{"prompt": row["prompt"], "completion": row["chosen"]} for row in plain_pairs(8)])
+    both = ALIGN | {"data.sft": "sft.jsonl", "sft.max_steps": 1, "sft.warmup_steps": 0, "data.eval_fraction": 0.3}
+    assert train("run", both, stages=["sft"]) == 0
+    without_version(place / "run" / "run.json")
+    assert train("run", both, stages=["sft", "align"]) == 2
+    assert train("other", both, stages=["sft", "align"]) == 0
+    without_version(place / "other" / "model" / "isdaa.json")
+    requests(["other/model"], {})
+    assert "earlier isdaa" in caplog.text
+
+
+def test_behaviour_logps_are_of_their_own_tokens(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row | {side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in plain_pairs(4)]
+    jsonl(place / "pairs.jsonl", [*rows, *plain_pairs(12)[4:]])
+    settings = ["--tokenization.max_length", "200", "--tokenization.max_prompt_length", "120"]
+    assert main(["logps", "--model_path", "my_model", "--data", "pairs.jsonl", "--output", "mu.jsonl", *settings]) == 0
+    options = ALIGN | {"data.pairs": "mu.jsonl", "objective.method": "is_dpo"}
+    assert train("same", options) == 0
+    assert abs(read_lines(place / "same" / "metrics.jsonl")[0]["weights/log_weight_mean"]) < 1e-3
+    capsys.readouterr()
+    assert train("stripped", options | {"data.prompt_repeated": "strip"}) == 2
+    assert "behaviour logps are of other tokens" in capsys.readouterr().err
+    bare = [{k: v for k, v in row.items() if k != "behaviour_tokens"} for row in read_lines(place / "mu.jsonl")]
+    jsonl(place / "bare.jsonl", bare)
+    assert train("bare", options | {"data.pairs": "bare.jsonl", "data.prompt_repeated": "strip"}) == 2
+    assert "--prompt_repeated strip" in capsys.readouterr().err
+    again = ["--output", "again.jsonl", "--prompt_repeated", "strip", *settings]
+    assert main(["logps", "--model_path", "my_model", "--data", "pairs.jsonl", *again]) == 0
+    assert train("again", options | {"data.pairs": "again.jsonl"}) == 0
+    assert train("plain", options | {"objective.method": "dpo", "data.prompt_repeated": "strip"}) == 0
+
+
+def test_canonical_rows_are_the_same_read_again(place: Path) -> None:
+    ask, one, two, three = (
+        {"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "It is "), ("assistant", "7."), ("assistant", "8."))
+    )
+    rows = [
+        {"chosen": [ask, one, two], "rejected": [ask, one, three]},
+        {"prompt": [ask, one], "chosen": [two], "rejected": [three]},
+        {"prompt": [ask], "chosen": [two], "rejected": [three], "tools": [TOOL], "chat_template_kwargs": {"a": 1}},
+        {"prompt": "q", "chosen": " 7.", "rejected": " 8.", "weight": 0.5, "id": "x"},
+        {"instruction": "q", "input": "i", "chosen": "7", "rejected": "8", "history": [["a", "b"]]},
+    ]
+    jsonl(place / "rows.jsonl", rows)
+    first, _ = load_pairs("rows.jsonl")
+    jsonl(place / "again.jsonl", [{k: v for k, v in row.items() if v is not None} for row in first])
+    again, _ = load_pairs("again.jsonl")
+    for row, other in zip(first, again, strict=True):
+        assert {k: v for k, v in row.items() if k != "where"} == {k: v for k, v in other.items() if k != "where"}
+    assert [row["prompt"][-1].get("prefix") for row in list(first)[:3]] == [False, True, None]

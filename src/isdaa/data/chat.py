@@ -178,7 +178,7 @@ class ChatFormat:
         """
         whole = self.render(joined(messages, answers), where, opening=False, given=given)
         if not whole.startswith(prompt) and _prefill(messages) is None:
-            prompt = self._written(messages, prompt, where, given)
+            prompt = self._written(messages, prompt, whole, where, given)
         if not whole.startswith(prompt):
             place = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
             raise UserError(
@@ -241,7 +241,7 @@ class ChatFormat:
             if number:
                 so_far = joined(messages, answers[:number])
                 before = self.prompt(so_far, where, given)
-                before = before if whole.startswith(before) else self._written(so_far, before, where, given)
+                before = before if whole.startswith(before) else self._written(so_far, before, whole, where, given)
                 start = len(before) if whole.startswith(before) else -1
             if number < len(answers) - 1:
                 end = self._end_of_turn(messages, answers, number, whole, where, given)
@@ -301,13 +301,19 @@ class ChatFormat:
             after = after.replace(name, words)
         return after
 
-    def _written(self, messages: Sequence[Message], prompt: str, where: str, given: Mapping[str, Any] | None) -> str:
-        """The prompt without the end of its opening that the template does not write before a plain answer."""
+    def _written(self, messages: Sequence[Message], prompt: str, whole: str, where: str, given: Mapping[str, Any] | None) -> str:
+        """The prompt without the end of its opening that the template does not write before a plain answer, or this one."""
         closed = self.render(messages, where, opening=False, given=given)
         answered = self.render([*messages, {"role": "assistant", "content": PROBE}], where, opening=False, given=given)
         before, found, _ = answered.rpartition(PROBE)
         if not found or not prompt.startswith(closed):
             return prompt
+        plain = self._common(prompt, before, closed)
+        return plain if whole.startswith(plain) else self._common(prompt, whole, closed)
+
+    @staticmethod
+    def _common(prompt: str, before: str, closed: str) -> str:
+        """What both begin with, not ending within a tag; the prompt where that is no more than `closed`."""
         common = next((i for i, (a, b) in enumerate(zip(prompt, before, strict=False)) if a != b), min(len(prompt), len(before)))
         written = prompt[:common]
         # Not within a tag: `<think>` and `</think>` have their first character in common.

@@ -34,6 +34,7 @@ class Context:
         self.tokenizer = tokenizer
         self._fast = getattr(tokenizer, "backend_tokenizer", None) is not None
         tokens = tokenizer.added_tokens_decoder.values() if self._fast else ()
+        self._added = {str(token).strip(" ") for token in tokens}
         cutting = sorted((str(t) for t in tokens if not t.normalized and not t.single_word), key=len, reverse=True)
         self._cutting = re.compile("|".join(map(re.escape, cutting))) if cutting else None
 
@@ -105,6 +106,8 @@ class Context:
         for anchor in ANCHORS:
             if not left:
                 return found
+            if anchor in self._added:  # what stands behind an added token begins anew
+                continue
             encoded = self.encode([anchor, *(anchor + text for text in left)])
             start = encoded[anchor]
             for text in list(left) if start else []:

@@ -15,6 +15,7 @@ from isdaa.data.checks import Message, Text
 from isdaa.data.context import Before, Context, encodes_in_threads, unscored
 from isdaa.data.pairs import Counts
 from isdaa.errors import UserError
+from isdaa.files import digest
 
 VERSION = 2  # of these rules: raise it whenever the same rows may give other ids
 # Tokens of prompts that are remembered, four bytes each: those of one prompt's pairs may lie anywhere in the data.
@@ -62,6 +63,11 @@ class Response(NamedTuple):
 
     ids: list[int]
     cut: bool
+
+
+def pair_digest(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> str:
+    """What tells the tokens of a pair: behaviour logps are of these alone."""
+    return digest([list(prompt), list(chosen), list(rejected)])
 
 
 Pieces = list[tuple[str, bool]]  # (text, whether it is scored or learnt)

@@ -46,7 +46,7 @@ SFT_COLUMNS = frozenset({"id", "messages", "text", *PROMPT_NAMES, *RESPONSE_NAME
 PAIR_COLUMNS = frozenset(
     {
         *("id", "chosen", "rejected", "messages", "weight", "chosen_reward", "rejected_reward", "chosen_finished"),
-        *("rejected_finished", "facts", *PROMPT_NAMES, *PAIR_IDS, *formats.COLUMNS),
+        *("rejected_finished", "facts", "behaviour_tokens", *PROMPT_NAMES, *PAIR_IDS, *formats.COLUMNS),
         *(name for names in BEHAVIOUR_NAMES for name in names),
     }
 )
@@ -152,7 +152,13 @@ def canonical_pair(
     if given:
         prompt, chosen, rejected = (_optional_text(row, names) for names in (PROMPT_NAMES, ("chosen",), ("rejected",)))
     else:
-        prompt, chosen, rejected = _once(*_texts(row, where, counts), repeated=repeated, counts=counts, where=where)
+        found = _texts(row, where, counts)
+        prompt, chosen, rejected = _once(*found, repeated=repeated, counts=counts, where=where)
+        if chosen != found[1] and _behaviour_logps(row, where)[0] is not None and row.get("behaviour_tokens") is None:
+            raise UserError(
+                f"{where}: its behaviour logps are of a response that begins with the prompt, which prompt_repeated: strip takes "
+                "off; leave the logps out, or compute them again with `isdaa logps --prompt_repeated strip`"
+            )
         if isinstance(prompt, str):
             _for_messages_alone(row, where)
         counts.spoken += bool(row.get(formats.SPOKEN))
@@ -168,6 +174,7 @@ def canonical_pair(
         "chat_template_kwargs": row.get("chat_template_kwargs"),
         "behaviour_chosen_logps": behaviour_chosen,
         "behaviour_rejected_logps": behaviour_rejected,
+        "behaviour_tokens": row.get("behaviour_tokens") if behaviour_chosen is not None else None,
         "weight": _weight(row, where),
         "chosen_reward": number(row, "chosen_reward", where),
         "rejected_reward": number(row, "rejected_reward", where),
@@ -333,7 +340,7 @@ def _texts(row: Mapping[str, Any], where: str, counts: Counts) -> tuple[Text, Te
     end = min(end, len(first) - 1, len(second) - 1)
     while end > 0 and not first[end]["role"] == second[end]["role"] == "assistant":
         end -= 1
-    if end == 0:
+    if end == 0 or (isinstance(prompt, list) and prompt and end < min(given, other)):
         raise NoCommonPromptError(
             f"{where}: chosen and rejected do not begin with the same messages, so they have no common prompt"
         )
@@ -461,12 +468,16 @@ def _same(first: Message, second: Message) -> bool:
 def _divided(whole: list[Message], end: int, prefilled: bool, counts: Counts) -> tuple[list[Message], list[Message]]:
     """(prompt, response). A prompt that ends with words of the assistant (a prefill) is continued by the response."""
     prompt, response = whole[:end], whole[end:]
-    return (_prefilled(prompt, counts) if prefilled and response and response[0]["role"] == "assistant" else prompt), response
+    if prompt[-1]["role"] != "assistant" or not response or response[0]["role"] != "assistant":
+        return prompt, response
+    if prefilled:
+        return _prefilled(prompt, counts), response
+    return [*prompt[:-1], {**prompt[-1], "prefix": False}], response  # two answers: they stay two where the row is read again
 
 
 def _prefilled(prompt: list[Message], counts: Counts) -> list[Message]:
     """The prompt, its last message marked where it is the beginning of an answer (`chat.ChatFormat` reads the mark)."""
-    if prompt[-1]["role"] != "assistant" or prompt[-1].get("tool_calls"):
+    if prompt[-1]["role"] != "assistant" or prompt[-1].get("tool_calls") or prompt[-1].get("prefix") is False:
         return prompt
     counts.prefilled += 1
     return [*prompt[:-1], {**prompt[-1], "prefix": True}]

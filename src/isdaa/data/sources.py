@@ -38,6 +38,7 @@ CODED = frozenset({"prompt", "chosen", "rejected", "completion", "facts", "tools
 TYPES = {
     "id": "string",
     "where": "string",
+    "behaviour_tokens": "string",
     "prompt_ids": "ids",
     "chosen_ids": "ids",
     "rejected_ids": "ids",

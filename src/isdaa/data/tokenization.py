@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from isdaa.data.chat import ending_ids, stop_token_ids, template_hash, tokenizer_digest
 from isdaa.data.checks import Text
-from isdaa.data.encoding import Encoder, PairIds, TokenizationSettings
+from isdaa.data.encoding import Encoder, PairIds, TokenizationSettings, pair_digest
 from isdaa.data.pairs import Counts, Row
 from isdaa.data.tokens import tokenized
+from isdaa.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,6 +64,12 @@ def tokenize_pairs(
             ):
                 encoder.count(dropped_behaviour_cut=1)
             else:
+                stated = row.get("behaviour_tokens") if behaviour else None
+                if stated is not None and stated != pair_digest(pair.prompt.ids, pair.chosen, pair.rejected):
+                    raise UserError(
+                        f"{row.get('where', 'row')}: its behaviour logps are of other tokens (another tokenizer, template, "
+                        "setting or version); compute them again with `isdaa logps` and this run's settings"
+                    )
                 kept.append((row, pair))
         encoder.count(
             prompts_cut=sum(pair.prompt.cut for _, pair in kept),

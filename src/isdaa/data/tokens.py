@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
 
-FORMAT = 2  # raise it whenever the same rows may give other ids
+FORMAT = 2  # of the files; `encoding.VERSION`, in the key, is of the ids
 BATCH = 1000  # rows at once
 WORKERS = 2  # batches at once: while one is in the tokenizer, on all cores, Python makes lists of the other
 logger = logging.getLogger(__name__)

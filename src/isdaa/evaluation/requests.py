@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from isdaa.config import EvaluationConfig, TokenizationConfig, validate
+from isdaa.data.encoding import VERSION
 from isdaa.errors import UserError, nearest
 from isdaa.files import file_digest
 from isdaa.record import GOLD, NAME, ModelRecord, read_record
@@ -73,6 +74,13 @@ def requests(model_paths: Sequence[str | Path], overrides: Mapping[str, Any] | N
     paths = list(dict.fromkeys(path for name in model_paths for path in expand(name)))
     records = {path: read_record(path) for path in paths}
     first = next((record for record in records.values() if record is not None), None)
+    for path, record in records.items():
+        if record is not None and (record.tokens or 1) != VERSION:
+            logger.warning(
+                "%s: trained by an earlier isdaa, whose rules of tokenisation were others: held-out accuracy and drift are of "
+                "other tokens than it saw",
+                path,
+            )
 
     def named(option: str, field: str, what: str) -> str:
         if option in given:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from isdaa.errors import UserError, nearest
 from isdaa.evaluation.identity import model_digest
 from isdaa.files import digest, file_digest
+from isdaa.record import read_record
 from isdaa.terminal import Bar
 
 ScorerRow = Mapping[str, Any]
@@ -84,8 +86,8 @@ class GoldScorer:
 class RewardModelScorer:
     """A sequence-classification model with one output, in fp32.
 
-    The text is tokenised by the model's own tokenizer as a policy's would be: prompt and response apart (through the
-    chat template where the prompt is a conversation), EOS where the response ended, ids concatenated.
+    The text is tokenised by the model's own tokenizer as a policy's would be: the response behind its prompt (through the chat
+    template where the prompt is a conversation), EOS where it ended; with the `chat_template_kwargs` that its record names.
     """
 
     def __init__(
@@ -103,8 +105,15 @@ class RewardModelScorer:
         if self._digest is None:
             from isdaa.data.chat import tokenizer_digest
 
-            self._digest = digest([model_digest(self.name), tokenizer_digest(self.tokenizer), self.max_prompt_length])
+            how = [self.max_prompt_length, *([self.template_kwargs] if self.template_kwargs else [])]
+            self._digest = digest([model_digest(self.name), tokenizer_digest(self.tokenizer), *how])
         return self._digest
+
+    @cached_property
+    def template_kwargs(self) -> dict[str, Any]:
+        """What the chat template got beside the messages when the model was trained."""
+        record = read_record(self.name)
+        return dict(((record.config.get("tokenization") if record else None) or {}).get("chat_template_kwargs") or {})
 
     @property
     def tokenizer(self) -> Any:
@@ -161,7 +170,7 @@ class RewardModelScorer:
 
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1_000_000
         prompt_length = min(self.max_prompt_length, positions - 1)
-        encoder = Encoder(self.tokenizer, TokenizationSettings(max_length=positions, max_prompt_length=prompt_length))
+        encoder = Encoder(self.tokenizer, TokenizationSettings(positions, prompt_length, "keep_end", self.template_kwargs))
         plain = [
             # An empty response that never ended has no token at all: EOS stands for it.
             {

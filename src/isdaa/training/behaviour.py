@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from isdaa.config import TokenizationConfig
+from isdaa.data.encoding import pair_digest
+from isdaa.data.pairs import Repeated
 from isdaa.data.sources import as_dataset, load_pairs
 from isdaa.data.tokenization import TokenizationSettings, tokenize_pairs
 from isdaa.distributed import once
@@ -18,7 +20,9 @@ from isdaa.training.reference import reference_logps
 from isdaa.training.start import check_rows, device, logps_key
 
 
-def write_behaviour_logps(model_path: str, source: str, split: str, output: Path, tokenization: TokenizationConfig) -> None:
+def write_behaviour_logps(
+    model_path: str, source: str, split: str, output: Path, tokenization: TokenizationConfig, repeated: Repeated = None
+) -> None:
     """Write every usable pair of `source` with `behaviour_chosen_logps` and `behaviour_rejected_logps` (nats, summed).
 
     Pairs that would be cut are left out and counted: their logps would not be those of the whole response (METHOD.md).
@@ -27,10 +31,13 @@ def write_behaviour_logps(model_path: str, source: str, split: str, output: Path
     if output.exists():
         raise UserError(f"{output}: exists already; choose another --output")
     tokenizer = load_tokenizer(model_path)
-    pairs, counts = once(lambda: load_pairs(source, split))
+    pairs, counts = once(lambda: load_pairs(source, split, repeated=repeated))
     rows = list(pairs)
     # Marking every row as one with behaviour logps makes the tokeniser drop it where it would be cut.
-    marked = [{**row, "id": str(i), "behaviour_chosen_logps": 0.0, "behaviour_rejected_logps": 0.0} for i, row in enumerate(rows)]
+    marked = [
+        {**row, "behaviour_tokens": None, "id": str(i), "behaviour_chosen_logps": 0.0, "behaviour_rejected_logps": 0.0}
+        for i, row in enumerate(rows)
+    ]
     settings = TokenizationSettings(**tokenization.model_dump())
     tokens, more = once(lambda: tokenize_pairs(as_dataset(marked), tokenizer, settings))
     model = load_model(model_path, device=device())
@@ -41,9 +48,11 @@ def write_behaviour_logps(model_path: str, source: str, split: str, output: Path
         forward, tokens, key=key, cache_dir=output.resolve().parent / ".isdaa_cache", progress="behaviour logps"
     )
     with_logps = []
-    for i, c, r in zip(tokens["id"], chosen, rejected, strict=True):
-        kept = {name: value for name, value in rows[int(i)].items() if value is not None and name != "where"}
-        with_logps.append({**kept, "behaviour_chosen_logps": float(c), "behaviour_rejected_logps": float(r)})
+    for pair, c, r in zip(tokens, chosen, rejected, strict=True):
+        kept = {name: value for name, value in rows[int(pair["id"])].items() if value is not None and name != "where"}
+        logps = {"behaviour_chosen_logps": float(c), "behaviour_rejected_logps": float(r)}
+        of = pair_digest(pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"])
+        with_logps.append({**kept, **logps, "behaviour_tokens": of})
     once(lambda: write_jsonl(output, with_logps))
     for line in (counts + more).lines():
         say(line)

@@ -260,10 +260,11 @@ def _last(ids: np.ndarray, lengths: np.ndarray, stops: set[int]) -> np.ndarray:
 
 
 def _only_last(ids: np.ndarray, lengths: np.ndarray, stops: set[int]) -> np.ndarray:
-    """(N,) whether no token but the last one is an end."""
+    """(N,) whether no token but the last one is an end. Responses of several messages, which hold unscored ones, have several."""
     ends = np.isin(ids, list(stops))
     ends[np.cumsum(lengths) - 1] = False
-    return np.add.reduceat(ends, np.cumsum(lengths) - lengths) == 0
+    starts = np.cumsum(lengths) - lengths
+    return (np.add.reduceat(ends, starts) == 0) | (np.minimum.reduceat(ids, starts) < 0)
 
 
 def _bos_inside(ids: np.ndarray, lengths: np.ndarray, tokenizer: Any) -> int:

@@ -25,15 +25,19 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as hf_logging
 
 from isdaa.data.collation import PairBatch, collate
+from isdaa.data.encoding import VERSION
 from isdaa.data.tokenization import ending_ids
+from isdaa.errors import UserError
 from isdaa.models import fused
 from isdaa.models.forward import PairForward, ResponseLogps, disable_dropout
 from isdaa.models.inner import SHARED_PREFIX
 from isdaa.models.saving import generation_config
 from isdaa.objectives.objective import Objective, ObjectiveOutput, PairLogps
 from isdaa.objectives.weights import batch_weights
+from isdaa.record import read_record
 from isdaa.terminal import progress as show_progress
 from isdaa.training.batches import GlobalBatchSampler, TokenisedPairs, shard, tokenised
+from isdaa.training.checkpoints import newest_complete_checkpoint
 from isdaa.training.figures import Figures, gathered, pair_figures
 from isdaa.training.monitor import StallWarning, TrainingProgress, WholeIntervals, warn_about_start
 from isdaa.training.pieces import MicroBatch, Piece, split_by_tokens
@@ -380,12 +384,22 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; the terminal is given back whatever happens."""
         self._tables, self._interval_started, self._interval_pairs = [], None, 0
+        self._check_rules(kwargs.get("resume_from_checkpoint", args[0] if args else None))
         # An adapter's wrapper is born in training mode around a model in evaluation mode, where layers checkpoint nothing.
         self.policy.train()
         try:
             return super().train(*args, **kwargs)
         finally:
             self.progress.close()
+
+    def _check_rules(self, checkpoint: Any) -> None:
+        """Raises UserError where a checkpoint to go on from was made of tokens of an earlier revision's rules."""
+        folder = newest_complete_checkpoint(Path(str(self.args.output_dir))) if checkpoint is True else checkpoint
+        record = read_record(folder) if folder and Path(folder).is_dir() else None
+        if record is not None and (record.tokens or 1) != VERSION:
+            raise UserError(
+                f"{folder}: of an earlier isdaa, with other rules of tokenisation: to go on would mix the two; train anew"
+            )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

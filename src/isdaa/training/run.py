@@ -144,6 +144,11 @@ class Run:
         for stage, begun in self.state["stages"].items():
             if not self._left(stage):
                 continue
+            if begun.get("tokens", 1) != VERSION:
+                raise UserError(
+                    f"{self.folder}: its {stage} stage is of an earlier isdaa, with other rules of tokenisation: to go on would "
+                    "mix the two; start anew in another --output_dir"
+                )
             now = deciding_values(self.config, stage)
             begun = {**begun, "values": {**_defaults_of_new_keys(now, begun["values"]), **begun["values"]}}
             keys = {*now, *begun["values"]}
@@ -182,11 +187,6 @@ class Run:
             raise UserError(
                 f"{self.folder}: its {stage} stage began with {had} processes, this start has {processes}: its batches would be "
                 f"others; start it with {had}, or choose another --output_dir"
-            )
-        if before and not before.get("done") and before.get("tokens", 1) != VERSION:
-            raise UserError(
-                f"{self.folder}: its {stage} stage began under other rules of tokenisation (an earlier isdaa): to go on would "
-                "mix the two; start it anew in another --output_dir"
             )
         begun = {
             "done": False,
