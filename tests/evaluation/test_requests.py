@@ -10,6 +10,7 @@ import pytest
 from evaluation_helpers import save, tiny
 
 import isdaa.record as record_module
+from isdaa.data.encoding import VERSION
 from isdaa.errors import UserError
 from isdaa.evaluation.held_out import common_pairs
 from isdaa.evaluation.requests import expand, requests
@@ -33,7 +34,7 @@ def run(folder: Path, method: str = "dpo", scorer: str | None = "gold", referenc
     }
     for place, step in (("checkpoints/checkpoint-10", 10), ("checkpoints/checkpoint-20", 20), ("model", 20)):
         facts = {"reference": str(reference), "evaluation": "world:small", "evaluation_split": "test", "scorer": scorer}
-        record = ModelRecord("policy", config, step=step, **facts)
+        record = ModelRecord("policy", config, step=step, tokens=VERSION, **facts)
         (folder / place / NAME).write_text(record_text(record, folder / place))
     lines = [
         {"step": 5, "weights/mean": 0.9, "weights/ess": 0.8},

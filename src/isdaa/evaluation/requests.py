@@ -74,13 +74,13 @@ def requests(model_paths: Sequence[str | Path], overrides: Mapping[str, Any] | N
     paths = list(dict.fromkeys(path for name in model_paths for path in expand(name)))
     records = {path: read_record(path) for path in paths}
     first = next((record for record in records.values() if record is not None), None)
-    for path, record in records.items():
-        if record is not None and (record.tokens or 1) != VERSION:
-            logger.warning(
-                "%s: trained by an earlier isdaa, whose rules of tokenisation were others: held-out accuracy and drift are of "
-                "other tokens than it saw",
-                path,
-            )
+    older = [path for path, record in records.items() if record is not None and (record.tokens or 1) != VERSION]
+    if older:
+        logger.warning(
+            "%s: trained by an earlier isdaa, whose rules of tokenisation were others: held-out accuracy and drift are of "
+            "other tokens than it saw",
+            " ".join(older),
+        )
 
     def named(option: str, field: str, what: str) -> str:
         if option in given:
