@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -130,14 +131,12 @@ class ChatFormat:
             )
 
         try:
-            try:
-                return text(messages)
-            except Exception:
-                as_text = [_arguments_as_text(message) for message in messages]
-                if as_text == list(messages):
-                    raise
-                return text(as_text)  # DeepSeek V3 writes arguments as they stand
+            return text(messages)
         except Exception as error:  # templates raise whatever they like: jinja2's own errors, TypeError, KeyError
+            as_text = [_arguments_as_text(message) for message in messages]
+            if as_text != list(messages):
+                with suppress(Exception):  # then it is the first error that says what is wrong
+                    return text(as_text)  # DeepSeek V3 writes arguments as they stand
             line = getattr(error, "lineno", None)
             said = " ".join(f"{type(error).__name__}: {error}".split()) + (f", line {line}" if line is not None else "")
             if where is None:
