@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 from isdaa import __version__
 from isdaa.distributed import finish, is_main, left_alone, once, rank, speaks_first, world_size
-from isdaa.errors import UserError, refused
+from isdaa.errors import DoneInPart, UserError, refused, shortened, shown
 
 EXAMPLES = """examples:
   isdaa train --config config.yaml --objective.beta 0.05
@@ -21,6 +23,8 @@ EXAMPLES = """examples:
   isdaa report runs/mini
   isdaa sweep --config configs/mini/sweep.yaml --jobs 2
   isdaa methods
+
+exit status: 0 done, 1 a fault of isdaa, 2 your input or a run that had to stop, 3 done in part, 130 interrupted, 141 pipe closed
 """
 
 
@@ -151,10 +155,27 @@ def _evaluation_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 2 for bad input (one line on stderr), 130 when interrupted.
+    """Run one command and return its exit status; docs/exit_status.md has the table.
 
-    Of several processes that torchrun started, one says what is wrong.
+    Of several processes that torchrun started, one says what is wrong. Whatever is not foreseen becomes one line, too, and a
+    file with the traceback.
     """
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks must not end a run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status = _run(argv)
+        sys.stdout.flush()  # here, where a closed pipe and a full disk still have an exit status
+        return status
+    except BrokenPipeError:
+        _let_go()
+        return 141
+    except OSError as error:
+        _let_go()
+        return _refused(str(refused(error) or error))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         arguments = build_parser().parse_args(sys.argv[1:] if argv is None else argv)
         if world_size() > 1 and arguments.command not in TOGETHER:
@@ -163,30 +184,72 @@ def main(argv: Sequence[str] | None = None) -> int:
         finish()
         return status
     except UserError as error:
-        return _refused(str(error))
+        return _refused(str(error), error.status)
     except KeyboardInterrupt:
         if is_main():
-            print("\nisdaa: interrupted; the same command goes on from here", file=sys.stderr)
+            _tell("\nisdaa: interrupted; the same command goes on from here")
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except OSError as error:
-        found = refused(error)
-        if found is None:
-            raise
-        return _refused(str(found))
-    except RuntimeError as error:
-        if not left_alone(error):
-            raise
-        print(f"isdaa: process {rank()} ends, since another one has ended", file=sys.stderr, flush=True)
+        raise
+    except SystemExit as end:  # --help, --version; and rich's way out of a closed pipe
+        if isinstance(end.__context__, BrokenPipeError):
+            return 141
+        raise
+    except Exception as error:
+        found = refused(error) if isinstance(error, OSError) else _out_of_memory(error)
+        if found is not None:
+            return _refused(str(found))
+        if left_alone(error):
+            _tell(f"isdaa: process {rank()} ends, since another one has ended")
+        else:
+            _tell(fault(error))
         return 1
 
 
-def _refused(line: str) -> int:
+def _let_go() -> None:
+    """Point stdout, which nobody can write to any more, at nothing: the interpreter flushes it once more at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _refused(line: str, status: int = 2) -> int:
     if speaks_first():
-        print(f"isdaa: error: {line}", file=sys.stderr, flush=True)
-    return 2
+        _tell(f"isdaa: error: {line}")
+    return status
+
+
+def _tell(line: str) -> None:
+    """To stderr, where there is one: the exit status says the same."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _out_of_memory(error: Exception) -> UserError | None:
+    """Memory that ran out is no fault of anybody's code; None for every other error."""
+    if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
+        return None
+    return UserError(
+        f"out of memory ({str(error) or 'of this machine'}); lower batch_size, set align.batch_tokens, or take a smaller model; "
+        "`isdaa inspect` plans what a run needs"
+    )
+
+
+def fault(error: BaseException) -> str:
+    """One line on an error that nobody foresaw, whose traceback is written to a file of its own."""
+    import tempfile
+    import traceback
+
+    text = "".join(traceback.format_exception(error))
+    where = f"isdaa {__version__}, Python {sys.version.split()[0]}, {sys.platform}"
+    try:
+        descriptor, name = tempfile.mkstemp(prefix="isdaa-fault-", suffix=".txt")
+        with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{where}\n{shown(sys.argv)}\n\n{text}")
+        kept = f"traceback in {name}"
+    except OSError as refusal:
+        kept = f"no traceback, for no file can be written ({refusal.strerror})"
+    told = shortened(" ".join(f"{type(error).__name__}: {error}".split()))
+    return f"isdaa: a fault of isdaa: {told}; {kept}; please report it (docs/exit_status.md says how)"
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -303,7 +366,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _benchmark(arguments: argparse.Namespace) -> int:
-    """Status 2 also where a budget ended the judging early, or no reply could be read: what is there is printed first."""
+    """Status 3 where a budget ended the judging early, or no reply could be read: what is there is printed first."""
     from isdaa.benchmark_options import request_of
     from isdaa.options import overrides_of
 
@@ -328,7 +391,7 @@ def _benchmark(arguments: argparse.Namespace) -> int:
 
     once(show)
     if outcome.stopped is not None:
-        raise UserError(outcome.stopped)
+        raise DoneInPart(outcome.stopped)
     return 0
 
 

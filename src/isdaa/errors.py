@@ -3,14 +3,58 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
+
+LONGEST = 500  # characters of an error's line, whatever it quotes
+HEAD = 300  # of them, before the cut
 
 
 class UserError(Exception):
-    """Bad input. `str(error)` is one line; the command line prints it and exits with status 2, without a traceback."""
+    """Bad input, or a run that had to stop.
 
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(str(message).split()))
+    `str(error)` is one line of at most `LONGEST` characters, cut in its middle; `command`, what to type, follows it uncut.
+    The command line prints it, without a traceback, and exits with `status`.
+    """
+
+    status = 2
+
+    def __init__(self, message: str, command: str = "") -> None:
+        super().__init__(shortened(" ".join(str(message).split())), *([shown(command)] if command else []))
+
+    def __str__(self) -> str:
+        return " ".join(self.args)
+
+
+class DoneInPart(UserError):
+    """Some of the work is done and written, and the same command may do the rest."""
+
+    status = 3
+
+
+def shown(text: object, lines: bool = False) -> str:
+    r"""A name from outside as a terminal, a log or a page may show it: `\x1b` for a control character.
+
+    Escaped are control and format characters (ESC, overrides of direction, zero width), separators of lines and
+    paragraphs, and lone surrogates; every other character stays. lines: line feeds and tabs stay, too.
+    """
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(_escaped(c) if unicodedata.category(c) in HIDDEN and not (lines and c in "\n\t") else c for c in text)
+
+
+HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+def shortened(text: object) -> str:
+    """`shown`, and no longer than `LONGEST`: the middle of a longer one is left out."""
+    line = shown(text)
+    return line if len(line) <= LONGEST else f"{line[:HEAD]} … {line[HEAD + 3 - LONGEST :]}"
 
 
 def refused(error: OSError) -> UserError | None:
@@ -23,5 +67,5 @@ def refused(error: OSError) -> UserError | None:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """` (did you mean "x"?)` for the known name closest to `name`, or an empty string where none is close."""
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name)[:LONGEST], list(known), n=1, cutoff=0.5)
     return f' (did you mean "{close[0]}"?)' if close else ""

@@ -356,11 +356,11 @@ def test_a_spent_budget_keeps_everything_and_says_that_the_result_is_partial(mod
     options = project(models, "one", "two")
     with judge_server(fair) as (judge, url):
         budget = [*options, *judge_options(url), "--max-requests"]
-        assert evaluate("arena_hard", tmp_path / "out", *budget, "3") == 2
+        assert evaluate("arena_hard", tmp_path / "out", *budget, "3") == 3
         told = capsys.readouterr()
         assert "no question is judged yet" in told.err and told.err.count("\n") <= 2
         assert not (tmp_path / "out/metrics.json").exists()
-        assert evaluate("arena_hard", tmp_path / "out", *budget, "6") == 2
+        assert evaluate("arena_hard", tmp_path / "out", *budget, "6") == 3
         told = capsys.readouterr()
         metrics = read_json(tmp_path / "out/metrics.json")
         assert "2 of 4 questions are judged" in told.err.splitlines()[-1]
@@ -377,7 +377,7 @@ def test_a_budget_of_nothing_asks_nothing_and_does_not_promise_to_go_on(models, 
     options = project(models, "one")
     with judge_server(fair) as (judge, url):
         asking = [*options, *judge_options(url)]
-        assert evaluate("tldr", tmp_path / "out", *asking, "--max-requests", "0") == 2
+        assert evaluate("tldr", tmp_path / "out", *asking, "--max-requests", "0") == 3
         told = capsys.readouterr().err
         assert "--max-requests 0 lets nothing be asked" in told and "a higher number goes on from here" in told
         assert not judge.asked and "the same command goes on" not in told.lower()
@@ -385,7 +385,7 @@ def test_a_budget_of_nothing_asks_nothing_and_does_not_promise_to_go_on(models, 
         assert evaluate("tldr", tmp_path / "out", *asking, "--max-requests", "0", limit=2) == 0
         assert len(judge.asked) == 4
         capsys.readouterr()
-        assert evaluate("tldr", tmp_path / "out", *asking, "--max-requests", "0") == 2
+        assert evaluate("tldr", tmp_path / "out", *asking, "--max-requests", "0") == 3
         told = capsys.readouterr()
         assert "2 of 4 questions are judged" in told.err and "Partial, 2 of 4" in told.out and len(judge.asked) == 4
     page = (tmp_path / "out/report.html").read_text()
@@ -407,7 +407,7 @@ def test_replies_that_say_nothing_are_counted(models, tmp_path, capsys):
 def test_a_judge_who_never_says_anything_gives_no_result(name, models, tmp_path, capsys):
     with judge_server(lambda talk: "Hm.") as (judge, url):
         options = [*project(models, "one", "two", baseline=name != "mt_bench"), *judge_options(url)]
-        assert evaluate(name, tmp_path / "out", *options, limit=2) == 2
+        assert evaluate(name, tmp_path / "out", *options, limit=2) == 3
         told = capsys.readouterr()
         (error,) = [line for line in told.err.splitlines() if line.startswith("isdaa: error: ")]
         assert "none of the 8 replies of toy could be read (the first: 'Hm.'), so there is no result" in error
@@ -416,10 +416,10 @@ def test_a_judge_who_never_says_anything_gives_no_result(name, models, tmp_path,
         # All is kept, and nothing is asked again.
         page = (tmp_path / "out/report.html").read_text()
         assert "No reply of the judge could be read, so there is no result." in page and '<td class="n">4</td>' in page
-        assert evaluate(name, tmp_path / "out", *options, limit=2) == 2 and len(judge.asked) == 8
+        assert evaluate(name, tmp_path / "out", *options, limit=2) == 3 and len(judge.asked) == 8
     judgments = sorted((tmp_path / "out/judgments/toy").iterdir())
     capsys.readouterr()
-    assert evaluate(name, tmp_path / "again", "--judgments", *judgments, "--questions", "project", limit=2) == 2
+    assert evaluate(name, tmp_path / "again", "--judgments", *judgments, "--questions", "project", limit=2) == 3
     assert "none of the 8 verdicts of the files could be read" in capsys.readouterr().err
 
 

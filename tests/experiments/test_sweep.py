@@ -128,10 +128,16 @@ def test_a_failed_run_stops_no_other_and_is_one_line(tmp_path: Path) -> None:
     grids = {"broken": {"data.pairs_split": "nope", "data.limit": 1}, "methods": {"objective.method": ["dpo"]}}
     with pytest.raises(UserError, match=r"1 of 3 runs failed; the first is is_dpo-\S+/seed-5: .* \(see .*log.txt\)") as caught:
         run_sweep(*load_sweep(write(tmp_path, grids)), "sweep.yaml")
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and caught.value.status == 3
     study = read_study(tmp_path / "out")
     assert [run.cell for run in study.runs] == ["dpo"]
     assert len(study.missing) == 1
+
+
+def test_a_sweep_whose_every_run_failed_has_done_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="1 of 2 runs failed") as caught:
+        run_sweep(*load_sweep(write(tmp_path, {"broken": {"data.pairs_split": "nope", "data.limit": 1}})), "sweep.yaml")
+    assert caught.value.status == 2
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.distributed import once
-from isdaa.errors import UserError
+from isdaa.errors import DoneInPart, UserError
 from isdaa.evaluation.benchmark_answers import Answering, Respondent, answer
 from isdaa.evaluation.benchmark_input import Plan, Side, check, plan_of, questions_of
 from isdaa.evaluation.benchmark_judging import BenchmarkJudge, Case, judge_of, judged
@@ -99,7 +99,7 @@ def _concluded(
     metrics |= {"judge": judge.to_json(), "partial": left > 0}
     stopped = _stopped(request, len(questions), left) if left else None
     if left == len(questions):
-        raise UserError(f"{stopped}; no question is judged yet")
+        raise DoneInPart(f"{stopped}; no question is judged yet")
     _write_judgments(bench, folder, judge.name, found)
     metrics = _scored(bench, request, metrics, found, {side.label: side for side in sides}, judge.both_orders, folder)
     if not metrics["headline"]:

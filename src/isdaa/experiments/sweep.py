@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from isdaa.config import Config
-from isdaa.errors import UserError
+from isdaa.errors import DoneInPart, UserError
 from isdaa.evaluation.records import locked
 from isdaa.evaluation.trajectory import SWEEP
 from isdaa.experiments.grid import Cell, SweepConfig, Task, cells_of, tasks_of
@@ -44,7 +44,7 @@ def run_sweep(
 
     expected: seconds that a shared world and a run are known to take, which the estimate of the time left starts from.
     Finished runs are skipped, killed ones resume. A run that fails does not stop the others; at the end a UserError
-    names the first one and its log.
+    names the first one and its log: `DoneInPart` where others are finished.
     """
     cells = cells_of(sweep, base, where)
     everything, tasks = tasks_of(sweep, base, cells, where), tasks_of(sweep, base, cells, where, only)
@@ -60,7 +60,9 @@ def run_sweep(
     if failed:
         name, error = next(iter(failed.items()))
         log = logs_of(root, name) / "log.txt"
-        raise UserError(f"{len(failed)} of {len(tasks)} runs failed; the first is {name}: {error} (see {log})")
+        some = any(finished(root, task) for task in tasks if task.cell is not None)
+        kind = DoneInPart if some else UserError
+        raise kind(f"{len(failed)} of {len(tasks)} runs failed; the first is {name}: {error} (see {log})")
     return root
 
 
