@@ -15,6 +15,7 @@ import json
 import lzma
 import os
 import shutil
+import stat
 import tempfile
 import time
 import zlib
@@ -37,10 +38,29 @@ PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".x
 Name = TypeVar("Name", bound=Hashable)
 
 
+def own_file(path: str | Path) -> int:
+    """A descriptor, to read and to append, of a file that this program writes itself; it is made where it is missing.
+
+    Nothing is emptied. Raises UserError where a symbolic link, which may lead to anybody's file, or no plain file stands there.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    wrong = UserError(f"{path}: no plain file but a link, a folder or a device, which isdaa does not write to; remove it")
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise wrong from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise wrong
+    return descriptor
+
+
 @contextlib.contextmanager
 def locked_file(path: Path, taken: str) -> Iterator[None]:
     """While no other process has the lock at `path`. Raises UserError, which says `taken`, where one has it."""
-    with open(path, "w") as lock:
+    with open(own_file(path), "rb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -119,7 +139,14 @@ def _rename_over(aside: Path, folder: Path) -> None:
         else:
             return
         finally:
-            shutil.rmtree(old, ignore_errors=True)
+            remove_tree(old)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder with all that is in it, as far as can be; of a symbolic link, the link alone."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -127,8 +154,8 @@ def _remove_leftovers(folder: Path) -> None:
     for name in (".writing", ".old"):
         for left in folder.parent.glob(f"{name}-{glob.escape(folder.name)}-????????"):
             with contextlib.suppress(FileNotFoundError):
-                if left.stat().st_mtime < time.time() - DAY:
-                    shutil.rmtree(left, ignore_errors=True)
+                if left.lstat().st_mtime < time.time() - DAY:
+                    remove_tree(left)
 
 
 def sync_tree(folder: Path) -> None:
@@ -242,7 +269,7 @@ def append_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    with open(path, "ab") as file:
+    with open(own_file(path), "ab") as file:
         file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())

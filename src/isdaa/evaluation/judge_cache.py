@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 from isdaa.errors import UserError
 from isdaa.evaluation.judge_types import Reply
+from isdaa.files import own_file
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class ReplyCache:
         if self.path is None:
             return True
         if self._claims is None:
-            self._claims = open(self.path.with_name(f".{self.path.name}.claims"), "ab")  # noqa: SIM115 - held for life
+            self._claims = open(own_file(self.path.with_name(f".{self.path.name}.claims")), "ab")  # noqa: SIM115 - held for life
         try:
             fcntl.lockf(self._claims, operation, 1, int(key[:15], 16))
         except (BlockingIOError, PermissionError):

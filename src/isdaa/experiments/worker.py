@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from isdaa.errors import UserError
 from isdaa.experiments.grid import Keep, SlurmConfig, Task
-from isdaa.files import read_json, write_json
+from isdaa.files import own_file, read_json, write_json
 
 STATUS, RESULT, LOG = "status.json", "result.json", "log.txt"
 EVALUATED = "evaluated.json"  # says that the evaluation was finished before checkpoints were tidied away
@@ -156,9 +156,7 @@ def _status_in(path: Path) -> Iterator[None]:
         now = time.monotonic()
         if now - last >= STATUS_INTERVAL:
             last = now
-            aside = path.with_suffix(".tmp")
-            aside.write_text(json.dumps({"what": description.strip(), "share": share, "note": note}), encoding="utf-8")
-            os.replace(aside, path)
+            write_json(path, {"what": description.strip(), "share": share, "note": note})
 
     terminal.listener = tell
     try:
@@ -232,7 +230,7 @@ def _in_process(work: Work, pipe: Any) -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the sweep, which stops its processes in order
-    with open(work.logs / LOG, "ab", buffering=0) as log:
+    with open(own_file(work.logs / LOG), "ab", buffering=0) as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     work()

@@ -6,13 +6,12 @@ import hashlib
 import logging
 import os
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from isdaa.errors import UserError
-from isdaa.files import read_json, sync_folder, sync_tree, write_json
+from isdaa.files import read_json, remove_tree, sync_folder, sync_tree, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +118,7 @@ def write_checkpoint(
     if main:
         folder.parent.mkdir(parents=True, exist_ok=True)
         for left in (*folder.parent.glob(f"{ASIDE}{PREFIX}*"), *folder.parent.glob(f"{OLD}{PREFIX}*")):
-            shutil.rmtree(left, ignore_errors=True)
+            remove_tree(left)
         aside.mkdir()
     barrier()
     fill(aside)
@@ -131,7 +130,7 @@ def write_checkpoint(
             os.rename(folder, old)
         os.rename(aside, folder)
         sync_folder(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        remove_tree(old)
     barrier()
 
 
@@ -150,5 +149,6 @@ def rotate(folder: Path, keep: int | None) -> None:
     complete = [path for path in checkpoints(folder) if defect(path) is None]
     for path in complete[:-keep]:
         old = path.parent / f"{OLD}{path.name}"
+        remove_tree(old)
         os.rename(path, old)
-        shutil.rmtree(old, ignore_errors=True)
+        remove_tree(old)

@@ -27,7 +27,7 @@ from isdaa.config import GuardConfig
 from isdaa.errors import UserError
 from isdaa.evaluation.identity import model_digest
 from isdaa.evaluation.scorers import load_scorer
-from isdaa.files import write_folder_atomically
+from isdaa.files import remove_tree, write_folder_atomically
 from isdaa.models.forward import PairForward, prepare
 from isdaa.models.saving import save_model
 from isdaa.record import ModelRecord, read_record
@@ -227,7 +227,7 @@ class BestModel:
         """Make `best/` that of `step` again, or absent where that is None. False where its model is gone."""
         # What a kill left half written or half removed. No other process writes here: the run's folder is locked.
         for left in (*self.candidates.glob(".*-*"), *self.folder.parent.glob(f".*-{BEST}*")):
-            shutil.rmtree(left, ignore_errors=True)
+            remove_tree(left)
         found = True
         if step is None or self._step() != step:
             if step is not None and self._candidate(step).is_dir():
@@ -281,9 +281,9 @@ def _remove(folder: Path) -> None:
     """Take a folder away at once, and its content after that."""
     if folder.is_dir():
         aside = folder.parent / f".old-{folder.name}"
-        shutil.rmtree(aside, ignore_errors=True)
+        remove_tree(aside)
         os.rename(folder, aside)
-        shutil.rmtree(aside, ignore_errors=True)
+        remove_tree(aside)
 
 
 @contextmanager

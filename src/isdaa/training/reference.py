@@ -21,7 +21,7 @@ from torch import nn
 
 from isdaa.distributed import everyones, is_main, rank, world_size
 from isdaa.errors import UserError
-from isdaa.files import digest, write_atomically
+from isdaa.files import digest, own_file, write_atomically
 from isdaa.models.forward import PairForward
 from isdaa.models.inner import SHARED_PREFIX
 from isdaa.terminal import progress as show_progress
@@ -80,7 +80,7 @@ def reference_logps(
 def _alone(path: Path) -> Iterator[bool]:
     """While no other process computes what will lie at `path`. Gives whether one did, and was waited for."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.parent / f".{path.name}.lock", "w") as lock:
+    with open(own_file(path.parent / f".{path.name}.lock"), "rb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             waited = False

@@ -119,8 +119,9 @@ class Run:
         if self.path.exists():
             self.state = self._read()
         self._check_identity()
-        for left in self.folder.glob(".*.tmp"):
-            left.unlink()
+        for left in self.folder.glob(".*.tmp"):  # of a file that a kill left unfinished
+            if not left.is_dir():
+                left.unlink()
         self.state.update(versions=versions(), git_revision=git_revision())
         self._save()  # first of all files: it is what makes the folder a run's
         text = yaml.safe_dump(resolved(self.config), sort_keys=False, allow_unicode=True)
