@@ -46,7 +46,7 @@ def test_so_is_the_lock_of_an_evaluation_and_what_is_appended_to(kind: str, vict
     with pytest.raises(UserError, match="no plain file"), locked(tmp_path / "evaluation"):
         pass
     stand_in(kind, tmp_path / "metrics.jsonl", victim)
-    with pytest.raises(UserError, match="metrics.jsonl: no plain file"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: no plain file"):
         append_jsonl(tmp_path / "metrics.jsonl", [{"step": 1}])
     stand_in(kind, tmp_path / ".replies.jsonl.claims", victim)
     cache = ReplyCache(tmp_path / "replies.jsonl")
@@ -76,9 +76,8 @@ def test_a_lock_that_stands_already_keeps_what_is_in_it(tmp_path: Path) -> None:
     hard = tmp_path / ".lock"
     (tmp_path / "other").write_text("precious")
     os.link(tmp_path / "other", hard)
-    with locked_file(hard, "taken"):
-        with pytest.raises(UserError, match="taken"), locked_file(hard, "taken"):
-            pass
+    with locked_file(hard, "taken"), pytest.raises(UserError, match="taken"), locked_file(hard, "taken"):
+        pass
     assert (tmp_path / "other").read_text() == "precious"
     os.close(own_file(tmp_path / "new"))
     assert (tmp_path / "new").read_bytes() == b""

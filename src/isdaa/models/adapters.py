@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,6 +70,27 @@ def merged_copy(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("cpu", copy=True), requires_grad=False) for p in model.parameters()}
     with torch.no_grad():
         return copy.deepcopy(model, memo).merge_and_unload(safe_merge=True)
+
+
+def fit_vocabulary(base: Any, weights: Mapping[str, torch.Tensor], name: str) -> None:
+    """Give a model the vocabulary of an adapter that was trained after tokens were added, and so brings its own embeddings.
+
+    weights: the adapter's file. Raises UserError where it brings embeddings of another size, but not both ends' of the model.
+    """
+    inside, outside = base.get_input_embeddings(), base.get_output_embeddings()
+    ends = [end for end in (inside, outside) if end is not None]
+    names = {id(module): f"base_model.model.{key}.weight" for key, module in base.named_modules()}
+    brought = [weights.get(names.get(id(end), "")) for end in ends]
+    rows = {len(found) for found in brought if found is not None} - {inside.weight.shape[0]}
+    if not rows:
+        return
+    tied = outside is not None and outside.weight is inside.weight
+    if len(rows) > 1 or (not tied and any(found is None for found in brought)):
+        raise UserError(
+            f"{name}: the adapter was trained with a vocabulary of {min(rows)} tokens, the base model has "
+            f"{inside.weight.shape[0]}, and the embeddings of the others are not beside the adapter; merge it where it was made"
+        )
+    base.resize_token_embeddings(rows.pop(), mean_resizing=False)  # all of it is overwritten by the adapter's
 
 
 def _check_targets(model: nn.Module, targets: list[str]) -> None:

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from isdaa.errors import UserError, nearest
 from isdaa.files import read_json
-from isdaa.models.adapters import add_lora
+from isdaa.models.adapters import add_lora, fit_vocabulary
 from isdaa.models.hub import offline, quiet
 from isdaa.models.pooling import pool_by_mask
 from isdaa.models.saving import save_model, weights_digest
@@ -63,13 +62,14 @@ def load_model(
     """A causal language model from a folder or the Hub, in evaluation mode.
 
     A folder (or repository) that holds only a PEFT adapter gives its base model with the adapter merged into the
-    weights; `merge_adapter=False` keeps it beside them, as a `PeftModel`. `dtype` is that of the weights in memory,
+    weights, all of which can be trained; `merge_adapter=False` keeps it beside them, as a `PeftModel`.
+    `dtype` is that of the weights in memory,
     "auto" that of the file. `device` None leaves the model on the CPU. `quantization` "nf4" puts the weights of linear layers,
     but for the head, into 4 bits (Dettmers et al. 2023, arXiv 2305.14314), computing in `dtype`; needs bitsandbytes.
 
     Raises:
         UserError: nothing is there, a folder is incomplete or damaged, no causal language model, unknown dtype; an adapter's
-            folder to be quantised.
+            folder to be quantised, or an adapter that cannot be merged.
     """
     from transformers import AutoModelForCausalLM
 
@@ -302,15 +302,39 @@ def _four_bits(dtype: str, device: str | torch.device | None) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": device or "cpu"}}
 
 
-def _with_adapter(base: nn.Module, name: str, folder: Path | None, revision: str | None, merge: bool) -> Any:
-    from peft import PeftModel
+def _with_adapter(base: Any, name: str, folder: Path | None, revision: str | None, merge: bool) -> Any:
+    from peft import PeftConfig, PeftModel
+    from peft.utils import load_peft_weights
 
+    if merge and getattr(base, "is_quantized", False):
+        raise UserError(
+            f"{name}: its base model has quantised weights, which an adapter cannot be merged into without loss; set "
+            "base_model_name_or_path in its adapter_config.json to the model that was quantised"
+        )
     try:
         with quiet(downloads=folder is None):
-            model = PeftModel.from_pretrained(base, str(folder or name), revision=revision)  # type: ignore[arg-type]
-            return model.merge_and_unload(safe_merge=True) if merge else model
+            weights = load_peft_weights(str(folder or name), device="cpu", revision=revision)
+            fit_vocabulary(base, weights, name)
+            config: Any = PeftConfig.from_pretrained(str(folder or name), revision=revision)
+            if base.get_output_embeddings() is None and config.task_type == "CAUSAL_LM":  # the start of a reward model
+                config.task_type = None
+                here = {key.rpartition(".")[2] for key, _ in base.named_modules()}
+                config.modules_to_save = [key for key in config.modules_to_save or () if key in here] or None
+            model: Any = PeftModel.from_pretrained(base, str(folder or name), revision=revision, config=config)
+            if not merge:
+                return model
+            if not hasattr(model.base_model, "merge_and_unload"):
+                kind = model.peft_config["default"].peft_type
+                raise UserError(
+                    f"{name}: an adapter of type {getattr(kind, 'value', kind)} cannot be merged into a model's weights"
+                )
+            model = model.merge_and_unload(safe_merge=True)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{name}: the adapter does not fit its base model or is damaged ({_short(error)})") from error
+    model.name_or_path = model.config._name_or_path = str(folder or name)  # it is no longer what lies at its base's path
+    return model.requires_grad_(True)  # as any model that is loaded; peft has frozen the base's weights
 
 
 def _adapter_config(name: str, folder: Path | None, revision: str | None) -> Path | None:

@@ -103,7 +103,10 @@ def preference_trainer(
         # Probed again: what the base's probe found out must hold for the forward that trains.
         forward = prepare(policy, probe=args.probe, longest_row=longest, attention=args.attention)
     if not any(parameter.requires_grad for parameter in policy.parameters()):
-        raise UserError("model: no parameter of it can be trained; load an adapter with is_trainable=True, or give a peft_config")
+        raise UserError(
+            "model: no parameter of it can be trained; load an adapter with is_trainable=True, or give a peft_config; after "
+            "merge_and_unload() call model.requires_grad_(True)"
+        )
     # An adapter that came with the policy has no folder of its own that would stand for both.
     reference = _name(ref_model) if ref_model is not None else None if adapted else name
     config = _recorded(args, settings, policy, name, reference, behaviour_model, [len(pairs) for pairs in sets])
