@@ -115,7 +115,7 @@ def _responses(
     work = [weights_digest(model), config_digest(model), asdict(sampling), settings.samples, seed, scorer.digest]
     # A record is used again only where it is what this very work would give.
     keys = {str(row["id"]): digest([*work, row["prompt"], row["tools"], list(row["prompt_ids"])]) for row in rows}
-    kept = {str(record["id"]): record for record in once(lambda: whole_jsonl(path))}
+    kept = {str(record["id"]): record for record in _of_whole_blocks(once(lambda: whole_jsonl(path)))}
     found = {name: record["responses"] for name, record in kept.items() if record.get("key") == keys.get(name)}
     missing = [row for row in rows if str(row["id"]) not in found]
     with progress("label: sample and score", len(missing) * settings.samples // world_size()) as bar:
@@ -151,8 +151,17 @@ def _responses(
             records = dealt(block, answered)
             found |= {record["id"]: record["responses"] for record in records}
             if is_main():
-                append_jsonl(path, records)
+                append_jsonl(path, [{**record, "block": str(block[0]["id"]), "of": len(block)} for record in records])
     return found
+
+
+def _of_whole_blocks(records: Sequence[Row]) -> list[Row]:
+    """The records whose block was written to its end: what is still missing then begins where a block began, and its batches
+    are, bit for bit, those of a run left alone."""
+    there: dict[Any, set[str]] = {}
+    for record in records:
+        there.setdefault(record.get("block"), set()).add(str(record["id"]))
+    return [record for record in records if len(there[record.get("block")]) >= record.get("of", 0)]
 
 
 def _blocks(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:

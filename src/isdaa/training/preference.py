@@ -140,9 +140,7 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
 
         Where weights span the global batch and it takes more than one forward pass, they are computed here first.
         """
-        if 0 < self.state.max_steps <= self.state.global_step or self.control.should_training_stop:
-            # A resumed run that was at its end: the Trainer would take one more step before it looked.
-            self.control.should_training_stop = True
+        if self.ended():
             return [], None
         if self._interval_started is None:
             self._interval_started = time.perf_counter()

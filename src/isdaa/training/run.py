@@ -16,7 +16,7 @@ from isdaa.config import Config, fields, resolved
 from isdaa.data.encoding import VERSION
 from isdaa.distributed import is_main, once, world_size
 from isdaa.errors import UserError
-from isdaa.files import locked_file, read_json, write_atomically, write_json
+from isdaa.files import locked_file, read_json, remove_tree, write_atomically, write_json
 from isdaa.record import git_revision, versions
 from isdaa.terminal import say
 
@@ -42,6 +42,7 @@ LEAVES: dict[str, tuple[str, ...]] = {
     "reward": ("reward-checkpoints", "reward"),
     "align": ("checkpoints", "model"),
 }
+WRITTEN = ("sft-checkpoints", "pairs", "reward-checkpoints", "checkpoints", "guard")  # folders that stages write into
 # What else decides `align` where a guard may end it: the prompts and settings by which it judges.
 GUARD_DECIDES = (
     *("guard", "data.evaluation", "data.evaluation_split", "evaluation.scorer", "evaluation.prompts", "evaluation.ties"),
@@ -119,14 +120,22 @@ class Run:
         if self.path.exists():
             self.state = self._read()
         self._check_identity()
-        for left in self.folder.glob(".*.tmp"):  # of a file that a kill left unfinished
-            if not left.is_dir():
-                left.unlink()
+        self._remove_leftovers()
         self.state.update(versions=versions(), git_revision=git_revision())
         self._save()  # first of all files: it is what makes the folder a run's
         text = yaml.safe_dump(resolved(self.config), sort_keys=False, allow_unicode=True)
         write_atomically(self.folder / "config.yaml", text)
         return self.state
+
+    def _remove_leftovers(self) -> None:
+        """What kills left half written or half removed: nobody else writes here, and the room may be needed."""
+        for place in (".", *WRITTEN):
+            for left in (self.folder / place).glob(".*.tmp"):
+                if not left.is_dir():
+                    left.unlink()
+            for name in (".writing-*", ".old-*"):
+                for folder in (self.folder / place).glob(name):
+                    remove_tree(folder)
 
     def _read(self) -> dict[str, Any]:
         state = read_json(self.path)

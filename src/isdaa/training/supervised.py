@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
 from isdaa.config import Config, OptimisationConfig
 from isdaa.data.context import as_read
 from isdaa.data.sources import load_sft
@@ -18,7 +20,7 @@ from isdaa.models.adapters import add_lora
 from isdaa.models.loading import load_model, load_sequence_classifier
 from isdaa.models.saving import weights_digest
 from isdaa.training.arguments import training_arguments
-from isdaa.training.monitor import TrainingProgress
+from isdaa.training.monitor import TrainingProgress, WholeIntervals
 from isdaa.training.reading import read_pairs
 from isdaa.training.run import Run
 from isdaa.training.start import (
@@ -196,6 +198,17 @@ def _trl_arguments(kind: Any, settings: OptimisationConfig, folder: Path, run: R
     return arguments
 
 
+class _TokensSeen(TrainerCallback):
+    """TRL's count of tokens goes on where the checkpoint's own log ends."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        counts = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
+        self.trainer._total_train_tokens = int(counts[-1]) if counts else 0
+
+
 def _train(trainer: Any, description: str) -> dict[str, float]:
     """Train, from the newest complete checkpoint where there is one. Returns the metrics that were logged last."""
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -203,7 +216,8 @@ def _train(trainer: Any, description: str) -> dict[str, float]:
     for unwanted in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(unwanted)
     bar = TrainingProgress(description)
-    trainer.add_callback(bar)
+    for callback in (WholeIntervals(), _TokensSeen(trainer), bar):
+        trainer.add_callback(callback)
     try:
         trainer.train(resume_from_checkpoint=newest(Path(trainer.args.output_dir)))
     finally:

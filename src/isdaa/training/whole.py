@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
@@ -29,6 +30,27 @@ class WholeCheckpoints:
         if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
             raise UserError("fsdp_state_dict_type: checkpoints are model folders; set it to FULL_STATE_DICT in accelerate's file")
         return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    # ---- a resume at the end ----
+
+    def ended(self: Any) -> bool:
+        """Whether no step is left, which also ends the Trainer's loop: it looks only after one more step (fractional epochs)."""
+        if 0 < self.state.max_steps <= self.state.global_step:
+            self.control.should_training_stop = True
+        return bool(self.control.should_training_stop)
+
+    def get_batch_samples(self: Any, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """As the Trainer's, but nothing where training is at its end."""
+        if self.ended():
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+
+    def _maybe_log_save_evaluate(self: Any, *args: Any, **kwargs: Any) -> None:
+        # Without a step since the start there is nothing new: what the checkpoint's state still wants was done before it.
+        if self.state.global_step > self._initial_global_step:
+            super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    # ---- checkpoints ----
 
     def _save_checkpoint(self: Any, model: nn.Module, trial: Any = None) -> None:
         self.store_flos()
