@@ -18,6 +18,7 @@ from training_helpers import tiny_model, token_rows, trainer_of, with_reference
 from transformers import AutoModelForCausalLM
 
 from isdaa import Objective
+from isdaa.errors import UserError
 from isdaa.files import sync_tree
 from isdaa.training import checkpoints as checkpoints_module
 from isdaa.training.checkpoints import (
@@ -130,8 +131,11 @@ def test_the_comparison_can_fail(whole_run: Path, tmp_path: Path) -> None:
     for moments in state["state"].values():
         moments["exp_avg"].zero_()
     torch.save(state, optimizer)
+    with pytest.raises(UserError, match=r"optimizer.pt is damaged"):
+        start(tmp_path / "run").train(resume_from_checkpoint=str(optimizer.parent))
     trainer = start(tmp_path / "run")
     assert newest_complete_checkpoint(trainer.args.output_dir).endswith("checkpoint-4")  # the change is seen
+    write_manifest(optimizer.parent)
     trainer.train(resume_from_checkpoint=str(optimizer.parent))
     with pytest.raises(AssertionError):
         assert_same(state_of(tmp_path / "run")["weights"], state_of(whole_run)["weights"])
@@ -317,3 +321,73 @@ def test_the_digest_of_a_large_file_sees_both_ends(tmp_path: Path, monkeypatch: 
         assert sampled_digest(path) != digest
     path.write_bytes(content[:-1])
     assert sampled_digest(path) != digest
+
+
+# --- going on with other settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch_size": 3}, "a global batch of 4 rows, this one 6 rows"),
+        ({"gradient_accumulation_steps": 1}, "a global batch of 4 rows, this one 2 rows"),
+        ({"optimizer": "sgd"}, "optimizer adamw_torch_fused, this one sgd"),
+        ({"seed": 5}, "seed 3, this one 5"),
+        ({"rows": 21}, "a data set of 22 rows, this one 21 rows"),
+        ({"rows_seed": 3}, "pairs "),
+        ({"group_by_prompt": True}, "order pair by pair, this one prompt by prompt"),
+        ({"objective": Objective(weight="shuffled", beta=0.1)}, "objective "),
+    ],
+    ids=lambda value: "".join(value) if isinstance(value, dict) else "",
+)
+def test_a_checkpoint_of_other_batches_data_or_settings_is_refused(
+    changes: dict[str, Any], words: str, whole_run: Path, tmp_path: Path
+) -> None:
+    again = other(tmp_path, **changes)
+    checkpoint = whole_run / "checkpoints" / "checkpoint-4"
+    with pytest.raises(UserError) as refused:
+        again.train(resume_from_checkpoint=str(checkpoint))
+    assert words in str(refused.value) and str(checkpoint) in str(refused.value)
+    assert again.state.global_step == 0
+
+
+def other(folder: Path, rows: int = 22, rows_seed: int = 0, **changes: Any) -> Any:
+    """`start`, but for some settings."""
+    own = {"group_by_prompt": True} if changes.pop("group_by_prompt", False) else {}
+    train = with_reference(token_rows(rows, seed=rows_seed), tiny_model())
+    objective = changes.pop("objective", OBJECTIVE)
+    return trainer_of(tiny_model(), folder / "checkpoints", train, None, objective, own=own, **(SETTINGS | changes))
+
+
+def test_the_same_global_batch_split_otherwise_reads_every_pair_once_an_epoch(whole_run: Path, tmp_path: Path) -> None:
+    read: list[int] = []
+    again = other(tmp_path, batch_size=1, gradient_accumulation_steps=4, epochs=1)
+    original = again._pieces
+
+    def noted(batch: Any, device: Any) -> Any:
+        read.extend(batch.index[batch.valid].tolist())
+        return original(batch, device)
+
+    again._pieces = noted
+    again.train(resume_from_checkpoint=str(whole_run / "checkpoints" / "checkpoint-4"))
+    first = again.sampler.order(0)[:16].tolist()  # four steps of the run that was resumed
+    assert sorted(first + read) == list(range(22))
+
+
+def test_another_course_of_the_learning_rate_is_told(whole_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    again = other(tmp_path, epochs=1, learning_rate=0.5)
+    again.train(resume_from_checkpoint=str(whole_run / "checkpoints" / "checkpoint-4"))
+    (line,) = [record.getMessage() for record in caplog.records if "another from here on" in record.getMessage()]
+    assert "length 2 epochs, now 1 epochs" in line and "learning_rate 0.01, now 0.5" in line
+    assert again.state.global_step == 6
+
+
+def test_true_goes_on_from_the_newest_complete_checkpoint(whole_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole_run / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "checkpoint-12" / "model.safetensors").unlink()
+    again = start(tmp_path)
+    steps = []
+    again._pieces = lambda *arguments, kept=again._pieces: steps.append(again.state.global_step) or kept(*arguments)
+    again.train(resume_from_checkpoint=True)
+    assert steps[0] == 8
+    assert_same(state_of(tmp_path), state_of(whole_run))

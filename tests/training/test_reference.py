@@ -13,6 +13,7 @@ from training_helpers import moved, tiny_model, token_rows
 
 from isdaa.errors import UserError
 from isdaa.models.forward import PairForward, prepare
+from isdaa.training import reference as reference_module
 from isdaa.training.batches import TokenisedPairs
 from isdaa.training.reference import cache_key, read_cache, reference_logps
 
@@ -161,3 +162,140 @@ def test_two_runs_that_want_the_same_compute_it_once(forward: PairForward, pairs
         for one, other in zip(first.result(), second.result(), strict=True):
             assert np.array_equal(one, other)
     assert len(calls) == 1
+
+
+class Killed(BaseException):
+    """Stands in for SIGKILL within one process: nothing catches it."""
+
+
+class Counting:
+    """A prepared forward that counts its passes, and dies before the one numbered `last`."""
+
+    def __init__(self, forward: PairForward, last: int | None = None) -> None:
+        self.forward, self.last, self.calls = forward, last, 0
+        self.model, self.mode = forward.model, forward.mode
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        if self.calls == self.last:
+            raise Killed
+        self.calls += 1
+        return self.forward(*arguments, **keywords)
+
+
+def interrupted(forward: PairForward, pairs: TokenisedPairs, folder: Path, passes: int, **changes: Any) -> None:
+    """A computation that dies after so many passes, in which every pass took long enough to be kept."""
+    with pytest.raises(Killed):
+        compute(lambda: Counting(forward, passes), pairs, folder, batch_tokens=60, **changes)
+
+
+@pytest.fixture
+def slow_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pass takes as long as passes between two writes."""
+    monkeypatch.setattr(reference_module, "PART_SECONDS", 0.0)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_killed_computation_goes_on_where_it_was(
+    precision: str, forward: PairForward, pairs: TokenisedPairs, tmp_path: Path, slow_passes: None
+) -> None:
+    whole = Counting(forward)
+    right = compute(lambda: whole, pairs, tmp_path / "whole", batch_tokens=60, precision=precision)
+    assert whole.calls > 5
+    for done in (0, 2, 3):  # killed three times, each a little later
+        interrupted(forward, pairs, tmp_path / "killed", done, precision=precision)
+    assert len(list((tmp_path / "killed").glob("*.part-*"))) == 1
+    rest = Counting(forward)
+    found = compute(lambda: rest, pairs, tmp_path / "killed", batch_tokens=60, precision=precision)
+    assert rest.calls == whole.calls - 5
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(found, right, strict=True))
+    (written,) = [path for path in (tmp_path / "killed").iterdir() if not path.name.endswith(".lock")]
+    assert all(
+        np.array_equal(a, b) for a, b in zip(compute(refuse, pairs, written.parent, precision=precision), right, strict=True)
+    )
+
+
+def test_without_a_minute_between_them_nothing_is_written_but_the_end(
+    forward: PairForward, pairs: TokenisedPairs, tmp_path: Path
+) -> None:
+    assert reference_module.PART_SECONDS * 2 < 60
+    interrupted(forward, pairs, tmp_path, 4)
+    assert not list(tmp_path.glob("*.part-*"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "another's"])
+def test_a_damaged_part_is_computed_again(
+    damage: str,
+    forward: PairForward,
+    pairs: TokenisedPairs,
+    tmp_path: Path,
+    slow_passes: None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    right = compute(forward, pairs, None, batch_tokens=60)
+    interrupted(forward, pairs, tmp_path, 4)
+    (part,) = tmp_path.glob("*.part-*")
+    content = bytearray(part.read_bytes())
+    if damage == "cut":
+        part.write_bytes(content[:-5])
+    elif damage == "flipped":
+        content[-2] ^= 64
+        part.write_bytes(content)
+    elif damage == "empty":
+        part.write_bytes(b"")
+    else:
+        interrupted(prepare(moved(tiny_model())), pairs, tmp_path / "other", 4, key=KEY | {"weights": "other"})
+        (stranger,) = (tmp_path / "other").glob("*.part-*")
+        part.write_bytes(stranger.read_bytes())
+    with caplog.at_level(logging.WARNING):
+        found = compute(forward, pairs, tmp_path, batch_tokens=60)
+    assert "computed again" in caplog.text
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(found, right, strict=True))
+    assert not list(tmp_path.glob("*.part-*"))
+
+
+def test_other_batches_do_not_take_up_a_part(
+    forward: PairForward, pairs: TokenisedPairs, tmp_path: Path, slow_passes: None
+) -> None:
+    interrupted(forward, pairs, tmp_path, 4)
+    all_of_it = Counting(forward)
+    compute(lambda: all_of_it, pairs, tmp_path, batch_tokens=10**6)
+    assert all_of_it.calls == 1
+    assert not list(tmp_path.glob("*.part-*"))
+
+
+def test_each_of_two_processes_goes_on_with_its_own_share(
+    forward: PairForward, pairs: TokenisedPairs, tmp_path: Path, slow_passes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process stands for both, one after the other; what the second one gives is put to the first one's."""
+    monkeypatch.setattr(reference_module, "world_size", lambda: 2)
+    shares: dict[int, np.ndarray] = {}
+
+    def of(number: int, everyone: bool, last: int | None = None) -> Counting:
+        counting = Counting(forward, last)
+
+        def everyones(function: Any) -> list[Any]:
+            found = function()
+            if not isinstance(found, np.ndarray):
+                return [found]  # whether the file is there
+            shares[number] = found
+            return list(shares.values()) if everyone else [found]
+
+        monkeypatch.setattr(reference_module, "rank", lambda: number)
+        monkeypatch.setattr(reference_module, "is_main", lambda: everyone)
+        monkeypatch.setattr(reference_module, "everyones", everyones)
+        result.append(compute(lambda: counting, pairs, tmp_path, batch_tokens=60))
+        return counting
+
+    result: list[Any] = []
+    for number in (0, 1):
+        with pytest.raises(Killed):
+            of(number, False, 2)
+    assert len(list(tmp_path.glob("*.part-*"))) == 2
+    calls = [of(1, False).calls, of(0, True).calls]
+    assert sum(calls) > 0
+    monkeypatch.undo()
+    monkeypatch.setattr(reference_module, "PART_SECONDS", 0.0)
+    assert not list(tmp_path.glob("*.part-*"))
+    right = compute(forward, pairs, None)
+    assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(result[-1], right, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(result[-1], compute(refuse, pairs, tmp_path), strict=True))

@@ -390,6 +390,13 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
         finally:
             self.progress.close()
 
+    def must_stay(self) -> dict[str, Any]:
+        """As the mixin's; the pairs by their content, their order, and what is minimised."""
+        rows = cast(TokenisedPairs, self.train_dataset)
+        order = "prompt by prompt" if self.sampler.groups is not None else "pair by pair"
+        more = {"pairs": rows.content_digest(), "order": order, "objective": self.objective.formula()}
+        return super().must_stay() | more
+
     def _check_rules(self, checkpoint: Any) -> None:
         """Raises UserError where a checkpoint to go on from was made of tokens of an earlier revision's rules."""
         folder = newest_complete_checkpoint(Path(str(self.args.output_dir))) if checkpoint is True else checkpoint

@@ -1,7 +1,8 @@
 """Logps of a frozen model on the pairs: the reference's and the behaviour policy's, computed once and kept on disk.
 
 The numbers come from the very forward that training uses (METHOD.md), and the file's name from everything they depend
-on: the model's weights, the token ids, the numerics. Runs share the files.
+on: the model's weights, the token ids, the numerics. Runs share the files. While they are computed, what there is so far lies
+beside the file, so that a kill loses less than a minute of it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import fcntl
 import heapq
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 2  # raise it whenever the forward pass changes what it computes: older files are then not read
 NAMES = ("chosen_logps", "rejected_logps")
 BATCH_TOKENS = 16_384  # of a forward pass
+PART_SECONDS = 20.0  # between two writes of what there is so far: what a kill can lose, beside the batch in work
 
 Loader = Callable[[], PairForward]
 
@@ -70,9 +73,11 @@ def reference_logps(
             if found is not None:
                 return found
         prepared = forward if isinstance(forward, PairForward) else forward()
-        logps = _compute(prepared, rows, batch_tokens, precision, progress)
+        logps = _compute(prepared, rows, batch_tokens, precision, progress, path, full)
         if path is not None and is_main():
             write_cache(path, full, *logps)
+            for part in path.parent.glob(f".{path.name}.part-*"):
+                part.unlink(missing_ok=True)
     return logps
 
 
@@ -144,9 +149,15 @@ def _content(chosen: np.ndarray, rejected: np.ndarray) -> str:
 
 @torch.no_grad()
 def _compute(
-    forward: PairForward, pairs: TokenisedPairs, batch_tokens: int, precision: str, description: str
+    forward: PairForward,
+    pairs: TokenisedPairs,
+    batch_tokens: int,
+    precision: str,
+    description: str,
+    path: Path | None,
+    key: dict[str, Any],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One pass over this process's share of the pairs, then everyone's results together."""
+    """One pass over this process's share of the pairs, then everyone's results together. path, key: of the file to come."""
     lengths = pairs.lengths()
     prompts = pairs.prompt_groups() if forward.mode == SHARED_PREFIX else np.arange(len(pairs))  # two rows share nothing
     # Prompt by prompt, so that its pairs share it; those with the longest pair first, so that what does not fit into
@@ -157,8 +168,13 @@ def _compute(
     if world_size() > 1:
         order = order[_shares(pairs, prompts, world_size())[prompts[order]] == rank()]
 
+    groups, part = _groups(order, lengths, batch_tokens), None
+    if path is not None:
+        key = {**key, "order": digest(order.tobytes()), "batch_tokens": batch_tokens}  # of them every batch's numerics
+        part = _Part(path.parent / f".{path.name}.part-{digest(key)}", key, len(pairs))
+
     def share() -> np.ndarray:
-        return _share(forward, pairs, order, lengths, batch_tokens, precision, description)
+        return _share(forward, pairs, groups, lengths, precision, description, part)
 
     values = np.stack(everyones(share)).sum(axis=0, dtype=np.float32)  # every row is another process's zero
     bad = np.argwhere(~np.isfinite(values).all(axis=0))[:, 0]
@@ -167,34 +183,61 @@ def _compute(
     return values[0], values[1]
 
 
+class _Part:
+    """The values that there are so far, (2, N) float32 with NaN for the rest, kept on disk as they grow."""
+
+    def __init__(self, path: Path, key: dict[str, Any], rows: int) -> None:
+        self.path, self.key, self.rows = path, key, rows
+        self._written, self._every = time.monotonic(), PART_SECONDS
+
+    def read(self) -> np.ndarray:
+        """What an earlier process left; NaN throughout where it left nothing, or what is damaged."""
+        found = read_cache(self.path, self.key, self.rows)
+        return np.full((2, self.rows), np.nan, dtype=np.float32) if found is None else np.stack(found)
+
+    def keep(self, values: np.ndarray) -> None:
+        """Write them, where the last time is long enough ago: at most about every hundredth second is spent on it."""
+        begun = time.monotonic()
+        if begun - self._written >= self._every:
+            write_cache(self.path, self.key, values[0], values[1])
+            self._written = time.monotonic()
+            self._every = min(max(PART_SECONDS, 100 * (self._written - begun)), 2 * PART_SECONDS)
+
+
 def _share(
     forward: PairForward,
     pairs: TokenisedPairs,
-    order: np.ndarray,
+    groups: list[np.ndarray],
     lengths: np.ndarray,
-    batch_tokens: int,
     precision: str,
     description: str,
+    part: _Part | None,
 ) -> np.ndarray:
-    """(2, N) logps of the rows in `order`, 0 elsewhere."""
+    """(2, N) logps of the rows in `groups`, 0 elsewhere."""
     model: nn.Module = forward.model
     device = next(model.parameters()).device
-    values = np.zeros((2, len(pairs)), dtype=np.float32)
+    values = np.full((2, len(pairs)), np.nan, dtype=np.float32) if part is None else part.read()
     was_training = model.training
     model.eval()
     try:
         with (
-            show_progress(description, total=float(lengths[order].sum())) as bar,
+            show_progress(description, total=float(sum(lengths[group].sum() for group in groups))) as bar,
             torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"),
         ):
-            for group in _groups(order, lengths, batch_tokens):
-                input_ids, layout = packed(pairs.batch(group))
-                logps = forward(model, input_ids.to(device), None, layout)
-                values[:, group] = torch.stack([logps.chosen_logps, logps.rejected_logps]).float().cpu().numpy()
+            for group in groups:
+                if np.isnan(values[:, group]).any():  # batches stay as they are, so that their bits do
+                    input_ids, layout = packed(pairs.batch(group))
+                    logps = forward(model, input_ids.to(device), None, layout)
+                    values[:, group] = torch.stack([logps.chosen_logps, logps.rejected_logps]).float().cpu().numpy()
+                    if part is not None:
+                        part.keep(values)
                 bar.update(float(lengths[group].sum()))
     finally:
         model.train(was_training)
-    return values
+    mine = np.concatenate([*groups, np.zeros(0, dtype=np.int64)])
+    shared = np.zeros_like(values)
+    shared[:, mine] = values[:, mine]
+    return shared
 
 
 def _shares(pairs: TokenisedPairs, prompts: np.ndarray, world: int) -> np.ndarray:

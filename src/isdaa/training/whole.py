@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,12 +10,49 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
+from isdaa.distributed import once
 from isdaa.errors import UserError
-from isdaa.training.checkpoints import rotate, write_checkpoint
+from isdaa.files import read_json
+from isdaa.training.checkpoints import MANIFEST, defect, newest_complete_checkpoint, rotate, write_checkpoint
 from isdaa.training.hub import model_files, push_checkpoint, upload
+
+logger = logging.getLogger(__name__)
+
+
+class Basis(TrainerCallback, ExportableState):
+    """What a resumed run must share with its start, or be warned of, by name; it travels in every checkpoint's state."""
+
+    def __init__(self, must: dict[str, Any], may: dict[str, Any]) -> None:
+        self.must, self.may = must, may
+
+    def state(self) -> dict[str, Any]:
+        """As JSON-able data: `must` be the same, `may` change for the steps to come."""
+        return {"must": self.must, "may": self.may}
+
+    def check(self, checkpoint: str) -> None:
+        """Raises UserError where the checkpoint is of a run that this one would not go on with; warns of another schedule."""
+        try:
+            kept = read_json(Path(checkpoint) / TRAINER_STATE_NAME)["stateful_callbacks"][type(self).__name__]
+        except (UserError, KeyError, TypeError):
+            return  # not of this project, or of an earlier revision
+        for name, value in self.must.items():
+            if (before := kept["must"].get(name, value)) != value:
+                raise UserError(
+                    f"{checkpoint}: its run has {name} {before}, this one {value}: to go on would mix the two; "
+                    "give the same, or start anew from the checkpoint's model in another output_dir"
+                )
+        changed = [
+            f"{name} {kept['may'][name]}, now {value}"
+            for name, value in self.may.items()
+            if kept["may"].get(name, value) != value
+        ]
+        if changed:
+            told = "; ".join(changed)
+            logger.warning("%s: the run began with %s: the learning rate's course is another from here on", checkpoint, told)
 
 
 class WholeCheckpoints:
@@ -24,12 +62,50 @@ class WholeCheckpoints:
     """
 
     before_rename: Callable[[Path, int], None] | None = None
+    _optimizer_kind: str | None = None
 
-    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's. Raises UserError where FSDP would save weights in pieces that no other program reads."""
+    def train(self: Any, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; True goes on from the newest checkpoint that is complete.
+
+        Raises UserError where FSDP would save weights in pieces that no other program reads, and where the checkpoint to go on
+        from is damaged, or of a run with other batches, data or settings.
+        """
         if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
             raise UserError("fsdp_state_dict_type: checkpoints are model folders; set it to FULL_STATE_DICT in accelerate's file")
-        return super().train(*args, **kwargs)  # type: ignore[misc]
+        self.remove_callback(Basis)
+        basis = Basis(self.must_stay(), self.may_change())
+        self.add_callback(basis)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = once(lambda: newest_complete_checkpoint(self.args.output_dir)) or True
+        if isinstance(resume_from_checkpoint, (str, Path)):
+            resume_from_checkpoint = str(resume_from_checkpoint)
+            if Path(resume_from_checkpoint, MANIFEST).is_file() and (wrong := defect(resume_from_checkpoint)) is not None:
+                raise UserError(f"{resume_from_checkpoint}: not a complete checkpoint ({wrong}); go on from another one")
+            basis.check(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def must_stay(self: Any) -> dict[str, Any]:
+        """What every step of a run must share, by name, as JSON-able data."""
+        args = self.args
+        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if self._optimizer_kind is None:  # before the first start, when one that is there was given by the caller
+            given = args.optim if self.optimizer is None else type(self.optimizer).__name__
+            self._optimizer_kind = str(getattr(given, "value", given))
+        return {
+            "a global batch of": f"{per_step} rows",
+            "a data set of": f"{len(self.train_dataset)} rows",
+            "seed": args.seed if args.data_seed is None else args.data_seed,
+            "optimizer": self._optimizer_kind,
+        }
+
+    def may_change(self: Any) -> dict[str, Any]:
+        """Settings of the learning rate's course."""
+        args = self.args
+        names = ("learning_rate", "lr_scheduler_type", "warmup_steps")
+        found = {name: str(getattr(getattr(args, name), "value", getattr(args, name))) for name in names}
+        if not found["lr_scheduler_type"].startswith("constant"):
+            found["length"] = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+        return found
 
     # ---- a resume at the end ----
 
