@@ -1,8 +1,15 @@
 """Every test runs on few threads and without the network: nothing here may reach the Hub."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+# A key of the tests' own: they neither read nor make the user's.
+os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="isdaa-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CONFIG_HOME"], ignore_errors=True)

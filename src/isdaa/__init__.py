@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from isdaa.objectives.objective import Objective, PairLogps
     from isdaa.objectives.presets import PRESETS
+    from isdaa.training.checkpoints import adopt
     from isdaa.training.preference import PreferenceTrainer
     from isdaa.training.preference_config import PreferenceConfig
     from isdaa.training.preference_trainer import preference_trainer
@@ -27,6 +28,7 @@ HOMES = {
     "PRESETS": "objectives.presets",
     "PreferenceConfig": "training.preference_config",
     "PreferenceTrainer": "training.preference",
+    "adopt": "training.checkpoints",
     "preference_trainer": "training.preference_trainer",
 }
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "PreferenceConfig",
     "PreferenceTrainer",
     "__version__",
+    "adopt",
     "preference_trainer",
 ]
 

@@ -8,10 +8,11 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from isdaa import __version__
+from isdaa import __version__, ownership
 from isdaa.distributed import finish, is_main, left_alone, once, rank, speaks_first, world_size
 from isdaa.errors import DoneInPart, UserError, refused, shortened, shown
 
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage="isdaa train [--config FILE] [--section.key VALUE ...]",
     )
     train.add_argument("--config", metavar="FILE", help="YAML file; every key can be overridden by an option")
+    _adopt_option(train)
     add_options(train)
 
     inspect = commands.add_parser(
@@ -150,8 +152,31 @@ def _evaluation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "auto"], help="of the policies in memory (default: the record's)"
     )
-    parser.add_argument("--trust_remote_code", action="store_true", default=None, help="run code that a model's repository ships")
+    trust = parser.add_mutually_exclusive_group()
+    trust.add_argument("--trust_remote_code", action="store_true", default=None, help="run code that a model's repository ships")
+    trust.add_argument(
+        "--no_trust_remote_code", dest="trust_remote_code", action="store_false", default=None, help="run none (the default)"
+    )
+    _adopt_option(parser)
     add_options(parser, only=("evaluation", "tokenization"))
+
+
+def _adopt_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adopt",
+        action="store_true",
+        help="take a run of another machine, or of others, over as your own: you trust all that is in it",
+    )
+
+
+def _adopted(folders: Sequence[str]) -> None:
+    """Take folders over, said first; the main process does it."""
+    from isdaa.training.checkpoints import adopt
+
+    for folder in folders:
+        count = once(partial(adopt, Path(folder).expanduser()))
+        if is_main():
+            print(f"{folder}: yours now, with {count} records", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -177,7 +202,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     try:
-        arguments = build_parser().parse_args(sys.argv[1:] if argv is None else argv)
+        given = list(sys.argv[1:] if argv is None else argv)
+        ownership.command = ["isdaa", *given]
+        arguments = build_parser().parse_args(given)
         if world_size() > 1 and arguments.command not in TOGETHER:
             raise UserError(f"{arguments.command}: works in one process; start it without torchrun or accelerate launch")
         status = COMMANDS[arguments.command](arguments)
@@ -258,6 +285,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, overrides_of(arguments))
     _quiet_libraries()
+    if arguments.adopt:
+        _adopted([config.output_dir])
     from isdaa.training.stages import run
 
     run(config)
@@ -325,6 +354,8 @@ def _report(arguments: argparse.Namespace) -> int:
         raise UserError("report: name a run's or sweep's folder, or models with --checkpoints; see `isdaa report --help`")
     overrides = _evaluation_overrides(arguments)
     _quiet_libraries()
+    if arguments.adopt:
+        _adopted(arguments.checkpoints or [arguments.path])
     from isdaa.report.make import report_on
 
     page, sentence = report_on(
@@ -337,6 +368,8 @@ def _report(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from isdaa.benchmark_options import check_without_benchmark
 
+    if arguments.adopt:
+        _adopted(arguments.model_path or [])
     if arguments.benchmark is not None:
         if any(value is not None for name, value in vars(arguments).items() if name.startswith("tax")):
             raise UserError("evaluate: --benchmark and --tax are two evaluations; call one after the other")

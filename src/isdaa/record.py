@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import metadata
@@ -14,9 +16,15 @@ from typing import Any
 
 from isdaa.errors import UserError
 from isdaa.files import read_json
+from isdaa.ownership import SEAL, is_own, sealed
 
 NAME = "isdaa.json"
+RUN = "run.json"  # of a run's folder: its stages
 GOLD = "gold"  # the embedded world's scorer: a word, not a path
+SOURCE = re.compile(r"(\w+:)?(.+?)(:[\w.-]+)?", re.DOTALL)  # `hh:/data/hh`, `/data/set:subset`
+ABSOLUTE = re.compile(r"(\w+:)?([/~].*)", re.DOTALL)
+NO_PLACES = ("chat_template_kwargs", "random")  # values of others, in which `/no_think` is a word
+PLACES = ("reference", "evaluation", "scorer")  # what a record names beside its model
 PACKAGES = ("isdaa", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy")
 
 
@@ -35,6 +43,7 @@ class ModelRecord:
     tokens: int | None = None  # version of the rules by which text became tokens (`data.encoding.VERSION`); None: the first
     versions: dict[str, str] = field(default_factory=dict)
     git_revision: str | None = None
+    own: bool = field(default=False, compare=False)  # read from a file that carries this user's digest; never written
 
 
 def versions() -> dict[str, str]:
@@ -74,28 +83,55 @@ def git_revision() -> str | None:
 
 
 def relative_to(folder: Path, target: str | None) -> str | None:
-    """A local path as seen from `folder`; anything that does not exist locally (a Hub name, `gold`) unchanged."""
-    if target in (None, GOLD) or not Path(target).exists():
+    """A local path as seen from `folder`; anything else (a Hub name, `gold`) unchanged."""
+    if target is None or target == GOLD:
         return target
-    return os.path.relpath(Path(target).resolve(), Path(folder).resolve())
+    recipe, place, subset = _parts(target, lambda path: Path(path).exists())
+    if not (Path(place).is_absolute() or Path(place).exists()):
+        return target
+    return recipe + os.path.relpath(Path(place).resolve(), Path(folder).resolve()) + subset
 
 
 def resolve_from(folder: Path, target: str | None) -> str | None:
     """Undo `relative_to`."""
-    if target in (None, GOLD):
+    if target is None or target == GOLD:
         return target
-    inside = folder.resolve() / target  # `..` leads out of where a symlink points, not of where it stands
-    return os.path.normpath(inside) if inside.exists() else target
+    # `..` leads out of where a symlink points, not of where it stands.
+    recipe, place, subset = _parts(target, lambda path: (folder.resolve() / path).exists())
+    inside = folder.resolve() / place
+    return recipe + os.path.normpath(inside) + subset if inside.exists() else target
+
+
+def _parts(target: str, there: Callable[[str], bool]) -> tuple[str, str, str]:
+    """(`hh:`, the path, `:subset`) of a source, where the path is there; else what an absolute path has before it."""
+    found = SOURCE.fullmatch(target)
+    recipe, rest, subset = ("", target, "") if found is None else (found[1] or "", found[2], found[3] or "")
+    for parts in (("", target, ""), (recipe, rest + subset, ""), ("", recipe + rest, subset), (recipe, rest, subset)):
+        if there(parts[1]):
+            return parts
+    return (recipe, rest + subset, "") if rest[0] in "/~" else ("", target, "")
 
 
 def record_text(record: ModelRecord, home: str | Path) -> str:
-    """The content of `isdaa.json` for a model whose folder is, or after a rename will be, `home`."""
+    """The content of `isdaa.json`, with the user's digest, for a model whose folder is, or after a rename will be, `home`."""
     data = asdict(record)
-    for key in ("reference", "evaluation", "scorer"):
+    del data["own"]
+    data["config"] = without_places(data["config"])
+    for key in PLACES:
         data[key] = relative_to(Path(home), data[key])
     data["versions"] = data["versions"] or versions()
     data["git_revision"] = data["git_revision"] or git_revision()
-    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(sealed(NAME, data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def without_places(value: Any) -> Any:
+    """JSON data whose absolute paths, which hold on this machine alone, are cut to their last part."""
+    if isinstance(value, dict):
+        return {key: inner if key in NO_PLACES else without_places(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_places(inner) for inner in value]
+    found = ABSOLUTE.fullmatch(value) if isinstance(value, str) else None
+    return (found[1] or "") + Path(found[2]).name if found else value
 
 
 def read_record(folder: str | Path) -> ModelRecord | None:
@@ -106,9 +142,17 @@ def read_record(folder: str | Path) -> ModelRecord | None:
         return None
     data = read_json(path)
     try:
-        record = ModelRecord(**data)
+        record = ModelRecord(**{key: value for key, value in data.items() if key not in (SEAL, "own")}, own=is_own(NAME, data))
     except (TypeError, AttributeError):
         raise UserError(f"{path}: not a record of this version of isdaa; name --reference and --data instead") from None
-    for key in ("reference", "evaluation", "scorer"):
+    for key in PLACES:
         setattr(record, key, resolve_from(folder, getattr(record, key)))
     return record
+
+
+def run_folder(path: str | Path) -> Path | None:
+    """The run that a checkpoint or final model lies in, or None."""
+    folder = Path(path).absolute()
+    if folder.parent.name == "checkpoints":
+        return folder.parent.parent
+    return folder.parent if folder.name == "model" else None

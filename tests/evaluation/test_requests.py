@@ -10,6 +10,7 @@ import pytest
 from evaluation_helpers import save, tiny
 
 import isdaa.record as record_module
+from isdaa import adopt
 from isdaa.data.encoding import VERSION
 from isdaa.errors import UserError
 from isdaa.evaluation.held_out import common_pairs
@@ -139,6 +140,7 @@ def test_one_folder_by_two_names(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "sft")
     for file in second.rglob(NAME):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"reference": str(tmp_path / "link")}))
+    adopt(second)
     assert requests([first, second]).reference == str((tmp_path / "sft").resolve())
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from chains import ALIGN, CHAIN, chat_model, jsonl, plain_pairs, read_lines, refused, train
+from own_records import write_own
 from transformers import AutoTokenizer, GPTNeoConfig, GPTNeoForCausalLM
 
 from isdaa.models.forward import TWO_ROWS
@@ -120,7 +121,7 @@ def test_responses_of_another_model_or_prompt_are_not_taken_for_this_ones(
     monkeypatch.setattr(label_stage, "sample", lambda *a, **k: sampled.append(len(a[1])) or original(*a, **k))
     state = json.loads((tmp_path / "run/run.json").read_text())
     state["stages"]["label"]["done"] = False
-    (tmp_path / "run/run.json").write_text(json.dumps(state))
+    write_own(tmp_path / "run/run.json", state)
     records[0]["key"] = "of another model"
     jsonl(responses, records)
     assert train(tmp_path / "run", CHAIN, stages=["sft", "label"]) == 0

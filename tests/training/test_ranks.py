@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from chains import CHAIN, config_file, read_lines, train, without_time
+from own_records import write_own
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from together import accelerate_environment, benchmark
@@ -108,7 +109,7 @@ def label_half_done(home: Path) -> None:
     state = json.loads((home / "resumed" / "run.json").read_text())
     del state["stages"]["align"]
     state["stages"]["label"]["done"] = False
-    (home / "resumed" / "run.json").write_text(json.dumps(state))
+    write_own(home / "resumed" / "run.json", state)
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +283,7 @@ def test_a_resumed_run_has_as_many_processes_as_it_began_with(home: Path, capsys
     text = stopped.read_text()
     try:
         state["stages"]["align"]["done"] = False
-        stopped.write_text(json.dumps(state))
+        write_own(stopped, state)
         assert main(["train", "--config", str(home / "two.yaml"), "--output_dir", str(home / "two")]) == 2
     finally:
         stopped.write_text(text)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from chains import ALIGN, chat_model, jsonl, plain_pairs, read_lines, refused, train
+from own_records import write_own
 from tokenizers_for_tests import byte_level
 
 from isdaa.cli import main
@@ -63,12 +64,12 @@ def test_a_run_that_began_under_other_rules_of_tokenisation_is_refused(
         assert train("run", ALIGN | {"align.save_steps": 1, "align.max_steps": 4}) == 130
     state = json.loads((place / "run" / "run.json").read_text())
     assert state["stages"]["align"].pop("tokens") == VERSION  # what an earlier revision did not write
-    (place / "run" / "run.json").write_text(json.dumps(state))
+    write_own(place / "run" / "run.json", state)
     capsys.readouterr()
     assert train("run", ALIGN | {"align.save_steps": 1, "align.max_steps": 4}) == 2
     assert "rules of tokenisation" in capsys.readouterr().err
     state["stages"]["align"]["tokens"] = VERSION
-    (place / "run" / "run.json").write_text(json.dumps(state))
+    write_own(place / "run" / "run.json", state)
     assert train("run", ALIGN | {"align.save_steps": 1, "align.max_steps": 4}) == 0
     assert json.loads((place / "run" / "model" / "isdaa.json").read_text())["tokens"] == VERSION
 
@@ -143,7 +144,7 @@ def without_version(file: Path) -> None:
     for stage in state.get("stages", {}).values():
         stage.pop("tokens", None)
     state.pop("tokens", None)
-    file.write_text(json.dumps(state))
+    write_own(file, state)
 
 
 def test_whatever_an_earlier_revision_finished_is_not_built_upon(place: Path, caplog: pytest.LogCaptureFixture) -> None:

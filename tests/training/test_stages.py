@@ -26,6 +26,7 @@ from chains import (
     weights,
     without_time,
 )
+from own_records import write_own
 
 from isdaa.cli import main
 from isdaa.data.sources import prompt_key
@@ -197,7 +198,7 @@ def test_a_damaged_cache_is_noticed(home: Home, tmp_path: Path, caplog: pytest.L
     shutil.rmtree(study / "run" / "model")
     state = json.loads((study / "run" / "run.json").read_text())
     del state["stages"]["align"]
-    (study / "run" / "run.json").write_text(json.dumps(state))
+    write_own(study / "run" / "run.json", state)
     assert train(study / "run", CHAIN) == 0
     assert "damaged" in caplog.text
     assert same_weights(study / "run" / "model", home.run / "model")
@@ -615,7 +616,7 @@ def test_align_resumes_bit_for_bit(home: Home, tmp_path: Path, calls: int) -> No
     shutil.copytree(home.folder / "study", study, ignore=shutil.ignore_patterns("model", "checkpoints", "metrics.jsonl"))
     state = json.loads((study / "run" / "run.json").read_text())
     del state["stages"]["align"]
-    (study / "run" / "run.json").write_text(json.dumps(state))
+    write_own(study / "run" / "run.json", state)
     interrupted_run(study / "run", CHAIN, preference.PreferenceTrainer, "training_step", calls)
     assert same_weights(study / "run" / "model", home.run / "model")
     assert without_time(study / "run" / "metrics.jsonl") == without_time(home.run / "metrics.jsonl")
@@ -628,7 +629,7 @@ def test_align_stopped_after_its_last_step_only_saves(home: Home, tmp_path: Path
     shutil.copytree(home.folder / "study", study, ignore=shutil.ignore_patterns("model", "checkpoints", "metrics.jsonl"))
     state = json.loads((study / "run" / "run.json").read_text())
     del state["stages"]["align"]
-    (study / "run" / "run.json").write_text(json.dumps(state))
+    write_own(study / "run" / "run.json", state)
     interrupted_run(study / "run", CHAIN, align, "keep_model", 0)
     assert same_weights(study / "run" / "model", home.run / "model")
     assert without_time(study / "run" / "metrics.jsonl") == without_time(home.run / "metrics.jsonl")
@@ -673,7 +674,7 @@ def test_a_checkpoint_that_a_kill_left_half_is_passed_over(home: Home, tmp_path:
     shutil.copytree(home.folder / "study", study, ignore=shutil.ignore_patterns("model", "metrics.jsonl"))
     state = json.loads((study / "run" / "run.json").read_text())
     state["stages"]["align"]["done"] = False
-    (study / "run" / "run.json").write_text(json.dumps(state))
+    write_own(study / "run" / "run.json", state)
     (study / "run" / "checkpoints" / "checkpoint-6" / "optimizer.pt").unlink()
     assert train(study / "run", CHAIN) == 0
     assert "optimizer.pt is missing" in caplog.text
@@ -687,7 +688,7 @@ def test_a_run_of_an_earlier_version_goes_on(place: Path, capsys: pytest.Capture
     record = json.loads((place / "run" / "run.json").read_text())
     values = record["stages"]["align"]["values"]
     assert values.pop("align.group_by_prompt") is False and "align.attention" not in values
-    (place / "run" / "run.json").write_text(json.dumps(record))
+    write_own(place / "run" / "run.json", record)
     assert train("run", ALIGN, align__attention="sdpa") == 0
     assert train("run", ALIGN, align__group_by_prompt=True) == 2
     assert "align.group_by_prompt = False" in capsys.readouterr().err

@@ -116,6 +116,8 @@ def _opponents(bench: Benchmark, request: BenchmarkRequest, questions: Sequence[
         return bench.opponents(questions), None
     if request.reference is not None:
         return {}, request.reference
+    if request.records is not None:
+        request.records.require({"reference": "baseline"})
     raise UserError(
         f"{bench.name} compares each answer with an opponent's, and neither these questions nor the models' records name one; "
         "give its answers with --opponent FILE, or a model that answers with --baseline MODEL"

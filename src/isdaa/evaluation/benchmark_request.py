@@ -10,8 +10,8 @@ from typing import Any
 
 from isdaa.errors import UserError
 from isdaa.evaluation.judge_types import JudgeSettings
+from isdaa.evaluation.provenance import Records, records_of
 from isdaa.evaluation.requests import Checkpoint, checkpoints, expand, home_of, sections_of
-from isdaa.record import read_record
 
 # Keys of the section `evaluation` that mean the same for a benchmark; the others are the benchmark's own.
 SHARED_KEYS = ("seed", "bootstrap", "confidence", "batch_size")
@@ -78,6 +78,8 @@ class BenchmarkRequest:
     confidence: float = 0.95
     dtype: str = "float32"
     trust_remote_code: bool = False
+    told: tuple[str, ...] = ()  # what comes from records, one line each, to be said first
+    records: Records | None = None
 
 
 def benchmark_request(
@@ -92,7 +94,7 @@ def benchmark_request(
     output_dir: str | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> BenchmarkRequest:
-    """The request for what a user said; a model's record gives the reference, the dtype and whose code may run.
+    """The request for what a user said; a model's record gives the reference and the dtype.
 
     model_paths: model folders, run folders (all their checkpoints) or Hub names. chat_template: a file.
     overrides: `dtype`, `trust_remote_code`, dotted keys of the sections `evaluation` (`SHARED_KEYS` alone) and
@@ -102,8 +104,8 @@ def benchmark_request(
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     _check(sources, model_paths, given, judge, asking)
     paths = list(dict.fromkeys(path for name in model_paths for path in expand(name)))
-    records = {path: read_record(path) for path in paths}
-    first = next((record for record in records.values() if record is not None), None)
+    found = records_of(paths)
+    records, first = found.by_path, found.first()
     known = {str(record.reference) for record in records.values() if record is not None and record.reference is not None}
     other = _single(sources.baseline) if sources.baseline is not None else _reference(known)
     named = {model.path: model for model in checkpoints([*paths, *([other] if other is not None and other not in paths else [])])}
@@ -132,7 +134,9 @@ def benchmark_request(
         resamples=sections.evaluation.bootstrap,
         confidence=sections.evaluation.confidence,
         dtype=str(given.get("dtype") or model.get("dtype") or "float32"),
-        trust_remote_code=bool(given.get("trust_remote_code", model.get("trust_remote_code", False))),
+        trust_remote_code=bool(given.get("trust_remote_code", False)),
+        told=tuple(found.told(["data", "scorer", *(["reference"] if sources.baseline is not None else [])])),
+        records=found,
     )
 
 

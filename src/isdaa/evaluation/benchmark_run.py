@@ -30,6 +30,7 @@ from isdaa.evaluation.benchmarks.rows import PROJECT
 from isdaa.evaluation.records import Lines, locked
 from isdaa.files import read_json, write_atomically, write_json
 from isdaa.record import git_revision, versions
+from isdaa.terminal import say
 
 FORMAT = 1
 GENERATIONS, ANSWERS, JUDGMENTS = "generations.jsonl", "answers", "judgments"
@@ -58,6 +59,8 @@ def run_benchmark(request: BenchmarkRequest) -> Outcome:
     if request.sources.judgments:
         return once(lambda: _score_again(bench, request))
     plan = once(lambda: plan_of(bench, request))
+    for line in request.told:
+        say(line)
     models = [Respondent(model, plan.answering, plan.questions, "policy") for model in request.models]
     if plan.baseline is not None:
         models.append(Respondent(plan.baseline, plan.answering, plan.questions, "opponent"))

@@ -24,10 +24,11 @@ from isdaa.evaluation.analysis import METRICS, analyse, check_opponent
 from isdaa.evaluation.collect import PLAN, Collection, check_tokenizers, tokenize
 from isdaa.evaluation.held_out import common_pairs, tokenize_held_out
 from isdaa.evaluation.records import locked
-from isdaa.evaluation.requests import Checkpoint, Request, checkpoints, run_folder
+from isdaa.evaluation.requests import Checkpoint, Request, checkpoints
 from isdaa.evaluation.scorers import Scorer, load_scorer
 from isdaa.evaluation.scoring import score
 from isdaa.files import read_json, write_json
+from isdaa.record import run_folder
 from isdaa.terminal import say
 
 Row = Mapping[str, Any]
@@ -135,6 +136,8 @@ def evaluate_request(request: Request) -> dict[str, Any]:
     """`evaluate` for what `requests` found: reads the rows, then evaluates; the metrics also say where the rows came from."""
     from isdaa.data.sources import load_prompts
 
+    for line in request.told:
+        say(line)
     prompts, counts = once(lambda: load_prompts(request.data, request.split, repeated=request.repeated))
     for line in counts.lines()[1:]:
         say(f"{request.data}: {line}")

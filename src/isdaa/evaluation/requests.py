@@ -14,8 +14,9 @@ from typing import Any, Literal
 from isdaa.config import EvaluationConfig, TokenizationConfig, validate
 from isdaa.data.encoding import VERSION
 from isdaa.errors import UserError, nearest
+from isdaa.evaluation.provenance import OPTIONS, records_of
 from isdaa.files import file_digest
-from isdaa.record import GOLD, NAME, ModelRecord, read_record
+from isdaa.record import GOLD, NAME, ModelRecord, read_record, run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class Request:
     trust_remote_code: bool = False
     shared: str | None = None  # folder of an evaluation whose records are read, too
     repeated: Literal["strip", "keep"] | None = None  # as `data.prompt_repeated`
+    told: tuple[str, ...] = ()  # what comes from records, one line each, to be said first
 
 
 def requests(model_paths: Sequence[str | Path], overrides: Mapping[str, Any] | None = None) -> Request:
@@ -66,14 +68,16 @@ def requests(model_paths: Sequence[str | Path], overrides: Mapping[str, Any] | N
     overrides: `reference`, `data`, `split`, `scorer` (`none`: no scorer), `output_dir`, `dtype`, `trust_remote_code`, `shared`,
     and dotted keys of the sections `evaluation` and `tokenization` (`evaluation.prompts`). They win over records; keys
     whose value is None are ignored.
-    Raises UserError naming the option to give where neither a record nor an override says it or records disagree.
+    Raises UserError naming the option to give where neither a record nor an override says it, records disagree, or the record of
+    a run that is not the user's names something outside its folder. Whose code may run, only `overrides` say.
     """
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     if not model_paths:
         raise UserError("no model to evaluate: give --model_path (a model folder, a run folder or a Hub name)")
     paths = list(dict.fromkeys(path for name in model_paths for path in expand(name)))
-    records = {path: read_record(path) for path in paths}
-    first = next((record for record in records.values() if record is not None), None)
+    found_records = records_of(paths)
+    found_records.require({option: option for option in OPTIONS.values() if option not in given})
+    records, first = found_records.by_path, found_records.first()
     older = [path for path, record in records.items() if record is not None and (record.tokens or 1) != VERSION]
     if older:
         logger.warning(
@@ -124,9 +128,10 @@ def requests(model_paths: Sequence[str | Path], overrides: Mapping[str, Any] | N
         output_dir=str(given.get("output_dir") or home_of(model_paths)),
         held_out=() if "data" in given else _held_out_pairs(paths, records),
         dtype=str(given.get("dtype") or model.get("dtype") or "float32"),
-        trust_remote_code=bool(given.get("trust_remote_code", model.get("trust_remote_code", False))),
+        trust_remote_code=bool(given.get("trust_remote_code", False)),
         shared=str(given["shared"]) if "shared" in given else None,
         repeated=_repeated(first, given),
+        told=tuple(found_records.told(list(given))),
     )
 
 
@@ -168,14 +173,6 @@ def checkpoints(paths: Sequence[str | Path], records: Mapping[str, ModelRecord |
     texts = [str(path) for path in paths]
     found = records if records is not None else {text: read_record(text) for text in texts}
     return [_checkpoint(text, label, found[text]) for text, label in zip(texts, _labels(texts), strict=True)]
-
-
-def run_folder(path: str | Path) -> Path | None:
-    """The run that a checkpoint or final model lies in, or None."""
-    folder = Path(path).absolute()
-    if folder.parent.name == "checkpoints":
-        return folder.parent.parent
-    return folder.parent if folder.name == "model" else None
 
 
 def _checkpoint(path: str, label: str, record: ModelRecord | None) -> Checkpoint:
@@ -272,6 +269,8 @@ def sections_of(record: ModelRecord | None, given: Mapping[str, Any]) -> Any:
         recorded = (record.config.get(name) if record is not None else None) or {}
         # A record of another version may hold keys that are gone.
         data[name] = {key: value for key, value in recorded.items() if key in section.model_fields}
+    if "scorer" in data["evaluation"] and record is not None:
+        data["evaluation"]["scorer"] = record.scorer  # the same, as it is reached from here
     dotted = {key: value for key, value in given.items() if key.startswith(("evaluation.", "tokenization."))}
     for key, value in dotted.items():
         section_name, _, field = key.partition(".")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from isdaa.distributed import world_size
 from isdaa.errors import UserError
+from isdaa.terminal import say
 
 if TYPE_CHECKING:
     from isdaa.evaluation.harness import Asked, Harness, Part
@@ -85,6 +86,8 @@ def tax_command(arguments: argparse.Namespace, overrides: Mapping[str, Any]) -> 
 
     # Prompts and scorer are what a tax does without; the rest of the request it shares with every evaluation.
     request = requests(arguments.model_path, {**overrides, "data": "none", "scorer": "none"})
+    for line in request.told:
+        say(line)
     print_tax(measure_tax(request, settings))
     print(f"records: {Path(request.output_dir) / TAX}")
     return Path(request.output_dir)

@@ -19,9 +19,9 @@ from isdaa.evaluation.analysis import METRICS, WinTable
 from isdaa.evaluation.collect import PLAN, SAMPLES
 from isdaa.evaluation.records import Record, blocks_of
 from isdaa.evaluation.requests import METRICS as HISTORY
-from isdaa.evaluation.requests import run_folder
 from isdaa.evaluation.scoring import SCORES
 from isdaa.files import read_json
+from isdaa.record import run_folder
 
 SWEEP = "sweep.json"  # what a sweep leaves: its runs and where each one's evaluation lies
 LONE = "checkpoints"  # name of the models that lie in no run's folder

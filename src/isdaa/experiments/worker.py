@@ -102,7 +102,7 @@ def _evaluate_reference(task: Task) -> None:
         return
     given: dict[str, Any] = {f"tokenization.{key}": value for key, value in config.tokenization.model_dump().items()}
     given |= {"reference": reference, "data": config.data.source("evaluation"), "split": config.data.evaluation_split}
-    _evaluate(task, reference, given | {"dtype": config.model.dtype, "trust_remote_code": config.model.trust_remote_code})
+    _evaluate(task, reference, given | {"dtype": config.model.dtype})
 
 
 def _evaluate(task: Task, model: str, given: dict[str, Any]) -> None:
@@ -112,6 +112,7 @@ def _evaluate(task: Task, model: str, given: dict[str, Any]) -> None:
     settings = task.config.evaluation
     overrides: dict[str, Any] = {f"evaluation.{key}": value for key, value in settings.model_dump().items()}
     overrides |= {"scorer": settings.scorer or "none", "output_dir": str(task.evaluation)}
+    overrides["trust_remote_code"] = task.config.model.trust_remote_code  # the user's own word, which no record gives
     evaluate_request(requests([model], overrides | given))
 
 

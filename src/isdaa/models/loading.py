@@ -271,6 +271,8 @@ def _load(
         if folder is not None:
             _check_folder(name, folder)
         options = {key: value for key, value in options.items() if not (key == "revision" and folder)}
+        if not options["trust_remote_code"]:
+            _check_kernels(name, model_config(name, revision=options.get("revision")))
         try:
             with quiet(downloads=folder is None):
                 model, report = auto_class.from_pretrained(
@@ -286,6 +288,24 @@ def _load(
         _check_report(name, report, type(model).__name__, new_head)
     model = model.eval()
     return model if device is None or "quantization_config" in options else model.to(device)
+
+
+def _check_kernels(name: str, config: PretrainedConfig) -> None:
+    """Raises UserError where a configuration names a kernel of the Hub, which is code, by which transformers would compute."""
+    for key, value in _nested(config.to_dict() | vars(config)):
+        if "implementation" in str(key) and isinstance(value, str) and "/" in value:
+            entry = key.removesuffix("_internal").strip("_")
+            raise UserError(
+                f"{name}: its config.json asks for {value!r}, a kernel of the Hub, which is code; take {entry} out of it, or set "
+                "trust_remote_code if you trust its authors"
+            )
+
+
+def _nested(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every key of nested dicts with its value."""
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield key, inner
+        yield from _nested(inner)
 
 
 def _four_bits(dtype: str, device: str | torch.device | None) -> dict[str, Any]:
@@ -444,7 +464,9 @@ def _readable(error: Exception, name: str, folder: Path | None, what: str) -> Us
     """One line for what transformers raised."""
     text = str(error)
     if "trust_remote_code" in text:
-        return UserError(f"{name}: needs code of its own repository; set trust_remote_code only if you trust its authors")
+        return UserError(
+            f"{name}: needs code of its own, which runs only where you say so: trust_remote_code, if you trust its authors"
+        )
     if "Unrecognized configuration class" in text:
         return UserError(f"{name}: not a decoder language model ({_short(error)})")
     if folder is not None:

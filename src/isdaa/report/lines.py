@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.errors import UserError
-from isdaa.evaluation.requests import run_folder
 from isdaa.evaluation.trajectory import Study, Trajectory
 from isdaa.files import read_json
+from isdaa.record import run_folder
 from isdaa.report.labels import colours_of, labels_of
 from isdaa.report.style import PALETTE
 

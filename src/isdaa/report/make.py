@@ -32,7 +32,7 @@ def report_on(
     if not as_one_run and not first.exists():
         raise UserError(f"{first}: no such folder; name that of a run or of a sweep, or models with --checkpoints")
     if (first / SWEEP).is_file():
-        if len(paths) > 1 or given:
+        if len(paths) > 1 or given.keys() - {"trust_remote_code"}:
             raise UserError(f"{first}: a sweep's report takes neither other paths nor evaluation options; give its folder alone")
         study, home = read_study(first), first
     else:
@@ -40,7 +40,7 @@ def report_on(
         from isdaa.evaluation.requests import requests
 
         folder = first / "evaluation"
-        if given or len(paths) > 1 or not _is_evaluated(first, folder):
+        if given.keys() - {"trust_remote_code"} or len(paths) > 1 or not _is_evaluated(first, folder):
             request = requests(paths, given)
             evaluate_request(request)
             folder = Path(request.output_dir)

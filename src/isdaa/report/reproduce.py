@@ -11,9 +11,10 @@ from typing import Any
 
 from isdaa.config import EvaluationConfig, TokenizationConfig
 from isdaa.errors import UserError
-from isdaa.evaluation.requests import Request, expand, requests, run_folder
+from isdaa.evaluation.requests import Request, expand, requests
 from isdaa.evaluation.trajectory import SWEEP, Study
 from isdaa.files import read_json
+from isdaa.record import run_folder
 
 DEMO = "demo"  # what a sweep of `isdaa demo` calls its file
 PROMPTS = "PROMPTS"  # stands for data that no record names

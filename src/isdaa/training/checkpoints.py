@@ -6,12 +6,16 @@ import hashlib
 import logging
 import os
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from isdaa.errors import UserError
 from isdaa.files import read_json, remove_tree, sync_folder, sync_tree, write_json
+from isdaa.ownership import is_own, sealed
+from isdaa.record import NAME as RECORD
+from isdaa.record import RUN, run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +46,16 @@ def sampled_digest(path: Path) -> str:
     return sha.hexdigest()
 
 
-def write_manifest(folder: Path) -> None:
-    """List every file of a folder with size and digest, but not its card, which people edit. Called last of all."""
+def write_manifest(folder: Path, own: bool = True) -> None:
+    """List every file of a folder with size and digest, but not its card, which people edit. Called last of all.
+
+    own: with this user's digest, without which training does not go on from the folder.
+    """
     files: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name not in (MANIFEST, "README.md"):
-            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sampled_digest(path)}
-    write_json(folder / MANIFEST, {"files": files})
+            files[path.relative_to(folder).as_posix()] = _entry(path)
+    write_json(folder / MANIFEST, sealed(MANIFEST, {"files": files}) if own else {"files": files})
 
 
 def defect(folder: str | Path) -> str | None:
@@ -69,6 +76,49 @@ def defect(folder: str | Path) -> str | None:
     except (UserError, KeyError, TypeError, AttributeError, OSError) as error:
         return f"its {MANIFEST} is not readable ({error})"
     return None
+
+
+def check_own(folder: str | Path) -> None:
+    """Raises UserError where optimiser and random states of a checkpoint are not of this user's own run."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file() or not is_own(MANIFEST, read_json(path)):
+        raise UserError(
+            f"{folder}: not a checkpoint of yours on this machine ({MANIFEST} does not carry your digest), so training does not "
+            f"go on from it; if you trust it: isdaa evaluate --model_path {shlex.quote(str(folder))} --adopt"
+        )
+
+
+def adopt(folder: str | Path) -> int:
+    """Make everything that isdaa wrote in a folder, as it is now, this user's own. Returns how many records and lists there were.
+
+    A model in a run's folder stands for the run. What a manifest calls damaged stays so. Symbolic links are not followed. Raises
+    UserError for a folder with nothing in it.
+    """
+    run = run_folder(folder)
+    folder = run if run is not None and (run / RUN).is_file() else Path(folder)
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such folder; --adopt takes over folders of runs, sweeps and models")
+    found = [Path(root) for root, _, names in os.walk(folder) if {RUN, RECORD, MANIFEST} & set(names)]
+    count = 0
+    for place in found:
+        listed = read_json(place / MANIFEST) if (place / MANIFEST).is_file() else {}
+        entry = (listed.get("files") or {}).get(RECORD) if isinstance(listed, dict) else None
+        whole = entry is not None and (place / RECORD).is_file() and entry == _entry(place / RECORD)
+        for name in (RUN, RECORD, MANIFEST):
+            path = place / name
+            if path.is_symlink() or not path.is_file() or not isinstance(content := read_json(path), dict):
+                continue
+            if name == MANIFEST and whole:
+                content["files"][RECORD] = _entry(place / RECORD)
+            write_json(path, sealed(name, content))
+            count += 1
+    if not count:
+        raise UserError(f"{folder}: nothing of isdaa in it to take over ({RUN}, {RECORD})")
+    return count
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sampled_digest(path)}
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

@@ -16,7 +16,9 @@ from typing import Any
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
+from isdaa.ownership import SEAL
 from isdaa.record import NAME as RECORD
+from isdaa.record import without_places
 from isdaa.training.checkpoints import MANIFEST, write_manifest
 
 PUSHED = ".pushing-"
@@ -86,7 +88,7 @@ def upload(
         elif file.name != MANIFEST:
             _link(folder / file, aside / file)
     if (aside / "trainer_state.json").is_file():
-        write_manifest(aside)  # whoever fetches a whole checkpoint can go on from it
+        write_manifest(aside, own=False)  # whoever fetches a whole checkpoint can go on from it
     job = HfApi(library_name="isdaa").upload_folder(
         repo_id=trainer.hub_model_id,
         folder_path=aside,
@@ -101,16 +103,10 @@ def upload(
 
 
 def _without_places(text: str) -> str:
-    """JSON whose absolute paths, which hold on this machine alone, are cut to their last part."""
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: cut(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [cut(inner) for inner in value]
-        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-
-    return json.dumps(cut(json.loads(text)), indent=2, ensure_ascii=False) + "\n"
+    """A record without the places and the digest of this user, which mean nothing elsewhere."""
+    content = json.loads(text)
+    content.pop(SEAL, None)
+    return json.dumps(without_places(content), indent=2, ensure_ascii=False) + "\n"
 
 
 def _link(source: Path, target: Path) -> None:

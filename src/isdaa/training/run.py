@@ -17,7 +17,8 @@ from isdaa.data.encoding import VERSION
 from isdaa.distributed import is_main, once, world_size
 from isdaa.errors import UserError
 from isdaa.files import locked_file, read_json, remove_tree, write_atomically, write_json
-from isdaa.record import git_revision, versions
+from isdaa.ownership import SEAL, is_own, sealed
+from isdaa.record import RUN, git_revision, versions
 from isdaa.terminal import say
 
 ONE_PROCESS = "guard.steps: the guard works in one process for now; set it to null"
@@ -94,7 +95,7 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.folder = Path(config.output_dir)
-        self.path = self.folder / "run.json"
+        self.path = self.folder / RUN
         self.state: dict[str, Any] = {"stages": {}}
 
     @contextmanager
@@ -141,7 +142,12 @@ class Run:
         state = read_json(self.path)
         if not isinstance(state, dict) or not isinstance(state.get("stages"), dict):
             raise UserError(f"{self.path}: not a record of isdaa; choose another folder with --output_dir")
-        return state
+        if not is_own(RUN, state):
+            raise UserError(
+                f"{self.folder}: not a run of yours on this machine ({RUN} does not carry your digest), so it is not gone on "
+                "from; if you trust it, add --adopt to the command; else choose another --output_dir"
+            )
+        return {key: value for key, value in state.items() if key != SEAL}
 
     def _check_identity(self) -> None:
         for stage in self.config.stages:
@@ -239,4 +245,4 @@ class Run:
 
     def _save(self) -> None:
         if is_main():
-            write_json(self.path, self.state)
+            write_json(self.path, sealed(RUN, self.state))

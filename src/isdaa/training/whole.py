@@ -17,7 +17,7 @@ from transformers.trainer_callback import ExportableState
 from isdaa.distributed import once
 from isdaa.errors import UserError
 from isdaa.files import read_json
-from isdaa.training.checkpoints import MANIFEST, defect, newest_complete_checkpoint, rotate, write_checkpoint
+from isdaa.training.checkpoints import MANIFEST, check_own, defect, newest_complete_checkpoint, rotate, write_checkpoint
 from isdaa.training.hub import model_files, push_checkpoint, upload
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class WholeCheckpoints:
         """As the Trainer's; True goes on from the newest checkpoint that is complete.
 
         Raises UserError where FSDP would save weights in pieces that no other program reads, and where the checkpoint to go on
-        from is damaged, or of a run with other batches, data or settings.
+        from is damaged, not of the user's own run, or of a run with other batches, data or settings.
         """
         if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
             raise UserError("fsdp_state_dict_type: checkpoints are model folders; set it to FULL_STATE_DICT in accelerate's file")
@@ -81,6 +81,7 @@ class WholeCheckpoints:
             resume_from_checkpoint = str(resume_from_checkpoint)
             if Path(resume_from_checkpoint, MANIFEST).is_file() and (wrong := defect(resume_from_checkpoint)) is not None:
                 raise UserError(f"{resume_from_checkpoint}: not a complete checkpoint ({wrong}); go on from another one")
+            check_own(resume_from_checkpoint)
             basis.check(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
