@@ -159,7 +159,7 @@ def test_what_a_foreign_record_names_outside_is_asked_for(
     assert f"--{option} " in str(caught.value)
     command = ["evaluate", "--model_path", "run/model", "--evaluation.prompts", "2"]
     assert main(command) == 2
-    typed = capsys.readouterr().err.partition("If you trust that: ")[2].partition(" (or take")[0]
+    typed = capsys.readouterr().err.partition(", type: ")[2]
     words = shlex.split(typed)
     assert words[:-2] == ["isdaa", *command] and words[-2] == f"--{option}"
     given = {option: words[-1]}

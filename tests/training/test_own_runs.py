@@ -88,7 +88,7 @@ def test_what_another_hand_changed_is_not_gone_on_from(place: Path, capsys: pyte
         assert status == 0
         return
     assert status == 2
-    assert "not a " in (said := capsys.readouterr().err) and "--adopt" in said
+    assert "not a " in (said := capsys.readouterr().err) and "adopt" in said
 
 
 def test_a_script_goes_on_from_its_own_checkpoints_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

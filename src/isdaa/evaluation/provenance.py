@@ -39,8 +39,9 @@ class Records:
         what = " and ".join(f"{option} {place}" for option, place in named.items())
         call = ["isdaa", "evaluate", "--model_path", *self.by_path]
         raise UserError(
-            f"{path}: not a run of yours on this machine, and its record names {what}, outside its folder. If you trust that: "
-            f"{completed(call, options)} (or take the run over as your own, by --adopt in the place of these options)"
+            f"{path}: not a run of yours on this machine, and its record names {what}, outside its folder; take the run over as "
+            "your own with --adopt, or, if you trust what it names, type:",
+            completed(call, options),
         )
 
     def told(self, given: Sequence[str]) -> list[str]:

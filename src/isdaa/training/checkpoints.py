@@ -84,7 +84,8 @@ def check_own(folder: str | Path) -> None:
     if not path.is_file() or not is_own(MANIFEST, read_json(path)):
         raise UserError(
             f"{folder}: not a checkpoint of yours on this machine ({MANIFEST} does not carry your digest), so training does not "
-            f"go on from it; if you trust it: isdaa evaluate --model_path {shlex.quote(str(folder))} --adopt"
+            "go on from it; if you trust it:",
+            shlex.join(["python", "-c", f"import isdaa; isdaa.adopt({str(folder)!r})"]),
         )
 
 
