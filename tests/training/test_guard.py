@@ -277,22 +277,21 @@ def test_without_a_scorer_the_proxies_are_logged_and_nothing_is_kept(place: Path
     assert looks(place / "asked") == looks(place / "run")
 
 
-def test_weights_that_broke_cost_the_look_and_not_the_run(
-    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_weights_that_broke_end_the_run_before_the_look(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original = preference.PreferenceTrainer.training_step
 
     def breaking(self: Any, *args: Any, **kwargs: Any) -> Any:
         loss = original(self, *args, **kwargs)
-        if self.state.global_step == 2:
+        if self.state.global_step == 3:
             next(self.model.parameters()).data.fill_(torch.nan)
         return loss
 
     monkeypatch.setattr(preference.PreferenceTrainer, "training_step", breaking)
-    with caplog.at_level(logging.WARNING):
-        assert train("run", GUARDED) == 0
+    assert train("run", GUARDED) == 2
     assert [line["step"] for line in looks(place / "run")] == [2]
-    assert "guard: nothing could be measured at step 4" in caplog.text
+    assert "step 4: weights are not finite after its update" in capsys.readouterr().err.splitlines()[-1]
 
 
 # --- the best model

@@ -33,6 +33,11 @@ __all__ = ["PairForward", "ResponseLogps", "disable_dropout", "evaluating", "inn
 
 logger = logging.getLogger(__name__)
 
+NOT_FINITE = (
+    "{name}: its logits are not finite (NaN or infinite), though its weights are: too large for {dtype}; load it in float32, "
+    "or take an earlier checkpoint"
+)
+
 
 @dataclass
 class ResponseLogps:
@@ -149,8 +154,8 @@ def prepare(model: nn.Module, probe: bool = True, longest_row: int | None = None
             plain rows, gives way to "sdpa", with a warning.
 
     Raises:
-        UserError: an unknown attention, no causal language model, one whose logps can be computed in neither way, or one with
-            an adapter that acts on a part of a row.
+        UserError: an unknown attention, no causal language model, one whose logits are not finite, one whose logps can be
+            computed in neither way, or one with an adapter that acts on a part of a row.
     """
     inner = inner_model(model)
     if any(getattr(config, "alora_invocation_tokens", None) for config in getattr(model, "peft_config", {}).values()):
@@ -171,11 +176,14 @@ def prepare(model: nn.Module, probe: bool = True, longest_row: int | None = None
 
     name = type(inner).__name__
     with torch.no_grad(), evaluating(model):
+        pair = make_probe(model, longest_row)
+        if not bool(pair.truth.isfinite().all()):
+            where = getattr(inner.config, "_name_or_path", "") or name
+            raise UserError(NOT_FINITE.format(name=where, dtype=str(next(inner.parameters()).dtype).removeprefix("torch.")))
         trouble = head_trouble(inner)
         if trouble is not None:
             state.own_head = True
             logger.warning("%s: %s; response logits are computed by the model's own code", name, trouble)
-        pair = make_probe(model, longest_row)
         trouble = pair.trouble(model, token_logps(SHARED_PREFIX))
         used = pair.layout.cached("attention", lambda: SDPA)
         if trouble is not None and used != SDPA:

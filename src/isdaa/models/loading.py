@@ -17,6 +17,7 @@ import torch
 from isdaa.errors import UserError, nearest
 from isdaa.files import read_json
 from isdaa.models.adapters import add_lora, fit_vocabulary
+from isdaa.models.finite import check_finite
 from isdaa.models.hub import offline, quiet
 from isdaa.models.pooling import pool_by_mask
 from isdaa.models.saving import save_model, weights_digest
@@ -68,8 +69,8 @@ def load_model(
     but for the head, into 4 bits (Dettmers et al. 2023, arXiv 2305.14314), computing in `dtype`; needs bitsandbytes.
 
     Raises:
-        UserError: nothing is there, a folder is incomplete or damaged, no causal language model, unknown dtype; an adapter's
-            folder to be quantised, or an adapter that cannot be merged.
+        UserError: nothing is there, a folder is incomplete or damaged, no causal language model, unknown dtype, weights that are
+            not finite; an adapter's folder to be quantised, or an adapter that cannot be merged.
     """
     from transformers import AutoModelForCausalLM
 
@@ -167,7 +168,7 @@ def random_model(config: dict[str, Any], seed: int, *, dtype: str = "float32") -
     The same config and seed give the same weights; the global random state is left alone.
 
     Raises:
-        UserError: unknown model_type or key, or values that the architecture refuses.
+        UserError: unknown model_type or key, values that the architecture refuses, weights that are not finite.
     """
     from transformers import AutoModelForCausalLM
 
@@ -177,6 +178,7 @@ def random_model(config: dict[str, Any], seed: int, *, dtype: str = "float32") -
             model = AutoModelForCausalLM.from_config(full, dtype=torch_dtype(dtype) or torch.float32)
     except Exception as error:
         raise _no_model(config, error) from error
+    check_finite(f"model_type {config['model_type']}", model, "its config makes them so")
     return model.eval()
 
 
@@ -287,7 +289,9 @@ def _load(
             raise _readable(error, name, folder, "model") from error
         _check_report(name, report, type(model).__name__, new_head)
     model = model.eval()
-    return model if device is None or "quantization_config" in options else model.to(device)
+    model = model if device is None or "quantization_config" in options else model.to(device)
+    check_finite(name, model)  # where it is fastest: on its device
+    return model
 
 
 def _check_kernels(name: str, config: PretrainedConfig) -> None:
@@ -341,6 +345,7 @@ def _with_adapter(base: Any, name: str, folder: Path | None, revision: str | Non
                 here = {key.rpartition(".")[2] for key, _ in base.named_modules()}
                 config.modules_to_save = [key for key in config.modules_to_save or () if key in here] or None
             model: Any = PeftModel.from_pretrained(base, str(folder or name), revision=revision, config=config)
+            check_finite(name, model)  # the base has been asked already: what is found here is the adapter's
             if not merge:
                 return model
             if not hasattr(model.base_model, "merge_and_unload"):

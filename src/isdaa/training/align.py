@@ -28,7 +28,7 @@ from isdaa.training.batches import BEHAVIOUR_COLUMNS, TokenisedPairs
 from isdaa.training.checkpoints import named
 from isdaa.training.guard import guard_of
 from isdaa.training.look import longest_row
-from isdaa.training.monitor import MetricsFile, last_metrics
+from isdaa.training.monitor import MetricsFile, metrics_at
 from isdaa.training.preference import PreferenceTrainer
 from isdaa.training.reading import read_pairs
 from isdaa.training.reference import reference_logps
@@ -93,7 +93,7 @@ def _align(run: Run) -> Path:
     checkpoints = run.folder / "checkpoints"
 
     def record(step: int) -> ModelRecord:
-        return record_of(run, "policy", step=step, reference=reference, metrics=last_metrics(trainer.state.log_history))
+        return record_of(run, "policy", step=step, reference=reference, metrics=metrics_at(trainer.state.log_history, step))
 
     def describe(folder: Path, step: int) -> None:
         for name, text in described(record(step), named(folder)).items():

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from isdaa.data.collation import PairBatch, collate
+from isdaa.data.pairs import LARGEST_WEIGHT
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 BEHAVIOUR_COLUMNS = ("behaviour_chosen_logps", "behaviour_rejected_logps")
@@ -27,7 +28,8 @@ class TokenisedPairs(Dataset):
     """N tokenised pairs as flat arrays. Reading a row is slicing, so that a small model does not wait for its data.
 
     rows: a `datasets.Dataset` or a sequence of mappings with `prompt_ids`, `chosen_ids`, `rejected_ids`, and optionally
-        `reference_*_logps`, `behaviour_*_logps` and `weight`. Raises ValueError where token ids are missing.
+        `reference_*_logps`, `behaviour_*_logps`, `weight` and `id`. Raises ValueError where token ids are missing or a weight is
+        negative or above 1e6.
     """
 
     def __init__(self, rows: Any) -> None:
@@ -41,8 +43,14 @@ class TokenisedPairs(Dataset):
         for name in FLOAT_COLUMNS:
             if name in names:
                 column = _numbers(rows, name)
+                wrong = np.flatnonzero((column < 0) | (column > LARGEST_WEIGHT))
+                if name == "weight" and len(wrong):
+                    raise ValueError(f"row {wrong[0]}: weight is {column[wrong[0]]:g}; it must be from 0 to {LARGEST_WEIGHT:g}")
                 if not np.isnan(column).all():
                     self.floats[name] = column
+        self.names: Any = None  # (N,) what people call the rows, by their `id`; None where they have none
+        if "id" in names:
+            self.names = rows.with_format("arrow")[:]["id"] if hasattr(rows, "column_names") else [row.get("id") for row in rows]
 
     def __len__(self) -> int:
         return len(self.tokens["prompt_ids"][1]) - 1
@@ -56,6 +64,12 @@ class TokenisedPairs(Dataset):
         for name, values in self.floats.items():
             row[name] = None if np.isnan(values[at]) else values[at]
         return row
+
+    def name(self, index: int) -> str:
+        """What people call a row: its `id`, which is 'file:row' where it has none of its own; else its number."""
+        found: Any = None if self.names is None else self.names[index]
+        found = found.as_py() if hasattr(found, "as_py") else found
+        return f"row {index}" if found is None else str(found)
 
     def lengths(self) -> np.ndarray:
         """(N,) tokens of prompt + chosen + rejected: what a row costs in a packed batch."""
@@ -96,7 +110,7 @@ class TokenisedPairs(Dataset):
             if values.shape != (len(self),):
                 raise ValueError(f"{name} must have shape ({len(self)},); got {values.shape}")
         pairs = object.__new__(TokenisedPairs)
-        pairs.tokens = self.tokens
+        pairs.tokens, pairs.names = self.tokens, self.names
         pairs.floats = self.floats | {name: np.asarray(values, dtype=np.float64) for name, values in columns.items()}
         return pairs
 

@@ -41,7 +41,8 @@ def model_card(record: ModelRecord, name: str) -> str:
         settings["lora"] = config["lora"]
     lines += ["", "## Settings", "", "```yaml", yaml.safe_dump(settings, sort_keys=False).strip(), "```", ""]
     if record.metrics:
-        lines += ["## Training metrics, last logged", "", "| metric | value |", "|---|---|"]
+        at = f", logged at step {record.step}" if record.step is not None else ""
+        lines += [f"## Training metrics{at}", "", "| metric | value |", "|---|---|"]
         lines += [f"| {key} | {value:.4g} |" for key, value in sorted(record.metrics.items())]
         lines.append("")
     if record.kind == "policy":

@@ -13,6 +13,7 @@ from typing import Any
 
 from isdaa.errors import UserError
 from isdaa.files import read_json, remove_tree, sync_folder, sync_tree, write_json
+from isdaa.models.finite import files_not_finite, listed
 from isdaa.ownership import is_own, sealed
 from isdaa.record import NAME as RECORD
 from isdaa.record import RUN, run_folder
@@ -122,6 +123,14 @@ def _entry(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": sampled_digest(path)}
 
 
+def unusable(folder: str | Path) -> str | None:
+    """Why training cannot go on from a checkpoint: its defect, or weights that are not finite, as earlier revisions wrote them."""
+    wrong = defect(folder)
+    if wrong is None and (broken := files_not_finite(folder)):
+        return f"its weights are not finite: {listed(broken)}"
+    return wrong
+
+
 def checkpoints(folder: str | Path) -> list[Path]:
     """Every `checkpoint-N` folder, complete or not, by rising N."""
     found = [p for p in Path(folder).glob(f"{PREFIX}*") if p.is_dir() and re.fullmatch(r"\d+", p.name[len(PREFIX) :])]
@@ -134,12 +143,12 @@ def step_of(folder: str | Path) -> int:
 
 
 def newest_complete_checkpoint(folder: str | Path) -> str | None:
-    """The newest complete checkpoint below `folder`, or None. Broken ones are passed over with a word."""
+    """The newest complete checkpoint below `folder` whose weights are finite, or None. Others are passed over with a word."""
     folder = Path(folder)
     for path in sorted(folder.glob(f"{ASIDE}{PREFIX}*")):
         logger.warning("%s: a checkpoint that was interrupted while it was written; passed over", path)
     for path in reversed(checkpoints(folder)):
-        wrong = defect(path)
+        wrong = unusable(path)
         if wrong is None:
             return str(path)
         logger.warning("%s: not a complete checkpoint (%s); passed over", path, wrong)

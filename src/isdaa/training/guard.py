@@ -114,12 +114,13 @@ class Guard(TrainerCallback, ExportableState):
         if step % self.settings.steps and step < state.max_steps:
             return control
         started = time.perf_counter()
+        assert self.trainer.watch is not None
+        self.trainer.watch.check_weights()
         try:
             with untouched_random_state():
                 found = self.looks.look(self.forward, step)
         except UserError as error:
-            logger.warning("guard: nothing could be measured at step %d: %s", step, error)
-            return control
+            raise self.trainer.watch.error(step, f"guard: {error}") from error
         metrics = found.metrics | self._proxies()
         better = found.wins is not None and self._judge(found, step, metrics)
         metrics["time/guard_seconds"] = time.perf_counter() - started

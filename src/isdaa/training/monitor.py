@@ -39,13 +39,13 @@ def metrics_line(entry: dict[str, Any]) -> dict[str, Any] | None:
     return line
 
 
-def last_metrics(log_history: list[dict[str, Any]]) -> dict[str, float]:
-    """Each metric's last logged value, by its name in `metrics.jsonl`; values that are not finite are left out."""
-    last: dict[str, float] = {}
+def metrics_at(log_history: list[dict[str, Any]], step: int) -> dict[str, float]:
+    """The metrics that were logged at a step, by their names in `metrics.jsonl`. Of another step none is taken over."""
+    found: dict[str, float] = {}
     for entry in log_history:
-        line = metrics_line(entry) or {}
-        last.update({k: float(v) for k, v in line.items() if isinstance(v, int | float) and ("/" in k or k == "loss")})
-    return last
+        line = metrics_line(entry) if entry["step"] == step else None
+        found.update({k: float(v) for k, v in (line or {}).items() if isinstance(v, int | float) and ("/" in k or k == "loss")})
+    return found
 
 
 class MetricsFile(TrainerCallback):

@@ -38,7 +38,8 @@ from isdaa.record import read_record
 from isdaa.terminal import progress as show_progress
 from isdaa.training.batches import GlobalBatchSampler, TokenisedPairs, shard, tokenised
 from isdaa.training.checkpoints import newest_complete_checkpoint
-from isdaa.training.figures import Figures, gathered, pair_figures
+from isdaa.training.figures import COLUMNS, Figures, gathered, pair_figures
+from isdaa.training.finite import some_rows
 from isdaa.training.monitor import StallWarning, TrainingProgress, WholeIntervals, warn_about_start
 from isdaa.training.pieces import MicroBatch, Piece, split_by_tokens
 from isdaa.training.whole import WholeCheckpoints
@@ -282,7 +283,30 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
                     loss = self.compute_loss(model, piece, num_items_in_batch=num_items_in_batch, weights=weights)
                 self.accelerator.backward(loss, **deepspeed)
             total += loss.detach()
+        if self.watch is not None:
+            self.watch.saw(total, self._tables[-len(inputs.pieces) :])
         return total
+
+    def satisfied(self, losses: Tensor, seen: Sequence[Any]) -> Tensor:
+        """A bool: whether every pair of a step, its weight aside, has loss 0 (a hinge does). seen: figures of the pieces."""
+        tables = [part for parts in seen for part in parts]
+        if not tables:  # a loss of somebody's own, which keeps no figures
+            return super().satisfied(losses, seen)
+        table = torch.cat(tables)
+        learnt = table[:, [COLUMNS.index("unweighted"), COLUMNS.index("sft")]].abs().sum(1)
+        return ((learnt == 0) | (table[:, COLUMNS.index("valid")] == 0)).all()
+
+    def rows_of(self, losses: Tensor, seen: Sequence[Any]) -> tuple[bool, list[str]]:
+        """(whether their loss is not finite, names) of this process's pairs of a step: of those at fault, where there are any."""
+        tables = [part for parts in seen for part in parts]
+        if not tables:
+            return not bool(losses.isfinite().all()), []
+        return _at_fault(Figures(torch.cat(tables)), cast(TokenisedPairs, self.train_dataset))
+
+    def advice(self) -> list[str]:
+        """What may help, with what it is now."""
+        beta = self.objective.beta
+        return [*super().advice(), f"a {'larger' if beta < 1 else 'smaller'} beta (now {beta:g})"]
 
     def floating_point_ops(self, inputs: Any) -> int:
         """6·parameters·tokens of a micro-batch (Kaplan et al. 2020, arXiv 2001.08361, sec. 2.1)."""
@@ -367,7 +391,12 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
                 if bar is not None:
                     bar.update(len(indices))
         self.policy.train(training)
-        return gathered(tables, self.accelerator.gather if world > 1 else None)
+        figures = gathered(tables, self.accelerator.gather if world > 1 else None)
+        broken, names = _at_fault(figures, dataset)
+        if broken:
+            what = f"the held-out loss is not finite, in {some_rows(names)}"
+            raise UserError(what) if self.watch is None else self.watch.error(self.state.global_step, what)
+        return figures
 
     def _held_out_loss(self, figures: Figures) -> float:
         objective = self.objective
@@ -438,6 +467,13 @@ class _Following:
     def __iter__(self) -> Iterator[list[int]]:
         self.sampler.step = self.trainer.state.global_step
         return iter(self.sampler)
+
+
+def _at_fault(figures: Figures, pairs: TokenisedPairs) -> tuple[bool, list[str]]:
+    """(whether there are pairs whose loss is not finite, the names of these, else of all)."""
+    broken = ~torch.stack([figures[name] for name in ("unweighted", "weighted", "sft", "pair_weight")]).isfinite().all(0)
+    rows = figures["index"][broken] if bool(broken.any()) else figures["index"]
+    return bool(broken.any()), [pairs.name(int(row)) for row in rows.tolist()]
 
 
 def _with_reference(rows: Any, which: str) -> TokenisedPairs:

@@ -17,6 +17,7 @@ from isdaa.data.sources import pairs_of
 from isdaa.data.tokenization import TokenizationSettings, tokenize_pairs
 from isdaa.distributed import once
 from isdaa.errors import UserError
+from isdaa.models.finite import check_finite
 from isdaa.models.forward import PairForward, disable_dropout, prepare
 from isdaa.models.loading import load_model, load_tokenizer
 from isdaa.objectives.formulas import one_line
@@ -25,7 +26,7 @@ from isdaa.record import ModelRecord
 from isdaa.terminal import say
 from isdaa.training.batches import TokenisedPairs
 from isdaa.training.checkpoints import named
-from isdaa.training.monitor import MetricsFile, last_metrics
+from isdaa.training.monitor import MetricsFile, metrics_at
 from isdaa.training.preference import PreferenceTrainer
 from isdaa.training.preference_config import MIGRATING, PreferenceConfig, as_dict
 from isdaa.training.reference import reference_logps
@@ -112,7 +113,7 @@ def preference_trainer(
     config = _recorded(args, settings, policy, name, reference, behaviour_model, [len(pairs) for pairs in sets])
 
     def describe(folder: Path, step: int) -> None:
-        metrics = last_metrics(trainer.state.log_history)
+        metrics = metrics_at(trainer.state.log_history, step)
         record = ModelRecord("policy", config, step=step, reference=reference or None, metrics=metrics)
         for file, text in described(record, named(folder)).items():
             (folder / file).write_text(text, encoding="utf-8")
@@ -155,7 +156,8 @@ def _loaded(model: str | nn.Module, args: PreferenceConfig) -> Any:
         return load_model(model, device=args.device, **wanted)
     if getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None):
         return model  # it is where it must be
-    return model.to(args.device)
+    check_finite(_name(model) or "the model", model.to(args.device))
+    return model
 
 
 def _tokenizer(name: str, args: PreferenceConfig) -> Any:

@@ -179,7 +179,8 @@ def _compute(
     values = np.stack(everyones(share)).sum(axis=0, dtype=np.float32)  # every row is another process's zero
     bad = np.argwhere(~np.isfinite(values).all(axis=0))[:, 0]
     if len(bad):
-        raise UserError(f"{description}: {len(bad)} pairs have logps that are not finite, the first is row {bad[0]}")
+        name = pairs.name(int(bad[0]))
+        raise UserError(f"{description}: {len(bad)} pairs have logps that are not finite, the first is row {bad[0]} ({name})")
     return values[0], values[1]
 
 

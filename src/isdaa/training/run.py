@@ -89,6 +89,11 @@ def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _holds(path: Path) -> bool:
+    """Whether something is there: a file, or a folder that is not empty."""
+    return path.is_file() or (path.is_dir() and any(path.iterdir()))
+
+
 class Run:
     """The folder of one run. `run.json` says which stages began with which values and which are done."""
 
@@ -184,7 +189,7 @@ class Run:
     def _left(self, stage: str) -> bool:
         """Whether a stage has finished here, or was stopped and left something that its resume builds on."""
         return self.is_done(stage) or (
-            stage in self.state["stages"] and any((self.folder / name).exists() for name in LEAVES[stage])
+            stage in self.state["stages"] and any(_holds(self.folder / name) for name in LEAVES[stage])
         )
 
     def begin(self, stage: str) -> None:

@@ -50,7 +50,7 @@ def sft(run: Run) -> Path:
     data = once(lambda: _examples(run, tokenizer))
     model = policy_of(run, tokenizer, config.model.path)
     check_rows(model, config.model.path, *_extent(data, ("input_ids",)))
-    run.pin("sft", weights=weights_digest(model), examples=content_digest(data))
+    run.pin("sft", weights=weights_digest(model), examples=content_digest(data.remove_columns("id")))
     if config.lora.rank:
         model = add_lora(model, **config.lora.model_dump(), seed=config.seed)
 
@@ -81,14 +81,14 @@ def sft(run: Run) -> Path:
 
 
 def _examples(run: Run, tokenizer: Any) -> Any:
-    """A Dataset of input_ids and labels."""
+    """A Dataset of id, input_ids and labels."""
     config = run.config
     source = config.data.source("sft")
     assert source is not None
     rows, counts = load_sft(source, config.data.sft_split, limit=config.data.limit, repeated=config.data.prompt_repeated)
     examples, more = tokenize_sft(rows, tokenizer, token_settings(config), cache_dir=cache_folder(run))
     run.say("sft", (counts + more).lines())
-    data = examples.map(_labels, remove_columns=[c for c in examples.column_names if c != "input_ids"])
+    data = examples.map(_labels, remove_columns=[c for c in examples.column_names if c not in ("id", "input_ids")])
     _check_labels(data)
     return data
 
@@ -132,7 +132,7 @@ def reward(run: Run) -> Path:
     )
 
     check_rows(model, start, *_extent(data, ("chosen_ids", "rejected_ids")))
-    run.pin("reward", weights=weights_digest(model), pairs=content_digest(data))
+    run.pin("reward", weights=weights_digest(model), pairs=content_digest(data.remove_columns("id")))
 
     class Trainer(WholeCheckpoints, RewardTrainer):
         """TRL's, with checkpoints that are whole or absent."""
@@ -165,13 +165,14 @@ def not_for_reward(config: Config) -> list[str]:
 
 
 def _both(run: Run, tokenizer: Any) -> Any:
-    """A Dataset of chosen_ids and rejected_ids, prompts included."""
+    """A Dataset of id, chosen_ids and rejected_ids, prompts included."""
     config = run.config
     # The pairs that `align` holds out stay unseen by the model that may judge on them.
     read = read_pairs(config, pairs_source(run), held_out=False)
     tokens, more = tokenize_pairs(read.rows, tokenizer, token_settings(config), cache_dir=cache_folder(run), behaviour=False)
     run.say("reward", (read.counts + more).lines())
-    return tokens.map(_both_rows, remove_columns=[c for c in tokens.column_names if c not in ("chosen_ids", "rejected_ids")])
+    kept = ("id", "chosen_ids", "rejected_ids")
+    return tokens.map(_both_rows, remove_columns=[c for c in tokens.column_names if c not in kept])
 
 
 def _both_rows(row: dict[str, Any]) -> dict[str, Any]:
@@ -210,7 +211,7 @@ class _TokensSeen(TrainerCallback):
 
 
 def _train(trainer: Any, description: str) -> dict[str, float]:
-    """Train, from the newest complete checkpoint where there is one. Returns the metrics that were logged last."""
+    """Train, from the newest complete checkpoint where there is one. Returns the metrics that were logged at the last step."""
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     for unwanted in (PrinterCallback, ProgressCallback):
@@ -222,6 +223,6 @@ def _train(trainer: Any, description: str) -> dict[str, float]:
         trainer.train(resume_from_checkpoint=newest(Path(trainer.args.output_dir)))
     finally:
         bar.close()
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry and entry["step"] == trainer.state.global_step]
     last = logged[-1] if logged else {}
     return {key: float(value) for key, value in last.items() if isinstance(value, int | float) and math.isfinite(value)}

@@ -17,7 +17,15 @@ from transformers.trainer_callback import ExportableState
 from isdaa.distributed import once
 from isdaa.errors import UserError
 from isdaa.files import read_json
-from isdaa.training.checkpoints import MANIFEST, check_own, defect, newest_complete_checkpoint, rotate, write_checkpoint
+from isdaa.training.checkpoints import (
+    MANIFEST,
+    check_own,
+    newest_complete_checkpoint,
+    rotate,
+    unusable,
+    write_checkpoint,
+)
+from isdaa.training.finite import FiniteSteps
 from isdaa.training.hub import model_files, push_checkpoint, upload
 
 logger = logging.getLogger(__name__)
@@ -55,8 +63,9 @@ class Basis(TrainerCallback, ExportableState):
             logger.warning("%s: the run began with %s: the learning rate's course is another from here on", checkpoint, told)
 
 
-class WholeCheckpoints:
-    """Mixed in before a `transformers.Trainer`: `checkpoint-N` is written aside, synced, listed, and only then named.
+class WholeCheckpoints(FiniteSteps):
+    """Mixed in before a `transformers.Trainer`: `checkpoint-N` is written aside, synced, listed, and only then named; a run that
+    is not finite any more ends (`FiniteSteps`).
 
     before_rename(folder, step) writes further files into a checkpoint.
     """
@@ -79,11 +88,11 @@ class WholeCheckpoints:
             resume_from_checkpoint = once(lambda: newest_complete_checkpoint(self.args.output_dir)) or True
         if isinstance(resume_from_checkpoint, (str, Path)):
             resume_from_checkpoint = str(resume_from_checkpoint)
-            if Path(resume_from_checkpoint, MANIFEST).is_file() and (wrong := defect(resume_from_checkpoint)) is not None:
+            if Path(resume_from_checkpoint, MANIFEST).is_file() and (wrong := unusable(resume_from_checkpoint)) is not None:
                 raise UserError(f"{resume_from_checkpoint}: not a complete checkpoint ({wrong}); go on from another one")
             check_own(resume_from_checkpoint)
             basis.check(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def must_stay(self: Any) -> dict[str, Any]:
         """What every step of a run must share, by name, as JSON-able data."""
