@@ -124,7 +124,7 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 def unusable(folder: str | Path) -> str | None:
-    """Why training cannot go on from a checkpoint: its defect, or weights that are not finite, as earlier revisions wrote them."""
+    """Why training cannot go on from a checkpoint: its defect, or weights that are not finite, as earlier isdaa wrote them."""
     wrong = defect(folder)
     if wrong is None and (broken := files_not_finite(folder)):
         return f"its weights are not finite: {listed(broken)}"
