@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from chains import ALIGN, chat_model, jsonl, plain_pairs, read_lines, refused, same_weights, train
+from own_records import write_own
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from training_helpers import logged, moved, tiny_model, token_rows, trainer_of, weights_of, with_reference
@@ -348,7 +349,7 @@ def test_a_checkpoint_that_is_not_finite_is_never_the_newest(place: Path, caplog
         trainer_of(tiny_model(), place / "other", data, max_steps=9).train(resume_from_checkpoint=str(last))
     state = json.loads((place / "run" / "run.json").read_text())
     state["stages"]["align"]["done"] = False
-    (place / "run" / "run.json").write_text(json.dumps(state))
+    write_own(place / "run" / "run.json", state)
     assert train("run", stage("align", save_steps=2)) == 0
     assert same_weights(place / "run" / "model", place / "whole" / "model")
 
