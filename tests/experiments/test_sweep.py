@@ -124,6 +124,22 @@ def test_finished_runs_are_skipped_and_new_cells_join(swept: Path) -> None:
     assert [run.cell for run in read_study(swept).runs] == ["dpo", "is_dpo", "chi_po"]
 
 
+def test_finished_runs_whose_data_changed_are_an_error(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    again = load_sweep(swept.parent / "sweep.yaml")
+    (pairs,) = swept.glob("*/**/pairs/train.jsonl")
+    before, results_before = pairs.read_bytes(), results(swept)
+    try:
+        pairs.write_bytes(before.replace(b" the ", b" not ", 1))
+        with pytest.raises(UserError, match=r"its finished (label|align) stage (left|read).*train\.jsonl"):
+            run_sweep(*again, "sweep.yaml")
+    finally:
+        pairs.write_bytes(before)
+    capsys.readouterr()
+    run_sweep(*again, "sweep.yaml")
+    assert results(swept) == results_before
+    assert "not there" not in capsys.readouterr().err
+
+
 def test_a_failed_run_stops_no_other_and_is_one_line(tmp_path: Path) -> None:
     grids = {"broken": {"data.pairs_split": "nope", "data.limit": 1}, "methods": {"objective.method": ["dpo"]}}
     with pytest.raises(UserError, match=r"1 of 3 runs failed; the first is is_dpo-\S+/seed-5: .* \(see .*log.txt\)") as caught:

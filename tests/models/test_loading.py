@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 from transformers.utils import logging as hf_logging
 
 from isdaa.errors import UserError
+from isdaa.manifest import MANIFEST
 from isdaa.models.loading import (
     add_lora,
     load_model,
@@ -59,8 +60,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(saved: Path, tmp_path: Path) -> Path:
-    """A copy of the saved model, to be damaged."""
-    return Path(shutil.copytree(saved, tmp_path / "model"))
+    """A copy of the saved model, to be damaged; as any program's, it has no manifest."""
+    return Path(shutil.copytree(saved, tmp_path / "model", ignore=shutil.ignore_patterns(MANIFEST)))
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -239,7 +240,7 @@ def test_an_adapter_folder_loads_with_its_base(saved: Path, tmp_path: Path) -> N
     kept = load_model(tmp_path / "adapter", merge_adapter=False)
     assert isinstance(kept, PeftModel) and torch.equal(logits(kept), expected)
     assert load_tokenizer(tmp_path / "adapter").eos_token == "<eos>"
-    for file in tmp_path.glob("adapter/token*"):
+    for file in (*tmp_path.glob("adapter/token*"), tmp_path / "adapter" / MANIFEST):
         file.unlink()
     assert load_tokenizer(tmp_path / "adapter").eos_token == "<eos>", "the base model's tokenizer"
     shutil.copy(saved / "config.json", tmp_path / "adapter")
@@ -291,6 +292,7 @@ def test_bad_adapter_settings(settings: dict[str, Any], message: str) -> None:
 def test_broken_adapters(saved: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     save_model(add_lora(load_model(saved), rank=2), words(), adapter, merge=False)
+    (adapter / MANIFEST).unlink()
     settings = json.loads((adapter / "adapter_config.json").read_text())
 
     def with_base(base: str | None) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from training_helpers import tiny_model, token_rows, trainer_of, with_reference
 from transformers import AutoModelForCausalLM
 
-from isdaa import Objective
+from isdaa import Objective, manifest
 from isdaa.errors import UserError
 from isdaa.files import sync_tree
 from isdaa.training import checkpoints as checkpoints_module
@@ -308,8 +308,8 @@ def test_rotation_keeps_a_good_checkpoint_rather_than_a_broken_one(tmp_path: Pat
 
 
 def test_the_digest_of_a_large_file_sees_both_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints_module, "WINDOW", 16)
-    monkeypatch.setattr(checkpoints_module, "WHOLE", 4)
+    monkeypatch.setattr(manifest, "WINDOW", 16)
+    monkeypatch.setattr(manifest, "WHOLE", 4)
     path = tmp_path / "f"
     content = bytearray(os.urandom(1000))
     path.write_bytes(content)

@@ -87,6 +87,21 @@ def _data_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if kind_of(file) is not None and file.is_file())
 
 
+def files_behind(source: str, split: str | None = None) -> list[Path] | None:
+    """The files that `iterate_rows` reads for a local source, in their order; None where the source is no local one, or gone."""
+    place, subset = divided(source)
+    path = Path(place).expanduser()
+    if source.startswith("world:") or not path.exists():
+        return None
+    path = path if subset is None else _sub_folder(path, subset)
+    if path.is_file():
+        return [path]
+    if (path / "dataset_dict.json").exists():
+        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        path = path / (split or ("train" if "train" in splits else splits[0]))
+    return sorted(path.glob("*.arrow")) if (path / "state.json").exists() else _files_of(path, split)
+
+
 def _sub_folder(path: Path, subset: str) -> Path:
     if not path.is_dir():
         raise UserError(f"{path}:{subset}: {path} is a file, which has no subset; leave ':{subset}' away")

@@ -16,11 +16,13 @@ from isdaa.data.encoding import VERSION
 from isdaa.errors import UserError, nearest
 from isdaa.evaluation.provenance import OPTIONS, records_of
 from isdaa.files import file_digest
+from isdaa.manifest import MANIFEST
 from isdaa.record import GOLD, NAME, ModelRecord, read_record, run_folder
 
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
+MODEL = ("config.json", "adapter_config.json", MANIFEST)  # a folder with one of them is, or was, a model
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def expand(path: str | Path) -> list[str]:
         if text.startswith((".", "/", "~")) or text.count("/") > 1:
             raise UserError(f"{text}: no such model folder")
         return [text]  # a Hub name; loading it says whether it exists
-    if (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
+    if any((folder / name).exists() for name in MODEL):
         return [text]
     found = {int(p.name.split("-")[1]): p for p in (folder / "checkpoints").glob("checkpoint-*") if _is_checkpoint(p)}
     final = folder / "model"
@@ -229,7 +231,7 @@ def _labels(paths: Sequence[str]) -> list[str]:
 
 def _is_checkpoint(folder: Path) -> bool:
     number = folder.name.removeprefix("checkpoint-")
-    return number.isdecimal() and any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
+    return number.isdecimal() and any((folder / name).exists() for name in MODEL)
 
 
 def home_of(model_paths: Sequence[str | Path]) -> Path:

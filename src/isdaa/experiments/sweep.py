@@ -20,6 +20,7 @@ from isdaa.experiments.overview import Overview
 from isdaa.experiments.worker import RESULT, STATUS, ClusterJobs, Job, Launcher, LocalJobs, Work, outcome_of, status_of
 from isdaa.files import read_json, write_atomically, write_json
 from isdaa.record import versions
+from isdaa.terminal import say
 
 POLL = 0.25  # seconds between two looks at the running processes
 
@@ -55,6 +56,9 @@ def run_sweep(
         earlier = read_json(root / SWEEP) if (root / SWEEP).is_file() else {}
         write_json(root / SWEEP, _content(sweep, cells, everything, where, earlier))
         write_atomically(root / "sweep.yaml", yaml.safe_dump(sweep.model_dump(), sort_keys=False, allow_unicode=True))
+        for task in tasks:
+            if finished(root, task) and not task.evaluates_alone:
+                _check_unchanged(task)
         failed = _Scheduler(sweep, tasks, expected).run()
         write_json(root / SWEEP, _content(sweep, cells, everything, where, earlier))
     if failed:
@@ -64,6 +68,14 @@ def run_sweep(
         kind = DoneInPart if some else UserError
         raise kind(f"{len(failed)} of {len(tasks)} runs failed; the first is {name}: {error} (see {log})")
     return root
+
+
+def _check_unchanged(task: Task) -> None:
+    """Raises UserError where a finished run read data or models that have changed since: the others would read the new ones."""
+    from isdaa.training.run import Run
+
+    for line in Run(task.config).finished_before().changes(outputs=False):
+        say(f"{task.name}: {line}")
 
 
 def logs_of(root: Path, name: str) -> Path:

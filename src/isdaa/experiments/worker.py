@@ -123,7 +123,7 @@ def tidy(task: Task, keep: Keep) -> None:
     """
     if keep == "all":
         return
-    from isdaa.training.checkpoints import checkpoints, write_manifest
+    from isdaa.training.checkpoints import checkpoints, defect, write_manifest
 
     kept: set[str] | None = None
     if keep == "best":
@@ -139,9 +139,10 @@ def tidy(task: Task, keep: Keep) -> None:
             shutil.rmtree(folder)
             continue
         left = [path for name in RESUME_FILES for path in folder.glob(name)]
+        intact = defect(folder) is None
         for path in left:
             path.unlink()
-        if left:
+        if left and intact:
             write_manifest(folder)
 
 

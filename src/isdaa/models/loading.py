@@ -16,6 +16,7 @@ import torch
 
 from isdaa.errors import UserError, nearest
 from isdaa.files import read_json
+from isdaa.manifest import check_manifest
 from isdaa.models.adapters import add_lora, fit_vocabulary
 from isdaa.models.finite import check_finite
 from isdaa.models.hub import offline, quiet
@@ -409,14 +410,24 @@ def _base_of(adapter: Path, name: str) -> str:
     return base
 
 
+def adapter_base(folder: Path) -> str | None:
+    """The folder or name of the base model of an adapter's folder; None where it holds a model of its own, or names none."""
+    try:
+        adapter = _adapter_config(str(folder), folder, None)
+        return None if adapter is None else _base_of(adapter, str(folder))
+    except UserError:
+        return None  # loading it says what is wrong
+
+
 def _looks_like_path(name: str) -> bool:
     return name.startswith(("/", ".", "~")) or "\\" in name or name.endswith("/") or name.count("/") > 1
 
 
 def _local_folder(name: str) -> Path | None:
-    """The folder of that name, or None for a Hub name; a path that leads nowhere is an error."""
+    """The folder of that name, or None for a Hub name; a path that leads nowhere, or to a damaged model, is an error."""
     path = Path(name).expanduser()
     if path.is_dir():
+        check_manifest(path)
         return path
     if path.exists():
         raise UserError(f"{name}: a file; a model is a folder with config.json and *.safetensors")

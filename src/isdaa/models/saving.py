@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from isdaa.files import write_folder_atomically
+from isdaa.manifest import write_manifest
 from isdaa.models.adapters import merged_copy
 from isdaa.models.hub import quiet
 
@@ -30,10 +31,10 @@ def save_model(
 ) -> None:
     """Write safetensors, configuration, tokenizer, generation config and `files` (name -> text, such as README.md).
 
-    The folder appears whole or not at all; one of that name is replaced. It loads with `AutoModelForCausalLM` and
-    pipelines without isdaa. A `PeftModel` is saved with its adapter merged into the weights (the model itself is left
-    as it is); `merge=False` saves the adapter alone, which then needs its base model where it was. `stop_ids` are
-    further tokens that end a response, beside the tokenizer's EOS and those that the model already has.
+    The folder appears whole or not at all, with a manifest of its files; one of that name is replaced. It loads with
+    `AutoModelForCausalLM` and pipelines without isdaa. A `PeftModel` is saved with its adapter merged into the weights (the
+    model itself is left as it is); `merge=False` saves the adapter alone, which then needs its base model where it was.
+    `stop_ids` are further tokens that end a response, beside the tokenizer's EOS and those that the model already has.
     """
     folder = Path(folder)
     for name in files or {}:
@@ -49,6 +50,7 @@ def save_model(
         for name, text in (files or {}).items():
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
             (aside / name).write_text(text, encoding="utf-8")
+        write_manifest(aside, own=False)  # nothing resumes from it
 
     write_folder_atomically(folder, fill)
 

@@ -2,81 +2,42 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from isdaa.errors import UserError
 from isdaa.files import read_json, remove_tree, sync_folder, sync_tree, write_json
+from isdaa.manifest import MANIFEST, defect, entry_of, sampled_digest, write_manifest
 from isdaa.models.finite import files_not_finite, listed
 from isdaa.ownership import is_own, sealed
 from isdaa.record import NAME as RECORD
 from isdaa.record import RUN, run_folder
 
+__all__ = [
+    "MANIFEST",
+    "adopt",
+    "check_own",
+    "checkpoints",
+    "complete_checkpoints",
+    "defect",
+    "named",
+    "newest_complete_checkpoint",
+    "rotate",
+    "sampled_digest",
+    "step_of",
+    "unusable",
+    "write_checkpoint",
+    "write_manifest",
+]
 logger = logging.getLogger(__name__)
 
-MANIFEST = "isdaa_manifest.json"
 PREFIX = "checkpoint-"
 ASIDE = ".writing-"
 OLD = ".old-"
-WINDOW = 1 << 20
-WHOLE = 64  # windows: files up to 64 MiB are read whole, of larger ones 64 MiB spread evenly
-
-
-def sampled_digest(path: Path) -> str:
-    """SHA-256 of a file's content, or, beyond 64 MiB, of 64 windows of 1 MiB spread over it, both ends included.
-
-    Syncing before the rename is what keeps a checkpoint whole; the digest catches a disk that lied and a file that was
-    changed. Reading every byte of optimiser states of 100 GB twice would cost minutes at each save.
-    """
-    size = path.stat().st_size
-    sha = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        if size <= WHOLE * WINDOW:
-            while piece := file.read(WINDOW):
-                sha.update(piece)
-        else:
-            for window in range(WHOLE):
-                file.seek((size - WINDOW) * window // (WHOLE - 1))
-                sha.update(file.read(WINDOW))
-    return sha.hexdigest()
-
-
-def write_manifest(folder: Path, own: bool = True) -> None:
-    """List every file of a folder with size and digest, but not its card, which people edit. Called last of all.
-
-    own: with this user's digest, without which training does not go on from the folder.
-    """
-    files: dict[str, Any] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name not in (MANIFEST, "README.md"):
-            files[path.relative_to(folder).as_posix()] = _entry(path)
-    write_json(folder / MANIFEST, sealed(MANIFEST, {"files": files}) if own else {"files": files})
-
-
-def defect(folder: str | Path) -> str | None:
-    """What is wrong with a checkpoint folder, in a few words; None where it is complete."""
-    folder = Path(folder)
-    if not (folder / MANIFEST).is_file():
-        return f"it has no {MANIFEST}"
-    try:
-        files = read_json(folder / MANIFEST)["files"]
-        for name, expected in files.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != expected["size"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
-            if sampled_digest(path) != expected["sha256"]:
-                return f"{name} is damaged"
-    except (UserError, KeyError, TypeError, AttributeError, OSError) as error:
-        return f"its {MANIFEST} is not readable ({error})"
-    return None
 
 
 def check_own(folder: str | Path) -> None:
@@ -105,22 +66,18 @@ def adopt(folder: str | Path) -> int:
     for place in found:
         listed = read_json(place / MANIFEST) if (place / MANIFEST).is_file() else {}
         entry = (listed.get("files") or {}).get(RECORD) if isinstance(listed, dict) else None
-        whole = entry is not None and (place / RECORD).is_file() and entry == _entry(place / RECORD)
+        whole = entry is not None and (place / RECORD).is_file() and entry == entry_of(place / RECORD)
         for name in (RUN, RECORD, MANIFEST):
             path = place / name
             if path.is_symlink() or not path.is_file() or not isinstance(content := read_json(path), dict):
                 continue
             if name == MANIFEST and whole:
-                content["files"][RECORD] = _entry(place / RECORD)
+                content["files"][RECORD] = entry_of(place / RECORD)
             write_json(path, sealed(name, content))
             count += 1
     if not count:
         raise UserError(f"{folder}: nothing of isdaa in it to take over ({RUN}, {RECORD})")
     return count
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": sampled_digest(path)}
 
 
 def unusable(folder: str | Path) -> str | None:

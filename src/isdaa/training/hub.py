@@ -16,10 +16,10 @@ from typing import Any
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
+from isdaa.manifest import MANIFEST, write_manifest
 from isdaa.ownership import SEAL
 from isdaa.record import NAME as RECORD
 from isdaa.record import without_places
-from isdaa.training.checkpoints import MANIFEST, write_manifest
 
 PUSHED = ".pushing-"
 # Files of a model, as transformers, peft and this project write them.

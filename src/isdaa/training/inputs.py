@@ -17,7 +17,7 @@ def check_inputs(config: Config, stages: Sequence[str]) -> None:
 
     Hub names are not looked up. Raises UserError for the first thing that is missing.
     """
-    for key, source, split, purpose in _sources(config, stages):
+    for key, source, split, purpose in sources_of(config, stages):
         if source is None:
             continue
         try:
@@ -26,7 +26,7 @@ def check_inputs(config: Config, stages: Sequence[str]) -> None:
                 next(iter(rows), None)
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
-    for key, name in _models(config, stages):
+    for key, name in models_of(config, stages):
         made_here = name is not None and Path(config.output_dir).absolute() in Path(name).absolute().parents
         if name is not None and name.startswith((".", "/", "~")) and not made_here and not Path(name).expanduser().exists():
             raise UserError(f"{key}: {name}: no such folder")
@@ -41,7 +41,8 @@ def check_inputs(config: Config, stages: Sequence[str]) -> None:
                 _installed("bitsandbytes", f"{stage}.optimizer")
 
 
-def _sources(config: Config, stages: Sequence[str]) -> Iterator[tuple[str, str | None, str, Purpose]]:
+def sources_of(config: Config, stages: Sequence[str]) -> Iterator[tuple[str, str | None, str, Purpose]]:
+    """The data that stages read: key, source, split, and what it is read for."""
     data = config.data
     if "sft" in stages:
         yield "data.sft", data.sft, data.sft_split, "sft"
@@ -54,7 +55,8 @@ def _sources(config: Config, stages: Sequence[str]) -> Iterator[tuple[str, str |
         yield "data.evaluation", data.evaluation, data.evaluation_split, "prompts"
 
 
-def _models(config: Config, stages: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+def models_of(config: Config, stages: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """The models and tokenizers that stages load: key, and folder or name."""
     yield "model.path", config.model.path
     yield "model.tokenizer", config.model.tokenizer
     if "label" in stages:

@@ -20,6 +20,8 @@ from isdaa.files import locked_file, read_json, remove_tree, write_atomically, w
 from isdaa.ownership import SEAL, is_own, sealed
 from isdaa.record import RUN, git_revision, versions
 from isdaa.terminal import say
+from isdaa.training.checkpoints import checkpoints
+from isdaa.training.unchanged import check_inputs_unchanged, check_outputs_unchanged, inputs_of, outputs_of
 
 ONE_PROCESS = "guard.steps: the guard works in one process for now; set it to null"
 READING = ("data.limit", "data.subset", "data.prompt_repeated")
@@ -143,6 +145,11 @@ class Run:
                 for folder in (self.folder / place).glob(name):
                     remove_tree(folder)
 
+    def finished_before(self) -> Run:
+        """This run as an earlier process left it, to look at: its folder is neither locked nor written to."""
+        self.state = self._read() if self.path.is_file() else self.state
+        return self
+
     def _read(self) -> dict[str, Any]:
         state = read_json(self.path)
         if not isinstance(state, dict) or not isinstance(state.get("stages"), dict):
@@ -213,6 +220,7 @@ class Run:
             "done": False,
             "values": deciding_values(self.config, stage),
             "pinned": before.get("pinned", {}),
+            "inputs": before.get("inputs") or inputs_of(self.config, self.folder, stage, self.is_done("sft")),
             "tokens": VERSION,
         }
         return begun if processes == 1 else begun | {"processes": processes}
@@ -232,9 +240,46 @@ class Run:
         self._save()
 
     def finish(self, stage: str, **facts: Any) -> None:
-        """Note that a stage has finished, with what is worth knowing of it."""
+        """Note that a stage has finished, with what it has left and what is worth knowing of it."""
+        facts["outputs"] = once(lambda: outputs_of(self.folder, stage))
+        if stage == "align":
+            facts["checkpoints"] = once(lambda: [path.name for path in checkpoints(self.folder / "checkpoints")])
         self.state["stages"][stage].update(done=True, **facts)
         self._save()
+
+    def check_unchanged(self) -> None:
+        """Raises UserError where data or models that a stage began with, or what a finished one left, have changed since.
+
+        What is gone, and what cannot be told, is said in a line.
+        """
+        for line in once(self.changes):
+            say(line)
+        self._save()
+
+    def changes(self, outputs: bool = True) -> list[str]:
+        """As `check_unchanged`, but the lines are returned and nothing is written; outputs: whether they are looked at."""
+        said, wanted = [], self.config.stages
+        missing = [stage for stage in wanted if not self.is_done(stage)]
+        for stage, begun in self.state["stages"].items():
+            finished, lines = self.is_done(stage), []
+            try:
+                if stage in wanted and finished and "inputs" not in begun:
+                    lines.append("an earlier isdaa did not note what it read: changes of data and models since are not seen")
+                elif stage in wanted and self._left(stage):
+                    known = begun.get("inputs", {})
+                    lines += check_inputs_unchanged(
+                        self.config, self.folder, stage, known, sft=self.is_done("sft"), finished=finished
+                    )
+                if outputs and finished and (stage in wanted or (missing and stage in UPSTREAM)):
+                    needed = bool(missing) or stage == wanted[-1]
+                    lines += check_outputs_unchanged(self.folder, stage, begun.get("outputs", {}), needed=needed)
+                    names = [name for name in begun.get("checkpoints", ()) if not (self.folder / "checkpoints" / name).is_dir()]
+                    if names:
+                        lines.append(f"{len(names)} of its {len(begun['checkpoints'])} checkpoints are gone ({names[0]})")
+            except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+                raise UserError(f"{self.path}: not a record of isdaa; choose another folder with --output_dir") from None
+            said += [f"{stage}: {line}" for line in lines]
+        return said
 
     def note(self, stage: str, **facts: Any) -> None:
         """Keep something worth knowing of a stage in `run.json`."""

@@ -55,6 +55,7 @@ def run(config: Config) -> Path:
     with Run(config).opened() as current:
         missing = [stage for stage in config.stages if not current.is_done(stage)]
         once(lambda: check_inputs(config, missing))
+        current.check_unchanged()
         for stage in config.stages:
             if stage in missing:
                 current.begin(stage)

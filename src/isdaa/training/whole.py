@@ -17,14 +17,8 @@ from transformers.trainer_callback import ExportableState
 from isdaa.distributed import once
 from isdaa.errors import UserError
 from isdaa.files import read_json
-from isdaa.training.checkpoints import (
-    MANIFEST,
-    check_own,
-    newest_complete_checkpoint,
-    rotate,
-    unusable,
-    write_checkpoint,
-)
+from isdaa.manifest import MANIFEST, write_manifest
+from isdaa.training.checkpoints import check_own, newest_complete_checkpoint, rotate, unusable, write_checkpoint
 from isdaa.training.finite import FiniteSteps
 from isdaa.training.hub import model_files, push_checkpoint, upload
 
@@ -171,7 +165,10 @@ class WholeCheckpoints(FiniteSteps):
         super().save_model(output_dir, True)  # type: ignore[misc]
         if _internal_call:
             return
-        self._describe(Path(str(self.args.output_dir if output_dir is None else output_dir)))
+        folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
+        self._describe(folder)
+        if self.args.should_save and (folder / MANIFEST).is_file():  # of the model that has been replaced
+            write_manifest(folder)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
