@@ -410,6 +410,11 @@ def _base_of(adapter: Path, name: str) -> str:
     return base
 
 
+def is_adapter(path_or_name: str, revision: str | None = None) -> bool:
+    """Whether a folder or Hub name holds an adapter and no model of its own."""
+    return _adapter_config(path_or_name, _local_folder(path_or_name), revision) is not None
+
+
 def adapter_base(folder: Path) -> str | None:
     """The folder or name of the base model of an adapter's folder; None where it holds a model of its own, or names none."""
     try:

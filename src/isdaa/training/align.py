@@ -19,7 +19,7 @@ from isdaa.models import fused_head
 from isdaa.models.adapters import add_lora
 from isdaa.models.forward import PairForward, prepare
 from isdaa.models.kernels import compile_layers
-from isdaa.models.loading import load_model, load_tokenizer
+from isdaa.models.loading import is_adapter, load_model, load_tokenizer
 from isdaa.models.saving import save_model, weights_digest
 from isdaa.objectives.objective import Objective
 from isdaa.record import ModelRecord
@@ -137,12 +137,9 @@ def _align(run: Run) -> Path:
 def _adapter_base(run: Run, policy: Any, tokenizer: Any, start: str | None) -> str:
     """Where checkpoints, which hold the adapter alone, find their base: the start, or, where that is itself an adapter or
     a new random model, a merged copy in the run's folder."""
-    found = str(getattr(policy.config, "_name_or_path", "") or "")
-    path = Path(start).expanduser() if start is not None else None
-    if path is not None and path.is_dir() and (path / "config.json").is_file():
-        return str(path.absolute())
-    if start is not None and found == start:
-        return start
+    if start is not None and not is_adapter(start, run.config.model.revision if start == run.config.model.path else None):
+        path = Path(start).expanduser()
+        return str(path.absolute()) if path.is_dir() else start
     base = run.folder / "base"
     if not base.is_dir():
         save_model(policy, tokenizer, base)
