@@ -13,6 +13,7 @@ from chains import ALIGN, CHAIN, chat_model, jsonl, plain_pairs, train
 
 from isdaa.manifest import MANIFEST, write_manifest
 from isdaa.models.loading import load_model, load_sequence_classifier, load_tokenizer, save_model
+from isdaa.ownership import sealed
 from isdaa.training import preference, unchanged
 
 WHOLE: dict[str, Any] = {key: value for key, value in ALIGN.items() if key not in ("data.pairs", "data.eval_fraction")} | {
@@ -156,7 +157,7 @@ def test_an_older_run_says_what_is_not_known(place: Path, capsys: pytest.Capture
     for stage in state["stages"].values():
         for name in ("inputs", "outputs", "checkpoints"):
             stage.pop(name, None)
-    Path("run/run.json").write_text(json.dumps(state))
+    Path("run/run.json").write_text(json.dumps(sealed("run.json", state)))
     edit(place / "sft.jsonl")
     lines = again(capsys)
     assert len(lines) == 8 and "sft: an earlier isdaa did not note what it read" in lines[0]
@@ -283,6 +284,6 @@ def test_the_hubs_cache_tells_another_revision(place: Path, monkeypatch: pytest.
 def test_a_record_of_odd_types_is_one_line(inputs: Any, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = json.loads(Path("run/run.json").read_text())
     state["stages"]["sft"]["inputs"] = inputs
-    Path("run/run.json").write_text(json.dumps(state))
+    Path("run/run.json").write_text(json.dumps(sealed("run.json", state)))
     lines = again(capsys, 2)
     assert lines[-1].startswith("isdaa: error: run") and not any("Traceback" in line for line in lines)
