@@ -123,7 +123,7 @@ def test_a_config_may_override_what_it_merges_and_be_of_another_encoding(tmp_pat
 
 def test_a_config_that_is_no_yaml_is_refused_with_one_line(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    for content in (b"output_dir: \xe9", b"output_dir: 2024-99-99", b"a: " + b"[" * 600, b"? [1]\n: 2\n? {}\n: 3"):
+    for content in (b"output_dir: \xe9", b"output_dir: !!timestamp 2024-99-99", b"a: " + b"[" * 600, b"? [1]\n: 2\n? {}\n: 3"):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"run\.yaml: not a YAML file"):
             load_config(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "isdaa"
-BASEMENT = {"errors", "distributed", "files", "manifest", "ownership", "terminal"}
+BASEMENT = {"errors", "distributed", "files", "manifest", "ownership", "settings_text", "terminal"}
 # Room -> rooms it may import. `training` and `report` stand beside each other.
 GROUND = {"objectives", "models", "data", "world", "config", "record"}
 ALLOWED = {
@@ -16,6 +16,7 @@ ALLOWED = {
     "files": {"errors"},
     "manifest": {"errors", "files", "ownership"},
     "ownership": {"errors"},
+    "settings_text": {"errors"},
     "distributed": {"errors"},
     "terminal": {"distributed"},
     "objectives": set(),

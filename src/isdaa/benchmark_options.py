@@ -36,7 +36,7 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--references", metavar="FILE", help="mt_bench: right answers to math, reasoning and coding")
     what.add_argument("--difficulty", metavar="FILE", help="alpaca_eval: difficulty of each instruction")
     who = parser.add_argument_group("judge of a benchmark")
-    who.add_argument("--judge_model", metavar="NAME", help="judge model of any OpenAI-compatible endpoint")
+    who.add_argument("--judge_model", type=str, metavar="NAME", help="judge model of any OpenAI-compatible endpoint")
     who.add_argument("--judge_base_url", metavar="URL", help="its address, up to /v1 (default: OPENAI_BASE_URL, else OpenAI)")
     who.add_argument("--judge", metavar="NAME", help="instead of a judge model: `gold` or a reward model's path")
     who.add_argument("--judge_temperature", metavar="VALUE", help="a number, or `none` to send none (default: the benchmark's)")

@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"isdaa {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=OneLineParser)
+    commands.type = str  # else every argument of the command, which is what follows it
 
     train = commands.add_parser(
         "train",
@@ -329,16 +330,16 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _run_config(path: str | None, overrides: dict[str, Any]) -> Any:
     """The configuration of a run; of a sweep's file, that of its base run."""
-    import yaml
-
     from isdaa.config import load_config
+    from isdaa.files import located
+    from isdaa.settings_text import read_settings
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path is not None else None
-    except (OSError, ValueError, yaml.YAMLError):
+        content = read_settings(path, lambda _: str) if path is not None else None
+    except (OSError, UserError):
         content = None  # load_config says what is wrong
     if path is not None and isinstance(content, dict) and "grids" in content and isinstance(content.get("base"), str):
-        path = str(Path(path).parent / content["base"])
+        path = str(Path(path).parent / located(content["base"]))
     return load_config(path, overrides)
 
 
@@ -481,13 +482,14 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _theory(arguments: argparse.Namespace) -> int:
+    from isdaa.files import located
     from isdaa.options import overrides_of
 
     given = overrides_of(arguments)
     strange = [name for name in given if name not in ("output_dir", "seed")]
     if strange:
         raise UserError(f"demo {arguments.what}: --{strange[0]}: has no effect here; --output_dir and --seed do")
-    folder, seed = Path(str(given.get("output_dir", f"runs/{arguments.what}"))), given.get("seed", 0)
+    folder, seed = Path(located(str(given.get("output_dir", f"runs/{arguments.what}")))), given.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise UserError(f"--seed: expected a whole number from 0 on, got {seed!r}")
     if arguments.what == "gaussians":

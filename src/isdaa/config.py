@@ -6,19 +6,32 @@ language and get the same one-line errors.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from isdaa.errors import UserError, nearest
+from isdaa.files import at_home, located, usable
 from isdaa.objectives.presets import PRESETS, resolve
+from isdaa.settings_text import read_settings
 
 FromPreset = Literal["preset"]
 Stage = Literal["sft", "reward", "label", "align"]
+DEEPEST = 100  # lists and dictionaries in one another
 STAGES: tuple[str, ...] = get_args(Stage)
 
 
@@ -41,13 +54,34 @@ def _yaml_float(value: Any) -> Any:
 
 Float = Annotated[float, BeforeValidator(_yaml_float)]
 Int = Annotated[int, BeforeValidator(_no_boolean)]
+Location = Annotated[str, AfterValidator(at_home)]  # a folder, a file, or a name on the Hub
 Seed = Annotated[Int, Field(ge=0, le=2**32 - 1)]  # what torch and numpy both take
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, infinities and NaN are errors."""
+    """Base of all sections: unknown keys are errors, and so are infinities, NaN, and text that is empty or no Unicode."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_data(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):  # which checks its own
+            _check_plain(value)
+        return value
+
+
+def _check_plain(value: Any, depth: int = 0) -> None:
+    if isinstance(value, str) and (value or not depth):  # an empty one in a dictionary is handed on as it is
+        usable(value)
+    elif depth and isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"expected finite numbers, got {value}")
+    elif depth > DEEPEST:
+        raise ValueError(f"nested deeper than {DEEPEST}")
+    elif isinstance(value, (dict, list, tuple)):
+        for one in (*value, *value.values()) if isinstance(value, dict) else value:
+            _check_plain(one, depth + 1)
 
 
 class ObjectiveConfig(Section):
@@ -91,9 +125,9 @@ class ObjectiveConfig(Section):
 class ModelConfig(Section):
     """The model that training starts from."""
 
-    path: str | None = Field(None, description="folder or Hub name; null with `random` set: a new small model")
+    path: Location | None = Field(None, description="folder or Hub name; null with `random` set: a new small model")
     random: dict[str, Any] | None = Field(None, description="config of a randomly initialised model, with its `model_type`")
-    tokenizer: str | None = Field(None, description="folder, Hub name or `world:small`; null: the model's own")
+    tokenizer: Location | None = Field(None, description="folder, Hub name or `world:small`; null: the model's own")
     dtype: Literal["float32", "bfloat16", "auto"] = Field("float32", description="of the weights in memory")
     trust_remote_code: bool = Field(False, description="run code that a Hub repository ships")
     revision: str | None = Field(None, description="branch, tag or commit on the Hub")
@@ -103,29 +137,31 @@ class ModelConfig(Section):
 class ReferenceConfig(Section):
     """π_ref, in every margin."""
 
-    path: str | None = Field(None, description="null: the policy exactly as loaded, an SFT adapter included")
-    cache_dir: str | None = Field(None, description="of reference logps; null: `.isdaa_cache` beside the output folder")
+    path: Location | None = Field(None, description="null: the policy exactly as loaded, an SFT adapter included")
+    cache_dir: Location | None = Field(None, description="of reference logps; null: `.isdaa_cache` beside the output folder")
 
 
 class BehaviourConfig(Section):
     """μ, in the denominator of the importance weight."""
 
-    model_path: str | None = Field(None, description="model that wrote the responses; null: the rows' own logps, else π_ref")
+    model_path: Location | None = Field(None, description="model that wrote the responses; null: the rows' own logps, else π_ref")
 
 
 class DataConfig(Section):
     """Preference pairs for `align` and `reward`, SFT examples and prompts for the earlier stages."""
 
-    pairs: str | None = Field(None, description="file, folder, Hub name, recipe; null: what the `label` stage wrote")
+    pairs: Location | None = Field(None, description="file, folder, Hub name, recipe; null: what the `label` stage wrote")
     pairs_split: str = Field("train", description="split of a Hub data set or of a folder with splits")
-    eval_pairs: str | None = Field(None, description="held-out pairs; null: eval_fraction of the prompts")
+    eval_pairs: Location | None = Field(None, description="held-out pairs; null: eval_fraction of the prompts")
     eval_split: str = Field("test", description="split of `eval_pairs`")
     eval_fraction: Float = Field(0.05, ge=0, lt=1, description="of the prompts, held out where `eval_pairs` is null")
-    sft: str | None = Field(None, description="SFT examples: file, folder, Hub name, recipe or `world:small`")
+    sft: Location | None = Field(None, description="SFT examples: file, folder, Hub name, recipe or `world:small`")
     sft_split: str = "train"
-    prompts: str | None = Field(None, description="prompts that `label` samples for")
+    prompts: Location | None = Field(None, description="prompts that `label` samples for")
     prompts_split: str = "train"
-    evaluation: str | None = Field(None, description="held-out prompts of `isdaa evaluate`; null: the held-out pairs' prompts")
+    evaluation: Location | None = Field(
+        None, description="held-out prompts of `isdaa evaluate`; null: the held-out pairs' prompts"
+    )
     evaluation_split: str = "test"
     limit: Int | None = Field(None, ge=1, description="read at most this many rows of each source")
     subset: str | None = Field(
@@ -202,13 +238,13 @@ class SftConfig(OptimisationConfig):
 class RewardConfig(OptimisationConfig):
     """A reward model on preference pairs (TRL's RewardTrainer)."""
 
-    path: str | None = Field(None, description="base model; null: the model that this run starts from (or trained in `sft`)")
+    path: Location | None = Field(None, description="base model; null: the model that this run starts from (or trained in `sft`)")
 
 
 class LabelConfig(Section):
     """Sample n responses a prompt, score them, make pairs."""
 
-    scorer: str | None = Field(None, description="`gold` (embedded world) or a sequence-classification model's path")
+    scorer: Location | None = Field(None, description="`gold` (embedded world) or a sequence-classification model's path")
     samples: Int = Field(2, ge=2, description="responses a prompt")
     pairing: Literal["random", "best_worst"] = Field("random", description="best_worst is not a draw from μ × μ, and is marked")
     label: Literal["sample", "argmax"] = Field("sample", description="Bradley–Terry draw, or the larger reward")
@@ -255,7 +291,7 @@ class LoraConfig(Section):
 class EvaluationConfig(Section):
     """Sampling, KL and win rate of checkpoints."""
 
-    scorer: str | None = Field(None, description="`gold`, or a sequence-classification model's path; null: no verdict")
+    scorer: Location | None = Field(None, description="`gold`, or a sequence-classification model's path; null: no verdict")
     prompts: Int = Field(512, ge=1, description="held-out prompts")
     opponent: Literal["reference", "chosen"] = Field(
         "reference", description="win rate against its samples, or the data's chosen"
@@ -277,7 +313,7 @@ class GuardConfig(Section):
 
     steps: Int | None = Field(None, ge=1, description="measure every n optimiser steps and at the last one; null: never")
     prompts: Int = Field(128, ge=2, description="held-out prompts, behind those that `isdaa evaluate` will use")
-    scorer: str | None = Field(
+    scorer: Location | None = Field(
         None, description="`gold` or a reward model's path; null: evaluation.scorer; none: KL and held-out pairs alone"
     )
     opponent_samples: Int = Field(4, ge=1, description="reference samples a prompt, drawn and scored once")
@@ -302,7 +338,7 @@ class GuardConfig(Section):
 class Config(Section):
     """Everything one `isdaa train` does."""
 
-    output_dir: str = Field("runs/isdaa", description="folder of the run; one run, one folder")
+    output_dir: Location = Field("runs/isdaa", description="folder of the run; one run, one folder")
     stages: list[Stage] = Field(["align"], min_length=1, description="what runs, in this order")
     seed: Seed = 1
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
@@ -372,22 +408,6 @@ class Config(Section):
         return None if name == "none" else name
 
 
-class DistinctKeys(yaml.SafeLoader):
-    """Refuses a key that a mapping has twice, of which YAML takes the last in silence."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        lines: dict[tuple[str, str], int] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
-                continue
-            line, name = key.start_mark.line + 1, (key.tag, key.value)
-            if name in lines:
-                raise UserError(f"{self.name}:{line}: key '{key.value}' is given twice, first on line {lines[name]}; remove one")
-            lines[name] = line
-        return node
-
-
 def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read a YAML file, lay dotted overrides over it and validate.
 
@@ -395,12 +415,12 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
     """
     data: dict[str, Any] = {}
     if path is not None:
+        path = located(path)
         try:
-            with open(path, "rb") as file:
-                loaded = yaml.load(file, Loader=DistinctKeys)
+            loaded = read_settings(path, _kind_of)
         except FileNotFoundError:
             raise UserError(f"{path}: no such config file") from None
-        except (yaml.YAMLError, ValueError, RecursionError, IsADirectoryError) as error:
+        except IsADirectoryError as error:
             raise UserError(f"{path}: not a YAML file ({error})") from None
         if loaded is not None and not isinstance(loaded, dict):
             raise UserError(f"{path}: expected `key: value` lines, found {type(loaded).__name__}")
@@ -410,6 +430,11 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
     for key, value in (overrides or {}).items():
         _lay_over(data, key, value)
     return validate(data, str(path) if path is not None else "command line", overrides or {})
+
+
+def _kind_of(path: Sequence[str]) -> Any:
+    field = _field(path)
+    return None if field is None else field.annotation
 
 
 def _lay_over(data: dict[str, Any], dotted: str, value: Any) -> None:

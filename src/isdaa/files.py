@@ -57,6 +57,38 @@ def own_file(path: str | Path) -> int:
     return descriptor
 
 
+def usable(text: str) -> str:
+    """A path's or a name's text. Raises ValueError where it is empty, holds a NUL, or is no Unicode that a record can keep."""
+    if not text.strip():
+        raise ValueError(f"expected some text, got {text!r}; write null for none")
+    if "\0" in text:
+        raise ValueError("holds a NUL character")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"not valid UTF-8: {text!r}; rename the file or folder") from None
+    return text
+
+
+def at_home(path: str) -> str:
+    """`~` and `~user` in front, for the folder that they stand for; variables such as $HOME are the shell's, and stay.
+
+    Raises ValueError for what is not `usable`, and for a user that there is not.
+    """
+    found = os.path.expanduser(usable(path))
+    if found.startswith("~"):
+        raise ValueError(f"{path}: no such user; write ./{path} for what is called so here")
+    return found
+
+
+def located(path: str | Path) -> str:
+    """`at_home` of a path that a caller gave. Raises UserError."""
+    try:
+        return at_home(str(path))
+    except ValueError as error:
+        raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+
+
 @contextlib.contextmanager
 def locked_file(path: Path, taken: str) -> Iterator[None]:
     """While no other process has the lock at `path`. Raises UserError, which says `taken`, where one has it."""
@@ -178,11 +210,24 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_json(path: str | Path) -> Any:
     """Read a JSON file; a missing or broken one is a `UserError` naming the file."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
+    return parse_json(text, path)
+
+
+def parse_json(text: str, where: object) -> Any:
+    """The value of a JSON text. Raises UserError for what is none, and for a key that an object has twice."""
+    decoder = JsonDecoder()
+    try:
+        value = decoder.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error})") from None
+    if decoder.repeated:
+        raise UserError(f"{where}: key '{decoder.repeated[0][1]}' is given twice in one object; remove one")
+    return value
 
 
 def given_twice(names: Iterable[Name]) -> Name | None:
@@ -293,11 +338,11 @@ def readable_jsonl(path: str | Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     data = path.read_bytes()
-    lines = data[: data.rfind(b"\n") + 1].splitlines()
+    lines = data[: data.rfind(b"\n") + 1].split(b"\n")
     try:
-        return [json.loads(line) for line in lines if line.strip()]
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON Lines ({error}); mend the line or move the file away") from None
+        return [parse_json(line.decode(), f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid UTF-8 ({error.reason}); mend the line or move the file away") from None
 
 
 def digest(value: Any) -> str:

@@ -6,18 +6,38 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import yaml
-
 from isdaa.config import fields
 from isdaa.errors import UserError, nearest
+from isdaa.files import at_home
+from isdaa.settings_text import item_kind, listed_value, option_value
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse whose errors are one line with the nearest option, as `UserError`; dashes and underscores are the same."""
+    """argparse whose errors are one line with the nearest option, as `UserError`; dashes and underscores are the same.
+
+    An option that is given twice is an error, unless it says the same. `~` in front of any text of no other type is the home.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)  # half a key is a mistyped key
         super().__init__(*args, **kwargs)
+        self.register("type", None, at_home)
+        for name in (None, "store"):
+            self.register("action", name, _Once)
+        self.given: dict[str, Any] = {}
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        self.given = {}
+        return super().parse_known_args(args, namespace)
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)  # type: ignore[misc]
+        except argparse.ArgumentError as error:
+            cause = error.__context__
+            if action.type is None and isinstance(cause, ValueError):  # from `at_home`, which says what is wrong
+                raise UserError(f"{'/'.join(action.option_strings) or action.dest}: {cause}") from None
+            raise
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
@@ -26,7 +46,9 @@ class OneLineParser(argparse.ArgumentParser):
         print(message, end="", file=file, flush=True)  # argparse's own swallows a closed pipe and a full disk
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        known, unknown = self.parse_known_args([_underscored(a) for a in args or []], namespace)
+        given = list(args or [])
+        end = given.index("--") if "--" in given else len(given)
+        known, unknown = self.parse_known_args([*map(_underscored, given[:end]), *given[end:]], namespace)
         if unknown:
             options = [o for parser in self._with_subparsers(known) for o in parser._option_string_actions]
             raise UserError(f"unknown option {unknown[0]}{nearest(unknown[0].split('=')[0], options)}")
@@ -38,6 +60,13 @@ class OneLineParser(argparse.ArgumentParser):
             if isinstance(action, argparse._SubParsersAction):
                 found += [parser for name, parser in action.choices.items() if name == getattr(namespace, action.dest, None)]
         return found
+
+
+class _Once(argparse._StoreAction):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if option_string is not None and parser.given.setdefault(option_string, values) != values:
+            raise UserError(f"{option_string} is given twice, {parser.given[option_string]!r} and {values!r}; give it once")
+        super().__call__(parser, namespace, values, option_string)
 
 
 def _underscored(argument: str) -> str:
@@ -56,30 +85,27 @@ def add_options(parser: argparse.ArgumentParser, only: Sequence[str] = ()) -> No
             continue
         if section not in groups:
             groups[section] = parser.add_argument_group(section or "run")
-        is_list = "list" in str(field.annotation) and "dict" not in str(field.annotation)
         text = f"{field.description or ''} (default: {'null' if default is None else default})".strip().replace("%", "%%")
         groups[section].add_argument(
-            f"--{dotted}", nargs="*" if is_list else None, default=argparse.SUPPRESS, help=text, metavar="VALUE"
+            f"--{dotted}",
+            type=str,  # as it is: what its key is for decides
+            nargs="*" if item_kind(field.annotation) is not None else None,
+            default=argparse.SUPPRESS,
+            help=text,
+            metavar="VALUE",
         )
 
 
 def overrides_of(namespace: argparse.Namespace) -> dict[str, Any]:
-    """The configuration options of a parsed command line, values read as YAML."""
-    names = {dotted for dotted, _, _ in fields()}
-    found: dict[str, Any] = {}
-    for name, value in vars(namespace).items():
-        if name not in names:
-            continue
+    """The configuration options of a parsed command line: text as it is, all else read as YAML."""
+    given, found = vars(namespace), {}
+    for name, field, _ in fields():
+        value, kind, option = given.get(name), field.annotation, f"--{name}"
         if isinstance(value, list):
-            items = [_scalar(item) for item in value]
-            found[name] = items[0] if len(items) == 1 and isinstance(items[0], list) else items
-        else:
-            found[name] = _scalar(value)
+            listed = len(value) == 1 and value[0].startswith("[") and value[0].endswith("]")
+            found[name] = (
+                listed_value(value[0], kind, option) if listed else [option_value(v, item_kind(kind), option) for v in value]
+            )
+        elif value is not None:
+            found[name] = option_value(value, kind, option)
     return found
-
-
-def _scalar(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text

@@ -12,6 +12,7 @@ from isdaa.errors import UserError
 from isdaa.evaluation.judge_types import JudgeSettings
 from isdaa.evaluation.provenance import Records, records_of
 from isdaa.evaluation.requests import Checkpoint, checkpoints, expand, home_of, sections_of
+from isdaa.files import located
 
 # Keys of the section `evaluation` that mean the same for a benchmark; the others are the benchmark's own.
 SHARED_KEYS = ("seed", "bootstrap", "confidence", "batch_size")
@@ -114,7 +115,7 @@ def benchmark_request(
         against = replace(against, label=f"{against.label} (opponent)")
     sections = sections_of(first, given)
     model = (first.config.get("model") if first else None) or {}
-    home = Path(output_dir) if output_dir is not None else (home_of(paths) if paths else Path("evaluation")) / benchmark
+    home = Path(located(output_dir)) if output_dir is not None else (home_of(paths) if paths else Path("evaluation")) / benchmark
     return BenchmarkRequest(
         benchmark=benchmark,
         output_dir=str(home),

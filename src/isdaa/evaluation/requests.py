@@ -15,7 +15,7 @@ from isdaa.config import EvaluationConfig, TokenizationConfig, validate
 from isdaa.data.encoding import VERSION
 from isdaa.errors import UserError, nearest
 from isdaa.evaluation.provenance import OPTIONS, records_of
-from isdaa.files import file_digest
+from isdaa.files import file_digest, located
 from isdaa.manifest import MANIFEST
 from isdaa.record import GOLD, NAME, ModelRecord, read_record, run_folder
 
@@ -74,8 +74,10 @@ def requests(model_paths: Sequence[str | Path], overrides: Mapping[str, Any] | N
     a run that is not the user's names something outside its folder. Whose code may run, only `overrides` say.
     """
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    given |= {key: located(given[key]) for key in ("reference", "data", "scorer", "output_dir") if key in given}
     if not model_paths:
         raise UserError("no model to evaluate: give --model_path (a model folder, a run folder or a Hub name)")
+    model_paths = [located(path) for path in model_paths]
     paths = list(dict.fromkeys(path for name in model_paths for path in expand(name)))
     found_records = records_of(paths)
     found_records.require({option: option for option in OPTIONS.values() if option not in given})
@@ -150,7 +152,8 @@ def expand(path: str | Path) -> list[str]:
     The last checkpoint is left out where the final model is of the same step. Raises UserError for a local path that
     does not exist.
     """
-    text, folder = str(path), Path(path)
+    text = located(path)
+    folder = Path(text)
     if not folder.exists():
         if text.startswith((".", "/", "~")) or text.count("/") > 1:
             raise UserError(f"{text}: no such model folder")

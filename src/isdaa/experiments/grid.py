@@ -24,12 +24,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from isdaa.config import Config, Int, Section, Seed, fields, load_config, resolved, validate
+from isdaa.config import Config, Int, Location, Section, Seed, fields, load_config, resolved, validate
 from isdaa.errors import UserError, nearest
-from isdaa.files import digest
+from isdaa.files import digest, located
+from isdaa.settings_text import or_list, read_settings
 
 Keep = Literal["all", "models", "best"]
 # A grid's keys below these change the stages that runs share; all others belong to the alignment alone.
@@ -53,8 +53,8 @@ class SweepConfig(Section):
     """One sweep. `grids`: name -> {dotted key of the run's configuration: list of values}."""
 
     title: str | None = None
-    base: str = Field(..., description="the runs' configuration; relative to the sweep's file")
-    output_dir: str = "runs/sweep"
+    base: Location = Field(..., description="the runs' configuration; relative to the sweep's file")
+    output_dir: Location = "runs/sweep"
     seeds: list[Seed] = Field(..., min_length=1)
     grids: dict[str, dict[str, Any]] = Field(..., min_length=1)
     jobs: Int = Field(1, ge=1, description="runs at a time")
@@ -126,18 +126,28 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     overrides: keys of the sweep (`output_dir`, `seeds`, `jobs`, …), where None counts as not given. Raises UserError of one
     line.
     """
-    file = Path(path)
+    file = Path(located(path))
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+        data = read_settings(file, _kind_of)
     except FileNotFoundError:
         raise UserError(f"{path}: no such sweep file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+    except IsADirectoryError as error:
         raise UserError(f"{path}: not a YAML file ({error})") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected `key: value` lines with base, seeds and grids")
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     sweep = sweep_config(data | given, str(path), given)
     return sweep, load_config(file.parent / sweep.base)
+
+
+def _kind_of(path: Sequence[str]) -> Any:
+    """The type of a sweep's key; of a grid's, that of the run's key, or a list of it."""
+    if len(path) == 3 and path[0] == "grids":
+        kind = next((field.annotation for dotted, field, _ in fields() if dotted == path[2]), None)
+        return None if kind is None else or_list(kind)
+    section = SlurmConfig if len(path) == 2 and path[0] == "slurm" else SweepConfig
+    field = section.model_fields.get(path[-1]) if len(path) == 1 or section is SlurmConfig else None
+    return None if field is None else field.annotation
 
 
 def sweep_config(data: Mapping[str, Any], where: str, overrides: Mapping[str, Any] | None = None) -> SweepConfig:

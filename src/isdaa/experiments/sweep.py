@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from isdaa.config import Config
 from isdaa.errors import DoneInPart, UserError
 from isdaa.evaluation.records import locked
@@ -20,6 +18,7 @@ from isdaa.experiments.overview import Overview
 from isdaa.experiments.worker import RESULT, STATUS, ClusterJobs, Job, Launcher, LocalJobs, Work, outcome_of, status_of
 from isdaa.files import read_json, write_atomically, write_json
 from isdaa.record import versions
+from isdaa.settings_text import dump_settings
 from isdaa.terminal import say
 
 POLL = 0.25  # seconds between two looks at the running processes
@@ -55,7 +54,7 @@ def run_sweep(
     with locked(root):
         earlier = read_json(root / SWEEP) if (root / SWEEP).is_file() else {}
         write_json(root / SWEEP, _content(sweep, cells, everything, where, earlier))
-        write_atomically(root / "sweep.yaml", yaml.safe_dump(sweep.model_dump(), sort_keys=False, allow_unicode=True))
+        write_atomically(root / "sweep.yaml", dump_settings(sweep.model_dump()))
         for task in tasks:
             if finished(root, task) and not task.evaluates_alone:
                 _check_unchanged(task)

@@ -10,7 +10,7 @@ from typing import Any
 from isdaa.errors import UserError
 from isdaa.evaluation.analysis import METRICS
 from isdaa.evaluation.trajectory import SWEEP, read_study
-from isdaa.files import read_json
+from isdaa.files import located, read_json
 from isdaa.report.page import DATA, write_report
 
 
@@ -28,7 +28,7 @@ def report_on(
     UserError.
     """
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
-    first = Path(paths[0])
+    first = Path(located(paths[0]))
     if not as_one_run and not first.exists():
         raise UserError(f"{first}: no such folder; name that of a run or of a sweep, or models with --checkpoints")
     if (first / SWEEP).is_file():
@@ -46,7 +46,7 @@ def report_on(
             folder = Path(request.output_dir)
         home = folder.parent if folder.name == "evaluation" else folder
         study = replace(read_study(folder, as_one_run), title=home.resolve().name)
-    page = write_report(study, Path(output) if output is not None else home / "report")
+    page = write_report(study, Path(located(output)) if output is not None else home / "report")
     return page, str(read_json(page.parent / DATA)["headline"])
 
 

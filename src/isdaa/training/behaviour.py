@@ -11,7 +11,7 @@ from isdaa.data.sources import as_dataset, load_pairs
 from isdaa.data.tokenization import TokenizationSettings, tokenize_pairs
 from isdaa.distributed import once
 from isdaa.errors import UserError
-from isdaa.files import write_jsonl
+from isdaa.files import located, write_jsonl
 from isdaa.models.forward import prepare
 from isdaa.models.loading import load_model, load_tokenizer
 from isdaa.terminal import say
@@ -28,6 +28,7 @@ def write_behaviour_logps(
     Pairs that would be cut are left out and counted: their logps would not be those of the whole response (METHOD.md).
     Raises UserError for bad input, and where `output` exists already.
     """
+    output = Path(located(output))
     if output.exists():
         raise UserError(f"{output}: exists already; choose another --output")
     tokenizer = load_tokenizer(model_path)

@@ -10,8 +10,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from isdaa.config import Config, fields, resolved
 from isdaa.data.encoding import VERSION
 from isdaa.distributed import is_main, once, world_size
@@ -19,6 +17,7 @@ from isdaa.errors import UserError
 from isdaa.files import locked_file, read_json, remove_tree, write_atomically, write_json
 from isdaa.ownership import SEAL, is_own, sealed
 from isdaa.record import RUN, git_revision, versions
+from isdaa.settings_text import dump_settings
 from isdaa.terminal import say
 from isdaa.training.checkpoints import checkpoints
 from isdaa.training.unchanged import check_inputs_unchanged, check_outputs_unchanged, inputs_of, outputs_of
@@ -131,7 +130,7 @@ class Run:
         self._remove_leftovers()
         self.state.update(versions=versions(), git_revision=git_revision())
         self._save()  # first of all files: it is what makes the folder a run's
-        text = yaml.safe_dump(resolved(self.config), sort_keys=False, allow_unicode=True)
+        text = dump_settings(resolved(self.config))
         write_atomically(self.folder / "config.yaml", text)
         return self.state
 
