@@ -8,8 +8,6 @@ is typed by hand.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +18,7 @@ import numpy as np
 from isdaa.evaluation.comparison import CellSummary, SeedMean, at_matched_kl, difference, paired_bootstrap, summarise, to_json
 from isdaa.evaluation.overoptimization import fit_law
 from isdaa.evaluation.trajectory import SWEEP, Study, read_study
-from isdaa.files import read_json, write_atomically, write_json
+from isdaa.files import csv_text, read_json, write_atomically, write_json
 
 COLUMNS = ("cell", "method", "beta", "seed", "step", "kl", "win_rate", "win_low", "win_high", "reward", "length", "truncated")
 AGAINST = "is_dpo-beta0.01"  # what the cells of its grids are compared with
@@ -103,17 +101,15 @@ def _record(study: Study, summary: CellSummary) -> dict[str, Any]:
 
 
 def _csv(study: Study) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    rows: list[list[Any]] = []
     for run in study.runs:
         for entry in run.metrics:
             win, reward = entry["win_rate"], entry["reward"]
             numbers = [entry["kl"]["mean"], *((win["mean"], win["low"], win["high"]) if win else (None,) * 3)]
             numbers += [reward["mean"] if reward else None, entry["length"]["mean"], entry["truncated"]]
-            shown = ["" if number is None else f"{number:.5g}" for number in numbers]
-            writer.writerow([run.cell or run.name, run.method, run.beta, run.seed, entry["step"], *shown])
-    return text.getvalue()
+            told = [None if number is None else float(f"{number:.5g}") for number in numbers]  # no text, which is guarded
+            rows.append([run.cell or run.name, run.method, run.beta, run.seed, entry["step"], *told])
+    return csv_text(COLUMNS, rows)
 
 
 def _page(study: Study, summaries: Sequence[CellSummary], against: str, folder: str) -> str:

@@ -119,7 +119,8 @@ def test_a_mistake_on_the_command_line(
     place: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: list[str]
 ) -> None:
     before = content(place)
-    refused(capsys, ["train", "--config", "run.yaml", *options], *words)
+    config = [] if "--config" in options else ["--config", "run.yaml"]
+    refused(capsys, ["train", *config, *options], *words)
     assert content(place) == before
 
 

@@ -18,7 +18,7 @@ ALLOWED = {
     "ownership": {"errors"},
     "settings_text": {"errors"},
     "distributed": {"errors"},
-    "terminal": {"distributed"},
+    "terminal": {"distributed", "errors"},
     "objectives": set(),
     "world": BASEMENT,
     "models": BASEMENT,

@@ -320,7 +320,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.json:
         import json
 
-        print(json.dumps(found.facts(), indent=2, ensure_ascii=False, default=str))
+        print(json.dumps(found.facts(), indent=2, default=str).replace("\x7f", "\\u007f"))  # ASCII alone
     else:
         print_inspection(found, whole=arguments.whole)
     if found.missing:
@@ -362,7 +362,7 @@ def _report(arguments: argparse.Namespace) -> int:
     page, sentence = report_on(
         arguments.checkpoints or [arguments.path], overrides, arguments.output, as_one_run=arguments.checkpoints is not None
     )
-    print(f"{sentence}\nreport: {page}")
+    print(f"{shown(sentence)}\nreport: {shown(page)}")
     return 0
 
 
@@ -385,7 +385,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         from isdaa.report.benchmarks import renew_benchmark_reports
 
         for page in renew_benchmark_reports(folder):
-            print(f"report: {page}")
+            print(f"report: {shown(page)}")
         return 0
     from isdaa.evaluation.evaluate import evaluate_request
     from isdaa.evaluation.requests import requests
@@ -395,7 +395,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     metrics = evaluate_request(request)
     if is_main():
         print_table(metrics)
-        print(f"records: {request.output_dir}")
+        print(f"records: {shown(request.output_dir)}")
     return 0
 
 
@@ -417,11 +417,11 @@ def _benchmark(arguments: argparse.Namespace) -> int:
         print_outcome(outcome.metrics)
         if outcome.metrics["judge"] is None:
             print(
-                f"answers: {outcome.folder / 'answers'}\nNo judge is named, so nothing is judged: add --judge-model NAME "
+                f"answers: {shown(outcome.folder / 'answers')}\nNo judge is named, so nothing is judged: add --judge-model NAME "
                 "--judge-base-url URL, or --judge PATH for a reward model; the answers will not be generated again."
             )
         else:
-            print(f"records: {outcome.folder}\nreport: {write_benchmark_report(outcome.folder)}")
+            print(f"records: {shown(outcome.folder)}\nreport: {shown(write_benchmark_report(outcome.folder))}")
 
     once(show)
     if outcome.stopped is not None:
@@ -508,14 +508,14 @@ def _sweep(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         tasks = tasks_of(sweep, base, cells_of(sweep, base, arguments.config), arguments.config, arguments.grids)
         for task in tasks:
-            print(task.name)
+            print(shown(task.name))
         print(f"{sum(task.cell is not None for task in tasks)} runs, {sum(task.cell is None for task in tasks)} shared worlds")
         return 0
     _quiet_libraries()
     from isdaa.experiments.sweep import run_sweep
 
     folder = run_sweep(sweep, base, arguments.config, arguments.grids)
-    print(f"{folder}: every run is finished; `isdaa report {folder}` makes the report")
+    print(shown(f"{folder}: every run is finished; `isdaa report {folder}` makes the report"))
     return 0
 
 
@@ -524,6 +524,8 @@ def _quiet_libraries() -> None:
     import logging
     import warnings
 
+    from isdaa.terminal import log_to_stderr
+
     warnings.simplefilter("ignore", FutureWarning)  # for those who write the libraries
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -531,7 +533,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    logging.basicConfig(level=logging.WARNING if is_main() else logging.ERROR, format="%(name)s: %(message)s")
+    log_to_stderr(logging.WARNING if is_main() else logging.ERROR)
     logging.getLogger("isdaa").setLevel(logging.INFO if is_main() else logging.ERROR)
 
 

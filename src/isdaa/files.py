@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import codecs
 import contextlib
+import csv
 import errno
 import fcntl
 import glob
@@ -20,7 +21,7 @@ import tempfile
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -35,6 +36,7 @@ MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
     codecs.BOM_UTF16_BE: "utf-16",
 }
 PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # beginnings of cells that a spreadsheet computes
 Name = TypeVar("Name", bound=Hashable)
 
 
@@ -302,6 +304,17 @@ def iterate_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """Every record of a JSON Lines file."""
     return [record for _, record in iterate_jsonl(path)]
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A CSV file. A text that a spreadsheet would take for a formula has an apostrophe in front; numbers are never touched."""
+    lines = []
+    for row in (header, *rows):
+        out = io.StringIO(newline="")
+        # A writer quotes what its own end of a line consists of: a CR in a name, too.
+        csv.writer(out).writerow([f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULAS) else cell for cell in row])
+        lines.append(out.getvalue().removesuffix("\r\n") + "\n")
+    return "".join(lines)
 
 
 def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> None:

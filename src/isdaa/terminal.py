@@ -2,25 +2,68 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
 from rich.text import Text
 
 from isdaa.distributed import is_main
+from isdaa.errors import shown
 
-console = Console(stderr=True, highlight=False)
+PLAIN_WIDTH = 100  # columns where there is no terminal to ask
 PLAIN_INTERVAL = 10.0  # seconds between two lines where there is no terminal
 SKIPPED = 0.5  # seconds; a part that takes less was finished earlier, and says nothing about the pace
 
 # Hears of every bar that moves: (description, share done, note). A sweep's processes tell it so how they fare.
 listener: Callable[[str, float, str], None] | None = None
 
+
+class Terminal(Console):
+    """A console on which a name is text, whatever is in it: no markup, no emoji, control characters as escapes."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **kwargs)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """What rich renders, cleaned piece by piece; what moves the cursor is rich's own."""
+        for piece in super().render(renderable, options):
+            yield piece if piece.control else Segment(shown(piece.text, lines=True), piece.style)
+
+
+def terminal_for(file: IO[str] | None, width: int | None) -> Terminal:
+    """A console on `file` (stdout); where that is no terminal, plain and of a width that fits a page."""
+    stream = file or sys.stdout
+    found = Terminal(file=stream, width=width)
+    if found.is_terminal or width is not None:
+        return found
+    return Terminal(file=stream, width=PLAIN_WIDTH, color_system=None)
+
+
+class LogFormatter(logging.Formatter):
+    """`name: message`, where the message is one line, whatever names it holds; a traceback follows as it is."""
+
+    def __init__(self) -> None:
+        super().__init__("%(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return shown(super().formatMessage(record))
+
+
+def log_to_stderr(level: int) -> None:
+    """What `logging` tells from `level` on."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter())
+    logging.basicConfig(level=level, handlers=[handler])
+
+
+console = Terminal(stderr=True)
 _live: Progress | None = None
 _open: list[Bar] = []
 
@@ -32,7 +75,7 @@ def say(line: str) -> None:
     """
     if not is_main():
         return
-    console.print(line, soft_wrap=not console.is_terminal, markup=False)
+    console.print(shown(line), soft_wrap=not console.is_terminal)
 
 
 def clock(seconds: float | None) -> str:
@@ -59,17 +102,17 @@ class Bar:
     """One line of progress: `update(n)` counts work done, `note` shows a word beside it."""
 
     def __init__(self, description: str, total: float | None, live: Progress | None, pace: float | None = None) -> None:
-        self.description, self.total, self.done, self.note = description, total, 0.0, ""
+        self.description, self.total, self.done, self.note = shown(description), total, 0.0, ""
         self.in_parts = False
         self.pace = pace  # seconds a unit is expected to take
         self.started = self.printed = time.monotonic()
         self._part: tuple[float, float, str] | None = None  # done before it, its weight, the bar that leads it
         self._live = live
-        self._task: TaskID | None = live.add_task(description, total=total, note="", bar=self) if live else None
+        self._task: TaskID | None = live.add_task(self.description, total=total, note="", bar=self) if live else None
 
     def update(self, n: float = 1, note: str | None = None, total: float | None = None) -> None:
         """Count `n` more units of work done."""
-        self.note = self.note if note is None else note
+        self.note = self.note if note is None else shown(note)
         self.total = self.total if total is None else total
         self._reach(self.done + n)
         for outer in _open:
@@ -136,7 +179,7 @@ class Bar:
         left = self.left()
         rest = f", about {clock(left)} left" if left else ""
         line = f"{self.description}: {count} after {clock(self.printed - self.started)}{rest}  {self.note}"
-        print(line.rstrip(), file=sys.stderr, flush=True)
+        print(shown(line.rstrip()), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -148,8 +191,8 @@ def progress(description: str, total: float | None = None, pace: float | None = 
     global _live
     outermost = _live is None and console.is_terminal and is_main()
     if outermost:
-        columns: list[Any] = [TextColumn("{task.description:<30}"), BarColumn(bar_width=24), _Count()]
-        _live = Progress(*columns, TimeElapsedColumn(), _Left(), TextColumn("{task.fields[note]}"), console=console)
+        columns: list[Any] = [TextColumn("{task.description:<30}", markup=False), BarColumn(bar_width=24), _Count()]
+        _live = Progress(*columns, TimeElapsedColumn(), _Left(), TextColumn("{task.fields[note]}", markup=False), console=console)
         _live.start()
     bar = Bar(description, total, _live, pace)
     _open.append(bar)

@@ -1,8 +1,10 @@
 """Scores in words and pairs: what is compared, what a reader is told."""
 
+import csv
 import io
 
 import pytest
+from hostile import ESCAPED, NAME, harmless, unwrapped
 from scipy.stats import binomtest
 
 from isdaa.benchmark_options import add_benchmark_options
@@ -192,3 +194,15 @@ def test_the_options_name_every_benchmark():
     parser = OneLineParser()
     add_benchmark_options(parser)
     assert all(name in parser.format_help() for name in BENCHMARKS)
+
+
+def test_a_hostile_name_is_text_in_table_and_csv():
+    judge = {"kind": "reward", "name": NAME}
+    found = metrics_of({NAME: [1, 0, 1], "@b": [0, 0, 1]}, opponent=NAME, judge=judge, title=NAME)
+    out = io.StringIO()
+    print_outcome(found, out)
+    harmless(out.getvalue())
+    assert unwrapped(out.getvalue()).count(unwrapped(ESCAPED)) >= 5
+    rows = list(csv.reader(io.StringIO(table_csv(found))))
+    assert {row[0] for row in rows[1:]} == {NAME, "'@b"}
+    assert all(not cell.startswith("'") for row in rows for cell in row[3:])

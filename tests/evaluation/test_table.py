@@ -2,6 +2,8 @@
 
 import io
 
+from hostile import ESCAPED, NAME, harmless, unwrapped
+
 from isdaa.evaluation.table import legend, percent, pm, print_table, short
 
 
@@ -84,3 +86,12 @@ def test_parts():
 def test_the_legend_counts_and_says_what_intervals_are_over():
     assert legend(metrics() | {"prompts": 1})[0].startswith("1 held-out prompt;")
     assert any("held-out pairs" in line for line in legend(metrics(scorer=None)))
+
+
+def test_a_hostile_name_is_text():
+    stream, found = io.StringIO(), metrics()
+    found["models"][0]["label"] = NAME
+    found |= {"note": NAME, "scorer": {"name": NAME, "digest": "x"}}
+    print_table(found, file=stream)
+    harmless(stream.getvalue())
+    assert unwrapped(stream.getvalue()).count(unwrapped(ESCAPED)) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import sys
@@ -12,10 +13,11 @@ import pytest
 import yaml
 from benchmark_run_helpers import judge_server
 from chains import chat_model, jsonl, read_lines, refused
+from hostile import ESCAPED, NAME, harmless, unwrapped
 
 from isdaa.cli import main
 from isdaa.evaluation.tax_scores import Answers, scores, sentence
-from isdaa.evaluation.tax_table import MEAN, tax_rows
+from isdaa.evaluation.tax_table import MEAN, print_tax, tax_rows
 
 FRUITS = ("pear", "plum", "fig", "quince", "apple")
 PLACES = [
@@ -397,3 +399,14 @@ def test_other_items_are_not_paired() -> None:
 
     with pytest.raises(UserError, match=r"a: its data changed"):
         scores([answers("a", {"a": [1.0, 0.0]})], [answers("a", {"a": [1.0]})], **OPTIONS)
+
+
+def test_a_hostile_name_is_text() -> None:
+    reference = [answers(NAME, {NAME: [1.0] * 9})]
+    tax = tax_with(scores([answers(NAME, {NAME: [0.0] * 9})], reference, **OPTIONS), reference)
+    tax["models"][0] |= {"label": NAME, "sentence": f"of {NAME}"}
+    tax |= {"settings": {"limit": None, "chat_template": False}}
+    out = io.StringIO()
+    print_tax(tax, out)
+    harmless(out.getvalue())
+    assert unwrapped(out.getvalue()).count(unwrapped(ESCAPED)) == 2  # the table folds it

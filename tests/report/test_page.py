@@ -7,6 +7,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+from hostile import ESCAPED, NAME, harmless
 from report_studies import FALLS, SCRIPT, cells, study, sweep, trajectory, write_evaluation
 
 from isdaa.errors import UserError
@@ -288,3 +289,24 @@ def test_errors_are_one_line(tmp_path):
 @pytest.mark.parametrize("value, text", [(None, "–"), (-0.001, "0.00"), (-0.25, "−0.25"), (3, "3.00")])
 def test_numbers_for_people(value, text):
     assert number(value) == text
+
+
+def test_a_report_of_hostile_runs(tmp_path, drawn):
+    names = [NAME, "=cmd()"]
+    runs = [
+        trajectory("dpo", 0.1, seed, cell=name, settings={"data.pairs": name}, name=f"{name}/seed-{seed}")
+        for name in names
+        for seed in (1, 2)
+    ]
+    cells = [{"name": name, "grids": ["main"], "settings": {"data.pairs": name}} for name in names]
+    text = page.write_report(study(runs, NAME, cells=cells), tmp_path / "report").read_text(encoding="utf-8")
+    harmless(text)
+    assert "<script" not in text and ESCAPED.replace("<script>", "&lt;script&gt;") in text
+    for drawing in (tmp_path / "report" / "charts").glob("*.svg"):
+        drawn_text = drawing.read_text(encoding="utf-8")
+        harmless(drawn_text, drawing)
+        assert "<script" not in drawn_text
+    with open(tmp_path / "report" / "report.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["cell"] for row in rows} == {NAME, "'=cmd()"}
+    assert any(float(row["chosen_drift"]) < 0 for row in rows)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -12,6 +10,7 @@ import numpy as np
 
 from isdaa.evaluation.benchmarks.benchmark import Benchmark, Judged, Score, Scoring, counted, prompt_text
 from isdaa.evaluation.statistics import difference_interval, fewest
+from isdaa.files import csv_text
 
 WORDS = {
     "win_rate": "win rate",
@@ -203,18 +202,16 @@ def gap_between(rows: Sequence[Mapping[str, Any]], first: str, second: str) -> d
 
 def table_csv(metrics: Mapping[str, Any]) -> str:
     """One row a model and figure: mean and interval; then one a pair of models."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["model", "against", "figure", "mean", "low", "high", "questions"])
+    rows: list[list[Any]] = []
     for model in metrics["models"]:
         for name, figure in model["figures"].items():
             values = (figure[key] for key in ("mean", "low", "high", "n"))
-            writer.writerow([model["model"], metrics["opponent"] or "", name, *values])
+            rows.append([model["model"], metrics["opponent"] or "", name, *values])
     for row in metrics["comparisons"]:
         for name in ("difference", "headline_difference"):
             if row[name] is not None:
-                writer.writerow([row["first"], row["second"], name, *(row[name][key] for key in ("mean", "low", "high", "n"))])
-    return out.getvalue()
+                rows.append([row["first"], row["second"], name, *(row[name][key] for key in ("mean", "low", "high", "n"))])
+    return csv_text(["model", "against", "figure", "mean", "low", "high", "questions"], rows)
 
 
 def examples(judged: Mapping[str, Sequence[Judged]], scores: Mapping[str, Score], most: int = EXAMPLES) -> list[dict[str, Any]]:

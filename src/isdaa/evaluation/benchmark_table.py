@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from isdaa.errors import shown
 from isdaa.evaluation.benchmark_outcome import WORDS, is_share, ranked
 from isdaa.evaluation.benchmarks.benchmark import counted
-from isdaa.evaluation.table import PLAIN_WIDTH, number, percent
+from isdaa.evaluation.table import number, percent
+from isdaa.terminal import terminal_for
 
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]
 # Figures that the table has room for, in this order; the others are in the report and in metrics.json.
@@ -25,18 +25,15 @@ HEADERS = {"length_controlled_win_rate": "LC win rate", "equal_style_win_rate": 
 
 def print_outcome(metrics: Mapping[str, Any], file: IO[str] | None = None, width: int | None = None) -> None:
     """The table, the models compared, what a reader must know, the sentence; plain where `file` (stdout) is no terminal."""
-    stream = file or sys.stdout
-    console = Console(file=stream, highlight=False, width=width)
-    if not console.is_terminal and width is None:
-        console = Console(file=stream, highlight=False, width=PLAIN_WIDTH, color_system=None)
+    console = terminal_for(file, width)
     plain = not console.is_terminal
     console.print(_table(columns_of(metrics), metrics["models"], plain))
     if metrics["comparisons"]:
         console.print(_table(_pair_columns(metrics), pairs_of(metrics), plain))
     for line in legend(metrics):
-        console.print(line, style=None if plain else "dim", markup=False)
+        console.print(shown(line), style=None if plain else "dim")
     if metrics["sentence"]:
-        console.print(metrics["sentence"], markup=False)
+        console.print(shown(metrics["sentence"]))
 
 
 def _table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], plain: bool) -> Table:
@@ -47,7 +44,7 @@ def _table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], plain: 
             header, justify="left" if left else "right", overflow="fold", no_wrap=not left, min_width=10 if left else None
         )
     for row in rows:
-        table.add_row(*(cell(row) for _, cell in columns))
+        table.add_row(*(shown(cell(row)) for _, cell in columns))
     return table
 
 

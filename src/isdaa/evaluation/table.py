@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import IO, Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-PLAIN_WIDTH = 100  # columns where there is no terminal to ask
+from isdaa.errors import shown
+from isdaa.terminal import terminal_for
 
 
 def print_table(metrics: Mapping[str, Any], file: IO[str] | None = None, width: int | None = None) -> None:
     """Print the table, its legend and the note; ASCII rules and no colour where `file` (stdout) is no terminal."""
-    stream = file or sys.stdout
-    console = Console(file=stream, highlight=False, width=width)
-    if not console.is_terminal and width is None:
-        console = Console(file=stream, highlight=False, width=PLAIN_WIDTH, color_system=None)
+    console = terminal_for(file, width)
     console.print(evaluation_table(metrics, plain=not console.is_terminal))
     for line in legend(metrics):
-        console.print(line, style="dim" if console.is_terminal else None)
+        console.print(shown(line), style="dim" if console.is_terminal else None)
 
 
 def evaluation_table(metrics: Mapping[str, Any], plain: bool = False) -> Table:
@@ -52,7 +48,7 @@ def evaluation_table(metrics: Mapping[str, Any], plain: bool = False) -> Table:
         if group != before:
             table.add_section()
         before = group
-        table.add_row(short(model["label"]), *(cell(model) for _, cell in columns))
+        table.add_row(shown(short(model["label"])), *(cell(model) for _, cell in columns))
     return table
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isdaa.distributed import world_size
-from isdaa.errors import UserError
+from isdaa.errors import UserError, shown
 from isdaa.terminal import say
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def tax_command(arguments: argparse.Namespace, overrides: Mapping[str, Any]) -> 
     for line in request.told:
         say(line)
     print_tax(measure_tax(request, settings))
-    print(f"records: {Path(request.output_dir) / TAX}")
+    print(f"records: {shown(Path(request.output_dir) / TAX)}")
     return Path(request.output_dir)
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import IO, Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from isdaa.errors import shown
 from isdaa.evaluation.statistics import fewest
-from isdaa.evaluation.table import PLAIN_WIDTH, pm, short
+from isdaa.evaluation.table import pm, short
 from isdaa.evaluation.tax_scores import clear, signed
+from isdaa.terminal import terminal_for
 
 MEAN = "mean of tasks"
 FEW = 50  # items, below which a percentile bootstrap covers less than it says (statistics.mean_interval)
@@ -87,10 +87,7 @@ def tax_notes(tax: Mapping[str, Any]) -> list[str]:
 
 def print_tax(tax: Mapping[str, Any], file: IO[str] | None = None, width: int | None = None) -> None:
     """Print the table and its notes; ASCII rules and no colour where `file` (stdout) is no terminal."""
-    stream = file or sys.stdout
-    console = Console(file=stream, highlight=False, width=width)
-    if not console.is_terminal and width is None:
-        console = Console(file=stream, highlight=False, width=PLAIN_WIDTH, color_system=None)
+    console = terminal_for(file, width)
     plain = not console.is_terminal
     table = Table(box=box.ASCII2 if plain else box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("task", overflow="fold", min_width=8)
@@ -104,8 +101,8 @@ def print_tax(tax: Mapping[str, Any], file: IO[str] | None = None, width: int | 
             table.add_section()
         before = row["task"]
         table.add_row(
-            task_name(row) if first else "",
-            short(row["model"]),
+            shown(task_name(row)) if first else "",
+            shown(short(row["model"])),
             pm(row["score"], 3),
             signed(row["difference"]) + (" *" if row["clear"] else "  " if row["difference"] else ""),
             str(row["items"]),
@@ -114,7 +111,7 @@ def print_tax(tax: Mapping[str, Any], file: IO[str] | None = None, width: int | 
         )
     console.print(table)
     for line in tax_notes(tax):
-        console.print(line, style=None if plain else "dim", soft_wrap=True)
+        console.print(shown(line), style=None if plain else "dim", soft_wrap=True)
 
 
 def examples_of(row: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.config import Config
-from isdaa.errors import UserError
+from isdaa.errors import UserError, shown
 from isdaa.evaluation.analysis import METRICS
 from isdaa.experiments.grid import SweepConfig
 from isdaa.experiments.sweep import run_sweep
@@ -58,7 +58,7 @@ def show(study: Any, page: Path, seconds: float) -> None:
     from isdaa.evaluation.table import print_table
 
     print_table(merged(study))
-    print(f"\nreport:  {page}\nrecords: {study.folder / 'runs'}\n{seconds:.0f} s in this call")
+    print(f"\nreport:  {shown(page)}\nrecords: {shown(study.folder / 'runs')}\n{seconds:.0f} s in this call")
 
 
 def merged(study: Any) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from isdaa.errors import shown
 from isdaa.experiments.gaussians import checked, counts, dressed, print_plain
 from isdaa.files import write_json
 
@@ -70,7 +71,7 @@ def run_finite(output_dir: Path, seed: int = 0) -> Path:
     print_plain(clip_table(results))
     for sentence in sentences(results):
         print(sentence)
-    print(f"\nchart:   {chart}\nnumbers: {output_dir / 'finite.json'}")
+    print(f"\nchart:   {shown(chart)}\nnumbers: {shown(output_dir / 'finite.json')}")
     return chart
 
 

@@ -18,13 +18,12 @@ Shapes: R independent runs side by side, B pairs, Y points of a grid.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isdaa.errors import UserError
+from isdaa.errors import UserError, shown
 from isdaa.files import write_json
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def run_gaussians(output_dir: Path, seed: int = 0) -> Path:
     print_plain(table(results))
     for sentence in sentences(results):
         print(sentence)
-    print(f"\nchart:   {chart}\nnumbers: {output_dir / 'gaussians.json'}")
+    print(f"\nchart:   {shown(chart)}\nnumbers: {shown(output_dir / 'gaussians.json')}")
     return chart
 
 
@@ -346,13 +345,10 @@ def table(results: Mapping[str, Any]) -> Table:
 def print_plain(shown: Table) -> None:
     """Print a table in the look of `isdaa evaluate`: ASCII rules and no colour where stdout is no terminal."""
     from rich import box
-    from rich.console import Console
 
-    from isdaa.evaluation.table import PLAIN_WIDTH
+    from isdaa.terminal import terminal_for
 
-    console = Console(file=sys.stdout, highlight=False)
-    if not console.is_terminal:
-        console = Console(file=sys.stdout, highlight=False, width=PLAIN_WIDTH, color_system=None)
+    console = terminal_for(None, None)
     shown.box, shown.pad_edge, shown.collapse_padding = box.SIMPLE_HEAD if console.is_terminal else box.ASCII2, False, True
     console.print(shown)
 

@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from isdaa.errors import shown
 from isdaa.terminal import clock, console
 
 PLAIN_INTERVAL = 30.0  # seconds between two lines where there is no terminal
@@ -95,7 +96,8 @@ class Overview:
         for name, seconds, status in self.running[:SHOWN]:
             share = float(status.get("share") or 0.0)
             bar = ProgressBar(total=1.0, completed=share, width=20)
-            table.add_row(Text(name), bar, Text(f"{share:4.0%}"), Text(clock(seconds)), Text(self._doing(status, share=False)))
+            doing = Text(shown(self._doing(status, share=False)))
+            table.add_row(Text(shown(name)), bar, Text(f"{share:4.0%}"), Text(clock(seconds)), doing)
         if len(self.running) > SHOWN:
             table.add_row(Text(f"and {len(self.running) - SHOWN} more"))
         return Group(self._head(), table)
@@ -108,6 +110,6 @@ class Overview:
     def _say(self, line: str) -> None:
         self.printed = time.monotonic()
         if self.live is not None:
-            self.live.console.print(line, markup=False, highlight=False)
+            self.live.console.print(shown(line))
         else:
-            print(line, file=sys.stderr, flush=True)
+            print(shown(line), file=sys.stderr, flush=True)

@@ -74,7 +74,9 @@ class Work:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.device
         import logging
 
-        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+        from isdaa.terminal import log_to_stderr
+
+        log_to_stderr(logging.INFO)
         if self.threads is not None:
             import torch
 

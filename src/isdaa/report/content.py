@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +13,7 @@ from isdaa.evaluation.comparison import WHAT, CellSummary, MatchedKl, difference
 from isdaa.evaluation.overoptimization import Law, Verdict, fit_law, judge
 from isdaa.evaluation.requests import METRICS as HISTORY
 from isdaa.evaluation.trajectory import Study, Trajectory
+from isdaa.files import csv_text
 from isdaa.record import versions
 from isdaa.report.courses import thin, weights_of
 from isdaa.report.curves import within
@@ -140,9 +139,7 @@ def report_of(found: Findings) -> dict[str, Any]:
 
 def table_of(report: Mapping[str, Any]) -> str:
     """`report.csv`: one row a checkpoint."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
+    rows = []
     for run in report["runs"]:
         for row in run["checkpoints"]:
             win, kl = row["win_rate"] or {}, row["kl"] or {}
@@ -152,8 +149,9 @@ def table_of(report: Mapping[str, Any]) -> str:
             for key in ("reward", "length", "accuracy", "chosen_drift", "rejected_drift"):
                 cells[key] = (row[key] or {}).get("mean")
             cells |= {key: row[key] for key in ("truncated", "repetition", "weight_mean", "ess", "recommended")}
-            writer.writerow(cells | {"finding": run["verdict"]["finding"] if run["verdict"] else None})
-    return text.getvalue()
+            cells["finding"] = run["verdict"]["finding"] if run["verdict"] else None
+            rows.append([cells[key] for key in COLUMNS])
+    return csv_text(COLUMNS, rows)
 
 
 def _run(found: Findings, line: Line, run: Trajectory) -> dict[str, Any]:

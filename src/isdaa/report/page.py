@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from isdaa.errors import UserError
+from isdaa.errors import UserError, shown
 from isdaa.evaluation.trajectory import Study
 from isdaa.files import write_atomically, write_json
 from isdaa.report.content import Findings, find, report_of, table_of
@@ -72,7 +72,12 @@ def fill(template: str, drawings: Mapping[str, str], filters: Mapping[str, Any],
     from markupsafe import Markup
 
     environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: shown(value, lines=True) if type(value) is str else value,
     )
     environment.filters |= filters
     style = (HERE / "page.css").read_text(encoding="utf-8") + dark_rules()

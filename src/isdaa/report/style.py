@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from isdaa.errors import shown
 from isdaa.files import write_atomically
 
 if TYPE_CHECKING:
@@ -129,7 +130,16 @@ def svg_of(specification: dict[str, Any]) -> str:
     """A Vega-Lite specification as an SVG document."""
     import vl_convert
 
-    return str(vl_convert.vegalite_to_svg(specification, vl_version=_version(specification)))
+    return str(vl_convert.vegalite_to_svg(_cleaned(specification), vl_version=_version(specification)))
+
+
+def _cleaned(value: Any) -> Any:
+    """Names in a specification as `shown`: no control character is valid in an SVG."""
+    if isinstance(value, dict):
+        return {_cleaned(key): _cleaned(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_cleaned(one) for one in value]
+    return shown(value, lines=True) if isinstance(value, str) else value
 
 
 def _version(specification: dict[str, Any]) -> str:
@@ -158,5 +168,5 @@ def inline_svg(svg: str, name: str, description: str) -> str:
     body = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag.group(0)), body)
     return (
         f'<svg class="drawing" xmlns="http://www.w3.org/2000/svg" role="img" viewBox="{box.group(1)}" '
-        f'style="max-width:{float(width):g}px" aria-label="{escape(description, quote=True)}">{body}</svg>'
+        f'style="max-width:{float(width):g}px" aria-label="{escape(shown(description), quote=True)}">{body}</svg>'
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from isdaa.errors import shown
 from isdaa.objectives.objective import Objective
 from isdaa.record import ModelRecord, git_revision, versions
 
@@ -25,25 +27,34 @@ def model_card(record: ModelRecord, name: str) -> str:
         front["pipeline_tag"] = "text-classification"
     else:
         front["pipeline_tag"] = "text-generation"
-    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {name}", ""]
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {_plain(name)}", ""]
     step = f", optimiser step {record.step}" if record.step is not None else ""
     lines += [f"{TITLES[record.kind]} with isdaa{step}.", ""]
     if record.kind == "policy":
         arguments = {key: value for key, value in config["objective"].items() if key != "method"}
-        lines += [f"## Method: `{config['objective']['method']}`", "", "```text", Objective(**arguments).formula(), "```", ""]
-        lines += [f"- reference π_ref: `{_shown(record.reference)}`"]
-        lines += [f"- behaviour μ: `{_shown(config['behaviour']['model_path']) or 'the rows’ own logps, else π_ref'}`", ""]
+        lines += [
+            f"## Method: {_code(config['objective']['method'])}",
+            "",
+            "```text",
+            Objective(**arguments).formula(),
+            "```",
+            "",
+        ]
+        lines += [f"- reference π_ref: {_code(_local(record.reference))}"]
+        lines += [f"- behaviour μ: {_code(_local(config['behaviour']['model_path']) or 'the rows’ own logps, else π_ref')}", ""]
     lines += ["## Data", ""]
-    lines += [f"- {key}: `{_shown(value)}`" for key, value in config["data"].items() if value is not None]
+    lines += [f"- {key}: {_code(_local(value))}" for key, value in config["data"].items() if value is not None]
     section = {"sft": "sft", "reward": "reward", "policy": "align"}[record.kind]
     settings = {"seed": config["seed"], "tokenization": config["tokenization"], section: config[section]}
     if config["lora"]["rank"] and record.kind != "reward":
         settings["lora"] = config["lora"]
-    lines += ["", "## Settings", "", "```yaml", yaml.safe_dump(settings, sort_keys=False).strip(), "```", ""]
+    text = yaml.safe_dump(settings, sort_keys=False).strip()
+    fence = _longer_than_any(text, 3)  # or a value would end the block
+    lines += ["", "## Settings", "", f"{fence}yaml", text, fence, ""]
     if record.metrics:
         at = f", logged at step {record.step}" if record.step is not None else ""
         lines += [f"## Training metrics{at}", "", "| metric | value |", "|---|---|"]
-        lines += [f"| {key} | {value:.4g} |" for key, value in sorted(record.metrics.items())]
+        lines += [f"| {_plain(key)} | {value:.4g} |" for key, value in sorted(record.metrics.items())]
         lines.append("")
     if record.kind == "policy":
         lines += [
@@ -55,6 +66,23 @@ def model_card(record: ModelRecord, name: str) -> str:
     return "\n".join(lines)
 
 
-def _shown(value: Any) -> Any:
+def _plain(name: object) -> str:
+    """A name as Markdown that shows it and does nothing else."""
+    return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", shown(name))
+
+
+def _code(value: object) -> str:
+    """A value as code, whatever backticks it has."""
+    text = shown(value)
+    fence = _longer_than_any(text, 1)
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+
+
+def _longer_than_any(text: str, least: int) -> str:
+    """Backticks, at least so many, and one more than stand beside each other in the text."""
+    return "`" * max(least, *(len(run) + 1 for run in re.findall("`+", text)), 0)
+
+
+def _local(value: Any) -> Any:
     """A card travels with its model: of a path that holds on one machine alone, the last part is enough."""
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import IO
 
 from rich.console import Console
@@ -10,13 +9,14 @@ from rich.padding import Padding
 from rich.rule import Rule
 from rich.text import Text
 
+from isdaa.errors import shown
+from isdaa.terminal import terminal_for
 from isdaa.training.examine import FOUND
 from isdaa.training.histogram import common_end, print_histogram
 from isdaa.training.inspect import Inspection, StageReport
 from isdaa.training.plan_page import print_plan
 from isdaa.training.token_view import print_shown
 
-PLAIN_WIDTH = 100  # columns where there is no terminal to ask
 NAMES = {
     "sft": "supervised fine-tuning",
     "reward": "reward model",
@@ -28,10 +28,7 @@ MARKS = {True: "the end token is yellow", False: "between bars, the end token in
 
 def print_inspection(found: Inspection, file: IO[str] | None = None, width: int | None = None, whole: bool = False) -> None:
     """Print everything, with colour where `file` (stdout) is a terminal that has it and NO_COLOR is not set."""
-    stream = file or sys.stdout
-    console = Console(file=stream, highlight=False, width=width)
-    if not console.is_terminal and width is None:
-        console = Console(file=stream, highlight=False, width=PLAIN_WIDTH, color_system=None)
+    console = terminal_for(file, width)
     print_to(found, console, whole)
 
 
@@ -59,8 +56,8 @@ def _stage(report: StageReport, console: Console, colour: bool, whole: bool) -> 
     if examined.shown:
         console.print()
         console.print(Text.assemble((" token by token  ", "bold")) + Text(MARKS[colour], style="dim"))
-        for shown in examined.shown:
-            print_shown(shown, console, colour, whole)
+        for row in examined.shown:
+            print_shown(row, console, colour, whole)
     if examined.parts:
         console.print()
         note = f"; {len(examined.parts[0].lengths):,} rows sampled" if examined.sampled < examined.counts.kept else ""
@@ -109,7 +106,7 @@ def _entry(name: str, words: str, style: str, width: int) -> Text:
     """A name in its column, and words that wrap beside it."""
     room = max(20, width - 12)
     text = Text()
-    for number, line in enumerate(Text(words).wrap(Console(width=room), room)):
+    for number, line in enumerate(Text(shown(words)).wrap(Console(width=room), room)):
         text.append(f" {name:<9} " if number == 0 else " " * 11, style=style)
         text.append_text(line)
         text.append("\n")
@@ -123,4 +120,4 @@ def _lines(title: str, lines: list[str], style: str, mark: str, console: Console
     console.print()
     console.print(Rule(Text(title, style=style), align="left", style="dim"))
     for line in lines:
-        console.print(Padding(Text(f"{mark} ", style=style) + Text(line), (0, 1)))
+        console.print(Padding(Text(f"{mark} ", style=style) + Text(shown(line)), (0, 1)))

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
+from isdaa.errors import shown
 from isdaa.training.devices import device_of
 from isdaa.training.plan import Phase, Plan
 
@@ -115,7 +116,7 @@ def _letter(name: str, phase: Phase) -> str:
 
 def _entry(console: Console, name: str, words: str, style: str = "") -> None:
     room = max(20, console.width - 12)
-    for number, line in enumerate(Text(words, style=style).wrap(Console(width=room), room)):
+    for number, line in enumerate(Text(shown(words), style=style).wrap(Console(width=room), room)):
         left = Text.assemble((f" {name:<9} " if number == 0 else " " * 11, "bold"))
         console.print(left.append_text(line), no_wrap=True)
 

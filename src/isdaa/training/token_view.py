@@ -10,6 +10,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from isdaa.errors import shown as escaped
+
 EDGE = 48  # tokens shown at each end of a long part
 GIVEN, CHOSEN, REJECTED, LEARNT, END = "given", "chosen", "rejected", "learnt", "end"
 # Two shades each, so that neighbours differ: the colours of chosen and rejected are told apart by the colour-blind, too.
@@ -144,7 +146,7 @@ def _piece(token: Token | str, kind: str, number: int, colour: bool) -> Text:
 
 def print_shown(shown: Shown, console: Console, colour: bool, whole: bool = False) -> None:
     """One row on a console."""
-    console.print(Text(f" {shown.title}"))
+    console.print(Text(f" {escaped(shown.title)}"))
     names = [run.name if run.name in ("given", "learnt") else f"{run.name}, {_state(run)}" for run in shown.runs]
     label = max(cell_len(name) for name in names)
     for run, name in zip(shown.runs, names, strict=True):
