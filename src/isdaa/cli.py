@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from isdaa import __version__, ownership
+from isdaa.disk import disk_error
 from isdaa.distributed import finish, is_main, left_alone, once, rank, speaks_first, world_size
 from isdaa.errors import DoneInPart, UserError, refused, shortened, shown
 
@@ -224,7 +225,7 @@ def _run(argv: Sequence[str] | None) -> int:
             return 141
         raise
     except Exception as error:
-        found = refused(error) if isinstance(error, OSError) else _out_of_memory(error)
+        found = disk_error(error) or (refused(error) if isinstance(error, OSError) else _out_of_memory(error))
         if found is not None:
             return _refused(str(found))
         if left_alone(error):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from isdaa.disk import disk_error
 from isdaa.errors import UserError, refused
 
 T = TypeVar("T")
@@ -139,7 +140,7 @@ def _outcome(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
         return None, error
     except Exception as error:
         # An OSError loses its class on the way to the others; the command line would have said it in one line.
-        foreseen = refused(error) if isinstance(error, OSError) else None
+        foreseen = disk_error(error) or (refused(error) if isinstance(error, OSError) else None)
         if foreseen is not None:
             return None, foreseen
         import traceback

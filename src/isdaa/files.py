@@ -25,6 +25,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from isdaa.disk import writing
 from isdaa.errors import UserError
 
 DAY = 24 * 60 * 60  # seconds
@@ -113,9 +114,13 @@ def sync_folder(folder: Path) -> None:
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
     """Write a file aside, sync it and rename it: a reader sees the old content or the new, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
+    with writing(path, len(data)):
+        _write_atomically(Path(path), data)
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         os.fchmod(descriptor, 0o666 & ~current_umask())
@@ -144,7 +149,11 @@ def write_folder_atomically(folder: str | Path, fill: Callable[[Path], None]) ->
     folder of that name, never a part of one. Where `fill` fails, nothing is left of its work. Several processes may write
     the same folder at once: each writes a folder of its own aside, and the last to rename wins.
     """
-    folder = Path(folder)
+    with writing(folder):
+        _write_folder_atomically(Path(folder), fill)
+
+
+def _write_folder_atomically(folder: Path, fill: Callable[[Path], None]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".writing-{folder.name}-"))
@@ -323,14 +332,36 @@ def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def append_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
-    """Append records and sync. A kill can leave one half line at the end: `whole_jsonl` reads past it."""
+    """Append records and sync. Where they cannot be written whole, none of them is, and half a line that a kill left at the end
+    goes: `whole_jsonl` reads past one, too."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    with open(own_file(path), "ab") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    with writing(path, len(data)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(own_file(path), "r+b", buffering=0) as file:
+            end = _end_of_lines(file)
+            file.truncate(end)
+            try:
+                left = memoryview(data)
+                while left:
+                    left = left[file.write(left) :]
+                os.fsync(file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    file.truncate(end)
+                raise
+
+
+def _end_of_lines(file: IO[bytes]) -> int:
+    """Where the last whole line of a file ends."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - (1 << 16))
+        file.seek(start)
+        if (found := file.read(end - start).rfind(b"\n")) >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 def whole_jsonl(path: str | Path) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isdaa.data.pairs import KNOWN_COLUMNS
+from isdaa.disk import disk_error
 from isdaa.errors import UserError, nearest
 from isdaa.files import PACKED, JsonDecoder, given_twice, iterate_jsonl, opened_text
 
@@ -311,7 +312,7 @@ def _hub(name: str, split: str, subset: str | None, columns: frozenset[str]) -> 
     try:
         rows = load_dataset(name, subset, split=split)
     except Exception as error:  # network, permissions, unknown names: each library below has its own
-        raise UserError(
+        raise disk_error(error) or UserError(
             f"{source}: neither a local path nor loadable from the Hub, split '{split}' "
             f"({type(error).__name__}: {_first_line(error)}); a local copy can stand in: its path, or RECIPE:PATH"
         ) from None

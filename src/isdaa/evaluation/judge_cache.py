@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from isdaa.disk import disk_error
 from isdaa.errors import UserError
 from isdaa.evaluation.judge_types import Reply
 from isdaa.files import own_file
@@ -132,7 +133,7 @@ class ReplyCache:
                     line = line[file.write(line) :]
                 os.fsync(file.fileno())
         except OSError as error:
-            raise UserError(
+            raise disk_error(error, self.path, len(line)) or UserError(
                 f"{self.path}: a reply could not be written ({error.strerror}); mend it and run the same command again"
             ) from None
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from isdaa.disk import disk_error
 from isdaa.errors import UserError
 from isdaa.experiments.grid import Keep, SlurmConfig, Task
 from isdaa.files import own_file, read_json, write_json
@@ -58,7 +59,8 @@ class Work:
             outcome |= {"done": False, "error": str(error)}
             print(f"isdaa: error: {error}", file=sys.stderr)
         except Exception as error:
-            outcome |= {"done": False, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
+            refused = disk_error(error)
+            outcome |= {"done": False, "error": str(refused or f"{type(error).__name__}: {error}".splitlines()[0])}
             traceback.print_exc()
         outcome |= {"seconds": round(time.monotonic() - started, 2), "cpu_seconds": round(time.process_time() - cpu, 2)}
         write_json(self.logs / RESULT, outcome)

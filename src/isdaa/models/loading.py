@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from isdaa.disk import disk_error
 from isdaa.errors import UserError, nearest
 from isdaa.files import read_json
 from isdaa.manifest import check_manifest
@@ -484,6 +485,8 @@ def _shape(shape: Any) -> str:
 def _readable(error: Exception, name: str, folder: Path | None, what: str) -> UserError:
     """One line for what transformers raised."""
     text = str(error)
+    if (refused := disk_error(error)) is not None:  # the Hub's own cache
+        return refused
     if "trust_remote_code" in text:
         return UserError(
             f"{name}: needs code of its own, which runs only where you say so: trust_remote_code, if you trust its authors"

@@ -32,6 +32,7 @@ from isdaa.training.monitor import MetricsFile, metrics_at
 from isdaa.training.preference import PreferenceTrainer
 from isdaa.training.reading import read_pairs
 from isdaa.training.reference import reference_logps
+from isdaa.training.room import check_training
 from isdaa.training.run import Run
 from isdaa.training.start import (
     cache_folder,
@@ -72,6 +73,12 @@ def _align(run: Run) -> Path:
     weights = weights_digest(policy)
     run.pin("align", weights=weights, pairs=train.content_digest())
     loaded = {"weights": weights, "config": config_digest(policy), "dtype": config.model.dtype}
+    check_training(
+        run, "align", policy, config.align, len(train),
+        folder=run.folder / "checkpoints", limit=config.align.save_total_limit, lora=config.lora,
+        best=config.guard.steps is not None and config.guard.keep == "best",
+        logps=2 * (len(train) + (0 if held_out is None else len(held_out))),
+    )  # fmt: skip
     forward = prepare(policy, probe=config.align.probe, longest_row=longest_row(config), attention=config.align.attention)
     # The reference is the policy exactly as loaded: its logps come before a new adapter.
     train, held_out = _with_logps(run, train, held_out, policy, forward, tokenizer)

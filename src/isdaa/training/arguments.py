@@ -12,6 +12,9 @@ from transformers import TrainingArguments
 
 from isdaa.config import OptimisationConfig
 
+# Of a trained weight: tensors of its own dtype that the optimiser keeps, and bytes beside them.
+STATES = {"adamw": (2, 0), "adamw_8bit": (0, 2), "paged_adamw_8bit": (0, 2), "rmsprop": (1, 0), "sgd": (0, 0)}
+
 
 def training_arguments(
     settings: OptimisationConfig,
@@ -29,7 +32,7 @@ def training_arguments(
         `eval_steps` null an evaluation at each.
     """
     steps = total_steps(settings, pairs, world_size)
-    save = getattr(settings, "save_steps", None) or max(1, -(-steps // 10))
+    save = save_steps(settings, steps)
     evaluate = getattr(settings, "eval_steps", None) or save
     cpu = not torch.cuda.is_available() if use_cpu is None else use_cpu
     run_seed = seed if settings.seed is None else settings.seed
@@ -91,3 +94,8 @@ def total_steps(settings: OptimisationConfig, pairs: int, world_size: int = 1) -
         return settings.max_steps
     per_epoch = -(-pairs // (settings.batch_size * settings.gradient_accumulation_steps * world_size))
     return math.ceil(settings.epochs * per_epoch)
+
+
+def save_steps(settings: OptimisationConfig, steps: int) -> int:
+    """Optimiser steps between two checkpoints of a run of `steps`: `save_steps`, or as many as make ten checkpoints."""
+    return getattr(settings, "save_steps", None) or max(1, -(-steps // 10))

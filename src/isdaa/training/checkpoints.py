@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
+from isdaa.disk import writing
 from isdaa.errors import UserError
 from isdaa.files import read_json, remove_tree, sync_folder, sync_tree, write_json
 from isdaa.manifest import MANIFEST, defect, entry_of, sampled_digest, write_manifest
@@ -125,30 +126,50 @@ def complete_checkpoints(folder: str | Path) -> list[str]:
 
 
 def write_checkpoint(
-    folder: Path, fill: Callable[[Path], None], *, main: bool = True, barrier: Callable[[], None] = lambda: None
+    folder: Path,
+    fill: Callable[[Path], None],
+    *,
+    main: bool = True,
+    barrier: Callable[[], None] = lambda: None,
+    need: float | None = None,
 ) -> None:
     """Let every rank `fill` the folder aside, then let the main one list, sync and rename it.
 
-    Until the rename there is no `folder` (or still the earlier one of that name); after it, `folder` is complete.
+    Until the rename there is no `folder` (or still the earlier one of that name); after it, `folder` is complete. Where it
+    cannot be written, nothing of it is left. need: bytes of it, about, for the words of a UserError where the disk is full.
     """
     aside, old = folder.parent / f"{ASIDE}{folder.name}", folder.parent / f"{OLD}{folder.name}"
+    with writing(folder, need):
+        if main:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder.parent)
+            aside.mkdir()
+        try:
+            barrier()
+            fill(aside)
+            barrier()
+            if main:
+                write_manifest(aside)
+                sync_tree(aside)
+                if folder.exists():
+                    os.rename(folder, old)
+                os.rename(aside, folder)
+                sync_folder(folder.parent)
+        except Exception:
+            if main:
+                remove_tree(aside)
+                if old.exists() and not folder.exists():
+                    os.rename(old, folder)
+            raise
     if main:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in (*folder.parent.glob(f"{ASIDE}{PREFIX}*"), *folder.parent.glob(f"{OLD}{PREFIX}*")):
-            remove_tree(left)
-        aside.mkdir()
-    barrier()
-    fill(aside)
-    barrier()
-    if main:
-        write_manifest(aside)
-        sync_tree(aside)
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(aside, folder)
-        sync_folder(folder.parent)
         remove_tree(old)
     barrier()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What an interrupted process left half written or half removed among the checkpoints."""
+    for left in (*folder.glob(f"{ASIDE}{PREFIX}*"), *folder.glob(f"{OLD}{PREFIX}*")):
+        remove_tree(left)
 
 
 def named(folder: Path) -> Path:

@@ -24,6 +24,7 @@ from isdaa.models.saving import weights_digest
 from isdaa.terminal import progress
 from isdaa.training.labelling import label_prompt
 from isdaa.training.reference import reference_logps
+from isdaa.training.room import check_labels
 from isdaa.training.run import Run
 from isdaa.training.start import (
     cache_folder,
@@ -51,6 +52,7 @@ def label(run: Run) -> Path:
     model = policy_of(run, tokenizer, start)
     longest = max(len(row["prompt_ids"]) for row in rows) + settings.max_new_tokens
     check_rows(model, start, max(max(row["prompt_ids"]) for row in rows), longest)
+    check_labels(run, rows)
     stop = {chat: stop_token_ids(tokenizer, chat=chat) for chat in {isinstance(row["prompt"], list) for row in rows}}
     responses = _responses(run, rows, model, tokenizer, stop, folder / "responses.jsonl")
     seed = config.seed if settings.seed is None else settings.seed

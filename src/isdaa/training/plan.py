@@ -18,6 +18,7 @@ from isdaa.models.decoding import PROMPT_TOKENS
 from isdaa.models.kv_cache import room_of
 from isdaa.models.layout import Layout
 from isdaa.models.loading import torch_dtype
+from isdaa.training.arguments import STATES
 from isdaa.training.devices import Speed, assumed_speed, device_of, measured_speed, product_speed
 from isdaa.training.examine import Examined
 from isdaa.training.plan_batches import Batches, batches_of
@@ -25,8 +26,6 @@ from isdaa.training.rehearsal import Kind, Rows, Setting, Stage, layout_of
 
 Sharding = Literal["ddp", "fsdp2", "zero2", "zero3"]
 SHARDINGS = ("ddp", "fsdp2", "zero2", "zero3")
-# Of a trained weight: tensors of its own dtype that the optimiser keeps, and bytes beside them.
-STATES = {"adamw": (2, 0), "adamw_8bit": (0, 2), "paged_adamw_8bit": (0, 2), "rmsprop": (1, 0), "sgd": (0, 0)}
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, and constants of blocks, themselves quantised
 # The C library's allocator hands memory on in pieces that do not quite fit, in layers' worth of activations (plan-check.json).
 SCATTERED_LAYERS = 3

@@ -14,6 +14,7 @@ from isdaa.data.context import as_read
 from isdaa.data.sources import load_sft
 from isdaa.data.tokenization import tokenize_pairs, tokenize_sft
 from isdaa.data.tokens import content_digest
+from isdaa.disk import writing
 from isdaa.distributed import once, world_size
 from isdaa.errors import UserError
 from isdaa.models.adapters import add_lora
@@ -22,6 +23,7 @@ from isdaa.models.saving import weights_digest
 from isdaa.training.arguments import training_arguments
 from isdaa.training.monitor import TrainingProgress, WholeIntervals
 from isdaa.training.reading import read_pairs
+from isdaa.training.room import check_training
 from isdaa.training.run import Run
 from isdaa.training.start import (
     cache_folder,
@@ -37,6 +39,8 @@ from isdaa.training.start import (
 )
 from isdaa.training.whole import WholeCheckpoints
 
+# Checkpoints serve a resume alone, and ten of an 8B model with its optimiser would be a terabyte; two, should one be damaged.
+KEPT = 2
 IGNORED = -100  # the label of a token that is not learnt
 NO_BASE = "reward.path: a reward model needs a base; name one, or run the sft stage first"
 
@@ -51,6 +55,8 @@ def sft(run: Run) -> Path:
     model = policy_of(run, tokenizer, config.model.path)
     check_rows(model, config.model.path, *_extent(data, ("input_ids",)))
     run.pin("sft", weights=weights_digest(model), examples=content_digest(data.remove_columns("id")))
+    folder = run.folder / "sft-checkpoints"
+    check_training(run, "sft", model, config.sft, len(data), folder=folder, limit=KEPT, lora=config.lora)
     if config.lora.rank:
         model = add_lora(model, **config.lora.model_dump(), seed=config.seed)
 
@@ -60,7 +66,7 @@ def sft(run: Run) -> Path:
     settings = _trl_arguments(
         SFTConfig,
         config.sft,
-        run.folder / "sft-checkpoints",
+        folder,
         run,
         len(data),
         max_length=None,  # cut by the rules of METHOD.md already
@@ -88,7 +94,8 @@ def _examples(run: Run, tokenizer: Any) -> Any:
     rows, counts = load_sft(source, config.data.sft_split, limit=config.data.limit, repeated=config.data.prompt_repeated)
     examples, more = tokenize_sft(rows, tokenizer, token_settings(config), cache_dir=cache_folder(run))
     run.say("sft", (counts + more).lines())
-    data = examples.map(_labels, remove_columns=[c for c in examples.column_names if c not in ("id", "input_ids")])
+    with writing(cache_folder(run)):  # the library's own cache, beside ours
+        data = examples.map(_labels, remove_columns=[c for c in examples.column_names if c not in ("id", "input_ids")])
     _check_labels(data)
     return data
 
@@ -133,13 +140,13 @@ def reward(run: Run) -> Path:
 
     check_rows(model, start, *_extent(data, ("chosen_ids", "rejected_ids")))
     run.pin("reward", weights=weights_digest(model), pairs=content_digest(data.remove_columns("id")))
+    folder = run.folder / "reward-checkpoints"
+    check_training(run, "reward", model, config.reward, len(data), folder=folder, limit=KEPT)
 
     class Trainer(WholeCheckpoints, RewardTrainer):
         """TRL's, with checkpoints that are whole or absent."""
 
-    settings = _trl_arguments(
-        RewardConfig, config.reward, run.folder / "reward-checkpoints", run, len(data), max_length=None, disable_dropout=True
-    )
+    settings = _trl_arguments(RewardConfig, config.reward, folder, run, len(data), max_length=None, disable_dropout=True)
     trainer = Trainer(model=model, args=settings, train_dataset=data, processing_class=tokenizer)
     metrics = _train(trainer, "reward")
     folder = run.folder / "reward"
@@ -172,7 +179,8 @@ def _both(run: Run, tokenizer: Any) -> Any:
     tokens, more = tokenize_pairs(read.rows, tokenizer, token_settings(config), cache_dir=cache_folder(run), behaviour=False)
     run.say("reward", (read.counts + more).lines())
     kept = ("id", "chosen_ids", "rejected_ids")
-    return tokens.map(_both_rows, remove_columns=[c for c in tokens.column_names if c not in kept])
+    with writing(cache_folder(run)):
+        return tokens.map(_both_rows, remove_columns=[c for c in tokens.column_names if c not in kept])
 
 
 def _both_rows(row: dict[str, Any]) -> dict[str, Any]:
@@ -192,8 +200,7 @@ def _trl_arguments(kind: Any, settings: OptimisationConfig, folder: Path, run: R
     common = training_arguments(settings, folder, seed=run.config.seed, pairs=rows, world_size=world_size())
     names = {f.name for f in fields(type(common)) if f.init} & {f.name for f in fields(kind) if f.init}
     arguments = kind(**{name: getattr(common, name) for name in names if not name.startswith("_")}, **explicit)
-    # They serve a resume alone, and ten of an 8B model with its optimiser would be a terabyte; two, should one be damaged.
-    arguments.save_total_limit = 2
+    arguments.save_total_limit = KEPT
     # The Trainer writes this into the saved config, and without it everyone's generation would be slow.
     arguments.use_cache = True
     return arguments

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -23,6 +24,8 @@ from isdaa.training.finite import FiniteSteps
 from isdaa.training.hub import model_files, push_checkpoint, upload
 
 logger = logging.getLogger(__name__)
+
+SMALL_FILES = 100_000  # bytes of a checkpoint's small files: configuration, states of the trainer and of random numbers
 
 
 class Basis(TrainerCallback, ExportableState):
@@ -132,6 +135,17 @@ class WholeCheckpoints(FiniteSteps):
 
     # ---- checkpoints ----
 
+    def _checkpoint_bytes(self: Any) -> float | None:
+        """About how much a checkpoint takes: weights, of an adapter its own alone, and the optimiser's states."""
+        model = self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return None  # each process has a part alone
+        trained = [p for p in model.parameters() if p.requires_grad]
+        saved = trained if isinstance(model, PeftModel) else list(model.parameters())
+        states = [] if self.optimizer is None else [v for s in self.optimizer.state.values() for v in s.values()]
+        tensors = [*saved, *([] if self.args.save_only_model else [v for v in states if isinstance(v, torch.Tensor)])]
+        return float(SMALL_FILES + sum(t.numel() * t.element_size() for t in tensors))
+
     def _save_checkpoint(self: Any, model: nn.Module, trial: Any = None) -> None:
         self.store_flos()
         step = self.state.global_step
@@ -152,7 +166,8 @@ class WholeCheckpoints(FiniteSteps):
                 if self.before_rename is not None:
                     self.before_rename(aside, step)
 
-        write_checkpoint(folder, fill, main=self.args.should_save, barrier=self.accelerator.wait_for_everyone)
+        barrier, need = self.accelerator.wait_for_everyone, self._checkpoint_bytes()
+        write_checkpoint(folder, fill, main=self.args.should_save, barrier=barrier, need=need)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:
