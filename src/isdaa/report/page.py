@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from isdaa.evaluation.trajectory import Study
 from isdaa.files import write_atomically, write_json
 from isdaa.report.content import Findings, find, report_of, table_of
 from isdaa.report.figures import FOLDED, Figure, figures_of
+from isdaa.report.pictures import PictureError
 from isdaa.report.style import DARK, inline_svg, save_chart, svg_of
 from isdaa.report.words import interval, number, percent
-from isdaa.terminal import progress
+from isdaa.terminal import progress, say
 
 PAGE, DATA, TABLE, CHARTS = "report.html", "report.json", "report.csv", "charts"
 WIDE, NARROW = 1000, 356  # pixels that a drawing fills on a wide screen and on a telephone
@@ -38,9 +40,7 @@ def write_report(study: Study, folder: Path) -> Path:
     report = report_of(found)
     figures = figures_of(found)
     drawings = drawings_of(figures, folder / CHARTS)
-    report["charts"] = [
-        {"name": f.name, "title": f.title, "files": [f"{CHARTS}/{f.name}.{kind}" for kind in ("png", "svg")]} for f in figures
-    ]
+    report["charts"] = [{"name": f.name, "title": f.title, "files": files_of(f, folder)} for f in figures]
     write_json(folder / DATA, report)
     write_atomically(folder / TABLE, table_of(report))
     write_atomically(folder / PAGE, render(report, figures, drawings, found))
@@ -102,20 +102,41 @@ def plain(value: Any) -> str:
     )
 
 
+def files_of(figure: Figure, folder: Path) -> list[str]:
+    """The files of a chart that were written, as seen from the report's folder."""
+    names = [f"{CHARTS}/{figure.name}.{kind}" for kind in ("png", "svg")]
+    return [name for name in names if (folder / name).is_file()]
+
+
 def drawings_of(figures: list[Figure], folder: Path) -> dict[str, str]:
-    """Write each chart's files; returns the two drawings of each for the page, wide and narrow."""
+    """Write each chart's files; returns the two drawings of each for the page, wide and narrow.
+
+    What the chart library cannot draw is said, on the terminal and in the picture's place.
+    """
     drawings = {}
     with progress("drawing", len(figures)) as bar:
         for figure in figures:
-            scale = 2.0 if figure.panels <= FOLDED else 1.4
-            _, svg = save_chart(figure.draw(WIDE), folder / figure.name, scale)
-            both = {"wide": svg.read_text(encoding="utf-8"), "narrow": svg_of(figure.draw(NARROW).to_dict(validate=False))}
-            told = f"{figure.title}. {figure.caption}"
-            drawings[figure.name] = "".join(
-                f'<div class="{kind}">{inline_svg(text, f"{figure.name}-{kind}", told)}</div>' for kind, text in both.items()
-            )
+            try:
+                drawings[figure.name] = _drawing_of(figure, folder)
+            except PictureError as error:
+                say(f"chart {figure.name}: not drawn, for {error}")
+                drawings[figure.name] = f'<p class="note">This chart could not be drawn: {escape(str(error))}.</p>'
             bar.update(1)
     return drawings
+
+
+def _drawing_of(figure: Figure, folder: Path) -> str:
+    wide = figure.draw(WIDE)
+    try:
+        save_chart(wide, folder / figure.name, 2.0 if figure.panels <= FOLDED else 1.4)
+    except PictureError as error:
+        if not (folder / f"{figure.name}.svg").is_file():
+            raise
+        say(f"chart {figure.name}: written without {figure.name}.png, for {error}")
+    svg = folder / f"{figure.name}.svg"
+    both = {"wide": svg.read_text(encoding="utf-8"), "narrow": svg_of(figure.draw(NARROW).to_dict(validate=False))}
+    told = f"{figure.title}. {figure.caption}"
+    return "".join(f'<div class="{kind}">{inline_svg(text, f"{figure.name}-{kind}", told)}</div>' for kind, text in both.items())
 
 
 def dark_rules() -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from isdaa.errors import shown
 from isdaa.files import write_atomically
+from isdaa.report.pictures import painter
 
 if TYPE_CHECKING:
     import altair as alt
@@ -114,32 +115,35 @@ def legend_columns(labels: Sequence[str], width: int) -> int:
 
 
 def save_chart(chart: alt.TopLevelMixin | Drawing, path: str | Path, scale: float = 2.0) -> list[Path]:
-    """Write `path` with the suffixes .png (at `scale`) and .svg, each atomically and without a network; returns both paths."""
-    import vl_convert
+    """Write `path` with the suffixes .png (at `scale`) and .svg, each atomically and without a network; returns both paths.
 
+    Raises PictureError where the chart library cannot draw it; of an earlier chart's files none is left then, and no new .svg
+    is missing for want of a .png.
+    """
+    png, vector = (Path(path).with_name(Path(path).name + suffix) for suffix in (".png", ".svg"))
+    for old in (png, vector):
+        old.unlink(missing_ok=True)
     svg = svg_of(chart.to_dict(validate=False))
-    written = []
-    for suffix, content in ((".png", bytes(vl_convert.svg_to_png(svg, scale=scale))), (".svg", svg)):
-        target = Path(path).with_name(Path(path).name + suffix)
-        write_atomically(target, content)
-        written.append(target)
-    return written
+    write_atomically(vector, svg)
+    write_atomically(png, painter.png(svg, scale))
+    return [png, vector]
 
 
 def svg_of(specification: dict[str, Any]) -> str:
-    """A Vega-Lite specification as an SVG document."""
-    import vl_convert
+    """A Vega-Lite specification as an SVG document; control characters in its texts are shown as escapes.
 
-    return str(vl_convert.vegalite_to_svg(_cleaned(specification), vl_version=_version(specification)))
+    Raises PictureError where the chart library cannot draw it.
+    """
+    return painter.svg(_drawable(specification), _version(specification))
 
 
-def _cleaned(value: Any) -> Any:
-    """Names in a specification as `shown`: no control character is valid in an SVG."""
+def _drawable(value: Any) -> Any:
+    """A specification whose texts hold nothing that an SVG cannot: the library would abort on it."""
+    if isinstance(value, str):
+        return re.sub("[\ufffe\uffff]", lambda found: f"\\u{ord(found.group()):x}", shown(value, lines=True))
     if isinstance(value, dict):
-        return {_cleaned(key): _cleaned(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_cleaned(one) for one in value]
-    return shown(value, lines=True) if isinstance(value, str) else value
+        return {_drawable(key): _drawable(inner) for key, inner in value.items()}
+    return [_drawable(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _version(specification: dict[str, Any]) -> str:
