@@ -147,3 +147,21 @@ def test_terminated_from_outside_is_the_systems_own_status() -> None:
     program = "import os, signal; from isdaa.cli import COMMANDS, main\n"
     program += "COMMANDS['methods'] = lambda _: os.kill(os.getpid(), signal.SIGTERM) or 0\nraise SystemExit(main(['methods']))"
     assert ended(["-c", program]).returncode == -15  # 143 in a shell
+
+
+def test_a_fault_on_one_of_several_processes_is_said_once_with_its_traceback(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(
+        "import sys\nfrom isdaa import distributed\nfrom isdaa.cli import COMMANDS, main\n"
+        "def broken():\n    if distributed.rank() == 1:\n        raise KeyError('\\x1b[31m')\n"
+        "COMMANDS['methods'] = lambda _: distributed.everyones(broken)\nstatus = main(['methods'])\nassert status == 1\n"
+    )
+    done = ended(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "program.py")],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("isdaa: ")]
+    assert done.returncode == 0 and len(lines) == 1, done.stderr
+    assert r"a fault of isdaa: RuntimeError: process 1: KeyError: '\x1b[31m'" in lines[0] and "Traceback" not in done.stderr
+    (file,) = tmp_path.glob("isdaa-fault-*")
+    assert "in broken" in file.read_text()

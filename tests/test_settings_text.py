@@ -464,3 +464,18 @@ def test_a_key_given_twice_is_an_error_in_every_json_file(tmp_path: Path) -> Non
     for read in (read_json, readable_jsonl):
         with pytest.raises(UserError, match=r"x\.json.*key 'b' is given twice in one object"):
             read(file)
+
+
+@pytest.mark.parametrize(
+    "argv", [["demo", "gaussians", "--output_dir", "~/run #2"], ["logps", "--model_path", "m", "--data", "d", "--output", "~/o"]]
+)
+def test_nothing_is_ever_made_in_a_folder_called_tilde(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Path] = []
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("isdaa.experiments.gaussians.run_gaussians", lambda folder, seed: seen.append(folder))
+    monkeypatch.setattr("isdaa.training.behaviour.write_behaviour_logps", lambda *given: seen.append(given[3]))
+    assert main(argv) == 0
+    assert seen == [tmp_path / "home" / argv[-1][2:]] and not (tmp_path / "~").exists()

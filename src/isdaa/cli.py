@@ -178,7 +178,7 @@ def _adopted(folders: Sequence[str]) -> None:
     for folder in folders:
         count = once(partial(adopt, Path(folder).expanduser()))
         if is_main():
-            print(f"{folder}: yours now, with {count} records", file=sys.stderr)
+            _tell(f"{shown(folder)}: yours now, with {count} records")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -231,7 +231,7 @@ def _run(argv: Sequence[str] | None) -> int:
         if left_alone(error):
             _tell(f"isdaa: process {rank()} ends, since another one has ended")
         else:
-            _tell(fault(error))
+            _fault(error)
         return 1
 
 
@@ -263,8 +263,10 @@ def _out_of_memory(error: Exception) -> UserError | None:
     )
 
 
-def fault(error: BaseException) -> str:
-    """One line on an error that nobody foresaw, whose traceback is written to a file of its own."""
+def _fault(error: Exception) -> None:
+    """Say in one line what nobody foresaw; its traceback goes to a file of its own. Of several processes, one does."""
+    if not speaks_first():
+        return
     import tempfile
     import traceback
 
@@ -273,12 +275,12 @@ def fault(error: BaseException) -> str:
     try:
         descriptor, name = tempfile.mkstemp(prefix="isdaa-fault-", suffix=".txt")
         with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"{where}\n{shown(sys.argv)}\n\n{text}")
+            file.write(f"{where}\n{shown(ownership.completed([]))}\n\n{text}")
         kept = f"traceback in {name}"
     except OSError as refusal:
         kept = f"no traceback, for no file can be written ({refusal.strerror})"
     told = shortened(" ".join(f"{type(error).__name__}: {error}".split()))
-    return f"isdaa: a fault of isdaa: {told}; {kept}; please report it (docs/exit_status.md says how)"
+    _tell(f"isdaa: a fault of isdaa: {told}; {kept}; please report it (docs/exit_status.md says how)")
 
 
 def _train(arguments: argparse.Namespace) -> int:

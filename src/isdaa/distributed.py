@@ -145,8 +145,9 @@ def _outcome(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
             return None, foreseen
         import traceback
 
-        traceback.print_exc()
-        return None, RuntimeError(f"process {rank()}: {type(error).__name__}: {error}")
+        failure = RuntimeError(f"process {rank()}: {type(error).__name__}: {error}")
+        failure.add_note(traceback.format_exc())  # travels with it, into the file that the command line writes
+        return None, failure
     finally:
         _alone = False
 

@@ -251,10 +251,12 @@ def _batch_size(text: str | None) -> int | str:
 
 
 def _shots(texts: Sequence[str]) -> dict[str, int]:
-    found = {}
+    found: dict[str, int] = {}
     for text in texts:
         name, equals, number = text.partition("=")
         if not (name and equals and number.isdecimal()):
             raise UserError(f"--tax-shots: expected TASK=N (gsm8k=8), got {text!r}")
+        if found.get(name, int(number)) != int(number):
+            raise UserError(f"--tax-shots: {name} is given twice, with {found[name]} and {number}; give it once")
         found[name] = int(number)
     return found

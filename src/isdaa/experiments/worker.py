@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from isdaa.disk import disk_error
-from isdaa.errors import UserError
+from isdaa.errors import UserError, shortened, shown
 from isdaa.experiments.grid import Keep, SlurmConfig, Task
 from isdaa.files import own_file, read_json, write_json
 
@@ -60,8 +60,8 @@ class Work:
             print(f"isdaa: error: {error}", file=sys.stderr)
         except Exception as error:
             refused = disk_error(error)
-            outcome |= {"done": False, "error": str(refused or f"{type(error).__name__}: {error}".splitlines()[0])}
-            traceback.print_exc()
+            outcome |= {"done": False, "error": shortened(refused or f"{type(error).__name__}: {error}".splitlines()[0])}
+            print(shown(traceback.format_exc(), lines=True), file=sys.stderr)
         outcome |= {"seconds": round(time.monotonic() - started, 2), "cpu_seconds": round(time.process_time() - cpu, 2)}
         write_json(self.logs / RESULT, outcome)
 

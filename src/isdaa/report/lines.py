@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from isdaa.errors import UserError
 from isdaa.evaluation.trajectory import Study, Trajectory
-from isdaa.files import read_json
+from isdaa.files import read_json, readable_jsonl
 from isdaa.record import run_folder
 from isdaa.report.labels import colours_of, labels_of
 from isdaa.report.style import PALETTE
@@ -176,13 +175,5 @@ def _cell_names(runs: Sequence[Trajectory]) -> list[str]:
 
 def history(path: Path | None) -> list[dict[str, Any]]:
     """Whole lines of a run's `metrics.jsonl`; a half line that a live run is writing is left out."""
-    if path is None or not path.is_file():
-        return []
-    lines = []
-    for line in path.read_bytes().split(b"\n")[:-1]:
-        if line.strip():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                raise UserError(f"{path}: not valid JSON Lines; mend the line or move the file away") from None
+    lines = [] if path is None else readable_jsonl(path)
     return [line for line in lines if isinstance(line, dict)]

@@ -17,6 +17,7 @@ from isdaa.data.sources import pairs_of
 from isdaa.data.tokenization import TokenizationSettings, tokenize_pairs
 from isdaa.distributed import once
 from isdaa.errors import UserError
+from isdaa.files import located
 from isdaa.models.finite import check_finite
 from isdaa.models.forward import PairForward, disable_dropout, prepare
 from isdaa.models.loading import load_model, load_tokenizer
@@ -212,7 +213,8 @@ def _with_logps(
         forward = prepare(other, probe=args.probe, longest_row=longest, attention=args.attention)
         disable_dropout(other)
     key = logps_key(forward.model, forward.mode, tokenizer, settings)
-    cache = args.reference_cache_dir or Path(str(args.output_dir)).resolve().parent / ".isdaa_cache"
+    given = args.reference_cache_dir
+    cache = located(given) if given else Path(str(args.output_dir)).resolve().parent / ".isdaa_cache"
     precision = "bfloat16" if args.bf16 else "float32"
     filled = []
     for pairs in sets:
