@@ -109,7 +109,8 @@ def test_a_closed_pipe_is_141_also_where_only_the_last_flush_meets_it(argv: list
 def test_a_full_disk_behind_stdout_is_one_line_and_status_2(argv: list[str]) -> None:
     with open("/dev/full", "wb") as full:
         done = ended(["-m", "isdaa.cli", *argv], stdout=full, stderr=subprocess.PIPE)
-    assert done.returncode == 2 and done.stderr == "isdaa: error: No space left on device\n"
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("isdaa: error: ") and "No space left on device" in line
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full is Linux's")
