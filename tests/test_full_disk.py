@@ -21,6 +21,7 @@ from isdaa import disk
 from isdaa.cli import main
 from isdaa.disk import disk_error, free, in_units, writing
 from isdaa.errors import UserError
+from isdaa.experiments.worker import died
 from isdaa.files import append_jsonl, read_jsonl, write_atomically, write_folder_atomically
 from isdaa.training.checkpoints import write_checkpoint
 
@@ -380,3 +381,11 @@ def test_room_is_counted_by_file_system(tmp_path: Path, monkeypatch: pytest.Monk
 def test_free_is_that_of_the_nearest_folder_there_is(tmp_path: Path) -> None:
     room = free(tmp_path / "not" / "yet")
     assert room is not None and room > 0
+
+
+def test_a_sweep_does_not_call_a_full_disk_a_kill(disks: Path, tmp_path: Path) -> None:
+    """Its process can write neither result nor log."""
+    assert died(tmp_path)["error"] == "its process was killed; the same command goes on"
+    with small_disk(disks, "64k"):
+        (disks / "everything").write_bytes(b"x" * 60_000)
+        assert f"{disks}: No space left on device" in died(disks)["error"]

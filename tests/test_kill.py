@@ -21,7 +21,7 @@ from chains import CHAIN, chat_model, config_file, jsonl, plain_pairs, read_line
 from isdaa import files
 from isdaa.experiments.worker import PRELOAD
 from isdaa.training import align as align_module
-from isdaa.training import checkpoints, label, supervised
+from isdaa.training import checkpoints, guard, label, look, supervised
 from isdaa.training.run import Run
 from isdaa.training.whole import WholeCheckpoints
 
@@ -186,6 +186,12 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "second block": lambda: before(label, "append_jsonl", later(2), half_a_line),
     "behaviour logps": lambda: before(label, "reference_logps"),
     "pairs": lambda: before(label, "write_jsonl"),
+    "opponents": lambda: before(look, "sample"),
+    "opponents not scored": lambda: before(look.Blocks, "add", lambda blocks, kind, *_: kind == "scores"),
+    "a look": lambda: before(look.Looks, "look", later(2)),
+    "a best model half written": lambda: before(files, "sync_tree", lambda folder: folder.name.startswith(".writing-best")),
+    "a best model not yet linked": lambda: before(guard.BestModel, "_link"),
+    "a best model before its checkpoint": lambda: before(WholeCheckpoints, "_save_checkpoint", later(2)),
     "facts": lambda: before(label, "write_json"),
 }
 END = ("after the last checkpoint", "the final model half written", "before the stage is done")
@@ -226,6 +232,9 @@ ALIGN = PAIRS | {
     "align.save_total_limit": 2,
     "align.probe": False,
 }
+# Of a random model on the embedded world: a guard that looks at every step.
+GUARD = {**CHAIN, "stages": ["label", "align"], "align.save_steps": 1, "align.save_total_limit": 2, "guard.steps": 1}
+GUARD |= {"align.max_steps": None, "guard.prompts": 8, "guard.opponent_samples": 1, "guard.keep": "best"}
 LABEL = {**CHAIN, "stages": ["label"], "label.batch_size": 8}
 
 
@@ -249,6 +258,10 @@ def processes() -> Any:
     return context
 
 
+LOOKS = (
+    *("opponents", "opponents not scored", "a best model half written", "a best model not yet linked", "a look"),
+    *("a best model before its checkpoint", *END),
+)
 HALF, MORE = {"epochs": 0.5}, {"epochs": 1.5}
 
 
@@ -259,6 +272,7 @@ HALF, MORE = {"epochs": 0.5}, {"epochs": 1.5}
         ("sft", MORE, 6, EVERYWHERE),
         ("reward", {"max_steps": 7}, 7, EVERYWHERE),
         ("align", MORE, 6, EVERYWHERE),
+        ("guard", {"max_steps": 5}, 5, LOOKS),
         ("label", {}, None, ("second block", "second block", "behaviour logps", "pairs", "facts", "before the stage is done")),
         pytest.param("sft", {"max_steps": 7}, 7, EVERYWHERE, marks=pytest.mark.slow),
         pytest.param("sft", {"epochs": 2}, 8, EVERYWHERE, marks=pytest.mark.slow),
@@ -283,8 +297,11 @@ def test_killed_in_every_phase_a_stage_ends_as_if_left_alone(
     monkeypatch.setattr(label, "BLOCK", 16)
     chat_model(tmp_path / "my_model")
     jsonl(tmp_path / "pairs.jsonl", plain_pairs(24))
-    settings = {"sft": SFT, "reward": REWARD, "align": ALIGN, "label": LABEL}[stage]
-    settings = settings | {f"{stage}.{name}": value for name, value in length.items()}
+    settings = {"sft": SFT, "reward": REWARD, "align": ALIGN, "label": LABEL, "guard": GUARD}[stage]
+    section = "align" if stage == "guard" else stage
+    settings = settings | {f"{section}.{name}": value for name, value in length.items()}
+    if stage == "guard":  # it kills in align; what its pairs are of is not at stake
+        assert train("killed", settings | {"stages": ["label"]}) == 0
     assert train("whole", settings | {"reference.cache_dir": "whole-cache"}) == 0
     for moment in moments:
         process = processes.Process(target=deadly_train, args=(str(tmp_path), settings, moment))
@@ -292,7 +309,7 @@ def test_killed_in_every_phase_a_stage_ends_as_if_left_alone(
         process.join(300)
         assert process.exitcode == -signal.SIGKILL, f"not met: {moment}"
     assert train("killed", settings) == 0
-    output = {"sft": "sft", "reward": "reward", "align": "model", "label": "pairs"}[stage]
+    output = {"sft": "sft", "reward": "reward", "align": "model", "label": "pairs", "guard": "model"}[stage]
     whole, killed = tmp_path / "whole" / output, tmp_path / "killed" / output
     if stage == "label":
         assert (whole / "train.jsonl").read_bytes() == (killed / "train.jsonl").read_bytes()
@@ -307,6 +324,8 @@ def test_killed_in_every_phase_a_stage_ends_as_if_left_alone(
         record["metrics"] = {name: value for name, value in record["metrics"].items() if "time/" not in name}
     assert records[0]["step"] == records[1]["step"] == steps
     assert records[0]["metrics"] == records[1]["metrics"]
-    if stage == "align":
+    if stage == "guard":
+        assert same_weights(tmp_path / "whole" / "best", tmp_path / "killed" / "best")
+    if section == "align":
         assert without_time(tmp_path / "whole" / "metrics.jsonl") == without_time(tmp_path / "killed" / "metrics.jsonl")
     assert not [path for path in (tmp_path / "killed").rglob(".*") if path.name not in (".lock",)]

@@ -15,7 +15,7 @@ from isdaa.evaluation.records import locked
 from isdaa.evaluation.trajectory import SWEEP
 from isdaa.experiments.grid import Cell, SweepConfig, Task, cells_of, tasks_of
 from isdaa.experiments.overview import Overview
-from isdaa.experiments.worker import RESULT, STATUS, ClusterJobs, Job, Launcher, LocalJobs, Work, outcome_of, status_of
+from isdaa.experiments.worker import RESULT, STATUS, ClusterJobs, Job, Launcher, LocalJobs, Work, died, outcome_of, status_of
 from isdaa.files import read_json, write_atomically, write_json
 from isdaa.record import versions
 from isdaa.settings_text import dump_settings
@@ -195,10 +195,7 @@ class _Scheduler:
     def _collect(self, overview: Overview) -> None:
         for one in [one for one in self.running if not one.job.running()]:
             self.running.remove(one)
-            outcome = outcome_of(one.logs) or {
-                "done": False,
-                "error": "its process was killed; the same command goes on",
-            }
+            outcome = outcome_of(one.logs) or died(one.logs)
             if outcome["done"]:
                 self.done.add(one.task.name)
             else:

@@ -7,6 +7,7 @@ when it has ended. So a sweep's overview can follow processes here and jobs on a
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from isdaa.disk import disk_error
+from isdaa.disk import FULL, disk_error, free
 from isdaa.errors import UserError, shortened, shown
 from isdaa.experiments.grid import Keep, SlurmConfig, Task
 from isdaa.files import own_file, read_json, write_json
@@ -282,6 +283,13 @@ class _ClusterJob:
 def outcome_of(logs: Path) -> dict[str, Any] | None:
     """What an ended task left, or None."""
     return read_json(logs / RESULT) if (logs / RESULT).is_file() else None
+
+
+def died(logs: Path) -> dict[str, Any]:
+    """The outcome of a task whose process left none: it was killed, or could not even write that."""
+    room = free(logs)
+    full = None if room is None or room >= FULL else disk_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), logs)
+    return {"done": False, "error": str(full or "its process was killed; the same command goes on")}
 
 
 def status_of(logs: Path) -> dict[str, Any]:
