@@ -289,6 +289,10 @@ def test_numbers_and_booleans_are_numbers_and_booleans(tmp_path: Path) -> None:
         ("seed", "12:30"),
         ("seed", "&x 5"),
         ("align.learning_rate", "12e4567"),
+        ("seed", "9" * 5000),
+        ("seed", "0x" + "f" * 5000),
+        ("align.learning_rate", "1" * 5000),
+        ("align.probe", "9" * 5000),
         ("seed", "'5'"),
     ]:
         with pytest.raises(UserError, match=f"--{key}"):

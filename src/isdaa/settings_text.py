@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 
-from isdaa.errors import UserError
+from isdaa.errors import LONGEST, UserError
 
 TAG = "tag:yaml.org,2002:"
 IMPLICIT = {
@@ -62,6 +62,8 @@ class DistinctKeys(yaml.SafeLoader):
         text, kind = node.value, node.tag.removeprefix(TAG)
         if not re.match(IMPLICIT[kind][0], text):
             raise yaml.constructor.ConstructorError(None, None, f"expected {kind}, found {text[:80]!r}", node.start_mark)
+        if len(text) > LONGEST:
+            raise yaml.constructor.ConstructorError(None, None, f"a number of {len(text)} characters", node.start_mark)
         if kind == "null":
             return None
         if kind == "bool":
@@ -109,7 +111,7 @@ def option_value(text: str, kind: Any, name: str) -> Any:
     node = yaml.ScalarNode(DistinctKeys("").resolve(yaml.ScalarNode, text, (True, False)), text)
     if node.tag == TAG + "null":
         return None if text == "null" else text
-    return DistinctKeys("").scalar(node) if node.tag != TAG + "str" else text
+    return DistinctKeys("").scalar(node) if node.tag != TAG + "str" and len(text) <= LONGEST else text
 
 
 def listed_value(text: str, kind: Any, name: str) -> Any:
