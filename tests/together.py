@@ -35,7 +35,9 @@ def main() -> None:
         assert benchmark(Path("one").absolute(), Path(output).absolute()) == 0
     trainer()
     found["fully_shard"] = fully_shard()
+    found["not finite"] = [message(lambda name=name: train(name)) for name in ("broken.yaml", "broken-supervised.yaml")]
     as_on_gpus()
+    found["not finite"].append(message(lambda: train("fsdp2-broken.yaml")))
     for name in ("fsdp2", "fsdp2-lora", "fsdp2-supervised"):
         train(f"{name}.yaml")
     stop_and_go_on("fsdp2-stopped.yaml")

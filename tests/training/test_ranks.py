@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,6 +46,12 @@ SUPERVISED: dict[str, Any] = {"stages": ["sft", "reward"], "sft.max_steps": None
 # One pair, of which there are fewer than processes; and three, in two micro-batches, cut into pieces.
 PAIR: dict[str, Any] = {"data.limit": 1, "data.eval_fraction": 0.0, "align.epochs": 3}
 FEW: dict[str, Any] = PAIR | {"data.limit": 3, "align.gradient_accumulation_steps": 2, "align.batch_tokens": 60}
+# Its weights overflow in the second step.
+BROKEN: dict[str, Any] = {
+    f"{stage}.{key}": value
+    for stage in ("sft", "align")
+    for key, value in {"learning_rate": 1e38, "warmup_steps": 0, "lr_scheduler": "constant"}.items()
+}
 
 
 def alone(settings: dict[str, Any], home: Path) -> dict[str, Any]:
@@ -137,6 +144,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config_file(home / f"{name}.yaml", alone(TWO, home) | more)
     for name in ("supervised", "fsdp2-supervised"):
         config_file(home / f"{name}.yaml", supervised(4, home))
+    for name in ("broken", "fsdp2-broken"):
+        config_file(home / f"{name}.yaml", alone(TWO, home) | BROKEN)
+    config_file(home / "broken-supervised.yaml", supervised(4, home) | BROKEN)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(torchrun(PROGRAM), cwd=home, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-6000:]
@@ -154,6 +164,15 @@ def same_run(one: Path, other: Path) -> None:
             if "time/" not in key and "accuracy" not in key:  # a tie at step 0 may go either way
                 assert found[key] == pytest.approx(line[key], rel=2e-4, abs=2e-5), (line["step"], key)
     assert largest_difference(*(load_file(run / "model" / "model.safetensors") for run in (other, one))) < 2e-5
+
+
+def test_a_run_that_is_not_finite_any_more_ends_on_every_process(home: Path) -> None:
+    ranks = [json.loads((home / f"rank-{rank}.json").read_text())["not finite"] for rank in range(2)]
+    assert ranks[0] == ranks[1]  # the rows of both processes
+    for name, said in zip(("broken", "broken-supervised", "fsdp2-broken"), ranks[0], strict=True):
+        assert re.match(r"step [123]: (the|weights|held-out).* (is|are) not finite", said), said
+        assert "a smaller learning rate (now 1e+38)" in said
+        assert not any(stage["done"] for stage in json.loads((home / name / "run.json").read_text())["stages"].values())
 
 
 def test_the_primitives(home: Path) -> None:
