@@ -119,9 +119,8 @@ class Watch(TrainerCallback):
         if weights_broken:
             self.check_weights()
         if loss_broken or norm_broken:
-            what = (
-                f"the loss is not finite ({losses.sum():g})" if loss_broken else f"the gradient's norm is not finite ({norm:g})"
-            )
+            total = self._summed(losses.sum())
+            what = f"the loss is not finite ({total:g})" if loss_broken else f"the gradient's norm is not finite ({norm:g})"
             raise self.error(state.global_step + 1, what, self.losses, self.seen)
         self.still = self.still + 1 if still_now else 0
         if self.still == STILL_STEPS:
@@ -195,10 +194,12 @@ class Watch(TrainerCallback):
 
     def _anywhere(self, *flags: Tensor) -> list[bool]:
         """Each flag, true where it is on any process."""
-        found = torch.stack(flags).float()
-        if self.trainer.args.world_size > 1:
-            found = self.trainer.accelerator.reduce(found, "sum")
-        return [value > 0 for value in found.tolist()]
+        return [value > 0 for value in self._summed(torch.stack(flags).float()).tolist()]
+
+    def _summed(self, values: Tensor) -> Tensor:
+        """Over all processes."""
+        several = self.trainer.args.world_size > 1
+        return self.trainer.accelerator.reduce(values, "sum") if several else values
 
 
 def some_rows(names: Sequence[str]) -> str:
