@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
 
-.PHONY: demo test test-slow bench lint format clean
+.PHONY: demo test test-slow bench fuzz audit lint format clean
 
 demo: $(VENV)/.installed
 	$(RUN)/isdaa demo
@@ -17,6 +17,15 @@ test-slow: $(VENV)/.installed-dev
 # Against TRL and a plain script; ARGS="--shapes all --vocabularies all" for everything.
 bench: $(VENV)/.installed
 	$(RUN)/python benchmarks/preference_step.py $(ARGS)
+
+# Mutated inputs; ARGS="--minutes 60 --seed 2" for more, ARGS="--seed 1 --case 17" to repeat one.
+fuzz: $(VENV)/.installed-dev
+	$(RUN)/python tests/fuzz/fuzz.py $(ARGS)
+
+# Known weaknesses of the installed packages, as a report: whatever it finds, and where it cannot ask, it ends well.
+audit: $(VENV)/.installed-dev
+	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-compile pip-audit || true
+	@$(RUN)/python -m pip_audit --progress-spinner off || echo "pip-audit: a report alone; see above for what it found, or why it could not ask"
 
 lint: $(VENV)/.installed-dev
 	$(RUN)/ruff check .

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.errors import UserError
-from isdaa.files import read_json
+from isdaa.files import check_shape, read_json
 from isdaa.ownership import SEAL, is_own, sealed
 
 NAME = "isdaa.json"
@@ -26,6 +26,23 @@ ABSOLUTE = re.compile(r"(\w+:)?([/~].*)", re.DOTALL)
 NO_PLACES = ("chat_template_kwargs", "random")  # values of others, in which `/no_think` is a word
 PLACES = ("reference", "evaluation", "scorer")  # what a record names beside its model
 PACKAGES = ("isdaa", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy")
+SECTION = (dict, None)
+SHAPE = {
+    "kind": str,
+    "config": {
+        "seed?": (int, None),
+        "objective?": ({"method?": (str, None), "beta?": (float, None)}, None),
+        "model?": ({"dtype?": (str, None), "trust_remote_code?": (bool, None)}, None),
+        "data?": ({"evaluation?": (str, None), "prompt_repeated?": (str, None)}, None),
+        "evaluation?": SECTION,
+        "tokenization?": SECTION,
+    },
+    **dict.fromkeys(("reference?", "evaluation?", "evaluation_split?", "scorer?", "git_revision?"), (str, None)),
+    "step?": (int, None),
+    "tokens?": (int, None),
+    "metrics?": dict,
+    "versions?": dict,
+}
 
 
 @dataclass
@@ -141,6 +158,7 @@ def read_record(folder: str | Path) -> ModelRecord | None:
     if not path.is_file():
         return None
     data = read_json(path)
+    check_shape(data, SHAPE, str(path))
     try:
         record = ModelRecord(**{key: value for key, value in data.items() if key not in (SEAL, "own")}, own=is_own(NAME, data))
     except (TypeError, AttributeError):

@@ -42,6 +42,7 @@ MEMORY = 6 << 30  # bytes that a trial may have beyond what it is born with
 LONGEST = 700  # characters of an error: 500 and what stands around them
 EVERY = 10  # seconds between two lines of progress
 
+SHORT = "--evaluation.max_new_tokens 4 --evaluation.bootstrap 100 --evaluation.opponent_samples 1"  # of an evaluation
 Trial = tuple[list[str], str]  # (arguments of isdaa, what was changed)
 
 
@@ -67,7 +68,9 @@ class Outcome:
 def data_trial(random: Random) -> Trial:
     """A file of rows."""
     name, rows = random.choice(list(inputs.ROWS.items()))
-    suffix = random.choice((".jsonl", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".jsonl.gz", ".csv.xz", ".json.bz2"))
+    suffix = random.choice(
+        (".jsonl", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".jsonl.gz", ".csv.xz", ".json.bz2")
+    )
     path = Path(f"{name}{suffix}")
     changed, what = rows, ""
     how = random.choice(("value", "value", "value", "bytes", "bytes", "file"))
@@ -87,26 +90,26 @@ def data_trial(random: Random) -> Trial:
             if suffix.endswith((".gz", ".xz", ".bz2")) and random.random() < 0.5:  # the bytes inside
                 inner = suffix.rpartition(".")[0]
                 plain, what = mutate_bytes(inputs.encoded(rows, inner), random)
-                content = {".gz": inputs.gzip, ".bz2": inputs.bz2, ".xz": inputs.lzma}["." + suffix.split(".")[-1]].compress(plain)
+                content = inputs.PACKED[suffix.removeprefix(inner)](plain)
         path.write_bytes(content)
         if how == "file":
             what = replace_file(path, random)
-    template = ["--model.tokenizer", "model"] if name in ("chat", "sharegpt", "alpaca") else []
+    template = " --model.tokenizer model" if name in ("chat", "sharegpt", "alpaca") else ""
+    prompts = f"--questions {path} --max_new_tokens 4 --output out --judge run/reward"
+    benchmark = random.choice(("tldr", "hh", "alpaca_eval", "mt_bench", "arena_hard"))
     command = random.choice(
         (
-            ["inspect", "--config", "align.yaml", "--no_plan", "--data.pairs", str(path), *template],
-            ["inspect", "--config", "align.yaml", "--no_plan", "--data.pairs", str(path), *template, "--row", "3", "--json"],
-            ["inspect", "--config", "config.yaml", "--no_plan", "--data.sft", str(path), *template],
-            ["train", "--config", "align.yaml", "--data.pairs", str(path), *template],
-            ["train", "--config", "align.yaml", "--data.eval_pairs", str(path), *template],
-            ["logps", "--model_path", "model", "--data", str(path), "--output", "logps.jsonl"],
-            ["evaluate", "--model_path", "model", "--reference", "run/sft", "--data", str(path), "--scorer", "run/reward", "--output", "out",
-             "--evaluation.max_new_tokens", "4", "--evaluation.bootstrap", "100", "--evaluation.opponent_samples", "1"],
-            ["evaluate", "--model_path", "model", "--benchmark", random.choice(("tldr", "hh", "alpaca_eval", "mt_bench", "arena_hard")),
-             "--questions", str(path), "--max_new_tokens", "4", "--output", "out", "--judge", "run/reward"],
+            f"inspect --config align.yaml --no_plan --data.pairs {path}{template}",
+            f"inspect --config align.yaml --no_plan --data.pairs {path}{template} --row 3 --json",
+            f"inspect --config config.yaml --no_plan --data.sft {path}{template}",
+            f"train --config align.yaml --data.pairs {path}{template}",
+            f"train --config align.yaml --data.eval_pairs {path}{template}",
+            f"logps --model_path model --data {path} --output logps.jsonl",
+            f"evaluate --model_path model --reference run/sft --data {path} --scorer run/reward --output out {SHORT}",
+            f"evaluate --model_path model --benchmark {benchmark} {prompts}",
         )
-    )  # fmt: skip
-    return command, f"{path}: {what}"
+    )
+    return command.split(), f"{path}: {what}"
 
 
 def _replaced(value: Any, marks: dict[str, str]) -> Any:
@@ -141,7 +144,9 @@ def yaml_trial(random: Random) -> Trial:
         command = random.choice((["sweep", "--config", name, "--dry_run"], ["inspect", "--config", name, "--no_plan"]))
     else:
         small = ["--data.limit", "8"] if name == "config.yaml" and random.random() < 0.8 else []
-        command = random.choice((["inspect", "--config", name, "--no_plan", *small], ["train", "--config", name, "--output_dir", "new", *small]))
+        command = random.choice(
+            (["inspect", "--config", name, "--no_plan", *small], ["train", "--config", name, "--output_dir", "new", *small])
+        )
     return command, f"{name}: {what}"
 
 
@@ -151,20 +156,19 @@ def options_trial(random: Random) -> Trial:
 
     base = random.choice(
         (
-            ["inspect", "--config", "align.yaml", "--no_plan"],
-            ["inspect", "--config", "align.yaml"],
-            ["train", "--config", "align.yaml"],
-            ["train", "--config", "config.yaml", "--output_dir", "new", "--data.limit", "8"],
-            ["evaluate", "--model_path", "run", "--output", "out"],
-            ["evaluate", "--model_path", "model", "--benchmark", "tldr", "--questions", "pairs.jsonl", "--max_new_tokens", "4", "--output", "out"],
-            ["report", "run", "--output", "out"],
-            ["report", "--checkpoints", "model", "--reference", "run/sft", "--data", "pairs.jsonl", "--scorer", "run/reward", "--output", "out"],
-            ["logps", "--model_path", "model", "--data", "pairs.jsonl", "--output", "out.jsonl"],
-            ["sweep", "--config", "sweep.yaml", "--dry_run"],
-            ["methods"],
-            ["demo", "gaussians", "--seed", "x"],
+            "inspect --config align.yaml --no_plan",
+            "train --config align.yaml",
+            "train --config config.yaml --output_dir new",
+            "evaluate --model_path run --output out",
+            "evaluate --model_path model --benchmark tldr --questions pairs.jsonl --max_new_tokens 4 --output out",
+            "report run --output out",
+            f"report --checkpoints model --reference run/sft --data pairs.jsonl --scorer run/reward --output out {SHORT}",
+            "logps --model_path model --data pairs.jsonl --output out.jsonl",
+            "sweep --config sweep.yaml --dry_run",
+            "methods",
+            "demo finite --seed x",
         )
-    )  # fmt: skip
+    ).split()
     parsers = next(action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
     options = [action for action in parsers.choices[base[0]]._actions if action.option_strings and action.nargs != 0]
     given = []
@@ -175,7 +179,9 @@ def options_trial(random: Random) -> Trial:
         option = random.choice(options).option_strings[-1]
         value = any_value(random)
         text = value if isinstance(value, str) else json.dumps(value)
-        chosen = random.choice((text, text, random.choice(("-1", "0", "1", "2", "3", "1e300", "1e-300", "nan", "null", "true", "[]", "99999999999"))))
+        chosen = random.choice(
+            (text, text, random.choice(("-1", "0", "1", "2", "3", "1e300", "1e-300", "nan", "null", "true", "[]", "99999999999")))
+        )
         given += [f"{option}={chosen}"] if random.random() < 0.5 else [option, chosen]
     if random.random() < 0.1:
         base[random.randrange(1, len(base)) if len(base) > 1 else 0] = random.choice(TEXTS)
@@ -211,34 +217,42 @@ def records_trial(random: Random) -> Trial:
             write_manifest(file.parent)
             what += ", with a new manifest"
     if place == Path("bench"):
-        command = random.choice(
-            (
-                ["evaluate", "--model_path", "run/model", "--benchmark", "tldr", "--questions", "pairs.jsonl", "--max_new_tokens", "4",
-                 "--judge", "run/reward", "--output", "bench"],
-                ["report", "bench"],
-            )
-        )  # fmt: skip
+        command = random.choice((inputs.BENCHMARK, "report bench"))
     elif resumed:
-        command = ["train", "--config", "config.yaml"]
+        command = "train --config config.yaml"
     else:
-        again = ["report", "run", "--output", "out"] if random.random() < 0.7 else ["report", "run"]
         command = random.choice(
             (
-                ["evaluate", "--model_path", "run"],
-                ["evaluate", "--model_path", "run/model", "--output", "out"],
-                ["evaluate", "--model_path", "run", "--output", "out"],
-                again,
-                ["train", "--config", "config.yaml"],
-                ["inspect", "--config", "config.yaml", "--no_plan"],
+                *("report run", "report run --output out"),
+                *(
+                    "evaluate --model_path run",
+                    "evaluate --model_path run --output out",
+                    "evaluate --model_path run/model --output out",
+                ),
+                *("train --config config.yaml", "inspect --config config.yaml --no_plan"),
             )
         )
-    return command, what
+    return command.split(), what
 
 
 RECORDS = (
-    "run.json", "isdaa.json", "plan.json", "metrics.json", "metrics.jsonl", "samples.jsonl", "scores.jsonl", "pairs.jsonl", "train.jsonl",
-    "label.json", "responses.jsonl", "eval_pairs.jsonl", "config.yaml", "isdaa_manifest.json", "trainer_state.json", "report.json",
-)  # fmt: skip
+    "run.json",
+    "isdaa.json",
+    "plan.json",
+    "metrics.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "scores.jsonl",
+    "pairs.jsonl",
+    "train.jsonl",
+    "label.json",
+    "responses.jsonl",
+    "eval_pairs.jsonl",
+    "config.yaml",
+    "isdaa_manifest.json",
+    "trainer_state.json",
+    "report.json",
+)
 
 
 def _unfinish(stage: str) -> None:
@@ -272,42 +286,54 @@ def models_trial(random: Random) -> Trial:
         config = yaml.safe_load(Path("align.yaml").read_text())
         config["model"]["random"] = value
         Path("align.yaml").write_text(json.dumps(config, default=str))
-        return random.choice((["inspect", "--config", "align.yaml", "--no_plan"], ["train", "--config", "align.yaml"])), f"random: {what}"
+        return random.choice(
+            (["inspect", "--config", "align.yaml", "--no_plan"], ["train", "--config", "align.yaml"])
+        ), f"random: {what}"
     place = Path(random.choice(("model", "model", "adapter", "run/reward", "run/checkpoints/checkpoint-1")))
     files = sorted(file for file in place.iterdir() if file.is_file() and file.suffix not in (".md", ".pt", ".pth"))
     file = random.choice(files)
     what = mutate_file(file, random) if file.suffix != ".jinja" else _template(file, random)
     name = str(place)
-    if name == "run/reward":
-        command = ["evaluate", "--model_path", "model", "--reference", "run/sft", "--data", "pairs.jsonl", "--scorer", name, "--output", "out",
-                   "--evaluation.max_new_tokens", "4", "--evaluation.bootstrap", "100"]  # fmt: skip
-        return command, f"{name}/{what}"
     chat = Path("chat.jsonl")
     chat.write_bytes(inputs.encoded(inputs.CHAT, ".jsonl"))
     pairs = "chat.jsonl" if file.suffix == ".jinja" or random.random() < 0.3 else "pairs.jsonl"
-    trained = ["--model.path", name, "--model.random", "null", "--model.tokenizer", "null", "--data.pairs", pairs]
+    trained = f"--config align.yaml --model.path {name} --model.random null --model.tokenizer null --data.pairs {pairs}"
+    judged = f"--reference run/sft --data {pairs} --output out {SHORT} --scorer"
     command = random.choice(
         (
-            ["inspect", "--config", "align.yaml", "--no_plan", *trained],
-            ["train", "--config", "align.yaml", *trained],
-            ["train", "--config", "align.yaml", *trained, "--lora.rank", "2"],
-            ["logps", "--model_path", name, "--data", pairs, "--output", "logps.jsonl"],
-            ["evaluate", "--model_path", name, "--reference", "run/sft", "--data", pairs, "--scorer", "none", "--output", "out",
-             "--evaluation.max_new_tokens", "4", "--evaluation.bootstrap", "100"],
-            ["report", "--checkpoints", name, "run/model", "--reference", "run/sft", "--data", pairs, "--scorer", "run/reward", "--output", "out",
-             "--evaluation.max_new_tokens", "4", "--evaluation.bootstrap", "100", "--evaluation.opponent_samples", "1"],
-            ["evaluate", "--model_path", name, "--benchmark", "tldr", "--questions", pairs, "--max_new_tokens", "4", "--output", "out"],
+            f"inspect --no_plan {trained}",
+            f"train {trained}",
+            f"train {trained} --lora.rank 2",
+            f"logps --model_path {name} --data {pairs} --output logps.jsonl",
+            f"evaluate --model_path {name} {judged} none",
+            f"report --checkpoints {name} run/model {judged} run/reward",
+            f"evaluate --model_path {name} --benchmark tldr --questions {pairs} --max_new_tokens 4 --output out",
         )
-    )  # fmt: skip
-    return command, f"{name}/{what}"
+    )
+    command = f"evaluate --model_path model {judged} {name}" if name == "run/reward" else command
+    return command.split(), f"{name}/{what}"
 
 
 TEMPLATES = (
-    "{% for i in range(10**9) %}x{% endfor %}", "{{ 'x' * 10**11 }}", "{% set ns = namespace(a='x') %}{% for i in range(60) %}{% set ns.a = ns.a + ns.a %}{% endfor %}",
-    "{{ 9**9**9 }}", "{{ messages[9].x.y }}", "{{ raise_exception('no\\n\\nnever') }}", "{% for", "{{ 1/0 }}", "{{ ''.__class__.__mro__ }}",
-    "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "{{ '\\ud800' }}", "", "x", "{{ messages }}", "{% include 'x' %}", "{{ [1] * 10**12 }}",
-    "{{ '%1000000000000d' % 1 }}", "{% for a in range(30000) %}{% for b in range(30000) %}{% endfor %}{% endfor %}",
-)  # fmt: skip
+    "{% for i in range(10**9) %}x{% endfor %}",
+    "{{ 'x' * 10**11 }}",
+    "{% set ns = namespace(a='x') %}{% for i in range(60) %}{% set ns.a = ns.a + ns.a %}{% endfor %}",
+    "{{ 9**9**9 }}",
+    "{{ messages[9].x.y }}",
+    "{{ raise_exception('no\\n\\nnever') }}",
+    "{% for",
+    "{{ 1/0 }}",
+    "{{ ''.__class__.__mro__ }}",
+    "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+    "{{ '\\ud800' }}",
+    "",
+    "x",
+    "{{ messages }}",
+    "{% include 'x' %}",
+    "{{ [1] * 10**12 }}",
+    "{{ '%1000000000000d' % 1 }}",
+    "{% for a in range(30000) %}{% for b in range(30000) %}{% endfor %}{% endfor %}",
+)
 
 
 def _template(file: Path, random: Random) -> str:
@@ -319,8 +345,12 @@ def _template(file: Path, random: Random) -> str:
 
 
 TRIALS: dict[str, Callable[[Random], Trial]] = {
-    "data": data_trial, "yaml": yaml_trial, "options": options_trial, "records": records_trial, "models": models_trial,
-}  # fmt: skip
+    "data": data_trial,
+    "yaml": yaml_trial,
+    "options": options_trial,
+    "records": records_trial,
+    "models": models_trial,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,9 +372,7 @@ def run_trial(case: int, seed: int, kinds: Sequence[str], valid: Path, folder: P
 
     try:
         shutil.copytree(valid, folder, symlinks=True, dirs_exist_ok=True)
-        os.chdir(folder)
-        os.environ |= {"HOME": str(folder), "XDG_CONFIG_HOME": str(folder / ".config"), "TMPDIR": str(folder)}
-        tempfile.tempdir = None
+        _at_home(folder)
         arguments, what = TRIALS[kind](random)
         outcome.command, outcome.what = "isdaa " + " ".join(word[:200] for word in arguments), what[:300]
         began = time.monotonic()
@@ -353,17 +381,27 @@ def run_trial(case: int, seed: int, kinds: Sequence[str], valid: Path, folder: P
         resource.setrlimit(resource.RLIMIT_DATA, (now + MEMORY, now + MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
-        for number, name, mode in ((0, os.devnull, os.O_RDONLY), (1, "stdout.txt", os.O_WRONLY | os.O_CREAT), (2, "stderr.txt", os.O_WRONLY | os.O_CREAT)):
+        for number, name, mode in (
+            (0, os.devnull, os.O_RDONLY),
+            (1, "stdout.txt", os.O_WRONLY | os.O_CREAT),
+            (2, "stderr.txt", os.O_WRONLY | os.O_CREAT),
+        ):
             os.dup2(os.open(name, mode, 0o600), number)
     except BaseException:
         tell(fault="the fuzzer: " + traceback.format_exc()[-1500:], group="the fuzzer")
         os._exit(0)
+    faults: list[BaseException] = []
     try:
-        from isdaa.cli import main
+        import isdaa.cli
 
-        status = main(arguments)
+        if hasattr(isdaa.cli, "fault"):
+            told = isdaa.cli.fault
+            isdaa.cli.fault = lambda error: faults.append(error) or told(error)
+        status = isdaa.cli.main(arguments)
         sys.stdout.flush()
         sys.stderr.flush()
+        if faults:
+            raise faults[0]
         tell(status, *_wrong(status, Path(folder)))
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1 if error.code else 0
@@ -384,10 +422,7 @@ def _wrong(status: int, folder: Path) -> tuple[str, str]:
     """(what is wrong with an ended command, how it is counted), two empty texts where nothing is."""
     said = (folder / "stderr.txt").read_text(encoding="utf-8", errors="replace")
     if status not in ALLOWED:
-        trace = re.search(r"(\S+\.txt|\S+\.log)", said.splitlines()[-1] if said else "")
-        more = Path(trace[1]).read_text(errors="replace")[-2000:] if trace and Path(trace[1]).is_file() else ""
-        last = [line for line in more.splitlines() if line.strip()]
-        return f"status {status}: {said[-1500:]}\n{more}", f"status {status}: {last[-1][:80] if last else said[-80:]!r}"
+        return f"status {status}: {said[-1500:]}", f"status {status}"
     lines = [line for line in said.splitlines() if line.startswith("isdaa: error: ")]
     if status == 2 and (len(lines) != 1 or said.splitlines()[-1] != lines[0]):
         return f"status 2 without one line that says why: {said[-1500:]}", "not one line"
@@ -414,7 +449,9 @@ def _not_finite(folder: Path) -> tuple[str, str]:
                 return f"{file}: holds NaN or an infinity", f"not finite: {file.name}"
         elif file.suffix == ".safetensors":
             for name, tensor in load_file(file).items():
-                if tensor.is_floating_point() and not math.isfinite(float(torch.nan_to_num(tensor, nan=math.nan).abs().max() if tensor.numel() else 0)):
+                if tensor.is_floating_point() and not math.isfinite(
+                    float(torch.nan_to_num(tensor, nan=math.nan).abs().max() if tensor.numel() else 0)
+                ):
                     return f"{file}: {name} is not finite", "not finite: weights"
     return "", ""
 
@@ -431,12 +468,17 @@ def warm() -> None:
     import pyarrow.feather
     import pyarrow.parquet  # noqa: F401
     import torch
-    import transformers.models.llama.modeling_llama
     import trl  # noqa: F401
     import vl_convert  # noqa: F401
     from transformers import (  # noqa: F401
-        AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer,
-    )  # fmt: skip
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        GenerationConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+        Trainer,
+    )
 
     import isdaa.cli
     import isdaa.evaluation.benchmark_run
@@ -451,10 +493,17 @@ def warm() -> None:
     import isdaa.training.inspect_page
     import isdaa.training.label
     import isdaa.training.stages
-    import isdaa.training.supervised  # noqa: F401
+    import isdaa.training.supervised
 
     torch.set_num_threads(1)
     isdaa.cli.build_parser()
+
+
+def _at_home(folder: Path) -> None:
+    """Let this process work in a folder that is its user's home, too."""
+    os.chdir(folder)
+    os.environ |= {"HOME": str(folder), "XDG_CONFIG_HOME": str(folder / ".config"), "TMPDIR": str(folder)}
+    tempfile.tempdir = None
 
 
 def _forked(work: Callable[[], None]) -> int:
@@ -477,7 +526,7 @@ def make_valid(folder: Path) -> None:
     """The valid inputs, made by a child, since this process may not compute."""
 
     def work() -> None:
-        os.chdir(folder)
+        _at_home(folder)
         output = os.open(folder.parent / "valid.txt", os.O_WRONLY | os.O_CREAT, 0o600)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -488,8 +537,16 @@ def make_valid(folder: Path) -> None:
         raise SystemExit((folder.parent / "valid.txt").read_text(errors="replace")[-4000:])
 
 
-def fuzz(cases: Sequence[int], seed: int, kinds: Sequence[str] = KINDS, *, minutes: float = math.inf, jobs: int = 2, keep: Path | None = None,
-         show: Callable[[str], None] = print) -> list[Outcome]:  # fmt: skip
+def fuzz(
+    cases: Sequence[int],
+    seed: int,
+    kinds: Sequence[str] = KINDS,
+    *,
+    minutes: float = math.inf,
+    jobs: int = 2,
+    keep: Path | None = None,
+    show: Callable[[str], None] = print,
+) -> list[Outcome]:
     """Run the trials of these numbers; returns their outcomes. keep: a folder in which the last trial's files are left."""
     warm()
     root = Path(tempfile.mkdtemp(prefix="isdaa-fuzz-"))
@@ -507,7 +564,9 @@ def fuzz(cases: Sequence[int], seed: int, kinds: Sequence[str] = KINDS, *, minut
                 case = waiting.pop(0)
                 folder = root / f"{case}"
                 folder.mkdir()
-                child = _forked(lambda case=case, folder=folder: run_trial(case, seed, kinds, valid, folder, root / f"{case}.json"))
+                child = _forked(
+                    lambda case=case, folder=folder: run_trial(case, seed, kinds, valid, folder, root / f"{case}.json")
+                )
                 running[child] = (case, time.monotonic(), folder)
             for child, (case, start, folder) in list(running.items()):
                 late = time.monotonic() - start > SECONDS
@@ -524,7 +583,13 @@ def fuzz(cases: Sequence[int], seed: int, kinds: Sequence[str] = KINDS, *, minut
                 if outcomes[-1].fault:
                     show(told_of(outcomes[-1], seed, kinds))
                 if keep is not None:
-                    shutil.copytree(folder, keep, symlinks=True, dirs_exist_ok=True, ignore=lambda at, names: [n for n in names if _special(Path(at, n))])
+                    shutil.copytree(
+                        folder,
+                        keep,
+                        symlinks=True,
+                        dirs_exist_ok=True,
+                        ignore=lambda at, names: [n for n in names if _special(Path(at, n))],
+                    )
                 shutil.rmtree(folder, ignore_errors=True)
             time.sleep(0.005)
             if time.monotonic() - told > EVERY:
@@ -595,9 +660,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write every outcome as JSON Lines")
     arguments = parser.parse_args()
     outcomes = fuzz(
-        arguments.case or range(arguments.trials), arguments.seed, tuple(arguments.only), minutes=arguments.minutes, jobs=arguments.jobs,
-        keep=arguments.keep, show=lambda text: print(text, flush=True),
-    )  # fmt: skip
+        arguments.case or range(arguments.trials),
+        arguments.seed,
+        tuple(arguments.only),
+        minutes=arguments.minutes,
+        jobs=arguments.jobs,
+        keep=arguments.keep,
+        show=lambda text: print(text, flush=True),
+    )
     if arguments.case:
         for outcome in outcomes:
             print(json.dumps({**asdict(outcome), "fault": ""}, indent=2), outcome.fault, sep="\n")

@@ -1,4 +1,4 @@
-"""Small valid inputs that trials begin with: rows in every format, a configuration, a finished run with its evaluation and report."""
+"""Small valid inputs that trials begin with: rows in every format, a configuration, a finished run with what followed it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,16 @@ from typing import Any
 import yaml
 
 TINY = {
-    "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "max_position_embeddings": 256, "initializer_range": 0.1, "tie_word_embeddings": True,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": True,
+}
 STEPS = {"batch_size": 4, "warmup_steps": 0, "learning_rate": 1e-3}
 RUN: dict[str, Any] = {
     "output_dir": "run",
@@ -32,9 +39,14 @@ RUN: dict[str, Any] = {
     "label": {"scorer": "gold", "samples": 2, "max_new_tokens": 4, "batch_size": 16},
     "align": STEPS | {"max_steps": 2, "save_steps": 1},
     "evaluation": {
-        "scorer": "gold", "prompts": 4, "opponent_samples": 1, "max_new_tokens": 4, "bootstrap": 100, "batch_size": 16,
+        "scorer": "gold",
+        "prompts": 4,
+        "opponent_samples": 1,
+        "max_new_tokens": 4,
+        "bootstrap": 100,
+        "batch_size": 16,
     },
-}  # fmt: skip
+}
 ALIGN: dict[str, Any] = {
     **{key: value for key, value in RUN.items() if key not in ("sft", "reward", "label")},
     "output_dir": "aligned",
@@ -44,10 +56,19 @@ ALIGN: dict[str, Any] = {
 }
 
 TEXT = [
-    {"id": str(n), "prompt": f"Post {n}: the cat sat.\nTL;DR:", "chosen": f" a cat {n} sat", "rejected": f" dogs {n}", "weight": 1.0,
-     "behaviour_chosen_logps": -3.5, "behaviour_rejected_logps": -4.0, "chosen_finished": True, "facts": None}
+    {
+        "id": str(n),
+        "prompt": f"Post {n}: the cat sat.\nTL;DR:",
+        "chosen": f" a cat {n} sat",
+        "rejected": f" dogs {n}",
+        "weight": 1.0,
+        "behaviour_chosen_logps": -3.5,
+        "behaviour_rejected_logps": -4.0,
+        "chosen_finished": True,
+        "facts": None,
+    }
     for n in range(6)
-]  # fmt: skip
+]
 IDS = [{"prompt_ids": [3, 4, 5 + n], "chosen_ids": [6, 7, 2], "rejected_ids": [8, 2]} for n in range(6)]
 IMPLIED = [{"chosen": f"Say {n} now: yes, sir", "rejected": f"Say {n} now: no, madam"} for n in range(6)]
 HH = [
@@ -58,7 +79,9 @@ CHAT = [
     {
         "prompt": [{"role": "user", "content": f"What is {n}?"}],
         "chosen": [{"role": "assistant", "content": f"It is {n}."}],
-        "rejected": [{"role": "assistant", "content": "No idea.", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}],
+        "rejected": [
+            {"role": "assistant", "content": "No idea.", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+        ],
         "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
     }
     for n in range(6)
@@ -71,20 +94,36 @@ SHAREGPT = [
     }
     for n in range(6)
 ]
-ALPACA = [{"instruction": f"Add {n}", "input": "1", "chosen": "Two.", "rejected": "Three.", "system": "Be brief.", "history": [["a", "b"]]} for n in range(6)]
+ALPACA = [
+    {
+        "instruction": f"Add {n}",
+        "input": "1",
+        "chosen": "Two.",
+        "rejected": "Three.",
+        "system": "Be brief.",
+        "history": [["a", "b"]],
+    }
+    for n in range(6)
+]
 ROWS = {"text": TEXT, "ids": IDS, "implied": IMPLIED, "hh": HH, "chat": CHAT, "sharegpt": SHAREGPT, "alpaca": ALPACA}
 
 SWEEP = {"base": "config.yaml", "output_dir": "swept", "seeds": [1, 2], "grids": {"betas": {"objective.beta": [0.1, 0.5]}}}
 TEMPLATE = (
     "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}"
-    "{% if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    "{% if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+BENCHMARK = (
+    "evaluate --model_path run/model --benchmark tldr --questions pairs.jsonl --max_new_tokens 4 --judge run/reward "
+    "--output bench"
+)
+PACKED = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 
 
 def encoded(rows: list[dict[str, Any]], suffix: str) -> bytes:
     """Rows as a file of this kind; cells that a table cannot hold are JSON text."""
     inner = suffix
-    for packed, pack in ((".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)):
+    for packed, pack in PACKED.items():
         if suffix.endswith(packed):
             return pack(encoded(rows, suffix.removesuffix(packed)))
     if inner == ".json":
@@ -115,24 +154,28 @@ def encoded(rows: list[dict[str, Any]], suffix: str) -> bytes:
     return sink.getvalue()
 
 
-def make_inputs(folder: Path) -> None:
-    """Train, evaluate and report once; two folders of models, one with its weights and one with an adapter. Runs in `folder`."""
-    from isdaa.cli import main
-    from isdaa.models.loading import add_lora, load_model, load_tokenizer, save_model
-
+def write_files(folder: Path) -> None:
+    """Configurations, rows and a chat template."""
     (folder / "config.yaml").write_text(yaml.safe_dump(RUN, sort_keys=False))
     (folder / "align.yaml").write_text(yaml.safe_dump(ALIGN, sort_keys=False))
     (folder / "sweep.yaml").write_text(yaml.safe_dump(SWEEP, sort_keys=False))
     (folder / "pairs.jsonl").write_bytes(encoded(TEXT, ".jsonl"))
     (folder / "template.jinja").write_text(TEMPLATE)
+
+
+def make_inputs(folder: Path) -> None:
+    """Train, evaluate and report once; two folders of models, one with its weights and one with an adapter. Runs in `folder`."""
+    from isdaa.cli import main
+    from isdaa.models.loading import add_lora, load_model, load_tokenizer, save_model
+
+    write_files(folder)
     for command in (
-        ["train", "--config", "config.yaml"],
-        ["evaluate", "--model_path", "run"],
-        ["report", "run"],
-        ["evaluate", "--model_path", "run/model", "--benchmark", "tldr", "--questions", "pairs.jsonl", "--max_new_tokens", "4",
-         "--judge", "run/reward", "--output", "bench"],
-    ):  # fmt: skip
-        assert main(command) == 0, command
+        "train --config config.yaml",
+        "evaluate --model_path run",
+        "report run",
+        BENCHMARK,
+    ):
+        assert main(command.split()) == 0, command
     shutil.copytree(folder / "run" / "model", folder / "model")
     (folder / "model" / "isdaa.json").unlink()
     (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)

@@ -1,4 +1,4 @@
-"""What is done to a valid input: to its bytes, to one of its values, to the file itself. Everything is drawn from a seeded `Random`."""
+"""What is done to a valid input: to its bytes, to one of its values, to the file itself. All is drawn from a seeded `Random`."""
 
 from __future__ import annotations
 
@@ -16,28 +16,167 @@ DEEP = 4000
 
 # Text that stands for a value as it is: what no Python object could be written as, too.
 RAW_JSON = (
-    "NaN", "Infinity", "-Infinity", "1e400", "1e300", "-1e300", DIGITS, "[" * DEEP + "]" * DEEP, '{"a":' * DEEP + "1" + "}" * DEEP,
-    '"\\ud800"', '"a\\udfffb"', '"\\u0000"', '"a\\u0000b"', '"\\u001b[2Jx"', "-1", "0", "9223372036854775808", "1e999", "tru", "",
-    '{"a": 1, "a": 2}', '{"": null}', "1" + "0" * 400,
-)  # fmt: skip
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "1e400",
+    "1e300",
+    "-1e300",
+    DIGITS,
+    "[" * DEEP + "]" * DEEP,
+    '{"a":' * DEEP + "1" + "}" * DEEP,
+    '"\\ud800"',
+    '"a\\udfffb"',
+    '"\\u0000"',
+    '"a\\u0000b"',
+    '"\\u001b[2Jx"',
+    "-1",
+    "0",
+    "9223372036854775808",
+    "1e999",
+    "tru",
+    "",
+    '{"a": 1, "a": 2}',
+    '{"": null}',
+    "1" + "0" * 400,
+)
 RAW_YAML = (
-    "!!float abc", "!!int abc", "!!bool abc", "!!null abc", "!!timestamp abc", "!!binary '###'", "!!python/object/apply:os.getcwd []",
-    "2026-02-30", "2026-13-45", "2026-11-29", "2026-01-01 99:99:99", ".nan", ".inf", "-.inf", "1e300", "190:20:30", "0x", "0b2",
-    DIGITS, "[" * DEEP + "]" * DEEP, "{a: " * DEEP + "1" + "}" * DEEP, "&a [*a]", "&a {b: *a}", "*nothing", "<<", "{<<: 3}",
-    "{[a]: b}", "{{a: b}: c}", "!!set {a, b}", "!!omap [a: 1]", "!!pairs [a: 1]", '"\\ud800"', '"\\0"', '"a\\0b"', '"\\x1b[2J"',
-    "|", ">", "'", '"', "\t", "@", "`", "%", "- a", "? a", "~", "no", "0123456", "12e4567", "=",
-)  # fmt: skip
+    "!!float abc",
+    "!!int abc",
+    "!!bool abc",
+    "!!null abc",
+    "!!timestamp abc",
+    "!!binary '###'",
+    "!!python/object/apply:os.getcwd []",
+    "2026-02-30",
+    "2026-13-45",
+    "2026-11-29",
+    "2026-01-01 99:99:99",
+    ".nan",
+    ".inf",
+    "-.inf",
+    "1e300",
+    "190:20:30",
+    "0x",
+    "0b2",
+    DIGITS,
+    "[" * DEEP + "]" * DEEP,
+    "{a: " * DEEP + "1" + "}" * DEEP,
+    "&a [*a]",
+    "&a {b: *a}",
+    "*nothing",
+    "<<",
+    "{<<: 3}",
+    "{[a]: b}",
+    "{{a: b}: c}",
+    "!!set {a, b}",
+    "!!omap [a: 1]",
+    "!!pairs [a: 1]",
+    '"\\ud800"',
+    '"\\0"',
+    '"a\\0b"',
+    '"\\x1b[2J"',
+    "|",
+    ">",
+    "'",
+    '"',
+    "\t",
+    "@",
+    "`",
+    "%",
+    "- a",
+    "? a",
+    "~",
+    "no",
+    "0123456",
+    "12e4567",
+    "=",
+)
 TEXTS = (
-    "", " ", "\n", "\0", "a\0b", "\ud800", "a\udc80", "~", ".", "..", "/", "/dev/null", "/dev/zero", "/proc/self/mem", "-1", "0",
-    "1e300", "nan", "NaN", "inf", "x" * 300, "x" * 70_000, "a/" * 2500, "../" * 50, "=1+1", "\x1b[31m", "\u202e", "{", "[", "null",
-    "true", "1", DIGITS, "!!float abc", "!!bool abc", "2026-02-30", "2026-11-29", "[" * DEEP, "&a [*a]", "{a: 1}", "[1, 2]", "12:30:45",
-    "{% for i in range(10**9) %}x{% endfor %}", "{{ 'x' * 10**10 }}", "{{ raise", "gold", "none", "world:small", "world:small:" + DIGITS,
-    "world:small:-1", "owner/name", "%s", "{0.__class__}", "\\", "run #2",
-)  # fmt: skip
+    "",
+    " ",
+    "\n",
+    "\0",
+    "a\0b",
+    "\ud800",
+    "a\udc80",
+    "~",
+    ".",
+    "..",
+    "/",
+    "/dev/null",
+    "/dev/zero",
+    "/proc/self/mem",
+    "-1",
+    "0",
+    "1e300",
+    "nan",
+    "NaN",
+    "inf",
+    "x" * 300,
+    "x" * 70_000,
+    "a/" * 2500,
+    "../" * 50,
+    "=1+1",
+    "\x1b[31m",
+    "\u202e",
+    "{",
+    "[",
+    "null",
+    "true",
+    "1",
+    DIGITS,
+    "!!float abc",
+    "!!bool abc",
+    "2026-02-30",
+    "2026-11-29",
+    "[" * DEEP,
+    "&a [*a]",
+    "{a: 1}",
+    "[1, 2]",
+    "12:30:45",
+    "{% for i in range(10**9) %}x{% endfor %}",
+    "{{ 'x' * 10**10 }}",
+    "{{ raise",
+    "gold",
+    "none",
+    "world:small",
+    "world:small:" + DIGITS,
+    "world:small:-1",
+    "owner/name",
+    "%s",
+    "{0.__class__}",
+    "\\",
+    "run #2",
+)
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 3, 7, 0.5, 1e300, 1e-300, -0.0, 2**31, 2**63, 2**64, -(2**63), 10**30, [], {}, [None], [[]],
-    {"a": 1}, [1, "a"], ["a"], "NaN",
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    3,
+    7,
+    0.5,
+    1e300,
+    1e-300,
+    -0.0,
+    2**31,
+    2**63,
+    2**64,
+    -(2**63),
+    10**30,
+    [],
+    {},
+    [None],
+    [[]],
+    {"a": 1},
+    [1, "a"],
+    ["a"],
+    "NaN",
+)
 
 
 def any_value(random: Random) -> Any:
@@ -64,7 +203,7 @@ def mutate_value(value: Any, random: Random, raw: tuple[str, ...]) -> tuple[Any,
     place = value
     for key in before:
         place = place[key]
-    how = random.choice(("value", "value", "value", "raw", "raw", "remove", "twice", "wrap", "rename", "twist"))
+    how = random.choice(("value", "value", "value", "raw", "raw", "raw", "raw", "remove", "twice", "wrap", "rename", "twist"))
     if how == "value":
         place[last] = any_value(random)
     elif how == "raw":
@@ -83,7 +222,9 @@ def mutate_value(value: Any, random: Random, raw: tuple[str, ...]) -> tuple[Any,
     elif how == "rename" and isinstance(place, dict):
         place[random.choice(("", "a", "\0", "\ud800", str(last).upper(), str(last) + "x", "\x1b[2J"))] = place.pop(last)
     elif isinstance(place[last], int | float) and not isinstance(place[last], bool):
-        place[last] = random.choice((-place[last], place[last] + 1, place[last] * 3, place[last] * 10**9, place[last] + 0.5, str(place[last])))
+        place[last] = random.choice(
+            (-place[last], place[last] + 1, place[last] * 3, place[last] * 10**9, place[last] + 0.5, str(place[last]))
+        )
     else:
         place[last] = any_value(random)
     now = marks.get("@@raw@@", repr(place[last]) if isinstance(place, dict) and last in place else how)
@@ -111,7 +252,9 @@ def mutate_jsonl(text: str, random: Random) -> tuple[bytes, str]:
 
 def mutate_bytes(data: bytes, random: Random) -> tuple[bytes, str]:
     """Flips, cuts, repetitions and foreign bytes."""
-    how = random.choice(("flip", "flip", "cut", "cut_start", "repeat", "insert", "empty", "head", "zeros", "swap", "bom", "digits", "deep"))
+    how = random.choice(
+        ("flip", "flip", "cut", "cut_start", "repeat", "insert", "empty", "head", "zeros", "swap", "bom", "digits", "deep")
+    )
     at = random.randrange(len(data) + 1)
     if how == "flip" and data:
         changed = bytearray(data)
@@ -124,7 +267,9 @@ def mutate_bytes(data: bytes, random: Random) -> tuple[bytes, str]:
         end = min(len(data), at + random.randrange(1, 200))
         return data[:end] + data[at:end] * random.choice((1, 2, 50)) + data[end:], f"bytes {at} to {end} repeated"
     if how == "insert":
-        foreign = random.choice((b"\xff", b"\x00", b"\xed\xa0\x80", b"\xc3", b"\n", b"\r", b'"', b"}", b"[", b",", b"\x1b[2J", b"\xef\xbb\xbf"))
+        foreign = random.choice(
+            (b"\xff", b"\x00", b"\xed\xa0\x80", b"\xc3", b"\n", b"\r", b'"', b"}", b"[", b",", b"\x1b[2J", b"\xef\xbb\xbf")
+        )
         return data[:at] + foreign + data[at:], f"{foreign!r} at {at}"
     if how == "head":
         return bytes(random.randrange(256) for _ in range(16)) + data[16:], "another head"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ NO_TEMPLATE = (
     "the data is conversational, but the tokenizer has no chat template; set `chat_template` in its "
     "tokenizer_config.json (or a chat_template.jinja beside it), or give prompt and responses as plain text"
 )
+PATIENCE = 10.0  # seconds for one conversation
 QUESTION: Message = {"role": "user", "content": "question"}
 # What the project itself says to `apply_chat_template`.
 OURS = (
@@ -126,12 +129,15 @@ class ChatFormat:
 
         def text(turns: Sequence[Message]) -> str:
             arguments = {**self.given, **(given or {})}
-            return str(
-                self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=opening, **arguments)
-            )
+            with _at_most(PATIENCE, f"{where or self.place}: the chat template{self._inside}"):
+                return str(
+                    self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=opening, **arguments)
+                )
 
         try:
             return text(messages)
+        except UserError:
+            raise
         except Exception as error:  # templates raise whatever they like: jinja2's own errors, TypeError, KeyError
             as_text = [_arguments_as_text(message) for message in messages]
             if as_text != list(messages):
@@ -376,6 +382,31 @@ def start_ids(tokenizer: Any) -> list[int]:
     plain, full = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
     place = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
     return list(full[:place])
+
+
+class _TooLong(BaseException):
+    """No `Exception`, which a template's own environment would take for a fault of its own."""
+
+
+@contextmanager
+def _at_most(seconds: float, what: str) -> Iterator[None]:
+    """Raises UserError where a conversation takes longer; in the main thread alone, which renders the first of all."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except _TooLong:
+        raise UserError(f"{what} takes more than {seconds:g} s for one conversation; mend it") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def stop_token_ids(tokenizer: Any, chat: bool, place: str | None = None) -> set[int]:

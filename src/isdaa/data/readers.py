@@ -15,7 +15,18 @@ from typing import TYPE_CHECKING, Any
 from isdaa.data.pairs import KNOWN_COLUMNS
 from isdaa.disk import disk_error
 from isdaa.errors import UserError, nearest
-from isdaa.files import PACKED, JsonDecoder, given_twice, iterate_jsonl, opened_text
+from isdaa.files import (
+    PACKED,
+    ROW,
+    JsonDecoder,
+    check_file,
+    check_limits,
+    given_twice,
+    iterate_jsonl,
+    opened_text,
+    read_object,
+    why,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -57,7 +68,9 @@ def iterate_rows(
             f"{source}: no such file or folder{hint}; give an existing path, a Hub name (owner/name, owner/name:subset) or "
             "world:small"
         )
-    yield from islice(rows, limit)
+    for row, where in islice(rows, limit):
+        check_limits(row, where)
+        yield row, where
 
 
 def divided(source: str) -> tuple[str, str | None]:
@@ -80,7 +93,7 @@ def _unpacked(path: Path) -> Path:
 def has_split(path: Path, split: str) -> bool:
     """Whether a local folder has a split of exactly this name: by its files' names, or as `datasets` saved it."""
     if (path / "dataset_dict.json").exists():
-        return split in json.loads((path / "dataset_dict.json").read_text())["splits"]
+        return split in _splits(path)
     return path.is_dir() and any(_is_of(file, path, split) for file in _data_files(path))
 
 
@@ -119,10 +132,11 @@ def _is_of(file: Path, folder: Path, split: str) -> bool:
 
 
 def _local(path: Path, split: str | None, columns: frozenset[str]) -> Numbered:
-    if path.is_file():
+    if not path.is_dir():
+        check_file(path)
         yield from _reader(path)(path)
     elif (path / "dataset_dict.json").exists():
-        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        splits = _splits(path)
         name = split or ("train" if "train" in splits else splits[0])
         if name not in splits:
             raise UserError(f"{path}: no split '{name}'{nearest(name, splits)}; it has {', '.join(splits)}")
@@ -132,6 +146,19 @@ def _local(path: Path, split: str | None, columns: frozenset[str]) -> Numbered:
     else:
         for file in _files_of(path, split):
             yield from _reader(file)(file)
+
+
+def _splits(folder: Path) -> list[str]:
+    """The splits of a folder that `datasets` saved; each is a sub-folder."""
+    file = folder / "dataset_dict.json"
+    splits = read_object(file).get("splits")
+    if (
+        not isinstance(splits, list)
+        or not splits
+        or not all(isinstance(name, str) and Path(name).name == name for name in splits)
+    ):
+        raise UserError(f"{file}: 'splits' must be a list of names of folders beside it")
+    return splits
 
 
 def _files_of(folder: Path, split: str | None) -> list[Path]:
@@ -193,7 +220,7 @@ def _json(path: Path) -> Numbered:
             return
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error}); mend the file") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); mend the file") from None
+        raise UserError(f"{path}: not valid JSON ({why(error)}); mend the file") from None
     rows = content.get("data", [content]) if isinstance(content, dict) else content
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a list of objects, found {type(rows).__name__}")
@@ -222,11 +249,12 @@ def _objects(value: Any) -> Iterator[dict[str, Any]]:
 
 def _csv(path: Path, dialect: str) -> Numbered:
     """Rows are numbered by the line on which they start, the header being line 1."""
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(ROW)
     line = 1
     try:
         with opened_text(path) as (file, encoding):
-            reader = csv.reader(io.TextIOWrapper(file, encoding, newline=""), dialect, strict=True)
+            text = io.TextIOWrapper(file, encoding, newline="")
+            reader = csv.reader(iter(partial(_line, text, path), ""), dialect, strict=True)
             header = next(reader, [])
             while header and not header[-1].strip():  # columns that a spreadsheet adds
                 header.pop()
@@ -251,6 +279,13 @@ def _csv(path: Path, dialect: str) -> Numbered:
         raise UserError(f"{path}:{line}: not a valid {kind} row ({error}); mend or remove it") from None
 
 
+def _line(text: io.TextIOWrapper, path: Path) -> str:
+    line = text.readline(ROW + 1)
+    if len(line) > ROW:
+        raise UserError(f"{path}: more than {ROW >> 20} MiB in one line; divide or remove it")
+    return line
+
+
 def _parquet(path: Path) -> Numbered:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -258,7 +293,7 @@ def _parquet(path: Path) -> Numbered:
     try:
         with pq.ParquetFile(path) as file:
             yield from _of_batches(path, file.schema_arrow, file.iter_batches(1000))
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError, KeyError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({_first_line(error)})") from None
 
 
@@ -273,7 +308,7 @@ def _arrow(path: Path) -> Numbered:
             except pa.ArrowInvalid:
                 table = pa.ipc.open_file(file).read_all()
             yield from _of_batches(path, table.schema, table.to_batches(1000))
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError, KeyError) as error:
         raise UserError(f"{path}: not a readable Arrow file ({_first_line(error)})") from None
 
 

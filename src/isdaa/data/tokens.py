@@ -160,7 +160,10 @@ def _read(folder: Path) -> tuple[Dataset, Counts] | None:
         rows = Dataset.from_file(str(folder / "tokens.arrow"))
         if len(rows) != record["rows"]:
             raise ValueError("rows are missing")
-        return rows, Counts(**record["counts"])
+        counts = Counts(**record["counts"])
+        if not all(type(value) is int for name, value in asdict(counts).items() if name != "unread"):
+            raise ValueError("its counts are no numbers")
+        return rows, counts
     except Exception as error:  # a cache is never worth a failed run: whatever is wrong with it, it is made anew
         logger.warning("%s is damaged (%s) and is made anew", folder, error)
         return None

@@ -13,11 +13,11 @@ from isdaa.errors import UserError
 from isdaa.evaluation.collect import PAIRS, PLAN, SAMPLES
 from isdaa.evaluation.held_out import held_out_summary
 from isdaa.evaluation.kl import kl_summary
-from isdaa.evaluation.records import Blocks, Record, blocks_of
+from isdaa.evaluation.records import Blocks, Record, blocks_of, fitting, read_plan
 from isdaa.evaluation.scoring import SCORES, chosen_key, scores_key
 from isdaa.evaluation.statistics import Interval, mean_interval
 from isdaa.evaluation.winrate import own_win_rates, tie_rate, win_rates
-from isdaa.files import read_json, write_json
+from isdaa.files import write_json
 from isdaa.record import versions
 
 METRICS = "metrics.json"
@@ -36,7 +36,14 @@ def analyse(folder: str | Path, settings: EvaluationConfig | None = None) -> dic
     Raises UserError where records are missing.
     """
     folder = Path(folder)
-    plan = read_json(folder / PLAN)
+    with fitting(folder):
+        metrics = _metrics(folder, settings)
+    write_json(folder / METRICS, metrics)
+    return metrics
+
+
+def _metrics(folder: Path, settings: EvaluationConfig | None) -> dict[str, Any]:
+    plan = read_plan(folder / PLAN)
     settings = settings or EvaluationConfig(**plan["settings"])
     bootstrap = bootstrap_settings(settings)
     samples, pairs, scores = (blocks_of(folder, name, plan) for name in (SAMPLES, PAIRS, SCORES))
@@ -57,7 +64,7 @@ def analyse(folder: str | Path, settings: EvaluationConfig | None = None) -> dic
         if model["pairs"] is not None:
             entry["held_out"] = held_out_summary(pairs[model["pairs"]], pairs[reference["pairs"]], **bootstrap)
         models.append(entry)
-    metrics = {
+    return {
         "format": plan["format"],
         "scorer": plan["scorer"],
         "note": NO_SCORER if plan["scorer"] is None else WITH_SCORER,
@@ -69,8 +76,6 @@ def analyse(folder: str | Path, settings: EvaluationConfig | None = None) -> dic
         **{key: plan[key] for key in ("tokenization", "template", "tokenizer", "git_revision")},
         "versions": versions(),
     }
-    write_json(folder / METRICS, metrics)
-    return metrics
 
 
 def bootstrap_settings(settings: EvaluationConfig) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from isdaa.evaluation.benchmarks.benchmark import Answer, Benchmark, Judged, Que
 from isdaa.evaluation.benchmarks.mt_bench import MT_BENCH
 from isdaa.evaluation.benchmarks.rows import PROJECT
 from isdaa.evaluation.records import Lines, locked
-from isdaa.files import read_json, write_atomically, write_json
+from isdaa.files import read_object, write_atomically, write_json
 from isdaa.record import git_revision, versions
 from isdaa.terminal import say
 
@@ -113,7 +113,7 @@ def _concluded(
 
 def _judged_before(folder: Path) -> bool:
     """Whether figures are there, which answers alone must not take the place of."""
-    return (folder / METRICS).is_file() and read_json(folder / METRICS).get("judge") is not None
+    return (folder / METRICS).is_file() and read_object(folder / METRICS).get("judge") is not None
 
 
 def _case(side: Side, opponents: Mapping[str, Answer | None], other: Side | None, question: Question) -> Case | None:

@@ -23,11 +23,11 @@ from isdaa.errors import UserError
 from isdaa.evaluation.analysis import METRICS, analyse, check_opponent
 from isdaa.evaluation.collect import PLAN, Collection, check_tokenizers, tokenize
 from isdaa.evaluation.held_out import common_pairs, tokenize_held_out
-from isdaa.evaluation.records import locked
+from isdaa.evaluation.records import locked, read_metrics, read_plan
 from isdaa.evaluation.requests import Checkpoint, Request, checkpoints
 from isdaa.evaluation.scorers import Scorer, load_scorer
 from isdaa.evaluation.scoring import score
-from isdaa.files import read_json, write_json
+from isdaa.files import write_json
 from isdaa.record import run_folder
 from isdaa.terminal import say
 
@@ -99,7 +99,7 @@ def evaluate(
 
 def _plan_before(folder: Path) -> dict[str, Any]:
     """The plan of the evaluation that lies in a folder already; empty where there is none."""
-    return read_json(folder / PLAN) if (folder / PLAN).is_file() else {}
+    return read_plan(folder / PLAN) if (folder / PLAN).is_file() else {}
 
 
 def _shared_before(folder: Path) -> Path | None:
@@ -126,7 +126,7 @@ def with_verdicts(folder: str | Path) -> dict[str, Any]:
     from isdaa.evaluation.trajectory import trajectories
 
     verdicts = {run.name: judge(run) for run in trajectories(folder)}
-    metrics = read_json(Path(folder) / METRICS)
+    metrics = read_metrics(Path(folder) / METRICS)
     metrics["verdicts"] = {name: None if found is None else asdict(found) for name, found in verdicts.items()}
     write_json(Path(folder) / METRICS, metrics)
     return metrics

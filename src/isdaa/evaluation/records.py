@@ -15,9 +15,55 @@ from typing import Any
 
 from isdaa.distributed import is_main, once
 from isdaa.errors import UserError
-from isdaa.files import append_jsonl, locked_file, readable_jsonl, whole_jsonl, write_jsonl
+from isdaa.files import append_jsonl, check_shape, locked_file, read_json, readable, readable_jsonl, whole_jsonl, write_jsonl
 
 Record = dict[str, Any]
+AWAY = "move the evaluation's folder away and run it again"
+
+NUMBER, WHOLE, TEXT = (float, None), (int, None), (str, None)
+INTERVAL = {"mean": float, "low": NUMBER, "high": NUMBER, "n": int}
+FIGURES = {
+    "path": str, "kl": INTERVAL, "length": INTERVAL, "truncated": float, "repetition": float, "tie_rate": NUMBER,
+    **dict.fromkeys(("win_rate", "win_rate_reference", "win_rate_chosen", "reward"), (INTERVAL, None)),
+}  # fmt: skip
+TOLD = {"label": str, "method?": TEXT, "beta?": NUMBER, "seed?": WHOLE, "step?": WHOLE, "weight_mean?": NUMBER, "ess?": NUMBER}
+PLAN = {
+    "format": int, "settings": dict, "prompts": str, "tokenization": dict, "template": object, "tokenizer": object,
+    "git_revision": TEXT, "scorer": ({"name": str, "digest": str}, None), "shared?": TEXT,
+    "reference": {"path": str, "digest": str, "opponents": [str, ...], "pairs": TEXT},
+    "models": [{"path": str, "digest": str, "samples": str, "kl": str, "pairs": TEXT, **TOLD}, ...],
+}  # fmt: skip
+HELD_OUT = {"pairs": int, **dict.fromkeys(("accuracy", "margin", "chosen_drift", "rejected_drift"), INTERVAL)}
+METRICS = {
+    "scorer": ({"name": str, "digest": str}, None), "settings": dict, "prompts": int, "opponent": str, "note": str,
+    "tokenization": dict, "versions": dict, "reference": FIGURES, "models": [{**FIGURES, **TOLD, "held_out?": HELD_OUT}, ...],
+    "verdicts?": {"*": (dict, None)}, "data?": TEXT, "split?": TEXT, "git_revision?": TEXT,
+}  # fmt: skip
+SAMPLE = {"prompt_id": str, "sample": int, "text": (str, list), "ids": [int], "tokens": int, "finished": bool}
+# Kind of a block -> what its lines are.
+LINES: dict[str, Record] = {
+    "prompts": {"prompt_id": str, "prompt": (str, list), "prompt_ids": [int], "chosen": (str, list, None), "facts": (dict, None)},
+    "samples": SAMPLE,
+    "kl": SAMPLE | {"kl": float},
+    "scores": {"prompt_id": str, "sample": int, "score": float},
+    "pairs": {"prompt": str, "chosen_logps": float, "rejected_logps": float},
+}
+
+
+def read_plan(path: Path) -> Record:
+    """The `plan.json` of an evaluation. Raises UserError for one that isdaa did not write."""
+    return _checked(path, PLAN)
+
+
+def read_metrics(path: Path) -> Record:
+    """The `metrics.json` of an evaluation. Raises UserError for one that isdaa did not write."""
+    return _checked(path, METRICS)
+
+
+def _checked(path: Path, shape: Record) -> Record:
+    found: Record = read_json(path)
+    check_shape(found, shape, str(path))
+    return found
 
 
 class Blocks:
@@ -32,14 +78,16 @@ class Blocks:
         self.records: dict[str, list[Record]] = {}
         self.shared = Blocks(shared, readonly=True) if shared is not None else None
         lines = (readable_jsonl if readonly else whole_jsonl)(self.path)
-        for line in lines:
+        for number, line in enumerate(lines, start=1):
             key = line.get("block")
             if not isinstance(key, str):
                 raise UserError(f"{self.path}: a line names no block, so isdaa did not write it; move the file away")
             if "header" in line:
+                check_shape(line, {"header": str, "count": int}, f"{self.path}:{number}")
                 # Begun twice: the first was cut off before its end.
                 self.headers[key], self.records[key] = line, []
             elif key in self.headers:
+                check_shape(line, LINES.get(self.headers[key]["header"], {}), f"{self.path}:{number}")
                 self.records[key].append(line)
         broken = [key for key, header in self.headers.items() if len(self.records[key]) != header["count"]]
         for key in broken:
@@ -90,6 +138,11 @@ class Lines:
         if is_main():
             append_jsonl(self.path, records)
         self._found |= {record["key"]: record for record in records}
+
+
+def fitting(folder: Path) -> Any:
+    """While records are put together: where one does not fit another, UserError, which names the folder."""
+    return readable(folder, "the records of this evaluation do not fit together", AWAY)
 
 
 def blocks_of(folder: Path, name: str, plan: Record) -> Blocks:

@@ -14,7 +14,7 @@ from isdaa.config import EvaluationConfig, TokenizationConfig, validate
 from isdaa.data.encoding import VERSION
 from isdaa.errors import UserError, nearest
 from isdaa.evaluation.provenance import OPTIONS, records_of
-from isdaa.files import file_digest, located, readable_jsonl
+from isdaa.files import check_shape, file_digest, located, readable_jsonl
 from isdaa.manifest import MANIFEST
 from isdaa.record import GOLD, NAME, ModelRecord, read_record, run_folder
 
@@ -202,7 +202,7 @@ def _weights_since(run: Path | None, step: int | None) -> dict[str, float]:
     if run is None or not (run / METRICS).is_file():
         return {}
     earlier = [int(p.name.split("-")[1]) for p in (run / "checkpoints").glob("checkpoint-*") if _is_checkpoint(p)]
-    lines = [line for line in readable_jsonl(run / METRICS) if "weights/mean" in line]
+    lines = [line for line in _lines(run / METRICS) if "weights/mean" in line]
     if step is not None:
         since = max((s for s in earlier if s < step), default=0)
         steps = [0, *(int(line["step"]) for line in lines)]
@@ -212,6 +212,14 @@ def _weights_since(run: Path | None, step: int | None) -> dict[str, float]:
     kept = [(count, line) for count, line in zip(covered, lines, strict=True) if count > 0]
     total = sum(count for count, _ in kept)
     return {key: sum(n * line[key] for n, line in kept) / total for key in ("weights/mean", "weights/ess") if total}
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's `metrics.jsonl`, each with a step; a live run may be appending to it."""
+    lines = readable_jsonl(path)
+    for number, line in enumerate(lines, start=1):
+        check_shape(line, {"step": int, "weights/mean?": float, "weights/ess?": float}, f"{path}:{number}")
+    return lines
 
 
 def _labels(paths: Sequence[str]) -> list[str]:

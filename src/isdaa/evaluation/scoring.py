@@ -7,9 +7,9 @@ from pathlib import Path
 
 from isdaa.distributed import dealt, once, world_size
 from isdaa.evaluation.collect import PLAN, SAMPLES
-from isdaa.evaluation.records import Blocks, Record, blocks_of
+from isdaa.evaluation.records import Blocks, Record, blocks_of, read_plan
 from isdaa.evaluation.scorers import Scorer
-from isdaa.files import digest, read_json, write_json
+from isdaa.files import digest, write_json
 from isdaa.record import git_revision, versions
 from isdaa.terminal import progress
 
@@ -65,5 +65,5 @@ def score(folder: str | Path, scorer: Scorer) -> None:
 
 def _records(folder: Path) -> tuple[Record, Blocks, Blocks]:
     """The plan of the evaluation in `folder`, its samples and its scores."""
-    plan = read_json(folder / PLAN)
+    plan = read_plan(folder / PLAN)
     return plan, blocks_of(folder, SAMPLES, plan), blocks_of(folder, SCORES, plan)

@@ -17,13 +17,18 @@ from isdaa.config import EvaluationConfig
 from isdaa.errors import UserError
 from isdaa.evaluation.analysis import METRICS, WinTable
 from isdaa.evaluation.collect import PLAN, SAMPLES
-from isdaa.evaluation.records import Record, blocks_of
+from isdaa.evaluation.records import Record, blocks_of, fitting, read_metrics, read_plan
 from isdaa.evaluation.requests import METRICS as HISTORY
 from isdaa.evaluation.scoring import SCORES
-from isdaa.files import read_json
+from isdaa.files import check_shape, read_json
 from isdaa.record import run_folder
 
 SWEEP = "sweep.json"  # what a sweep leaves: its runs and where each one's evaluation lies
+CONTENT = {
+    "cells": [{"name": str, "settings": dict, "grids": [str], "seeds": [int]}],
+    "runs": [{"name": str, "cell": str, "seed": int, "evaluation": str, "folder": str}],
+    "title?": (str, None), "base?": str, "config?": str,
+}  # fmt: skip
 LONE = "checkpoints"  # name of the models that lie in no run's folder
 
 
@@ -90,11 +95,22 @@ def read_study(path: str | Path, as_one_run: bool = False) -> Study:
     evaluation = folder if (folder / PLAN).is_file() else folder / "evaluation"
     if not (evaluation / METRICS).is_file():
         raise UserError(f"{folder}: no evaluation ({METRICS}) here; run `isdaa evaluate --model_path {folder}` first")
-    return Study(trajectories(evaluation, as_one_run), read_json(evaluation / METRICS), folder.resolve().name, folder)
+    return Study(trajectories(evaluation, as_one_run), read_metrics(evaluation / METRICS), folder.resolve().name, folder)
+
+
+def read_sweep(path: Path) -> dict[str, Any]:
+    """What a sweep's `sweep.json` says. Raises UserError for one that isdaa did not write."""
+    content: dict[str, Any] = read_json(path)
+    check_shape(content, CONTENT, str(path))
+    names = {cell["name"] for cell in content["cells"]}
+    strange = next((run["cell"] for run in content["runs"] if run["cell"] not in names), None)
+    if strange is not None:
+        raise UserError(f"{path}: its runs are of a cell {strange!r} that it does not list")
+    return content
 
 
 def _sweep(folder: Path) -> Study:
-    content = read_json(folder / SWEEP)
+    content = read_sweep(folder / SWEEP)
     runs: list[Trajectory] = []
     missing: list[str] = []
     metrics: Mapping[str, Any] | None = None
@@ -110,7 +126,7 @@ def _sweep(folder: Path) -> Study:
         cell = cells[run["cell"]]
         fields = {**vars(found[0]), "name": run["name"], "cell": run["cell"], "seed": run["seed"], "settings": cell["settings"]}
         runs.append(Trajectory(**fields))
-        metrics = metrics or read_json(evaluation / METRICS)
+        metrics = metrics or read_metrics(evaluation / METRICS)
     if metrics is None:
         raise UserError(f"{folder}: no run of this sweep has been evaluated yet")
     return Study(runs, metrics, content.get("title") or folder.resolve().name, folder, content["cells"], missing)
@@ -122,8 +138,12 @@ def trajectories(folder: str | Path, as_one_run: bool = False) -> list[Trajector
     as_one_run: all models are one run, in the order given, wherever they lie.
     Names are unique: a run's folder, with the folders around it where several runs' folders have the same name.
     """
-    folder = Path(folder)
-    plan, metrics = read_json(folder / PLAN), read_json(folder / METRICS)
+    with fitting(Path(folder)):
+        return _trajectories(Path(folder), as_one_run)
+
+
+def _trajectories(folder: Path, as_one_run: bool) -> list[Trajectory]:
+    plan, metrics = read_plan(folder / PLAN), read_metrics(folder / METRICS)
     settings = EvaluationConfig(**{k: v for k, v in metrics["settings"].items() if k in EvaluationConfig.model_fields})
     samples, scores = (blocks_of(folder, name, plan) for name in (SAMPLES, SCORES))
     table = WinTable(plan, samples[plan["prompts"]], scores, settings) if plan["scorer"] is not None else None

@@ -12,11 +12,11 @@ from typing import Any
 from isdaa.config import Config
 from isdaa.errors import DoneInPart, UserError
 from isdaa.evaluation.records import locked
-from isdaa.evaluation.trajectory import SWEEP
+from isdaa.evaluation.trajectory import SWEEP, read_sweep
 from isdaa.experiments.grid import Cell, SweepConfig, Task, cells_of, tasks_of
 from isdaa.experiments.overview import Overview
 from isdaa.experiments.worker import RESULT, STATUS, ClusterJobs, Job, Launcher, LocalJobs, Work, died, outcome_of, status_of
-from isdaa.files import read_json, write_atomically, write_json
+from isdaa.files import read_object, write_atomically, write_json
 from isdaa.record import versions
 from isdaa.settings_text import dump_settings
 from isdaa.terminal import say
@@ -52,7 +52,7 @@ def run_sweep(
     if root.is_dir() and any(p.name[0] != "." for p in root.iterdir()) and not (root / SWEEP).is_file():
         raise UserError(f"{root}: not empty and not a sweep of isdaa; choose another folder with --output_dir")
     with locked(root):
-        earlier = read_json(root / SWEEP) if (root / SWEEP).is_file() else {}
+        earlier = read_sweep(root / SWEEP) if (root / SWEEP).is_file() else {}
         write_json(root / SWEEP, _content(sweep, cells, everything, where, earlier))
         write_atomically(root / "sweep.yaml", dump_settings(sweep.model_dump()))
         for task in tasks:
@@ -115,7 +115,7 @@ def _content(
             runs.append(row)
     kept = {row["cell"] for row in runs}
     before = [cell for cell in earlier.get("cells", []) if cell["name"] in kept and cell["name"] not in named]
-    made = [read_json(root / row["folder"] / "run.json") for row in runs if (root / row["folder"] / "run.json").is_file()]
+    made = [read_object(root / row["folder"] / "run.json") for row in runs if (root / row["folder"] / "run.json").is_file()]
     return {
         "title": sweep.title,
         "base": sweep.base,

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from isdaa.files import no_panics
+
 _PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
 _reachable: dict[str, bool] = {}  # by endpoint; asked once a process
 
@@ -18,7 +20,7 @@ _reachable: dict[str, bool] = {}  # by endpoint; asked once a process
 def quiet(downloads: bool = False) -> Iterator[None]:
     """No bars for reading or writing a file, and no reports in tables: what matters of those is checked by the caller.
 
-    With `downloads` the bars stay on a terminal, since one may take minutes.
+    With `downloads` the bars stay on a terminal, since one may take minutes. Panics of libraries in Rust are RuntimeErrors.
     """
     from transformers.utils import logging as hf
 
@@ -27,7 +29,8 @@ def quiet(downloads: bool = False) -> Iterator[None]:
     if not (downloads and sys.stderr.isatty()):
         hf.disable_progress_bar()
     try:
-        yield
+        with no_panics():
+            yield
     finally:
         hf.set_verbosity(verbosity)
         if bars:

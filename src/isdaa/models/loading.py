@@ -16,11 +16,12 @@ import torch
 
 from isdaa.disk import disk_error
 from isdaa.errors import UserError, nearest
-from isdaa.files import read_json
+from isdaa.files import read_object
 from isdaa.manifest import check_manifest
 from isdaa.models.adapters import add_lora, fit_vocabulary
 from isdaa.models.finite import check_finite
 from isdaa.models.hub import offline, quiet
+from isdaa.models.memory import check_fits
 from isdaa.models.pooling import pool_by_mask
 from isdaa.models.saving import save_model, weights_digest
 
@@ -170,18 +171,30 @@ def random_model(config: dict[str, Any], seed: int, *, dtype: str = "float32") -
     The same config and seed give the same weights; the global random state is left alone.
 
     Raises:
-        UserError: unknown model_type or key, values that the architecture refuses, weights that are not finite.
+        UserError: unknown model_type or key, values that the architecture refuses, a model that does not fit into memory, or that
+            computes nothing for a token; weights that are not finite.
     """
     from transformers import AutoModelForCausalLM
 
-    full = random_config(config)
+    full, wanted = random_config(config), torch_dtype(dtype) or torch.float32
     try:
+        check_fits(full, wanted)
         with _seeded(seed), quiet():
-            model = AutoModelForCausalLM.from_config(full, dtype=torch_dtype(dtype) or torch.float32)
+            model = AutoModelForCausalLM.from_config(full, dtype=wanted)
+        _check_forward(model.eval())
+    except UserError:
+        raise
     except Exception as error:
         raise _no_model(config, error) from error
     check_finite(f"model_type {config['model_type']}", model, "its config makes them so")
-    return model.eval()
+    return model
+
+
+def _check_forward(model: Any) -> None:
+    """Raises what the model raises of two tokens: values that fit no weight's shape, such as heads that do not divide."""
+    if not (torch.cuda.is_available() or getattr(model, "is_quantized", False)):  # it will compute where it is
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[0, 0]]), attention_mask=torch.tensor([[1, 1]]))
 
 
 def random_config(config: dict[str, Any]) -> PretrainedConfig:
@@ -207,7 +220,7 @@ def random_config(config: dict[str, Any]) -> PretrainedConfig:
         raise _no_model(config, error) from error
 
 
-def _no_model(config: dict[str, Any], error: Exception) -> UserError:
+def _no_model(config: dict[str, Any], error: BaseException) -> UserError:
     return UserError(f"model_type {config['model_type']}: no model can be made of this config ({_short(error)})")
 
 
@@ -290,6 +303,10 @@ def _load(
         except Exception as error:
             raise _readable(error, name, folder, "model") from error
         _check_report(name, report, type(model).__name__, new_head)
+        try:
+            _check_forward(model.eval())
+        except Exception as error:
+            raise UserError(f"{name}: its config.json is wrong, for the model computes nothing ({_short(error)})") from error
     model = model.eval()
     model = model if device is None or "quantization_config" in options else model.to(device)
     check_finite(name, model)  # where it is fastest: on its device
@@ -393,9 +410,10 @@ def _adapter_config(name: str, folder: Path | None, revision: str | None) -> Pat
 
 
 def _adapter_settings(adapter: Path) -> dict[str, Any]:
-    settings = read_json(adapter)
-    if not isinstance(settings, dict):
-        raise UserError(f"{adapter}: not the configuration of an adapter")
+    settings = read_object(adapter)
+    for key in ("base_model_name_or_path", "revision"):
+        if not isinstance(settings.get(key), str | None):
+            raise UserError(f"{adapter}: {key} must be text or null, found {type(settings[key]).__name__}")
     return settings
 
 
@@ -407,7 +425,9 @@ def _base_of(adapter: Path, name: str) -> str:
         beside = adapter.parent / base
         if not beside.exists():
             raise UserError(f"{name}: its base model {base} does not exist; mend base_model_name_or_path in {adapter}")
-        return str(beside)
+        base = str(beside)
+    if (Path(base) / ADAPTER_CONFIG).exists() and adapter.resolve() in _chain(Path(base)):
+        raise UserError(f"{adapter}: base_model_name_or_path, {base}, leads back to this adapter; name the base model")
     return base
 
 
@@ -423,6 +443,16 @@ def adapter_base(folder: Path) -> str | None:
         return None if adapter is None else _base_of(adapter, str(folder))
     except UserError:
         return None  # loading it says what is wrong
+
+
+def _chain(folder: Path) -> list[Path]:
+    """The adapters that a folder begins: its own, that of its base, and so on until one comes again."""
+    found: list[Path] = []
+    while (file := (folder / ADAPTER_CONFIG).resolve()).is_file() and file not in found:
+        found.append(file)
+        base = Path(_adapter_settings(file).get("base_model_name_or_path") or "")
+        folder = base if base.is_dir() else file.parent / base
+    return found
 
 
 def _looks_like_path(name: str) -> bool:
@@ -482,7 +512,7 @@ def _shape(shape: Any) -> str:
     return " × ".join(map(str, shape))
 
 
-def _readable(error: Exception, name: str, folder: Path | None, what: str) -> UserError:
+def _readable(error: BaseException, name: str, folder: Path | None, what: str) -> UserError:
     """One line for what transformers raised."""
     text = str(error)
     if (refused := disk_error(error)) is not None:  # the Hub's own cache
@@ -503,7 +533,7 @@ def _readable(error: Exception, name: str, folder: Path | None, what: str) -> Us
     return UserError(f"{name}: the {what} cannot be loaded ({_short(error)})")
 
 
-def _short(error: Exception) -> str:
+def _short(error: BaseException) -> str:
     """Kind and first sentence of an error; transformers' own go on with advice and tables."""
     text = " ".join(str(error).split())
     end = text.find(". ")

@@ -63,7 +63,8 @@ def generation_config(model: Any, tokenizer: PreTrainedTokenizerBase, stop_ids: 
     from transformers import GenerationConfig
 
     known = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    stops = {tokenizer.eos_token_id, *stop_ids, *(known if isinstance(known, list) else [known])} - {None}
+    listed = known if isinstance(known, list) else [known]
+    stops = {tokenizer.eos_token_id, *stop_ids, *(stop for stop in listed if type(stop) is int)} - {None}
     first = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     eos: list[int] = first + sorted(stops - set(first))  # type: ignore[arg-type]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos[0] if eos else None)

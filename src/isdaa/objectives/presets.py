@@ -111,6 +111,7 @@ _BASES: dict[str, tuple[dict[str, Any], str]] = {
     "cdpo": ({"loss": "logistic", "label_smoothing": 0.1}, _CDPO),
 }
 
+LARGEST = 1e30  # of any setting, up and down: float32 ends at 3.4e38
 _IMPORTANCE = {"weight": "importance", "clip_eps": 1.0, "clip": "joint"}
 
 _TABLE: dict[str, tuple[dict[str, Any], str]] = {
@@ -200,7 +201,9 @@ def _check_number(
         return
     bounds = [f"> {above:g}"] * (above > -math.inf) + [f"≥ {least:g}"] * (least > -math.inf)
     bounds += [f"≤ {most:g}"] * (most < math.inf)
-    is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, Real) and not isinstance(value, bool) and abs(value) < math.inf  # type: ignore[operator]
     if not is_number or not (value > above and least <= value <= most):  # type: ignore[operator]
         kind = " ".join(["a finite number", " and ".join(bounds)]).strip()
         raise ValueError(f"{name} must be {kind}{' or null' if optional else ''}; got {value!r}")
+    if abs(value) > LARGEST:  # type: ignore[arg-type]
+        raise ValueError(f"{name} must not be beyond {LARGEST:g}; got {value!r}")

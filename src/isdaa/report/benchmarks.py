@@ -10,7 +10,7 @@ from isdaa.errors import UserError
 from isdaa.evaluation.benchmark_outcome import WORDS, decided_of, gap_between, is_share, ranked, told_apart
 from isdaa.evaluation.benchmark_run import EXAMPLES, METRICS
 from isdaa.evaluation.benchmark_table import few, percent, raw_mark, signed
-from isdaa.files import read_json, write_atomically
+from isdaa.files import read_json, read_object, readable, write_atomically
 from isdaa.report import words
 from isdaa.report.benchmark_charts import benchmark_figures, categories_of, colours_of
 from isdaa.report.figures import Figure
@@ -27,14 +27,18 @@ def write_benchmark_report(folder: str | Path) -> Path:
     folder = Path(folder)
     if not (folder / METRICS).is_file():
         raise UserError(f"{folder}: no {METRICS} of a benchmark there; run `isdaa evaluate --benchmark` first")
-    metrics = read_json(folder / METRICS)
+    metrics = read_object(folder / METRICS)
     read = read_json(folder / EXAMPLES) if (folder / EXAMPLES).is_file() else []
-    figures = benchmark_figures(metrics)
-    tax = tax_of(folder, metrics)
-    if tax is not None and (chart := tax_figure(tax, metrics)) is not None:
-        figures.append(chart)
-    drawings = drawings_of(figures, folder / CHARTS)
-    write_atomically(folder / PAGE, render(metrics, read, figures, drawings, tax))
+    with readable(
+        folder, "its records are not those of a benchmark or tax of this isdaa", "run `isdaa evaluate --benchmark` again"
+    ):
+        figures = benchmark_figures(metrics)
+        tax = tax_of(folder, metrics)
+        if tax is not None and (chart := tax_figure(tax, metrics)) is not None:
+            figures.append(chart)
+        drawings = drawings_of(figures, folder / CHARTS)
+        page = render(metrics, read, figures, drawings, tax)
+    write_atomically(folder / PAGE, page)
     return folder / PAGE
 
 
@@ -43,7 +47,7 @@ def renew_benchmark_reports(folder: Path) -> list[Path]:
     pages = []
     for place in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
         if (place / METRICS).is_file() and (place / PAGE).is_file():
-            metrics = read_json(place / METRICS)
+            metrics = read_object(place / METRICS)
             if metrics.get("benchmark") and metrics.get("judge") is not None and tax_of(place, metrics) is not None:
                 pages.append(write_benchmark_report(place))
     return pages

@@ -9,7 +9,7 @@ from typing import Any
 
 from isdaa.errors import UserError
 from isdaa.evaluation.trajectory import Study, Trajectory
-from isdaa.files import read_json, readable_jsonl
+from isdaa.files import read_object, readable_jsonl
 from isdaa.record import run_folder
 from isdaa.report.labels import colours_of, labels_of
 from isdaa.report.style import PALETTE
@@ -122,10 +122,11 @@ def alignment(run: Trajectory) -> dict[str, Any]:
     if record is None:
         return {}
     try:
-        content = read_json(record)
+        content = read_object(record)
     except UserError:  # a run that was cut off says nothing of its settings
         return {}
-    stage = (content.get("stages") or {}).get("align")
+    stages = content.get("stages")
+    stage = stages.get("align") if isinstance(stages, Mapping) else None
     return dict(stage) if isinstance(stage, Mapping) else {}
 
 
@@ -175,5 +176,6 @@ def _cell_names(runs: Sequence[Trajectory]) -> list[str]:
 
 def history(path: Path | None) -> list[dict[str, Any]]:
     """Whole lines of a run's `metrics.jsonl`; a half line that a live run is writing is left out."""
-    lines = [] if path is None else readable_jsonl(path)
-    return [line for line in lines if isinstance(line, dict)]
+    if path is None or not path.is_file():
+        return []
+    return [line for line in readable_jsonl(path) if isinstance(line.get("step"), int | float)]

@@ -9,6 +9,7 @@ from typing import Any
 
 from isdaa.errors import UserError
 from isdaa.evaluation.analysis import METRICS
+from isdaa.evaluation.records import read_metrics
 from isdaa.evaluation.trajectory import SWEEP, read_study
 from isdaa.files import located, read_json
 from isdaa.report.page import DATA, write_report
@@ -56,6 +57,6 @@ def _is_evaluated(run: Path, evaluation: Path) -> bool:
 
     if not (evaluation / METRICS).is_file():
         return False
-    metrics = read_json(evaluation / METRICS)
+    metrics = read_metrics(evaluation / METRICS)
     covered = {Path(model["path"]).resolve() for model in metrics["models"]}
     return "verdicts" in metrics and {Path(path).resolve() for path in expand(run)} <= covered

@@ -12,8 +12,7 @@ from typing import Any
 from isdaa.config import EvaluationConfig, TokenizationConfig
 from isdaa.errors import UserError
 from isdaa.evaluation.requests import Request, expand, requests
-from isdaa.evaluation.trajectory import SWEEP, Study
-from isdaa.files import read_json
+from isdaa.evaluation.trajectory import SWEEP, Study, read_sweep
 from isdaa.record import run_folder
 
 DEMO = "demo"  # what a sweep of `isdaa demo` calls its file
@@ -27,7 +26,7 @@ def commands(study: Study) -> list[str]:
 
 def _sweep(study: Study) -> list[str]:
     file, folder = study.folder / SWEEP, str(study.folder)
-    content = read_json(file) if file.is_file() else {}
+    content = read_sweep(file) if file.is_file() else {}
     if content.get("base") == DEMO and content.get("config", DEMO) == DEMO:
         methods = dict.fromkeys(run.method for run in study.runs if run.method is not None)
         seed = next((["--seed", str(run.seed)] for run in study.runs if run.seed is not None), [])

@@ -11,10 +11,9 @@ import numpy as np
 from isdaa.errors import UserError
 from isdaa.evaluation.collect import PLAN, SAMPLES
 from isdaa.evaluation.overoptimization import Verdict
-from isdaa.evaluation.records import blocks_of
+from isdaa.evaluation.records import blocks_of, read_plan
 from isdaa.evaluation.scoring import SCORES, scores_key
 from isdaa.evaluation.trajectory import Trajectory
-from isdaa.files import read_json
 
 FIRST = WORST = 3  # prompts of each kind
 FROM_FIRST = "first in the order of the data"
@@ -36,7 +35,7 @@ def samples_of(run: Trajectory, verdict: Verdict | None) -> dict[str, Any] | Non
 
 
 def _read(run: Trajectory, folder: Path, verdict: Verdict | None) -> dict[str, Any]:
-    plan = read_json(folder / PLAN)
+    plan = read_plan(folder / PLAN)
     samples = blocks_of(folder, SAMPLES, plan)
     scores = blocks_of(folder, SCORES, plan) if plan["scorer"] is not None else None
     prompts = samples[plan["prompts"]]

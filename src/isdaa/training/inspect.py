@@ -15,7 +15,6 @@ import torch
 
 from isdaa.config import Config
 from isdaa.errors import UserError
-from isdaa.files import read_json
 from isdaa.models.loading import model_config, random_config
 from isdaa.terminal import progress
 from isdaa.training.arguments import total_steps
@@ -160,12 +159,7 @@ def _import_trainers(config: Config) -> None:
 
 def _run(config: Config) -> Run:
     """The run of a configuration, with what is done in it; nothing is written."""
-    run = Run(config)
-    if run.path.exists():
-        state = read_json(run.path)
-        if isinstance(state, dict) and isinstance(state.get("stages"), dict):
-            run.state = state
-    return run
+    return Run(config).finished_before(own=False)
 
 
 def _attempt(found: Inspection, get: Any) -> Any:

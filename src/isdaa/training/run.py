@@ -14,7 +14,7 @@ from isdaa.config import Config, fields, resolved
 from isdaa.data.encoding import VERSION
 from isdaa.distributed import is_main, once, world_size
 from isdaa.errors import UserError
-from isdaa.files import locked_file, read_json, remove_tree, write_atomically, write_json
+from isdaa.files import check_shape, locked_file, read_json, remove_tree, write_atomically, write_json
 from isdaa.ownership import SEAL, is_own, sealed
 from isdaa.record import RUN, git_revision, versions
 from isdaa.settings_text import dump_settings
@@ -57,6 +57,19 @@ FREE_KEYS = ("label.batch_size", "guard.batch_size", "guard.keep", "align.attent
 TRAINS = ("sft", "reward", "align")
 # Whose output the later stages start from.
 UPSTREAM = {"sft": ("label", "reward", "align"), "label": ("reward", "align")}
+SHAPE = {
+    "stages": {
+        "*": {
+            "done?": bool,
+            "values?": dict,
+            "pinned?": {"*": str},
+            "notes?": [str],
+            "tokens?": int,
+            "processes?": int,
+            "output?": str,
+        }
+    }
+}
 
 
 def deciding_values(config: Config, stage: str) -> dict[str, Any]:
@@ -144,16 +157,18 @@ class Run:
                 for folder in (self.folder / place).glob(name):
                     remove_tree(folder)
 
-    def finished_before(self) -> Run:
-        """This run as an earlier process left it, to look at: its folder is neither locked nor written to."""
-        self.state = self._read() if self.path.is_file() else self.state
+    def finished_before(self, own: bool = True) -> Run:
+        """This run as an earlier process left it, to look at: its folder is neither locked nor written to.
+
+        own: it must be the user's. Raises UserError where it is not, or isdaa did not write its record.
+        """
+        self.state = self._read(own) if self.path.exists() else self.state
         return self
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self, own: bool = True) -> dict[str, Any]:
         state = read_json(self.path)
-        if not isinstance(state, dict) or not isinstance(state.get("stages"), dict):
-            raise UserError(f"{self.path}: not a record of isdaa; choose another folder with --output_dir")
-        if not is_own(RUN, state):
+        check_shape(state, SHAPE, f"{self.path}: not a record of isdaa; choose another folder with --output_dir")
+        if own and not is_own(RUN, state):
             raise UserError(
                 f"{self.folder}: not a run of yours on this machine ({RUN} does not carry your digest), so it is not gone on "
                 "from; if you trust it, add --adopt to the command; else choose another --output_dir"
@@ -177,7 +192,8 @@ class Run:
                     "mix the two; start anew in another --output_dir"
                 )
             now = deciding_values(self.config, stage)
-            begun = {**begun, "values": {**_defaults_of_new_keys(now, begun["values"]), **begun["values"]}}
+            values = begun.get("values", {})
+            begun = {**begun, "values": {**_defaults_of_new_keys(now, values), **values}}
             keys = {*now, *begun["values"]}
             if stage not in self.config.stages:  # its settings may be absent, but the later stages start from its model
                 keys = {key for key in keys if key.startswith("model.")}
