@@ -8,7 +8,7 @@ import pytest
 from isdaa.errors import UserError
 from isdaa.evaluation.records import Blocks, locked
 
-ROWS = [{"prompt_id": str(i), "text": f"ä {i}"} for i in range(3)]
+ROWS = [{"prompt_id": str(i), "sample": 0, "text": f"ä {i}", "ids": [i], "tokens": 1, "finished": True} for i in range(3)]
 
 
 def filled(path) -> Blocks:
