@@ -334,6 +334,8 @@ def parse_json(text: str, where: object) -> Any:
 
 def _no_number(name: str) -> Any:
     raise ValueError(f"{name} is no number")
+
+
 def check_shape(value: Any, shape: Any, where: str, key: str = "") -> None:
     """Raises UserError, `where: key: expected …`, where a value of JSON does not have the shape that a record of isdaa has.
 

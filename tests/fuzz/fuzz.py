@@ -211,10 +211,8 @@ def records_trial(random: Random) -> Trial:
     what = f"{file.parent}/{mutate_file(file, random)}"
     manifest = file.parent / "isdaa_manifest.json"
     if manifest.is_file() and file != manifest and file.is_file() and random.random() < 0.8:
-        from isdaa.training.checkpoints import write_manifest
-
         with suppress(OSError):
-            write_manifest(file.parent)
+            _write_manifest(file.parent)
             what += ", with a new manifest"
     if file.name in ("run.json", "isdaa.json") and file.is_file():
         _own(file)
@@ -257,9 +255,18 @@ RECORDS = (
 )
 
 
+def _write_manifest(folder: Path) -> None:
+    """Let a changed folder pass for one that was written so."""
+    try:
+        from isdaa.manifest import write_manifest
+    except ImportError:
+        from isdaa.training.checkpoints import write_manifest
+    write_manifest(folder)
+
+
 def _own(record: Path) -> None:
     """Give a record the user's digest again, that what it says is believed; an isdaa that has no digests believes it anyway."""
-    with suppress(ImportError, ValueError, OSError, TypeError):
+    with suppress(ImportError, ValueError, OSError, TypeError, RecursionError):
         from isdaa.ownership import sealed
 
         record.write_text(json.dumps(sealed(record.name, json.loads(record.read_text()))))
@@ -301,7 +308,12 @@ def models_trial(random: Random) -> Trial:
             (["inspect", "--config", "align.yaml", "--no_plan"], ["train", "--config", "align.yaml"])
         ), f"random: {what}"
     place = Path(random.choice(("model", "model", "adapter", "run/reward", "run/checkpoints/checkpoint-1")))
-    files = sorted(file for file in place.iterdir() if file.is_file() and file.suffix not in (".md", ".pt", ".pth"))
+    files = sorted(
+        file
+        for file in place.iterdir()
+        if file.is_file() and file.suffix not in (".md", ".pt", ".pth") and "manifest" not in file.name
+    )
+    (place / "isdaa_manifest.json").unlink(missing_ok=True)  # as if something else had trained it
     file = random.choice(files)
     what = mutate_file(file, random) if file.suffix != ".jinja" else _template(file, random)
     name = str(place)

@@ -177,8 +177,10 @@ def make_inputs(folder: Path) -> None:
     ):
         assert main(command.split()) == 0, command
     shutil.copytree(folder / "run" / "model", folder / "model")
-    (folder / "model" / "isdaa.json").unlink()
+    for name in ("isdaa.json", "isdaa_manifest.json"):  # as if something else had trained it
+        (folder / "model" / name).unlink(missing_ok=True)
     (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
     save_model(add_lora(load_model(folder / "model"), rank=2), load_tokenizer(folder / "model"), folder / "adapter", merge=False)
+    (folder / "adapter" / "isdaa_manifest.json").unlink(missing_ok=True)
     settings = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "../model"}))

@@ -153,6 +153,7 @@ def load_tokenizer(
     try:
         with quiet(downloads=folder is None):
             tokenizer = AutoTokenizer.from_pretrained(str(folder or name), **options)
+            tokenizer("a")  # what is wrong with its files may show no sooner
     except Exception as error:
         raise _readable(error, name, folder, "tokenizer") from error
     if tokenizer.eos_token_id is None and require_eos:
