@@ -127,7 +127,7 @@ def check_limits(value: Any, where: str, size: float = ROW) -> None:
         depth += 1
         if found > size:
             raise UserError(f"{where}: more than {ROW >> 20} MiB in one row; divide or remove it")
-        if below and depth > DEPTH:
+        if depth > DEPTH and any(isinstance(item, Mapping | list | tuple) for item in level):
             raise UserError(f"{where}: lists and objects are nested more than {DEPTH} deep; mend or remove it")
         level = below
 
@@ -309,19 +309,22 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n")
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file; one that is missing or broken, or that nests too deep, is a `UserError` naming the file."""
+def read_json(path: str | Path, finite: bool = True) -> Any:
+    """Read a JSON file; one that is missing or broken, or that nests too deep, is a `UserError` naming the file.
+
+    finite: NaN and infinities are no numbers; other programs write them.
+    """
     check_file(path)
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (UnicodeDecodeError, MemoryError) as error:
         raise UserError(f"{path}: not valid JSON ({why(error)})") from None
-    return parse_json(text, path)
+    return parse_json(text, path, finite)
 
 
-def parse_json(text: str, where: object) -> Any:
-    """The value of a JSON text. Raises UserError for what is none, for NaN, and for a key that an object has twice."""
-    decoder = JsonDecoder(_no_number)
+def parse_json(text: str, where: object, finite: bool = True) -> Any:
+    """The value of a JSON text. Raises UserError for what is none, and for a key that an object has twice; as `read_json`."""
+    decoder = JsonDecoder(_no_number if finite else None)
     try:
         value = decoder.decode(text)
     except (ValueError, RecursionError) as error:

@@ -98,7 +98,7 @@ def _with_arguments(call: Mapping[str, Any], where: str) -> dict[str, Any]:
         decoder = JsonDecoder()
         try:
             arguments = decoder.decode(arguments or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             return dict(call)
         if decoder.repeated:
             raise UserError(f"{where}: key '{decoder.repeated[0][1]}' is given twice in the arguments of a tool call; remove one")
@@ -164,6 +164,8 @@ def token_ids(row: Mapping[str, Any], column: str, where: str) -> list[int] | No
         raise UserError(f"{where}: column '{column}' must be a list of token ids (integers from 0), not {kind(value)}")
     if not value:
         raise UserError(f"{where}: column '{column}' is an empty list; give at least one token id or remove the row")
+    if max(value) >= 2**31:
+        raise UserError(f"{where}: column '{column}' holds {kind(max(value))}, which is no token's id")
     return list(value)
 
 
@@ -180,11 +182,14 @@ def json_cell(value: Any, column: str, where: str) -> Any:
         return value
     try:
         return json.loads(value) if value else None
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         raise UserError(f"{where}: column '{column}' is not valid JSON; mend it or leave it out") from None
 
 
 def kind(value: Any) -> str:
     """The value itself where it is short, so that the message shows what stands in the file."""
-    text = "null" if value is None else repr(value)
+    try:
+        text = "null" if value is None else repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        text = "a number of very many digits"
     return text if len(text) <= 40 else f"{text[:37]}…"

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from isdaa.files import readable
+
 # Before a text that merges with what stands before it, so that it is no beginning: the first of these that does not merge itself.
 ANCHORS = ("\n", "a", ".", *string.printable)
 # Of a long text the last words are enough, where no token goes past a word: from a space at least NEAR and at most FAR characters
@@ -126,6 +128,11 @@ def tokenize_text(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text: no special token added, nothing cut, nothing padded, whatever the tokenizer is set to."""
     if not texts:
         return []
+    with readable(getattr(tokenizer, "name_or_path", None) or "tokenizer", "it cannot make tokens of the data's texts"):
+        return _ids(tokenizer, texts)
+
+
+def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     if encodes_in_threads(tokenizer):
         # The same ids as below, in half the time: no offsets into the text are kept.
         encodings = tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -17,7 +17,7 @@ from transformers.trainer_callback import ExportableState
 
 from isdaa.distributed import once
 from isdaa.errors import UserError
-from isdaa.files import read_json
+from isdaa.files import check_shape, read_json, readable
 from isdaa.manifest import MANIFEST, write_manifest
 from isdaa.training.checkpoints import check_own, newest_complete_checkpoint, rotate, unusable, write_checkpoint
 from isdaa.training.finite import FiniteSteps
@@ -25,6 +25,16 @@ from isdaa.training.hub import model_files, push_checkpoint, upload
 
 logger = logging.getLogger(__name__)
 
+ELSE = "go on from another checkpoint"
+STATE = {  # of a `trainer_state.json`, what decides how a run goes on
+    "global_step": int,
+    "stateful_callbacks?": {"*": (dict, list)},
+    "log_history?": [dict],
+    **dict.fromkeys(("max_steps?", "best_global_step?", "train_batch_size?"), (int, None)),
+    **dict.fromkeys(("best_model_checkpoint?", "trial_name?"), (str, None)),
+    **dict.fromkeys(("epoch?", "best_metric?", "num_train_epochs?", "total_flos?"), (float, None)),
+    **dict.fromkeys(("save_steps?", "logging_steps?", "eval_steps?"), (float, None)),
+}
 SMALL_FILES = 100_000  # bytes of a checkpoint's small files: configuration, states of the trainer and of random numbers
 
 
@@ -41,7 +51,7 @@ class Basis(TrainerCallback, ExportableState):
     def check(self, checkpoint: str) -> None:
         """Raises UserError where the checkpoint is of a run that this one would not go on with; warns of another schedule."""
         try:
-            kept = read_json(Path(checkpoint) / TRAINER_STATE_NAME)["stateful_callbacks"][type(self).__name__]
+            kept = read_json(Path(checkpoint) / TRAINER_STATE_NAME, finite=False)["stateful_callbacks"][type(self).__name__]
         except (UserError, KeyError, TypeError):
             return  # not of this project, or of an earlier revision
         for name, value in self.must.items():
@@ -88,6 +98,9 @@ class WholeCheckpoints(FiniteSteps):
             if Path(resume_from_checkpoint, MANIFEST).is_file() and (wrong := unusable(resume_from_checkpoint)) is not None:
                 raise UserError(f"{resume_from_checkpoint}: not a complete checkpoint ({wrong}); go on from another one")
             check_own(resume_from_checkpoint)
+            state = Path(resume_from_checkpoint, TRAINER_STATE_NAME)
+            if state.is_file():
+                check_shape(read_json(state, finite=False), STATE, str(state))
             basis.check(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -113,6 +126,24 @@ class WholeCheckpoints(FiniteSteps):
         if not found["lr_scheduler_type"].startswith("constant"):
             found["length"] = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
         return found
+
+    # ---- a resume ----
+
+    def _load_from_checkpoint(self: Any, checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        with readable(checkpoint, "its model cannot be loaded", ELSE):
+            super()._load_from_checkpoint(checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
+        with readable(checkpoint, "the states of its optimiser cannot be loaded", ELSE):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+
+    def _load_rng_state(self: Any, checkpoint: str | None) -> None:
+        with readable(checkpoint, "its states of random numbers cannot be loaded", ELSE):
+            super()._load_rng_state(checkpoint)  # type: ignore[misc]
+
+    def _load_callback_state(self: Any) -> None:
+        with readable(TRAINER_STATE_NAME, "the states of callbacks in it cannot be used", ELSE):
+            super()._load_callback_state()  # type: ignore[misc]
 
     # ---- a resume at the end ----
 
