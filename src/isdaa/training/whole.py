@@ -129,9 +129,9 @@ class WholeCheckpoints(FiniteSteps):
 
     # ---- a resume ----
 
-    def _load_from_checkpoint(self: Any, checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        with readable(checkpoint, "its model cannot be loaded", ELSE):
-            super()._load_from_checkpoint(checkpoint, *args, **kwargs)  # type: ignore[misc]
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with readable(resume_from_checkpoint, "its model cannot be loaded", ELSE):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
         with readable(checkpoint, "the states of its optimiser cannot be loaded", ELSE):
