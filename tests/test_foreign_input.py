@@ -381,3 +381,10 @@ def test_the_shells_pipes_are_files(tmp_path: Path) -> None:
     assert read_json(f"/dev/fd/{read}") == {"a": 1}
     writer.join()
     os.close(read)
+
+
+@pytest.mark.parametrize("command", ["train", "inspect", "sweep"])
+def test_a_pipe_is_no_configuration(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "c.yaml")
+    assert main([command, "--config", str(tmp_path / "c.yaml")]) == 2
+    assert "c.yaml: a named pipe" in capsys.readouterr().err

@@ -17,7 +17,7 @@ ALLOWED = {
     "files": {"errors", "disk"},
     "manifest": {"errors", "files", "ownership"},
     "ownership": {"errors"},
-    "settings_text": {"errors"},
+    "settings_text": {"errors", "files"},
     "distributed": {"errors", "disk"},
     "terminal": {"distributed", "errors"},
     "objectives": set(),

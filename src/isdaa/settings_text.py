@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 
 from isdaa.errors import LONGEST, UserError
+from isdaa.files import check_file
 
 TAG = "tag:yaml.org,2002:"
 IMPLICIT = {
@@ -90,6 +91,8 @@ DistinctKeys.add_constructor(None, DistinctKeys.construct_undefined)
 
 def read_settings(path: str | Path, kind_of: KindOf) -> Any:
     """A YAML file's content. Raises UserError with file and line; FileNotFoundError where there is none."""
+    if Path(path).exists() and not Path(path).is_dir():
+        check_file(path)  # a named pipe would be waited for without end
     with open(path, "rb") as file:
         return _loaded(file, str(path), kind_of)
 
