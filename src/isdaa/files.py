@@ -205,7 +205,8 @@ def sync_folder(folder: Path) -> None:
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
     """Write a file aside, sync it and rename it: a reader sees the old content or the new, never a part."""
-    data = content.encode() if isinstance(content, str) else content
+    # Half of a surrogate pair, which UTF-8 cannot hold, becomes `\ud800`: in JSON the same text.
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     with writing(path, len(data)):
         _write_atomically(Path(path), data)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from isdaa.errors import UserError
+from isdaa.files import readable
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -56,12 +57,15 @@ def check_finite(name: str, model: nn.Module, mend: str = "take an earlier check
 
 
 def files_not_finite(folder: str | Path) -> list[str]:
-    """`not_finite` of the safetensors files of a folder, tensor by tensor: none is in memory with another one."""
+    """`not_finite` of the safetensors files of a folder, tensor by tensor: none is in memory with another one.
+
+    Raises UserError for a file that is none.
+    """
     from safetensors import safe_open
 
     found = []
     for path in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
+        with readable(path, "not a readable safetensors file"), safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118, it is no dict
                 found += not_finite([(name, file.get_tensor(name))])
     return found
