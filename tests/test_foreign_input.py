@@ -388,3 +388,11 @@ def test_a_pipe_is_no_configuration(command: str, tmp_path: Path, capsys: pytest
     os.mkfifo(tmp_path / "c.yaml")
     assert main([command, "--config", str(tmp_path / "c.yaml")]) == 2
     assert "c.yaml: a named pipe" in capsys.readouterr().err
+
+
+def test_half_a_character_in_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
+    from isdaa.files import append_jsonl, write_json
+
+    write_json(tmp_path / "a.json", {"a": "x\ud800"})
+    append_jsonl(tmp_path / "a.jsonl", [{"a": "x\ud800"}])
+    assert read_json(tmp_path / "a.json") == {"a": "x\ud800"} == readable_jsonl(tmp_path / "a.jsonl")[0]

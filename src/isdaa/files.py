@@ -493,7 +493,7 @@ def append_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
     """Append records and sync. Where they cannot be written whole, none of them is, and half a line that a kill left at the end
     goes: `whole_jsonl` reads past one, too."""
     path = Path(path)
-    data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode(errors="backslashreplace")
     with writing(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(own_file(path), "r+b", buffering=0) as file:
@@ -554,7 +554,11 @@ def readable_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 def digest(value: Any) -> str:
     """A short hexadecimal SHA-256 of bytes, or of any JSON-able value in canonical form."""
-    data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
+    data = (
+        value
+        if isinstance(value, bytes)
+        else json.dumps(value, sort_keys=True, ensure_ascii=False).encode(errors="backslashreplace")
+    )
     return hashlib.sha256(data).hexdigest()[:24]
 
 
