@@ -354,6 +354,24 @@ def test_a_checkpoint_that_is_not_finite_is_never_the_newest(place: Path, caplog
     assert same_weights(place / "run" / "model", place / "whole" / "model")
 
 
+@pytest.mark.parametrize("kind", ["mask", "limit"])
+def test_a_mask_or_a_limit_in_a_checkpoint_is_no_broken_weight(tmp_path: Path, kind: str) -> None:
+    def model() -> Any:
+        found = tiny_model()
+        if kind == "mask":
+            found.register_buffer("causal", torch.full((4, 4), -INF).triu(1))
+        else:
+            found.lm_head.cap = torch.nn.Parameter(torch.tensor(INF), requires_grad=False)
+        return found
+
+    data = with_reference(rows(), tiny_model())
+    trainer_of(model(), tmp_path, data, max_steps=4, save_steps=2).train()
+    assert newest_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    trainer = trainer_of(model(), tmp_path, data, max_steps=6, save_steps=2)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 6 and trainer._initial_global_step == 4
+
+
 def test_preference_trainer_ends_in_the_same_way(place: Path) -> None:
     settings: dict[str, Any] = {"max_steps": 9, "logging_steps": 1, "save_steps": 1, "model_init_kwargs": {"dtype": "float16"}}
     args = PreferenceConfig("out", learning_rate=0.5, bf16=False, use_cpu=True, report_to="none", **settings)

@@ -42,11 +42,17 @@ def _local(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of the floating-point tensors that hold a NaN or an infinity, in their order."""
+    """Names of the floating-point tensors that hold a NaN or an infinity, in their order; masks and limits may."""
     floats = [(n, t) for n, t in tensors if t.is_floating_point() and t.numel() and t.device.type != "meta"]
     plain = [t if t.element_size() > 1 else t.float() for _, t in floats]  # float8 has no norm
     doubts = {places[i] for places, flags in _suspected(plain) for i, doubt in enumerate(flags.tolist()) if doubt}
-    return [name for i, (name, _) in enumerate(floats) if i in doubts and not bool(_local(plain[i]).isfinite().all())]
+    return [name for i, (name, t) in enumerate(floats) if i in doubts and not _is_fine(_local(plain[i]), t.requires_grad)]
+
+
+def _is_fine(values: Tensor, trained: bool) -> bool:
+    """Whether all are numbers; also for what is not trained and knows 0 and infinity alone: a mask, a limit that is none."""
+    finite = values.isfinite()
+    return bool(finite.all()) or (not trained and bool((finite.logical_not() ^ (values == 0)).all() and not values.isnan().any()))
 
 
 def check_finite(name: str, model: nn.Module, mend: str = "take an earlier checkpoint") -> None:
