@@ -372,6 +372,17 @@ def test_a_mask_or_a_limit_in_a_checkpoint_is_no_broken_weight(tmp_path: Path, k
     assert trainer.state.global_step == 6 and trainer._initial_global_step == 4
 
 
+def test_a_loss_that_is_not_finite_before_the_first_update_is_not_put_down_to_the_learning_rate(place: Path, capsys: Any) -> None:
+    model = load_model("my_model")
+    model.lm_head.weight.data.mul_(3e37)  # finite weights whose logits are not
+    model.save_pretrained("my_model")
+    capsys.readouterr()
+    assert train("run", stage("sft")) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("isdaa: error: ")]
+    assert "step 1: the loss is not finite" in line and "in row" in line and "learning rate" not in line
+    assert "before the first update: look at these rows and at the model" in line
+
+
 def test_preference_trainer_ends_in_the_same_way(place: Path) -> None:
     settings: dict[str, Any] = {"max_steps": 9, "logging_steps": 1, "save_steps": 1, "model_init_kwargs": {"dtype": "float16"}}
     args = PreferenceConfig("out", learning_rate=0.5, bf16=False, use_cpu=True, report_to="none", **settings)

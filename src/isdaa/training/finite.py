@@ -167,11 +167,13 @@ class Watch(TrainerCallback):
             names = list(dict.fromkeys(name for bad, part in found for name in part if bad or not broken))
             rows = f", in {some_rows(names)}" if names else ""
             rows += " (all of the step)" if names and not broken else ""
+        hint = f"try {', '.join(trainer.advice())}, in another output_dir"
+        if trainer.state.global_step == 0 and "loss" in what:  # which no step has had a part in
+            hint = "it is so before the first update: look at these rows and at the model that training starts from"
         folder = Path(trainer.args.output_dir)
         kept = once(lambda: newest_complete_checkpoint(folder))
         return UserError(
-            f"step {step}: {what}{rows}. The run has ended, and would end here again: "
-            f"try {', '.join(trainer.advice())}, in another output_dir;",
+            f"step {step}: {what}{rows}. The run has ended, and would end here again: {hint};",
             f"the last finite checkpoint stays: {kept}" if kept else "there is no checkpoint yet",
         )
 
