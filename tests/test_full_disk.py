@@ -19,11 +19,14 @@ from safetensors.torch import save_file
 
 from isdaa import disk
 from isdaa.cli import main
+from isdaa.config import load_config
 from isdaa.disk import disk_error, free, in_units, writing
 from isdaa.errors import UserError
 from isdaa.experiments.worker import died
 from isdaa.files import append_jsonl, read_jsonl, write_atomically, write_folder_atomically
 from isdaa.training.checkpoints import write_checkpoint
+from isdaa.training.room import check_labels
+from isdaa.training.run import Run
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What libraries raise
@@ -367,6 +370,37 @@ def test_the_estimate_is_what_the_stage_writes(changes: dict[str, Any], tmp_path
     assert len(wanted) == 1
     slack = 200_000 * 4  # of small files, of which the tokenizer is the largest
     assert largest - slack < wanted[0] < 1.3 * largest + slack
+
+
+@pytest.mark.parametrize("stage", ["sft", "align"])
+def test_a_stage_that_misses_its_model_alone_needs_no_room_for_checkpoints(
+    stage: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    module = {"sft": "supervised", "align": "align"}[stage]
+    settings = RUN | {"stages": [stage], "model.path": str(whole / "sft"), "model.tokenizer": None, "model.random": None}
+    settings |= {"data.pairs": str(whole / "pairs" / "train.jsonl")}
+    with monkeypatch.context() as patched:
+        patched.setattr(f"isdaa.training.{module}.keep_model", interrupted)
+        assert train(tmp_path / "run", settings) == 130
+    asked: list[str] = []
+    monkeypatch.setattr("isdaa.training.room.check_room", lambda what, needs, how, parts="": asked.append(parts))
+    assert train(tmp_path / "run", settings) == 0
+    assert len(asked) == 1 and asked[0].startswith("0 checkpoints of ") and ", 1 model of " in asked[0]
+
+
+def test_responses_that_are_there_need_no_room_again(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr("isdaa.training.room.check_room", lambda what, needs, how, parts="": asked.append(sum(needs.values())))
+    run = Run(load_config(whole / "config.yaml", {"output_dir": str(tmp_path / "other")}))
+    rows = [{"prompt_ids": [1] * 20}] * 40
+    check_labels(run, rows)
+    (tmp_path / "other" / "pairs").mkdir(parents=True)
+    (tmp_path / "other" / "pairs" / "responses.jsonl").write_bytes(b"x" * 100)
+    check_labels(run, rows)
+    assert asked[0] - asked[1] == 100
 
 
 def test_room_is_counted_by_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

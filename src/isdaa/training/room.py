@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from isdaa.config import LoraConfig, OptimisationConfig
 from isdaa.disk import check_room, in_units
 from isdaa.distributed import once, world_size
 from isdaa.training.arguments import STATES, save_steps, total_steps
-from isdaa.training.checkpoints import checkpoints
+from isdaa.training.checkpoints import checkpoints, step_of
 from isdaa.training.run import Run
 from isdaa.training.start import cache_folder
 
@@ -63,10 +63,10 @@ def _several(number: int, what: str) -> str:
 
 def checkpoints_to_come(folder: Path, steps: int, every: int, limit: int | None) -> int:
     """How many checkpoints a run will hold at a time, beside those that are there; one is whole before an old one goes."""
-    planned = -(-steps // every)
-    most = planned if limit is None else min(planned, limit + 1)
+    most = -(-steps // every) if limit is None else min(-(-steps // every), limit + 1)
     there = [path for path in checkpoints(folder) if (path / "trainer_state.json").is_file()]
-    return max(most - len(there), 1 if len(there) < planned else 0)
+    left = -(-(steps - step_of(there[-1])) // every) if there else most  # none after the last one: the model alone is missing
+    return max(min(left, max(most - len(there), 1)), 0)
 
 
 def adapter_weights(model: nn.Module, lora: LoraConfig) -> int:
@@ -82,14 +82,19 @@ def adapter_weights(model: nn.Module, lora: LoraConfig) -> int:
     return sum(lora.rank * (layer.in_features + layer.out_features) for layer in layers)
 
 
-def check_labels(run: Run, rows: Iterable[Any]) -> None:
-    """Raises UserError where responses to `rows`, half as long as they may be, and the pairs of them find no room."""
+def check_labels(run: Run, rows: Sequence[Any]) -> None:
+    """Raises UserError where responses to `rows`, and the pairs of them, find no room.
+
+    Nobody knows how long responses will be: an eighth of what they may be is counted, less what is there already. Where that is
+    too little, the stage ends at a full disk and goes on when there is room.
+    """
     settings = run.config.label
     folder = run.folder / "pairs"
-    response = settings.max_new_tokens / 2 * ID
-    size = 0.0
+    response = settings.max_new_tokens / 8 * ID
+    size, there = 0.0, folder / "responses.jsonl"
     for row in rows:
         prompt = len(row["prompt_ids"]) * (ID + CHARACTERS)
         pairs = 1 if settings.pairing == "best_worst" else settings.samples // 2
         size += settings.samples * response + pairs * (prompt + 2 * response * (1 + CHARACTERS / ID))
-    once(lambda: check_room("the label stage", {folder: size}, "or choose another output_dir"))
+    written = min(there.stat().st_size if there.is_file() else 0, len(rows) * settings.samples * response)
+    once(lambda: check_room("the label stage", {folder: size - written}, "or choose another output_dir"))
