@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--config", metavar="FILE", help="YAML file; every key can be overridden by an option")
     _adopt_option(train)
+    _denying_option(train)
     add_options(train)
 
     inspect = commands.add_parser(
@@ -72,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--processes", type=int, default=1, metavar="N", help="processes of the run, one a device (default: 1)")
     inspect.add_argument("--json", action="store_true", help="print everything as JSON")
     inspect.add_argument("--out", metavar="FILE", help="write the JSON to a file, beside what is printed")
+    _denying_option(inspect)
     add_options(inspect)
 
     evaluate = commands.add_parser(
@@ -161,6 +163,19 @@ def _evaluation_options(parser: argparse.ArgumentParser) -> None:
     )
     _adopt_option(parser)
     add_options(parser, only=("evaluation", "tokenization"))
+
+
+def _denying_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no_trust_remote_code", action="store_true", help="run no code of a model's repository, whatever the config says"
+    )
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The configuration's options, with that code may not run where it is denied."""
+    from isdaa.options import overrides_of
+
+    return overrides_of(arguments) | ({"model.trust_remote_code": False} if arguments.no_trust_remote_code else {})
 
 
 def _adopt_option(parser: argparse.ArgumentParser) -> None:
@@ -285,9 +300,8 @@ def _fault(error: Exception) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     from isdaa.config import load_config
-    from isdaa.options import overrides_of
 
-    config = load_config(arguments.config, overrides_of(arguments))
+    config = load_config(arguments.config, _settings(arguments))
     _quiet_libraries()
     if arguments.adopt:
         _adopted([config.output_dir])
@@ -298,13 +312,12 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from isdaa.options import overrides_of
 
     if arguments.processes < 1:
         raise UserError(f"--processes: expected a number from 1 on, got {arguments.processes}")
     if arguments.sharding != "ddp" and arguments.processes == 1:
         raise UserError(f"--sharding {arguments.sharding}: nothing to divide among one process; say how many by --processes")
-    config = _run_config(arguments.config, overrides_of(arguments))
+    config = _run_config(arguments.config, _settings(arguments))
     _quiet_libraries()
     from isdaa.files import write_json
     from isdaa.training.inspect import inspect

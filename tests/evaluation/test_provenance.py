@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from chains import chat_model, jsonl, refused
-from evaluation_helpers import reward_model, save, tiny
+from evaluation_helpers import reward_model, save, tiny, world_pairs
 
 from isdaa import adopt
 from isdaa.cli import main
@@ -239,3 +239,16 @@ def test_a_configuration_asks_for_no_kernel_of_the_hub(place: Path, capsys: pyte
         command = ["evaluate", "--model_path", "outside", "--reference", "run/sft", "--data", "world:small", *QUICK]
         refused(capsys, command, "outside", "owner/kernel", "which is code", key.strip("_"))
         write_json(place / "outside" / "config.json", config)
+
+
+def test_a_users_configuration_is_believed_and_can_be_denied(place: Path) -> None:
+    jsonl(place / "pairs.jsonl", [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in world_pairs(4)])
+    (place / "run.yaml").write_text(
+        "model: {path: run/model, trust_remote_code: true}\ndata: {pairs: pairs.jsonl, eval_fraction: 0}\n"
+    )
+    command = ["inspect", "--config", "run.yaml", "--output_dir", "out", "--no_plan"]
+    assert main([*command, "--no-trust-remote-code"]) == 0
+    assert main([*command, "--no_trust_remote_code", "--model.trust_remote_code", "true"]) == 0
+    assert not (place / "marker").exists()
+    assert main(command) == 0
+    assert (place / "marker").exists()
