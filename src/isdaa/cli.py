@@ -130,6 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--cluster", choices=["none", "local", "slurm"], help="submit runs through submitit")
     sweep.add_argument("--keep", choices=["all", "models", "best"], help="what is left of an evaluated run's checkpoints")
     sweep.add_argument("--dry_run", action="store_true", help="list the runs and stop")
+    _adopt_option(sweep)
 
     demo = commands.add_parser(
         "demo",
@@ -142,6 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     demo.add_argument("--config", default="configs/mini/demo.yaml", metavar="FILE")
     demo.add_argument("--methods", nargs="+", default=["dpo", "is_dpo"], metavar="NAME")
+    _adopt_option(demo)
     add_options(demo)
     return parser
 
@@ -187,13 +189,20 @@ def _adopt_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _adopted(folders: Sequence[str]) -> None:
-    """Take folders over, said first; the main process does it."""
+    """Take folders over, said first; the main process does it. Among several, those with nothing to take over are passed by."""
     from isdaa.training.checkpoints import adopt
 
+    refusals = []
     for folder in folders:
-        count = once(partial(adopt, Path(folder).expanduser()))
+        try:
+            count = once(partial(adopt, Path(folder).expanduser()))
+        except UserError as error:
+            refusals.append(error)
+            continue
         if is_main():
             _tell(f"{shown(folder)}: yours now, with {count} records")
+    if refusals and len(refusals) == len(folders):
+        raise refusals[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -491,6 +500,8 @@ def _demo(arguments: argparse.Namespace) -> int:
         return _theory(arguments)
     config = load_config(arguments.config, overrides_of(arguments))
     _quiet_libraries()
+    if arguments.adopt:
+        _adopted([config.output_dir])
     from isdaa.experiments.demo import run_demo
 
     run_demo(config, arguments.methods)
@@ -528,6 +539,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
         print(f"{sum(task.cell is not None for task in tasks)} runs, {sum(task.cell is None for task in tasks)} shared worlds")
         return 0
     _quiet_libraries()
+    if arguments.adopt:
+        _adopted([sweep.output_dir])
     from isdaa.experiments.sweep import run_sweep
 
     folder = run_sweep(sweep, base, arguments.config, arguments.grids)

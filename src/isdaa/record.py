@@ -119,6 +119,12 @@ def resolve_from(folder: Path, target: str | None) -> str | None:
     return recipe + os.path.normpath(inside) + subset if inside.exists() else target
 
 
+def path_of(source: str) -> Path | None:
+    """What lies on this disk of a source such as `hh:/data/hh`; None for a name of the Hub and for what is not there."""
+    place = Path(_parts(source, lambda path: Path(path).exists())[1])
+    return place if place.exists() else None
+
+
 def _parts(target: str, there: Callable[[str], bool]) -> tuple[str, str, str]:
     """(`hh:`, the path, `:subset`) of a source, where the path is there; else what an absolute path has before it."""
     found = SOURCE.fullmatch(target)

@@ -168,6 +168,28 @@ def test_what_a_foreign_record_names_outside_is_asked_for(
     assert requests(["run/model"])
 
 
+@pytest.mark.parametrize("value", ["owner/hub-model", "name", "hh:../outside/rows.jsonl"])
+def test_a_name_is_not_inside_the_folder_that_one_stands_in(place: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    jsonl(place / "outside" / "rows.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    monkeypatch.chdir(place / "run")
+    recorded(Path("model"), Path(), evaluation="world:small", reference=value)
+    stranger(Path())
+    with pytest.raises(UserError, match=f"not a run of yours.*names reference {value.partition(':')[0]}"):
+        requests(["model"])
+
+
+def test_a_run_is_adopted_beside_models_that_nobody_can_own(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command that the error asks for: the same with `--adopt`."""
+    recorded(place / "run" / "model", place / "run", reference="outside", evaluation="world:small")
+    stranger(place / "run")
+    (place / "run" / "model" / "config.json").write_text(json.dumps(read_json(place / "outside" / "config.json")))
+    command = ["evaluate", "--model_path", "run/model", "outside", *QUICK]
+    refused(capsys, command, "with --adopt")
+    assert main([*command, "--adopt"]) == 0
+    assert "run/model: yours now" in capsys.readouterr().err
+    refused(capsys, ["evaluate", "--model_path", "outside", "--adopt"], "nothing of isdaa")
+
+
 def test_a_lone_folder_is_its_own_world(place: Path) -> None:
     """`checkpoints` in a path makes no run of the folder around: one is known by its run.json."""
     lone = place / "downloads" / "checkpoints" / "theirs"

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import yaml
-from chains import CHAIN, config_file, same_weights
+from chains import CHAIN, config_file, refused, same_weights
 
+from isdaa import adopt
+from isdaa.cli import main
 from isdaa.errors import UserError
 from isdaa.evaluation.trajectory import read_study
 from isdaa.experiments.grid import load_sweep
@@ -138,6 +140,17 @@ def test_finished_runs_whose_data_changed_are_an_error(swept: Path, capsys: pyte
     run_sweep(*again, "sweep.yaml")
     assert results(swept) == results_before
     assert "not there" not in capsys.readouterr().err
+
+
+def test_a_sweep_of_another_machine_is_adopted(
+    swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "another user"))
+    command = ["sweep", "--config", str(swept.parent / "sweep.yaml")]
+    refused(capsys, command, "not a run of yours", "add --adopt to the command")
+    assert main([*command, "--adopt"]) == 0
+    monkeypatch.undo()
+    adopt(swept)  # for the other tests
 
 
 def test_a_failed_run_stops_no_other_and_is_one_line(tmp_path: Path) -> None:

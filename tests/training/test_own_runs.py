@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from isdaa.evaluation.requests import requests
 from isdaa.files import read_json, write_json
 from isdaa.record import ModelRecord, read_record, record_text, without_places
 from isdaa.training import preference
-from isdaa.training.checkpoints import MANIFEST
+from isdaa.training.checkpoints import MANIFEST, check_own
 
 
 @pytest.fixture
@@ -104,8 +105,26 @@ def test_a_script_goes_on_from_its_own_checkpoints_alone(place: Path, monkeypatc
     adopt("out")
     trainer(2).train(resume_from_checkpoint=True)
     (place / "out/checkpoint-2" / MANIFEST).unlink()
-    with pytest.raises(UserError, match="not a checkpoint of yours"):
+    with pytest.raises(UserError, match="not a checkpoint of yours") as caught:
         trainer(3).train(resume_from_checkpoint="out/checkpoint-2")
+    words = shlex.split(str(caught.value).partition("if you trust it: ")[2])
+    exec(words[2])  # what the error prints, also of a checkpoint that another trainer wrote
+    assert trainer(3).train(resume_from_checkpoint="out/checkpoint-2").global_step == 3
+
+
+def test_what_an_error_says_of_a_checkpoint_behind_a_link_works(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's checkpoints may lie on another disk."""
+    stopped_at(2, ALIGN | {"align.save_steps": 1, "align.max_steps": 3})
+    shutil.move("run/checkpoints", "disk")
+    Path("run/checkpoints").symlink_to("../disk")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(place / "another user"))
+    adopt("run")
+    for checkpoint in Path("run/checkpoints").iterdir():
+        with pytest.raises(UserError, match="not a checkpoint of yours") as caught:
+            check_own(checkpoint)
+        exec(shlex.split(str(caught.value).partition("if you trust it: ")[2])[2])
+        check_own(checkpoint)
+    assert main(["train", "--config", "run.yaml", "--output_dir", "run"]) == 0
 
 
 def strings(value: Any) -> list[str]:

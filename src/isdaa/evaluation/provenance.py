@@ -13,7 +13,7 @@ from typing import Any
 from isdaa.errors import UserError
 from isdaa.files import read_json
 from isdaa.ownership import completed, is_own
-from isdaa.record import GOLD, PLACES, RUN, ModelRecord, read_record, run_folder
+from isdaa.record import GOLD, PLACES, RUN, ModelRecord, path_of, read_record, run_folder
 
 OPTIONS = {"reference": "reference", "evaluation": "data", "scorer": "scorer"}  # a record's place -> the option that gives it
 
@@ -82,5 +82,8 @@ def _root(path: str) -> Path:
 
 
 def _within(root: Path, place: str) -> bool:
-    """Whether a place is in the folder, or a word that is no place: the embedded world's."""
-    return place in (GOLD, "none") or place.startswith("world:") or root.resolve() in Path(place).resolve().parents
+    """Whether a place is there, in the folder, or a word that is no place: the embedded world's. A name of the Hub is neither."""
+    if place in (GOLD, "none") or place.startswith("world:"):
+        return True
+    path = path_of(place)
+    return path is not None and root.resolve() in path.resolve().parents

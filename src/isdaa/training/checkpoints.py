@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 PREFIX = "checkpoint-"
 ASIDE = ".writing-"
 OLD = ".old-"
+TRAINER_STATE = "trainer_state.json"
 
 
 def check_own(folder: str | Path) -> None:
@@ -55,16 +56,21 @@ def check_own(folder: str | Path) -> None:
 def adopt(folder: str | Path) -> int:
     """Make everything that isdaa wrote in a folder, as it is now, this user's own. Returns how many records and lists there were.
 
-    A model in a run's folder stands for the run. What a manifest calls damaged stays so. Symbolic links are not followed. Raises
-    UserError for a folder with nothing in it.
+    A model in a run's folder stands for the run. A checkpoint of the Trainer without a manifest gets one. What a manifest calls
+    damaged stays so. Symbolic links below the folder are not followed. Raises UserError for a folder with nothing in it.
     """
-    run = run_folder(folder)
-    folder = run if run is not None and (run / RUN).is_file() else Path(folder)
+    given, run = Path(folder), run_folder(folder)
+    folder = run if run is not None and (run / RUN).is_file() else given
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such folder; --adopt takes over folders of runs, sweeps and models")
-    found = [Path(root) for root, _, names in os.walk(folder) if {RUN, RECORD, MANIFEST} & set(names)]
+    known = {RUN, RECORD, MANIFEST, TRAINER_STATE}
+    tops = dict.fromkeys((folder, given))  # `given` may lie behind a link of the run's folder
+    found = dict.fromkeys(Path(root).resolve() for top in tops for root, _, names in os.walk(top) if known & set(names))
     count = 0
     for place in found:
+        if not os.path.lexists(place / MANIFEST) and (place / TRAINER_STATE).is_file() and place.name.startswith(PREFIX):
+            write_manifest(place)
+            count += 1
         listed = read_json(place / MANIFEST) if (place / MANIFEST).is_file() else {}
         entry = (listed.get("files") or {}).get(RECORD) if isinstance(listed, dict) else None
         whole = entry is not None and (place / RECORD).is_file() and entry == entry_of(place / RECORD)
