@@ -91,9 +91,14 @@ def test_scores_that_are_no_numbers_name_the_row(tmp_path):
     torch.manual_seed(3)
     model = LlamaForSequenceClassification(config(num_labels=1))
     with torch.no_grad():
-        model.score.weight.fill_(math.nan)
+        model.score.weight.fill_(1e38)
+        model.model.norm.weight.fill_(1e5)  # finite weights, infinite sums
     rows = rows_with(("my boss is rude.", True))
-    with pytest.raises(UserError, match=rf"{rows[0]['where']}.*nan"):
+    with pytest.raises(UserError, match=rf"{rows[0]['where']}.*(nan|inf)"):
+        RewardModelScorer(save(model, tmp_path / "large")).score(rows)
+    with torch.no_grad():
+        model.score.weight.fill_(math.nan)
+    with pytest.raises(UserError, match=r"nan: weights are not finite"):
         RewardModelScorer(save(model, tmp_path / "nan")).score(rows)
 
 
