@@ -71,6 +71,16 @@ def test_a_key_that_is_not_the_users_alone_is_refused(home: Path, wrong: str) ->
         sealed("run.json", {})
 
 
+def test_another_users_key_is_no_leak(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under sudo or in a container the key is sound: nobody shall remove it."""
+    sealed("run.json", {})
+    user = os.geteuid() + 1
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    with pytest.raises(UserError, match="another user's key.*set XDG_CONFIG_HOME") as caught:
+        is_own("run.json", {SEAL: "0" * 64})
+    assert "remove" not in str(caught.value)
+
+
 def test_where_no_key_can_be_kept_one_line_says_what_to_set(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (home / "file").write_text("")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "file"))

@@ -224,6 +224,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         _let_go()
         return _refused(str(refused(error) or error))
+    finally:
+        ownership.command = ()  # what a program does after it is no part of the command
 
 
 def _run(argv: Sequence[str] | None) -> int:

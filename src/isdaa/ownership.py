@@ -71,8 +71,13 @@ def _key() -> bytes | None:
         raise UserError(f"{path}: the key by which isdaa knows your runs cannot be read ({error.strerror})") from None
     try:
         found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-            raise UserError(f"{path}: others can read or change this key; remove it, and take your runs over anew with --adopt")
+        if found.st_uid != os.geteuid():
+            raise UserError(f"{path}: another user's key (sudo? a container?); set XDG_CONFIG_HOME to a folder of your own")
+        if not stat.S_ISREG(found.st_mode) or found.st_mode & 0o077:
+            raise UserError(
+                f"{path}: others can read or change this key; remove it, and take your runs over anew with --adopt; on a disk "
+                "without permissions, set XDG_CONFIG_HOME to a folder elsewhere"
+            )
         key = os.read(descriptor, BYTES + 1)
     finally:
         os.close(descriptor)

@@ -190,6 +190,25 @@ def test_a_run_is_adopted_beside_models_that_nobody_can_own(place: Path, capsys:
     refused(capsys, ["evaluate", "--model_path", "outside", "--adopt"], "nothing of isdaa")
 
 
+@pytest.mark.parametrize("link", ["evaluation", "evaluation/mt_bench", "report", "report/charts"])
+def test_nothing_is_written_behind_a_link_in_anothers_run(place: Path, capsys: pytest.CaptureFixture[str], link: str) -> None:
+    private = place / "private"
+    private.mkdir()
+    (private / "metrics.json").write_text("mine")
+    assert main(["evaluate", "--model_path", "run", *QUICK]) == 0
+    shutil.rmtree(place / "run" / link, ignore_errors=True)
+    (place / "run" / link).parent.mkdir(exist_ok=True)
+    (place / "run" / link).symlink_to(private)
+    command = ["report", "run"] if "report" in link else ["evaluate", "--model_path", "run", *QUICK]
+    refused(capsys, command, f"run/{link}: a symbolic link", "--output")
+    assert [path.name for path in private.iterdir()] == ["metrics.json"] and (private / "metrics.json").read_text() == "mine"
+    assert main([*command, "--output", "elsewhere"]) == 0
+    adopt("run")
+    if "/" not in link:
+        (private / "metrics.json").unlink()
+        assert main(command) == 0  # one's own run may lie on several disks
+
+
 def test_a_lone_folder_is_its_own_world(place: Path) -> None:
     """`checkpoints` in a path makes no run of the folder around: one is known by its run.json."""
     lone = place / "downloads" / "checkpoints" / "theirs"

@@ -137,6 +137,15 @@ def test_files_that_were_touched_copied_or_renamed_are_the_same(place: Path, cap
     assert len(again(capsys)) == 4
 
 
+def test_files_that_a_model_is_not_read_from_do_not_count(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("my_model", "run/model", "run/sft"):
+        (place / folder / "model.q4.bin").write_bytes(b"of another program")
+        (place / folder / "README.md").write_text("mine")
+    assert not any("gone" in line or "error" in line for line in again(capsys))
+    shutil.move("my_model/model.safetensors", "my_model/pytorch_model.bin")
+    assert "changed: " in again(capsys, 2)[-1]
+
+
 def test_a_run_that_was_moved_is_the_same(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "elsewhere").mkdir()
     shutil.move("run", "elsewhere/renamed")

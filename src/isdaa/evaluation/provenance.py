@@ -13,7 +13,7 @@ from typing import Any
 from isdaa.errors import UserError
 from isdaa.files import read_json
 from isdaa.ownership import completed, is_own
-from isdaa.record import GOLD, PLACES, RUN, ModelRecord, path_of, read_record, run_folder
+from isdaa.record import GOLD, NAME, PLACES, RUN, ModelRecord, path_of, read_record, run_folder
 
 OPTIONS = {"reference": "reference", "evaluation": "data", "scorer": "scorer"}  # a record's place -> the option that gives it
 
@@ -73,6 +73,19 @@ def records_of(paths: Sequence[str]) -> Records:
         by_path[path] = replace(record, own=own, **nowhere)
         outside[path] = {OPTIONS[field]: place for field, place in far.items()}
     return Records(by_path, outside)
+
+
+def check_stays(folder: Path) -> None:
+    """Raises UserError where what is written into a folder of a run, or of a model, that is not the user's would land elsewhere."""
+    root = folder.parent
+    if any((root / name).is_file() and is_own(name, read_json(root / name)) for name in (RUN, NAME)):
+        return
+    link = next((path for path in (folder, *folder.rglob("*")) if path.is_symlink() and path.is_dir()), None)
+    if link is not None:
+        raise UserError(
+            f"{link}: a symbolic link to a folder, in what is not yours: files would be written behind it; remove it, or say "
+            "where to write with --output"
+        )
 
 
 def _root(path: str) -> Path:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from isdaa.config import EvaluationConfig, TokenizationConfig, validate
 from isdaa.data.encoding import VERSION
 from isdaa.errors import UserError, nearest
-from isdaa.evaluation.provenance import OPTIONS, records_of
+from isdaa.evaluation.provenance import OPTIONS, check_stays, records_of
 from isdaa.files import check_shape, file_digest, located, readable_jsonl
 from isdaa.manifest import MANIFEST
 from isdaa.record import GOLD, NAME, ModelRecord, read_record, run_folder
@@ -237,13 +237,17 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def home_of(model_paths: Sequence[str | Path]) -> Path:
-    """Where records go: the run's folder; of several runs, the folder around them; of a lone model, its own."""
+    """Where records go: the run's folder; of several runs, the folder around them; of a lone model, its own.
+
+    Raises UserError where others' folder would lead them elsewhere.
+    """
     homes = []
     for path in model_paths:
         run = run_folder(path) or Path(path)
         homes.append(run if run.is_dir() else Path("evaluation") / str(path).replace("/", "--"))
     different = list(dict.fromkeys(home.absolute() for home in homes))
     if len(different) == 1:
+        check_stays(homes[0] / "evaluation")
         return homes[0] / "evaluation" if homes[0].is_dir() else homes[0]
     parents = {home.parent for home in different}
     return (parents.pop() if len(parents) == 1 else Path.cwd()) / "evaluation"

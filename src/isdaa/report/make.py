@@ -9,6 +9,7 @@ from typing import Any
 
 from isdaa.errors import UserError
 from isdaa.evaluation.analysis import METRICS
+from isdaa.evaluation.provenance import check_stays
 from isdaa.evaluation.records import read_metrics
 from isdaa.evaluation.trajectory import SWEEP, read_study
 from isdaa.files import located, read_json
@@ -47,6 +48,8 @@ def report_on(
             folder = Path(request.output_dir)
         home = folder.parent if folder.name == "evaluation" else folder
         study = replace(read_study(folder, as_one_run), title=home.resolve().name)
+    if output is None:
+        check_stays(home / "report")
     page = write_report(study, Path(located(output)) if output is not None else home / "report")
     return page, str(read_json(page.parent / DATA)["headline"])
 

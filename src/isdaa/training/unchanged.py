@@ -171,7 +171,9 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+    found = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    read = any(file.match("model*.safetensors") for file in found)  # before any *.bin, which may be of another program
+    return sorted(file for file in found if not (read and file.suffix == ".bin"))
 
 
 def _files(files: Iterable[Path], content: Callable[[Path], str], before: Facts | None = None) -> Facts:
