@@ -76,7 +76,7 @@ def test_another_users_key_is_no_leak(home: Path, monkeypatch: pytest.MonkeyPatc
     sealed("run.json", {})
     user = os.geteuid() + 1
     monkeypatch.setattr(os, "geteuid", lambda: user)
-    with pytest.raises(UserError, match="another user's key.*set XDG_CONFIG_HOME") as caught:
+    with pytest.raises(UserError, match=r"another user's key.*set XDG_CONFIG_HOME") as caught:
         is_own("run.json", {SEAL: "0" * 64})
     assert "remove" not in str(caught.value)
 

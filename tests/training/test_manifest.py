@@ -99,6 +99,13 @@ def test_every_other_command_refuses_it(place: Path, capsys: pytest.CaptureFixtu
         assert said in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_report_does_not_speak_of_it_as_it_was(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*EVALUATE, "run", "--evaluation.prompts", "2", "--evaluation.max_new_tokens", "2"]) == 0
+    assert main(["report", "run"]) == 0
+    flip(place / "run/checkpoints/checkpoint-1/model.safetensors")
+    refused(capsys, ["report", "run"], "run/checkpoints/checkpoint-1: not the model", "model.safetensors is damaged")
+
+
 def test_models_of_finished_stages_have_a_manifest_too(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("sft", "reward", "model"):
         assert defect(place / "run" / name) is None

@@ -76,7 +76,7 @@ def records_of(paths: Sequence[str]) -> Records:
 
 
 def check_stays(folder: Path) -> None:
-    """Raises UserError where what is written into a folder of a run, or of a model, that is not the user's would land elsewhere."""
+    """Raises UserError where what is written into a folder of others' run or model would land elsewhere, behind a link."""
     root = folder.parent
     if any((root / name).is_file() and is_own(name, read_json(root / name)) for name in (RUN, NAME)):
         return

@@ -13,6 +13,7 @@ from isdaa.evaluation.provenance import check_stays
 from isdaa.evaluation.records import read_metrics
 from isdaa.evaluation.trajectory import SWEEP, read_study
 from isdaa.files import located, read_json
+from isdaa.manifest import check_manifest
 from isdaa.report.page import DATA, write_report
 
 
@@ -55,11 +56,13 @@ def report_on(
 
 
 def _is_evaluated(run: Path, evaluation: Path) -> bool:
-    """Whether an evaluation with verdicts covers every checkpoint that the run's folder holds."""
+    """Whether an evaluation with verdicts covers every checkpoint in a run's folder. Raises UserError for a damaged one."""
     from isdaa.evaluation.requests import expand
 
     if not (evaluation / METRICS).is_file():
         return False
     metrics = read_metrics(evaluation / METRICS)
-    covered = {Path(model["path"]).resolve() for model in metrics["models"]}
-    return "verdicts" in metrics and {Path(path).resolve() for path in expand(run)} <= covered
+    covered, here = {Path(model["path"]).resolve() for model in metrics["models"]}, expand(run)
+    for path in here:
+        check_manifest(Path(path))  # of which the page would speak as it was
+    return "verdicts" in metrics and {Path(path).resolve() for path in here} <= covered
