@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from isdaa.errors import UserError
+from isdaa.errors import UserError, refused
 from isdaa.evaluation.judge_cache import ReplyCache
 from isdaa.evaluation.records import locked
 from isdaa.files import append_jsonl, locked_file, own_file, write_atomically, write_folder_atomically
@@ -110,3 +110,21 @@ def test_names_that_a_checkpoint_is_written_under_may_be_links(tmp_path: Path) -
     assert (tmp_path / "theirs" / "f").read_text() == "precious"
     assert [path.name for path in home.glob("checkpoint-*")] == ["checkpoint-2"]
     assert not any(path.is_symlink() for path in home.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("link", "a symbolic link that leads nowhere"), ("file", "a file, where a folder is needed")]
+)
+def test_what_stands_where_a_folder_must_be_is_named(kind: str, words: str, tmp_path: Path) -> None:
+    place = tmp_path / "cache"
+    place.symlink_to(tmp_path / "gone") if kind == "link" else place.write_text("x")
+    with pytest.raises(OSError, match="File exists") as error:
+        place.mkdir(exist_ok=True)
+    assert str(refused(error.value)) == f"{place}: {words}; remove it, or choose another place"
+
+
+def test_a_folder_in_the_place_of_a_file_is_named_and_no_temporary_name(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(OSError, match="Is a directory") as error:
+        write_atomically(tmp_path / "metrics.jsonl", "x")
+    assert str(refused(error.value)) == f"{tmp_path / 'metrics.jsonl'}: Is a directory"

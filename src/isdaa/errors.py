@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import unicodedata
 from collections.abc import Iterable
 
@@ -61,8 +63,13 @@ def refused(error: OSError) -> UserError | None:
     """What the system refused, as one line with the file's name; None for a library's own error that is an OSError by name."""
     if error.filename is None and error.errno is None:
         return None
-    where = f"{error.filename}: " if error.filename else ""
-    return UserError(f"{where}{error.strerror or error}")
+    # Of a file that was renamed into place, the place: the other name is one that nobody knows.
+    name = error.filename2 if error.filename2 and error.errno in (errno.EISDIR, errno.ENOTEMPTY, errno.EEXIST) else error.filename
+    reason = error.strerror or str(error)
+    if error.errno == errno.EEXIST and name and not os.path.isdir(name):
+        found = "a file, where a folder is needed" if os.path.exists(name) else "a symbolic link that leads nowhere"
+        reason = f"{found}; remove it, or choose another place"
+    return UserError(f"{name}: {reason}" if name else reason)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
