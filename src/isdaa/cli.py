@@ -418,7 +418,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from isdaa.evaluation.requests import requests
     from isdaa.evaluation.table import print_table
 
-    request = requests(arguments.model_path, overrides)
+    request = once(partial(requests, arguments.model_path, overrides))
     metrics = evaluate_request(request)
     if is_main():
         print_table(metrics)
@@ -432,7 +432,8 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     from isdaa.options import overrides_of
 
     names = ("dtype", "trust_remote_code")
-    request = request_of(arguments, overrides_of(arguments) | {name: getattr(arguments, name) for name in names})
+    overrides = overrides_of(arguments) | {name: getattr(arguments, name) for name in names}
+    request = once(partial(request_of, arguments, overrides))
     _quiet_libraries()
     from isdaa.evaluation.benchmark_run import run_benchmark
     from isdaa.evaluation.benchmark_table import print_outcome

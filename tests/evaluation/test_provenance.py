@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -293,3 +295,19 @@ def test_a_users_configuration_is_believed_and_can_be_denied(place: Path) -> Non
     assert not (place / "marker").exists()
     assert main(command) == 0
     assert (place / "marker").exists()
+
+
+@pytest.mark.slow  # two processes that import everything
+def test_processes_of_several_machines_have_the_main_ones_key(place: Path) -> None:
+    """Homes differ from node to node: what the main process knows as the user's own is everybody's."""
+    recorded(place / "run" / "model", place / "run", reference="outside", evaluation="world:small")
+    (place / "run" / "model" / "config.json").write_text(json.dumps(read_json(place / "outside" / "config.json")))
+    adopt("run")
+    program = "import os, sys; from isdaa.cli import main\n"
+    program += "if os.environ['RANK'] == '1': os.environ['XDG_CONFIG_HOME'] = '/nowhere'\n"
+    program += f"sys.exit(main(['evaluate', '--model_path', 'run/model', *{QUICK}]))\n"
+    (place / "program.py").write_text(program)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "program.py"]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (place / "run" / "evaluation" / "metrics.json").is_file()

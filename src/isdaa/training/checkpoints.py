@@ -22,6 +22,7 @@ __all__ = [
     "MANIFEST",
     "adopt",
     "check_own",
+    "check_resumable",
     "checkpoints",
     "complete_checkpoints",
     "defect",
@@ -51,6 +52,13 @@ def check_own(folder: str | Path) -> None:
             "go on from it; if you trust it:",
             shlex.join(["python", "-c", f"import isdaa; isdaa.adopt({str(folder)!r})"]),
         )
+
+
+def check_resumable(folder: str | Path) -> None:
+    """Raises UserError where training cannot or may not go on from a checkpoint: it is damaged, or not of this user's own run."""
+    if Path(folder, MANIFEST).is_file() and (wrong := unusable(folder)) is not None:
+        raise UserError(f"{folder}: not a complete checkpoint ({wrong}); go on from another one")
+    check_own(folder)
 
 
 def adopt(folder: str | Path) -> int:

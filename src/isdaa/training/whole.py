@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from isdaa.distributed import once
 from isdaa.errors import UserError
 from isdaa.files import check_shape, read_json, readable
 from isdaa.manifest import MANIFEST, write_manifest
-from isdaa.training.checkpoints import check_own, newest_complete_checkpoint, rotate, unusable, write_checkpoint
+from isdaa.training.checkpoints import check_resumable, newest_complete_checkpoint, rotate, write_checkpoint
 from isdaa.training.finite import FiniteSteps
 from isdaa.training.hub import model_files, push_checkpoint, upload
 
@@ -95,9 +96,7 @@ class WholeCheckpoints(FiniteSteps):
             resume_from_checkpoint = once(lambda: newest_complete_checkpoint(self.args.output_dir)) or True
         if isinstance(resume_from_checkpoint, (str, Path)):
             resume_from_checkpoint = str(resume_from_checkpoint)
-            if Path(resume_from_checkpoint, MANIFEST).is_file() and (wrong := unusable(resume_from_checkpoint)) is not None:
-                raise UserError(f"{resume_from_checkpoint}: not a complete checkpoint ({wrong}); go on from another one")
-            check_own(resume_from_checkpoint)
+            once(partial(check_resumable, resume_from_checkpoint))  # the key may lie on the main process's machine alone
             state = Path(resume_from_checkpoint, TRAINER_STATE_NAME)
             if state.is_file():
                 check_shape(read_json(state, finite=False), STATE, str(state))
