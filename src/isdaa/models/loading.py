@@ -290,7 +290,7 @@ def _load(
             _check_folder(name, folder)
         options = {key: value for key, value in options.items() if not (key == "revision" and folder)}
         if not options["trust_remote_code"]:
-            _check_kernels(name, model_config(name, revision=options.get("revision")))
+            _check_kernels(name, options.get("revision"))
         try:
             with quiet(downloads=folder is None):
                 model, report = auto_class.from_pretrained(
@@ -314,8 +314,12 @@ def _load(
     return model
 
 
-def _check_kernels(name: str, config: PretrainedConfig) -> None:
+def _check_kernels(name: str, revision: str | None) -> None:
     """Raises UserError where a configuration names a kernel of the Hub, which is code, by which transformers would compute."""
+    try:
+        config = model_config(name, revision=revision)
+    except UserError:
+        return  # the model will not load either, and says why
     for key, value in _nested(config.to_dict() | vars(config)):
         if "implementation" in str(key) and isinstance(value, str) and "/" in value:
             entry = key.removesuffix("_internal").strip("_")
@@ -519,9 +523,7 @@ def _readable(error: BaseException, name: str, folder: Path | None, what: str) -
     if (refused := disk_error(error)) is not None:  # the Hub's own cache
         return refused
     if "trust_remote_code" in text:
-        return UserError(
-            f"{name}: needs code of its own, which runs only where you say so: trust_remote_code, if you trust its authors"
-        )
+        return UserError(f"{name}: needs code of its own repository; set trust_remote_code only if you trust its authors")
     if "Unrecognized configuration class" in text:
         return UserError(f"{name}: not a decoder language model ({_short(error)})")
     if folder is not None:
