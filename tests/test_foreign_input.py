@@ -75,6 +75,20 @@ def test_invalid_utf8_in_parquet_and_arrow(tmp_path: Path) -> None:
         assert name in line_of(lambda name=name: load_pairs(str(tmp_path / name)))
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "feather"])
+@pytest.mark.parametrize("zone", [None, "Nowhere/Land"])
+def test_a_date_that_is_none_is_named_with_row_and_column(zone: str | None, suffix: str, tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import feather, parquet
+
+    file, texts = tmp_path / f"rows.{suffix}", [f"text {i}" for i in range(3)]
+    times = pa.array([None, 10**18, 3], pa.timestamp("us", tz=zone))
+    table = pa.table({"prompt": texts, "chosen": texts, "rejected": texts[::-1], "made": times})
+    (parquet.write_table if suffix == "parquet" else feather.write_feather)(table, file)
+    line = line_of(lambda: list(iterate_rows(str(file))))
+    assert line.startswith(f"{file}:2: column 'made' holds a value that cannot be read (")
+
+
 def test_a_row_has_a_largest_size_and_depth(tmp_path: Path) -> None:
     check_limits({"a": "x" * 1000}, "f:1")
     nested: Any = 1

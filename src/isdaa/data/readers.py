@@ -317,9 +317,25 @@ def _of_batches(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]
     number = 0
     for batch in batches:
         batch.validate(full=True)  # damaged offsets would have Python read memory that is not the file's
-        for row in batch.to_pylist():
+        try:
+            rows = batch.to_pylist()
+        except (OverflowError, ValueError, LookupError) as error:
+            _check_values(path, batch, number)
+            raise error
+        for row in rows:
             number += 1
             yield row, f"{path}:{number}"
+
+
+def _check_values(path: Path, batch: pa.RecordBatch, before: int) -> None:
+    """Raises UserError for the first value that Python has no form of, such as a date after the year 9999."""
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        for number, value in enumerate(column, before + 1):
+            try:
+                value.as_py()
+            except (OverflowError, ValueError, LookupError) as error:
+                told = f"column '{name}' holds a value that cannot be read ({_first_line(error)}); mend it or remove the column"
+                raise UserError(f"{path}:{number}: {told}") from None
 
 
 def _check_names(path: Path, fields: list[pa.Field]) -> None:
