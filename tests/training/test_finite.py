@@ -136,6 +136,20 @@ def test_a_weight_that_breaks_at_a_checkpoints_step_is_not_saved(tmp_path: Path)
     assert not (tmp_path / "checkpoint-4").exists()
 
 
+@pytest.mark.parametrize("saves", [True, False])
+def test_weights_that_a_callback_breaks_after_the_last_update_are_not_kept(tmp_path: Path, saves: bool) -> None:
+    class Late(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 4:
+                break_a_weight(NAN)(model)
+
+    data = with_reference(rows(), tiny_model())
+    own = {"callbacks": [Late()]}
+    settings: dict[str, Any] = {"save_steps": 2} if saves else {}
+    message = ended(trainer_of(tiny_model(), tmp_path, data, max_steps=4, own=own, **settings))
+    assert message.startswith("step 4: weights are not finite") and not (tmp_path / "checkpoint-4").exists()
+
+
 def test_the_pair_whose_loss_is_not_finite_is_named_and_the_weights_stay(tmp_path: Path) -> None:
     data = with_reference(rows(), tiny_model())
     data.floats["reference_chosen_logps"][7] = INF

@@ -136,6 +136,8 @@ class Watch(TrainerCallback):
         self.losses, self.seen, self.norm = [], [], None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.stepped is not None and (control.should_save or control.should_training_stop):  # other callbacks may change them
+            self.stepped = (suspicious(self._weights()), *self.stepped[1:])
         if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
             self.check_weights()
 
