@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from chains import ALIGN, chat_model, jsonl, plain_pairs, read_lines, refused, same_weights, train, weights, without_time
 from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from isdaa import PreferenceConfig, preference_trainer
 from isdaa.errors import UserError
+from isdaa.files import read_json, write_json
 from isdaa.models.loading import add_lora, load_model, load_sequence_classifier, save_model
 from isdaa.training import preference
 
@@ -192,3 +195,17 @@ def test_an_adapter_on_quantised_weights_is_refused(place: Path, monkeypatch: py
 def test_a_freshly_merged_folder_of_ours_starts_training(place: Path) -> None:
     save_model(add_lora(load_model("lora"), rank=2), AutoTokenizer.from_pretrained("lora-base"), "ours")
     assert {parameter.requires_grad for parameter in load_model("ours").parameters()} == {True}
+
+
+def test_an_adapter_that_lacks_weights_or_whose_base_has_no_possible_name_is_refused(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree("lora", "half")
+    tensors = load_file("half/adapter_model.safetensors")
+    save_file({name: value for name, value in tensors.items() if "lora_B" not in name}, "half/adapter_model.safetensors")
+    command = ["logps", "--data", "pairs.jsonl", "--output", "l.jsonl", "--model_path", "half"]
+    with pytest.raises(UserError, match=r"half: the adapter does not fit.*missing adapter keys.*lora_B"):
+        load_model("half")
+    for name in ("my model", "a/b c"):
+        write_json("half/adapter_config.json", read_json("half/adapter_config.json") | {"base_model_name_or_path": name})
+        refused(capsys, command, f'"{name}": no such folder here')

@@ -7,6 +7,7 @@ computed with such a model would be wrong.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -368,7 +369,9 @@ def _with_adapter(base: Any, name: str, folder: Path | None, revision: str | Non
                 config.task_type = None
                 here = {key.rpartition(".")[2] for key, _ in base.named_modules()}
                 config.modules_to_save = [key for key in config.modules_to_save or () if key in here] or None
-            model: Any = PeftModel.from_pretrained(base, str(folder or name), revision=revision, config=config)
+            with warnings.catch_warnings():  # what is not in the file would be as if it had never been trained
+                warnings.filterwarnings("error", "Found missing adapter keys")
+                model: Any = PeftModel.from_pretrained(base, str(folder or name), revision=revision, config=config)
             check_finite(name, model)  # the base has been asked already: what is found here is the adapter's
             if not merge:
                 return model
@@ -399,16 +402,19 @@ def _adapter_config(name: str, folder: Path | None, revision: str | None) -> Pat
     from transformers.utils import cached_file
 
     def look(file: str) -> str | None:
-        with quiet():
-            return cached_file(
-                name,
-                file,
-                revision=revision,
-                **offline(folder),
-                _raise_exceptions_for_gated_repo=False,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
+        try:
+            with quiet():
+                return cached_file(
+                    name,
+                    file,
+                    revision=revision,
+                    **offline(folder),
+                    _raise_exceptions_for_gated_repo=False,
+                    _raise_exceptions_for_missing_entries=False,
+                    _raise_exceptions_for_connection_errors=False,
+                )
+        except OSError as error:  # no name that the Hub could have
+            raise _readable(error, name, folder, "model") from error
 
     adapter = look(ADAPTER_CONFIG)
     return Path(adapter) if adapter is not None and look("config.json") is None else None
