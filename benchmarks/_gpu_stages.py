@@ -17,6 +17,7 @@ from shapes import SHAPES, TINY_SHAPE, TINY_VOCABULARY, Lengths, Shape, Size, dr
 
 from isdaa.config import Config, load_config
 from isdaa.files import read_json, write_json, write_jsonl
+from isdaa.manifest import MANIFEST
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SEED = 0
@@ -157,7 +158,7 @@ def _variant(folder: Path, name: str, tensors: dict[str, Any], config: dict[str,
             (new / linked).symlink_to(os.path.relpath(file, new))
             with safe_open(file, framework="pt") as shard:
                 where |= dict.fromkeys(shard.keys(), linked)
-        elif file.name not in ("config.json", INDEX):
+        elif file.name not in ("config.json", INDEX, MANIFEST):
             shutil.copy(file, new / file.name)
     save_file(tensors, new / own, metadata={"format": "pt"})
     write_json(new / INDEX, {"metadata": {}, "weight_map": where | dict.fromkeys(tensors, own)})

@@ -370,7 +370,7 @@ def test_an_error_without_a_file_has_no_empty_field(capsys: pytest.CaptureFixtur
         raise OSError(28, "No space left on device")
 
     monkeypatch.setitem(COMMANDS, "methods", fail)
-    refused(capsys, ["methods"], "isdaa: error: No space left on device")
+    refused(capsys, ["methods"], "isdaa: error: the disk: No space left on device")
 
 
 def test_a_process_that_was_left_alone_says_no_more_than_that(

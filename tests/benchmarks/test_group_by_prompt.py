@@ -146,7 +146,8 @@ def test_the_speed_part_writes_what_it_shows_and_keeps_the_other_part(tmp_path: 
     assert group_by_prompt.main([*options, "--batch_sizes", "6"]) == 0
     both = json.loads(out.read_text())["speed"]
     assert both["settings"]["batch_sizes"] == [4, 6] and both["cells"][0] == cell
-    assert group_by_prompt.main([*options, "--batch_sizes", "6", "--rounds", "1"]) == 0
+    options[options.index("--rounds") + 1] = "1"
+    assert group_by_prompt.main([*options, "--batch_sizes", "6"]) == 0
     assert json.loads(out.read_text())["speed"]["settings"]["batch_sizes"] == [6]
     assert "grouped, 6 responses" in shown and "2 rounds" in shown and str(tmp_path) not in out.read_text()
 

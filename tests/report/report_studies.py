@@ -195,10 +195,13 @@ def write_evaluation(folder: Path, *, text: str = SCRIPT, scored: bool = True, p
     for i, entry in enumerate(made.metrics):
         values = np.asarray(made.rewards[i] if made.rewards is not None else np.zeros(prompts))
         planned = {key: entry[key] for key in ("path", "label", "method", "beta", "seed", "step")}
-        models.append(planned | {"samples": block(f"policy{i}", values), "kl": block(f"kl{i}", None, made.kl[i]), "pairs": None})
+        models.append(
+            planned
+            | {"digest": "3" * 24, "samples": block(f"policy{i}", values), "kl": block(f"kl{i}", None, made.kl[i]), "pairs": None}
+        )
     plan = {"format": 2, "prompts": "prompts", "models": models, "scorer": metrics["scorer"]}
-    plan["reference"] = {"path": "models/sft", "opponents": opponents, "pairs": None}
-    plan["settings"] = metrics["settings"]
+    plan["reference"] = {"path": "models/sft", "digest": "4" * 24, "opponents": opponents, "pairs": None}
+    plan |= {key: metrics[key] for key in ("settings", "tokenization", "template", "tokenizer", "git_revision")}
     write_json(evaluation / PLAN, plan)
     write_json(evaluation / "metrics.json", metrics)
     return run

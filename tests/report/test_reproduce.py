@@ -98,18 +98,21 @@ def test_models_that_are_gone_are_named_all_the_same():
     assert "--model_path runs/dpo" in commands(study([trajectory(name="dpo")]))[1]
 
 
+EMPTY = {"cells": [], "runs": []}
+
+
 def test_a_sweep_names_its_file(tmp_path):
     swept = replace(sweep(seeds=1), folder=tmp_path)
     assert commands(swept) == [
         f"isdaa sweep --config {tmp_path / 'sweep.yaml'} --output_dir {tmp_path}",
         f"isdaa report {tmp_path}",
     ]
-    (tmp_path / "sweep.json").write_text(json.dumps({"base": "demo.yaml", "config": "configs/my sweep.yaml"}))
+    (tmp_path / "sweep.json").write_text(json.dumps(EMPTY | {"base": "demo.yaml", "config": "configs/my sweep.yaml"}))
     assert parsed(commands(swept)[0]).config == "configs/my sweep.yaml"
 
 
 def test_a_demo_is_made_again_by_the_demo(tmp_path):
-    (tmp_path / "sweep.json").write_text(json.dumps({"base": "demo", "config": "demo"}))
+    (tmp_path / "sweep.json").write_text(json.dumps(EMPTY | {"base": "demo", "config": "demo"}))
     (line,) = commands(replace(cells({"method": "dpo"}, {"method": "is_dpo"}, seeds=(3,)), folder=tmp_path))
     demo = parsed(line)
     assert demo.methods == ["dpo", "is_dpo"] and vars(demo)["output_dir"] == str(tmp_path) and vars(demo)["seed"] == "3"

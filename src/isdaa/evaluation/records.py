@@ -23,7 +23,7 @@ AWAY = "move the evaluation's folder away and run it again"
 NUMBER, WHOLE, TEXT = (float, None), (int, None), (str, None)
 INTERVAL = {"mean": float, "low": NUMBER, "high": NUMBER, "n": int}
 FIGURES = {
-    "path": str, "kl": INTERVAL, "length": INTERVAL, "truncated": float, "repetition": float, "tie_rate": NUMBER,
+    "path": str, "kl": INTERVAL, "length": INTERVAL, "truncated": float, "repetition": float, "tie_rate?": NUMBER,
     **dict.fromkeys(("win_rate", "win_rate_reference", "win_rate_chosen", "reward"), (INTERVAL, None)),
 }  # fmt: skip
 TOLD = {"label": str, "method?": TEXT, "beta?": NUMBER, "seed?": WHOLE, "step?": WHOLE, "weight_mean?": NUMBER, "ess?": NUMBER}
