@@ -24,7 +24,7 @@ NUMBER, WHOLE, TEXT = (float, None), (int, None), (str, None)
 INTERVAL = {"mean": float, "low": NUMBER, "high": NUMBER, "n": int}
 FIGURES = {
     "path": str, "kl": INTERVAL, "length": INTERVAL, "truncated": float, "repetition": float, "tie_rate?": NUMBER,
-    **dict.fromkeys(("win_rate", "win_rate_reference", "win_rate_chosen", "reward"), (INTERVAL, None)),
+    **dict.fromkeys(("win_rate", "win_rate_reference?", "win_rate_chosen?", "reward"), (INTERVAL, None)),
 }  # fmt: skip
 TOLD = {"label": str, "method?": TEXT, "beta?": NUMBER, "seed?": WHOLE, "step?": WHOLE, "weight_mean?": NUMBER, "ess?": NUMBER}
 PLAN = {
@@ -33,7 +33,7 @@ PLAN = {
     "reference": {"path": str, "digest": str, "opponents": [str, ...], "pairs": TEXT},
     "models": [{"path": str, "digest": str, "samples": str, "kl": str, "pairs": TEXT, **TOLD}, ...],
 }  # fmt: skip
-HELD_OUT = {"pairs": int, **dict.fromkeys(("accuracy", "margin", "chosen_drift", "rejected_drift"), INTERVAL)}
+HELD_OUT = {"pairs": int, **dict.fromkeys(("accuracy", "margin?", "chosen_drift", "rejected_drift"), INTERVAL)}
 METRICS = {
     "scorer": ({"name": str, "digest": str}, None), "settings": dict, "prompts": int, "opponent": str, "note": str,
     "tokenization": dict, "versions": dict, "reference": FIGURES, "models": [{**FIGURES, **TOLD, "held_out?": HELD_OUT}, ...],
