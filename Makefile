@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(RUN)/isdaa demo
 
 test: $(VENV)/.installed-dev
-	$(RUN)/python -m pytest -n 2 --dist loadfile
+	$(RUN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.installed-dev
 	$(RUN)/python -m pytest -m slow

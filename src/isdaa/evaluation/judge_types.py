@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -173,6 +174,7 @@ def request_key(body: dict[str, Any]) -> str:
     """The cache key: a digest of judge model, messages (the template's words are in them) and settings.
 
     The endpoint's address is no part of it: the same model under another address or port is the same judge.
-    Raises UnicodeEncodeError where a message is no valid Unicode.
+    Raises UnicodeEncodeError where a message is no valid Unicode, which no endpoint can be sent.
     """
+    json.dumps(body, ensure_ascii=False).encode()
     return digest(body)
