@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(RUN)/isdaa demo
 
 test: $(VENV)/.installed-dev
-	$(RUN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(RUN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed-dev
 	$(RUN)/python -m pytest -m slow
