@@ -16,7 +16,8 @@ from _gpu_model import LLAMA_3B, make_model
 from shapes import SHAPES, TINY_SHAPE, TINY_VOCABULARY, Lengths, Shape, Size, draw_pairs, lengths_of, tiny
 
 from isdaa.config import Config, load_config
-from isdaa.files import read_json, write_json, write_jsonl
+from isdaa.files import write_json, write_jsonl
+from isdaa.foreign import read_json
 from isdaa.manifest import MANIFEST
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -40,7 +40,7 @@ from _gpu_stages import (
 )
 
 from isdaa.config import Config
-from isdaa.files import read_json
+from isdaa.foreign import read_json
 
 GIB = 2**30
 NOT_ALLOCATED = ("CUDA", "program and data", "between pieces")  # parts of a plan that are not PyTorch's

@@ -26,7 +26,8 @@ from isdaa.evaluation.comparison import SeedMean, seed_mean, to_json
 from isdaa.evaluation.trajectory import Trajectory, read_study
 from isdaa.experiments.grid import SweepConfig
 from isdaa.experiments.sweep import run_sweep
-from isdaa.files import iterate_jsonl, write_jsonl
+from isdaa.files import write_jsonl
+from isdaa.foreign import iterate_jsonl
 from isdaa.models.forward import PairForward, prepare
 from isdaa.models.loading import load_model, load_tokenizer
 from isdaa.objectives.objective import Objective

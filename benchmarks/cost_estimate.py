@@ -26,7 +26,7 @@ from shapes import Lengths, Size
 from isdaa.config import Config, load_config
 from isdaa.errors import UserError
 from isdaa.experiments.grid import cells_of, load_sweep, tasks_of
-from isdaa.files import read_json
+from isdaa.foreign import read_json
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # The body of Llama 3.1 8B. As a reward model it has no head over the vocabulary, so `parameters` fits it as it does tied ones.

@@ -31,7 +31,8 @@ from typing import Any
 from _gpu_stages_table import tables
 
 from isdaa.errors import UserError, nearest
-from isdaa.files import read_json, write_atomically, write_json
+from isdaa.files import write_atomically, write_json
+from isdaa.foreign import read_json
 from isdaa.record import git_revision, versions
 from isdaa.terminal import clock, progress, say
 

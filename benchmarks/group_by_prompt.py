@@ -28,7 +28,8 @@ from preference_step import machine
 from rich.console import Console
 
 from isdaa.errors import UserError
-from isdaa.files import read_json, write_json
+from isdaa.files import write_json
+from isdaa.foreign import read_json
 from isdaa.options import OneLineParser
 
 NAME = "group_by_prompt"

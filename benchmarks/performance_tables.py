@@ -15,7 +15,7 @@ from _summary import LABELS
 from scipy.stats import binom
 
 from isdaa.errors import UserError
-from isdaa.files import read_json
+from isdaa.foreign import read_json
 
 BASE = "isdaa_dpo"
 TRL = ("trl_best", "trl_whole")

@@ -27,7 +27,8 @@ import yaml
 from _words import as_text, word_tokenizer
 from shapes import SHAPES, draw_pairs
 
-from isdaa.files import read_json, read_jsonl, write_json, write_jsonl
+from isdaa.files import write_json, write_jsonl
+from isdaa.foreign import read_json, read_jsonl
 from isdaa.models.loading import random_model
 
 WORDS = 160  # token ids of the embedded world's tokenizer, which the pairs are drawn from

@@ -18,7 +18,8 @@ import numpy as np
 from isdaa.evaluation.comparison import CellSummary, SeedMean, at_matched_kl, difference, paired_bootstrap, summarise, to_json
 from isdaa.evaluation.overoptimization import fit_law
 from isdaa.evaluation.trajectory import SWEEP, Study, read_study
-from isdaa.files import csv_text, read_json, write_atomically, write_json
+from isdaa.files import csv_text, write_atomically, write_json
+from isdaa.foreign import read_json
 
 COLUMNS = ("cell", "method", "beta", "seed", "step", "kl", "win_rate", "win_low", "win_high", "reward", "length", "truncated")
 AGAINST = "is_dpo-beta0.01"  # what the cells of its grids are compared with

@@ -16,6 +16,7 @@ from tokenizers_for_tests import byte_level
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from isdaa.cli import main
+from isdaa.training.preference import PreferenceTrainer
 
 # The Trainer collects garbage at each start; without the imported libraries' objects this takes no time.
 gc.freeze()
@@ -106,6 +107,20 @@ def train(output_dir: Path | str, settings: dict[str, Any], **changes: Any) -> i
     dotted = {name.replace("__", "."): value for name, value in changes.items()}
     file = config_file(Path(f"{output_dir}.yaml"), {**settings, **dotted})
     return main(["train", "--config", str(file), "--output_dir", str(output_dir)])
+
+
+def stopped_at(step: int, settings: dict[str, Any], output_dir: Path | str = "run") -> None:
+    """Train until Ctrl-C in the middle of a step of `align` (from 0), behind the checkpoint of the steps before."""
+    original = PreferenceTrainer.training_step
+
+    def stopping(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreferenceTrainer, "training_step", stopping)
+        assert train(output_dir, settings) == 130
 
 
 def refused(capsys: pytest.CaptureFixture[str], argv: list[str], *words: str) -> str:

@@ -10,7 +10,8 @@ import pytest
 
 from isdaa.config import load_config
 from isdaa.errors import UserError
-from isdaa.files import iterate_jsonl, opened_text, read_jsonl, write_folder_atomically, write_jsonl
+from isdaa.files import write_folder_atomically, write_jsonl
+from isdaa.foreign import iterate_jsonl, opened_text, read_json, read_jsonl
 
 
 def write(folder: Path, text: str) -> None:
@@ -127,3 +128,25 @@ def test_a_config_that_is_no_yaml_is_refused_with_one_line(tmp_path: Path) -> No
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"run\.yaml: not a YAML file"):
             load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "place"),
+    [('{"a": 1', "column 8"), ('{"a" 1}', "column 6"), ('{"a": [1, 2}', "column 12"), ("", ""), ("nonsense", "column 1")],
+)
+def test_a_broken_line_is_told_by_its_column(tmp_path: Path, line: str, place: str) -> None:
+    """JSON's own count of lines would begin anew in every line of the file."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"a": 1}}\n{line}\n{{"a": 2}}\n')
+    if not line:
+        assert len(read_jsonl(path)) == 2
+        return
+    with pytest.raises(UserError, match=rf"rows.jsonl:2: not valid JSON \(.*, {place}\); mend or remove the line") as caught:
+        read_jsonl(path)
+    assert " line 2" not in str(caught.value)
+
+
+def test_a_broken_file_is_told_by_line_and_column(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"a": 1,\n "b" 2}\n')
+    with pytest.raises(UserError, match=r"run.json: not valid JSON \(.*, line 2, column 6\)"):
+        read_json(tmp_path / "run.json")

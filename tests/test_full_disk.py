@@ -23,7 +23,8 @@ from isdaa.config import load_config
 from isdaa.disk import disk_error, free, in_units, writing
 from isdaa.errors import UserError
 from isdaa.experiments.worker import died
-from isdaa.files import append_jsonl, read_jsonl, write_atomically, write_folder_atomically
+from isdaa.files import append_jsonl, write_atomically, write_folder_atomically
+from isdaa.foreign import read_jsonl
 from isdaa.training.checkpoints import write_checkpoint
 from isdaa.training.room import check_labels
 from isdaa.training.run import Run

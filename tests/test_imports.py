@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "isdaa"
-BASEMENT = {"errors", "disk", "distributed", "files", "manifest", "ownership", "settings_text", "terminal"}
+BASEMENT = {"errors", "disk", "distributed", "files", "foreign", "manifest", "ownership", "settings_text", "terminal"}
 # Room -> rooms it may import. `training` and `report` stand beside each other.
 GROUND = {"objectives", "models", "data", "world", "config", "record"}
 ALLOWED = {
     "errors": set(),
     "disk": {"errors"},
-    "files": {"errors", "disk"},
-    "manifest": {"errors", "files", "ownership"},
+    "foreign": {"errors"},
+    "files": {"errors", "disk", "foreign"},
+    "manifest": {"errors", "files", "foreign", "ownership"},
     "ownership": {"errors"},
-    "settings_text": {"errors", "files"},
+    "settings_text": {"errors", "foreign"},
     "distributed": {"errors", "disk"},
     "terminal": {"distributed", "errors"},
     "objectives": set(),
@@ -31,8 +32,9 @@ ALLOWED = {
     "evaluation": BASEMENT | GROUND,
     "training": BASEMENT | GROUND | {"evaluation"},
     "report": BASEMENT | GROUND | {"evaluation"},
+    "exits": BASEMENT,
     "experiments": BASEMENT | GROUND | {"evaluation", "training", "report"},
-    "cli": BASEMENT | GROUND | {"options", "benchmark_options", "evaluation", "training", "report", "experiments"},
+    "cli": BASEMENT | GROUND | {"exits", "options", "benchmark_options", "evaluation", "training", "report", "experiments"},
 }
 
 

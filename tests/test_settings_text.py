@@ -19,8 +19,33 @@ from isdaa.options import overrides_of
 from isdaa.settings_text import dump_settings
 
 BASE = {"model": {"path": "m"}, "data": {"pairs": "p.jsonl"}}
-HOSTILE = [
+# YAML's own grammar takes these for something else, so that a file has to quote them; Null could mean none.
+QUOTED_IN_FILES = [
     "run #2",
+    "[a]",
+    "{a: b}",
+    "key: value",
+    "- item",
+    "a: [",
+    "'quoted'",
+    '"',
+    "*x",
+    "&x",
+    "!tag",
+    "!!float 1",
+    "%d",
+    "@x",
+    "`x`",
+    "|",
+    ">",
+    "? x",
+    "a # b",
+    " leading",
+    "trailing ",
+    "a\tb",
+    "Null",
+]
+HOSTILE = [
     "2026-11-29",
     "0123456",
     "12e4567",
@@ -43,57 +68,10 @@ HOSTILE = [
     "y",
     "=",
     "<<",
-    "[a]",
-    "{a: b}",
-    "key: value",
-    "- item",
-    "a: [",
-    "'quoted'",
-    '"',
-    "*x",
-    "&x",
-    "!tag",
-    "!!float 1",
-    "%d",
-    "@x",
-    "`x`",
-    "|",
-    ">",
-    "? x",
-    "a # b",
-    " leading",
-    "trailing ",
-    "a\tb",
-    "Null",
     "none",
     "$HOME",
+    *QUOTED_IN_FILES,
 ]
-# YAML's own grammar takes these for something else, so that a file has to quote them; Null could mean none.
-QUOTED_IN_FILES = {
-    "run #2",
-    "[a]",
-    "{a: b}",
-    "key: value",
-    "- item",
-    "a: [",
-    "'quoted'",
-    '"',
-    "*x",
-    "&x",
-    "!tag",
-    "!!float 1",
-    "%d",
-    "@x",
-    "`x`",
-    "|",
-    ">",
-    "? x",
-    "a # b",
-    " leading",
-    "trailing ",
-    "a\tb",
-    "Null",
-}
 FREE = (
     "output_dir",
     "model.path",
@@ -462,7 +440,7 @@ def test_a_file_that_is_no_plain_data_is_one_line(text: str, tmp_path: Path, cap
 
 
 def test_a_key_given_twice_is_an_error_in_every_json_file(tmp_path: Path) -> None:
-    from isdaa.files import read_json, readable_jsonl
+    from isdaa.foreign import read_json, readable_jsonl
 
     (file := tmp_path / "x.json").write_text('{"a": {"b": 1, "b": 2}}\n')
     for read in (read_json, readable_jsonl):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import re
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -13,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from isdaa import __version__, ownership
-from isdaa.disk import disk_error
-from isdaa.distributed import finish, is_main, left_alone, once, rank, speaks_first, world_size
-from isdaa.errors import DoneInPart, UserError, refused, shortened, shown
+from isdaa.distributed import finish, is_main, once, world_size
+from isdaa.errors import DoneInPart, UserError, shown
+from isdaa.exits import exit_status, tell
 
 EXAMPLES = """examples:
   isdaa train --config config.yaml --objective.beta 0.05
@@ -200,113 +198,24 @@ def _adopted(folders: Sequence[str]) -> None:
             refusals.append(error)
             continue
         if is_main():
-            _tell(f"{shown(folder)}: yours now, with {count} records")
+            tell(f"{shown(folder)}: yours now, with {count} records")
     if refusals and len(refusals) == len(folders):
         raise refusals[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status; docs/exit_status.md has the table.
-
-    Of several processes that torchrun started, one says what is wrong. Whatever is not foreseen becomes one line, too, and a
-    file with the traceback.
-    """
-    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks must not end a run
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        status = _run(argv)
-        sys.stdout.flush()  # here, where a closed pipe and a full disk still have an exit status
-        return status
-    except BrokenPipeError:
-        _let_go()
-        return 141
-    except OSError as error:
-        _let_go()
-        return _refused(str(refused(error) or error))
-    finally:
-        ownership.command = ()  # what a program does after it is no part of the command
+    """Run one command and return its exit status; docs/exit_status.md has the table."""
+    return exit_status(partial(_run, list(sys.argv[1:] if argv is None else argv)))
 
 
-def _run(argv: Sequence[str] | None) -> int:
-    try:
-        given = list(sys.argv[1:] if argv is None else argv)
-        ownership.command = ["isdaa", *given]
-        arguments = build_parser().parse_args(given)
-        if world_size() > 1 and arguments.command not in TOGETHER:
-            raise UserError(f"{arguments.command}: works in one process; start it without torchrun or accelerate launch")
-        status = COMMANDS[arguments.command](arguments)
-        finish()
-        return status
-    except UserError as error:
-        return _refused(str(error), error.status)
-    except KeyboardInterrupt:
-        if is_main():
-            _tell("\nisdaa: interrupted; the same command goes on from here")
-        return 130
-    except BrokenPipeError:
-        raise
-    except SystemExit as end:  # --help, --version; and rich's way out of a closed pipe
-        if isinstance(end.__context__, BrokenPipeError):
-            return 141
-        raise
-    except Exception as error:
-        found = disk_error(error) or (refused(error) if isinstance(error, OSError) else _out_of_memory(error))
-        if found is not None:
-            return _refused(str(found))
-        if left_alone(error):
-            _tell(f"isdaa: process {rank()} ends, since another one has ended")
-        else:
-            _fault(error)
-        return 1
-
-
-def _let_go() -> None:
-    """Point stdout, which nobody can write to any more, at nothing: the interpreter flushes it once more at its end."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _refused(line: str, status: int = 2) -> int:
-    if speaks_first():
-        _tell(f"isdaa: error: {line}")
+def _run(argv: list[str]) -> int:
+    ownership.command = ["isdaa", *argv]
+    arguments = build_parser().parse_args(argv)
+    if world_size() > 1 and arguments.command not in TOGETHER:
+        raise UserError(f"{arguments.command}: works in one process; start it without torchrun or accelerate launch")
+    status = COMMANDS[arguments.command](arguments)
+    finish()
     return status
-
-
-def _tell(line: str) -> None:
-    """To stderr, where there is one: the exit status says the same."""
-    with contextlib.suppress(OSError, ValueError):
-        print(line, file=sys.stderr, flush=True)
-
-
-def _out_of_memory(error: Exception) -> UserError | None:
-    """Memory that ran out is no fault of anybody's code; None for every other error."""
-    if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
-        return None
-    return UserError(
-        f"out of memory ({str(error) or 'of this machine'}); lower batch_size, set align.batch_tokens, or take a smaller model; "
-        "`isdaa inspect` plans what a run needs"
-    )
-
-
-def _fault(error: Exception) -> None:
-    """Say in one line what nobody foresaw; its traceback goes to a file of its own. Of several processes, one does."""
-    if not speaks_first():
-        return
-    import tempfile
-    import traceback
-
-    text = "".join(traceback.format_exception(error))
-    where = f"isdaa {__version__}, Python {sys.version.split()[0]}, {sys.platform}"
-    try:
-        descriptor, name = tempfile.mkstemp(prefix="isdaa-fault-", suffix=".txt")
-        with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"{where}\n{shown(ownership.completed([]))}\n\n{text}")
-        kept = f"traceback in {name}"
-    except OSError as refusal:
-        kept = f"no traceback, for no file can be written ({refusal.strerror})"
-    told = shortened(" ".join(f"{type(error).__name__}: {error}".split()))
-    _tell(f"isdaa: a fault of isdaa: {told}; {kept}; please report it (docs/exit_status.md says how)")
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from isdaa.errors import UserError
-from isdaa.files import digest, read_json, write_json
+from isdaa.files import digest, write_json
+from isdaa.foreign import read_json
 from isdaa.ownership import sealed
 
 MANIFEST = "isdaa_manifest.json"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.errors import UserError
-from isdaa.files import check_shape, read_json
+from isdaa.foreign import check_shape, read_json
 from isdaa.ownership import SEAL, is_own, sealed
 
 NAME = "isdaa.json"

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 
 from isdaa.errors import LONGEST, UserError
-from isdaa.files import check_file
+from isdaa.foreign import check_file
 
 TAG = "tag:yaml.org,2002:"
 IMPLICIT = {

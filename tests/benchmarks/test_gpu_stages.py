@@ -15,7 +15,7 @@ from chains import ROOT
 
 from isdaa.config import load_config
 from isdaa.experiments import sweep as sweeps
-from isdaa.files import read_json
+from isdaa.foreign import read_json
 from isdaa.training import plan
 from isdaa.training.devices import Speed
 

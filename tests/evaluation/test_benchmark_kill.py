@@ -15,7 +15,7 @@ from benchmark_run_helpers import chat_model
 
 import isdaa.models.sampling
 from isdaa.cli import main
-from isdaa.files import read_jsonl
+from isdaa.foreign import read_jsonl
 
 QUESTIONS, BEFORE = 24, 5  # of each of two models; answers that must be there before the kill
 PATIENCE = 120  # seconds

@@ -18,7 +18,8 @@ import isdaa.models.sampling
 from isdaa.cli import main
 from isdaa.evaluation.benchmarks import BENCHMARKS
 from isdaa.evaluation.records import Lines
-from isdaa.files import read_json, read_jsonl, write_jsonl
+from isdaa.files import write_jsonl
+from isdaa.foreign import read_json, read_jsonl
 from isdaa.world import gold_reward, make_posts
 
 NAMES = list(BENCHMARKS)

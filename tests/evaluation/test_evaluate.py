@@ -31,7 +31,7 @@ from isdaa.evaluation.records import Blocks
 from isdaa.evaluation.requests import requests
 from isdaa.evaluation.scoring import score
 from isdaa.evaluation.winrate import win_rates
-from isdaa.files import read_json, read_jsonl
+from isdaa.foreign import read_json, read_jsonl
 from isdaa.models.sampling import Sample
 from isdaa.terminal import Bar
 from isdaa.world import build_tokenizer

@@ -22,7 +22,7 @@ from isdaa.evaluation.benchmarks import TLDR, games
 from isdaa.evaluation.benchmarks.benchmark import Answer, Judged, Question, Scoring
 from isdaa.evaluation.judges import Question as Asked
 from isdaa.evaluation.judges import Reply
-from isdaa.files import read_json
+from isdaa.foreign import read_json
 
 PATIENCE = 90  # seconds until the server must have come up
 

@@ -18,7 +18,8 @@ from isdaa import adopt
 from isdaa.cli import main
 from isdaa.errors import UserError
 from isdaa.evaluation.requests import requests
-from isdaa.files import read_json, write_json
+from isdaa.files import write_json
+from isdaa.foreign import read_json
 from isdaa.ownership import SEAL
 from isdaa.record import ModelRecord, read_record, record_text
 from isdaa.training.checkpoints import MANIFEST, defect, write_manifest

@@ -417,9 +417,9 @@ def run_trial(case: int, seed: int, kinds: Sequence[str], valid: Path, folder: P
     try:
         import isdaa.cli
 
-        if hasattr(isdaa.cli, "fault"):
-            told = isdaa.cli.fault
-            isdaa.cli.fault = lambda error: faults.append(error) or told(error)
+        if hasattr(isdaa, "exits"):  # a source tree of before it has none
+            told = isdaa.exits.fault
+            isdaa.exits.fault = lambda error: faults.append(error) or told(error)
         status = isdaa.cli.main(arguments)
         sys.stdout.flush()
         sys.stderr.flush()

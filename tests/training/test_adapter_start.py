@@ -9,16 +9,28 @@ from typing import Any
 
 import pytest
 import torch
-from chains import ALIGN, chat_model, jsonl, plain_pairs, read_lines, refused, same_weights, train, weights, without_time
+from chains import (
+    ALIGN,
+    chat_model,
+    jsonl,
+    plain_pairs,
+    read_lines,
+    refused,
+    same_weights,
+    stopped_at,
+    train,
+    weights,
+    without_time,
+)
 from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from isdaa import PreferenceConfig, preference_trainer
 from isdaa.errors import UserError
-from isdaa.files import read_json, write_json
+from isdaa.files import write_json
+from isdaa.foreign import read_json
 from isdaa.models.loading import add_lora, load_model, load_sequence_classifier, save_model
-from isdaa.training import preference
 
 LORA: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 2}
 KINDS: dict[str, PeftConfig] = {
@@ -94,19 +106,10 @@ def test_a_reward_model_starts_from_the_merged_weights(place: Path, kind: str) -
     assert same_weights(Path("run/reward"), Path("other/reward"))
 
 
-def test_a_resume_goes_on_with_the_same_weights(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resume_goes_on_with_the_same_weights(place: Path) -> None:
     settings = ALIGN | {"model.path": "lora", "align.save_steps": 1, "align.max_steps": 3}
     assert train("whole", settings) == 0
-    original = preference.PreferenceTrainer.training_step
-
-    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 2:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(preference.PreferenceTrainer, "training_step", interrupted)
-        assert train("run", settings) == 130
+    stopped_at(2, settings)
     assert train("run", settings) == 0
     assert same_weights(Path("run/model"), Path("whole/model"))
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from chains import ALIGN, CHAIN, chat_model, jsonl, plain_pairs, read_lines, refused, train
+from chains import ALIGN, CHAIN, chat_model, jsonl, plain_pairs, read_lines, refused, stopped_at, train
 from own_records import write_own
 from transformers import AutoTokenizer, GPTNeoConfig, GPTNeoForCausalLM
 
@@ -22,18 +22,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     chat_model(tmp_path / "my_model")
     jsonl(tmp_path / "pairs.jsonl", plain_pairs(12))
     return tmp_path
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Ctrl-C in the middle of a step, after the checkpoint of the step before."""
-    original = preference.PreferenceTrainer.training_step
-
-    def interrupted(self, *args, **kwargs):
-        if self.state.global_step == step:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(preference.PreferenceTrainer, "training_step", interrupted)
 
 
 def test_a_changed_architecture_is_another_reference(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,12 +60,8 @@ def test_a_model_that_falls_back_falls_back_under_lora_too(place: Path, monkeypa
     assert abs(read_lines(Path("run/metrics.jsonl"))[0]["start/drift_rms"]) < 1e-3
 
 
-def test_other_pairs_under_the_same_name_do_not_resume(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        assert train("run", ALIGN, align__save_steps=1, align__max_steps=4) == 130
+def test_other_pairs_under_the_same_name_do_not_resume(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stopped_at(2, ALIGN | {"align.save_steps": 1, "align.max_steps": 4})
     rows = plain_pairs(12)
     rows[0]["chosen"] += " and more"
     jsonl(place / "pairs.jsonl", rows)
@@ -88,12 +72,8 @@ def test_other_pairs_under_the_same_name_do_not_resume(
     assert train("run", ALIGN, align__save_steps=1, align__max_steps=4) == 0
 
 
-def test_another_model_under_the_same_name_does_not_resume(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        assert train("run", ALIGN, align__save_steps=1, align__max_steps=4) == 130
+def test_another_model_under_the_same_name_does_not_resume(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stopped_at(2, ALIGN | {"align.save_steps": 1, "align.max_steps": 4})
     shutil.rmtree("my_model")
     chat_model(place / "my_model", seed=5)
     capsys.readouterr()

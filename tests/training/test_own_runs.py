@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chains import ALIGN, chat_model, config_file, jsonl, plain_pairs, refused, train
+from chains import ALIGN, chat_model, config_file, jsonl, plain_pairs, refused, stopped_at, train
 
 from isdaa import PreferenceConfig, adopt, preference_trainer
 from isdaa.cli import main
 from isdaa.errors import UserError
 from isdaa.evaluation.requests import requests
-from isdaa.files import read_json, write_json
+from isdaa.files import write_json
+from isdaa.foreign import read_json
 from isdaa.record import ModelRecord, read_record, record_text, without_places
 from isdaa.training import preference
 from isdaa.training.checkpoints import MANIFEST, check_own
@@ -27,20 +28,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     chat_model(tmp_path / "my_model")
     jsonl(tmp_path / "pairs.jsonl", plain_pairs(12))
     return tmp_path
-
-
-def stopped_at(step: int, settings: dict[str, Any], folder: str = "run") -> None:
-    """A run that was interrupted before that step."""
-    with pytest.MonkeyPatch.context() as patch:
-        original = preference.PreferenceTrainer.training_step
-
-        def stopping(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.state.global_step == step:
-                raise KeyboardInterrupt
-            return original(self, *args, **kwargs)
-
-        patch.setattr(preference.PreferenceTrainer, "training_step", stopping)
-        assert train(folder, settings) == 130
 
 
 def test_a_run_of_another_machine_is_foreign_until_it_is_adopted(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chains import ALIGN, chat_model, jsonl, plain_pairs, read_lines, refused, train
+from chains import ALIGN, chat_model, jsonl, plain_pairs, read_lines, refused, stopped_at, train
 from own_records import write_own
 from tokenizers_for_tests import byte_level
 
@@ -16,7 +16,6 @@ from isdaa.data import tokens
 from isdaa.data.encoding import VERSION
 from isdaa.data.sources import load_pairs
 from isdaa.evaluation.requests import requests
-from isdaa.training import preference
 
 OFF = "{% if enable_thinking is false %}<think></think>{% endif %}"
 THINKING = (
@@ -44,24 +43,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def interrupted(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    original = preference.PreferenceTrainer.training_step
-
-    def stopped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == step:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(preference.PreferenceTrainer, "training_step", stopped)
-
-
-def test_a_run_that_began_under_other_rules_of_tokenisation_is_refused(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_began_under_other_rules_of_tokenisation_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     jsonl(place / "pairs.jsonl", conversations())
-    with monkeypatch.context() as patch:
-        interrupted(patch, 2)
-        assert train("run", ALIGN | {"align.save_steps": 1, "align.max_steps": 4}) == 130
+    stopped_at(2, ALIGN | {"align.save_steps": 1, "align.max_steps": 4})
     state = json.loads((place / "run" / "run.json").read_text())
     assert state["stages"]["align"].pop("tokens") == VERSION  # what an earlier revision did not write
     write_own(place / "run" / "run.json", state)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chains import ALIGN, CHAIN, chat_model, jsonl, plain_pairs, train
+from chains import ALIGN, CHAIN, chat_model, jsonl, plain_pairs, stopped_at, train
 
 from isdaa.manifest import MANIFEST, write_manifest
 from isdaa.models.loading import load_model, load_sequence_classifier, load_tokenizer, save_model
 from isdaa.ownership import sealed
-from isdaa.training import preference, unchanged
+from isdaa.training import unchanged
 
 WHOLE: dict[str, Any] = {key: value for key, value in ALIGN.items() if key not in ("data.pairs", "data.eval_fraction")} | {
     "stages": ["sft", "label", "reward", "align"],
@@ -211,21 +211,10 @@ def test_a_later_stage_does_not_start_from_another_sft_model(place: Path, capsys
         assert "two/sft: not what its finished sft stage left (changed: model.safetensors)" in error
 
 
-def test_a_stopped_stage_does_not_go_on_with_another_reference(
-    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_stage_does_not_go_on_with_another_reference(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     jsonl(place / "pairs.jsonl", plain_pairs(12))
     settings = ALIGN | {"reference.path": "reference", "align.save_steps": 1}
-    original = preference.PreferenceTrainer.training_step
-
-    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 1:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(preference.PreferenceTrainer, "training_step", interrupted)
-        assert train("two", settings) == 130
+    stopped_at(1, settings, "two")
     retrain(place / "reference")
     error = again(capsys, 2, settings, run="two")[-1]
     assert "two: its stopped align stage read reference.path as it no longer is (changed: model.safetensors)" in error

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from isdaa.errors import UserError, nearest
-from isdaa.files import JsonDecoder
+from isdaa.foreign import JsonDecoder
 
 THINKING = ("reasoning_content", "reasoning", "thinking")  # keys of a message beside its content
 Message = dict[str, Any]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from isdaa.files import readable
+from isdaa.foreign import readable
 
 # Before a text that merges with what stands before it, so that it is no beginning: the first of these that does not merge itself.
 ANCHORS = ("\n", "a", ".", *string.printable)

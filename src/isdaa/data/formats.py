@@ -18,7 +18,7 @@ from typing import Any
 
 from isdaa.data.checks import THINKING, kind, whole_text
 from isdaa.errors import UserError
-from isdaa.files import JsonDecoder
+from isdaa.foreign import JsonDecoder
 
 Row = dict[str, Any]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from isdaa.data.pairs import KNOWN_COLUMNS
 from isdaa.disk import disk_error
 from isdaa.errors import UserError, nearest
-from isdaa.files import (
+from isdaa.foreign import (
     PACKED,
     ROW,
     JsonDecoder,

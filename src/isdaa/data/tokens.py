@@ -18,7 +18,8 @@ import numpy as np
 from isdaa.data.encoding import Encoder
 from isdaa.data.pairs import Counts, Row
 from isdaa.errors import UserError
-from isdaa.files import digest, file_digest, read_json, write_folder_atomically, write_json
+from isdaa.files import digest, file_digest, write_folder_atomically, write_json
+from isdaa.foreign import read_json
 from isdaa.terminal import progress
 
 if TYPE_CHECKING:

@@ -28,7 +28,8 @@ from isdaa.evaluation.benchmarks.benchmark import Answer, Benchmark, Judged, Que
 from isdaa.evaluation.benchmarks.mt_bench import MT_BENCH
 from isdaa.evaluation.benchmarks.rows import PROJECT
 from isdaa.evaluation.records import Lines, locked
-from isdaa.files import read_object, write_atomically, write_json
+from isdaa.files import write_atomically, write_json
+from isdaa.foreign import read_object
 from isdaa.record import git_revision, versions
 from isdaa.terminal import say
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.errors import UserError
-from isdaa.files import read_json
+from isdaa.foreign import read_json
 from isdaa.ownership import completed, is_own
 from isdaa.record import GOLD, NAME, PLACES, RUN, ModelRecord, path_of, read_record, run_folder
 

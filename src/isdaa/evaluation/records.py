@@ -15,7 +15,8 @@ from typing import Any
 
 from isdaa.distributed import is_main, once
 from isdaa.errors import UserError
-from isdaa.files import append_jsonl, check_shape, locked_file, read_json, readable, readable_jsonl, whole_jsonl, write_jsonl
+from isdaa.files import append_jsonl, locked_file, whole_jsonl, write_jsonl
+from isdaa.foreign import check_shape, read_json, readable, readable_jsonl
 
 Record = dict[str, Any]
 AWAY = "move the evaluation's folder away and run it again"

@@ -14,7 +14,8 @@ from isdaa.config import EvaluationConfig, TokenizationConfig, validate
 from isdaa.data.encoding import VERSION
 from isdaa.errors import UserError, nearest
 from isdaa.evaluation.provenance import OPTIONS, check_stays, records_of
-from isdaa.files import check_shape, file_digest, located, readable_jsonl
+from isdaa.files import file_digest, located
+from isdaa.foreign import check_shape, readable_jsonl
 from isdaa.manifest import MANIFEST
 from isdaa.record import GOLD, NAME, ModelRecord, read_record, run_folder
 

@@ -20,7 +20,7 @@ from isdaa.evaluation.collect import PLAN, SAMPLES
 from isdaa.evaluation.records import Record, blocks_of, fitting, read_metrics, read_plan
 from isdaa.evaluation.requests import METRICS as HISTORY
 from isdaa.evaluation.scoring import SCORES
-from isdaa.files import check_shape, read_json
+from isdaa.foreign import check_shape, read_json
 from isdaa.record import run_folder
 
 SWEEP = "sweep.json"  # what a sweep leaves: its runs and where each one's evaluation lies

@@ -13,7 +13,7 @@ from isdaa.errors import UserError, shown
 from isdaa.evaluation.analysis import METRICS
 from isdaa.experiments.grid import SweepConfig
 from isdaa.experiments.sweep import run_sweep
-from isdaa.files import read_json
+from isdaa.foreign import read_json
 from isdaa.objectives.presets import PRESETS
 
 # Seconds on two idle cores, a thread a run; the estimate starts from them.

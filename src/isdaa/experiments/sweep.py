@@ -16,7 +16,8 @@ from isdaa.evaluation.trajectory import SWEEP, read_sweep
 from isdaa.experiments.grid import Cell, SweepConfig, Task, cells_of, tasks_of
 from isdaa.experiments.overview import Overview
 from isdaa.experiments.worker import RESULT, STATUS, ClusterJobs, Job, Launcher, LocalJobs, Work, died, outcome_of, status_of
-from isdaa.files import read_object, write_atomically, write_json
+from isdaa.files import write_atomically, write_json
+from isdaa.foreign import read_object
 from isdaa.record import versions
 from isdaa.settings_text import dump_settings
 from isdaa.terminal import say

@@ -23,7 +23,8 @@ from typing import Any, Protocol
 from isdaa.disk import FULL, disk_error, free
 from isdaa.errors import UserError, shortened, shown
 from isdaa.experiments.grid import Keep, SlurmConfig, Task
-from isdaa.files import own_file, read_json, write_json
+from isdaa.files import own_file, write_json
+from isdaa.foreign import read_json
 
 STATUS, RESULT, LOG = "status.json", "result.json", "log.txt"
 EVALUATED = "evaluated.json"  # says that the evaluation was finished before checkpoints were tidied away

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from isdaa.errors import UserError
-from isdaa.files import readable
+from isdaa.foreign import readable
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from isdaa.files import no_panics
+from isdaa.foreign import no_panics
 
 _PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
 _reachable: dict[str, bool] = {}  # by endpoint; asked once a process

@@ -17,7 +17,7 @@ import torch
 
 from isdaa.disk import disk_error
 from isdaa.errors import UserError, nearest
-from isdaa.files import read_object
+from isdaa.foreign import read_object
 from isdaa.manifest import check_manifest
 from isdaa.models.adapters import add_lora, fit_vocabulary
 from isdaa.models.finite import check_finite

@@ -10,7 +10,8 @@ from isdaa.errors import UserError
 from isdaa.evaluation.benchmark_outcome import WORDS, decided_of, gap_between, is_share, ranked, told_apart
 from isdaa.evaluation.benchmark_run import EXAMPLES, METRICS
 from isdaa.evaluation.benchmark_table import few, percent, raw_mark, signed
-from isdaa.files import read_json, read_object, readable, write_atomically
+from isdaa.files import write_atomically
+from isdaa.foreign import read_json, read_object, readable
 from isdaa.report import words
 from isdaa.report.benchmark_charts import benchmark_figures, categories_of, colours_of
 from isdaa.report.figures import Figure

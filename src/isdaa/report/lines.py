@@ -9,7 +9,7 @@ from typing import Any
 
 from isdaa.errors import UserError
 from isdaa.evaluation.trajectory import Study, Trajectory
-from isdaa.files import read_object, readable_jsonl
+from isdaa.foreign import read_object, readable_jsonl
 from isdaa.record import run_folder
 from isdaa.report.labels import colours_of, labels_of
 from isdaa.report.style import PALETTE

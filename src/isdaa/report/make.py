@@ -12,7 +12,8 @@ from isdaa.evaluation.analysis import METRICS
 from isdaa.evaluation.provenance import check_stays
 from isdaa.evaluation.records import read_metrics
 from isdaa.evaluation.trajectory import SWEEP, read_study
-from isdaa.files import located, read_json
+from isdaa.files import located
+from isdaa.foreign import read_json
 from isdaa.manifest import check_manifest
 from isdaa.report.page import DATA, write_report
 

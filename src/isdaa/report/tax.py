@@ -10,7 +10,7 @@ from isdaa.evaluation.table import pm
 from isdaa.evaluation.tax import ITEMS, TAX
 from isdaa.evaluation.tax_scores import sentence, signed
 from isdaa.evaluation.tax_table import examples_of, task_name, tax_notes, tax_rows
-from isdaa.files import read_json
+from isdaa.foreign import read_json
 from isdaa.report.benchmark_charts import colours_of, dots, row_of
 from isdaa.report.figures import Figure
 from isdaa.report.words import MINUS

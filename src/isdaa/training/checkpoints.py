@@ -11,7 +11,8 @@ from pathlib import Path
 
 from isdaa.disk import writing
 from isdaa.errors import UserError
-from isdaa.files import read_json, remove_tree, sync_folder, sync_tree, write_json
+from isdaa.files import remove_tree, sync_folder, sync_tree, write_json
+from isdaa.foreign import read_json
 from isdaa.manifest import MANIFEST, defect, entry_of, sampled_digest, write_manifest
 from isdaa.models.finite import files_not_finite, listed
 from isdaa.ownership import is_own, sealed

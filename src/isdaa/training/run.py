@@ -14,7 +14,8 @@ from isdaa.config import Config, fields, resolved
 from isdaa.data.encoding import VERSION
 from isdaa.distributed import is_main, once, world_size
 from isdaa.errors import UserError
-from isdaa.files import check_shape, locked_file, read_json, remove_tree, write_atomically, write_json
+from isdaa.files import locked_file, remove_tree, write_atomically, write_json
+from isdaa.foreign import check_shape, read_json
 from isdaa.ownership import SEAL, is_own, sealed
 from isdaa.record import RUN, git_revision, versions
 from isdaa.settings_text import dump_settings

@@ -18,7 +18,7 @@ from transformers.trainer_callback import ExportableState
 
 from isdaa.distributed import once
 from isdaa.errors import UserError
-from isdaa.files import check_shape, read_json, readable
+from isdaa.foreign import check_shape, read_json, readable
 from isdaa.manifest import MANIFEST, write_manifest
 from isdaa.training.checkpoints import check_resumable, newest_complete_checkpoint, rotate, write_checkpoint
 from isdaa.training.finite import FiniteSteps
