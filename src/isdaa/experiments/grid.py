@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from isdaa.config import Config, Int, Location, Section, Seed, fields, load_config, resolved, validate
+from isdaa.config import Config, Float, Int, Location, Section, Seed, fields, load_config, resolved, validate
 from isdaa.errors import UserError, nearest
 from isdaa.files import digest, located
 from isdaa.settings_text import or_list, read_settings
@@ -59,6 +59,10 @@ class SweepConfig(Section):
     grids: dict[str, dict[str, Any]] = Field(..., min_length=1)
     jobs: Int = Field(1, ge=1, description="runs at a time")
     threads: Int | None = Field(None, ge=1, description="of each run on this machine; null: the cores divided by `jobs`")
+    shared_threads: Int | None = Field(None, ge=1, description="of a shared world on this machine; null: as `threads`")
+    expected_minutes: tuple[Float, Float] | None = Field(
+        None, description="that a shared world and a run took before: the first estimate of the time left"
+    )
     cluster: Literal["none", "local", "slurm"] = Field("none", description="none: processes here; else through submitit")
     slurm: SlurmConfig = Field(default_factory=SlurmConfig)
     keep: Keep = Field("models", description="of an evaluated run: all, its models alone, or the recommended one and the last")

@@ -17,7 +17,7 @@ from rich.text import Text
 from isdaa.errors import shown
 from isdaa.terminal import clock, console
 
-PLAIN_INTERVAL = 30.0  # seconds between two lines where there is no terminal
+PLAIN_INTERVAL = 10.0  # seconds between two lines where there is no terminal
 SHOWN = 12  # running rows on a terminal
 
 
@@ -72,14 +72,18 @@ class Overview:
 
     def left(self) -> float | None:
         """Seconds left: the median time of finished tasks of each kind for those to come, less what the running ones have
-        behind them, shared out among the places; None before the first has finished."""
+        behind them; the shared worlds come first, and each kind is shared out among the places. None before one has finished."""
         known = self.expected | {kind: median(times) for kind, times in self.took.items() if times}
         if not known:
             return None
         guess = median(known.values())
-        cost = sum(known.get(name in self.shared, guess) for name in self.todo)
-        behind = sum(min(seconds, known.get(name in self.shared, guess)) for name, seconds, _ in self.running)
-        return max(cost - behind, 0.0) / min(self.jobs, max(len(self.todo), 1))
+        behind = {name: seconds for name, seconds, _ in self.running}
+        total = 0.0
+        for kind in (True, False):
+            cost = known.get(kind, guess)
+            todo = [max(cost - behind.get(name, 0.0), 0.0) for name in self.todo if (name in self.shared) == kind]
+            total += sum(todo) / min(self.jobs, max(len(todo), 1))
+        return total
 
     def _head(self) -> Text:
         done = self.total - len(self.todo) - self.failed

@@ -59,6 +59,8 @@ def run_sweep(
         for task in tasks:
             if finished(root, task) and not task.evaluates_alone:
                 _check_unchanged(task)
+        if expected is None and sweep.expected_minutes is not None:
+            expected = (60 * sweep.expected_minutes[0], 60 * sweep.expected_minutes[1])
         failed = _Scheduler(sweep, tasks, expected).run()
         write_json(root / SWEEP, _content(sweep, cells, everything, where, earlier))
     if failed:
@@ -190,7 +192,8 @@ class _Scheduler:
         for name in (RESULT, STATUS):
             (logs / name).unlink(missing_ok=True)
         slot = min(set(range(self.sweep.jobs)) - {one.slot for one in self.running})
-        work = Work(task, logs, self.threads, _device(slot) if self.sweep.cluster == "none" else None, self.sweep.keep)
+        threads = self.threads if task.cell is not None else self.sweep.shared_threads or self.threads
+        work = Work(task, logs, threads, _device(slot) if self.sweep.cluster == "none" else None, self.sweep.keep)
         self.running.append(_Running(task, logs, self.launch(work), time.monotonic(), slot))
 
     def _collect(self, overview: Overview) -> None:
