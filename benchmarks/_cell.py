@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from shapes import Lengths, Shape, Size, draw_pairs, lengths_of
 
 from isdaa.terminal import Bar, say
 
+Rows = list[dict[str, list[int]]]
 MATMUL = "matrix products"  # takes its turn in every round, as if it were an arm
 # Forked from a process that has imported everything: all arms begin with the same memory, and in no time.
 _forked = multiprocessing.get_context("forkserver")
@@ -60,15 +62,20 @@ class Plan:
     arms: tuple[str, ...]
     limits: dict[str, int | None]
     too_large: dict[str, str]
+    model: Path | None = None  # folder of the initial weights; None: random ones
 
     def turns(self, settings: Settings) -> int:
         """Preparations and steps of the arms, and measurements of the matrix products."""
         return len(self.arms) + settings.steps * (len(self.arms) + 1)
 
 
-def plans(settings: Settings, name: str, shape: Shape, size: Size) -> list[Plan]:
+def plans(settings: Settings, name: str, shape: Shape | Rows, size: Size, model: Path | None = None) -> list[Plan]:
     """One, or several where memory is short: each has the arm that all others are compared with."""
-    rows = draw_pairs(shape, size.vocabulary, settings.steps * settings.batch_size, settings.seed, size.positions)
+    wanted = settings.steps * settings.batch_size
+    if isinstance(shape, Shape):
+        rows = draw_pairs(shape, size.vocabulary, wanted, settings.seed, size.positions)
+    else:
+        rows = list(islice(cycle(shape), wanted))
     lengths, free = _by_step(rows, settings.batch_size), free_memory()
     budget = Budget(size, lengths, settings.arms, None if free is None else free - of_products(size, lengths))
     parts, too_large = budget.parts()
@@ -76,7 +83,7 @@ def plans(settings: Settings, name: str, shape: Shape, size: Size) -> list[Plan]
     for number, arms in enumerate(parts, 1):
         limits = {arm: budget.limit(arm, arms) for arm in arms}
         title = name if len(parts) == 1 else f"{name}, part {number} of {len(parts)}"
-        found.append(Plan(title, size, rows, tuple(arms), limits, too_large if number == 1 else {}))
+        found.append(Plan(title, size, rows, tuple(arms), limits, too_large if number == 1 else {}, model))
     return found
 
 
@@ -192,9 +199,12 @@ def running(settings: Settings, plan: Plan, bar: Bar) -> Iterator[Cell]:
         for arm, why in plan.too_large.items():
             cell.drop(arm, why, memory=True)
         with ExitStack() as stack:
-            maker = Worker("prepare_model", plan.size, folder / "initial", settings.threads)
-            stack.callback(maker.end)
-            maker.hear()
+            if plan.model is None:
+                maker = Worker("prepare_model", plan.size, folder / "initial", settings.threads)
+                stack.callback(maker.end)
+                maker.hear()
+            else:
+                (folder / "initial").symlink_to(plan.model.resolve())
             workers = _start(cell, settings, stack, bar)
             _train(cell, settings, workers, bar)
         yield cell

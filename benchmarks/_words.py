@@ -21,5 +21,6 @@ def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 def as_text(row: dict[str, list[int]]) -> dict[str, str]:
     """The texts of a pair's ids. Tokenising them adds the EOS that a response ends with."""
     prompt, chosen, rejected = (row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
-    texts = (" ".join(f"t{i}" for i in ids) for ids in (prompt, chosen[:-1], rejected[:-1]))
+    # Of a real conversation, the end token also stands behind the turns of the prompt.
+    texts = (" ".join("</s>" if i == EOS else f"t{i}" for i in ids) for ids in (prompt, chosen[:-1], rejected[:-1]))
     return dict(zip(("prompt", "chosen", "rejected"), (f" {text}" for text in texts), strict=True))

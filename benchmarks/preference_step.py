@@ -29,7 +29,7 @@ from _cell import HUGE_PAGES, MATMUL, Ended, Plan, Settings, plans, running
 from _memory import BASE, WITHOUT, free_memory
 from _summary import DEFINITIONS, LABELS, below, summarise, table, wrong
 from rich.console import Console
-from shapes import SHAPES, TINY_SHAPE, TINY_VOCABULARY, VOCABULARIES, Shape, Size, lengths_of, products, tiny
+from shapes import EOS, SHAPES, TINY_SHAPE, TINY_VOCABULARY, VOCABULARIES, Shape, Size, lengths_of, products, tiny
 
 from isdaa.errors import UserError, nearest
 from isdaa.files import write_json
@@ -65,6 +65,10 @@ def build_parser() -> OneLineParser:
     parser.add_argument("--threads", type=int, default=None, metavar="N", help="default: all cores")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the pairs and of the arms' order")
     parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help=f"JSON to write (default: {OUT})")
+    parser.add_argument("--model_path", type=Path, metavar="FOLDER", help="a Llama with tied embeddings, instead of random ones")
+    parser.add_argument(
+        "--pairs", metavar="FILE", help="pairs of --model_path, read as `isdaa train` does, instead of random ones"
+    )
     parser.add_argument("--tiny", action="store_true", help="a very small model, shape and number of rounds, for tests")
     return parser
 
@@ -92,7 +96,11 @@ def _terminated(*unused: Any) -> None:
 def run(arguments: Any) -> int:
     """All cells, one after the other; the file holds those that are done."""
     settings = _settings(arguments)
-    todo = [plan for cell in _cells(arguments) for plan in plans(settings, *cell)]
+    model = arguments.model_path
+    if model is None and arguments.pairs is not None:
+        raise UserError("--pairs: needs --model_path, whose tokenizer reads them")
+    cells = _cells(arguments) if model is None else _real_cells(arguments)
+    todo = [plan for cell in cells for plan in plans(settings, *cell, model=model)]
     _environment(settings.threads)
     expected = sum(_expected(plan, settings) for plan in todo)
     say(f"{len(todo)} cells, {settings.rounds} rounds, {len(settings.arms)} arms: about {clock(expected)}, as a rough guess")
@@ -138,6 +146,32 @@ def _cells(arguments: Any) -> list[tuple[str, Shape, Size]]:
     if min(sizes) < 100:
         raise UserError(f"--vocabularies: expected at least 100 tokens, got {min(sizes)}")
     return [(f"{shape}, V = {size}", SHAPES[shape], Size(size)) for size in sizes for shape in shapes]
+
+
+def _real_cells(arguments: Any) -> list[tuple[str, Any, Size]]:
+    """The shapes, or the pairs of a file, with the model of a folder."""
+    from isdaa.data.sources import load_pairs
+    from isdaa.data.tokenization import TokenizationSettings, tokenize_pairs
+    from isdaa.models.loading import load_tokenizer, model_config
+
+    config: Any = model_config(arguments.model_path)
+    if config.model_type != "llama" or not config.tie_word_embeddings or config.eos_token_id != EOS:
+        raise UserError(
+            f"--model_path: {arguments.model_path}: the arms train a Llama with tied embeddings whose end token is {EOS}"
+        )
+    size = Size(
+        config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers,
+        config.num_attention_heads, config.num_key_value_heads, config.max_position_embeddings,
+    )  # fmt: skip
+    name = arguments.model_path.resolve().name
+    if arguments.pairs is None:
+        return [(f"{shape}, {name}", SHAPES[shape], size) for shape in _chosen("shapes", arguments.shapes, SHAPES)]
+    rows, _ = load_pairs(arguments.pairs)
+    pairs, _ = tokenize_pairs(
+        rows, load_tokenizer(arguments.model_path), TokenizationSettings(size.positions, size.positions // 2)
+    )
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return [(f"{Path(arguments.pairs).name}, {name}", [{c: list(row[c]) for c in columns} for row in pairs], size)]
 
 
 def _settings(arguments: Any) -> Settings:

