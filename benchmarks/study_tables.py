@@ -130,8 +130,8 @@ def _page(study: Study, summaries: Sequence[CellSummary], against: str, folder: 
         "",
         "Means over seeds with 95 % t-intervals. *best*: the smoothed curve's peak, optimistic, since it is chosen on what it is "
         "measured on; *fall*: from the peak to the end, cross-fitted; *found*: verdicts over-optimised / underpowered / not "
-        "detected, one a seed; *d\\** and *past*: the fitted law's peak in √KL, and the share of bootstrap draws that see the "
-        "last checkpoint beyond it.",
+        "detected, one a seed; *d\\** and *past*: the fitted law's peak in √KL, where the checkpoints show one, and the share of "
+        "bootstrap draws that see the last checkpoint beyond it.",
         "",
     ]
     if study.missing:
@@ -154,18 +154,19 @@ def _revisions(study: Study, content: dict[str, Any]) -> list[str]:
 
 
 def _table(cells: Sequence[CellSummary]) -> list[str]:
-    lines = ["| cell | seeds | best | final | each seed's final | final KL | fall | found | d* | past |", "|" + "---|" * 10]
+    head = ["cell", "seeds", "best", "final", "each seed's final", "final KL", "fall", "found", "d*", "past"]
+    rows = []
     for cell in sorted(cells, key=lambda c: -c.final.mean):
         found = "/".join(str(cell.findings.get(name, 0)) for name in ("over-optimised", "underpowered", "not detected"))
         law = fit_law(cell.runs)
-        peak = "" if law is None or law.peak is None or law.peak > 10 else f"{law.peak:.2f}"
+        peak = "" if law is None or law.peak is None else f"{law.peak:.2f}"
         past = "" if law is None or law.past_peak is None else f"{law.past_peak:.2f}"
         each = " ".join(f"{value:.2f}" for value in cell.final.values)
-        lines.append(
-            f"| `{cell.cell}` | {cell.final.seeds} | {_pm(cell.best)} | {_pm(cell.final)} | {each} | {_pm(cell.final_kl, 1)} "
-            f"| {_pm(cell.fall)} | {found} | {peak} | {past} |"
-        )
-    return lines
+        means = [_pm(cell.best), _pm(cell.final), each, _pm(cell.final_kl, 1), _pm(cell.fall)]
+        rows.append([f"`{cell.cell}`", str(cell.final.seeds), *means, found, peak, past])
+    keep = [place for place in range(len(head)) if any(row[place] for row in rows)]
+    lines = [[row[place] for place in keep] for row in (head, ["---"] * len(head), *rows)]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
 def _differences(study: Study, by_cell: dict[str, CellSummary], against: str) -> list[str]:

@@ -95,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     report.add_argument("path", nargs="?", metavar="RUN_OR_SWEEP", help="folder of a run or of a sweep")
     report.add_argument(
-        "--checkpoints", nargs="+", metavar="PATH", help="models of one run in the order of training, whatever trained them"
+        "--checkpoints", nargs="+", metavar="PATH", help="models in the order of training, whatever trained them; a curve a run"
     )
     report.add_argument(
         "--output", metavar="DIR", help="where the report goes (default: `report` in the run's or sweep's folder)"
@@ -307,10 +307,12 @@ def _report(arguments: argparse.Namespace) -> int:
         _adopted(arguments.checkpoints or [arguments.path])
     from isdaa.report.make import report_on
 
-    page, sentence = report_on(
+    page, sentences = report_on(
         arguments.checkpoints or [arguments.path], overrides, arguments.output, as_one_run=arguments.checkpoints is not None
     )
-    print(f"{shown(sentence)}\nreport: {shown(page)}")
+    for sentence in sentences:
+        print(shown(sentence))
+    print(f"report: {shown(page)}")
     return 0
 
 

@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 from isdaa.benchmark_options import add_benchmark_options
 from isdaa.evaluation.benchmark_outcome import comparisons, gap_between, headline_of, sentence, table_csv
 from isdaa.evaluation.benchmark_request import file_name
-from isdaa.evaluation.benchmark_table import pairs_of, print_outcome, raw_mark, signed, spread
+from isdaa.evaluation.benchmark_table import cut_notes, pairs_of, print_outcome, raw_mark, signed, spread
 from isdaa.evaluation.benchmarks import BENCHMARKS, TLDR
 from isdaa.evaluation.benchmarks.benchmark import Answer, Judged, Question, Scoring, Verdict
 from isdaa.evaluation.statistics import fewest
@@ -206,3 +206,33 @@ def test_a_hostile_name_is_text_in_table_and_csv():
     rows = list(csv.reader(io.StringIO(table_csv(found))))
     assert {row[0] for row in rows[1:]} == {NAME, "'@b"}
     assert all(not cell.startswith("'") for row in rows for cell in row[3:])
+
+
+def test_figures_of_fragments_are_marked_and_it_says_what_to_type():
+    metrics = metrics_of({"a": [1] * 20, "b": [0] * 20}, generation={"max_new_tokens": 1024})
+    whole = {"mean_characters": 80.0, "truncated": 1, "turns": 20}
+    for model in metrics["models"]:
+        model["answers"] = dict(whole)
+    assert cut_notes(metrics) == []
+    metrics["models"][1]["answers"]["truncated"] = 15
+    (note,) = cut_notes(metrics)
+    assert note.startswith(
+        "max_new_tokens (1024) cut 75 % of the answers of b: its figures are of fragments; give --max_new_tokens 2048"
+    )
+    print_outcome(metrics, out := io.StringIO(), width=200)
+    lines = out.getvalue().splitlines()
+    rows = [next(line for line in lines if line.startswith(f"|{name} ")) for name in "ab"]
+    assert " !" not in rows[0] and "0.0 ± 0.0 % !" in rows[1] and f"! {note}." in lines
+    metrics |= {"models": metrics["models"][:1], "opponent_answers": whole | {"truncated": 5}}
+    (note,) = cut_notes(metrics)
+    assert "cut 25 % of the answers of base: the figures of all models are wins over fragments" in note
+    # Answers of a file say nothing of how they ended.
+    metrics["opponent_answers"] = {"mean_characters": 80.0, "truncated": None, "turns": 20}
+    assert cut_notes(metrics) == []
+
+
+def test_columns_that_no_model_has_a_value_for_are_left_out():
+    metrics = metrics_of({"a": [1] * 20})
+    metrics["models"][0]["answers"] = {"mean_characters": 80.0, "truncated": None, "turns": 20}
+    print_outcome(metrics, out := io.StringIO(), width=200)
+    assert "characters" in out.getvalue() and "cut" not in out.getvalue() and "unread" not in out.getvalue()

@@ -93,7 +93,8 @@ def test_metrics_say_what_was_measured(finished, models):
         assert held_out["pairs"] == 6
         drift = held_out["chosen_drift"]["mean"] - held_out["rejected_drift"]["mean"]
         assert held_out["margin"]["mean"] == pytest.approx(drift, abs=1e-6)
-    assert metrics["scorer"]["name"] == "gold" and metrics["verdicts"] == {"checkpoints": None}  # two models are too few
+    assert metrics["scorer"]["name"] == "gold" and metrics["verdicts"] == {"near": None, "far": None}
+    assert metrics["better"] == {"near": False, "far": False}  # on eight prompts
     assert all(math.isfinite(value) for value in numbers(metrics))
 
 
@@ -140,7 +141,7 @@ def test_analysis_and_scoring_can_be_repeated_from_the_files(finished, no_models
     metrics, folder = finished
     for name in ("plan.json", "samples.jsonl", "pairs.jsonl", "scores.jsonl"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    assert analyse(tmp_path) == {key: value for key, value in metrics.items() if key != "verdicts"}
+    assert analyse(tmp_path) == {key: value for key, value in metrics.items() if key not in ("verdicts", "better")}
     assert with_verdicts(tmp_path) == metrics
     other = analyse(tmp_path, settings(ties="loss", opponent="chosen"))
     assert other["models"][0]["win_rate"] == other["models"][0]["win_rate_chosen"]

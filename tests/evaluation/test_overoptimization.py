@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from isdaa.evaluation.falls import Bounce, bounce_of, crossfit, smoothed, smoothing
-from isdaa.evaluation.overoptimization import Law, fit_law, judge, law_of, verdict_of
+from isdaa.evaluation.overoptimization import Law, fit_law, judge, law_of, shown_better, verdict_of
 from isdaa.evaluation.trajectory import Trajectory
 
 
@@ -261,7 +261,8 @@ def test_exact_points_give_the_law_back():
 
 def test_no_peak_without_a_bend():
     law = fit_law([exact(0.3, -0.05, np.array([0.5, 1.0, 2.0, 4.0]))])
-    assert law.peak is None and law.height is None and law.past_peak == 0.0 and law.peak_high is None
+    assert law.peak is None and law.height is None and law.past_peak is None and law.peak_high is None
+    assert law.doubt == "it has no peak"
 
 
 def test_no_law_from_fewer_than_four_kls():
@@ -298,3 +299,62 @@ def test_the_interval_covers_the_peak_of_noisy_prompts():
         law = fit_law([a_run(wins, kl=kl)], resamples=200, seed=seed)
         covered += law.peak_low <= peak <= law.peak_high
     assert covered >= 51  # 85 %: the clipping of win rates at 1 bends the simulated curve a little
+
+
+@pytest.mark.parametrize(
+    "a, b, kl, doubt",
+    [
+        (0.9, 0.2, [0.5, 1.0, 2.0, 4.0], "beyond the furthest checkpoint, √KL 2.00"),  # d* = e^3.5
+        (0.1, 0.2, [1.0, 2.0, 4.0, 9.0], "before the first, √KL 1.00"),  # d* = e^-0.5
+        (0.3, -0.1, [0.5, 1.0, 2.0, 4.0], "it has no peak"),
+    ],
+)
+def test_no_peak_is_named_outside_the_checkpoints(a, b, kl, doubt):
+    law = fit_law([exact(a, b, np.array(kl))])
+    assert (law.a, law.b) == (pytest.approx(a), pytest.approx(b)) and doubt in law.doubt
+    assert law.peak is law.height is law.peak_low is law.peak_high is law.past_peak is None
+
+
+def test_no_peak_is_named_whose_interval_has_no_end():
+    """Noise about a line: the fit has a peak among the checkpoints, and many of its draws have none."""
+    kl = np.array([1.0, 2.0, 4.0, 9.0, 16.0])
+    laws = [
+        fit_law([a_run(simulated([0.5, 0.51, 0.5, 0.51, 0.5], prompts=30, seed=s)[0], kl=kl)], resamples=200) for s in range(30)
+    ]
+    open_ended = [law for law in laws if law.doubt is not None and "has no end" in law.doubt]
+    assert open_ended and all(law.peak is None for law in open_ended)
+    assert all((law.peak is None) == (law.doubt is not None) for law in laws)
+    assert all(1 <= law.peak <= 4 and law.peak_high is not None for law in laws if law.peak is not None)
+
+
+def test_nothing_is_recommended_that_is_not_shown_to_be_better():
+    verdict = judge(a_run(simulated([0.50, 0.51, 0.50, 0.49, 0.50, 0.50], prompts=128)[0]))
+    assert verdict.better is False and verdict.keeps_reference
+    assert "no checkpoint is shown to be better than the reference (95 %)" in verdict.sentence
+    assert verdict.sentence.endswith("keep the reference.") and "keep checkpoint" not in verdict.sentence
+    found = judge(a_run(simulated(RISING)[0]))
+    assert found.better is True and not found.keeps_reference and "no checkpoint" not in found.sentence
+
+
+def test_what_is_recommended_is_itself_shown_to_be_better():
+    """The best and one near the reference cannot be told apart, but the latter is not shown to be better than the reference."""
+    best = np.array([1.0] * 224 + [0.0] * 176)
+    close = np.roll(best, 32)
+    close[32:40] = 0.0  # 0.54: it loses 40 prompts and wins 32 others
+    wins = np.stack([close, best, best])
+    verdict = judge(a_run(wins, kl=[1.0, 5.0, 6.0]))
+    assert verdict.better and verdict.recommended == 1
+    assert wins[0].mean() == 0.54 and shown_better(a_run(wins[:1])) is False and shown_better(a_run(wins[1:])) is True
+
+
+def test_an_unknown_reference_is_said():
+    verdict = judge(a_run(simulated(RISING)[0], start=None))
+    assert verdict.better is None and "(the reference's own win rate is not known)" in verdict.sentence
+    assert shown_better(a_run(simulated(RISING)[0], start=None)) is None
+
+
+def test_steps_that_nobody_knows_are_told_by_labels():
+    wins = simulated(FALLING)[0]
+    said = verdict_of(wins, np.arange(1.0, 9.0), labels=[f"epoch-{i}" for i in range(8)]).sentence
+    assert "at epoch-" in said and "(to epoch-7)" in said and "step" not in said
+    assert "(to step 80)" in judge(a_run(wins)).sentence

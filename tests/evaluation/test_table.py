@@ -95,3 +95,39 @@ def test_a_hostile_name_is_text():
     print_table(found, file=stream)
     harmless(stream.getvalue())
     assert unwrapped(stream.getvalue()).count(unwrapped(ESCAPED)) == 3
+
+
+def test_win_rates_of_fragments_are_marked_and_it_says_what_to_type():
+    found = metrics()
+    found["settings"]["max_new_tokens"] = 64
+    found["models"][0]["truncated"] = 0.5
+    stream = io.StringIO()
+    print_table(found, file=stream, width=80)
+    text = stream.getvalue()
+    assert "0.423 ± 0.040 !" in text and "0.721 ± 0.040 !" not in text and max(map(len, text.splitlines())) <= 80
+    (line,) = [line for line in legend(found) if line.startswith("!")]
+    assert "cut 3 to 50 % of the checkpoints' responses" in line and "--evaluation.max_new_tokens 128" in line
+    found["reference"]["truncated"] = 0.2  # the opponent's: then every comparison has a fragment in it, now and then
+    stream = io.StringIO()
+    print_table(found, file=stream, width=80)
+    assert stream.getvalue().count(" !") == 4
+    assert not [line for line in legend(metrics()) if line.startswith("!")]
+
+
+def test_columns_that_nobody_has_a_value_for_are_left_out():
+    found = metrics(scorer=None)
+    for model in found["models"]:
+        model |= {"weight_mean": None, "ess": None, "held_out": None}
+        del model["held_out"]
+    stream = io.StringIO()
+    print_table(found, file=stream)
+    head = next(line for line in stream.getvalue().splitlines() if "KL (nats)" in line)
+    assert "length" in head and not any(name in head for name in ("weight", "ESS", "accuracy", "drift", "rejected", "win rate"))
+
+
+def test_where_there_is_no_verdict_it_still_says_that_none_is_better():
+    told = legend(metrics() | {"verdicts": {"dpo": None}, "better": {"dpo": False}})
+    assert told[-1] == "No checkpoint is shown to be better than the reference (95 %)." and "A note." in told
+    told = legend(metrics() | {"verdicts": {"a": None, "b": {"sentence": "S."}}, "better": {"a": False, "b": True}})
+    assert told[-2:] == ["b: S.", "a: No checkpoint is shown to be better than the reference (95 %)."]
+    assert legend(metrics() | {"verdicts": {"dpo": None}, "better": {"dpo": True}})[-1] == "A note."

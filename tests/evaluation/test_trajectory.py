@@ -12,7 +12,7 @@ from evaluation_helpers import TOKENIZATION, WordCount, moved, save, settings, t
 from isdaa.errors import UserError
 from isdaa.evaluation import collect
 from isdaa.evaluation.evaluate import evaluate
-from isdaa.evaluation.trajectory import LONE, read_study, trajectories
+from isdaa.evaluation.trajectory import read_study, trajectories
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +43,17 @@ def test_per_prompt_values_have_the_metrics_means(models, tmp_path: Path, oppone
         assert one.wins[row].mean() == pytest.approx(entry["win_rate"]["mean"])
         assert one.rewards[row].mean() == pytest.approx(entry["reward"]["mean"])
         assert one.lengths is not None and one.lengths[row].mean() == pytest.approx(entry["length"]["mean"])
-    assert one.start == metrics["reference"]["win_rate"]["mean"]
+    assert one.start == metrics["reference"]["win_rate"]["mean"] == pytest.approx(one.start_wins.mean())
     assert np.allclose(one.root_kl**2, one.kl.mean(axis=1))
 
 
-def test_models_outside_a_run_are_one_run_in_the_order_given(models, tmp_path: Path) -> None:
+def test_models_outside_a_run_are_runs_of_their_own(models, tmp_path: Path) -> None:
     run(models, tmp_path, "cab")
     found = {one.name: one for one in trajectories(tmp_path)}
-    assert set(found) == {"run", LONE}
-    assert found[LONE].labels == ["alone"] and found["run"].kl.shape == (2, 8)
-    (together,) = trajectories(tmp_path, as_one_run=True)
-    assert [Path(path).name for path in together.paths] == ["alone", "checkpoint-5", "model"] and together.kl.shape == (3, 8)
+    assert set(found) == {"run", "alone"}
+    assert found["alone"].labels == ["alone"] and found["run"].kl.shape == (2, 8)
+    told = trajectories(tmp_path, as_one_run=True)  # no word of the user's joins them
+    assert [[Path(path).name for path in one.paths] for one in told] == [["alone"], ["checkpoint-5", "model"]]
 
 
 def test_without_a_scorer_there_are_no_win_rates(models, tmp_path: Path) -> None:

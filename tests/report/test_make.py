@@ -31,7 +31,9 @@ def test_a_run_is_evaluated_and_reported_on(trained: Path, capsys: pytest.Captur
     assert len(rows) == 1 + len(metrics["models"]) == 4
 
 
-def test_checkpoints_that_isdaa_did_not_train(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoints_that_isdaa_did_not_train(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bare model folders: no record beside them, so the options name reference, prompts and scorer."""
     names = []
     for index, folder in enumerate(sorted((trained / "checkpoints").glob("checkpoint-*"))):
@@ -47,8 +49,14 @@ def test_checkpoints_that_isdaa_did_not_train(trained: Path, tmp_path: Path, cap
     options = ["--reference", str(trained / "sft"), "--data", str(prompts), "--scorer", "gold", "--output", str(tmp_path / "out")]
     small = ["--evaluation.max_new_tokens", "8", "--evaluation.bootstrap", "100", "--tokenization.max_length", "128"]
     small += ["--tokenization.max_prompt_length", "96"]
-    assert main(["report", "--checkpoints", *names, *options, *small]) == 0
+    monkeypatch.chdir(tmp_path)  # where records of models go that have no folder in common
+    names.append(str(trained / "model"))  # of another run: a curve of its own, whatever the order
+    assert main(["report", "--checkpoints", *names[::-1], *options, *small]) == 0
     report = json.loads((tmp_path / "out/report.json").read_text())
+    assert {run["name"]: len(run["checkpoints"]) for run in report["runs"]} == {"mine": 1, tmp_path.name: len(names) - 1}
+    said = f"these models are of 2 runs (mine, {tmp_path.name}), each with a curve of its own"
+    assert report["notes"] == [said] and said in capsys.readouterr().out.splitlines()
+    assert said in (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert (tmp_path / "out/report.html").is_file()
     assert "theirs-0" in json.dumps(report)
 

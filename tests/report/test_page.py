@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 from hostile import ESCAPED, NAME, harmless
-from report_studies import FALLS, SCRIPT, cells, study, sweep, trajectory, write_evaluation
+from report_studies import FALLS, RISES, SCRIPT, cells, study, sweep, trajectory, write_evaluation
 
 from isdaa.errors import UserError
 from isdaa.evaluation.trajectory import Study, read_study
@@ -310,3 +310,91 @@ def test_a_report_of_hostile_runs(tmp_path, drawn):
         rows = list(csv.DictReader(file))
     assert {row["cell"] for row in rows} == {NAME, "'=cmd()"}
     assert any(float(row["chosen_drift"]) < 0 for row in rows)
+
+
+FLAT = (0.50, 0.49, 0.50, 0.48, 0.50, 0.49, 0.50, 0.49)
+
+
+def test_a_conversation_is_shown_as_one(tmp_path):
+    """Roles and words, the tools on offer and the calls made; what a model or a user wrote stays text."""
+    run = write_evaluation(tmp_path)
+    samples = run / "evaluation" / "samples.jsonl"
+    call = {"function": {"name": "weather", "arguments": {"city": SCRIPT}}}
+    asked = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": f"Rain? {SCRIPT}"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "dry"},
+    ]
+    tools = [{"function": {"name": "weather", "description": "Of a city"}}]
+    rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+    rows = [row | {"prompt": asked, "tools": tools} if "prompt" in row else row for row in rows]
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    html, report, _ = written(read_study(run), tmp_path / "report")
+    assert report["samples"][0]["prompts"][0]["prompt"] == asked and "script" not in Tables(html).tags
+    shown_text = html[html.index("Samples side by side") :]
+    for role, words in (("tools", "weather: Of a city"), ("system", "Be short."), ("user", "Rain? &lt;script"), ("tool", "dry")):
+        assert f'<span class="role">{role}</span><div class="text">{words}' in shown_text
+    assert '<span class="role">assistant</span><div class="text">call weather({&#34;city&#34;: &#34;&lt;script' in shown_text
+    for sign in ("[{", "{&#39;", "&#39;role&#39;", "None"):
+        assert sign not in shown_text.partition("Every checkpoint")[0]
+
+
+def test_where_none_is_better_nothing_is_recommended(tmp_path):
+    html, report, rows = written(study([trajectory(curve=FLAT, prompts=120)]), tmp_path)
+    run = report["runs"][0]
+    assert report["tone"] != "not"  # a run that gained nothing is no good news
+    assert run["better"] is False and run["recommended"] == {"label": "the reference", "path": "models/sft", "step": 0}
+    assert "no checkpoint is shown to be better than the reference" in report["headline"]
+    assert "No checkpoint to keep. The reference: <code>models/sft</code>" in html and "Checkpoint to keep:" not in html
+    assert not any(row["recommended"] == "True" for row in rows) and "Bold:" not in html and 'class="kept"' not in html
+    (figure,) = [figure for figure in figures_of(find(study([trajectory(curve=FLAT, prompts=120)]))) if figure.section == "win"]
+    assert "diamond" not in figure.caption and '"diamond"' not in json.dumps(figure.draw(600).to_dict())
+
+
+def test_of_several_runs_the_sentence_says_which_are_not_better(tmp_path):
+    runs = [trajectory(None, None, None, name=name, curve=curve, prompts=300) for name, curve in (("up", RISES), ("flat", FLAT))]
+    _, report, _ = written(study(runs), tmp_path / "one")
+    assert report["headline"].endswith("; no checkpoint of flat is shown to be better than the reference (95 %).")
+    assert "up keeps most" in report["headline"] and "keep its up" not in report["headline"]
+    flat = [trajectory("dpo", beta, 1, curve=FLAT, prompts=120) for beta in (0.01, 0.1)]
+    _, report, _ = written(study(flat), tmp_path / "none")
+    assert report["headline"].endswith("no checkpoint is shown to be better than the reference (95 %): keep the reference.")
+    assert report["headline"].count("no checkpoint") == 1 and [run["better"] for run in report["runs"]] == [False, False]
+    few = study([trajectory(curve=FLAT[:2], prompts=120)])
+    assert report_of(find(few))["headline"].endswith("No checkpoint is shown to be better than the reference (95 %).")
+
+
+def test_a_law_without_a_peak_among_the_checkpoints_is_not_drawn_and_it_says_why(tmp_path):
+    made = study([trajectory("is_dpo", prompts=300)])
+    html, report, _ = written(made, tmp_path)
+    law = report["cells"][0]["law"]
+    assert law["doubt"] and law["peak"] is law["peak_low"] is law["height"] is law["past_peak"] is None and law["a"] is not None
+    (figure,) = [figure for figure in figures_of(find(made)) if figure.section == "win"]
+    assert f"not drawn, and no peak named: {law['doubt']}" in figure.caption and "triangle" not in figure.caption
+    dashes = [layer["mark"] for layer in figure.draw(600).to_dict()["layer"] if "strokeDash" in layer["mark"]]
+    assert [mark["type"] for mark in dashes] == ["rule"]  # the reference's own win rate
+    (head, row) = Tables(html).tables["laws"]
+    assert row[head.index("Why no peak is named")] == law["doubt"] and "d*, its 95 % interval" not in head and "–" not in row
+    falling = figures_of(find(study([trajectory(prompts=300)])))[0]
+    assert "the triangle at the foot marks its peak" in falling.caption and "not drawn" not in falling.caption
+    both = figures_of(find(sweep(("dpo", "is_dpo"), (0.01,), 1, prompts=300)))[0]
+    assert "No law is drawn and no peak named for is_dpo" in both.caption and "triangle" in both.caption
+
+
+def test_cut_responses_are_warned_of_beside_every_win_rate(tmp_path):
+    runs = [trajectory(prompts=120), trajectory("is_dpo", prompts=120)]
+    for entry in runs[1].metrics:
+        entry["truncated"] = 0.6
+    html, report, _ = written(study(runs), tmp_path)
+    (line,) = report["warnings"]
+    assert line.startswith(
+        "evaluation.max_new_tokens (32) cut 0 to 60 % of the checkpoints' responses and 1 % of the reference's"
+    )
+    assert line.replace("'", "&#39;") in html[: html.index("<h2>")] and "--evaluation.max_new_tokens 64" in line
+    assert html.count('title="of fragments">!') == len(runs[1].metrics)
+    captions = {figure.name: figure.caption for figure in figures_of(find(study(runs)))}
+    for name in ("win-rate-kl", "final", "training"):
+        assert "win rates of fragments" in captions[name]
+    clean = study([trajectory(prompts=120)])
+    assert report_of(find(clean))["warnings"] == [] and "fragments" not in figures_of(find(clean))[0].caption

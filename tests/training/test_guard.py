@@ -76,21 +76,23 @@ class Letters:
 
 
 class Scripted:
-    """A test that stops at look number `at`, and whose peak is the first look. Its state is the number of looks."""
+    """A test that stops at look number `at`, and whose peak is the first look."""
 
     def __init__(self, at: int) -> None:
-        self.at, self.looks = at, 0
+        self.at = at
+        self.wins: list[np.ndarray] = []
 
     def update(self, wins: np.ndarray, kl: float) -> Look:
         assert len(wins) == 6 and kl >= 0
-        self.looks += 1
-        return Look(self.looks >= self.at, self.looks - 1, 0, 0.125 * self.looks, 0.01, 0.0625 * self.looks, True)
+        self.wins.append(wins)
+        looks = len(self.wins)
+        return Look(looks >= self.at, looks - 1, 0, 0.125 * looks, 0.01, 0.0625 * looks, True)
 
     def state(self) -> dict[str, Any]:
-        return {"looks": self.looks}
+        return {"wins": [row.tolist() for row in self.wins]}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.looks = state["looks"]
+        self.wins = [np.array(row) for row in state["wins"]]
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +183,7 @@ def test_random_numbers_after_a_look_are_those_without_it() -> None:
 # --- what it measures
 
 
-def test_each_look_is_one_whole_line(place: Path, judge: Letters) -> None:
+def test_each_look_is_one_whole_line(place: Path, judge: Letters, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("run", GUARDED, align__max_steps=5) == 0
     found = looks(place / "run")
     assert [line["step"] for line in found] == [2, 4, 5]  # and at the last step
@@ -190,14 +192,22 @@ def test_each_look_is_one_whole_line(place: Path, judge: Letters) -> None:
     assert 0 <= found[0]["guard/win_rate_low"] <= found[0]["guard/win_rate"] <= found[0]["guard/win_rate_high"] <= 1
     assert 0 < found[0]["guard/kl"] < found[-1]["guard/kl"]
     assert judge.seen == [12, 6, 6, 6]  # the opponents, once; then one response a prompt
+    said = capsys.readouterr().err
+    assert "guard.max_new_tokens (5) cut" in said and "give --guard.max_new_tokens 10" in said and "of the reference's" in said
+    assert "no look is shown to be better than the reference (95 %)" in said
     assert all("time/guard_seconds" in line for line in read_lines(place / "run" / "metrics.jsonl") if "guard/kl" in line)
     best = max(found, key=lambda line: line["guard/win_rate"])
     assert found[-1]["guard/best_step"] == best["step"]
-    assert json.loads((place / "run" / "run.json").read_text())["stages"]["align"]["guard"] == {
-        "best_step": best["step"],
-        "best_win_rate": best["guard/win_rate"],
-        "stopped": None,
-    }
+    assert (
+        json.loads((place / "run" / "run.json").read_text())["stages"]["align"]["guard"]
+        == {
+            "best_step": best["step"],
+            "best_win_rate": best["guard/win_rate"],
+            "stopped": None,
+            "better": False,  # on six prompts nothing is
+            "reference_truncated": np.mean([not row["finished"] for row in read_lines(place / "run/guard/samples.jsonl")[1:]]),
+        }
+    )
     assert not (place / "run" / "best").exists()
 
 

@@ -128,6 +128,14 @@ def test_labelled_pairs_carry_ids_rewards_and_behaviour_logps(home: Home) -> Non
             assert pair["behaviour_chosen_logps"] < 0 > pair["behaviour_rejected_logps"]
     facts = json.loads((home.run / "pairs" / "label.json").read_text())
     assert facts["settings"]["label"] == "sample"
+    responses = [answer for row in read_lines(home.run / "pairs" / "responses.jsonl") for answer in row["responses"]]
+    assert facts["responses"] == len(responses)
+    assert facts["cut"] == sum(not answer["finished"] for answer in responses) / len(responses) > 0.1
+    notes = json.loads((home.run / "run.json").read_text())["stages"]["label"]["notes"]
+    (warned,) = [note for note in notes if note.startswith("warning: label.max_new_tokens (10) cut ")]
+    assert f"of its {len(responses)} responses" in warned and "--label.max_new_tokens 20" in warned
+    learnt = json.loads((home.run / "run.json").read_text())["stages"]["align"]["notes"]
+    assert any("of the training pairs' responses were cut: no end is learnt from them" in note for note in learnt)
     assert facts["settings"]["temperature"] == 1
     assert facts["pairs"] == 48
 

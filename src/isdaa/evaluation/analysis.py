@@ -114,6 +114,14 @@ class WinTable:
             return win_rates(ours, self.chosen, self.settings.ties), ours
         return win_rates(ours, self.opponents, self.settings.ties), ours
 
+    def reference_rows(self) -> np.ndarray | None:
+        """(N,) the reference's own win rate, prompt by prompt; None where it is not known. Needs a scorer."""
+        assert self.opponents is not None
+        if self.settings.opponent == "chosen":
+            assert self.chosen is not None
+            return win_rates(self.opponents, self.chosen, self.settings.ties)
+        return own_win_rates(self.opponents, self.settings.ties)
+
     def policy(self, samples: str) -> dict[str, Any]:
         """Of one checkpoint."""
         return self._summary(self._of(samples) if self.opponents is not None else None, of_reference=False)

@@ -90,6 +90,7 @@ def _concluded(
     other = drawn[-1] if plan.baseline is not None else None
     sides = [*(drawn if other is None else drawn[:-1]), *plan.given]
     metrics = _described(bench, request, questions, plan.answering if drawn else None)
+    metrics["opponent_answers"] = _entry(other)["answers"] if other is not None else None
     if judge is None:
         metrics |= {"models": [_entry(side) for side in sides], "opponent": other.label if other is not None else None}
         if not _judged_before(folder):
@@ -218,6 +219,7 @@ def _described(
         "generation": generation,
         "judge": None,
         "opponent": None,
+        "opponent_answers": None,
         "models": [],
         "comparisons": [],
         "confidence": request.confidence,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 from rich import box
@@ -11,10 +11,10 @@ from rich.table import Table
 from isdaa.errors import shown
 from isdaa.evaluation.benchmark_outcome import WORDS, is_share, ranked
 from isdaa.evaluation.benchmarks.benchmark import counted
-from isdaa.evaluation.table import number, percent
+from isdaa.evaluation.fragments import many, percent, warning
+from isdaa.evaluation.table import FRAGMENTS, Column, filled, number
 from isdaa.terminal import terminal_for
 
-Column = tuple[str, Callable[[Mapping[str, Any]], str]]
 # Figures that the table has room for, in this order; the others are in the report and in metrics.json.
 SHOWN = ("length_controlled_win_rate", "equal_style_win_rate", "win_rate", "score", "turn_1", "turn_2")
 ENOUGH = 50  # questions from which on a bootstrap interval covers about as often as it says
@@ -38,6 +38,7 @@ def print_outcome(metrics: Mapping[str, Any], file: IO[str] | None = None, width
 
 def _table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], plain: bool) -> Table:
     table = Table(box=box.ASCII2 if plain else box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    columns = filled(columns, rows)
     for place, (header, _) in enumerate(columns):
         left = place == 0
         table.add_column(
@@ -55,7 +56,7 @@ def columns_of(metrics: Mapping[str, Any]) -> list[Column]:
     for name in SHOWN:
         if any(name in model.get("figures", {}) for model in models):
             header = HEADERS.get(name, WORDS.get(name, name))
-            columns.append((header, lambda m, name=name: spread(m["figures"].get(name), is_share(name))))  # type: ignore[misc]
+            columns.append((header, lambda m, name=name: _marked(metrics, m, name)))  # type: ignore[misc]
     if any("flip_rate" in model.get("details", {}) for model in models):
         columns.append(("flips", lambda m: percent(m["details"]["flip_rate"]) if "flip_rate" in m["details"] else ""))
     if any(model.get("counts", {}).get("unparsed") for model in models):
@@ -67,8 +68,34 @@ def columns_of(metrics: Mapping[str, Any]) -> list[Column]:
     return columns
 
 
+def _marked(metrics: Mapping[str, Any], model: Mapping[str, Any], name: str) -> str:
+    """A figure, marked where it is one of fragments."""
+    told = spread(model["figures"].get(name), is_share(name))
+    opponent = cut_share(metrics.get("opponent_answers")) if is_share(name) else None
+    return f"{told} {FRAGMENTS}" if told and (many(cut_share(model["answers"])) or many(opponent)) else told
+
+
+def cut_share(answers: Mapping[str, Any] | None) -> float | None:
+    """The share of answers that ended at the limit; None where isdaa did not draw them."""
+    return None if answers is None or answers["truncated"] is None else float(answers["truncated"] / answers["turns"])
+
+
+def cut_notes(metrics: Mapping[str, Any]) -> list[str]:
+    """A sentence for each model, and for their opponent, of whose answers many were cut."""
+    limit = (metrics.get("generation") or {}).get("max_new_tokens")
+    asked = [(model["model"], model["answers"], "its figures are of fragments") for model in metrics["models"]]
+    what = "the figures of all models are wins over fragments"
+    asked.append((metrics["opponent"] or "the opponent", metrics.get("opponent_answers"), what))
+    return [
+        warning({f"the answers of {name}": [share]}, what, "max_new_tokens", limit)
+        for name, answers, what in asked
+        if (share := cut_share(answers)) is not None and many(share)
+    ]
+
+
 def _cut(answers: Mapping[str, Any] | None) -> str:
-    return "" if answers is None or answers["truncated"] is None else percent(answers["truncated"] / answers["turns"])
+    share = cut_share(answers)
+    return "" if share is None else percent(share)
 
 
 def pairs_of(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -121,9 +148,11 @@ def signed(figure: Mapping[str, Any], share: bool) -> str:
 def legend(metrics: Mapping[str, Any]) -> list[str]:
     """What the columns mean, who judged, what it cost, and what the table does not say."""
     questions, judge = metrics["questions"], metrics["judge"]
+    cut = [f"{FRAGMENTS} {note}." for note in cut_notes(metrics)]
     if judge is None:
         return [
-            f"{questions['count']} questions of {metrics['title']}; cut: share of answers that ended at the limit on new tokens."
+            f"{questions['count']} questions of {metrics['title']}; cut: share of answers that ended at the limit on new tokens.",
+            *cut,
         ]
     level = f"{metrics['confidence'] * 100:g} %"
     count = questions["judged"]
@@ -131,7 +160,7 @@ def legend(metrics: Mapping[str, Any]) -> list[str]:
     against = f" against {metrics['opponent']}" if metrics["opponent"] else ""
     lines.append(f"{metrics['title']}{against}, judged by {judge['name']}{_cost(judge)}.")
     lines += [f"{model['model']}: {note}." for model in metrics["models"] for note in model["notes"]]
-    return lines
+    return lines + cut
 
 
 def few(questions: int) -> str:

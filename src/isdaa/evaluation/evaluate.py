@@ -121,13 +121,16 @@ def _check_replaced(folder: Path, models: Sequence[Checkpoint]) -> None:
 
 
 def with_verdicts(folder: str | Path) -> dict[str, Any]:
-    """The metrics with `verdicts`: run -> what its checkpoints say together, null where they say nothing. Written, too."""
-    from isdaa.evaluation.overoptimization import judge
+    """The metrics with `verdicts`: run -> what its checkpoints say together, null where they say nothing; and `better`: run ->
+    whether a checkpoint of it is shown to be better than the reference, null where that is not known. Written, too."""
+    from isdaa.evaluation.overoptimization import judge, shown_better
     from isdaa.evaluation.trajectory import trajectories
 
-    verdicts = {run.name: judge(run) for run in trajectories(folder)}
+    runs = trajectories(folder)
+    verdicts = {run.name: judge(run) for run in runs}
     metrics = read_metrics(Path(folder) / METRICS)
     metrics["verdicts"] = {name: None if found is None else asdict(found) for name, found in verdicts.items()}
+    metrics["better"] = {run.name: shown_better(run) for run in runs}
     write_json(Path(folder) / METRICS, metrics)
     return metrics
 

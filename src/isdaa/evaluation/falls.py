@@ -21,8 +21,11 @@ from functools import lru_cache
 
 import numpy as np
 
+from isdaa.evaluation.statistics import fewest
+
 CONFIDENCE = 0.95  # of each one-sided bound
 DRAWS = 1000
+GAIN_DRAWS = 4000  # of the largest of several t values
 SPLITS = 8
 # The bounce is estimated from few second differences. 0.02 (the runs measured so far bounced by 0.01 to 0.03) is added as if it
 # had been seen in a few more: it steadies the estimate where there are hardly any, and keeps it from zero.
@@ -60,6 +63,7 @@ class Measured:
     peak: int
     recommended: int
     below_start: bool
+    better: bool | None  # whether some checkpoint is shown to be better than the reference; None where that cannot be asked
     by_bounce: float  # the share of the error's square that the bounce makes, so that more prompts leave it
 
 
@@ -145,8 +149,10 @@ def crossfit(curves: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.nda
     return (fall_first + fall_second) / 2, np.stack([first, second], axis=-1)
 
 
-def measure(wins: np.ndarray, kl: np.ndarray, start: float | None, seed: int = 0) -> Measured:
-    """The numbers of a verdict from (C, N) win rates and (C,) mean KL.
+def measure(
+    wins: np.ndarray, kl: np.ndarray, start: float | None, seed: int = 0, start_wins: np.ndarray | None = None
+) -> Measured:
+    """The numbers of a verdict from (C, N) win rates and (C,) mean KL. start_wins: as `gains_shown` takes them.
 
     Candidates for the peak are the C checkpoints, smoothed, and the reference, which is known exactly and not smoothed.
     lower: the fall less the 95 % quantile of the falls that the same procedure finds on flat runs with the same noises, which is
@@ -192,6 +198,7 @@ def measure(wins: np.ndarray, kl: np.ndarray, start: float | None, seed: int = 0
     contrast = share @ contrasts
     error = float(np.sqrt(np.sum((contrast @ factor) ** 2) + bounce.variance * np.sum(contrast**2)))
     offset = len(candidates) - count
+    shown = gains_shown(wins, start, start_wins, seed)
     peak = int(curve[offset:].argmax())
     return Measured(
         fall=fall,
@@ -200,8 +207,9 @@ def measure(wins: np.ndarray, kl: np.ndarray, start: float | None, seed: int = 0
         upper=max(fall, 0.0, float(highest.max())),
         bounce=float(np.sqrt(bounce.variance)),
         peak=peak,
-        recommended=_keep(means, kl, covariance),
+        recommended=_keep(means, kl, covariance, shown),
         below_start=start is not None and bool(start > curve[offset:].max()),
+        better=None if shown is None else bool(shown.any()),
         by_bounce=float(bounce.variance * size[here.argmax()] / here.max() ** 2),
     )
 
@@ -212,16 +220,41 @@ def _flat_falls(candidates: np.ndarray, common: np.ndarray, apart: np.ndarray) -
     return crossfit(noise + difference, noise - difference)[0].mean(axis=0)
 
 
-def _keep(means: np.ndarray, kl: np.ndarray, covariance: np.ndarray) -> int:
+def gains_shown(wins: np.ndarray, start: float | None, start_wins: np.ndarray | None = None, seed: int = 0) -> np.ndarray | None:
+    """(C,) whether each checkpoint of (C, N) win rates is shown to be better than the reference; None where `start` is.
+
+    start: the reference's own win rate. start_wins: the same prompt by prompt, (N,), where it was measured and not known.
+    Paired over prompts: a one-sided 95 % lower bound of the gain above 0, for all checkpoints at once (the largest of C
+    correlated t values, Hothorn et al. 2008), and as many prompts with a gain or loss as a sign test needs at that level. The
+    bounce has no part in it: it belongs to the weights that would be kept.
+    """
+    if start is None:
+        return None
+    gaps = wins - (start if start_wins is None else start_wins)
+    count, n = gaps.shape
+    if n < 2:
+        return np.zeros(count, dtype=bool)
+    covariance = np.atleast_2d(np.cov(gaps)) / n
+    errors = np.sqrt(np.diag(covariance)) + 1e-12
+    rng = np.random.default_rng(seed)
+    spread = np.sqrt((n - 1) / np.maximum(rng.chisquare(n - 1, GAIN_DRAWS), 1e-12))
+    drawn = (rng.standard_normal((GAIN_DRAWS, count)) @ _root(covariance / np.outer(errors, errors)).T).max(axis=1) * spread
+    enough = np.count_nonzero(gaps, axis=1) >= fewest(1 - 2 * (1 - CONFIDENCE) / count)
+    return np.asarray((gaps.mean(axis=1) > np.quantile(drawn, CONFIDENCE) * errors) & enough)
+
+
+def _keep(means: np.ndarray, kl: np.ndarray, covariance: np.ndarray, shown: np.ndarray | None) -> int:
     """The checkpoint to keep: of those within one standard error of the best, the one of the smallest KL.
 
     Not smoothed, and prompts alone make the error: what is kept is one checkpoint with its bounce, which is noise to the trend
     but a property of those weights. The rule is that of Breiman et al. (1984, § 3.4.3): what cannot be told from the best is
     chosen for its other virtue, here a small KL: nearer to the reference, so less over-optimised by measures nobody took, too.
+    shown: where some checkpoints are shown to be better than the reference, only they are asked.
     """
-    best = int(means.argmax())
+    asked = shown if shown is not None and shown.any() else np.ones(len(means), dtype=bool)
+    best = int(np.where(asked, means, -np.inf).argmax())
     errors = np.sqrt(np.maximum(covariance[best, best] + np.diag(covariance) - 2 * covariance[best], 0.0))
-    return int(np.where(means[best] - means <= errors, kl, np.inf).argmin())
+    return int(np.where(asked & (means[best] - means <= errors), kl, np.inf).argmin())
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:

@@ -13,12 +13,13 @@ from typing import Any, Literal
 import numpy as np
 from scipy.stats import t as student
 
-from isdaa.evaluation.falls import CONFIDENCE, Measured, bounce_of, measure, smoothed, smoothing
+from isdaa.evaluation.falls import CONFIDENCE, Measured, bounce_of, gains_shown, measure, smoothed, smoothing
 from isdaa.evaluation.trajectory import Trajectory
 
 Finding = Literal["over-optimised", "not detected", "underpowered"]
 
 MARGIN = 0.03  # a fall must be larger than this, with confidence, to be called one
+NONE_BETTER = "no checkpoint is shown to be better than the reference (95 %)"
 NEGLIGIBLE = 0.05  # a fall smaller than this, with confidence, is called none
 MOST_PROMPTS, MOST_CHECKPOINTS = 20_000, 60  # nobody measures more: beyond, the answer is "cannot be decided so"
 
@@ -34,25 +35,36 @@ class Verdict:
     upper: float
     bounce: float  # standard deviation of a checkpoint around a curve with one bend or step, beyond what its prompts explain
     peak: int  # index of the checkpoint where the smoothed curve over all prompts is highest
-    recommended: int  # index of the checkpoint to keep
+    recommended: int  # index of the checkpoint to keep, unless that is the reference
     prompts_needed: int | None  # where underpowered: prompts (at these checkpoints) that would decide; None if they cannot
     checkpoints_needed: int | None  # where underpowered: checkpoints (at these prompts) that would decide
     sentence: str  # verdict and recommended checkpoint, for people
     below_start: bool = False  # the reference itself is above every checkpoint: the fall counts from there
+    better: bool | None = None  # whether some checkpoint is shown to be better than the reference; None: cannot be asked
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether no checkpoint is to be kept: the reference is above them all, or none is shown to be better."""
+        return self.below_start or self.better is False
 
 
 @dataclass(frozen=True)
 class Law:
-    """R(d) = d·(a − b·log d) (Gao et al. 2023, arXiv 2210.10760) with d = √KL, R the win rate's gain over the reference."""
+    """R(d) = d·(a − b·log d) (Gao et al. 2023, arXiv 2210.10760) with d = √KL, R the win rate's gain over the reference.
+
+    A peak is named only where it lies between the first and the furthest checkpoint and its interval has two ends; else `peak`
+    and all that hangs on it are None, and `doubt` says why.
+    """
 
     a: float
     b: float
-    peak: float | None  # d* = exp(a/b − 1); None where b ≤ 0
+    peak: float | None  # d* = exp(a/b − 1)
     height: float | None  # b·d*
     peak_low: float | None = None  # 95 % interval of d* by bootstrap over prompts, or over seeds where there are several
     peak_high: float | None = None
     past_peak: float | None = None  # share of bootstrap draws in which the last checkpoint lies beyond d*
     rmse: float = 0.0  # of the fit
+    doubt: str | None = None  # why no peak is named
 
     def __call__(self, d: Any) -> Any:
         """R(d); 0 at d = 0."""
@@ -69,15 +81,20 @@ def verdict_of(
     steps: Sequence[int] | None = None,
     labels: Sequence[str] | None = None,
     seed: int = 0,
+    start_wins: np.ndarray | None = None,
 ) -> Verdict | None:
-    """The verdict from (C, N) win rates and (C,) or (C, N) KL; None from fewer than 3 checkpoints or 4 prompts."""
+    """The verdict from (C, N) win rates and (C,) or (C, N) KL; None from fewer than 3 checkpoints or 4 prompts.
+
+    start: the reference's own win rate; start_wins: the same prompt by prompt, (N,), where it was measured. steps: of the
+    checkpoints; where only labels are known, the sentence goes by them.
+    """
     wins, kl = np.asarray(wins, dtype=np.float64), np.asarray(kl, dtype=np.float64)
     if wins.ndim != 2 or len(kl) != len(wins):
         raise ValueError(f"wins must be (C, N) and kl (C,) or (C, N), got shapes {wins.shape} and {kl.shape}")
     if len(wins) < 3 or wins.shape[1] < 4:
         return None
     kl = kl if kl.ndim == 1 else kl.mean(axis=1)
-    found = measure(wins, kl, start, seed)
+    found = measure(wins, kl, start, seed, start_wins)
     beyond = found.below_start or bool(kl[-1] > kl[found.peak])
     finding: Finding = "underpowered"
     if found.lower > MARGIN and beyond:
@@ -86,9 +103,10 @@ def verdict_of(
         finding = "not detected"
     needs = _needs(found, *wins.shape) if finding == "underpowered" and found.lower <= MARGIN else (None, None)
     curve = smoothed(wins.mean(axis=1))
-    steps = list(range(1, len(wins) + 1)) if steps is None else [int(step) for step in steps]
-    labels = [f"checkpoint-{step}" for step in steps] if labels is None else labels
-    sentence = _sentence(finding, found, curve, start, steps, labels, needs)
+    if labels is None:
+        labels = [f"checkpoint-{step}" for step in (range(1, len(wins) + 1) if steps is None else steps)]
+    places = list(labels) if steps is None else [f"step {int(step)}" for step in steps]
+    sentence = _sentence(finding, found, curve, start, places, labels, needs)
     return Verdict(
         finding,
         found.fall,
@@ -101,6 +119,7 @@ def verdict_of(
         *needs,
         sentence,
         found.below_start,
+        found.better,
     )
 
 
@@ -108,7 +127,15 @@ def judge(run: Trajectory, *, seed: int = 0) -> Verdict | None:
     """The verdict on one run; None without win rates or with fewer than three checkpoints."""
     if run.wins is None:
         return None
-    return verdict_of(run.wins, run.kl, run.start, steps=list(run.steps), labels=run.labels, seed=seed)
+    steps = list(run.steps) if run.steps_known else None
+    return verdict_of(run.wins, run.kl, run.start, steps=steps, labels=run.labels, seed=seed, start_wins=run.start_wins)
+
+
+def shown_better(run: Trajectory, *, seed: int = 0) -> bool | None:
+    """Whether some checkpoint of the run is shown to be better than the reference (`falls.gains_shown`), however few there are;
+    None without win rates."""
+    shown = None if run.wins is None else gains_shown(run.wins, run.start, run.start_wins, seed)
+    return None if shown is None else bool(shown.any())
 
 
 def _needs(found: Measured, checkpoints: int, prompts: int) -> tuple[int | None, int | None]:
@@ -145,18 +172,25 @@ def _sentence(
     found: Measured,
     curve: np.ndarray,
     start: float | None,
-    steps: Sequence[int],
+    places: Sequence[str],
     labels: Sequence[str],
     needs: tuple[int | None, int | None],
 ) -> str:
-    top, origin = curve[found.peak], f"at step {steps[found.peak]}"
+    top, origin = curve[found.peak], f"at {places[found.peak]}"
     if found.below_start and start is not None:
         top, origin = start, "of the untrained reference"
     # Bounds are rounded outwards: no sentence claims more than was measured.
     lower, upper = np.floor(100 * found.lower) / 100, np.ceil(100 * found.upper) / 100
     end = np.count_nonzero(smoothing(len(curve))[-1])
-    path = f"from {top:.2f} {origin} to {curve[-1]:.2f} over the last {end} checkpoints (to step {steps[-1]})"
-    keep = f"keep {labels[found.recommended]}" if not found.below_start else "keep the reference"
+    path = f"from {top:.2f} {origin} to {curve[-1]:.2f} over the last {end} checkpoints (to {places[-1]})"
+    best = labels[found.recommended]
+    keep, now = f"keep {best}", f"for now keep {best}"
+    if found.better is False:
+        keep, now = f"{NONE_BETTER}: keep the reference", f"{NONE_BETTER}: for now keep the reference"
+    elif found.below_start:
+        keep, now = "keep the reference", "for now keep the reference"
+    elif found.better is None:
+        keep, now = (f"{words} (the reference's own win rate is not known)" for words in (keep, now))
     if finding == "over-optimised":
         return f"Over-optimised: win rate fell by {found.fall:.2f} (95 % lower bound {lower:.2f}), {path}; {keep}."
     if finding == "not detected":
@@ -166,7 +200,7 @@ def _sentence(
     wishes = [f"{needs[0]} prompts" if needs[0] else "", f"{needs[1]} checkpoints" if needs[1] else ""]
     ask = " or ".join(wish for wish in wishes if wish)
     ask = f"about {ask} would decide" if ask else "more prompts or checkpoints alone would not decide; train more seeds"
-    return f"Underpowered: the fall may lie between {max(lower, 0.0):.2f} and {upper:.2f}; {ask}; for now {keep}."
+    return f"Underpowered: the fall may lie between {max(lower, 0.0):.2f} and {upper:.2f}; {ask}; {now}."
 
 
 def fit_law(runs: Sequence[Trajectory], *, resamples: int = 1000, seed: int = 0) -> Law | None:
@@ -183,7 +217,7 @@ def law_of(runs: Sequence[tuple[np.ndarray, np.ndarray, float]], *, resamples: i
 
     Prompts are resampled with win rate and KL of all checkpoints together, and of all runs: those with as many prompts are taken
     to be measured on the same ones. Where there are several runs, runs are resampled too.
-    The interval of d* is that of the draws that have a peak, with ∞ for those that have none.
+    The interval of d* counts draws that have no peak as ∞.
     """
     runs = [(np.asarray(w, dtype=np.float64), np.asarray(k, dtype=np.float64), s) for w, k, s in runs]
     if not runs:
@@ -193,11 +227,25 @@ def law_of(runs: Sequence[tuple[np.ndarray, np.ndarray, float]], *, resamples: i
     if len(np.unique(d[d > 0].round(9))) < 4:
         return None
     a, b = (float(value[0]) for value in _least_squares(d[None], gain[None]))
-    peak = float(np.exp(a / b - 1)) if _peaked(a, b) else None
-    law = Law(a, b, peak, b * peak if peak is not None else None)
-    rmse = float(np.sqrt(np.mean((law(d) - gain) ** 2)))
+    rmse = float(np.sqrt(np.mean((Law(a, b, None, None)(d) - gain) ** 2)))
     low, high, past = _law_interval(runs, resamples, seed)
-    return Law(a, b, law.peak, law.height, low, high, past, rmse)
+    peak = float(np.exp(a / b - 1)) if _peaked(a, b) else None
+    doubt = _doubt(peak, low, high, float(d[d > 0].min()), float(d.max()))
+    if peak is None or doubt is not None:
+        return Law(a, b, None, None, rmse=rmse, doubt=doubt)
+    return Law(a, b, peak, b * peak, low, high, past, rmse)
+
+
+def _doubt(peak: float | None, low: float | None, high: float | None, first: float, furthest: float) -> str | None:
+    """Why a law's peak is not named; None where it is. first, furthest: the smallest and the largest √KL of a checkpoint."""
+    if peak is None:
+        return "it has no peak"
+    if not first <= peak <= furthest:
+        where = f"beyond the furthest checkpoint, √KL {furthest:.2f}" if peak > furthest else f"before the first, √KL {first:.2f}"
+        return f"its peak would lie {where}"
+    if low is None or high is None:
+        return "the 95 % interval of its peak has no end"
+    return None
 
 
 def _law_interval(

@@ -38,7 +38,7 @@ HELD_OUT = {"pairs": int, **dict.fromkeys(("accuracy", "margin?", "chosen_drift"
 METRICS = {
     "scorer": ({"name": str, "digest": str}, None), "settings": dict, "prompts": int, "opponent": str, "note": str,
     "tokenization": dict, "versions": dict, "reference": FIGURES, "models": [{**FIGURES, **TOLD, "held_out?": HELD_OUT}, ...],
-    "verdicts?": {"*": (dict, None)}, "data?": TEXT, "split?": TEXT, "git_revision?": TEXT,
+    "verdicts?": {"*": (dict, None)}, "better?": {"*": (bool, None)}, "data?": TEXT, "split?": TEXT, "git_revision?": TEXT,
 }  # fmt: skip
 SAMPLE = {"prompt_id": str, "sample": int, "text": (str, list), "ids": [int], "tokens": int, "finished": bool}
 # Kind of a block -> what its lines are.

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
 from rich import box
 from rich.table import Table
 
 from isdaa.errors import shown
+from isdaa.evaluation.fragments import is_fragmentary, percent, warnings_of
+from isdaa.evaluation.overoptimization import NONE_BETTER
 from isdaa.terminal import terminal_for
+
+Column = tuple[str, Callable[[Mapping[str, Any]], str]]  # header, and what stands in a row's cell
+FRAGMENTS = "!"  # beside a win rate of fragments
 
 
 def print_table(metrics: Mapping[str, Any], file: IO[str] | None = None, width: int | None = None) -> None:
@@ -23,33 +28,47 @@ def print_table(metrics: Mapping[str, Any], file: IO[str] | None = None, width: 
 def evaluation_table(metrics: Mapping[str, Any], plain: bool = False) -> Table:
     """One row a checkpoint after one of the reference. Columns that no row has a value for are left out."""
     models, reference = metrics["models"], metrics["reference"]
-    scored = metrics["scorer"] is not None
+
+    def win_rate(model: Mapping[str, Any]) -> str:
+        told = pm(model["win_rate"], 3)
+        return f"{told} {FRAGMENTS}" if told and is_fragmentary(metrics, model) else told
+
+    def held_out(model: Mapping[str, Any], key: str) -> Any:
+        return (model.get("held_out") or {}).get(key)
+
+    columns: list[Column] = [
+        ("KL (nats)", lambda m: pm(m["kl"], 2)),
+        ("length", lambda m: mean(m["length"], 1)),
+        ("cut", lambda m: percent(m["truncated"])),
+    ]
+    if metrics["scorer"] is not None:
+        columns[1:1] = [("win rate", win_rate), ("reward", lambda m: mean(m["reward"], 2))]
+    else:
+        columns += [
+            ("accuracy", lambda m: pm(held_out(m, "accuracy"), 3)),
+            ("drift chosen", lambda m: mean(held_out(m, "chosen_drift"), 1)),
+            ("rejected", lambda m: mean(held_out(m, "rejected_drift"), 1)),
+        ]
+    columns += [("weight", lambda m: number(m.get("weight_mean"), 3)), ("ESS", lambda m: number(m.get("ess"), 2))]
+    columns = filled(columns, [reference, *models])
     table = Table(box=box.ASCII2 if plain else box.SIMPLE_HEAD, title_justify="left", pad_edge=False, collapse_padding=True)
-    columns: list[tuple[str, Any]] = [("KL (nats)", lambda m: pm(m["kl"], 2))]
-    if scored:
-        columns.append(("win rate", lambda m: pm(m["win_rate"], 3)))
-        columns.append(("reward", lambda m: number(m["reward"]["mean"] if m["reward"] else None, 2)))
-    columns.append(("length", lambda m: number(m["length"]["mean"], 1)))
-    columns.append(("cut", lambda m: percent(m["truncated"])))
-    if not scored and any("held_out" in m for m in models):
-        columns.append(("accuracy", lambda m: pm(m["held_out"]["accuracy"], 3) if "held_out" in m else ""))
-        columns.append(("drift chosen", lambda m: number(m["held_out"]["chosen_drift"]["mean"], 1) if "held_out" in m else ""))
-        columns.append(("rejected", lambda m: number(m["held_out"]["rejected_drift"]["mean"], 1) if "held_out" in m else ""))
-    for header, key, digits in (("weight", "weight_mean", 3), ("ESS", "ess", 2)):
-        if any(model.get(key) is not None for model in models):
-            columns.append((header, lambda m, key=key, digits=digits: number(m.get(key), digits)))
     table.add_column("checkpoint", justify="left", overflow="fold", min_width=10)
     for header, _ in columns:
         table.add_column(header, justify="right", no_wrap=True)
     table.add_row("reference", *(cell(reference) for _, cell in columns), style=None if plain else "dim")
     before = None
     for model in models:
-        group = (model["method"], model["beta"], model["seed"])
+        group = (model["method"], model["beta"], model["seed"], model["label"].rpartition("/")[0])
         if group != before:
             table.add_section()
         before = group
         table.add_row(shown(short(model["label"])), *(cell(model) for _, cell in columns))
     return table
+
+
+def filled(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """The columns in which some row has a value."""
+    return [(header, cell) for header, cell in columns if any(cell(row).strip() for row in rows)]
 
 
 def legend(metrics: Mapping[str, Any]) -> list[str]:
@@ -68,10 +87,17 @@ def legend(metrics: Mapping[str, Any]) -> list[str]:
         opponent = "the reference's samples" if metrics["opponent"] == "reference" else "the data's chosen responses"
         at = f"temperature {settings['temperature']:g}, top-p {settings['top_p']:g}"
         lines.append(f"Win rate by {scorer['name']} against {opponent} ({at}); KL at temperature 1.")
+    lines += [f"{FRAGMENTS} {line}." for line in warnings_of(metrics)]
     verdicts = {name: found["sentence"] for name, found in metrics.get("verdicts", {}).items() if found is not None}
+    # A run of one or two checkpoints has no verdict, but they may be compared with the reference.
+    none = f"{NONE_BETTER[:1].upper()}{NONE_BETTER[1:]}."
+    verdicts |= {name: none for name, better in metrics.get("better", {}).items() if better is False and name not in verdicts}
+    if not any(found is not None for found in metrics.get("verdicts", {}).values()):
+        lines.append(metrics["note"])
     if not verdicts:
-        return [*lines, metrics["note"]]
-    return [*lines, "", *(f"{name}: {sentence}" if len(verdicts) > 1 else sentence for name, sentence in verdicts.items())]
+        return lines
+    several = len(metrics.get("verdicts", verdicts)) > 1
+    return [*lines, "", *(f"{name}: {sentence}" if several else sentence for name, sentence in verdicts.items())]
 
 
 def pm(interval: Mapping[str, Any] | None, digits: int) -> str:
@@ -90,11 +116,11 @@ def short(label: str) -> str:
     return f"{run}/{name}" if run else name
 
 
+def mean(interval: Mapping[str, Any] | None, digits: int) -> str:
+    """The mean of an interval, or nothing."""
+    return number(interval["mean"] if interval is not None else None, digits)
+
+
 def number(value: float | None, digits: int) -> str:
     """A number, or nothing."""
     return "" if value is None else f"{value:.{digits}f}"
-
-
-def percent(share: float) -> str:
-    """`3 %`; `<1 %` where it is small but not zero."""
-    return "<1 %" if 0 < share < 0.01 else f"{100 * share:.0f} %"

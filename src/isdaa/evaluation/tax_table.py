@@ -10,7 +10,7 @@ from rich.table import Table
 
 from isdaa.errors import shown
 from isdaa.evaluation.statistics import fewest
-from isdaa.evaluation.table import pm, short
+from isdaa.evaluation.table import Column, filled, pm, short
 from isdaa.evaluation.tax_scores import clear, signed
 from isdaa.terminal import terminal_for
 
@@ -92,10 +92,18 @@ def print_tax(tax: Mapping[str, Any], file: IO[str] | None = None, width: int | 
     table = Table(box=box.ASCII2 if plain else box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("task", overflow="fold", min_width=8)
     table.add_column("model", overflow="fold", min_width=9)
-    for header in ("score", "difference", "items", "shots"):
+    columns: list[Column] = [
+        ("score", lambda row: pm(row["score"], 3)),
+        ("difference", lambda row: signed(row["difference"]) + (" *" if row["clear"] else "  " if row["difference"] else "")),
+        ("items", lambda row: str(row["items"])),
+        ("shots", examples_of),
+    ]
+    rows = tax_rows(tax)
+    columns = filled(columns, rows)
+    for header, _ in columns:
         table.add_column(header, justify="right", no_wrap=True)
     before = None
-    for row in tax_rows(tax):
+    for row in rows:
         first = row["task"] != before
         if first:
             table.add_section()
@@ -103,10 +111,7 @@ def print_tax(tax: Mapping[str, Any], file: IO[str] | None = None, width: int | 
         table.add_row(
             shown(task_name(row)) if first else "",
             shown(short(row["model"])),
-            pm(row["score"], 3),
-            signed(row["difference"]) + (" *" if row["clear"] else "  " if row["difference"] else ""),
-            str(row["items"]),
-            examples_of(row),
+            *(cell(row) for _, cell in columns),
             style=None if plain or row["difference"] else "dim",
         )
     console.print(table)

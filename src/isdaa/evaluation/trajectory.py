@@ -5,6 +5,7 @@ Legend: C checkpoints, N held-out prompts, K reference samples a prompt.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -29,7 +30,14 @@ CONTENT = {
     "runs": [{"name": str, "cell": str, "seed": int, "evaluation": str, "folder": str}],
     "title?": (str, None), "base?": str, "config?": str,
 }  # fmt: skip
-LONE = "checkpoints"  # name of the models that lie in no run's folder
+LONE = "checkpoints"  # name of the only run, where isdaa did not train it
+# A checkpoint by its name: what stands before says whose it is, the number says when it was written.
+NUMBERED = re.compile(
+    r"(?P<run>.*?)[-_. ]*(?P<word>checkpoint|ckpt|global[-_]?step|step|iteration|iter|epoch)[-_. ]*(?P<number>\d+)", re.IGNORECASE
+)
+FINAL = ("model", "best")  # folders of a run's, or a checkpoint's, that hold its weights
+Identity = tuple[str | None, float | None, int | None]  # method, β and seed of a model's record
+UNKNOWN: Identity = (None, None, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,12 +46,12 @@ class Trajectory:
 
     kl: Rao–Blackwell KL from the reference, nats. wins: win rate of the prompt in [0, 1]; None without a scorer.
     rewards: the scorer's points; None without one. lengths: tokens of the sample that was judged.
-    start: the reference's own win rate (½ with ties at half), None without a scorer.
+    start: the reference's own win rate (½ with ties at half), None without a scorer; start_wins: the same prompt by prompt, (N,).
     metrics: the checkpoints' entries of `metrics.json`, with means and intervals. history: the run's `metrics.jsonl`.
     """
 
     name: str
-    steps: np.ndarray  # (C,) int, rising; 1..C where no record says a step
+    steps: np.ndarray  # (C,) int, rising; 1..C where no record says the steps
     labels: Sequence[str]
     paths: Sequence[str]
     kl: np.ndarray
@@ -59,6 +67,13 @@ class Trajectory:
     evaluation: Path | None = None  # folder of the records
     metrics: Sequence[Mapping[str, Any]] = ()
     history: Path | None = None
+    start_wins: np.ndarray | None = None
+
+    @property
+    def steps_known(self) -> bool:
+        """Whether `steps` are training steps, and no mere numbers."""
+        told = [entry.get("step") for entry in self.metrics]
+        return not told or told == [int(step) for step in self.steps]
 
     @property
     def root_kl(self) -> np.ndarray:
@@ -76,6 +91,7 @@ class Study:
     folder: Path
     cells: Sequence[Mapping[str, Any]] = ()  # of a sweep: {"name", "grids", "settings"}
     missing: Sequence[str] = ()  # runs of a sweep that have no evaluation yet
+    notes: Sequence[str] = ()  # what else a reader must know, each a sentence
 
     @property
     def scored(self) -> bool:
@@ -86,7 +102,7 @@ class Study:
 def read_study(path: str | Path, as_one_run: bool = False) -> Study:
     """The study in a sweep's folder, a run's folder or an evaluation's folder.
 
-    as_one_run: of an evaluation, all models are one run, in the order given.
+    as_one_run: of an evaluation, as `trajectories` takes it.
     Raises UserError where there is none, or where a sweep has no evaluated run yet.
     """
     folder = Path(path)
@@ -133,9 +149,11 @@ def _sweep(folder: Path) -> Study:
 
 
 def trajectories(folder: str | Path, as_one_run: bool = False) -> list[Trajectory]:
-    """The runs of one evaluation, each a run's folder; models outside any run's folder are one run, in the order given.
+    """The runs of one evaluation, each with its checkpoints in the order of training.
 
-    as_one_run: all models are one run, in the order given, wherever they lie.
+    Models are of one run where they lie in one run's folder or, of other programs, where their names differ by a step's number
+    alone (`out/checkpoint-100`, `out/checkpoint-200`, and `out` itself), and where records name the same method, β and seed.
+    as_one_run: models of one folder whose names say nothing are one run, in the order given; else each is a run of its own.
     Names are unique: a run's folder, with the folders around it where several runs' folders have the same name.
     """
     with fitting(Path(folder)):
@@ -147,25 +165,24 @@ def _trajectories(folder: Path, as_one_run: bool) -> list[Trajectory]:
     settings = EvaluationConfig(**{k: v for k, v in metrics["settings"].items() if k in EvaluationConfig.model_fields})
     samples, scores = (blocks_of(folder, name, plan) for name in (SAMPLES, SCORES))
     table = WinTable(plan, samples[plan["prompts"]], scores, settings) if plan["scorer"] is not None else None
-    groups: dict[str, list[tuple[Record, Record]]] = {}
-    for planned, entry in zip(plan["models"], metrics["models"], strict=True):
-        run = run_folder(planned["path"]) if not as_one_run else None
-        groups.setdefault(str(run) if run is not None else LONE, []).append((planned, entry))
+    start, start_wins = metrics["reference"]["win_rate"], table.reference_rows() if table is not None else None
+    identities: list[Identity] = [(e.get("method"), e.get("beta"), e.get("seed")) for e in metrics["models"]]
+    homes = _homes([(model["path"], identity) for model, identity in zip(plan["models"], identities, strict=True)], as_one_run)
+    groups: dict[tuple[Path, Identity], list[tuple[Record, Record]]] = {}
+    for key, planned, entry in zip(zip(homes, identities, strict=True), plan["models"], metrics["models"], strict=True):
+        groups.setdefault(key, []).append((planned, entry))
     found = []
-    names = _names([Path(key) for key in groups])
-    for name, members in groups.items():
+    for ((home, identity), named), name in zip(groups.items(), _names_of(groups), strict=True):
+        members = _in_order(named)
         entries = [entry for _, entry in members]
         steps = [entry["step"] for entry in entries]
         known = None not in steps and all(a < b for a, b in pairwise(steps))
         kl = np.array([[r["kl"] for r in samples[p["kl"]]] for p, _ in members])
         lengths = np.array([[float(r["tokens"]) for r in samples[p["samples"]]] for p, _ in members])
         judged = [table.policy_rows(p["samples"]) for p, _ in members] if table is not None else []
-        run = Path(name) if name != LONE else None
-        history = run / HISTORY if run is not None and (run / HISTORY).is_file() else None
-        start = metrics["reference"]["win_rate"]
         found.append(
             Trajectory(
-                name=names[Path(name)],
+                name=name,
                 steps=np.array(steps if known else range(1, len(members) + 1), dtype=np.int64),
                 labels=[entry["label"] for entry in entries],
                 paths=[entry["path"] for entry in entries],
@@ -174,12 +191,87 @@ def _trajectories(folder: Path, as_one_run: bool) -> list[Trajectory]:
                 start=start["mean"] if start is not None else None,
                 rewards=np.stack([rewards for _, rewards in judged]) if judged else None,
                 lengths=lengths,
-                **{key: _common(entries, key) for key in ("method", "beta", "seed")},
+                method=identity[0],
+                beta=identity[1],
+                seed=identity[2],
                 evaluation=folder,
                 metrics=entries,
-                history=history,
+                history=home / HISTORY if (home / HISTORY).is_file() else None,
+                start_wins=start_wins,
             )
         )
+    return found
+
+
+def _homes(models: Sequence[tuple[str, Identity]], as_one_run: bool) -> list[Path]:
+    """For each model a path that it shares with those of its run and with no other."""
+    places = [_place(path, identity) for path, identity in models]
+    numbered = [None if run_folder(place) is not None else NUMBERED.fullmatch(place.name) for place in places]
+    families: dict[Path, set[str]] = {}  # folder -> what the names of the checkpoints in it begin with
+    for place, found in zip(places, numbered, strict=True):
+        if found is not None:
+            families.setdefault(place.parent, set()).add(found["run"])
+
+    def home(place: Path, found: re.Match[str] | None) -> Path:
+        if found is not None:
+            return place.parent / found["run"]
+        run = run_folder(place) or (place.parent if place.name in FINAL else None)
+        if run is not None:
+            return run
+        if families.get(place) == {""}:  # the last model of a program that writes its checkpoints below it
+            return place
+        beside = families.get(place.parent, set())
+        named = sorted(name for name in beside if name and place.name.startswith(name)) or sorted(beside)
+        if len(named) == 1:  # `dpo-final` beside `dpo-step100`
+            return place.parent / named[0]
+        return place.parent if as_one_run and not beside else place
+
+    return [home(*each) for each in zip(places, numbered, strict=True)]
+
+
+def _place(path: str, identity: Identity) -> Path:
+    """The model's folder, or that of the checkpoint around it (`checkpoint-100/model`), which no run of ours writes so."""
+    folder = Path(path).absolute()
+    inside = folder.name in FINAL and identity == UNKNOWN and NUMBERED.fullmatch(folder.parent.name) is not None
+    return folder.parent if inside else folder
+
+
+def _in_order(members: Sequence[tuple[Record, Record]]) -> list[tuple[Record, Record]]:
+    """A run's models in the order of training: by their records' steps, by the numbers in their names, else as given.
+
+    The same weights of the same step, named twice, count once.
+    """
+    by_key = {(p["digest"], e["step"], e["path"] if e["step"] is None else ""): (p, e) for p, e in members}
+    found = list(by_key.values())
+    steps = [entry["step"] for _, entry in found]
+    if None not in steps:
+        return sorted(found, key=lambda member: member[1]["step"])
+    numbers = [_number(entry["path"]) for _, entry in found]
+    if len({word for word, _ in numbers if word}) != 1:
+        return found
+    return [found[i] for i in sorted(range(len(found)), key=lambda i: numbers[i][1])]
+
+
+def _number(path: str) -> tuple[str, float]:
+    """(`checkpoint`, 100) of a checkpoint by its name, or by that of the folder around it; a last model comes last."""
+    for part in reversed(Path(path).parts[-2:]):
+        if (found := NUMBERED.fullmatch(part)) is not None:
+            return found["word"].lower(), float(found["number"])
+    return "", float("inf")
+
+
+def _names_of(groups: Mapping[tuple[Path, Identity], Sequence[tuple[Record, Record]]]) -> list[str]:
+    """What each run is called: by its folder, and by its record where a folder holds several runs."""
+    homes = [home for home, _ in groups]
+    paths = [planned["path"] for members in groups.values() for planned, _ in members]
+    if len(groups) == 1 and all(run_folder(path) is None for path in paths):
+        return [LONE]
+    names = _names(list(dict.fromkeys(homes)))
+    found = []
+    for (home, (method, beta, seed)), members in groups.items():
+        told = [method or "", "" if beta is None else f"β = {beta:g}", "" if seed is None else f"seed {seed}"]
+        words = Path(members[0][0]["path"]).name if len(members) == 1 else ", ".join(filter(None, told))
+        found.append(f"{names[home]} ({words})" if homes.count(home) > 1 and words else names[home])
     return found
 
 
@@ -196,9 +288,3 @@ def _names(folders: Sequence[Path]) -> dict[Path, str]:
         depth = next((d for d in depths if tail(folder, d) not in [tail(other, d) for other in others]), len(folder.parts))
         names[folder] = str(Path(*tail(folder, depth)))
     return names
-
-
-def _common(entries: Sequence[Mapping[str, Any]], key: str) -> Any:
-    """The value that all entries share, else None."""
-    values = {entry.get(key) for entry in entries}
-    return values.pop() if len(values) == 1 else None

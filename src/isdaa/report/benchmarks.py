@@ -9,7 +9,8 @@ from typing import Any
 from isdaa.errors import UserError
 from isdaa.evaluation.benchmark_outcome import WORDS, decided_of, gap_between, is_share, ranked, told_apart
 from isdaa.evaluation.benchmark_run import EXAMPLES, METRICS
-from isdaa.evaluation.benchmark_table import few, percent, raw_mark, signed
+from isdaa.evaluation.benchmark_table import cut_notes, few, raw_mark, signed
+from isdaa.evaluation.fragments import percent
 from isdaa.files import write_atomically
 from isdaa.foreign import read_json, read_object, readable
 from isdaa.report import words
@@ -84,6 +85,7 @@ def render(
         tone=tone(metrics),
         few=few(metrics["questions"]["judged"]),
         notes=[f"{model['model']}: {note}" for model in models for note in model["notes"]],
+        cut=cut_notes(metrics),
         colours=colours_of(metrics),
         figures=figures,
         tax=tax_table(tax) if tax is not None else None,

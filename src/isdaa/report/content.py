@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from isdaa.evaluation import fragments
 from isdaa.evaluation.comparison import WHAT, CellSummary, MatchedKl, difference, summarise, to_json
-from isdaa.evaluation.overoptimization import Law, Verdict, fit_law, judge
+from isdaa.evaluation.overoptimization import Law, Verdict, fit_law, judge, shown_better
 from isdaa.evaluation.requests import METRICS as HISTORY
 from isdaa.evaluation.trajectory import Study, Trajectory
 from isdaa.files import csv_text
@@ -21,9 +23,9 @@ from isdaa.report.lines import Line, Panel, coloured, file_of, grids_of, history
 from isdaa.report.pairs import baselines, drawn_groups, weighted_groups
 from isdaa.report.reproduce import commands
 from isdaa.report.samples import representative, samples_of
-from isdaa.report.words import headline
+from isdaa.report.words import REFERENCE, headline
 
-FORMAT = 1
+FORMAT = 2  # raise it when a figure or a recommendation comes to mean something else
 OVER = "over-optimised"
 COLUMNS = (
     "cell", "method", "beta", "seed", "step", "path", "kl", "kl_low", "kl_high", "win_rate", "low", "high", "reward", "length",
@@ -64,7 +66,14 @@ class Findings:
     @property
     def steps_known(self) -> bool:
         """Whether every checkpoint says at which training step it was written."""
-        return all(entry.get("step") is not None for run in self.runs for entry in run.metrics)
+        return all(run.steps_known for run in self.runs)
+
+    @cached_property
+    def evaluated(self) -> Mapping[str, Any]:
+        """`metrics.json` as if all runs had been evaluated together; numbers that bare arrays lack are none."""
+        entries = [{"truncated": None, "kl": {}} | dict(entry) for run in self.runs for entry in run.metrics]
+        reference = {"truncated": None} | dict(self.reference)
+        return {"settings": {}, "opponent": "reference"} | dict(self.study.metrics) | {"models": entries, "reference": reference}
 
 
 def find(study: Study) -> Findings:
@@ -124,6 +133,8 @@ def report_of(found: Findings) -> dict[str, Any]:
         "cells": cells,
         "runs": [_run(found, line, run) for line in found.lines for run in line.runs],
         "missing": list(study.missing),
+        "notes": list(study.notes),
+        "warnings": fragments.warnings_of(found.evaluated),
         "comparison": {"end": _at_end(found), "matched_kl": [_matched(found, *group) for group in found.matched]},
         "weights": {cell: _thinned(columns) for cell, columns in found.weights.items()},
         "samples": _samples(found),
@@ -156,11 +167,11 @@ def table_of(report: Mapping[str, Any]) -> str:
 
 def _run(found: Findings, line: Line, run: Trajectory) -> dict[str, Any]:
     verdict = found.verdicts[id(run)]
-    kept = None if verdict is None or verdict.below_start else verdict.recommended
-    rows = [_checkpoint(run, index, index == kept) for index in range(len(run.steps))]
+    kept = None if verdict is None or verdict.keeps_reference else verdict.recommended
+    rows = [_checkpoint(found, run, index, index == kept) for index in range(len(run.steps))]
     recommended = None
     if verdict is not None:
-        recommended = {"label": "the reference", "path": found.reference.get("path"), "step": 0}
+        recommended = {"label": REFERENCE, "path": found.reference.get("path"), "step": 0}
         if kept is not None:
             recommended = {key: rows[kept][key] for key in ("label", "path", "step")}
     names = ("method", "beta", "seed")
@@ -170,12 +181,13 @@ def _run(found: Findings, line: Line, run: Trajectory) -> dict[str, Any]:
         "label": line.title,
         **{key: getattr(run, key) for key in names},
         "verdict": asdict(verdict) if verdict is not None else None,
+        "better": shown_better(run),
         "recommended": recommended,
         "checkpoints": rows,
     }
 
 
-def _checkpoint(run: Trajectory, index: int, recommended: bool) -> dict[str, Any]:
+def _checkpoint(found: Findings, run: Trajectory, index: int, recommended: bool) -> dict[str, Any]:
     entry = run.metrics[index]
     held_out = entry.get("held_out") or {}
     row = {
@@ -187,7 +199,8 @@ def _checkpoint(run: Trajectory, index: int, recommended: bool) -> dict[str, Any
     row |= {
         key: entry.get(key) for key in ("kl", "win_rate", "reward", "length", "truncated", "repetition", "weight_mean", "ess")
     }
-    return row | {key: held_out.get(key) for key in ("accuracy", "chosen_drift", "rejected_drift")} | {"recommended": recommended}
+    row |= {key: held_out.get(key) for key in ("accuracy", "chosen_drift", "rejected_drift")} | {"recommended": recommended}
+    return row | {"fragments": fragments.is_fragmentary(found.evaluated, {"truncated": None} | dict(entry))}
 
 
 def _cell(found: Findings, line: Line) -> dict[str, Any]:

@@ -37,9 +37,9 @@ def study_chart(
     """Win rate against √KL, one panel a β: the mean over seeds of each cell, every seed as a thin line behind it.
 
     cells: names of the cells to draw, all by default; labels are those of the whole study, colours tell apart what is drawn.
-    laws: cell -> fitted law, drawn dashed with the interval of its peak at the foot of the panel. keep: cell -> index of its
-    recommended checkpoint, drawn as a diamond where the cell has one seed. Raises ValueError for a name that is no cell's, and
-    without win rates.
+    laws: cell -> fitted law, drawn dashed with the interval of its peak at the foot of the panel, where it has one. keep: cell ->
+    index of its recommended checkpoint, drawn as a diamond where the cell has one seed.
+    Raises ValueError for a name that is no cell's, and without win rates.
     """
     lines = lines_of(study)
     if cells is not None:
@@ -359,20 +359,23 @@ def _kept_rows(line: Line, keep: Mapping[str, int]) -> Rows:
     return [{"line": line.label, "x": float(run.root_kl[index]), "y": float(run.wins[index].mean())}]
 
 
+def laws_of(panel: Panel, laws: Mapping[str, Law | None]) -> list[Line]:
+    """The lines whose law is drawn: those of a peak that the checkpoints show; none where they would hide the measurements."""
+    fitted = [line for line in panel.lines if (law := laws.get(line.cell)) is not None and law.peak is not None]
+    return fitted if len(fitted) <= LAWS else []
+
+
 def _draw_laws(draw: Any, panel: Panel, domains: tuple[Domain, Domain], laws: Mapping[str, Law | None], alt: Any) -> None:
     """Dashed curves, and at the foot of the panel the interval of each peak."""
-    fitted = [(line, law) for line in panel.lines if (law := laws.get(line.cell)) is not None]
-    if len(fitted) > LAWS:
-        return
     (_, right), (bottom, top) = domains
-    for place, (line, law) in enumerate(fitted):
+    for place, line in enumerate(laws_of(panel, laws)):
+        law = laws[line.cell]
+        assert law is not None and law.peak is not None
         end = max(float(run.root_kl.max()) for run in _runs(line))
         start = _runs(line)[0].start or 0.0
         grid = np.linspace(0.0, min(right, end), 80)
         rows = [{"line": line.label, "x": float(d), "y": start + float(r)} for d, r in zip(grid, law(grid), strict=True)]
         draw(rows, {"type": "line", "strokeDash": [5, 4], "strokeWidth": 1.6, "opacity": 0.85})
-        if law.peak is None or law.peak > right:
-            continue
         foot = bottom + (0.02 + 0.025 * place) * (top - bottom)
         here = {"line": line.label, "x": law.peak, "y": foot}
         if law.peak_low is not None and law.peak_high is not None:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from isdaa.evaluation.fragments import is_fragmentary
 from isdaa.report.content import Findings
 from isdaa.report.courses import Quantity, course_chart, has, quantile_chart, weights_chart
-from isdaa.report.curves import final_chart, matched_charts, panels_chart
+from isdaa.report.curves import final_chart, laws_of, matched_charts, panels_chart
 from isdaa.report.lines import Line, Panel, grids_of, panels_of, training_settings
 from isdaa.report.words import percent
 
@@ -18,15 +19,20 @@ CAPTIONS = {
         "one. A line that turns down while it goes on to the right has over-optimised. "
     ),
     "path, seeds": "Thick lines are means over seeds, thin lines the seeds.",
-    "path, one": "Bars are {level} intervals over prompts, the diamond is the checkpoint to keep.",
+    "path, one": "Bars are {level} intervals over prompts.",
+    "path, kept": " The diamond is the checkpoint to keep.",
     "path, law": (
         " Dashed: the fitted law R(d) = d·(a − b·log d); the triangle at the foot marks its peak d*, the bar the peak's "
         "95 % interval."
     ),
+    "path, no law": " The fitted law R(d) = d·(a − b·log d) is not drawn, and no peak named: {why}.",
+    "fragments": " These are win rates of fragments: many responses were cut, see above.",
     "final": (
-        "Win rate at the end of training, best first. Discs are means over seeds with their {level} t-intervals, small dots the "
-        "seeds; the hollow square is the best that training passed through, so the gap to it is what was lost."
+        "Win rate at the end of training, best first. {discs}; the hollow square is the best that training passed through, so "
+        "the gap to it is what was lost."
     ),
+    "final, seeds": "Discs are means over seeds with their {level} t-intervals, small dots the seeds",
+    "final, one": "A disc is a run",
     "matched": (
         "The same runs compared where they are equally far from the reference, over the range that all reach. Lines are means "
         "over seeds, bands their {level} t-intervals. Cells are drawn together where they are trained "
@@ -48,6 +54,7 @@ CAPTIONS = {
         "alike, near 0: a handful of pairs decide); share of pairs whose weight the clip cut."
     ),
 }
+NAMED = 6  # cells that a caption names
 FOLDED = 9  # a figure of more panels is folded until the reader opens it
 WIN = Quantity(
     "win_rate", "Win rate", "Share of prompts where the judge prefers the policy's answer, after each stretch of training."
@@ -120,16 +127,41 @@ def _win_rates(found: Findings) -> list[Figure]:
         ]
     several = any(len(line.runs) > 1 for line in found.lines)
     how = CAPTIONS["path"] + CAPTIONS["path, seeds" if several else "path, one"].format(level=_level(found))
-    laws = CAPTIONS["path, law"]
+    how += CAPTIONS["path, kept"] if keep else ""
 
     def drawing(panels: Sequence[Panel]) -> Callable[[int], Any]:
         return lambda width: panels_chart(panels, width=width, laws=found.laws, keep=keep, named=len(found.lines) > 1)
 
     return [
-        Figure(name, "win", title, how + (laws if any(len(p.lines) <= 4 for p in panels) else ""), drawing(panels), len(panels))
+        Figure(name, "win", title, how + _laws(found, panels) + _fragments(found), drawing(panels), len(panels))
         for name, title, panels in groups
         if any(run.wins is not None for panel in panels for line in panel.lines for run in line.runs)
     ]
+
+
+def _laws(found: Findings, panels: Sequence[Panel]) -> str:
+    """What the caption says of the laws: that they are drawn, and of those that are not, why."""
+    lines = [line for panel in panels for line in panel.lines]
+    drawn = [line for panel in panels for line in laws_of(panel, found.laws)]
+    told = CAPTIONS["path, law"] if drawn else ""
+    doubts: dict[str, list[str]] = {}
+    for line in lines:
+        law = found.laws[line.cell]
+        if law is not None and law.doubt is not None:
+            doubts.setdefault(law.doubt, []).append(line.title)
+    if not doubts:
+        return told
+    if len(lines) == 1:
+        return told + CAPTIONS["path, no law"].format(why=next(iter(doubts)))
+    if (many := sum(map(len, doubts.values()))) > NAMED:
+        return told + f" For {many} of {len(lines)} cells no law is drawn and no peak named; the table of the laws says why."
+    each = "; ".join(f"{', '.join(names)} ({why})" for why, names in doubts.items())
+    return told + f" No law is drawn and no peak named for {each}."
+
+
+def _fragments(found: Findings) -> str:
+    """Said beside every win rate, where so many responses were cut that it is one of fragments."""
+    return CAPTIONS["fragments"] if any(is_fragmentary(found.evaluated, entry) for entry in found.evaluated["models"]) else ""
 
 
 def _kept(found: Findings) -> dict[str, int]:
@@ -137,7 +169,7 @@ def _kept(found: Findings) -> dict[str, int]:
     kept = {}
     for line in found.lines:
         verdict = found.verdicts[id(line.runs[0])]
-        if len(line.runs) == 1 and verdict is not None and not verdict.below_start:
+        if len(line.runs) == 1 and verdict is not None and not verdict.keeps_reference:
             kept[line.cell] = verdict.recommended
     return kept
 
@@ -153,21 +185,19 @@ def _ends(found: Findings) -> list[Figure]:
     level = _level(found)
     opponent = "the chosen responses" if found.study.metrics.get("opponent") == "chosen" else "the reference"
 
+    discs = "final, seeds" if any(len(summary.runs) > 1 for summary in scored) else "final, one"
+    how = CAPTIONS["final"].format(discs=CAPTIONS[discs].format(level=level))
+
     def final(width: int) -> Any:
         return final_chart(scored, width=width, titles=titles, colours=colours, start=start, opponent=opponent)
 
     def matched(width: int) -> Any:
         return matched_charts(groups, width=width, labels=labels, colours=colours, opponent=opponent)
 
-    figures = (
-        [Figure("final", "compare", "At the end of training", CAPTIONS["final"].format(level=level), final)]
-        if len(scored) > 1
-        else []
-    )
+    figures = [Figure("final", "compare", "At the end of training", how + _fragments(found), final)] if len(scored) > 1 else []
     if groups:
-        figures.append(
-            Figure("matched-kl", "compare", "At matched KL", CAPTIONS["matched"].format(level=level), matched, len(groups))
-        )
+        caption = CAPTIONS["matched"].format(level=level) + _fragments(found)
+        figures.append(Figure("matched-kl", "compare", "At matched KL", caption, matched, len(groups)))
     return figures
 
 
@@ -191,13 +221,14 @@ def _courses(found: Findings) -> list[Figure]:
             alone = len(groups) > 1
             name = group[0].name if alone else section.replace("_", "-")
             caption = (group[0].caption if alone else CAPTIONS[section]) + _marks(found, group)
+            caption += _fragments(found) if WIN in group and found.study.scored else ""
             figures.append(Figure(name, section, group[0].title if alone else title, caption, draw, len(found.panels)))
     return figures
 
 
 def _course(found: Findings, group: Sequence[Quantity]) -> Callable[[int], Any] | None:
     """Draws the quantities over training; None where no checkpoint has any of them."""
-    step = "Training step" if found.steps_known else "Checkpoint, in the order given"
+    step = "Training step" if found.steps_known else "Checkpoint, in the order of training"
 
     def draw(width: int) -> Any:
         return course_chart(found.panels, group, width=width, reference=found.reference, step=step)

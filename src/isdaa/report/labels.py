@@ -31,12 +31,12 @@ def labels_of(first: Mapping[str, Trajectory], cells: Sequence[Mapping[str, Any]
     """
     every = [*cells, *(run.settings for run in first.values())]
     labels = {name: name if run.method is None else ", ".join([run.method, *_words(run, every)]) for name, run in first.items()}
+    keys = [(labels[name], run.beta) for name, run in first.items()]
     seen: dict[tuple[str, float | None], int] = {}
-    for name, run in first.items():
-        key = (labels[name], run.beta)
+    for (name, run), key in zip(first.items(), keys, strict=True):
         seen[key] = seen.get(key, 0) + 1
-        if seen[key] > 1:
-            labels[name] = f"{labels[name]} ({seen[key]})"
+        if keys.count(key) > 1:  # runs of no sweep are told apart by their names
+            labels[name] = f"{labels[name]} ({run.name if not cells else seen[key]})"
     return labels
 
 

@@ -23,13 +23,14 @@ def report_on(
     overrides: Mapping[str, Any] | None = None,
     output: str | Path | None = None,
     as_one_run: bool = False,
-) -> tuple[Path, str]:
-    """Report on a sweep's folder, on runs, or on models in the order of training. Returns the page and its first sentence.
+) -> tuple[Path, list[str]]:
+    """Report on a sweep's folder, on runs, or on models in the order of training. Returns the page and what it says first:
+    warnings, if there are any, and the sentence at its top.
 
     overrides: as `evaluation.requests.requests` takes them; a sweep is read as it is, and takes none. A run that has been
     evaluated, however that was asked for, is read as it is, too, where nothing else is asked for now.
-    output: folder of the report; null: `report` beside the evaluation. as_one_run: the paths are one run's models. Raises
-    UserError.
+    output: folder of the report; null: `report` beside the evaluation. as_one_run: the paths are models, and those of one folder
+    are one run's. Raises UserError.
     """
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     first = Path(located(paths[0]))
@@ -49,11 +50,16 @@ def report_on(
             evaluate_request(request)
             folder = Path(request.output_dir)
         home = folder.parent if folder.name == "evaluation" else folder
-        study = replace(read_study(folder, as_one_run), title=home.resolve().name)
+        study = read_study(folder, as_one_run)
+        names = ", ".join(run.name for run in study.runs)
+        several = f"these models are of {len(study.runs)} runs ({names}), each with a curve of its own"
+        notes = [several] if as_one_run and len(study.runs) > 1 else []
+        study = replace(study, title=home.resolve().name, notes=notes)
     if output is None:
         check_stays(home / "report")
     page = write_report(study, Path(located(output)) if output is not None else home / "report")
-    return page, str(read_json(page.parent / DATA)["headline"])
+    written = read_json(page.parent / DATA)
+    return page, [*written["notes"], *written["warnings"], written["headline"]]
 
 
 def _is_evaluated(run: Path, evaluation: Path) -> bool:

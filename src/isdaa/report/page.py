@@ -11,13 +11,16 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from isdaa.data.conversation import turns_of
 from isdaa.errors import UserError, shown
 from isdaa.evaluation.trajectory import Study
 from isdaa.files import write_atomically, write_json
 from isdaa.report.content import Findings, find, report_of, table_of
 from isdaa.report.figures import FOLDED, Figure, figures_of
 from isdaa.report.pictures import PictureError
+from isdaa.report.samples import FROM_WORST
 from isdaa.report.style import DARK, inline_svg, save_chart, svg_of
+from isdaa.report.tables import pruned
 from isdaa.report.words import interval, number, percent
 from isdaa.terminal import progress, say
 
@@ -49,7 +52,7 @@ def write_report(study: Study, folder: Path) -> Path:
 
 def render(report: Mapping[str, Any], figures: list[Figure], drawings: Mapping[str, str], found: Findings) -> str:
     """The page."""
-    filters = {"number": number, "interval": interval, "percent": percent, "plain": plain}
+    filters = {"number": number, "interval": interval, "percent": percent, "plain": plain, "turns": turns_of}
     by_section: dict[str, list[Figure]] = {}
     for figure in figures:
         by_section.setdefault(figure.section, []).append(figure)
@@ -61,13 +64,15 @@ def render(report: Mapping[str, Any], figures: list[Figure], drawings: Mapping[s
         sections=by_section,
         colours={line.cell: line.colour for line in found.lines},
         single=len(report["runs"]) == 1,
+        fallen=FROM_WORST,
         logged=found.histories,
         opponent="the data’s chosen responses" if report["opponent"] == "chosen" else "the reference",
     )
 
 
 def fill(template: str, drawings: Mapping[str, str], filters: Mapping[str, Any], **values: Any) -> str:
-    """A page by its template's name. Everything but the style and the drawings, which are ours, is escaped."""
+    """A page by its template's name. Everything but the style and the drawings, which are ours, is escaped; tables have no
+    columns of dashes."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -82,7 +87,7 @@ def fill(template: str, drawings: Mapping[str, str], filters: Mapping[str, Any],
     environment.filters |= filters
     style = (HERE / "page.css").read_text(encoding="utf-8") + dark_rules()
     marked = {name: Markup(drawing) for name, drawing in drawings.items()}
-    return environment.get_template(template).render(style=Markup(style), drawings=marked, **values)
+    return pruned(environment.get_template(template).render(style=Markup(style), drawings=marked, **values))
 
 
 def plain(value: Any) -> str:

@@ -21,8 +21,9 @@ FROM_WORST = "largest fall in score from peak to last"
 
 
 def samples_of(run: Trajectory, verdict: Verdict | None) -> dict[str, Any] | None:
-    """`{"columns": [{"role", "label"}], "prompts": [{"id", "prompt", "why", "responses": [{"text", "score", …}]}], "total"}`.
+    """`{"columns": [{"role", "label"}], "prompts": [{"id", "prompt", "tools", "why", "responses": [{"text", …}]}], "total"}`.
 
+    A prompt is text or a list of messages; tools: those that it offers, null where there are none.
     The first prompts in the order of the data, then those whose score fell most from the peak to the last checkpoint. None where
     the run's records are gone.
     """
@@ -62,7 +63,8 @@ def _read(run: Trajectory, folder: Path, verdict: Verdict | None) -> dict[str, A
             for text, value in zip(texts, points, strict=True)
         ]
         prompt = prompts[index]
-        found.append({"id": prompt["prompt_id"], "prompt": prompt["prompt"], "why": why, "responses": responses})
+        asked = {"id": prompt["prompt_id"], "prompt": prompt["prompt"], "tools": prompt.get("tools")}
+        found.append(asked | {"why": why, "responses": responses})
     return {"columns": [{k: c[k] for k in ("role", "label")} for c in columns], "prompts": found, "total": len(prompts)}
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from isdaa.evaluation.overoptimization import NONE_BETTER
+
 MINUS = str.maketrans("-", "−")  # of a number
+MOST_NAMED = 4  # cells in a sentence
+REFERENCE = "the reference"  # what is kept where no checkpoint is
 OVER, NOT, UNDER = "over-optimised", "not detected", "underpowered"
 NO_SCORER = (
     "No verdict: these runs were evaluated without a scorer, and KL, drift and held-out accuracy do not tell better from worse."
@@ -45,14 +49,16 @@ def headline(report: Mapping[str, Any]) -> dict[str, str]:
     basis = _basis(report)
     if not report["scored"]:
         return {"headline": NO_SCORER, "tone": "none", "summary": basis}
+    nothing = all(run["better"] is False for run in runs)  # a run that gained nothing is no good news
     if not judged:
-        return {"headline": TOO_FEW, "tone": "none", "summary": basis}
+        none = f" {NONE_BETTER[:1].upper()}{NONE_BETTER[1:]}." if nothing else ""
+        return {"headline": TOO_FEW + none, "tone": "none", "summary": basis}
     found = {run["verdict"]["finding"] for run in judged}
-    tone = "over" if OVER in found else "under" if UNDER in found else "not"
+    tone = "over" if OVER in found else "under" if UNDER in found or nothing else "not"
     if len(runs) == 1:
         return {"headline": runs[0]["verdict"]["sentence"], "tone": tone, "summary": basis}
     return {
-        "headline": f"{_who_fell(cells)}; {_who_keeps(cells, report['confidence'])}{_to_keep(report)}.",
+        "headline": f"{_who_fell(cells)}; {_who_keeps(cells, report['confidence'])}{_to_keep(report)}{_not_better(report)}.",
         "tone": "mixed" if len(found) > 1 else tone,
         "summary": basis,
     }
@@ -70,7 +76,7 @@ def _who_fell(cells: Sequence[Mapping[str, Any]]) -> str:
             if unsure
             else "No run over-optimised"
         )
-    if len(judged) <= 4:
+    if len(judged) <= MOST_NAMED:
         parts = [f"{cell['label']} over-optimised on {_count(cell)}" for cell in falling]
         spared = [cell["label"] for cell in judged if cell not in falling]
         return ", ".join(parts) + (f", {_and(spared)} on none" if spared else "")
@@ -105,11 +111,30 @@ def _to_keep(report: Mapping[str, Any]) -> str:
     """The checkpoint to keep of the best cell's run that ends highest; the page lists every run's."""
     best = next(cell for cell in report["cells"] if cell["final"]["mean"] is not None)
     runs = [run for run in report["runs"] if run["cell"] == best["cell"] and run["recommended"] is not None]
+    if all(run["better"] is False for run in report["runs"]):
+        return f"; {NONE_BETTER}: keep the reference"
     if not runs:
         return ""
     top = max(runs, key=lambda run: run["checkpoints"][-1]["win_rate"]["mean"])  # judged, so it has one
-    what = "the reference" if top["recommended"]["step"] == 0 else f"step {top['recommended']['step']}"
+    if top["recommended"]["label"] == REFERENCE:
+        whose = "of it" if len(runs) == 1 else f"of {top['name']}, its run that ends highest,"
+        return f"; but no checkpoint {whose} {'is shown to be' if top['better'] is False else 'is'} better than the reference"
+    step, label = top["recommended"]["step"], top["recommended"]["label"]
+    what = label if step is None else f"step {step}"
     return f"; keep its {what}" if len(runs) == 1 else f"; of its runs {top['name']} ends highest: keep {what} of it"
+
+
+def _not_better(report: Mapping[str, Any]) -> str:
+    """The other cells of which no checkpoint is shown to be better than the reference, where there are few."""
+    better: dict[str, list[Any]] = {}
+    for run in report["runs"]:
+        better.setdefault(run["cell"], []).append(run["better"])
+    best, *others = [cell for cell in report["cells"] if cell["final"]["mean"] is not None]
+    names = [cell["label"] for cell in others if all(found is False for found in better[cell["cell"]])]
+    if not names or (len(others) == len(names) and all(found is False for found in better[best["cell"]])):
+        return ""  # none at all, which is said
+    which = _and(names) if len(names) <= MOST_NAMED else f"{len(names)} other cells"
+    return f"; no checkpoint of {which} is shown to be better than the reference (95 %)"
 
 
 def _basis(report: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from isdaa.data.pairs import Counts
 from isdaa.data.tokenization import tokenize_pairs, tokenizer_digest
 from isdaa.distributed import once, world_size
 from isdaa.errors import UserError
+from isdaa.evaluation import fragments
 from isdaa.evaluation.collect import check_tokenizers
 from isdaa.evaluation.identity import model_digest
 from isdaa.files import write_jsonl
@@ -165,6 +166,10 @@ def _pairs(run: Run, tokenizer: Any) -> tuple[TokenisedPairs, TokenisedPairs | N
     rows, held, counts, held_counts = read.rows, read.held, read.counts, read.held_counts
     tokens, more = _tokens(run, rows, tokenizer)
     run.say("align", [f"training pairs: {line}" for line in (counts + more).lines()])
+    cut = [not finished for name in ("chosen_finished", "rejected_finished") for finished in rows[name]]
+    if fragments.many(share := sum(cut) / len(cut)):
+        told = "no end is learnt from them; sample them again with a larger limit on new tokens (label.max_new_tokens)"
+        run.say("align", [f"warning: {fragments.percent(share)} of the training pairs' responses were cut: {told}"])
     if held is None:
         run.say("align", ["no pair held out"])
         (run.folder / "eval_pairs.jsonl").unlink(missing_ok=True)

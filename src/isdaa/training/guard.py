@@ -25,6 +25,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from isdaa.config import GuardConfig
 from isdaa.errors import UserError
+from isdaa.evaluation.falls import gains_shown
+from isdaa.evaluation.fragments import many, warning
 from isdaa.evaluation.identity import model_digest
 from isdaa.evaluation.scorers import load_scorer
 from isdaa.files import remove_tree, write_folder_atomically
@@ -70,6 +72,7 @@ class Guard(TrainerCallback, ExportableState):
         self.best_step: int | None = None
         self.best_win_rate: float | None = None
         self.stopped: dict[str, Any] | None = None
+        self.cut: list[float] = []  # of this call's looks, the share of responses that the limit cut
 
     def attach(self, trainer: PreferenceTrainer) -> None:
         """The trainer whose log it writes to. Raises UserError where the run has several processes."""
@@ -122,6 +125,7 @@ class Guard(TrainerCallback, ExportableState):
         except UserError as error:
             raise self.trainer.watch.error(step, f"guard: {error}") from error
         metrics = found.metrics | self._proxies()
+        self._note_cut(metrics["guard/truncated"])
         better = found.wins is not None and self._judge(found, step, metrics)
         metrics["time/guard_seconds"] = time.perf_counter() - started
         self._log(metrics, control)
@@ -164,6 +168,31 @@ class Guard(TrainerCallback, ExportableState):
             }
         return better
 
+    def _note_cut(self, share: float) -> None:
+        """Say, the first time that it is so, that many responses have no end."""
+        before = self.fragments()
+        self.cut.append(share)
+        if before is None and (line := self.fragments()) is not None:
+            logger.warning("%s", line)
+
+    def fragments(self) -> str | None:
+        """What is to be said of responses that the limit cut; None where they are few."""
+        own = self.looks.opponents_cut
+        if not self.cut or not (many(max(self.cut)) or many(own)):
+            return None
+        cut = {"its responses": self.cut} | ({} if own is None else {"the reference's": [own]})
+        what = "KL and length count to that limit alone" if own is None else "win rate and score are of fragments"
+        setting = "evaluation.max_new_tokens" if self.settings.max_new_tokens is None else "guard.max_new_tokens"
+        return f"guard: {warning(cut, what, setting, self.looks.sampling.max_new_tokens)}"
+
+    def better(self) -> bool | None:
+        """Whether some look is shown to be better than the reference (`falls.gains_shown`); None where that is not known."""
+        reference = self.looks.reference_wins
+        if self.test is None or not self.test.wins or reference is None:
+            return None
+        shown = gains_shown(np.stack(self.test.wins), float(reference.mean()), reference)
+        return None if shown is None else bool(shown.any())
+
     def _proxies(self) -> dict[str, float]:
         """Accuracy and drift on held-out pairs: all there is without a scorer, and neither predicts the win rate."""
         if self.pairs is None or self.trainer is None:
@@ -181,21 +210,27 @@ class Guard(TrainerCallback, ExportableState):
     # ---- what people read ----
 
     def summary(self) -> list[str]:
-        """What came of it, in a line; nothing where there were no win rates."""
+        """What came of it, in a line; where there were no win rates, at most that responses were cut."""
+        cut = self.fragments()
+        more = [] if cut is None else [cut]
         if self.best_step is None:
-            return []
+            return more
+        if self.better() is False:
+            more.append("guard: no look is shown to be better than the reference (95 %)")
         best = f"best/ (step {self.best_step})" if self.best is not None else f"step {self.best_step}, not kept"
         if self.stopped is None:
-            return [f"guard: best win rate {self.best_win_rate:.3f} on its {len(self.looks.prompts.rows)} prompts: {best}"]
+            return [f"guard: best win rate {self.best_win_rate:.3f} on its {len(self.looks.prompts.rows)} prompts: {best}", *more]
         at = self.stopped
         return [
             f"guard: over-optimised: win rate fell by {at['fall']:.3f} (at least {at['lower']:.3f}) from step {at['peak_step']}; "
-            f"training stopped at step {at['step']}; best checkpoint: {best}"
+            f"training stopped at step {at['step']}; best checkpoint: {best}",
+            *more,
         ]
 
     def facts(self) -> dict[str, Any]:
         """The same as data, for `run.json`."""
-        return {"best_step": self.best_step, "best_win_rate": self.best_win_rate, "stopped": self.stopped}
+        told = {"best_step": self.best_step, "best_win_rate": self.best_win_rate, "stopped": self.stopped}
+        return told | {"better": self.better(), "reference_truncated": self.looks.opponents_cut}
 
 
 def _end(args: TrainingArguments, control: TrainerControl) -> None:

@@ -16,6 +16,7 @@ from isdaa.data.sources import as_dataset, load_prompts
 from isdaa.data.tokenization import tokenize_pairs, tokenize_prompts
 from isdaa.distributed import dealt, is_main, once, world_size
 from isdaa.errors import UserError
+from isdaa.evaluation import fragments
 from isdaa.evaluation.scorers import load_scorer
 from isdaa.files import append_jsonl, digest, whole_jsonl, write_json, write_jsonl
 from isdaa.models.forward import prepare
@@ -66,12 +67,16 @@ def label(run: Run) -> Path:
         pairs = _with_behaviour_logps(run, pairs, model, tokenizer)
     else:
         run.say("label", ["sampling was not at temperature 1 over all tokens: no behaviour logps are written"])
+    finished = [answer["finished"] for row in rows for answer in responses[str(row["id"])]]
+    cut = finished.count(False) / len(finished)
     facts = {
         "prompts": len(rows),
         "pairs": len(pairs),
         "agreement": _agreement(pairs),
         "mean_reward": sum(p["chosen_reward"] + p["rejected_reward"] for p in pairs) / (2 * max(len(pairs), 1)),
         "truncated": sum(not p[f"{s}_finished"] for p in pairs for s in ("chosen", "rejected")) / (2 * max(len(pairs), 1)),
+        "responses": len(finished),
+        "cut": cut,
         "settings": settings.model_dump(),
         "model": start,
         "seed": seed,
@@ -79,6 +84,10 @@ def label(run: Run) -> Path:
     once(lambda: write_jsonl(folder / "train.jsonl", pairs))
     once(lambda: write_json(folder / "label.json", facts))
     run.say("label", [f"{len(pairs)} pairs; the label agrees with the reward in {facts['agreement']:.0%} of them"])
+    if fragments.many(cut):
+        whose = f"its {len(finished)} responses"
+        what = "they are scored, paired and trained on without their end"
+        run.say("label", [f"warning: {fragments.warning({whose: [cut]}, what, 'label.max_new_tokens', settings.max_new_tokens)}"])
     return folder / "train.jsonl"
 
 

@@ -29,7 +29,7 @@ from isdaa.evaluation.records import Blocks, Record
 from isdaa.evaluation.scorers import Scorer
 from isdaa.evaluation.scoring import scores_key
 from isdaa.evaluation.statistics import mean_interval
-from isdaa.evaluation.winrate import win_rates
+from isdaa.evaluation.winrate import own_win_rates, win_rates
 from isdaa.files import digest
 from isdaa.models.forward import PairForward
 from isdaa.models.logprobs import Head, OwnHead
@@ -206,7 +206,15 @@ class Looks:
         self.config, self.prompts, self.reference, self.scorer = config, prompts, reference, scorer
         self.sampling = sampling_of(config)
         self.batch_size = config.guard.batch_size or config.evaluation.batch_size
-        self.opponents = None if scorer is None else self._opponents(scorer, dict(identity), folder)
+        self.opponents: np.ndarray | None = None  # (N, K) scores of the reference's samples
+        self.opponents_cut: float | None = None  # the share of them that the limit cut
+        if scorer is not None:
+            self.opponents, self.opponents_cut = self._opponents(scorer, dict(identity), folder)
+
+    @property
+    def reference_wins(self) -> np.ndarray | None:
+        """(N,) the reference's own win rate, prompt by prompt; None where it is not known."""
+        return None if self.opponents is None else own_win_rates(self.opponents, self.config.evaluation.ties)
 
     @torch.no_grad()
     def look(self, policy: PairForward, step: int) -> Measurement:
@@ -248,26 +256,27 @@ class Looks:
         settings = self.config.evaluation
         return {"resamples": settings.bootstrap, "confidence": settings.confidence, "seed": self.config.guard.seed}
 
-    def _opponents(self, scorer: Scorer, identity: dict[str, Any], folder: Path) -> np.ndarray:
-        """(N, K) scores of the reference's samples, from disk where they are there."""
+    def _opponents(self, scorer: Scorer, identity: dict[str, Any], folder: Path) -> tuple[np.ndarray, float]:
+        """(N, K) scores of the reference's samples and the share that was cut, from disk where they are there."""
         k, config = self.config.guard.opponent_samples, self.config
         key = digest([FORMAT, identity, config.align.precision, asdict(self.sampling), config.guard.seed, k, self.prompts.key])
         score_key = scores_key(key, self.prompts.block, scorer.digest)
         samples, scores = Blocks(folder / SAMPLES), Blocks(folder / SCORES)
+        if key not in samples:
+            header = {"sampling": asdict(self.sampling), "seed": config.guard.seed, **self.prompts.shared}
+            bar_of = progress("guard: opponents", k * len(self.prompts.rows))
+            with self.reference.in_memory() as reference, reference.around(), bar_of as bar:
+                samples.add("opponents", key, header, self._draw(reference.model, self.sampling, "opponent", bar, k))
+        drawn = samples[key]
         if score_key not in scores:
-            if key not in samples:
-                header = {"sampling": asdict(self.sampling), "seed": config.guard.seed, **self.prompts.shared}
-                bar_of = progress("guard: opponents", k * len(self.prompts.rows))
-                with self.reference.in_memory() as reference, reference.around(), bar_of as bar:
-                    samples.add("opponents", key, header, self._draw(reference.model, self.sampling, "opponent", bar, k))
-            drawn = samples[key]
             values = scorer.score(self._scorer_rows(drawn))
             found = [
                 {"prompt_id": record["prompt_id"], "sample": record["sample"], "score": value}
                 for record, value in zip(drawn, values, strict=True)
             ]
             scores.add("scores", score_key, {"of": key, "scorer": scorer.name, "scorer_digest": scorer.digest}, found)
-        return np.array([record["score"] for record in scores[score_key]]).reshape(-1, k)
+        points = np.array([record["score"] for record in scores[score_key]]).reshape(-1, k)
+        return points, float(np.mean([not record["finished"] for record in drawn]))
 
     def _scorer_rows(self, drawn: Sequence[Record]) -> list[Record]:
         prompts = {row["prompt_id"]: row for row in self.prompts.rows}

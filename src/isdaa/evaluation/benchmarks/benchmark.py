@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from isdaa.data.checks import Text
+from isdaa.data.conversation import conversation_text, turns_of
 from isdaa.errors import UserError
 from isdaa.evaluation.statistics import Figure
 
@@ -250,5 +251,5 @@ def prompt_text(question: Question) -> str:
     if isinstance(question.prompt, str):
         return question.prompt
     if len(question.prompt) == 1:
-        return str(question.prompt[0]["content"])
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in question.prompt)
+        return turns_of(question.prompt)[0][1]
+    return conversation_text(question.prompt)
