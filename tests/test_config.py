@@ -1,11 +1,13 @@
 """The configuration: every file loads, every mistake is one line that names file, key and mend."""
 
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
-from isdaa.config import ObjectiveConfig, fields, load_config, resolved
+from isdaa.config import ObjectiveConfig, allowed, fields, load_config, resolved
 from isdaa.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -140,3 +142,30 @@ def test_every_key_has_one_option_and_a_default() -> None:
 def test_a_sweep_s_file_names_the_command_that_runs_it() -> None:
     with pytest.raises(UserError, match="isdaa sweep --config"):
         load_config(ROOT / "configs" / "mini" / "sweep.yaml")
+
+
+def test_help_tells_what_every_key_takes() -> None:
+    told = {name: allowed(field) for name, field, _ in fields()}
+    assert told["stages"] == "any of sft, reward, label, align"
+    assert told["objective.weight"] == "one of none, importance, wpo, shuffled, mean, preset"
+    assert told["objective.normalize"] == "one of batch, preset, null"
+    assert told["objective.clip_eps"] == "a number, preset, null"
+    assert told["align.attention"] == "one of auto, sdpa, blocks, flex, varlen"
+    assert told["align.batch_tokens"] == "a whole number ≥ 1, null"
+    assert told["evaluation.confidence"] == "a number > 0.5 and < 1"
+    assert told["evaluation.top_p"] == "a number > 0 and ≤ 1"
+    assert told["label.seed"] == "a whole number ≥ 0 and ≤ 4294967295, null"
+    assert told["model.trust_remote_code"] == "true, false"
+    assert told["data.pairs"] == told["model.random"] == ""
+
+
+@pytest.mark.parametrize("name", [name for name, field, _ in fields() if " of " in allowed(field)])
+def test_what_help_offers_is_taken_and_nothing_else(name: str) -> None:
+    field = next(field for key, field, _ in fields() if key == name)
+    check = TypeAdapter(Annotated[field.annotation, field])
+    many, _, choices = allowed(field).partition(" of ")
+    for choice in choices.split(", "):
+        value = None if choice == "null" else choice
+        check.validate_python([value] if many == "any" else value)
+    with pytest.raises(ValidationError):
+        check.validate_python(["other"] if many == "any" else "other")

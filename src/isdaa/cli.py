@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from isdaa import __version__, ownership
 from isdaa.distributed import finish, is_main, once, world_size
 from isdaa.errors import DoneInPart, UserError, shown
 from isdaa.exits import exit_status, tell
+from isdaa.terminal import working
 
 EXAMPLES = """examples:
   isdaa train --config config.yaml --objective.beta 0.05
@@ -225,7 +227,8 @@ def _run(argv: list[str]) -> int:
     arguments = build_parser().parse_args(argv)
     if world_size() > 1 and arguments.command not in TOGETHER:
         raise UserError(f"{arguments.command}: works in one process; start it without torchrun or accelerate launch")
-    status = COMMANDS[arguments.command](arguments)
+    with working(f"isdaa {arguments.command}") if arguments.command in HEARD else nullcontext():
+        status = COMMANDS[arguments.command](arguments)
     finish()
     return status
 
@@ -512,6 +515,13 @@ COMMANDS = {
     "sweep": _sweep,
     "demo": _demo,
 }
+HEARD = (
+    "train",
+    "inspect",
+    "evaluate",
+    "report",
+    "logps",
+)  # of whose every phase is told that it goes on; a sweep shows its runs
 TOGETHER = ("train", "evaluate", "logps", "methods")  # what several processes can do
 
 

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -260,7 +260,11 @@ class LabelConfig(Section):
 class AlignConfig(OptimisationConfig):
     """Preference training."""
 
-    batch_tokens: Int | None = Field(None, ge=1, description="split a forward pass into pieces of at most so many tokens")
+    batch_tokens: Int | None = Field(
+        None,
+        ge=1,
+        description="split a forward pass into pieces of at most so many tokens; null: on a CPU of a few seconds, else not",
+    )
     group_by_prompt: bool = Field(False, description="pairs of one prompt one after the other, sharing its forward pass")
     attention: Literal["auto", "sdpa", "blocks", "flex", "varlen"] = Field(
         "auto", description="kernel of the shared prefix; auto: the fastest that proves itself on this device"
@@ -503,6 +507,42 @@ def _literals(annotation: Any) -> list[Any]:
         elif value is not type(None):
             found += _literals(value)
     return found
+
+
+SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+
+
+def allowed(field: Any) -> str:
+    """What a key takes, in words: its choices, or its kind and range; empty for text and dictionaries."""
+    choices: list[Any] = []
+    kinds: set[Any] = set()
+    bounds: list[str] = []
+
+    def look(kind: Any, metadata: Sequence[Any]) -> None:
+        for rule in metadata:
+            bounds.extend(f"{sign} {value}" for name, sign in SIGNS.items() if (value := getattr(rule, name, None)) is not None)
+            look(None, getattr(rule, "metadata", ()))  # of a field within an annotation
+        if hasattr(kind, "__metadata__"):
+            look(kind.__origin__, kind.__metadata__)
+        elif get_origin(kind) is Literal:
+            choices.extend(value for value in get_args(kind) if value not in choices)
+        elif get_args(kind) and get_origin(kind) is not dict:
+            kinds.update(["list"] if get_origin(kind) is list else [])
+            for part in get_args(kind):
+                look(part, ())
+        else:
+            kinds.add(kind)
+
+    look(field.annotation, field.metadata)
+    null = ["null"] if type(None) in kinds else []
+    if bool in kinds:
+        return ", ".join(["true", "false", *map(str, choices), *null])
+    number = "a whole number" if int in kinds else "a number" if float in kinds else ""
+    if number:
+        return ", ".join([" ".join([number, " and ".join(bounds)]).strip(), *map(str, choices), *null])
+    if choices:
+        return f"{'any' if 'list' in kinds else 'one'} of {', '.join([*map(str, choices), *null])}"
+    return ""
 
 
 def _field(keys: Sequence[str]) -> Any:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from isdaa.config import fields
+from isdaa.config import allowed, fields
 from isdaa.errors import UserError, nearest
 from isdaa.files import at_home
 from isdaa.settings_text import item_kind, listed_value, option_value
@@ -85,7 +85,8 @@ def add_options(parser: argparse.ArgumentParser, only: Sequence[str] = ()) -> No
             continue
         if section not in groups:
             groups[section] = parser.add_argument_group(section or "run")
-        text = f"{field.description or ''} (default: {'null' if default is None else default})".strip().replace("%", "%%")
+        facts = "; ".join(filter(None, (allowed(field), f"default: {_as_written(default)}")))
+        text = f"{field.description or ''} ({facts})".strip().replace("%", "%%")
         groups[section].add_argument(
             f"--{dotted}",
             type=str,  # as it is: what its key is for decides
@@ -94,6 +95,13 @@ def add_options(parser: argparse.ArgumentParser, only: Sequence[str] = ()) -> No
             help=text,
             metavar="VALUE",
         )
+
+
+def _as_written(default: Any) -> str:
+    """A default as a YAML file would have it."""
+    if default is None or isinstance(default, bool):
+        return {None: "null", True: "true", False: "false"}[default]
+    return f"[{', '.join(map(str, default))}]" if isinstance(default, list) else str(default)
 
 
 def overrides_of(namespace: argparse.Namespace) -> dict[str, Any]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import IO, Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -18,7 +19,8 @@ from isdaa.distributed import is_main
 from isdaa.errors import shown
 
 PLAIN_WIDTH = 100  # columns where there is no terminal to ask
-PLAIN_INTERVAL = 10.0  # seconds between two lines where there is no terminal
+PLAIN_INTERVAL = 10.0  # seconds between two lines of a bar where there is no terminal
+SILENCE = 8.0  # seconds without any line, after which the innermost bar prints one
 SKIPPED = 0.5  # seconds; a part that takes less was finished earlier, and says nothing about the pace
 
 # Hears of every bar that moves: (description, share done, note). A sweep's processes tell it so how they fare.
@@ -66,6 +68,9 @@ def log_to_stderr(level: int) -> None:
 console = Terminal(stderr=True)
 _live: Progress | None = None
 _open: list[Bar] = []
+_printed = time.monotonic()  # when the last line was printed
+_idle = threading.Event()  # no bar is open
+_idle.set()
 
 
 def say(line: str) -> None:
@@ -75,7 +80,23 @@ def say(line: str) -> None:
     """
     if not is_main():
         return
+    _note_line()
     console.print(shown(line), soft_wrap=not console.is_terminal)
+
+
+def _note_line() -> None:
+    global _printed
+    _printed = time.monotonic()
+
+
+def _speak() -> None:
+    """While a bar is open: after `SILENCE` without a line the innermost prints one. On a terminal they show the time."""
+    while not _idle.wait(max(_printed + SILENCE - time.monotonic(), 0.05)):
+        if time.monotonic() - _printed >= SILENCE:
+            _note_line()
+            with suppress(OSError, ValueError, IndexError):  # a closed pipe is for the main thread to notice
+                if _live is None:
+                    _open[-1].say(within=True)
 
 
 def clock(seconds: float | None) -> str:
@@ -98,17 +119,30 @@ class _Count(ProgressColumn):
         return Text(f"{bar.share():.0%}" if bar.in_parts else bar.count())
 
 
-class Bar:
-    """One line of progress: `update(n)` counts work done, `note` shows a word beside it."""
+class _Note(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        bar: Bar = task.fields["bar"]
+        return Text("  ".join(filter(None, (bar.note, shown(bar.within)))))
 
-    def __init__(self, description: str, total: float | None, live: Progress | None, pace: float | None = None) -> None:
-        self.description, self.total, self.done, self.note = shown(description), total, 0.0, ""
+
+class Bar:
+    """One line of progress: `update(n)` counts work done, `note` shows a word beside it.
+
+    within: what goes on in the unit that is in work, shown while it lasts; set it as often as you like.
+    """
+
+    def __init__(
+        self, description: str, total: float | None, live: Progress | None, pace: float | None = None, first: float = 0.0
+    ) -> None:
+        self.description, self.total, self.note, self.within = shown(description), total, "", ""
+        self.first = self.done = first  # what was done by an earlier process says nothing about the pace
         self.in_parts = False
         self.pace = pace  # seconds a unit is expected to take
         self.started = self.printed = time.monotonic()
         self._part: tuple[float, float, str] | None = None  # done before it, its weight, the bar that leads it
         self._live = live
-        self._task: TaskID | None = live.add_task(self.description, total=total, note="", bar=self) if live else None
+        self._line: tuple[Any, ...] | None = None  # what the last plain line showed
+        self._task: TaskID | None = live.add_task(self.description, total=total, completed=first, bar=self) if live else None  # type: ignore[arg-type]
 
     def update(self, n: float = 1, note: str | None = None, total: float | None = None) -> None:
         """Count `n` more units of work done."""
@@ -149,10 +183,10 @@ class Bar:
         elapsed = time.monotonic() - self.started
         if not self.total:
             return None
-        seen, took = self.done, elapsed
+        seen, took = self.done - self.first, elapsed
         if self.pace is not None:
             seen, took = seen + self.total / 10, took + self.pace * self.total / 10
-        elif self.share() < 0.01 or elapsed < 1:
+        elif seen / self.total < 0.01 or elapsed < 1:
             return None
         return max(self.total - self.done, 0.0) * took / seen
 
@@ -166,44 +200,70 @@ class Bar:
         if listener is not None:
             listener(self.description, self.share(), self.note)
         if self._live is not None and self._task is not None:
-            self._live.update(self._task, completed=self.done, total=self.total, note=self.note)
+            self._live.update(self._task, completed=self.done, total=self.total)
         elif time.monotonic() - self.printed >= PLAIN_INTERVAL:
             self.say()
 
-    def say(self) -> None:
-        """Print the plain line."""
+    def say(self, within: bool = False) -> None:
+        """Print the plain line. within: with what goes on in the unit in work, instead of the note on those that are done."""
         if not is_main():
             return
-        self.printed = time.monotonic()
+        _note_line()
+        self.printed, self._line = time.monotonic(), self._state()
         count = f"{self.share():.0%}" if self.in_parts else self.count()
         left = self.left()
         rest = f", about {clock(left)} left" if left else ""
-        line = f"{self.description}: {count} after {clock(self.printed - self.started)}{rest}  {self.note}"
-        print(shown(line.rstrip()), file=sys.stderr, flush=True)
+        counted = f"{count} after " if self.total or self.done else ""
+        words = (within and self.within) or self.note
+        line = f"{self.description}: {counted}{clock(self.printed - self.started)}{rest}  {words}"
+        print(shown(line.rstrip()) + "\n", end="", file=sys.stderr, flush=True)
+
+    def _state(self) -> tuple[Any, ...]:
+        return self.done, self.total, self.note
+
+    def close(self) -> None:
+        """The last plain line, where there have been others and it says something new."""
+        if self._live is None and self._line not in (None, self._state()):
+            self.say()
 
 
 @contextmanager
-def progress(description: str, total: float | None = None, pace: float | None = None) -> Iterator[Bar]:
+def progress(
+    description: str, total: float | None = None, pace: float | None = None, *, first: float = 0.0, alone: bool = True
+) -> Iterator[Bar]:
     """A bar with the time left, estimated from the pace of its own work. An inner bar goes away when it is done.
 
+    Where there is no terminal, a line every few seconds, also while nothing is counted.
+
     pace: seconds that a unit of work is expected to take, where that is known before anything has been seen.
+    first: what was done before, by another process. alone: False draws it on a terminal only within another bar.
     """
     global _live
-    outermost = _live is None and console.is_terminal and is_main()
+    outermost = _live is None and console.is_terminal and is_main() and alone
     if outermost:
         columns: list[Any] = [TextColumn("{task.description:<30}", markup=False), BarColumn(bar_width=24), _Count()]
-        _live = Progress(*columns, TimeElapsedColumn(), _Left(), TextColumn("{task.fields[note]}", markup=False), console=console)
+        _live = Progress(*columns, TimeElapsedColumn(), _Left(), _Note(), console=console)
         _live.start()
-    bar = Bar(description, total, _live, pace)
+    bar = Bar(description, total, _live, pace, first)
     _open.append(bar)
+    if _idle.is_set() and is_main():
+        _idle.clear()
+        _note_line()
+        threading.Thread(target=_speak, daemon=True, name="isdaa progress").start()
     try:
         yield bar
-        if bar._live is None and bar.printed > bar.started:
-            bar.say()
+        bar.close()
     finally:
         _open.remove(bar)
+        if not _open:
+            _idle.set()
         if bar._live is not None and bar._task is not None and not outermost:
             bar._live.remove_task(bar._task)
         if outermost and _live is not None:
             _live.stop()
             _live = None
+
+
+def working(what: str) -> AbstractContextManager[Bar]:
+    """A phase whose work cannot be counted: it is heard of only where it takes long."""
+    return progress(what, alone=False)

@@ -530,3 +530,26 @@ def test_bad_prompts_and_broken_models() -> None:
         model.lm_head.weight[7, 0] = float("nan")
     with pytest.raises(UserError, match="sample a: the model's next-token probabilities are not numbers"):
         run(model, [[1]], ["a"])
+
+
+def test_progress_moves_while_samples_are_in_flight() -> None:
+    """Counted as they end, not batch by batch; between two that end, the token in work is told."""
+    told: list[tuple[float, str]] = []
+
+    class Bar:
+        within = ""
+
+        def update(self, n: float = 1) -> None:
+            told.append((n, self.within))
+
+        def __setattr__(self, name: str, value: str) -> None:
+            seen.append(value)
+            object.__setattr__(self, name, value)
+
+    seen: list[str] = []
+    prompts = [[3 + i, 4, 5] for i in range(6)]
+    drawn = sample(tiny(sharp=1.0), prompts, SamplingSettings(max_new_tokens=9), {EOS}, 0, 3, list("abcdef"), 4, Bar())
+    assert sum(n for n, _ in told) == 6 and len(told) > 2
+    assert {"reading 4 prompts", "reading 2 prompts", "token 1 of at most 9"} <= set(seen) and told[-1][1] == ""
+    early = [n for n, within in told if within]
+    assert sum(early) <= sum(sample.finished for sample in drawn) < 6

@@ -27,6 +27,8 @@ from isdaa import Objective
 from isdaa.config import AlignConfig
 from isdaa.models.adapters import add_lora
 from isdaa.models.forward import prepare
+from isdaa.terminal import Bar
+from isdaa.training import pieces, preference
 from isdaa.training.arguments import total_steps, training_arguments
 from isdaa.training.batches import TokenisedPairs
 from isdaa.training.monitor import MetricsFile
@@ -412,6 +414,41 @@ def test_tokenizer_is_saved_with_a_checkpoint(pairs: TokenisedPairs, tmp_path: P
     loaded = AutoTokenizer.from_pretrained(tmp_path / "checkpoint-1")
     assert loaded("w5 w6 <eos>").input_ids == [5, 6, EOS]
     assert model.generation_config.to_dict() == before
+
+
+def test_passes_of_a_few_seconds_change_no_figure_and_move_the_bar(
+    reference: Any, pairs: TokenisedPairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = with_reference(token_rows(9, seed=4), reference)
+    found: list[dict[str, float]] = []
+    moves: list[list[float]] = []
+    for budget in (16_384, 25):
+        for module in (preference, pieces):
+            monkeypatch.setattr(module, "pass_tokens", lambda model, budget=budget: budget)
+        trainer = trainer_of(moved(reference), tmp_path, pairs, held_out, max_steps=1, logging_steps=1)
+        assert trainer.batch_tokens == budget
+        moves.append([])
+        monkeypatch.setattr(
+            Bar, "update", lambda self, n=1, **more: moves[-1].append(n) if "held-out" in self.description else None
+        )
+        found.append(trainer.evaluate())
+        monkeypatch.setattr(Bar, "update", lambda self, n=1, **more: None)
+        within: list[str] = []
+        monkeypatch.setattr(trainer.progress, "within", lambda step, far="", within=within: within.extend(filter(None, [far])))
+        trainer.train()
+        found[-1] |= {key: value for key, value in trainer.state.log_history[-2].items() if "time" not in key}
+        assert within[-1] == f"pass {len(within)} of {len(within)}" and (len(within) > 2) == (budget == 25)
+    assert sum(moves[0]) == sum(moves[1]) == 9 and len(moves[1]) > len(moves[0])
+    assert all(found[0][key] == pytest.approx(found[1][key], rel=1e-4, abs=1e-5) for key in found[0] if "time" not in key)
+
+
+def test_weights_that_span_the_batch_are_not_paid_for_with_a_second_pass(
+    reference: Any, pairs: TokenisedPairs, tmp_path: Path
+) -> None:
+    assert trainer_of(moved(reference), tmp_path, pairs).batch_tokens == 16_384
+    spanning = Objective(weight="importance", normalize="batch")
+    assert trainer_of(moved(reference), tmp_path, pairs, objective=spanning).batch_tokens is None
+    assert trainer_of(moved(reference), tmp_path, pairs, own={"batch_tokens": 7}).batch_tokens == 7
 
 
 def test_the_bar_is_closed_when_training_fails(pairs: TokenisedPairs, tmp_path: Path) -> None:

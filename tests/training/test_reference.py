@@ -12,10 +12,10 @@ import torch
 from training_helpers import moved, tiny_model, token_rows
 
 from isdaa.errors import UserError
-from isdaa.models.forward import PairForward, prepare
+from isdaa.models.forward import LEAST_TOKENS, PASS_TOKENS, PairForward, cpu_pass_tokens, pass_tokens, prepare
 from isdaa.training import reference as reference_module
 from isdaa.training.batches import TokenisedPairs
-from isdaa.training.reference import cache_key, read_cache, reference_logps
+from isdaa.training.reference import cache_key, measure, read_cache, reference_logps
 
 KEY = {"weights": "abc", "template": "t", "truncation": "keep_end"}
 
@@ -67,7 +67,7 @@ def test_a_second_run_makes_no_forward_pass(forward: PairForward, pairs: Tokenis
         compute(refuse, pairs, None)
 
 
-@pytest.mark.parametrize("what", ["weights", "truncation", "data", "order", "precision", "versions"])
+@pytest.mark.parametrize("what", ["weights", "truncation", "data", "precision", "versions"])
 def test_everything_they_depend_on_is_in_the_key(
     what: str, forward: PairForward, pairs: TokenisedPairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,8 +78,6 @@ def test_everything_they_depend_on_is_in_the_key(
         changes["key"] = KEY | {what: "other"}
     elif what == "data":
         rows[3]["chosen_ids"] = [*rows[3]["chosen_ids"][:-1], 9]
-    elif what == "order":
-        rows = rows[::-1]
     elif what == "precision":
         changes["precision"] = "bfloat16"
     else:
@@ -299,3 +297,69 @@ def test_each_of_two_processes_goes_on_with_its_own_share(
     right = compute(forward, pairs, None)
     assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(result[-1], right, strict=True))
     assert all(np.array_equal(a, b) for a, b in zip(result[-1], compute(refuse, pairs, tmp_path), strict=True))
+
+
+def test_probabilities_are_measured_in_the_same_pass(forward: PairForward, pairs: TokenisedPairs) -> None:
+    found = measure(forward, pairs, key=KEY, cache_dir=None)
+    assert found.shape == (6, 17) and found.dtype == np.float32
+    for logps, plain in zip(found, compute(forward, pairs, None), strict=False):
+        assert np.array_equal(logps, plain)
+    for place, which in enumerate(("chosen", "rejected")):
+        for index in range(17):
+            prompt, response = pairs[index]["prompt_ids"].tolist(), pairs[index][f"{which}_ids"].tolist()
+            with torch.no_grad():
+                table = forward.model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].softmax(-1)
+            assert found[2 + place, index] == pytest.approx(float(table[range(len(response)), response].sum()), rel=1e-4)
+            assert found[4 + place, index] == pytest.approx(float(table.square().sum()), rel=1e-4)
+
+
+def test_pairs_of_a_larger_set_are_not_computed_again(forward: PairForward, tmp_path: Path) -> None:
+    """`label` measures all pairs; `align` then asks for two parts of them, in another order."""
+    rows = token_rows(17)
+    whole = compute(forward, TokenisedPairs(rows), tmp_path)
+    order = np.random.default_rng(0).permutation(17)
+    for part in (order[:12], order[12:]):
+        for _ in range(2):  # out of the larger file, then out of one of its own
+            found = compute(refuse, TokenisedPairs([rows[i] for i in part]), tmp_path)
+            assert all(np.array_equal(values, of[part]) for values, of in zip(found, whole, strict=True))
+    assert len(list(tmp_path.glob("logps-*"))) == 3
+
+
+@pytest.mark.parametrize("what", ["another pair", "another model", "damaged", "older"])
+def test_a_larger_set_does_only_where_it_has_the_very_pairs(
+    what: str, forward: PairForward, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = token_rows(17)
+    compute(forward, TokenisedPairs(rows), tmp_path)
+    (path,) = tmp_path.glob("logps-*")
+    wanted, key = rows[:5], KEY
+    if what == "another pair":  # the same tokens, divided elsewhere
+        moved_on = {"prompt_ids": [*rows[2]["prompt_ids"], rows[2]["chosen_ids"][0]], "chosen_ids": rows[2]["chosen_ids"][1:]}
+        wanted = [*rows[:2], rows[2] | moved_on]
+    elif what == "another model":
+        key = KEY | {"weights": "other"}
+    elif what == "damaged":
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    else:
+        path.write_bytes(path.read_bytes().replace(b'\\"format\\": 3', b'\\"format\\": 2'))
+    with pytest.raises(AssertionError, match="forward pass"):
+        compute(refuse, TokenisedPairs(wanted), tmp_path, key=key)
+    assert ("damaged" in caplog.text) == (what == "damaged")
+
+
+def test_a_pass_counts_a_shared_prompt_once(forward: PairForward, pairs: TokenisedPairs) -> None:
+    rows = [{"prompt_ids": list(range(3, 13)), "chosen_ids": [3 + i, 2], "rejected_ids": [30 - i, 2]} for i in range(8)]
+    counting = Counting(forward)
+    compute(lambda: counting, TokenisedPairs(rows), None, batch_tokens=10 + 8 * 4)
+    assert counting.calls == 1
+    counting = Counting(forward)
+    compute(lambda: counting, TokenisedPairs(rows), None, batch_tokens=10 + 8 * 4 - 1)
+    assert counting.calls == 2
+
+
+def test_a_pass_on_a_cpu_takes_a_few_seconds_whatever_the_model(forward: PairForward) -> None:
+    assert pass_tokens(forward.model) == PASS_TOKENS == 16_384
+    assert 800 <= cpu_pass_tokens(134_515_008) <= 1000  # SmolLM2-135M: 4 seconds of one core of 2020
+    assert cpu_pass_tokens(8 * 10**9) == LEAST_TOKENS

@@ -17,6 +17,7 @@ from chains import (
     CHAIN,
     EXAMPLES,
     chat_model,
+    config_file,
     content,
     jsonl,
     plain_pairs,
@@ -27,6 +28,7 @@ from chains import (
     without_time,
 )
 from own_records import write_own
+from safetensors import safe_open
 
 from isdaa.cli import main
 from isdaa.data.sources import prompt_key
@@ -34,8 +36,8 @@ from isdaa.models import forward, fused_head
 from isdaa.models.loading import add_lora, load_model, load_tokenizer, save_model
 from isdaa.models.sampling import sample
 from isdaa.training import align as align_stage
+from isdaa.training import authors, preference, reference, supervised
 from isdaa.training import label as label_stage
-from isdaa.training import preference, reference, supervised
 from isdaa.world.tokenizer import build_tokenizer
 
 METRICS = {
@@ -700,3 +702,55 @@ def test_a_run_of_an_earlier_version_goes_on(place: Path, capsys: pytest.Capture
     assert train("run", ALIGN, align__attention="sdpa") == 0
     assert train("run", ALIGN, align__group_by_prompt=True) == 2
     assert "align.group_by_prompt = False" in capsys.readouterr().err
+
+
+# --- no number is computed twice
+
+
+def test_what_label_has_measured_align_does_not_measure_again(home: Home) -> None:
+    """Its reference logps are, bit for bit, the behaviour logps of the same pairs: three files, one computation."""
+    keys: list[dict[str, Any]] = []
+    for path in (home.run.parent / ".isdaa_cache").glob("logps-*.safetensors"):
+        with safe_open(path, "numpy") as file:
+            keys.append(json.loads(file.metadata()["key"]))
+    assert len(keys) == 3 and len({key.pop("pairs") for key in keys}) == 3
+    assert keys[0] == keys[1] == keys[2]
+
+
+@pytest.mark.parametrize("which", ["reference.path", "behaviour.model_path"])
+def test_the_model_that_training_starts_from_is_not_loaded_twice(
+    which: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree("my_model", "copy")
+    forbid(monkeypatch, (align_stage, "other_model"))
+    computed: list[int] = []
+    compute = reference._compute
+    monkeypatch.setattr(reference, "_compute", lambda *given: computed.append(1) or compute(*given))
+    assert train(place / "run", {**ALIGN, "objective.method": "is_dpo", which: "copy"}) == 0
+    assert len(computed) == 2  # training and held-out pairs
+    (first, *_) = read_lines(place / "run" / "metrics.jsonl")
+    assert first["weights/log_weight_mean"] == pytest.approx(0, abs=1e-4)
+    # Another model is another model.
+    json_edit(place / "copy" / "config.json", rms_norm_eps=1e-3)
+    assert train(place / "other", {**ALIGN, "objective.method": "is_dpo", which: "copy"}) == 1
+
+
+# --- whose text it is
+
+
+def test_a_run_says_that_it_takes_the_reference_for_the_author(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for limit in ("GAP", "SURE"):  # a random model gives every token about the same
+        monkeypatch.setattr(authors, limit, 0.0)
+    jsonl(place / "named.jsonl", [row | {"chosen_model": "gpt-4"} for row in plain_pairs(16)])
+    said = "the responses are not samples of the reference"
+    for method, data, expected in (("is_dpo", "named.jsonl", [True, True]), ("dpo", "named.jsonl", [False, False])):
+        assert train(place / method, {**ALIGN, "objective.method": method, "data.pairs": data}) == 0
+        text = capsys.readouterr().err
+        assert [said in text, "'chosen_model'" in text.replace("not read: chosen_model", "")] == expected
+        assert text.count(said) <= 1
+        config = config_file(place / f"{method}.yaml", {**ALIGN, "objective.method": method, "data.pairs": data})
+        assert main(["inspect", "--config", str(config), "--no_plan", "--json"]) == 0
+        (stage,) = json.loads(capsys.readouterr().out)["stages"]
+        assert any("the rows name the models" in note for note in stage["notes"]) is expected[1]

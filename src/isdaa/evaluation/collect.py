@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.config import EvaluationConfig, TokenizationConfig
-from isdaa.distributed import dealt, once
+from isdaa.distributed import dealt, once, world_size
 from isdaa.errors import UserError
 from isdaa.evaluation.identity import model_digest
 from isdaa.evaluation.kl import KL_SETTINGS, divergences
@@ -18,7 +18,7 @@ from isdaa.evaluation.records import Blocks, Record, blocks_of
 from isdaa.evaluation.requests import Checkpoint
 from isdaa.files import digest, write_json
 from isdaa.record import git_revision, relative_to, versions
-from isdaa.terminal import progress
+from isdaa.terminal import progress, working
 
 SAMPLES, PAIRS, PLAN = "samples.jsonl", "pairs.jsonl", "plan.json"
 FORWARD = 0.1  # work of one forward pass over a response, in samples
@@ -151,7 +151,8 @@ class Collection:
         # Without a scorer, one sample a prompt shows the reference's length and repetition; opponents are not needed.
         self.opponents = settings.opponent_samples if scored else 1
         paths = [reference, *(model.path for model in models)]
-        self.digests = once(lambda: {path: model_digest(path, trust_remote_code) for path in dict.fromkeys(paths)})
+        with working("digests of the models' files"):
+            self.digests = once(lambda: {path: model_digest(path, trust_remote_code) for path in dict.fromkeys(paths)})
 
     @cached_property
     def samples(self) -> Blocks:
@@ -281,7 +282,9 @@ class Collection:
             rows = [(prompt["prompt_ids"], record["ids"]) for prompt, record in zip(prompts, records, strict=True)]
             _, policy = self.models.get(path)
             _, reference = self.models.reference
-            for record, values in zip(records, divergences(policy, reference, rows, states), strict=True):
+            with progress("  kl passes", len(rows)) as bar:
+                found = divergences(policy, reference, rows, states, progress=bar.update)
+            for record, values in zip(records, found, strict=True):
                 record.update(values)
             return records
 
@@ -296,7 +299,8 @@ class Collection:
 
         started = time.monotonic()
         _, forward = self.models.get(path)
-        logps = dealt(self.held_out, lambda pairs: pair_logps(forward, pairs))
+        with progress("  pairs held out", len(self.held_out) // world_size()) as bar:
+            logps = dealt(self.held_out, lambda pairs: pair_logps(forward, pairs, progress=bar.update))
         records = [
             {"pair_id": pair["id"], "prompt": pair["prompt"], "chosen_logps": chosen, "rejected_logps": rejected}
             for pair, (chosen, rejected) in zip(self.held_out, logps, strict=True)

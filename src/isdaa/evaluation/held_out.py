@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,6 @@ from isdaa.evaluation.statistics import mean_interval
 from isdaa.files import digest
 
 logger = logging.getLogger(__name__)
-
-BATCH_TOKENS = 16384  # tokens of one packed forward pass
 
 
 def common_pairs(files: Sequence[str]) -> list[dict[str, Any]] | None:
@@ -57,22 +55,30 @@ def tokenize_held_out(pairs: Iterable[Mapping[str, Any]], tokenizer: Any, tokeni
     return records
 
 
-def pair_logps(forward: Any, pairs: Sequence[Record], batch_tokens: int = BATCH_TOKENS) -> list[tuple[float, float]]:
-    """(chosen, rejected) logps of every pair in nats, by the shared-prefix forward, in the order of the pairs."""
+def pair_logps(
+    forward: Any, pairs: Sequence[Record], batch_tokens: int | None = None, progress: Callable[[int], object] | None = None
+) -> list[tuple[float, float]]:
+    """(chosen, rejected) logps of every pair in nats, by the shared-prefix forward, in the order of the pairs.
+
+    batch_tokens: of a pass; None: `models.forward.pass_tokens`. progress: called with the number of pairs just done.
+    """
     import torch
 
+    from isdaa.models.forward import pass_tokens
     from isdaa.models.layout import Layout
 
     parts = ("prompt_ids", "chosen_ids", "rejected_ids")
     device = next(forward.model.parameters()).device
     result = [(0.0, 0.0)] * len(pairs)
-    for batch in _batches([sum(len(pair[part]) for part in parts) for pair in pairs], batch_tokens):
+    for batch in _batches([sum(len(pair[part]) for part in parts) for pair in pairs], batch_tokens or pass_tokens(forward.model)):
         ids = torch.tensor([token for i in batch for part in parts for token in pairs[i][part]], device=device)
         layout = Layout.of_pairs(*(torch.tensor([len(pairs[i][part]) for i in batch]) for part in parts))
         with torch.no_grad():
             out = forward(forward.model, layout.reading(ids), None, layout)
         for i, chosen, rejected in zip(batch, out.chosen_logps.tolist(), out.rejected_logps.tolist(), strict=True):
             result[i] = (chosen, rejected)
+        if progress is not None:
+            progress(len(batch))
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,23 @@ from isdaa.files import digest, file_digest
 
 # What decides a model's numbers. Optimiser states, cards and records do not; `generation_config.json` is never read.
 DECIDING = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
+SETTLED = 2.0  # seconds since a file's last change, from which on another one would show in its times
 NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "pytorch_model_fsdp.bin")  # a trainer's own
+
+
+_known: dict[tuple[Any, ...], str] = {}  # digests of files as they are, by what the system says of them
+
+
+def _file_digest(path: Path) -> str:
+    """`file_digest`, read once a process while the file stays as it is."""
+    state = path.stat()
+    key = (str(path.resolve()), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+    if key not in _known:
+        found = file_digest(path)
+        if time.time() - max(state.st_mtime, state.st_ctime) < SETTLED:
+            return found  # it may change again within the clock's tick
+        _known[key] = found
+    return _known[key]
 
 
 def model_digest(path: str | Path, trust_remote_code: bool = False) -> str:
@@ -25,7 +42,7 @@ def model_digest(path: str | Path, trust_remote_code: bool = False) -> str:
     if folder is None:
         return weights_digest(load_model(name, dtype="auto", trust_remote_code=trust_remote_code))
     files = sorted({file for pattern in DECIDING for file in folder.glob(pattern) if file.is_file()})
-    content: list[Any] = [[file.name, file_digest(file)] for file in files if file.name not in NO_WEIGHTS]
+    content: list[Any] = [[file.name, _file_digest(file)] for file in files if file.name not in NO_WEIGHTS]
     if not content:
         load_model(name)  # says what is missing
     adapter = _adapter_config(name, folder, None)

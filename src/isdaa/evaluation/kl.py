@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from isdaa.errors import UserError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # whose samples would bias the estimate; so these are constants, and samples for win rates are never used here.
 KL_SETTINGS: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 
-_BATCH_TOKENS = {"cpu": 4096}  # a larger batch falls out of the processor's caches
+_BATCH_TOKENS = {"cpu": 4096}  # at most; a larger batch falls out of the processor's caches
 
 
 def divergences(
@@ -25,24 +25,27 @@ def divergences(
     reference: Any,
     rows: Sequence[tuple[Sequence[int], Sequence[int]]],
     states: Sequence[Tensor | None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[dict[str, float]]:
     """`{"policy_logps", "reference_logps", "kl"}` of (prompt ids, response ids) rows, in nats, summed over a response.
 
     policy, reference: `isdaa.models.forward.PairForward`. kl: sum over positions of the full-vocabulary KL of the
     next-token distributions (Rao–Blackwell; Amini et al. 2025). states: of the policy's samples (`Sample.states`); with them
-    only the reference is run, once they have shown on a few rows that they give what running the policy gives. Raises UserError
-    where the vocabularies differ in size.
+    only the reference is run, once they have shown on a few rows that they give what running the policy gives. progress: called
+    with the number of rows done since the last call. Raises UserError where the vocabularies differ in size.
     """
+    from isdaa.models.forward import pass_tokens
     from isdaa.models.known_states import kl_from_states, states_agree
     from isdaa.models.rows import kl_pass
 
     try:
         known = [kept for kept in states or [] if kept is not None]
-        tokens = _BATCH_TOKENS.get(next(policy.model.parameters()).device.type, 16384)
+        most = pass_tokens(policy.model)
+        tokens = min(most, _BATCH_TOKENS.get(next(policy.model.parameters()).device.type, most))
         if rows and len(known) == len(rows) and states_agree(policy, rows, known):
-            found = kl_from_states(policy, reference, rows, known, batch_tokens=tokens)
+            found = kl_from_states(policy, reference, rows, known, batch_tokens=tokens, progress=progress)
         else:
-            found = kl_pass(policy, reference, rows, batch_tokens=tokens)
+            found = kl_pass(policy, reference, rows, batch_tokens=tokens, progress=progress)
     except ValueError as error:
         raise UserError(f"policy and reference cannot be compared: {error}") from None
     columns = (found.policy_logps.tolist(), found.reference_logps.tolist(), found.kl.tolist())

@@ -28,15 +28,35 @@ from isdaa.models.inner import (
 from isdaa.models.layout import Layout
 from isdaa.models.logprobs import Head
 from isdaa.models.probe import counted_positions, head_trouble, make_probe, switching_length
+from isdaa.terminal import working
 
-__all__ = ["PairForward", "ResponseLogps", "disable_dropout", "evaluating", "inner_model", "prepare"]
+__all__ = ["PairForward", "ResponseLogps", "disable_dropout", "evaluating", "inner_model", "pass_tokens", "prepare"]
 
 logger = logging.getLogger(__name__)
+
+PASS_TOKENS = 16_384  # of a packed row without gradients: enough for any GPU
+CPU_WORK = 2.5e11  # floating-point operations of one on a CPU: a few seconds, and no slower than larger ones
+LEAST_TOKENS = 256  # of one, however large the model
 
 NOT_FINITE = (
     "{name}: its logits are not finite (NaN or infinite), though its weights are: too large for {dtype}; load it in float32, "
     "or take an earlier checkpoint"
 )
+
+
+def pass_tokens(model: nn.Module) -> int:
+    """Tokens of a forward pass without gradients (2·parameters operations each, Kaplan et al. 2020, arXiv 2001.08361, sec. 2.1).
+
+    Model and kind of device alone decide, never a measured time: passes, and so the last bits of a number, are the same in
+    every run.
+    """
+    parameters = list(model.parameters())
+    return cpu_pass_tokens(sum(p.numel() for p in parameters)) if parameters[0].device.type == "cpu" else PASS_TOKENS
+
+
+def cpu_pass_tokens(parameters: int) -> int:
+    """The same of a model of so many parameters on a CPU."""
+    return min(PASS_TOKENS, max(LEAST_TOKENS, int(CPU_WORK / (2 * parameters))))
 
 
 @dataclass
@@ -46,6 +66,7 @@ class ResponseLogps:
     logps: (R,) of the responses in packed order; an empty response has logp 0.
     chosen_logps, rejected_logps: (B,) of the layout's pairs.
     token_logps: (N,) in packed order (see `Layout.response_of`).
+    token_wpo: (N,) log π(y_t) − log Σ_v π(v)², without gradient, or None.
     chosen_wpo, rejected_wpo: (B,) mean over tokens of log π(y_t) − log Σ_v π(v)², without gradient, or None.
     """
 
@@ -53,6 +74,7 @@ class ResponseLogps:
     chosen_logps: Tensor
     rejected_logps: Tensor
     token_logps: Tensor
+    token_wpo: Tensor | None = None
     chosen_wpo: Tensor | None = None
     rejected_wpo: Tensor | None = None
 
@@ -93,7 +115,7 @@ class PairForward:
         tokens, wpo = out["token_logps"], out["wpo"]
         logps = layout.response_sums(tokens)
         chosen, rejected = (layout.on(tokens.device, name) for name in ("chosen", "rejected"))
-        found = ResponseLogps(logps, logps[chosen], logps[rejected], tokens)
+        found = ResponseLogps(logps, logps[chosen], logps[rejected], tokens, wpo)
         if wpo is not None:
             means = layout.response_sums(wpo) / layout.on(tokens.device, "scored_lengths").clamp(min=1)
             found.chosen_wpo, found.rejected_wpo = means[chosen], means[rejected]
@@ -175,7 +197,7 @@ def prepare(model: nn.Module, probe: bool = True, longest_row: int | None = None
         return lambda ids, layout: PairForward(model, mode)(model, ids, None, layout).token_logps
 
     name = type(inner).__name__
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model), working("probing the forward pass"):
         pair = make_probe(model, longest_row)
         if not bool(pair.truth.isfinite().all()):
             where = getattr(inner.config, "_name_or_path", "") or name

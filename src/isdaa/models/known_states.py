@@ -17,7 +17,7 @@ from isdaa.models.inner import head_of, inner_model
 from isdaa.models.layout import Layout
 from isdaa.models.lean_rows import lean_reader, lean_states
 from isdaa.models.logprobs import full_vocabulary_kl, token_logps
-from isdaa.models.rows import Row, RowDivergences, sequence_logps
+from isdaa.models.rows import Progress, Row, RowDivergences, sequence_logps
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,12 @@ def states_agree(policy: PairForward, rows: Sequence[Row], states: Sequence[Tens
 
 @torch.no_grad()
 def kl_from_states(
-    policy: PairForward, reference: PairForward, rows: Sequence[Row], states: Sequence[Tensor], batch_tokens: int = 16384
+    policy: PairForward,
+    reference: PairForward,
+    rows: Sequence[Row],
+    states: Sequence[Tensor],
+    batch_tokens: int = 16384,
+    progress: Progress | None = None,
 ) -> RowDivergences:
     """What `kl_pass` gives, with the policy's states known: (length of the response, D) of each row, on any device.
 
@@ -80,6 +85,8 @@ def kl_from_states(
             row = torch.arange(len(batch)).repeat_interleave(torch.tensor(lengths))
             sums = torch.zeros(3, len(batch)).index_add_(1, row, tokens)
             out.policy_logps[batch], out.reference_logps[batch], out.kl[batch] = sums
+            if progress is not None:
+                progress(len(batch))
     return out
 
 

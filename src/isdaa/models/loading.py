@@ -25,6 +25,7 @@ from isdaa.models.hub import WEIGHTS, offline, quiet, refuse_gguf
 from isdaa.models.memory import check_fits
 from isdaa.models.pooling import pool_by_mask
 from isdaa.models.saving import save_model, weights_digest
+from isdaa.terminal import working
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -81,7 +82,8 @@ def load_model(
     options |= {"trust_remote_code": trust_remote_code, "revision": revision}
     if quantization is not None:
         options |= _four_bits(dtype, device)
-    model = _load(AutoModelForCausalLM, path_or_name, dtype, device, merge_adapter, options)
+    with working(f"loading {path_or_name}"):
+        model = _load(AutoModelForCausalLM, path_or_name, dtype, device, merge_adapter, options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # bitsandbytes' fast way on a CPU has no backward pass, and says nothing
@@ -115,7 +117,7 @@ def load_sequence_classifier(
     options |= {"trust_remote_code": trust_remote_code, "revision": revision}
     if new_head:
         options["num_labels"] = 1
-    with _seeded(seed):
+    with _seeded(seed), working(f"loading {path_or_name}"):
         model = _load(AutoModelForSequenceClassification, path_or_name, dtype, device, True, options, new_head)
     if model.config.num_labels != 1:
         raise UserError(f"{path_or_name}: a classifier of {model.config.num_labels} labels; a reward model has one output")

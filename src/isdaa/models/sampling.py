@@ -32,7 +32,9 @@ _FINISHED_SHARE = 1 / 16
 
 
 class Progress(Protocol):
-    """What `sample` reports to: `isdaa.terminal.Bar`, or anything with its `update`."""
+    """What `sample` reports to: `isdaa.terminal.Bar`, or anything like it."""
+
+    within: str  # how far the samples in flight are
 
     def update(self, n: float = 1) -> Any:
         """`n` more samples are finished."""
@@ -161,12 +163,12 @@ def sample(
         kind: Callable[..., Run] = CachedRun if cached else PlainRun
         for batch in _batches(groups, batch_size, equal_lengths=not cached):
             rows = [index for _, indices in batch for index in indices]
+            if progress is not None:
+                progress.within = f"reading {len(batch)} prompts"
             randoms = np.stack([uniforms(seed, keys[i], settings.max_new_tokens) for i in rows])
             run = kind(model, batch, pad_id, with_states) if lean is None else LeanRun(lean, batch, with_states)
-            samples = _decode(run, settings, stop_ids, randoms, [keys[i] for i in rows])
+            samples = _decode(run, settings, stop_ids, randoms, [keys[i] for i in rows], progress)
             results.update(zip(rows, samples, strict=True))
-            if progress is not None:
-                progress.update(len(rows))
     return [results[index] for index in range(len(keys))]
 
 
@@ -194,7 +196,12 @@ def _batches(groups: dict[tuple[int, ...], list[int]], size: int, equal_lengths:
 
 
 def _decode(
-    run: Run, settings: SamplingSettings, stop_ids: Collection[int], randoms: np.ndarray, keys: Sequence[str]
+    run: Run,
+    settings: SamplingSettings,
+    stop_ids: Collection[int],
+    randoms: np.ndarray,
+    keys: Sequence[str],
+    progress: Progress | None = None,
 ) -> list[Sample]:
     rows, steps = randoms.shape
     stops = np.zeros(run.logits.shape[1], dtype=bool)
@@ -211,7 +218,12 @@ def _decode(
         ended = stops[ids[flight, step]] & ~finished[flight]
         finished[flight[ended]], lengths[flight[ended]] = True, step + 1
         going = ~finished[flight]
-        if not going.any() or step == steps - 1:
+        last = not going.any() or step == steps - 1
+        if progress is not None:
+            progress.within = "" if last else f"token {step + 1} of at most {steps}"
+            if count := int(ended.sum()) + (int(going.sum()) if last else 0):
+                progress.update(count)
+        if last:
             break
         if going.sum() <= (1 - _FINISHED_SHARE) * len(flight):
             order = _without(going)

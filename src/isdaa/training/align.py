@@ -25,6 +25,7 @@ from isdaa.models.saving import save_model, weights_digest
 from isdaa.objectives.objective import Objective
 from isdaa.record import ModelRecord
 from isdaa.training.arguments import total_steps, training_arguments
+from isdaa.training.authors import foreign_text, naming_columns, takes_reference_for_author
 from isdaa.training.batches import BEHAVIOUR_COLUMNS, TokenisedPairs
 from isdaa.training.checkpoints import named
 from isdaa.training.guard import guard_of
@@ -32,7 +33,7 @@ from isdaa.training.look import longest_row
 from isdaa.training.monitor import MetricsFile, metrics_at
 from isdaa.training.preference import PreferenceTrainer
 from isdaa.training.reading import read_pairs
-from isdaa.training.reference import reference_logps
+from isdaa.training.reference import measure
 from isdaa.training.room import check_training
 from isdaa.training.run import Run
 from isdaa.training.start import (
@@ -40,6 +41,7 @@ from isdaa.training.start import (
     check_rows,
     config_digest,
     described,
+    is_start,
     keep_model,
     logps_key,
     newest,
@@ -82,7 +84,8 @@ def _align(run: Run) -> Path:
     )  # fmt: skip
     forward = prepare(policy, probe=config.align.probe, longest_row=longest_row(config), attention=config.align.attention)
     # The reference is the policy exactly as loaded: its logps come before a new adapter.
-    train, held_out = _with_logps(run, train, held_out, policy, forward, tokenizer)
+    key = logps_key(policy, forward.mode, tokenizer, token_settings(config), weights)
+    train, held_out = _with_logps(run, train, held_out, start, forward, key, tokenizer)
     if config.lora.rank:
         plain = policy
         base = once(lambda: _adapter_base(run, plain, tokenizer, start))
@@ -170,14 +173,16 @@ def _pairs(run: Run, tokenizer: Any) -> tuple[TokenisedPairs, TokenisedPairs | N
     if fragments.many(share := sum(cut) / len(cut)):
         told = "no end is learnt from them; sample them again with a larger limit on new tokens (label.max_new_tokens)"
         run.say("align", [f"warning: {fragments.percent(share)} of the training pairs' responses were cut: {told}"])
+    if takes_reference_for_author(config, train := TokenisedPairs(tokens)):
+        run.say("align", naming_columns(counts))
     if held is None:
         run.say("align", ["no pair held out"])
         (run.folder / "eval_pairs.jsonl").unlink(missing_ok=True)
-        return TokenisedPairs(tokens), None
+        return train, None
     write_jsonl(run.folder / "eval_pairs.jsonl", (_plain(row) for row in held))
     held_tokens, more = _tokens(run, held, tokenizer)
     run.say("align", [f"held-out pairs: {line}" for line in (held_counts + more).lines()])
-    return TokenisedPairs(tokens), TokenisedPairs(held_tokens)
+    return train, TokenisedPairs(held_tokens)
 
 
 def _tokens(run: Run, rows: Any, tokenizer: Any) -> tuple[Any, Counts]:
@@ -190,18 +195,28 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_logps(
-    run: Run, train: TokenisedPairs, held_out: TokenisedPairs | None, policy: Any, forward: PairForward, tokenizer: Any
+    run: Run,
+    train: TokenisedPairs,
+    held_out: TokenisedPairs | None,
+    start: str | None,
+    forward: PairForward,
+    key: dict[str, Any],
+    tokenizer: Any,
 ) -> tuple[TokenisedPairs, TokenisedPairs | None]:
-    """Both sets with reference logps, and with behaviour logps where the configuration names a behaviour model."""
+    """Both sets with reference logps, and with behaviour logps where the configuration names a behaviour model.
+
+    forward, key: of the policy as it was loaded from `start`, which stands for every model that is the same one.
+    """
     config = run.config
     sets = [s for s in (train, held_out) if s is not None]
-    if config.reference.path is None:
-        sets = _filled(run, sets, "reference", forward, logps_key(policy, forward.mode, tokenizer, token_settings(config)))
-    else:
-        sets = _filled_by(run, sets, "reference", config.reference.path, tokenizer)
-    if config.behaviour.model_path is not None:
-        sets = _filled_by(run, sets, "behaviour", config.behaviour.model_path, tokenizer)
-    elif any(set(s.floats) & set(BEHAVIOUR_COLUMNS) for s in sets):
+    for which, path in (("reference", config.reference.path), ("behaviour", config.behaviour.model_path)):
+        if path is None and which == "behaviour":
+            continue
+        if path is None or is_start(config, path, start):
+            sets = _filled(run, sets, which, forward, key)
+        else:
+            sets = _filled_by(run, sets, which, path, tokenizer)
+    if config.behaviour.model_path is None and any(set(s.floats) & set(BEHAVIOUR_COLUMNS) for s in sets):
         run.say("align", ["behaviour logps: the rows' own"])
     return sets[0], sets[1] if len(sets) > 1 else None
 
@@ -254,7 +269,7 @@ def _filled(
 ) -> list[TokenisedPairs]:
     filled = []
     for pairs in sets:
-        logps = reference_logps(
+        found = measure(
             forward,
             pairs,
             key=key,
@@ -262,5 +277,7 @@ def _filled(
             precision=run.config.align.precision,
             progress=f"align: {which} logps",
         )
-        filled.append(pairs.with_reference(*logps) if which == "reference" else pairs.with_behaviour(*logps))
+        filled.append(pairs.with_reference(*found[:2]) if which == "reference" else pairs.with_behaviour(*found[:2]))
+        if which == "reference" and len(filled) == 1 and takes_reference_for_author(run.config, pairs):
+            run.say("align", foreign_text(found, pairs))
     return filled

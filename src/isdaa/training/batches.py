@@ -75,6 +75,14 @@ class TokenisedPairs(Dataset):
         """(N,) tokens of prompt + chosen + rejected: what a row costs in a packed batch."""
         return np.sum([np.diff(offsets) for _, offsets in self.tokens.values()], axis=0)
 
+    def scored_lengths(self) -> np.ndarray:
+        """(2, N) scored tokens of chosen and rejected responses."""
+        found = []
+        for name in TOKEN_COLUMNS[1:]:
+            ids, offsets = self.tokens[name]
+            found.append(np.diff(np.concatenate([[0], np.cumsum(ids >= 0)])[offsets]))  # `~id`: not scored
+        return np.stack(found)
+
     def prompt_groups(self) -> np.ndarray:
         """(N,) the same number for pairs with the same prompt, counted from 0 in the order of their first pairs."""
         ids, offsets = self.tokens["prompt_ids"]
@@ -113,6 +121,18 @@ class TokenisedPairs(Dataset):
         pairs.tokens, pairs.names = self.tokens, self.names
         pairs.floats = self.floats | {name: np.asarray(values, dtype=np.float64) for name, values in columns.items()}
         return pairs
+
+    def row_digests(self) -> np.ndarray:
+        """(N, 16) uint8: digests of each pair's token ids."""
+        parts = [(ids.astype("<i4"), offsets.tolist()) for ids, offsets in self.tokens.values()]
+        found = bytearray()
+        for i in range(len(self)):
+            sha = hashlib.blake2b(digest_size=16)
+            for ids, offsets in parts:
+                own = ids[offsets[i] : offsets[i + 1]].tobytes()
+                sha.update(len(own).to_bytes(8, "little") + own)
+            found += sha.digest()
+        return np.frombuffer(bytes(found), dtype=np.uint8).reshape(len(self), 16)
 
     def content_digest(self) -> str:
         """Digest of the token ids, in order: what reference logps depend on besides the model."""

@@ -55,7 +55,8 @@ def label(run: Run) -> Path:
     check_rows(model, start, max(max(row["prompt_ids"]) for row in rows), longest)
     check_labels(run, rows)
     stop = {chat: stop_token_ids(tokenizer, chat=chat) for chat in {isinstance(row["prompt"], list) for row in rows}}
-    responses = _responses(run, rows, model, tokenizer, stop, folder / "responses.jsonl")
+    weights = weights_digest(model)
+    responses = _responses(run, rows, model, weights, tokenizer, stop, folder / "responses.jsonl")
     seed = config.seed if settings.seed is None else settings.seed
     pairs = []
     for row in rows:
@@ -64,7 +65,7 @@ def label(run: Run) -> Path:
     if settings.pairing == "best_worst":
         run.say("label", ["best against worst is not a draw from μ × μ: importance weights on these pairs are biased"])
     if _is_plain_sampling(settings):
-        pairs = _with_behaviour_logps(run, pairs, model, tokenizer)
+        pairs = _with_behaviour_logps(run, pairs, model, weights, tokenizer)
     else:
         run.say("label", ["sampling was not at temperature 1 over all tokens: no behaviour logps are written"])
     finished = [answer["finished"] for row in rows for answer in responses[str(row["id"])]]
@@ -115,7 +116,7 @@ def _check_ids(rows: Sequence[Row]) -> None:
 
 
 def _responses(
-    run: Run, rows: Sequence[Row], model: Any, tokenizer: Any, stop: Mapping[bool, set[int]], path: Path
+    run: Run, rows: Sequence[Row], model: Any, weights: str, tokenizer: Any, stop: Mapping[bool, set[int]], path: Path
 ) -> dict[str, list[Row]]:
     """`{prompt id: n responses with ids, finished, reward}`, from the file where they are there already."""
     settings = run.config.label
@@ -123,7 +124,7 @@ def _responses(
     seed = run.config.seed if settings.seed is None else settings.seed
     scorer = load_scorer(settings.scorer, max_prompt_length=run.config.tokenization.max_prompt_length)
     sampling = SamplingSettings(settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens)
-    work = [weights_digest(model), config_digest(model), asdict(sampling), settings.samples, seed, scorer.digest]
+    work = [weights, config_digest(model), asdict(sampling), settings.samples, seed, scorer.digest]
     # A record is used again only where it is what this very work would give.
     keys = {str(row["id"]): digest([*work, row["prompt"], row["tools"], list(row["prompt_ids"])]) for row in rows}
     kept = {str(record["id"]): record for record in _of_whole_blocks(once(lambda: whole_jsonl(path)))}
@@ -150,7 +151,9 @@ def _responses(
                 {**row, "response": _text(answer.ids, row, tokenizer, stop), "finished": answer.finished}
                 for row, answer in zip(flat, answers, strict=True)
             ]
+            bar.within = f"scoring {len(judged)} responses"
             rewards = scorer.score(judged)
+            bar.within = ""
             records = []
             for number, row in enumerate(block):
                 of_row = range(number * settings.samples, (number + 1) * settings.samples)
@@ -201,7 +204,7 @@ def _is_plain_sampling(settings: Any) -> bool:
     return settings.temperature == 1 and settings.top_p == 1 and settings.top_k == 0
 
 
-def _with_behaviour_logps(run: Run, pairs: list[Row], model: Any, tokenizer: Any) -> list[Row]:
+def _with_behaviour_logps(run: Run, pairs: list[Row], model: Any, weights: str, tokenizer: Any) -> list[Row]:
     """The pairs with μ's logps, by the very forward that training uses. Pairs that would be cut or are equal get none."""
     # A row that is marked as carrying behaviour logps is dropped where it would be cut: they are those of the whole response.
     marked = {"facts": None, "weight": None, "behaviour_chosen_logps": 0.0, "behaviour_rejected_logps": 0.0}
@@ -216,7 +219,7 @@ def _with_behaviour_logps(run: Run, pairs: list[Row], model: Any, tokenizer: Any
     chosen, rejected = reference_logps(
         forward,
         tokens,
-        key=logps_key(model, forward.mode, tokenizer, settings),
+        key=logps_key(model, forward.mode, tokenizer, settings, weights),
         cache_dir=cache_folder(run),
         precision=run.config.align.precision,
         progress="label: behaviour logps",

@@ -35,7 +35,7 @@ from isdaa.models.forward import PairForward
 from isdaa.models.logprobs import Head, OwnHead
 from isdaa.models.sampling import SamplingSettings, sample
 from isdaa.models.shared_prefix import Layout
-from isdaa.terminal import Bar, progress
+from isdaa.terminal import Bar, progress, working
 from isdaa.training.run import Run
 
 SAMPLES, SCORES = "samples.jsonl", "scores.jsonl"
@@ -228,6 +228,7 @@ class Looks:
             wins = None
             if self.scorer is not None:
                 drawn = self._draw(policy.model, self.sampling, f"policy/{step}", bar)
+                bar.within = f"scoring {len(drawn)} responses"
                 wins, more = self._win_rate(self.scorer, drawn)
                 metrics |= more
         metrics["guard/length"] = float(np.mean([len(record["ids"]) for record in drawn]))
@@ -238,8 +239,8 @@ class Looks:
         pairs = [(row["prompt_ids"], record["ids"]) for row, record in zip(self.prompts.rows, drawn, strict=True)]
         ours = Within(policy, lambda: numerics(self.config.align.precision))
         with self.reference.in_memory() as reference:
-            found = [values["kl"] for values in divergences(ours, reference, pairs)]
-        bar.update(2 * FORWARD * len(pairs))
+            rows = divergences(ours, reference, pairs, progress=lambda done: bar.update(2 * FORWARD * done))
+            found = [values["kl"] for values in rows]
         interval = mean_interval(found, **self._bootstrap)
         return _named("kl", interval.mean, interval.low, interval.high), interval.mean
 
@@ -269,7 +270,8 @@ class Looks:
                 samples.add("opponents", key, header, self._draw(reference.model, self.sampling, "opponent", bar, k))
         drawn = samples[key]
         if score_key not in scores:
-            values = scorer.score(self._scorer_rows(drawn))
+            with working("guard: scoring the opponents"):
+                values = scorer.score(self._scorer_rows(drawn))
             found = [
                 {"prompt_id": record["prompt_id"], "sample": record["sample"], "score": value}
                 for record, value in zip(drawn, values, strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,15 @@ STALL_MEAN_WEIGHT = 1e-3
 STALL_STEPS = 20
 START_MEAN = 0.05  # nats; a policy that starts as its reference differs from it by rounding alone
 START_RMS = 0.3
+
+UNWEIGHTED = "loss/unweighted"
+FIGURES = {  # shown beside the steps
+    "loss": "loss",
+    UNWEIGHTED: "unweighted",
+    "rewards/accuracy": "accuracy",
+    "weights/mean": "weight",
+    "weights/ess": "ESS",
+}
 
 
 def metrics_line(entry: dict[str, Any]) -> dict[str, Any] | None:
@@ -96,20 +106,34 @@ class TrainingProgress(TrainerCallback):
         self.description = description
         self._context: AbstractContextManager[Bar] | None = None
         self._bar: Bar | None = None
-        self._guard = ""  # what the guard found last, which stays beside the training figures
+        self._figures = self._guard = ""  # of the last log, and what the guard found last
+        self._logged = 0  # the step of the last log
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         self.close()
         where = f" (from step {state.global_step})" if state.global_step else ""
-        # Only the steps of this process: the time left is estimated from their pace.
-        self._context = progress(f"{self.description}{where}", total=max(state.max_steps - state.global_step, 1))
+        self._context = progress(f"{self.description}{where}", total=max(state.max_steps, 1), first=state.global_step)
         self._bar = self._context.__enter__()
+        self._logged, self._figures, self._guard = state.global_step, "", ""
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.within(state.global_step + 1)
+
+    def within(self, step: int, how_far: str = "") -> None:
+        """Say what the step in work does: shown until it ends."""
+        if self._bar is not None:
+            self._bar.within = f"in step {step}{how_far and ': '}{how_far}"
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._bar.update(1)
+        if self._bar is not None and not control.should_log:  # a step that is logged is shown with its figures, in `on_log`
+            self._to(state.global_step, self._bar.note)
+
+    def _to(self, step: int, note: str) -> None:
+        assert self._bar is not None
+        self._bar.within = ""
+        self._bar.update(step - self._bar.done, note=note)
 
     def on_log(
         self,
@@ -121,14 +145,24 @@ class TrainingProgress(TrainerCallback):
     ) -> None:
         if self._bar is None or not logs:
             return
-        shown = [("loss", "loss"), ("rewards/accuracy", "accuracy"), ("weights/mean", "weight"), ("weights/ess", "ESS")]
-        parts = [f"{word} {logs[key]:.3g}" for key, word in shown if isinstance(logs.get(key), (int, float))]
+
+        def words(names: Mapping[str, str]) -> str:
+            return "  ".join(f"{word} {logs[key]:.3g}" for key, word in names.items() if isinstance(logs.get(key), (int, float)))
+
         if "guard/kl" in logs:
-            parts = [self._bar.note.removesuffix(self._guard).rstrip()]
-            found = [("guard/win_rate", "win rate"), ("guard/kl", "KL")]
-            self._guard = "  ".join(f"{word} {logs[key]:.3g}" for key, word in found if key in logs)
-        if parts:
-            self._bar.update(0, note="  ".join([*parts, self._guard]).strip())
+            self._guard = words({"guard/win_rate": "win rate", "guard/kl": "KL"})
+        elif "loss" in logs:
+            self._figures = words(FIGURES if "weights/mean" in logs else {k: v for k, v in FIGURES.items() if k != UNWEIGHTED})
+            if state.global_step - self._logged > 1:
+                self._figures += f" (mean of steps {self._logged + 1} to {state.global_step})"
+            self._logged = state.global_step
+        else:
+            return
+        note = "  ".join(filter(None, (self._figures, self._guard)))
+        if "loss" in logs:
+            self._to(state.global_step, note)
+        else:
+            self._bar.update(0, note=note)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.close()

@@ -7,10 +7,12 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from isdaa.data.collation import PairBatch
+from isdaa.models.forward import pass_tokens
 from isdaa.models.layout import Layout
+from isdaa.objectives.objective import Objective
 
 
 @dataclass
@@ -81,6 +83,13 @@ def packed(batch: PairBatch) -> tuple[Tensor, Layout]:
         prompt_lengths, torch.tensor(lengths), torch.tensor(prompt_of), chosen=responses_of[0::2], rejected=responses_of[1::2]
     )
     return layout.reading(torch.from_numpy(np.concatenate(rows))), layout
+
+
+def piece_tokens(model: nn.Module, device: torch.device, objective: Objective, processes: int) -> int | None:
+    """Tokens of a piece where the configuration names none. On a CPU a pass of a few seconds, which is as fast as a larger one
+    and takes less memory; None, all pairs at once, on a GPU, and where weights that span the batch would need another pass."""
+    alone = device.type == "cpu" and processes == 1 and not objective.needs_batch
+    return pass_tokens(model) if alone else None
 
 
 def split_by_tokens(batch: PairBatch, budget: int | None, at_least: int = 1) -> list[PairBatch]:

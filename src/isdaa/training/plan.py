@@ -15,9 +15,11 @@ import torch
 from isdaa.config import Config, OptimisationConfig
 from isdaa.models.choice import AUTO
 from isdaa.models.decoding import PROMPT_TOKENS
+from isdaa.models.forward import PASS_TOKENS, cpu_pass_tokens
 from isdaa.models.kv_cache import room_of
 from isdaa.models.layout import Layout
 from isdaa.models.loading import torch_dtype
+from isdaa.objectives.objective import Objective
 from isdaa.training.arguments import STATES
 from isdaa.training.devices import Speed, assumed_speed, device_of, measured_speed, product_speed
 from isdaa.training.examine import Examined
@@ -120,8 +122,10 @@ def plan(
         attention=getattr(settings, "attention", AUTO),
     )
     setting = replace(setting, architecture=copy.deepcopy(architecture))
-    batches = batches_of(examined, config, settings, processes)
     stage = Stage(setting)
+    passes = cpu_pass_tokens(stage.parameters) if setting.on_cpu else PASS_TOKENS
+    split = setting.on_cpu and processes == 1 and not Objective(**config.objective.arguments()).needs_batch
+    batches = batches_of(examined, config, settings, processes, passes, passes if split else None)
     memory = stage.memory(batches.heaviest, accumulating=settings.gradient_accumulation_steps > 1 or batches.pieces)
     a_step = stage.operations(batches.typical) / batches.typical.tokens  # operations a token
     if speed is None:

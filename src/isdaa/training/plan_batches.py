@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from isdaa.config import Config, OptimisationConfig
+from isdaa.models.forward import PASS_TOKENS
 from isdaa.models.layout import Layout
 from isdaa.training.batches import GlobalBatchSampler
 from isdaa.training.examine import Examined
-from isdaa.training.reference import BATCH_TOKENS
 from isdaa.training.rehearsal import Rows, layout_of
 
 
@@ -32,8 +32,18 @@ class Batches:
     pieces: bool = False
 
 
-def batches_of(examined: Examined, config: Config, settings: OptimisationConfig, processes: int) -> Batches:
-    """The batches that training will see in its first epoch (of SFT, some that are as likely)."""
+def batches_of(
+    examined: Examined,
+    config: Config,
+    settings: OptimisationConfig,
+    processes: int,
+    pass_tokens: int = PASS_TOKENS,
+    piece_tokens: int | None = None,
+) -> Batches:
+    """The batches that training will see in its first epoch (of SFT, some that are as likely).
+
+    pass_tokens: of a pass without gradients. piece_tokens: of one with, where the configuration names none.
+    """
     size = len(examined.lengths)
     steps = -(-size // (settings.batch_size * settings.gradient_accumulation_steps * processes))
     if examined.stage != "align":
@@ -51,7 +61,7 @@ def batches_of(examined: Examined, config: Config, settings: OptimisationConfig,
         groups=groups if config.align.group_by_prompt else None,
     )
     micro = [[i for i in batch if i >= 0] for batch in sampler]
-    budget = config.align.batch_tokens
+    budget = config.align.batch_tokens or piece_tokens
     pieces = micro if budget is None else [piece for batch in micro for piece in _pieces(examined, batch, budget)]
     tokens = np.array([_tokens(examined, piece) for piece in pieces])
     ordinary = [i for i, piece in enumerate(pieces) if len(piece) >= np.median([len(p) for p in pieces])]
@@ -61,7 +71,7 @@ def batches_of(examined: Examined, config: Config, settings: OptimisationConfig,
     return Batches(
         heaviest=_layout(examined, pieces[int(tokens.argmax())]),
         typical=_layout(examined, pieces[typical]),
-        reference=_layout(examined, _first_of_reference(examined, longest.tolist())),
+        reference=_layout(examined, _first_of_reference(examined, longest.tolist(), pass_tokens)),
         tokens=int(tokens.sum()) * processes,
         plain=plain,
         steps=steps,
@@ -101,10 +111,13 @@ def _pieces(examined: Examined, pairs: Sequence[int], budget: int) -> list[list[
     return pieces
 
 
-def _first_of_reference(examined: Examined, order: Sequence[int]) -> list[int]:
-    """The pairs of the first pass of `training.reference`, prompts counted with every pair."""
-    ends = examined.lengths[order].sum(1).cumsum()
-    return list(order[: max(1, int((ends <= BATCH_TOKENS).sum()))])
+def _first_of_reference(examined: Examined, order: Sequence[int], budget: int) -> list[int]:
+    """The pairs of the first pass of `training.reference`."""
+    assert examined.groups is not None
+    lengths, groups = examined.lengths[order], examined.groups[order]
+    repeated = np.append(False, np.diff(groups) == 0)
+    ends = (lengths.sum(1) - repeated * lengths[:, 0]).cumsum()
+    return list(order[: max(1, int((ends <= budget).sum()))])
 
 
 def _layout(examined: Examined, pairs: Sequence[int]) -> Layout:

@@ -29,19 +29,20 @@ from isdaa.data.encoding import VERSION
 from isdaa.data.tokenization import ending_ids
 from isdaa.errors import UserError
 from isdaa.models import fused
-from isdaa.models.forward import PairForward, ResponseLogps, disable_dropout
+from isdaa.models.forward import PASS_TOKENS, PairForward, ResponseLogps, disable_dropout, pass_tokens
 from isdaa.models.inner import SHARED_PREFIX
 from isdaa.models.saving import generation_config
 from isdaa.objectives.objective import Objective, ObjectiveOutput, PairLogps
 from isdaa.objectives.weights import batch_weights
 from isdaa.record import read_record
 from isdaa.terminal import progress as show_progress
-from isdaa.training.batches import GlobalBatchSampler, TokenisedPairs, shard, tokenised
+from isdaa.training.authors import FAR, HELP
+from isdaa.training.batches import BEHAVIOUR_COLUMNS, GlobalBatchSampler, TokenisedPairs, shard, tokenised
 from isdaa.training.checkpoints import newest_complete_checkpoint
 from isdaa.training.figures import COLUMNS, Figures, gathered, pair_figures
 from isdaa.training.finite import some_rows
 from isdaa.training.monitor import StallWarning, TrainingProgress, WholeIntervals, warn_about_start
-from isdaa.training.pieces import MicroBatch, Piece, split_by_tokens
+from isdaa.training.pieces import MicroBatch, Piece, piece_tokens, split_by_tokens
 from isdaa.training.whole import WholeCheckpoints
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
     tokenizer: saved into every checkpoint. before_rename(folder, step): writes further files into a checkpoint.
     starts_at_reference: policy and reference start as the same model; their difference at step 0 is logged, and said
         aloud where it is more than rounding.
-    batch_tokens: a micro-batch of more tokens goes through the model in pieces; loss and gradient stay the same.
+    batch_tokens: a micro-batch of more tokens goes through the model in pieces; loss and gradient stay the same. None:
+        `pieces.piece_tokens`.
     group_by_prompt: pairs of one prompt are read one after the other and share its forward pass.
     Dropout is switched off in the model, LoRA's included (METHOD.md).
     """
@@ -109,6 +111,8 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
         hf_logging.disable_progress_bar()  # a bar of their own for each saved file; ours shows the run
         for unwanted in (PrinterCallback, ProgressCallback):
             self.remove_callback(unwanted)
+        if batch_tokens is None:
+            self.batch_tokens = piece_tokens(model, args.device, objective, args.world_size)
         self.progress = TrainingProgress(description)
         self.add_callback(self.progress)
         self.stall = StallWarning()
@@ -126,6 +130,7 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
         self._tables: list[Tensor] = []  # figures since the last log
         self._interval_started: float | None = None
         self._interval_pairs = 0
+        self._passes = [0, 0]  # of the step in work: begun, all
         self._parameters = sum(p.numel() for p in model.parameters())
 
     # ---- data ----
@@ -150,18 +155,19 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
             return [], None
         pairs = self._over_ranks(sum(int(batch.valid.sum()) for batch in batches), "sum")
         self._interval_pairs += pairs
-        micro = [MicroBatch(self._pieces(batch, device)) for batch in batches]
+        micro = [MicroBatch(self._pieces(batch, device, self.batch_tokens)) for batch in batches]
+        self._passes = [0, sum(len(m.pieces) for m in micro)]
         if self.objective.needs_batch and sum(len(m.pieces) for m in micro) > 1:
             self._weigh(micro)
         return micro, pairs
 
-    def _pieces(self, batch: PairBatch, device: torch.device) -> list[Piece]:
-        parts = split_by_tokens(batch, self.batch_tokens)
-        if self.batch_tokens is not None:
+    def _pieces(self, batch: PairBatch, device: torch.device, budget: int | None) -> list[Piece]:
+        parts = split_by_tokens(batch, budget)
+        if budget is not None:
             # Sharded models gather their weights in each forward pass: every rank must make as many of them.
             most = self._over_ranks(len(parts), "max")
             if len(parts) < most:
-                parts = split_by_tokens(batch, self.batch_tokens, at_least=most)
+                parts = split_by_tokens(batch, budget, at_least=most)
         return [Piece.of(part, device) for part in parts]
 
     @property
@@ -183,7 +189,9 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
         training = self.policy.training
         self.policy.eval()
         raw = []
-        for piece in (piece for m in micro for piece in m.pieces):
+        pieces = [piece for m in micro for piece in m.pieces]
+        for number, piece in enumerate(pieces):
+            self.progress.within(self.state.global_step + 1, f"weights, pass {number + 1} of {len(pieces)}")
             with self.compute_loss_context_manager():
                 pairs, _ = self._pair_logps(self.policy, piece)
             raw.append(self.objective.raw_weights(pairs)[1])
@@ -277,6 +285,8 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
         for number, piece in enumerate(inputs.pieces):
             last = number == len(inputs.pieces) - 1
             weights = None if inputs.weights is None else inputs.weights[number]
+            self._passes[0] += 1
+            self.progress.within(self.state.global_step + 1, "pass {} of {}".format(*self._passes))
             state._set_sync_gradients(sync and last)
             with nullcontext() if last or self.is_deepspeed_enabled else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
@@ -328,6 +338,8 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
         if self.starts_at_reference and figures["step"].min().item() == 0:
             metrics |= figures.start()
             warn_about_start(metrics)
+        elif self.objective.weight not in ("none", "wpo") and figures["step"].min().item() == 0:
+            self._warn_about_weights(figures)
         if self.objective.weight != "none":
             for step, ess, mean in figures.steps():
                 self.stall.update(step, ess, mean)
@@ -335,6 +347,13 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
             metrics["time/pairs_per_second"] = self._interval_pairs / max(now - self._interval_started, 1e-9)
         self._tables, self._interval_started, self._interval_pairs = [], None, 0
         return metrics
+
+    def _warn_about_weights(self, figures: Figures) -> None:
+        """Where policy and reference start as two models, and the reference stands for the one that wrote the responses."""
+        first = figures["log_weight"][figures["step"] == 0]
+        if set(BEHAVIOUR_COLUMNS) & set(cast(TokenisedPairs, self.train_dataset).floats) or first.abs().mean() <= FAR:
+            return
+        logger.warning("at the first step log w is %.3g on average, weights are far from 1: %s", first.mean().item(), HELP)
 
     def leave_out(self, seconds: float) -> None:
         """Time that was spent on something else than training does not count in `time/pairs_per_second`."""
@@ -380,16 +399,22 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
         order = np.argsort(dataset.lengths(), kind="stable")
         size = self.args.per_device_eval_batch_size
         world, rank = self.args.world_size, self.args.process_index
+        budget = min(pass_tokens(self.policy), self.batch_tokens or PASS_TOKENS)
         tables = []
         shown = show_progress("held-out pairs", total=len(order)) if rank == 0 else nullcontext()
         with shown as bar:
             for start in range(0, len(order), size * world):
                 indices = order[start : start + size * world]
-                for piece in self._pieces(dataset.batch(shard(indices, world, rank)), self.args.device):
+                done = 0
+                for piece in self._pieces(dataset.batch(shard(indices, world, rank)), self.args.device, budget):
                     with self.compute_loss_context_manager():
                         tables.append(self._losses(self.policy, piece)[1])
-                if bar is not None:
-                    bar.update(len(indices))
+                    if bar is not None:
+                        more = min(len(piece.batch) * world, len(indices) - done)  # the last pairs may be fill-ins
+                        done += more
+                        bar.update(more)
+                if bar is not None and done < len(indices):
+                    bar.update(len(indices) - done)
         self.policy.train(training)
         figures = gathered(tables, self.accelerator.gather if world > 1 else None)
         broken, names = _at_fault(figures, dataset)

@@ -25,12 +25,13 @@ from isdaa.objectives.formulas import one_line
 from isdaa.objectives.objective import Objective
 from isdaa.record import ModelRecord
 from isdaa.terminal import say
-from isdaa.training.batches import TokenisedPairs
+from isdaa.training.authors import foreign_text
+from isdaa.training.batches import BEHAVIOUR_COLUMNS, TokenisedPairs
 from isdaa.training.checkpoints import named
 from isdaa.training.monitor import MetricsFile, metrics_at
 from isdaa.training.preference import PreferenceTrainer
 from isdaa.training.preference_config import MIGRATING, PreferenceConfig, as_dict
-from isdaa.training.reference import reference_logps
+from isdaa.training.reference import measure
 from isdaa.training.start import check_rows, described, logps_key, weighs_by_behaviour
 
 if TYPE_CHECKING:
@@ -95,7 +96,9 @@ def preference_trainer(
             "peft_config: the model carries an adapter already; merge it (model.merge_and_unload()), save that and give it"
         )
     forward = prepare(policy, probe=args.probe, longest_row=longest, attention=args.attention)
-    sets = _with_logps(sets, "reference", forward if ref_model is None else ref_model, args, tokenizer, settings, longest)
+    assumed = behaviour_model is None and weighs_by_behaviour(args.objective_arguments())
+    source = forward if ref_model is None else ref_model
+    sets = _with_logps(sets, "reference", source, args, tokenizer, settings, longest, assumed)
     if behaviour_model is not None:
         sets = _with_logps(sets, "behaviour", behaviour_model, args, tokenizer, settings, longest)
     if peft_config is not None:
@@ -203,8 +206,10 @@ def _with_logps(
     tokenizer: Any,
     settings: TokenizationSettings,
     longest: int,
+    assumed: bool = False,
 ) -> list[TokenisedPairs]:
-    """The sets with logps under the prepared policy, or under another model, which is prepared here."""
+    """The sets with logps under the prepared policy, or under another model, which is prepared here. assumed: weights take it for
+    the model that wrote the responses, where the rows have no behaviour logps."""
     forward = source
     if not isinstance(forward, PairForward):
         other = _loaded(forward, args)
@@ -218,10 +223,11 @@ def _with_logps(
     precision = "bfloat16" if args.bf16 else "float32"
     filled = []
     for pairs in sets:
-        logps = reference_logps(
-            forward, pairs, key=key, cache_dir=cache, precision=precision, progress=f"preference: {which} logps"
-        )
-        filled.append(pairs.with_reference(*logps) if which == "reference" else pairs.with_behaviour(*logps))
+        found = measure(forward, pairs, key=key, cache_dir=cache, precision=precision, progress=f"preference: {which} logps")
+        filled.append(pairs.with_reference(*found[:2]) if which == "reference" else pairs.with_behaviour(*found[:2]))
+        if which == "reference" and len(filled) == 1 and assumed and not set(pairs.floats) & set(BEHAVIOUR_COLUMNS):
+            for line in foreign_text(found, pairs):
+                say(f"preference: {line}")
     return filled
 
 

@@ -19,22 +19,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from isdaa.distributed import everyones, is_main, rank, world_size
 from isdaa.errors import UserError
 from isdaa.files import digest, own_file, write_atomically
-from isdaa.models.forward import PairForward
+from isdaa.models import fused_head
+from isdaa.models.forward import PairForward, ResponseLogps, pass_tokens
 from isdaa.models.inner import SHARED_PREFIX
+from isdaa.models.layout import Layout
 from isdaa.terminal import progress as show_progress
 from isdaa.training.batches import TokenisedPairs, tokenised
 from isdaa.training.pieces import packed
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # raise it whenever the forward pass changes what it computes: older files are then not read
-NAMES = ("chosen_logps", "rejected_logps")
-BATCH_TOKENS = 16_384  # of a forward pass
+FORMAT = 3  # raise it whenever the forward pass changes what it computes: older files are then not read
+# Sums over a response: of log π(y), of π(y), and of what π(y) is on average where y is drawn from π, Σ_v π(v)².
+NAMES = ("chosen_logps", "rejected_logps", "chosen_probability", "rejected_probability", "chosen_own", "rejected_own")
+ROWS = "rows"  # digests of the pairs, by which another set finds those that it shares
 PART_SECONDS = 20.0  # between two writes of what there is so far: what a kill can lose, beside the batch in work
 
 Loader = Callable[[], PairForward]
@@ -46,17 +49,36 @@ def reference_logps(
     *,
     key: dict[str, Any],
     cache_dir: str | Path | None,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     precision: str = "float32",
     progress: str = "reference logps",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Summed logps of all chosen and all rejected responses, each (N,) float32, in the rows' order.
+    """Summed logps of all chosen and all rejected responses, each (N,) float32, in the rows' order: of `measure`."""
+    found = measure(
+        forward, pairs, key=key, cache_dir=cache_dir, batch_tokens=batch_tokens, precision=precision, progress=progress
+    )
+    return found[0], found[1]
+
+
+def measure(
+    forward: PairForward | Loader,
+    pairs: Any,
+    *,
+    key: dict[str, Any],
+    cache_dir: str | Path | None,
+    batch_tokens: int | None = None,
+    precision: str = "float32",
+    progress: str = "reference logps",
+) -> np.ndarray:
+    """(6, N) float32 sums over each response, as `NAMES` has them; the last four are 0 where the head does not give them.
 
     forward: the prepared model, or a function that loads and prepares it, called only where something is to compute.
     pairs: `TokenisedPairs` or rows for it.
     key: what identifies the model and the text's way to tokens: its weights' digest, dtype, tokenizer, template,
         truncation. Token ids, precision, versions and device are added here.
-    cache_dir: None computes without reading or writing. A file that is damaged or another's is recomputed, with a word.
+    cache_dir: None computes without reading or writing. A file that is damaged or another's is recomputed, with a word. One of
+        a set that has all these pairs will do: `label` has computed the logps of what `align` trains on.
+    batch_tokens: of a forward pass, every prompt counted once; None: `models.forward.pass_tokens`.
     precision: "bfloat16" runs under autocast, as training with `precision: bfloat16` does.
     """
     rows = tokenised(pairs)
@@ -64,6 +86,8 @@ def reference_logps(
     path = None if cache_dir is None else Path(cache_dir) / f"logps-{digest(full)}.safetensors"
     if path is not None:
         found = read_cache(path, full, len(rows))
+        if found is None and (found := _part_of_another(path, full, rows)) is not None and is_main():
+            write_cache(path, full, found, rows)
         # One that computes alone would wait for the others for ever.
         if all(everyones(lambda: found is not None)) and found is not None:
             return found
@@ -73,12 +97,12 @@ def reference_logps(
             if found is not None:
                 return found
         prepared = forward if isinstance(forward, PairForward) else forward()
-        logps = _compute(prepared, rows, batch_tokens, precision, progress, path, full)
+        values = _compute(prepared, rows, batch_tokens, precision, progress, path, full)
         if path is not None and is_main():
-            write_cache(path, full, *logps)
+            write_cache(path, full, values, rows)
             for part in path.parent.glob(f".{path.name}.part-*"):
                 part.unlink(missing_ok=True)
-    return logps
+    return values
 
 
 @contextmanager
@@ -110,16 +134,47 @@ def cache_key(pairs: TokenisedPairs, key: dict[str, Any], precision: str) -> dic
     }
 
 
-def write_cache(path: Path, key: dict[str, Any], chosen: np.ndarray, rejected: np.ndarray) -> None:
-    """Write both arrays, the key and a digest of the content as one file, atomically."""
+def write_cache(path: Path, key: dict[str, Any], values: np.ndarray, pairs: TokenisedPairs | None = None) -> None:
+    """Write (6, N) values, the key and a digest of the content as one file, atomically; with the digests of `pairs`."""
     from safetensors.numpy import save
 
-    metadata = {"key": json.dumps(key, sort_keys=True), "content": _content(chosen, rejected)}
-    write_atomically(path, save(dict(zip(NAMES, (chosen, rejected), strict=True)), metadata=metadata))
+    arrays = dict(zip(NAMES, values, strict=True)) | ({} if pairs is None else {ROWS: pairs.row_digests()})
+    metadata = {"key": json.dumps(key, sort_keys=True), "content": _content(arrays)}
+    write_atomically(path, save(arrays, metadata=metadata))
 
 
-def read_cache(path: Path, key: dict[str, Any], rows: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Both arrays, or None where there is no such file, or one that cannot be trusted (which is logged)."""
+def read_cache(path: Path, key: dict[str, Any], rows: int) -> np.ndarray | None:
+    """(6, rows) values, or None where there is no such file, or one that cannot be trusted (which is logged)."""
+    found = _read(path, key, rows)
+    return None if found is None else np.stack([found[name] for name in NAMES])
+
+
+def _part_of_another(path: Path, key: dict[str, Any], pairs: TokenisedPairs) -> np.ndarray | None:
+    """The values out of a file that differs in its pairs alone and has all of these; the same pair has the same numbers there."""
+    from safetensors import SafetensorError, safe_open
+
+    wanted = None
+    for other in sorted(path.parent.glob("logps-*.safetensors")):
+        try:
+            with safe_open(other, framework="numpy") as file:
+                theirs = json.loads((file.metadata() or {}).get("key", "null"))
+                names = file.keys()
+                rows = file.get_slice(ROWS).get_shape()[0] if ROWS in names else 0
+        except (SafetensorError, OSError, ValueError, TypeError):
+            continue
+        if not isinstance(theirs, dict) or rows < len(pairs) or {**theirs, "pairs": key["pairs"]} != json.loads(json.dumps(key)):
+            continue
+        found = _read(other, theirs, rows)
+        if found is None:
+            continue
+        places = {digest.tobytes(): place for place, digest in enumerate(found[ROWS])}
+        wanted = [row.tobytes() for row in pairs.row_digests()] if wanted is None else wanted
+        if all(digest in places for digest in wanted):
+            return np.stack([found[name] for name in NAMES])[:, [places[digest] for digest in wanted]]
+    return None
+
+
+def _read(path: Path, key: dict[str, Any], rows: int) -> dict[str, np.ndarray] | None:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -127,36 +182,37 @@ def read_cache(path: Path, key: dict[str, Any], rows: int) -> tuple[np.ndarray, 
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            chosen, rejected = (file.get_tensor(name) for name in NAMES)
+            names = file.keys()
+            found = {name: file.get_tensor(name) for name in names}
         wrong = None
         if json.loads(metadata.get("key", "null")) != json.loads(json.dumps(key)):
             wrong = "it belongs to another model, data set or version"
-        elif chosen.shape != (rows,) or rejected.shape != (rows,) or chosen.dtype != np.float32:
-            wrong = f"its arrays have shape {chosen.shape} and {rejected.shape}, for {rows} pairs"
-        elif metadata.get("content") != _content(chosen, rejected):
+        elif any(found[name].shape != (rows,) or found[name].dtype != np.float32 for name in NAMES):
+            wrong = f"its arrays are not of {rows} pairs"
+        elif metadata.get("content") != _content(found):
             wrong = "its content is damaged"
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         wrong = f"it cannot be read ({error})"
     if wrong is None:
-        return chosen, rejected
+        return found
     logger.warning("%s: cached logps are not used, since %s; they are computed again", path, wrong)
     return None
 
 
-def _content(chosen: np.ndarray, rejected: np.ndarray) -> str:
-    return digest(np.ascontiguousarray(chosen, "<f4").tobytes() + np.ascontiguousarray(rejected, "<f4").tobytes())
+def _content(arrays: dict[str, np.ndarray]) -> str:
+    return digest(b"".join(np.ascontiguousarray(arrays[name]).tobytes() for name in sorted(arrays)))
 
 
 @torch.no_grad()
 def _compute(
     forward: PairForward,
     pairs: TokenisedPairs,
-    batch_tokens: int,
+    batch_tokens: int | None,
     precision: str,
     description: str,
     path: Path | None,
     key: dict[str, Any],
-) -> tuple[np.ndarray, np.ndarray]:
+) -> np.ndarray:
     """One pass over this process's share of the pairs, then everyone's results together. path, key: of the file to come."""
     lengths = pairs.lengths()
     prompts = pairs.prompt_groups() if forward.mode == SHARED_PREFIX else np.arange(len(pairs))  # two rows share nothing
@@ -168,7 +224,10 @@ def _compute(
     if world_size() > 1:
         order = order[_shares(pairs, prompts, world_size())[prompts[order]] == rank()]
 
-    groups, part = _groups(order, lengths, batch_tokens), None
+    batch_tokens = batch_tokens or pass_tokens(forward.model)
+    prompt_tokens = np.diff(pairs.tokens["prompt_ids"][1])
+    repeated = np.append(False, np.diff(prompts[order]) == 0)  # behind a pair of the same prompt
+    groups, part = _groups(order, lengths, repeated * prompt_tokens[order], batch_tokens), None
     if path is not None:
         key = {**key, "order": digest(order.tobytes()), "batch_tokens": batch_tokens}  # of them every batch's numerics
         part = _Part(path.parent / f".{path.name}.part-{digest(key)}", key, len(pairs))
@@ -177,11 +236,11 @@ def _compute(
         return _share(forward, pairs, groups, lengths, precision, description, part)
 
     values = np.stack(everyones(share)).sum(axis=0, dtype=np.float32)  # every row is another process's zero
-    bad = np.argwhere(~np.isfinite(values).all(axis=0))[:, 0]
+    bad = np.argwhere(~np.isfinite(values[:2]).all(axis=0))[:, 0]
     if len(bad):
         name = pairs.name(int(bad[0]))
         raise UserError(f"{description}: {len(bad)} pairs have logps that are not finite, the first is row {bad[0]} ({name})")
-    return values[0], values[1]
+    return values
 
 
 class _Part:
@@ -194,13 +253,13 @@ class _Part:
     def read(self) -> np.ndarray:
         """What an earlier process left; NaN throughout where it left nothing, or what is damaged."""
         found = read_cache(self.path, self.key, self.rows)
-        return np.full((2, self.rows), np.nan, dtype=np.float32) if found is None else np.stack(found)
+        return np.full((len(NAMES), self.rows), np.nan, dtype=np.float32) if found is None else found
 
     def keep(self, values: np.ndarray) -> None:
         """Write them, where the last time is long enough ago: at most about every hundredth second is spent on it."""
         begun = time.monotonic()
         if begun - self._written >= self._every:
-            write_cache(self.path, self.key, values[0], values[1])
+            write_cache(self.path, self.key, values)
             self._written = time.monotonic()
             self._every = min(max(PART_SECONDS, 100 * (self._written - begun)), 2 * PART_SECONDS)
 
@@ -214,10 +273,10 @@ def _share(
     description: str,
     part: _Part | None,
 ) -> np.ndarray:
-    """(2, N) logps of the rows in `groups`, 0 elsewhere."""
+    """(6, N) values of the rows in `groups`, 0 elsewhere."""
     model: nn.Module = forward.model
     device = next(model.parameters()).device
-    values = np.full((2, len(pairs)), np.nan, dtype=np.float32) if part is None else part.read()
+    values = np.full((len(NAMES), len(pairs)), np.nan, dtype=np.float32) if part is None else part.read()
     was_training = model.training
     model.eval()
     try:
@@ -228,8 +287,9 @@ def _share(
             for group in groups:
                 if np.isnan(values[:, group]).any():  # batches stay as they are, so that their bits do
                     input_ids, layout = packed(pairs.batch(group))
-                    logps = forward(model, input_ids.to(device), None, layout)
-                    values[:, group] = torch.stack([logps.chosen_logps, logps.rejected_logps]).float().cpu().numpy()
+                    # The fused head, which training then uses as well, knows the logps alone.
+                    logps = forward(model, input_ids.to(device), None, layout, with_wpo=not fused_head.ENABLED)
+                    values[:, group] = _sums(logps, layout).float().cpu().numpy()
                     if part is not None:
                         part.keep(values)
                 bar.update(float(lengths[group].sum()))
@@ -239,6 +299,18 @@ def _share(
     shared = np.zeros_like(values)
     shared[:, mine] = values[:, mine]
     return shared
+
+
+def _sums(logps: ResponseLogps, layout: Layout) -> Tensor:
+    """(6, B) sums over the responses of a pass's pairs, as `NAMES` has them."""
+    chosen, rejected = (layout.on(logps.logps.device, name) for name in ("chosen", "rejected"))
+    found = [logps.chosen_logps, logps.rejected_logps]
+    if logps.token_wpo is None:
+        return torch.stack([*found, *[torch.zeros_like(found[0])] * 4])
+    for tokens in (logps.token_logps, logps.token_logps - logps.token_wpo):
+        sums = layout.response_sums(tokens.exp())
+        found += [sums[chosen], sums[rejected]]
+    return torch.stack(found)
 
 
 def _shares(pairs: TokenisedPairs, prompts: np.ndarray, world: int) -> np.ndarray:
@@ -256,14 +328,18 @@ def _shares(pairs: TokenisedPairs, prompts: np.ndarray, world: int) -> np.ndarra
     return shares
 
 
-def _groups(order: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndarray]:
-    """`order` in consecutive groups of at most `budget` tokens; a longer pair is a group of its own."""
+def _groups(order: np.ndarray, lengths: np.ndarray, shared: np.ndarray, budget: int) -> list[np.ndarray]:
+    """`order` in consecutive groups of at most `budget` tokens; a longer pair is a group of its own.
+
+    lengths: (N,) tokens of each pair. shared: of those of each place in `order`, what the place before it has already.
+    """
     groups: list[list[int]] = []
     tokens = 0
-    for index in order.tolist():
-        if not groups or tokens + lengths[index] > budget:
+    for index, known in zip(order.tolist(), shared.tolist(), strict=True):
+        more = int(lengths[index]) - (known if groups else 0)
+        if not groups or tokens + more > budget:
             groups.append([])
-            tokens = 0
+            tokens, more = 0, int(lengths[index])
         groups[-1].append(index)
-        tokens += int(lengths[index])
+        tokens += more
     return [np.array(group, dtype=np.int64) for group in groups]

@@ -12,7 +12,7 @@ from pathlib import Path
 from isdaa.config import STAGES, Config
 from isdaa.distributed import once, world_size
 from isdaa.errors import UserError
-from isdaa.terminal import say
+from isdaa.terminal import say, working
 from isdaa.training.inputs import check_inputs
 from isdaa.training.run import ONE_PROCESS, Run
 
@@ -59,7 +59,7 @@ def run(config: Config) -> Path:
         for stage in config.stages:
             if stage in missing:
                 current.begin(stage)
-                with _tensorboard(current.folder / "tensorboard" / stage):
+                with working(stage), _tensorboard(current.folder / "tensorboard" / stage):
                     output = STAGE_FUNCTIONS[stage](current)
                 current.finish(stage, output=str(output.relative_to(current.folder)))
                 say(f"{stage}: finished, {output}")

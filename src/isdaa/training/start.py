@@ -16,12 +16,14 @@ from isdaa.data.encoding import VERSION
 from isdaa.data.tokenization import TokenizationSettings, ending_ids, tokenizer_digest
 from isdaa.distributed import once
 from isdaa.errors import UserError
+from isdaa.evaluation.identity import model_digest
 from isdaa.files import digest
 from isdaa.models import fused_head
 from isdaa.models.loading import load_model, load_tokenizer, random_model
 from isdaa.models.saving import save_model, weights_digest
 from isdaa.record import NAME as RECORD
 from isdaa.record import ModelRecord, record_text
+from isdaa.terminal import working
 from isdaa.training.cards import model_card
 from isdaa.training.checkpoints import newest_complete_checkpoint
 from isdaa.training.run import Run
@@ -78,6 +80,16 @@ def other_model(config: Config, path: str, quantization: str | None = None) -> A
     )
 
 
+def is_start(config: Config, path: str, start: str | None) -> bool:
+    """Whether the model at `path` is, file by file, the one at `start` as the policy is loaded from it: the same numbers."""
+    if start is None or config.model.quantization is not None:
+        return False
+    folders = [Path(name).expanduser() for name in (path, start)]
+    if not all(folder.is_dir() for folder in folders):
+        return path == start  # on the Hub, where one revision of the model that training starts from holds for both
+    return model_digest(folders[0]) == model_digest(folders[1])
+
+
 def device() -> str | None:
     """This process's GPU; None, the CPU, where there is none. Reference logps must come from where training computes."""
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else None
@@ -98,13 +110,15 @@ def token_settings(config: Config) -> TokenizationSettings:
     return TokenizationSettings(**config.tokenization.model_dump())
 
 
-def logps_key(model: Any, mode: str, tokenizer: Any, settings: TokenizationSettings) -> dict[str, Any]:
+def logps_key(
+    model: Any, mode: str, tokenizer: Any, settings: TokenizationSettings, weights: str | None = None
+) -> dict[str, Any]:
     """What reference logps depend on beside the token ids: weights, architecture, dtype, forward, tokenizer, truncation.
 
-    mode: of the prepared forward (`PairForward.mode`).
+    mode: of the prepared forward (`PairForward.mode`). weights: the model's `weights_digest`, where it is known.
     """
     return {
-        "weights": weights_digest(model),
+        "weights": weights or weights_digest(model),
         "config": config_digest(model),
         "dtype": str(next(model.parameters()).dtype),
         "mode": f"{mode}, fused head" if fused_head.ENABLED else mode,
@@ -162,7 +176,8 @@ def keep_model(model: Callable[[], Any], tokenizer: Any, folder: Path, record: M
 
     model: gives it; called by the main process alone.
     """
-    once(lambda: save_model(model(), tokenizer, folder, described(record, folder), stop_ids=ending_ids(tokenizer)))
+    with working(f"saving {folder.name}"):
+        once(lambda: save_model(model(), tokenizer, folder, described(record, folder), stop_ids=ending_ids(tokenizer)))
 
 
 def trained_model(trainer: Any, load: Callable[..., Any]) -> Any:

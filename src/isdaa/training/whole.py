@@ -20,6 +20,7 @@ from isdaa.distributed import once
 from isdaa.errors import UserError
 from isdaa.foreign import check_shape, read_json, readable
 from isdaa.manifest import MANIFEST, write_manifest
+from isdaa.terminal import working
 from isdaa.training.checkpoints import check_resumable, newest_complete_checkpoint, rotate, write_checkpoint
 from isdaa.training.finite import FiniteSteps
 from isdaa.training.hub import model_files, push_checkpoint, upload
@@ -96,7 +97,8 @@ class WholeCheckpoints(FiniteSteps):
             resume_from_checkpoint = once(lambda: newest_complete_checkpoint(self.args.output_dir)) or True
         if isinstance(resume_from_checkpoint, (str, Path)):
             resume_from_checkpoint = str(resume_from_checkpoint)
-            once(partial(check_resumable, resume_from_checkpoint))  # the key may lie on the main process's machine alone
+            with working(f"reading {Path(resume_from_checkpoint).name}"):
+                once(partial(check_resumable, resume_from_checkpoint))  # the key may lie on the main process's machine alone
             state = Path(resume_from_checkpoint, TRAINER_STATE_NAME)
             if state.is_file():
                 check_shape(read_json(state, finite=False), STATE, str(state))
@@ -197,7 +199,8 @@ class WholeCheckpoints(FiniteSteps):
                     self.before_rename(aside, step)
 
         barrier, need = self.accelerator.wait_for_everyone, self._checkpoint_bytes()
-        write_checkpoint(folder, fill, main=self.args.should_save, barrier=barrier, need=need)
+        with working(f"saving {folder.name}"):
+            write_checkpoint(folder, fill, main=self.args.should_save, barrier=barrier, need=need)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:

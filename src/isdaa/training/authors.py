@@ -1,0 +1,71 @@
+"""Did π_ref write the responses? Without behaviour logps an importance weight takes for granted that it did (μ = π_ref)."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from isdaa.config import Config
+from isdaa.data.pairs import Counts
+from isdaa.training.batches import BEHAVIOUR_COLUMNS, TokenisedPairs
+from isdaa.training.start import weighs_by_behaviour
+
+LEAST = 16  # responses; nothing is said of fewer
+SURE = 4.0  # standard errors
+FAR = 1.0  # nats of |log w| on average, at a first step that nothing has changed yet
+GAP = 0.02  # of a token's mean probability; a smaller one changes no weight by much
+MODEL_NAMES = re.compile(r"(^|[ _.-])(models?|generators?)($|[ _.-])")  # columns that say who wrote a response
+
+HELP = (
+    "importance weights correct for text that the reference wrote; for other text give behaviour logps of the model that did "
+    "(`isdaa logps --model_path MODEL --data PAIRS --output FILE`, or behaviour.model_path), or let the label stage write "
+    "responses of the reference itself (docs/method.md)"
+)
+
+
+ASSUMED = (
+    "μ = π_ref is assumed, since the rows carry no behaviour logps: the weights take the reference for the model that wrote the "
+    "responses; `isdaa train` says whether they look like its samples"
+)
+
+
+def takes_reference_for_author(config: Config, pairs: TokenisedPairs) -> bool:
+    """Whether weights depend on μ, and neither the configuration nor a row says what μ is."""
+    known = config.behaviour.model_path is not None or set(pairs.floats) & set(BEHAVIOUR_COLUMNS)
+    return weighs_by_behaviour(config.objective.arguments()) and not known
+
+
+def naming_columns(counts: Counts) -> list[str]:
+    """A line where the rows have a column that names the models which wrote the responses."""
+    names = [name for name in counts.unread if MODEL_NAMES.search(name.lower())]
+    if not names:
+        return []
+    columns = f"column{'s' if len(names) > 1 else ''} {', '.join(map(repr, names[:4]))}"
+    return [f"the rows name the models that wrote the responses ({columns}), and μ = π_ref is assumed: {HELP}"]
+
+
+def foreign_text(measured: np.ndarray, pairs: TokenisedPairs) -> list[str]:
+    """A line where the responses are not draws from the model that measured them, at temperature 1.
+
+    A token drawn from π has, on average, the probability Σ_v π(v)². The sum over a response of π(y_t) − Σ_v π(v)² is then a
+    martingale: its mean over responses is zero but for chance, whatever the prompts, lengths and cuts are.
+
+    measured: (6, N) of `reference.measure`. Nothing is said of few responses, nor of a difference that chance may explain.
+    """
+    probability, own = measured[2:4].astype(np.float64).ravel(), measured[4:6].astype(np.float64).ravel()
+    scored = pairs.scored_lengths().ravel()
+    there = own > 0  # a fused head measures neither
+    if there.sum() < LEAST:
+        return []
+    excess = (probability - own)[there]
+    error = excess.std(ddof=1) / np.sqrt(len(excess))
+    tokens = scored[there].sum()
+    gap = excess.sum() / tokens
+    if abs(gap) < GAP or abs(excess.mean()) < SURE * error:
+        return []
+    found, expected = (float(values[there].sum() / tokens) for values in (probability, own))
+    return [
+        f"the responses are not samples of the reference: their tokens have probability {found:.2f} on average, its own would "
+        f"have {expected:.2f}. μ = π_ref is assumed: {HELP}"
+    ]

@@ -1,0 +1,98 @@
+"""Who wrote the responses: a run says where they are not the reference's own, and nothing where they are."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from training_helpers import EOS, VOCABULARY, tiny_model, token_rows, trainer_of, with_reference
+
+from isdaa import Objective
+from isdaa.data.pairs import Counts
+from isdaa.models.forward import prepare
+from isdaa.models.sampling import SamplingSettings, sample
+from isdaa.training.authors import foreign_text, naming_columns
+from isdaa.training.batches import TokenisedPairs
+from isdaa.training.reference import measure
+
+PROMPTS = [[3 + i % 30, 5, 7 + i % 11] for i in range(48)]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model(initializer_range=0.6)
+
+
+def drawn(model: Any, temperature: float, length: int = 12, count: int = 48) -> TokenisedPairs:
+    keys = [f"{i}/{k}" for i in range(count) for k in range(2)]
+    settings = SamplingSettings(temperature, max_new_tokens=length)
+    found = sample(model, PROMPTS[:count], settings, {EOS}, 0, 1, keys, n=2)
+    return TokenisedPairs(
+        [{"prompt_ids": PROMPTS[i], "chosen_ids": found[2 * i].ids, "rejected_ids": found[2 * i + 1].ids} for i in range(count)]
+    )
+
+
+def said(model: Any, pairs: TokenisedPairs) -> list[str]:
+    return foreign_text(measure(prepare(model), pairs, key={}, cache_dir=None), pairs)
+
+
+def test_samples_of_the_reference_are_its_own_however_they_are_cut(model: Any) -> None:
+    for length in (2, 12):
+        assert said(model, drawn(model, 1.0, length)) == []
+
+
+def test_text_of_others_is_told(model: Any) -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        {"prompt_ids": p} | {n: rng.integers(3, VOCABULARY, 9).tolist() for n in ("chosen_ids", "rejected_ids")} for p in PROMPTS
+    ]
+    other = tiny_model(seed=9, initializer_range=0.6)
+    for pairs in (TokenisedPairs(rows), drawn(other, 1.0), drawn(model, 0.3)):
+        (line,) = said(model, pairs)
+        assert "not samples of the reference" in line and "isdaa logps" in line and "μ = π_ref" in line
+
+
+def test_of_a_few_responses_nothing_is_said(model: Any) -> None:
+    assert said(model, drawn(model, 0.3, count=7)) == [] != said(model, drawn(model, 0.3, count=16))
+
+
+def test_a_head_that_measures_no_probabilities_says_nothing(model: Any) -> None:
+    pairs = drawn(model, 0.3)
+    found = measure(prepare(model), pairs, key={}, cache_dir=None)
+    found[2:] = 0
+    assert foreign_text(found, pairs) == []
+
+
+def test_tokens_that_are_not_scored_take_no_part() -> None:
+    pairs = TokenisedPairs([{"prompt_ids": [3], "chosen_ids": [4, ~5, 6], "rejected_ids": [~4, 2]}])
+    assert pairs.scored_lengths().tolist() == [[2], [1]]
+
+
+@pytest.mark.parametrize(
+    ("column", "told"),
+    [
+        ("chosen-model", True), ("rejected_model", True), ("model", True), ("Models", True), ("generator_1", True),
+        ("source", False), ("modelling_notes", False), ("remodeled", False), ("score_chosen", False),
+    ],
+)  # fmt: skip
+def test_a_column_that_names_a_model_is_told(column: str, told: bool) -> None:
+    lines = naming_columns(Counts(unread=("score", column)))
+    assert bool(lines) is told and (not told or (repr(column) in lines[0] and "isdaa logps" in lines[0]))
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_start_far_from_its_reference_is_told(
+    known: bool, model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = token_rows(8, **({f"behaviour_{n}_logps": [-40.0] * 8 for n in ("chosen", "rejected")} if known else {}))
+    pairs = with_reference(rows, tiny_model(seed=9, initializer_range=0.6))
+    for starts, objective, warned in ((False, "importance", not known), (True, "importance", False), (False, "none", False)):
+        caplog.clear()
+        own = {"starts_at_reference": starts}
+        trainer = trainer_of(
+            tiny_model(initializer_range=0.6), tmp_path, pairs, objective=Objective(weight=objective), max_steps=1, own=own
+        )
+        trainer.train()
+        assert ("weights are far from 1" in caplog.text) is warned
+    torch.manual_seed(0)
