@@ -515,13 +515,8 @@ COMMANDS = {
     "sweep": _sweep,
     "demo": _demo,
 }
-HEARD = (
-    "train",
-    "inspect",
-    "evaluate",
-    "report",
-    "logps",
-)  # of whose every phase is told that it goes on; a sweep shows its runs
+# Of whose every phase is told that it goes on; a sweep shows its runs.
+HEARD = ("get-model", "train", "inspect", "evaluate", "report", "logps")
 TOGETHER = ("train", "evaluate", "logps", "methods")  # what several processes can do
 
 

@@ -14,7 +14,7 @@ from isdaa.training.start import weighs_by_behaviour
 LEAST = 16  # responses; nothing is said of fewer
 SURE = 4.0  # standard errors
 FAR = 1.0  # nats of |log w| on average, at a first step that nothing has changed yet
-GAP = 0.02  # of a token's mean probability; a smaller one changes no weight by much
+GAP = 0.015  # of what own samples would have; less is not worth a line, however sure
 MODEL_NAMES = re.compile(r"(^|[ _.-])(models?|generators?)($|[ _.-])")  # columns that say who wrote a response
 
 HELP = (
@@ -61,11 +61,12 @@ def foreign_text(measured: np.ndarray, pairs: TokenisedPairs) -> list[str]:
     excess = (probability - own)[there]
     error = excess.std(ddof=1) / np.sqrt(len(excess))
     tokens = scored[there].sum()
-    gap = excess.sum() / tokens
-    if abs(gap) < GAP or abs(excess.mean()) < SURE * error:
+    gap = excess.sum() / own[there].sum()
+    away = abs(excess.mean()) / max(error, 1e-12)
+    if abs(gap) < GAP or away < SURE:
         return []
     found, expected = (float(values[there].sum() / tokens) for values in (probability, own))
     return [
-        f"the responses are not samples of the reference: their tokens have probability {found:.2f} on average, its own would "
-        f"have {expected:.2f}. μ = π_ref is assumed: {HELP}"
+        f"the responses are not samples of the reference: their tokens have probability {found:.3f} on average, its own would "
+        f"have {expected:.3f} ({away:.0f} standard errors apart). μ = π_ref is assumed: {HELP}"
     ]
