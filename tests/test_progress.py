@@ -78,6 +78,19 @@ def test_the_watch_ends_after_an_error_and_with_bars_that_close_out_of_order(
     assert silent_for(0.3, capsys) == []
 
 
+def test_lines_in_silence_do_not_put_off_the_line_of_what_is_done(
+    quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "PLAIN_INTERVAL", 0.2)
+    with terminal.progress("train", 3) as bar:
+        for step in (1, 2):
+            bar.within = f"in step {step}"
+            heard(capsys, 3, bar.within)  # more than the interval
+            bar.within = ""
+            bar.update(1, note=f"loss {step}")
+            assert f"train: {step}/3 after " in (line := capsys.readouterr().err) and f"loss {step}" in line
+
+
 def test_on_a_terminal_a_phase_alone_draws_no_bar(
     quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

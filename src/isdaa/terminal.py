@@ -209,13 +209,15 @@ class Bar:
         if not is_main():
             return
         _note_line()
-        self.printed, self._line = time.monotonic(), self._state()
+        now, self._line = time.monotonic(), self._state()
+        if not within:  # else the figures of the next unit that is done would have to wait
+            self.printed = now
         count = f"{self.share():.0%}" if self.in_parts else self.count()
         left = self.left()
         rest = f", about {clock(left)} left" if left else ""
         counted = f"{count} after " if self.total or self.done else ""
         words = (within and self.within) or self.note
-        line = f"{self.description}: {counted}{clock(self.printed - self.started)}{rest}  {words}"
+        line = f"{self.description}: {counted}{clock(now - self.started)}{rest}  {words}"
         print(shown(line.rstrip()) + "\n", end="", file=sys.stderr, flush=True)
 
     def _state(self) -> tuple[Any, ...]:
