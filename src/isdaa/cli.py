@@ -176,7 +176,7 @@ def _evaluation_options(parser: argparse.ArgumentParser) -> None:
         "--no_trust_remote_code", dest="trust_remote_code", action="store_false", default=None, help="run none (the default)"
     )
     _adopt_option(parser)
-    add_options(parser, only=("evaluation", "tokenization"))
+    add_options(parser, only=("evaluation", "tokenization", "scorer"))
 
 
 def _denying_option(parser: argparse.ArgumentParser) -> None:

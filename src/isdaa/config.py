@@ -31,6 +31,7 @@ from isdaa.settings_text import read_settings
 
 FromPreset = Literal["preset"]
 Stage = Literal["sft", "reward", "label", "align"]
+Position = Literal["auto", "template_end", "response_end"]  # where a reward model is read
 DEEPEST = 100  # lists and dictionaries in one another
 STAGES: tuple[str, ...] = get_args(Stage)
 
@@ -239,6 +240,17 @@ class RewardConfig(OptimisationConfig):
     """A reward model on preference pairs (TRL's RewardTrainer)."""
 
     path: Location | None = Field(None, description="base model; null: the model that this run starts from (or trained in `sft`)")
+    eval_steps: Int | None = Field(None, ge=1, description="held-out accuracy every n steps; null: ten times a run")
+
+
+class ScorerConfig(Section):
+    """How reward models are read that score: in `label`, by the guard and in evaluations."""
+
+    position: Position = Field(
+        "auto",
+        description="the token whose output is the score; auto: where the model's maker trained it, as its folder tells "
+        "(docs/evaluation.md); template_end: where plain transformers reads it; response_end: the last token of the response",
+    )
 
 
 class LabelConfig(Section):
@@ -353,6 +365,7 @@ class Config(Section):
     tokenization: TokenizationConfig = Field(default_factory=TokenizationConfig)
     sft: SftConfig = Field(default_factory=SftConfig)
     reward: RewardConfig = Field(default_factory=RewardConfig)
+    scorer: ScorerConfig = Field(default_factory=ScorerConfig)
     label: LabelConfig = Field(default_factory=LabelConfig)
     align: AlignConfig = Field(default_factory=AlignConfig)
     lora: LoraConfig = Field(default_factory=LoraConfig)

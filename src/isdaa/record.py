@@ -36,8 +36,11 @@ SHAPE = {
         "data?": ({"evaluation?": (str, None), "prompt_repeated?": (str, None)}, None),
         "evaluation?": SECTION,
         "tokenization?": SECTION,
+        "scorer?": SECTION,
     },
     **dict.fromkeys(("reference?", "evaluation?", "evaluation_split?", "scorer?", "git_revision?"), (str, None)),
+    "position?": (str, None),
+    "held_out?": ({**dict.fromkeys(("accuracy", "low", "high"), float), "pairs": int, "prompts": int}, None),
     "step?": (int, None),
     "tokens?": (int, None),
     "metrics?": dict,
@@ -57,6 +60,8 @@ class ModelRecord:
     evaluation_split: str | None = None
     scorer: str | None = None  # "gold", a reward model's folder or name, or null
     metrics: dict[str, float] = field(default_factory=dict)  # last training metrics
+    position: str | None = None  # of a reward model: where it is read (`evaluation.reading`); None: at the response's last token
+    held_out: dict[str, Any] | None = None  # of a reward model: accuracy, low, high, pairs, prompts on pairs it never saw
     tokens: int | None = None  # version of the rules by which text became tokens (`data.encoding.VERSION`); None: the first
     versions: dict[str, str] = field(default_factory=dict)
     git_revision: str | None = None

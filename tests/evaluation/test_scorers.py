@@ -54,7 +54,7 @@ def test_a_reward_model_without_a_pad_token_takes_the_tokenizers(tmp_path):
     assert scores == pytest.approx(RewardModelScorer(reward_model(tmp_path / "padded")).score(rows), abs=1e-5)
 
 
-def test_eos_is_scored_where_it_is_the_pad_token_too(tmp_path):
+def test_eos_is_scored_where_it_is_the_pad_token_too_if_it_is_asked_for(tmp_path):
     tokenizer = build_tokenizer("small")
     tokenizer.pad_token = tokenizer.eos_token
     torch.manual_seed(3)
@@ -62,7 +62,7 @@ def test_eos_is_scored_where_it_is_the_pad_token_too(tmp_path):
     path = save(model, tmp_path / "reward", tokenizer)
     texts = [row["chosen"] for row in world_rows(3)]
     rows = rows_with(*[(text, True) for text in texts]) + rows_with(*[(text, False) for text in texts])
-    scorer = RewardModelScorer(path, batch_size=4)
+    scorer = RewardModelScorer(path, batch_size=4, position="response_end")
     scores = scorer.score(rows)
     model.config.pad_token_id = None  # then transformers takes the last token, of one row at a time
     with torch.no_grad():

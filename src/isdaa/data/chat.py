@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, TemplateError, meta, nodes
 
 from isdaa.data.checks import Message
-from isdaa.data.context import Before, Context
+from isdaa.data.context import Before, Context, tokenize_text
 from isdaa.data.marks import MARK, calls
 from isdaa.errors import UserError
 from isdaa.files import digest
@@ -228,6 +228,27 @@ class ChatFormat:
             )
         return prompt, pieces
 
+    def closing(
+        self,
+        messages: Sequence[Message],
+        answers: Sequence[Message],
+        text: str,
+        where: str,
+        given: Mapping[str, Any] | None = None,
+    ) -> str:
+        """What the template writes behind `text`, prompt and response as `parts` gives them: to the end of its whole output."""
+        whole = self.render(joined(messages, answers), where, opening=False, given=given)
+        return whole[len(text) :] if whole.startswith(text) else ""
+
+    @cached_property
+    def tail_ids(self) -> list[int]:
+        """Ids of what the template writes behind the token that ends a turn; of all behind its last words where there is none."""
+        turn = [QUESTION, {"role": "assistant", "content": PROBE}]
+        before = self.render(turn, None, opening=False).removesuffix(self.suffix) + (self.turn_end if self.stop_id else "")
+        context = Context(self.tokenizer)
+        after = self.suffix[len(self.turn_end) :] if self.stop_id else self.suffix
+        return context.behind([(Before(before, context.encode([before])[before]), after)])[0][0] if after else []
+
     def _pieces(
         self,
         messages: Sequence[Message],
@@ -423,6 +444,30 @@ def ending_ids(tokenizer: Any) -> set[int]:
         return stop_token_ids(tokenizer, chat=bool(tokenizer.chat_template))
     except UserError:  # the data was plain text: nobody asked the template for anything
         return stop_token_ids(tokenizer, chat=False)
+
+
+def pad_apart(tokenizer: Any, vocabulary: int) -> str | None:
+    """A padding token that no row of a reward model ends with: transformers reads a classifier's rows at the last token that is
+    not padding. The tokenizer's own where it will do, else a special token that texts do not have; None where there is none.
+
+    vocabulary: rows of the model's embeddings, which are never resized.
+    """
+    ends = ending_ids(tokenizer)
+    written = ""
+    if tokenizer.chat_template:
+        with suppress(UserError):  # the data may be plain text: nobody asked the template for anything
+            written = ChatFormat(tokenizer).render([QUESTION, {"role": "assistant", "content": PROBE}], None, opening=False)
+            ends |= set(tokenize_text(tokenizer, [written])[0][-1:])
+    own = tokenizer.pad_token_id
+    if own is not None and own not in ends and 0 <= own < vocabulary:
+        return str(tokenizer.pad_token)
+    found = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special and i < vocabulary and i not in ends}
+    found.pop(str(tokenizer.bos_token), None)
+    for wanted in ("pad", "reserved", "unused", "placeholder", "unk", ""):
+        for token in sorted(found, key=found.__getitem__):
+            if wanted in token.lower() and token not in written:
+                return token
+    return None
 
 
 def template_place(tokenizer: Any) -> str:

@@ -65,6 +65,14 @@ class Response(NamedTuple):
     cut: bool
 
 
+class Whole(NamedTuple):
+    """ids: prompt and response as one text, after any cut."""
+
+    ids: list[int]
+    prompt_cut: bool
+    response_cut: bool
+
+
 def pair_digest(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> str:
     """What tells the tokens of a pair: behaviour logps are of these alone."""
     return digest([list(prompt), list(chosen), list(rejected)])
@@ -117,10 +125,19 @@ class Encoder:
     """A tokenizer with the rules of this file. Texts go through it in batches; what it sees is counted in `counts`.
 
     Several threads may use one encoder at once where `in_threads` says so. template: where the chat template stands, where
-    it is not the tokenizer's own.
+    it is not the tokenizer's own. whole: in chat, responses that ended go on to the end of the template's output, where reward
+    models are read; close_cut: so do those that a limit cut.
     """
 
-    def __init__(self, tokenizer: Any, settings: TokenizationSettings | None = None, template: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        settings: TokenizationSettings | None = None,
+        template: str | None = None,
+        *,
+        whole: bool = False,
+        close_cut: bool = False,
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise UserError(NO_EOS)
         self.tokenizer = tokenizer
@@ -133,13 +150,15 @@ class Encoder:
         self._arrivals: Arrivals | None = None
         self._special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._template = template
+        self.whole, self.close_cut = whole, close_cut
         self._prompts = Memory(REMEMBERED)
         self._lock = threading.Lock()
 
     @property
     def key(self) -> list[Any]:
         """All that decides token ids, beside the rows."""
-        return [VERSION, tokenizer_digest(self.tokenizer), asdict(self.settings)]
+        how = [["whole", self.close_cut]] if self.whole else []
+        return [VERSION, tokenizer_digest(self.tokenizer), asdict(self.settings), *how]
 
     @property
     def in_threads(self) -> bool:
@@ -175,6 +194,31 @@ class Encoder:
         for row, prompt, (_, responses) in zip(rows, prompts, texts, strict=True):
             found = [None if pieces is None else _with_mask(next(encoded)) for pieces in responses]
             result.append((prompt, [self._fitted(row, prompt, name, ids) for name, ids in zip(names, found, strict=True)]))
+        return result
+
+    def read(self, rows: Sequence[Mapping[str, Any]], name: str) -> list[Whole]:
+        """Each row's prompt and the response in its column `name`, tokenised as one text, as `tokenizer(text)` and
+        `apply_chat_template` do. Rows with ids are not for it."""
+        texts = [self._texts(row, (name,)) for row in rows]
+        prompts = self._prompts_of(rows, [prompt for prompt, _ in texts])
+        joined_texts = [str(prompt) + "".join(text for text, _ in pieces or ()) for prompt, (pieces,) in texts]
+        encoded = self.context.encode(joined_texts)
+        result = []
+        for row, prompt, text in zip(rows, prompts, joined_texts, strict=True):
+            ids = self._with_start(encoded[text], prompt.chat)
+            if prompt.cut:
+                ids = prompt.ids + ids[len(self._with_start(prompt.before.ids, prompt.chat)) :]
+            if row.get(f"{name}_finished", True) and not (prompt.chat and self.whole):
+                ids = self._ended(ids, prompt.chat, made_of_text=True)
+            limit = self.settings.max_length
+            if len(ids) <= limit:
+                result.append(Whole(ids, prompt.cut, False))
+                continue
+            # What closes the turn stays, for there the model is read.
+            end = self.chat.suffix if prompt.chat and text.endswith(self.chat.suffix) else ""
+            words = self.context.encode([text.removesuffix(end)])[text.removesuffix(end)] if end else []
+            tail = encoded[text][len(words) :] if end and encoded[text][: len(words)] == words else []
+            result.append(Whole(ids[: limit - len(tail)] + tail, prompt.cut, True))
         return result
 
     def pairs(self, rows: Sequence[Mapping[str, Any]]) -> list[PairIds]:
@@ -275,6 +319,9 @@ class Encoder:
                 if answers is not None:
                     finished = row.get(f"{name}_finished", True)
                     text, answer = self.chat.parts(prompt, text, answers, finished, where, given)
+                    if self.whole and (finished or self.close_cut):
+                        written = text + "".join(piece for piece, _ in answer)
+                        answer[-1] = answer[-1][0] + self.chat.closing(prompt, answers, written, where, given), answer[-1][1]
                 texts.append(answer)
             if text == before:
                 break
@@ -314,7 +361,7 @@ class Encoder:
         """A response, ended and cut. tokenised: None where the row has ids."""
         ids = self._given(row, f"{name}_ids") if tokenised is None else tokenised
         if row.get(f"{name}_finished", True):
-            ids = self._ended(ids, prompt.chat, made_of_text=tokenised is not None)
+            ids = self._closed(ids, prompt.chat, made_of_text=tokenised is not None)
         if not ids:
             raise UserError(f"{row.get('where', 'row')}: column '{name}' gives no token; write a response or remove the row")
         room = self.settings.max_length - len(prompt.ids)
@@ -354,6 +401,16 @@ class Encoder:
         if not tail or len(tail) >= limit or ids[-len(tail) :] != tail:
             tail = []
         return ids[: limit - len(tail)] + tail
+
+    def _closed(self, ids: list[int], chat: bool, made_of_text: bool) -> list[int]:
+        """A response that ended, with its end; with the template's whole end where it is read there."""
+        if not (self.whole and chat and self.tokenizer.chat_template):
+            return self._ended(ids, chat, made_of_text)
+        if made_of_text:  # the text has all that the template writes
+            return ids
+        if self.chat.stop_id is None:
+            return [*(ids[:-1] if ids[-1:] == [self.eos] else ids), *self.chat.tail_ids]
+        return [*self._ended(ids, chat, made_of_text), *self.chat.tail_ids]
 
     def _ended(self, ids: list[int], chat: bool, made_of_text: bool) -> list[int]:
         """EOS at the end, never twice. In chat the end-of-turn token ends a response."""

@@ -41,6 +41,7 @@ def tokenize_pairs(
     settings: TokenizationSettings | None = None,
     cache_dir: str | Path | None = None,
     behaviour: bool = True,
+    whole: bool = False,
 ) -> tuple[Dataset, Counts]:
     """Canonical pairs (`load_pairs`) to token ids, and the counts of what was cut or dropped on the way.
 
@@ -48,9 +49,10 @@ def tokenize_pairs(
     ended), behaviour_chosen_logps, behaviour_rejected_logps and weight (None where a row has none).
     cache_dir: folder in which the result is kept under a key of its content; a damaged file there is made anew.
     behaviour: whether the rows' own behaviour logps will be used: rows with them that would be cut are dropped then.
+    whole: responses that ended go on to the end of the chat template's output, where reward models are read.
     Raises UserError for a tokenizer without EOS, a missing or unusable chat template, foreign ids, no pair left.
     """
-    encoder = Encoder(tokenizer, settings)
+    encoder = Encoder(tokenizer, settings, whole=whole)
 
     def columns(rows: list[Row]) -> dict[str, list[Any]]:
         kept: list[tuple[Row, PairIds]] = []

@@ -17,9 +17,9 @@ from isdaa.evaluation.benchmarks.games import MODEL_FIRST, OPPONENT_FIRST, no_re
 from isdaa.evaluation.judges import Judge, NoReply
 from isdaa.evaluation.judges import Question as Request
 from isdaa.evaluation.records import Lines
-from isdaa.evaluation.scorers import GoldScorer, RewardModelScorer, Scorer, load_scorer
+from isdaa.evaluation.scorers import GoldScorer, RewardModelScorer, Scorer, about, facts, load_scorer
 from isdaa.files import digest
-from isdaa.terminal import progress
+from isdaa.terminal import progress, say
 
 REPLIES, SCORES = "replies.jsonl", "scores.jsonl"
 CHUNK = 256  # responses that a reward model scores between two writes
@@ -59,7 +59,10 @@ def judge_of(request: BenchmarkRequest, folder: Path) -> BenchmarkJudge | None:
     if request.asking is not None:
         return ModelJudge(request.asking, folder / REPLIES)
     if request.judge is not None:
-        return ScorerJudge(load_scorer(request.judge, max_prompt_length=request.max_prompt_length), folder / SCORES)
+        scorer = load_scorer(request.judge, max_prompt_length=request.max_prompt_length, position=request.position)
+        for line in about(scorer):
+            say(f"judge {scorer.name}: {line}")
+        return ScorerJudge(scorer, folder / SCORES)
     return None
 
 
@@ -190,8 +193,8 @@ class ScorerJudge:
         return [float(self.store[row["key"]]["score"]) for row in rows]
 
     def to_json(self) -> dict[str, Any]:
-        """Name and digest."""
-        return {"kind": "reward", "name": self.name, "digest": self.scorer.digest}
+        """Name and digest, and where a reward model is read."""
+        return {"kind": "reward", **facts(self.scorer)}
 
 
 def judged(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from isdaa.config import Position
 from isdaa.errors import UserError
 from isdaa.evaluation.judge_types import JudgeSettings
 from isdaa.evaluation.provenance import Records, records_of
@@ -56,7 +57,8 @@ class BenchmarkRequest:
     """Everything, resolved: `models` answer, `baseline` answers for the opponent (None: a file or the data does).
 
     reference: of the models' records, for where neither user nor data names an opponent. judge: `gold` or a reward model's
-    path; asking: a judge model; at most one of them. max_prompt_length: tokens of a prompt that a reward model reads.
+    path; asking: a judge model; at most one of them. max_prompt_length: tokens of a prompt that a reward model reads;
+    position: where it is read.
     chat_template: text of a template that stands in for the tokenizers' own, read from `template_file`.
     """
 
@@ -72,6 +74,7 @@ class BenchmarkRequest:
     chat_template: str | None = None
     template_file: str | None = None
     max_prompt_length: int = 512
+    position: Position = "auto"
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 64
     seed: int = 0
@@ -129,6 +132,7 @@ def benchmark_request(
         chat_template=_template(chat_template),
         template_file=chat_template,
         max_prompt_length=sections.tokenization.max_prompt_length,
+        position=sections.scorer.position,
         chat_template_kwargs=sections.tokenization.chat_template_kwargs,
         batch_size=sections.evaluation.batch_size,
         seed=sections.evaluation.seed,

@@ -159,6 +159,7 @@ def legend(metrics: Mapping[str, Any]) -> list[str]:
     lines = [f"{counted(count, 'question')}; ± is half of a {level} bootstrap interval over questions{few(count)}."]
     against = f" against {metrics['opponent']}" if metrics["opponent"] else ""
     lines.append(f"{metrics['title']}{against}, judged by {judge['name']}{_cost(judge)}.")
+    lines += [f"{judge['name']}: {line}." for line in judge.get("about", ())]
     lines += [f"{model['model']}: {note}." for model in metrics["models"] for note in model["notes"]]
     return lines + cut
 

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from isdaa.config import EvaluationConfig, TokenizationConfig
+from isdaa.config import EvaluationConfig, Position, TokenizationConfig
 from isdaa.distributed import once
 from isdaa.errors import UserError
 from isdaa.evaluation.analysis import METRICS, analyse, check_opponent
@@ -25,7 +25,7 @@ from isdaa.evaluation.collect import PLAN, Collection, check_tokenizers, tokeniz
 from isdaa.evaluation.held_out import common_pairs, tokenize_held_out
 from isdaa.evaluation.records import locked, read_metrics, read_plan
 from isdaa.evaluation.requests import Checkpoint, Request, checkpoints
-from isdaa.evaluation.scorers import Scorer, load_scorer
+from isdaa.evaluation.scorers import Scorer, about, load_scorer
 from isdaa.evaluation.scoring import score
 from isdaa.files import write_json
 from isdaa.record import run_folder
@@ -47,6 +47,7 @@ def evaluate(
     dtype: str = "float32",
     trust_remote_code: bool = False,
     shared: str | Path | None = None,
+    position: Position = "auto",
 ) -> dict[str, Any]:
     """Evaluate checkpoints against their reference on held-out prompts; returns what `metrics.json` holds.
 
@@ -60,6 +61,7 @@ def evaluate(
         dtype: of the policies' weights in memory; a reward model always runs in fp32.
         trust_remote_code: run code that a policy's Hub repository ships.
         shared: folder of another evaluation, whose records (the reference's samples, say) are read and not made again.
+        position: where a reward model named by `scorer` is read, `scorer.position` of the configuration.
 
     Raises UserError.
     """
@@ -70,7 +72,12 @@ def evaluate(
     described = checkpoints([model for model in models if not isinstance(model, Checkpoint)])
     known = {checkpoint.path: checkpoint for checkpoint in described}
     entries = [model if isinstance(model, Checkpoint) else known[str(model)] for model in models]
-    judge = load_scorer(scorer, max_prompt_length=tokenization.max_prompt_length) if isinstance(scorer, str) else scorer
+    judge = scorer
+    if isinstance(scorer, str):
+        judge = load_scorer(scorer, max_prompt_length=tokenization.max_prompt_length, position=position)
+        for line in about(judge):
+            say(f"scorer {judge.name}: {line}")
+    assert not isinstance(judge, str)
     # All input is looked at before there is a folder: a call that fails on it leaves nothing behind.
     tokenizer = _tokenizer(entries, str(reference), trust_remote_code)
     rows = tokenize(prompts, tokenizer, settings, tokenization)
@@ -157,6 +164,7 @@ def evaluate_request(request: Request) -> dict[str, Any]:
         dtype=request.dtype,
         trust_remote_code=request.trust_remote_code,
         shared=request.shared,
+        position=request.position,
     )
     metrics |= {"data": request.data, "split": request.split}
     once(lambda: write_json(Path(request.output_dir) / METRICS, metrics))

@@ -23,6 +23,7 @@ AWAY = "move the evaluation's folder away and run it again"
 
 NUMBER, WHOLE, TEXT = (float, None), (int, None), (str, None)
 INTERVAL = {"mean": float, "low": NUMBER, "high": NUMBER, "n": int}
+SCORER = {"name": str, "digest": str, "position?": str, "about?": [str]}
 FIGURES = {
     "path": str, "kl": INTERVAL, "length": INTERVAL, "truncated": float, "repetition": float, "tie_rate?": NUMBER,
     **dict.fromkeys(("win_rate", "win_rate_reference?", "win_rate_chosen?", "reward"), (INTERVAL, None)),
@@ -30,13 +31,13 @@ FIGURES = {
 TOLD = {"label": str, "method?": TEXT, "beta?": NUMBER, "seed?": WHOLE, "step?": WHOLE, "weight_mean?": NUMBER, "ess?": NUMBER}
 PLAN = {
     "format": int, "settings": dict, "prompts": str, "tokenization": dict, "template": object, "tokenizer": object,
-    "git_revision": TEXT, "scorer": ({"name": str, "digest": str}, None), "shared?": TEXT,
+    "git_revision": TEXT, "scorer": (SCORER, None), "shared?": TEXT,
     "reference": {"path": str, "digest": str, "opponents": [str, ...], "pairs": TEXT},
     "models": [{"path": str, "digest": str, "samples": str, "kl": str, "pairs": TEXT, **TOLD}, ...],
 }  # fmt: skip
 HELD_OUT = {"pairs": int, **dict.fromkeys(("accuracy", "margin?", "chosen_drift", "rejected_drift"), INTERVAL)}
 METRICS = {
-    "scorer": ({"name": str, "digest": str}, None), "settings": dict, "prompts": int, "opponent": str, "note": str,
+    "scorer": (SCORER, None), "settings": dict, "prompts": int, "opponent": str, "note": str,
     "tokenization": dict, "versions": dict, "reference": FIGURES, "models": [{**FIGURES, **TOLD, "held_out?": HELD_OUT}, ...],
     "verdicts?": {"*": (dict, None)}, "better?": {"*": (bool, None)}, "data?": TEXT, "split?": TEXT, "git_revision?": TEXT,
 }  # fmt: skip

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from isdaa.config import EvaluationConfig, TokenizationConfig, validate
+from isdaa.config import EvaluationConfig, Position, ScorerConfig, TokenizationConfig, validate
 from isdaa.data.encoding import VERSION
 from isdaa.errors import UserError, nearest
 from isdaa.evaluation.provenance import OPTIONS, check_stays, records_of
@@ -61,6 +61,7 @@ class Request:
     trust_remote_code: bool = False
     shared: str | None = None  # folder of an evaluation whose records are read, too
     repeated: Literal["strip", "keep"] | None = None  # as `data.prompt_repeated`
+    position: Position = "auto"  # where a reward model is read
     told: tuple[str, ...] = ()  # what comes from records, one line each, to be said first
 
 
@@ -69,7 +70,7 @@ def requests(model_paths: Sequence[str | Path], overrides: Mapping[str, Any] | N
 
     model_paths: model folders, Hub names or run folders (all their checkpoints and the final model).
     overrides: `reference`, `data`, `split`, `scorer` (`none`: no scorer), `output_dir`, `dtype`, `trust_remote_code`, `shared`,
-    and dotted keys of the sections `evaluation` and `tokenization` (`evaluation.prompts`). They win over records; keys
+    and dotted keys of the sections `evaluation`, `tokenization` and `scorer` (`evaluation.prompts`). They win over records; keys
     whose value is None are ignored.
     Raises UserError naming the option to give where neither a record nor an override says it, records disagree, or the record of
     a run that is not the user's names something outside its folder. Whose code may run, only `overrides` say.
@@ -136,6 +137,7 @@ def requests(model_paths: Sequence[str | Path], overrides: Mapping[str, Any] | N
         trust_remote_code=bool(given.get("trust_remote_code", False)),
         shared=str(given["shared"]) if "shared" in given else None,
         repeated=_repeated(first, given),
+        position=sections.scorer.position,
         told=tuple(found_records.told(list(given))),
     )
 
@@ -274,15 +276,15 @@ def _resolved(value: str) -> str:
 
 
 def sections_of(record: ModelRecord | None, given: Mapping[str, Any]) -> Any:
-    """The sections `evaluation` and `tokenization`: defaults, then the record's values, then the user's."""
+    """The sections `evaluation`, `tokenization` and `scorer`: defaults, then the record's values, then the user's."""
     data: dict[str, Any] = {"model": {"path": "-"}, "data": {"pairs": "-"}}
-    for name, section in (("evaluation", EvaluationConfig), ("tokenization", TokenizationConfig)):
+    for name, section in (("evaluation", EvaluationConfig), ("tokenization", TokenizationConfig), ("scorer", ScorerConfig)):
         recorded = (record.config.get(name) if record is not None else None) or {}
         # A record of another version may hold keys that are gone.
         data[name] = {key: value for key, value in recorded.items() if key in section.model_fields}
     if "scorer" in data["evaluation"] and record is not None:
         data["evaluation"]["scorer"] = record.scorer  # the same, as it is reached from here
-    dotted = {key: value for key, value in given.items() if key.startswith(("evaluation.", "tokenization."))}
+    dotted = {key: value for key, value in given.items() if key.startswith(("evaluation.", "tokenization.", "scorer."))}
     for key, value in dotted.items():
         section_name, _, field = key.partition(".")
         data[section_name][field] = value

@@ -14,8 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from isdaa.config import Position
 from isdaa.errors import UserError, nearest
 from isdaa.evaluation.identity import model_digest
+from isdaa.evaluation.reading import Reading
 from isdaa.files import digest, file_digest
 from isdaa.record import read_record
 from isdaa.terminal import Bar
@@ -40,10 +42,31 @@ class Scorer(Protocol):
         ...
 
 
-def load_scorer(name: str, *, batch_size: int = 32, max_prompt_length: int = 512, device: str | None = None) -> Scorer:
+def about(scorer: Scorer | None) -> list[str]:
+    """What a run says of a scorer before it goes by its scores, a line each: where a reward model is read, what it is worth."""
+    return scorer.about() if isinstance(scorer, RewardModelScorer) else []
+
+
+def facts(scorer: Scorer) -> dict[str, Any]:
+    """What records of an evaluation say of a scorer."""
+    found: dict[str, Any] = {"name": scorer.name, "digest": scorer.digest}
+    if isinstance(scorer, RewardModelScorer):
+        found |= {"position": scorer.reading.position, "about": scorer.about()}
+    return found
+
+
+def load_scorer(
+    name: str,
+    *,
+    batch_size: int = 32,
+    max_prompt_length: int = 512,
+    device: str | None = None,
+    position: Position = "auto",
+) -> Scorer:
     """`gold`, or a sequence-classification model's folder or Hub name. Nothing large is loaded before the first score.
 
     max_prompt_length: tokens of a prompt that a reward model reads, `tokenization.max_prompt_length` of the policies.
+    position: where a reward model is read (`isdaa.evaluation.reading`), `scorer.position` of the configuration.
     Raises UserError where there is no such folder.
     """
     if name == GOLD:
@@ -52,7 +75,7 @@ def load_scorer(name: str, *, batch_size: int = 32, max_prompt_length: int = 512
         raise UserError(
             f"scorer {name!r}: no such folder{nearest(name, [GOLD])}; name `gold`, a reward model's folder or Hub name"
         )
-    return RewardModelScorer(name, batch_size=batch_size, max_prompt_length=max_prompt_length, device=device)
+    return RewardModelScorer(name, batch_size=batch_size, max_prompt_length=max_prompt_length, device=device, position=position)
 
 
 class GoldScorer:
@@ -86,14 +109,23 @@ class GoldScorer:
 class RewardModelScorer:
     """A sequence-classification model with one output, in fp32.
 
-    The text is tokenised by the model's own tokenizer as a policy's would be: the response behind its prompt (through the chat
-    template where the prompt is a conversation), EOS where it ended; with the `chat_template_kwargs` that its record names.
+    The text is tokenised by the model's own tokenizer, with the `chat_template_kwargs` that its record names: a conversation as
+    its chat template writes it, to the end, plain text with EOS where it ended. Where it is read, its folder says, or `position`
+    does (`Reading`); at `response_end` it is tokenised as a policy's response would be, through the end of the turn.
     """
 
     def __init__(
-        self, path: str | Path, *, batch_size: int = 32, max_prompt_length: int = 512, device: str | None = None
+        self,
+        path: str | Path,
+        *,
+        batch_size: int = 32,
+        max_prompt_length: int = 512,
+        device: str | None = None,
+        position: Position = "auto",
     ) -> None:
         self.name = str(path)
+        self.reading = Reading(self.name, position)
+        self._warned: set[str] = set()
         self.batch_size, self.max_prompt_length, self.device = batch_size, max_prompt_length, device
         self._model: Any = None
         self._tokenizer: Any = None
@@ -105,9 +137,16 @@ class RewardModelScorer:
         if self._digest is None:
             from isdaa.data.chat import tokenizer_digest
 
-            how = [self.max_prompt_length, *([self.template_kwargs] if self.template_kwargs else [])]
+            how: list[Any] = [self.max_prompt_length, *([self.template_kwargs] if self.template_kwargs else [])]
+            if self.reading.template_end:
+                how.append(["template_end", self.reading.pad_id, self.reading.close_cut])
             self._digest = digest([model_digest(self.name), tokenizer_digest(self.tokenizer), *how])
         return self._digest
+
+    def about(self) -> list[str]:
+        """Where it is read, and how often it agrees with pairs that its training held out, where its record says so."""
+        agreement = self.reading.agreement()
+        return [self.reading.described(self.tokenizer), *([agreement] if agreement else [])]
 
     @cached_property
     def template_kwargs(self) -> dict[str, Any]:
@@ -133,17 +172,25 @@ class RewardModelScorer:
             from isdaa.models.loading import load_sequence_classifier
 
             device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-            model = load_sequence_classifier(self.name, device=device, pad_id=self.tokenizer.pad_token_id)
+            pad = self.reading.pad_id
+            model = load_sequence_classifier(
+                self.name, device=device, pad_id=self._pad, by_mask=not self.reading.template_end or pad is None
+            )
             self._model = model.requires_grad_(False)
         return self._model
 
+    @property
+    def _pad(self) -> int:
+        """What fills rows up: where the model's class looks for it, its own."""
+        return int(self.tokenizer.pad_token_id if self.reading.pad_id is None else self.reading.pad_id)
+
     def score(self, rows: Sequence[ScorerRow], progress: Bar | None = None) -> list[float]:
-        """The model's output at each row's last token, EOS included. Raises UserError where it is not finite."""
+        """The model's output where each row is read. Raises UserError where it is not finite."""
         import torch
 
         sequences = self.token_ids(rows)
         order = sorted(range(len(rows)), key=lambda i: len(sequences[i]))
-        pad = self.tokenizer.pad_token_id
+        pad = self._pad
         scores = [math.nan] * len(rows)
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
@@ -163,14 +210,16 @@ class RewardModelScorer:
         return checked(scores, rows, self.name)
 
     def token_ids(self, rows: Sequence[ScorerRow]) -> list[list[int]]:
-        """Prompt and response ids of each row, concatenated. Only a lack of positions cuts a response."""
+        """Ids of each row's prompt and response. Only a lack of positions cuts a response."""
         from isdaa.data.context import as_read
-        from isdaa.data.encoding import Encoder, TokenizationSettings
+        from isdaa.data.encoding import Encoder, TokenizationSettings, Whole
         from isdaa.data.pairs import TEMPLATE_COLUMNS
 
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1_000_000
         prompt_length = min(self.max_prompt_length, positions - 1)
-        encoder = Encoder(self.tokenizer, TokenizationSettings(positions, prompt_length, "keep_end", self.template_kwargs))
+        settings = TokenizationSettings(positions, prompt_length, "keep_end", self.template_kwargs)
+        reading = self.reading
+        encoder = Encoder(self.tokenizer, settings, whole=reading.template_end, close_cut=reading.close_cut)
         plain = [
             # An empty response that never ended has no token at all: EOS stands for it.
             {
@@ -180,17 +229,29 @@ class RewardModelScorer:
             }
             for row in rows
         ]
-        answered = [(prompt.ids, response) for prompt, (response,) in encoder.answered(plain, ("response",))]
-        cut = sum(response.cut for _, response in answered)
-        if cut:
-            log.warning(
-                "scorer %s: %d of %d responses do not fit its %d positions and were cut",
-                self.name,
-                cut,
-                len(rows),
-                positions,
-            )
-        return [prompt + as_read(response.ids) for prompt, response in answered]
+        closed = sum(not row["response_finished"] and isinstance(row["prompt"], list) for row in plain)
+        if reading.template_end:
+            found = encoder.read(plain, "response")
+        else:
+            answered = [(prompt, response) for prompt, (response,) in encoder.answered(plain, ("response",))]
+            found = [Whole(prompt.ids + as_read(response.ids), prompt.cut, response.cut) for prompt, response in answered]
+        self._warn(
+            sum(one.response_cut for one in found), len(rows), f"responses do not fit its {positions} positions and were cut"
+        )
+        self._warn(sum(one.prompt_cut for one in found), len(rows), f"prompts have more than {prompt_length} tokens and were cut")
+        self._warn(
+            closed if reading.close_cut else 0,
+            len(rows),
+            "responses did not end (a limit cut them); its chat template closes them all the same, for it knows no other rows: "
+            "it cannot tell",
+        )
+        return [one.ids for one in found]
+
+    def _warn(self, count: int, rows: int, what: str) -> None:
+        """Say once what happens to rows, with its figures in the first call where it does."""
+        if count and what not in self._warned:
+            self._warned.add(what)
+            log.warning("scorer %s: %d of %d %s", self.name, count, rows, what)
 
 
 def response_text(row: ScorerRow) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from isdaa.distributed import dealt, once, world_size
 from isdaa.evaluation.collect import PLAN, SAMPLES
 from isdaa.evaluation.records import Blocks, Record, blocks_of, read_plan
-from isdaa.evaluation.scorers import Scorer
+from isdaa.evaluation.scorers import Scorer, facts
 from isdaa.files import digest, write_json
 from isdaa.record import git_revision, versions
 from isdaa.terminal import progress
@@ -60,7 +60,7 @@ def score(folder: str | Path, scorer: Scorer) -> None:
                     for r, value in zip(records, values, strict=True)
                 ]
                 scores.add("scores", key, {"of": of, **shared}, scored)
-    once(lambda: write_json(folder / PLAN, plan | {"scorer": {"name": scorer.name, "digest": scorer.digest}}))
+    once(lambda: write_json(folder / PLAN, plan | {"scorer": facts(scorer)}))
 
 
 def _records(folder: Path) -> tuple[Record, Blocks, Blocks]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -130,6 +131,28 @@ def mean_interval(values: Numbers, *, resamples: int = 1000, confidence: float =
     tail = (1 - confidence) / 2
     low, high = np.quantile(spread, [tail, 1 - tail])
     return Interval(mean, mean + float(low), mean + float(high), len(values))
+
+
+def share_interval(hits: Numbers, groups: Sequence[Any], confidence: float = 0.95) -> Interval:
+    """Share of N trials that hit, by Wilson's interval (Wilson 1927), which holds for few trials and shares near 0 and 1.
+
+    hits: (N,) in [0, 1]. groups: (N,) what each trial belongs to (its prompt): trials of one group count for fewer where they
+    go together (the design effect, Kish 1965). Returns the interval with n = N.
+    """
+    values = np.asarray(hits, dtype=np.float64)
+    if values.ndim != 1 or len(values) == 0 or len(groups) != len(values):
+        raise ValueError(f"hits must be (N,) with N > 0 and one group each, got {values.shape} and {len(groups)}")
+    n, share = len(values), float(np.mean(values))
+    number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    sums = np.bincount([number[group] for group in groups], weights=values - share)
+    plain = share * (1 - share) * n * n / max(n - 1, 1)
+    clustered = float(sums @ sums) * len(sums) / max(len(sums) - 1, 1)
+    effective = n / max(clustered / plain, 1) if plain > 0 and len(sums) > 1 else len(sums)
+    effective = min(max(effective, 1), n)
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    middle = (share + z * z / (2 * effective)) / (1 + z * z / effective)
+    half = z / (1 + z * z / effective) * math.sqrt(share * (1 - share) / effective + z * z / (4 * effective**2))
+    return Interval(share, max(middle - half, 0.0), min(middle + half, 1.0), n)
 
 
 def fewest(confidence: float) -> int:

@@ -87,6 +87,7 @@ def legend(metrics: Mapping[str, Any]) -> list[str]:
         opponent = "the reference's samples" if metrics["opponent"] == "reference" else "the data's chosen responses"
         at = f"temperature {settings['temperature']:g}, top-p {settings['top_p']:g}"
         lines.append(f"Win rate by {scorer['name']} against {opponent} ({at}); KL at temperature 1.")
+        lines += [f"{scorer['name']}: {line}." for line in scorer.get("about", ())]
     lines += [f"{FRAGMENTS} {line}." for line in warnings_of(metrics)]
     verdicts = {name: found["sentence"] for name, found in metrics.get("verdicts", {}).items() if found is not None}
     # A run of one or two checkpoints has no verdict, but they may be compared with the reference.

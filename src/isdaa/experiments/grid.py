@@ -33,7 +33,7 @@ from isdaa.settings_text import or_list, read_settings
 
 Keep = Literal["all", "models", "best"]
 # A grid's keys below these change the stages that runs share; all others belong to the alignment alone.
-UPSTREAM = ("sft", "reward", "label", "model", "lora", "tokenization")
+UPSTREAM = ("sft", "reward", "label", "scorer", "model", "lora", "tokenization")
 UPSTREAM_KEYS = ("data.sft", "data.sft_split", "data.prompts", "data.prompts_split", "data.subset", "data.prompt_repeated")
 SHARED_STAGES = ("sft", "reward", "label")
 

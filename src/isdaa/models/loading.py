@@ -100,13 +100,15 @@ def load_sequence_classifier(
     revision: str | None = None,
     new_head: bool = False,
     pad_id: int | None = None,
+    by_mask: bool = True,
     seed: int = 0,
 ) -> PreTrainedModel:
     """A reward model: a sequence classifier with one output, in evaluation mode.
 
     `new_head=True` starts a reward model from a language model, with a random head of one output drawn by `seed`.
-    `pad_id` is set in the model's configuration, without which transformers takes no batch. It may well be EOS: rows are
-    read at the last token of their attention mask (`pool_by_mask`).
+    `pad_id` is set in the model's configuration, without which transformers takes no batch. `by_mask`: rows are read at the last
+    token of their attention mask (`pool_by_mask`), whatever pads them; False: where the model's own class reads them, which for
+    decoders is the last token that is not `pad_token_id`.
 
     Raises:
         UserError: as `load_model`; a model without a trained head; a head with more than one output.
@@ -123,7 +125,8 @@ def load_sequence_classifier(
         raise UserError(f"{path_or_name}: a classifier of {model.config.num_labels} labels; a reward model has one output")
     if pad_id is not None:
         model.config.get_text_config().pad_token_id = model.config.pad_token_id = pad_id
-    pool_by_mask(model)
+    if by_mask:
+        pool_by_mask(model)
     return model
 
 
@@ -401,25 +404,28 @@ def _adapter_config(name: str, folder: Path | None, revision: str | None) -> Pat
             if path.is_file() and not _has(folder, "model*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
             else None
         )
+    adapter = hub_file(name, ADAPTER_CONFIG, revision)
+    return adapter if adapter is not None and hub_file(name, "config.json", revision) is None else None
+
+
+def hub_file(name: str, file: str, revision: str | None = None) -> Path | None:
+    """A file of a Hub repository, on this disk; None where it has none or cannot be asked. Raises UserError for no such name."""
     from transformers.utils import cached_file
 
-    def look(file: str) -> str | None:
-        try:
-            with quiet():
-                return cached_file(
-                    name,
-                    file,
-                    revision=revision,
-                    **offline(folder),
-                    _raise_exceptions_for_gated_repo=False,
-                    _raise_exceptions_for_missing_entries=False,
-                    _raise_exceptions_for_connection_errors=False,
-                )
-        except OSError as error:  # no name that the Hub could have
-            raise _readable(error, name, folder, "model") from error
-
-    adapter = look(ADAPTER_CONFIG)
-    return Path(adapter) if adapter is not None and look("config.json") is None else None
+    try:
+        with quiet():
+            found = cached_file(
+                name,
+                file,
+                revision=revision,
+                **offline(None),
+                _raise_exceptions_for_gated_repo=False,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+    except OSError as error:  # no name that the Hub could have
+        raise _readable(error, name, None, "model") from error
+    return None if found is None else Path(found)
 
 
 def _adapter_settings(adapter: Path) -> dict[str, Any]:

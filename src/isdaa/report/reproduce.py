@@ -94,6 +94,9 @@ def _options(names: Sequence[str], metrics: Mapping[str, Any]) -> list[str]:
     known = asked.scorer if asked is not None else None
     if scorer != known and not (scorer and known and _same(scorer, known)):
         options += ["--scorer", str(scorer or "none")]
+    position = (metrics.get("scorer") or {}).get("position", "auto")
+    if position != (asked.position if asked is not None else "auto"):
+        options += ["--scorer.position", position]
     own = asked.settings if asked is not None else EvaluationConfig.model_validate({})
     cut = asked.tokenization if asked is not None else TokenizationConfig.model_validate({})
     for section, values in (("evaluation", own.model_dump()), ("tokenization", cut.model_dump())):

@@ -146,6 +146,7 @@ def _basis(report: Mapping[str, Any]) -> str:
     if report["scored"]:
         opponent = "the data's chosen responses" if report["opponent"] == "chosen" else "the reference"
         words.append(f"win rate against {opponent}, scored by {report['scorer']['name']}")
+        words[-1] += f" ({report['scorer']['about'][1]})" if len(report["scorer"].get("about", ())) > 1 else ""
     return ", ".join(words) + "."
 
 

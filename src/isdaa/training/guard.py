@@ -28,7 +28,7 @@ from isdaa.errors import UserError
 from isdaa.evaluation.falls import gains_shown
 from isdaa.evaluation.fragments import many, warning
 from isdaa.evaluation.identity import model_digest
-from isdaa.evaluation.scorers import load_scorer
+from isdaa.evaluation.scorers import about, load_scorer
 from isdaa.files import remove_tree, write_folder_atomically
 from isdaa.models.forward import PairForward, prepare
 from isdaa.models.saving import save_model
@@ -219,7 +219,9 @@ class Guard(TrainerCallback, ExportableState):
             more.append("guard: no look is shown to be better than the reference (95 %)")
         best = f"best/ (step {self.best_step})" if self.best is not None else f"step {self.best_step}, not kept"
         if self.stopped is None:
-            return [f"guard: best win rate {self.best_win_rate:.3f} on its {len(self.looks.prompts.rows)} prompts: {best}", *more]
+            worth = "".join(f" (its reward model {line})" for line in about(self.looks.scorer)[1:])
+            found = f"best win rate {self.best_win_rate:.3f} on its {len(self.looks.prompts.rows)} prompts{worth}: {best}"
+            return [f"guard: {found}", *more]
         at = self.stopped
         return [
             f"guard: over-optimised: win rate fell by {at['fall']:.3f} (at least {at['lower']:.3f}) from step {at['peak_step']}; "
@@ -358,7 +360,11 @@ def guard_of(
     if settings.steps is None:
         return None
     name = config.guard_scorer
-    scorer = None if name is None else load_scorer(name, max_prompt_length=config.tokenization.max_prompt_length)
+    scorer = None
+    if name is not None:
+        limit, position = config.tokenization.max_prompt_length, config.scorer.position
+        scorer = load_scorer(name, max_prompt_length=limit, position=position)
+        run.say("align", [f"guard: scorer {scorer.name}: {line}" for line in about(scorer)])
     prompts = guard_prompts(run, tokenizer)
     if settings.stop != "never" and scorer is not None:
         run.pin("align", **{"guard prompts": prompts.block, "guard scorer": scorer.digest})

@@ -17,7 +17,8 @@ from isdaa.data.tokenization import tokenize_pairs, tokenize_prompts
 from isdaa.distributed import dealt, is_main, once, world_size
 from isdaa.errors import UserError
 from isdaa.evaluation import fragments
-from isdaa.evaluation.scorers import load_scorer
+from isdaa.evaluation.scorers import Scorer, about, load_scorer
+from isdaa.evaluation.scorers import facts as facts_of
 from isdaa.files import append_jsonl, digest, whole_jsonl, write_json, write_jsonl
 from isdaa.models.forward import prepare
 from isdaa.models.sampling import SamplingSettings, sample
@@ -56,7 +57,12 @@ def label(run: Run) -> Path:
     check_labels(run, rows)
     stop = {chat: stop_token_ids(tokenizer, chat=chat) for chat in {isinstance(row["prompt"], list) for row in rows}}
     weights = weights_digest(model)
-    responses = _responses(run, rows, model, weights, tokenizer, stop, folder / "responses.jsonl")
+    assert settings.scorer is not None
+    scorer = load_scorer(
+        settings.scorer, max_prompt_length=config.tokenization.max_prompt_length, position=config.scorer.position
+    )
+    run.say("label", [f"scorer {scorer.name}: {line}" for line in about(scorer)])
+    responses = _responses(run, rows, model, weights, tokenizer, stop, scorer, folder / "responses.jsonl")
     seed = config.seed if settings.seed is None else settings.seed
     pairs = []
     for row in rows:
@@ -79,12 +85,14 @@ def label(run: Run) -> Path:
         "responses": len(finished),
         "cut": cut,
         "settings": settings.model_dump(),
+        "scorer": facts_of(scorer),
         "model": start,
         "seed": seed,
     }
     once(lambda: write_jsonl(folder / "train.jsonl", pairs))
     once(lambda: write_json(folder / "label.json", facts))
-    run.say("label", [f"{len(pairs)} pairs; the label agrees with the reward in {facts['agreement']:.0%} of them"])
+    worth = "".join(f", and the reward model {line}" for line in about(scorer)[1:])
+    run.say("label", [f"{len(pairs)} pairs; the label agrees with the reward in {facts['agreement']:.0%} of them{worth}"])
     if fragments.many(cut):
         whose = f"its {len(finished)} responses"
         what = "they are scored, paired and trained on without their end"
@@ -116,13 +124,18 @@ def _check_ids(rows: Sequence[Row]) -> None:
 
 
 def _responses(
-    run: Run, rows: Sequence[Row], model: Any, weights: str, tokenizer: Any, stop: Mapping[bool, set[int]], path: Path
+    run: Run,
+    rows: Sequence[Row],
+    model: Any,
+    weights: str,
+    tokenizer: Any,
+    stop: Mapping[bool, set[int]],
+    scorer: Scorer,
+    path: Path,
 ) -> dict[str, list[Row]]:
     """`{prompt id: n responses with ids, finished, reward}`, from the file where they are there already."""
     settings = run.config.label
-    assert settings.scorer is not None
     seed = run.config.seed if settings.seed is None else settings.seed
-    scorer = load_scorer(settings.scorer, max_prompt_length=run.config.tokenization.max_prompt_length)
     sampling = SamplingSettings(settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens)
     work = [weights, config_digest(model), asdict(sampling), settings.samples, seed, scorer.digest]
     # A record is used again only where it is what this very work would give.
