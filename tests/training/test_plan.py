@@ -297,12 +297,15 @@ def test_a_reward_model_needs_a_base(place: Path, capsys: pytest.CaptureFixture[
     refused(capsys, ["inspect", "--config", "run.yaml"], "reward.path")
 
 
-def test_a_reward_model_reads_no_held_out_pairs_and_has_no_adapter(place: Path) -> None:
+def test_a_reward_model_reads_held_out_pairs_and_has_no_adapter(place: Path) -> None:
     chat_model(place / "my_model", byte_level(bos=True), max_position_embeddings=1024)
     jsonl(place / "pairs.jsonl", plain_pairs(10))
-    settings = ALIGN | {"stages": ["reward"], "data.eval_pairs": "absent.jsonl", "lora.rank": 4, "reward.max_steps": 2}
+    settings = ALIGN | {"stages": ["reward"], "data.eval_pairs": "held.jsonl", "lora.rank": 4, "reward.max_steps": 2}
+    absent = inspect(load_config(config_file(place / "run.yaml", settings)), plans=False)
+    assert any("held.jsonl" in line for line in absent.missing)
+    jsonl(place / "held.jsonl", plain_pairs(12)[10:])
     found = inspect(load_config(config_file(place / "run.yaml", settings)), plans=False)
-    assert found.missing == [] and len(found.stages) == 1
+    assert found.missing == [] and len(found.stages) == 1 and found.stages[0].examined.held_out == 2
     assert any("lora.rank" in note and "reward" in note for note in found.stages[0].examined.notes)
     assert supervised.not_for_reward(aligned()) == []
 

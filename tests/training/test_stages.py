@@ -287,16 +287,24 @@ def test_a_reward_model_is_learned_and_evaluates(home: Home, tmp_path: Path) -> 
     head = AutoModelForSequenceClassification.from_pretrained(run / "reward")
     assert head.config.num_labels == 1
     assert float(head.score.weight.detach().abs().sum()) > 0
+    assert head.config.pad_token_id == build_tokenizer("small").pad_token_id
+    worth = json.loads((run / "run.json").read_text())["stages"]["reward"]["held_out"]
+    agrees = f"agrees with {worth['accuracy']:.2f} ({worth['low']:.2f}–{worth['high']:.2f}) of {worth['pairs']} held-out pairs"
     record = json.loads((run / "model" / "isdaa.json").read_text())
     assert record["scorer"] == "../reward"
     assert main(["evaluate", "--model_path", str(run / "model")]) == 0
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
     assert Path(metrics["scorer"]["name"]).resolve() == (run / "reward").resolve()
     assert metrics["models"][0]["win_rate"] is not None
+    assert metrics["scorer"]["about"][1] == agrees and "'<eos>'" in metrics["scorer"]["about"][0]
+    assert main(["report", str(run)]) == 0
+    assert f"({agrees})" in (run / "report" / "report.html").read_text()
     # It labels, too.
     label = {"stages": ["label"], "label.scorer": str(run / "reward"), "data.prompts": "world:small", "data.limit": 6}
     assert train(tmp_path / "relabelled", CHAIN | changes | label, label__samples=4, label__pairing="best_worst") == 0
     pairs = read_lines(tmp_path / "relabelled" / "pairs" / "train.jsonl")
+    notes = json.loads((tmp_path / "relabelled" / "run.json").read_text())["stages"]["label"]["notes"]
+    assert any(": read at" in note for note in notes) and any(f"the reward model {agrees}" in note for note in notes)
     assert len(pairs) == 6
     assert all(pair["chosen_reward"] != pair["rejected_reward"] or pair["chosen"] == pair["rejected"] for pair in pairs)
 

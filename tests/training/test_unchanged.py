@@ -80,7 +80,7 @@ def retrain(folder: Path) -> None:
 INPUTS: dict[str, tuple[str, str]] = {
     "data.sft": ("sft.jsonl", "sft"),
     "data.prompts": ("prompts.jsonl", "label"),
-    "data.eval_pairs": ("held.jsonl", "align"),
+    "data.eval_pairs": ("held.jsonl", "reward"),
     "model.path": ("my_model", "sft"),
     "model.tokenizer": ("my_tokenizer/tokenizer_config.json", "sft"),
     "label.scorer": ("scorer", "label"),

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from isdaa.errors import shown
+from isdaa.evaluation.reading import worth_in_words
 from isdaa.objectives.objective import Objective
 from isdaa.record import ModelRecord, git_revision, versions
 
@@ -42,6 +43,11 @@ def model_card(record: ModelRecord, name: str) -> str:
         ]
         lines += [f"- reference π_ref: {_code(_local(record.reference))}"]
         lines += [f"- behaviour μ: {_code(_local(config['behaviour']['model_path']) or 'the rows’ own logps, else π_ref')}", ""]
+    if record.kind == "reward":
+        lines += ["## Scores", "", f"- {_position(record)}"]
+        if record.held_out is not None:
+            lines.append(f"- {worth_in_words(record.held_out)}, which it did not train on (95 % interval)")
+        lines.append("")
     lines += ["## Data", ""]
     lines += [f"- {key}: {_code(_local(value))}" for key, value in config["data"].items() if value is not None]
     section = {"sft": "sft", "reward": "reward", "policy": "align"}[record.kind]
@@ -64,6 +70,15 @@ def model_card(record: ModelRecord, name: str) -> str:
         ]
     lines += ["## Versions", "", "```json", json.dumps({**versions(), "git": git_revision()}, indent=1), "```", ""]
     return "\n".join(lines)
+
+
+def _position(record: ModelRecord) -> str:
+    if record.position is None:
+        return "read at the last token of the response: the end of the turn, or EOS"
+    return (
+        "read at the end of the chat template's output, and at EOS where a plain text ended: "
+        "`AutoModelForSequenceClassification` on what `apply_chat_template` gives, rows padded together, gives the same score"
+    )
 
 
 def _plain(name: object) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from isdaa.config import Config
-from isdaa.data.chat import stop_token_ids
+from isdaa.data.chat import ChatFormat, stop_token_ids
 from isdaa.data.checks import Text
 from isdaa.data.encoding import Encoder, TokenizationSettings
 from isdaa.data.pairs import Counts
@@ -132,7 +132,7 @@ def examine(stage: str, config: Config, tokenizer: Any, source: str, cache: Path
 
 
 def _pairs(stage: str, config: Config, tokenizer: Any, source: str, cache: Path, row: int) -> Examined:
-    read = read_pairs(config, source, held_out=stage == "align")
+    read = read_pairs(config, source)
     behaviour = stage == "align" and uses_behaviour(config)
     tokens, more = tokenize_pairs(read.rows, tokenizer, token_settings(config), cache_dir=cache, behaviour=behaviour)
     counts = read.counts + more
@@ -145,7 +145,7 @@ def _pairs(stage: str, config: Config, tokenizer: Any, source: str, cache: Path,
     parts = np.split(prompts, np.cumsum(lengths)[:-1])
     result.groups = np.array([numbers.setdefault(part.tobytes(), len(numbers)) for part in parts])
     result.different_prompts = len(numbers)
-    if read.held is not None and stage == "align":
+    if read.held is not None:
         held, _ = tokenize_pairs(read.held, tokenizer, token_settings(config), cache_dir=cache, behaviour=behaviour)
         result.held_out = len(held)
         result.held_lengths = np.stack([_column(held, name)[1] for name in names], 1)
@@ -155,7 +155,12 @@ def _pairs(stage: str, config: Config, tokenizer: Any, source: str, cache: Path,
         result.notes.append(f"{read.common} prompts are in both the training and the held-out pairs")
     chat = _chat(read.rows, "prompt")
     stops = stop_token_ids(tokenizer, chat and bool(tokenizer.chat_template))
-    result.ended = float(np.mean([_last(*columns[name], stops).mean() for name in names[1:]]))
+    ended = np.stack([_last(*columns[name], stops) for name in names[1:]], 1)
+    result.ended = float(ended.mean())
+    if stage == "reward" and chat and tokenizer.chat_template:  # read to the end of the template's output
+        form = ChatFormat(tokenizer, given=config.tokenization.chat_template_kwargs)
+        longer = result.lengths[:, 1:] + ended * (len(form.tail_ids) - (form.stop_id is None))
+        result.lengths[:, 1:] = np.minimum(longer, config.tokenization.max_length - result.lengths[:, :1])
     result.found["eos_inside"] = sum(int((~_only_last(*columns[name], stops)).sum()) for name in names[1:])
     result.found["bos_inside"] = 0 if chat else _bos_inside(*columns["prompt_ids"], tokenizer)
     uncut = _uncut(

@@ -50,8 +50,8 @@ def sources_of(config: Config, stages: Sequence[str]) -> Iterator[tuple[str, str
         yield "data.prompts", data.prompts, data.prompts_split, "prompts"
     if {"reward", "align"} & set(stages):
         yield "data.pairs", data.pairs, data.pairs_split, "pairs"
-    if "align" in stages:
         yield "data.eval_pairs", data.eval_pairs, data.eval_split, "pairs"
+    if "align" in stages:
         yield "data.evaluation", data.evaluation, data.evaluation_split, "prompts"
 
 

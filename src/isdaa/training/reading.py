@@ -21,15 +21,10 @@ class PairRows:
     common: int = 0
 
 
-def read_pairs(config: Config, source: str, held_out: bool = True) -> PairRows:
-    """Pairs of a source, as `align` divides them: `data.eval_pairs` is held out, else a share of the prompts.
-
-    held_out: False where nobody asks for `data.eval_pairs`, as in `reward`: they are not read then.
-    """
+def read_pairs(config: Config, source: str) -> PairRows:
+    """Pairs of a source, as `align` and `reward` divide them: `data.eval_pairs` is held out, else a share of the prompts."""
     data = config.data
     rows, counts = load_pairs(source, data.pairs_split, limit=data.limit, repeated=data.prompt_repeated)
-    if config.data.eval_pairs is not None and not held_out:
-        return PairRows(rows, counts, None, Counts())
     held_source = data.source("eval_pairs")
     if held_source is not None:
         held, held_counts = load_pairs(held_source, data.eval_split, limit=data.limit, repeated=data.prompt_repeated)

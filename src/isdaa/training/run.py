@@ -24,11 +24,12 @@ from isdaa.training.checkpoints import checkpoints
 from isdaa.training.unchanged import check_inputs_unchanged, check_outputs_unchanged, inputs_of, outputs_of
 
 ONE_PROCESS = "guard.steps: the guard works in one process for now; set it to null"
+METRICS = "metrics.jsonl"
 READING = ("data.limit", "data.subset", "data.prompt_repeated")
 # What decides the outcome of a stage. A stage that began with other values is another run.
 DECIDES: dict[str, tuple[str, ...]] = {
     "sft": ("seed", "model", "data.sft", "data.sft_split", *READING, "tokenization", "sft", "lora"),
-    "label": ("seed", "model", "data.prompts", "data.prompts_split", *READING, "tokenization", "label"),
+    "label": ("seed", "model", "data.prompts", "data.prompts_split", *READING, "tokenization", "label", "scorer"),
     "reward": (
         *("seed", "model", "tokenization", "reward", "data.pairs", "data.pairs_split", *READING),
         *("data.eval_pairs", "data.eval_fraction"),
@@ -48,12 +49,20 @@ LEAVES: dict[str, tuple[str, ...]] = {
 WRITTEN = ("sft-checkpoints", "pairs", "reward-checkpoints", "checkpoints", "guard")  # folders that stages write into
 # What else decides `align` where a guard may end it: the prompts and settings by which it judges.
 GUARD_DECIDES = (
-    *("guard", "data.evaluation", "data.evaluation_split", "evaluation.scorer", "evaluation.prompts", "evaluation.ties"),
+    *(
+        "guard",
+        "scorer",
+        "data.evaluation",
+        "data.evaluation_split",
+        "evaluation.scorer",
+        "evaluation.prompts",
+        "evaluation.ties",
+    ),
     *("evaluation.max_new_tokens", "evaluation.temperature", "evaluation.top_p", "evaluation.top_k"),
 )
 FREE = ("report_to", "logging_steps", "save_total_limit")  # change what is shown or kept, not what comes out
 # Samples and weights do not depend on them, but for rounding: a run may go on with other kernels.
-FREE_KEYS = ("label.batch_size", "guard.batch_size", "guard.keep", "align.attention", "align.compile_layers")
+FREE_KEYS = ("label.batch_size", "reward.eval_steps", "guard.batch_size", "guard.keep", "align.attention", "align.compile_layers")
 # A global batch is what every process reads at once.
 TRAINS = ("sft", "reward", "align")
 # Whose output the later stages start from.
@@ -105,8 +114,8 @@ def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _holds(path: Path) -> bool:
-    """Whether something is there: a file, or a folder that is not empty."""
-    return path.is_file() or (path.is_dir() and any(path.iterdir()))
+    """Whether something is there: a file, or a folder with more than a log."""
+    return path.is_file() or (path.is_dir() and any(inside.name != METRICS for inside in path.iterdir()))
 
 
 class Run:

@@ -171,13 +171,18 @@ def described(record: ModelRecord, folder: Path) -> dict[str, str]:
     return {RECORD: record_text(replace(record, tokens=VERSION), folder), "README.md": model_card(record, folder.name)}
 
 
-def keep_model(model: Callable[[], Any], tokenizer: Any, folder: Path, record: ModelRecord) -> None:
+def keep_model(model: Callable[[], Any], tokenizer: Any, folder: Path, record: ModelRecord, log: Path | None = None) -> None:
     """Save a finished stage's model as a plain Hugging Face folder with record and card; an adapter is merged.
 
-    model: gives it; called by the main process alone.
+    model: gives it; called by the main process alone. log: a file of metrics that goes with it.
     """
+
+    def save() -> None:
+        more = {} if log is None else {log.name: log.read_text(encoding="utf-8")}
+        save_model(model(), tokenizer, folder, described(record, folder) | more, stop_ids=ending_ids(tokenizer))
+
     with working(f"saving {folder.name}"):
-        once(lambda: save_model(model(), tokenizer, folder, described(record, folder), stop_ids=ending_ids(tokenizer)))
+        once(save)
 
 
 def trained_model(trainer: Any, load: Callable[..., Any]) -> Any:

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from isdaa.config import Config, OptimisationConfig
+from isdaa.data.chat import pad_apart
 from isdaa.data.context import as_read
+from isdaa.data.pairs import Counts
 from isdaa.data.sources import load_sft
 from isdaa.data.tokenization import tokenize_pairs, tokenize_sft
 from isdaa.data.tokens import content_digest
 from isdaa.disk import writing
 from isdaa.distributed import once, world_size
 from isdaa.errors import UserError
+from isdaa.evaluation.reading import worth_in_words
+from isdaa.evaluation.statistics import share_interval
+from isdaa.files import digest
 from isdaa.models.adapters import add_lora
-from isdaa.models.loading import load_model, load_sequence_classifier
+from isdaa.models.loading import load_model, load_sequence_classifier, model_config
 from isdaa.models.saving import weights_digest
+from isdaa.terminal import Bar, progress, say
 from isdaa.training.arguments import training_arguments
-from isdaa.training.monitor import TrainingProgress, WholeIntervals
+from isdaa.training.monitor import MetricsFile, TrainingProgress, WholeIntervals
 from isdaa.training.reading import read_pairs
 from isdaa.training.room import check_training
-from isdaa.training.run import Run
+from isdaa.training.run import METRICS, Run
 from isdaa.training.start import (
     cache_folder,
     check_rows,
@@ -42,6 +52,8 @@ from isdaa.training.whole import WholeCheckpoints
 # Checkpoints serve a resume alone, and ten of an 8B model with its optimiser would be a terabyte; two, should one be damaged.
 KEPT = 2
 IGNORED = -100  # the label of a token that is not learnt
+POSITION = "template_end"  # where reward models are read that are trained here (`isdaa.evaluation.reading`)
+WATCHED, MEASURED = 512, 4096  # held-out pairs that are scored during training, and afterwards, at most
 NO_BASE = "reward.path: a reward model needs a base; name one, or run the sft stage first"
 
 
@@ -128,39 +140,109 @@ def reward(run: Run) -> Path:
         raise UserError(NO_BASE)
     run.say("reward", not_for_reward(config))
     tokenizer = tokenizer_of(config, start)
-    data = once(lambda: _both(run, tokenizer))
+    options: dict[str, Any] = {"trust_remote_code": config.model.trust_remote_code}
+    options["revision"] = config.model.revision if start == config.model.path else None
+    run.say("reward", _pad_apart(tokenizer, start, **options))
+    data, held = once(lambda: _both(run, tokenizer))
     model = load_sequence_classifier(
         start,
         dtype=config.model.dtype,
-        trust_remote_code=config.model.trust_remote_code,
         new_head=True,
         pad_id=tokenizer.pad_token_id,
+        by_mask=False,
         seed=config.seed,
+        **options,
     )
 
-    check_rows(model, start, *_extent(data, ("chosen_ids", "rejected_ids")))
-    run.pin("reward", weights=weights_digest(model), pairs=content_digest(data.remove_columns("id")))
+    for pairs in (data, *([] if held is None else [held])):
+        check_rows(model, start, *_extent(pairs, ("chosen_ids", "rejected_ids")))
+    # Where rows are read is as much of the data as their ids: an earlier isdaa read them elsewhere.
+    read = digest([POSITION, tokenizer.pad_token_id, content_digest(data.remove_columns(["id", "prompt"]))])
+    run.pin("reward", weights=weights_digest(model), pairs=read)
     folder = run.folder / "reward-checkpoints"
     check_training(run, "reward", model, config.reward, len(data), folder=folder, limit=KEPT)
 
     class Trainer(WholeCheckpoints, RewardTrainer):
-        """TRL's, with checkpoints that are whole or absent."""
+        """TRL's, with checkpoints that are whole or absent, and figures of held-out pairs that are of all of them alike."""
 
-    settings = _trl_arguments(RewardConfig, config.reward, folder, run, len(data), max_length=None, disable_dropout=True)
-    trainer = Trainer(model=model, args=settings, train_dataset=data, processing_class=tokenizer)
-    metrics = _train(trainer, "reward")
-    folder = run.folder / "reward"
-    record = record_of(run, "reward", step=trainer.state.global_step, metrics=metrics)
+        def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> tuple[None, Any, Any]:
+            """(no loss, (B, 2) scores of chosen and rejected, (B,) something): TRL's own takes the mean of batches' means."""
+            inputs = self._prepare_inputs(inputs)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                scores = model(**inputs, use_cache=False).logits.float().view(2, -1).T.contiguous()
+            return None, scores, torch.zeros(len(scores), device=scores.device)
 
-    def trained() -> Any:
-        found = trained_model(trainer, load_sequence_classifier)
-        if tokenizer.pad_token_id == tokenizer.eos_token_id:
-            # Plain transformers would stop before the EOS; without a pad id it reads the last token, one row at a time.
-            found.config.get_text_config().pad_token_id = found.config.pad_token_id = None
-        return found
+    few = None if held is None else held.select(range(min(WATCHED, len(held))))
+    settings = _trl_arguments(
+        RewardConfig, config.reward, folder, run, len(data), 0 if few is None else len(few), max_length=None, disable_dropout=True
+    )
+    trainer = Trainer(
+        model=model,
+        args=settings,
+        train_dataset=data,
+        eval_dataset=few,
+        processing_class=tokenizer,
+        compute_metrics=None if held is None else partial(held_out_figures, held["prompt"]),
+    )
+    log, watch = MetricsFile(folder / METRICS), _HeldOut()
+    try:
+        metrics = _train(trainer, "reward", log, watch)
+        worth = None if held is None else _worth(trainer, held)
+    finally:
+        watch.close()
+    if worth is not None:
+        run.say("reward", [f"the reward model {worth_in_words(worth)}"])
+        run.note("reward", held_out=worth)
+    record = record_of(run, "reward", step=trainer.state.global_step, metrics=metrics, position=POSITION, held_out=worth)
+    keep_model(partial(trained_model, trainer, load_sequence_classifier), tokenizer, run.folder / "reward", record, log.path)
+    return run.folder / "reward"
 
-    keep_model(trained, tokenizer, folder, record)
-    return folder
+
+def held_out_figures(prompts: Sequence[Hashable], scores: Any) -> dict[str, float]:
+    """Of (N, 2) scores of chosen and rejected: share ranked as labelled (a tie counts ½) with its interval, mean loss, margin.
+
+    prompts: what each of the first N pairs is an answer to; pairs of one prompt count together. scores: the Trainer's
+    `EvalPrediction`. Raises UserError where a score is not finite.
+    """
+    chosen, rejected = np.asarray(scores.predictions, dtype=np.float64).T
+    if not np.isfinite(chosen - rejected).all():
+        raise UserError("reward: a score of a held-out pair is not finite; lower reward.learning_rate")
+    right = np.where(chosen == rejected, 0.5, chosen > rejected)
+    interval = share_interval(right, prompts[: len(right)])
+    assert interval.low is not None and interval.high is not None
+    return {
+        "accuracy": interval.mean,
+        "accuracy_low": interval.low,
+        "accuracy_high": interval.high,
+        "loss": float(np.logaddexp(0, rejected - chosen).mean()),
+        "margin": float((chosen - rejected).mean()),
+        "pairs": len(right),
+        "prompts": len(set(prompts[: len(right)])),
+    }
+
+
+def _worth(trainer: Any, held: Any) -> dict[str, Any]:
+    """What the trained model makes of all held-out pairs; where they were watched all along, as it was logged."""
+    at_end = [entry for entry in trainer.state.log_history if entry["step"] == trainer.state.global_step]
+    found = next((entry for entry in reversed(at_end) if entry.get("eval_pairs") == len(held)), None)
+    found = trainer.evaluate(held) if found is None else found
+    names = {"accuracy": "accuracy", "low": "accuracy_low", "high": "accuracy_high"}
+    return {name: float(found[f"eval_{key}"]) for name, key in names.items()} | {
+        name: int(found[f"eval_{name}"]) for name in ("pairs", "prompts")
+    }
+
+
+def _pad_apart(tokenizer: Any, start: str, **options: Any) -> list[str]:
+    """Give the tokenizer a padding token that ends no row, so that plain transformers reads all of it. Returns what to say."""
+    vocabulary = model_config(start, **options).get_text_config().vocab_size
+    token = pad_apart(tokenizer, vocabulary)
+    if token is None:
+        return [
+            f"the tokenizer has no token to pad with but {tokenizer.pad_token!r}: as in plain transformers, the reward model is "
+            "read before it, and does not see whether a response ended"
+        ]
+    before, tokenizer.pad_token = tokenizer.pad_token, token
+    return [] if before == token else [f"rows are padded with {token!r}, not with {before!r}, which ends them"]
 
 
 def not_for_reward(config: Config) -> list[str]:
@@ -171,21 +253,36 @@ def not_for_reward(config: Config) -> list[str]:
     ]
 
 
-def _both(run: Run, tokenizer: Any) -> Any:
-    """A Dataset of id, chosen_ids and rejected_ids, prompts included."""
+def _both(run: Run, tokenizer: Any) -> tuple[Any, Any | None]:
+    """Datasets of id, prompt (a digest), chosen_ids and rejected_ids, prompts included: to train on, and held out."""
     config = run.config
     # The pairs that `align` holds out stay unseen by the model that may judge on them.
-    read = read_pairs(config, pairs_source(run), held_out=False)
-    tokens, more = tokenize_pairs(read.rows, tokenizer, token_settings(config), cache_dir=cache_folder(run), behaviour=False)
-    run.say("reward", (read.counts + more).lines())
+    read = read_pairs(config, pairs_source(run))
+    if read.common:
+        run.say("reward", [f"{read.common} prompts are in data.pairs and in data.eval_pairs: the held-out accuracy flatters"])
+    rows = _read_whole(run, tokenizer, read.rows, read.counts, "training pairs")
+    if read.held is None:
+        run.say("reward", ["no pair held out: how often the reward model is right will not be known"])
+        return rows, None
+    held, counts = read.held, read.held_counts
+    if len(held) > MEASURED:
+        run.say("reward", [f"held-out pairs: the first {MEASURED} of {len(held)} are measured"])
+        held, counts = held.select(range(MEASURED)), Counts(rows=MEASURED)
+    return rows, _read_whole(run, tokenizer, held, counts, "held-out pairs")
+
+
+def _read_whole(run: Run, tokenizer: Any, rows: Any, counts: Counts, what: str) -> Any:
+    settings, cache = token_settings(run.config), cache_folder(run)
+    tokens, more = tokenize_pairs(rows, tokenizer, settings, cache_dir=cache, behaviour=False, whole=True)
+    run.say("reward", [f"{what}: {line}" for line in (counts + more).lines()])
     kept = ("id", "chosen_ids", "rejected_ids")
-    with writing(cache_folder(run)):
+    with writing(cache):
         return tokens.map(_both_rows, remove_columns=[c for c in tokens.column_names if c not in kept])
 
 
 def _both_rows(row: dict[str, Any]) -> dict[str, Any]:
     prompt = list(row["prompt_ids"])
-    return {name: prompt + as_read(row[name]) for name in ("chosen_ids", "rejected_ids")}
+    return {"prompt": digest(prompt)} | {name: prompt + as_read(row[name]) for name in ("chosen_ids", "rejected_ids")}
 
 
 def pairs_source(run: Run) -> str:
@@ -193,11 +290,13 @@ def pairs_source(run: Run) -> str:
     return run.config.data.source("pairs") or str(run.folder / "pairs" / "train.jsonl")
 
 
-def _trl_arguments(kind: Any, settings: OptimisationConfig, folder: Path, run: Run, rows: int, **explicit: Any) -> Any:
+def _trl_arguments(
+    kind: Any, settings: OptimisationConfig, folder: Path, run: Run, rows: int, held: int = 0, **explicit: Any
+) -> Any:
     """TRL's own argument class with our explicit values: it defaults to bf16 and gradient checkpointing, which change results."""
     from dataclasses import fields
 
-    common = training_arguments(settings, folder, seed=run.config.seed, pairs=rows, world_size=world_size())
+    common = training_arguments(settings, folder, seed=run.config.seed, pairs=rows, eval_pairs=held, world_size=world_size())
     names = {f.name for f in fields(type(common)) if f.init} & {f.name for f in fields(kind) if f.init}
     arguments = kind(**{name: getattr(common, name) for name in names if not name.startswith("_")}, **explicit)
     arguments.save_total_limit = KEPT
@@ -217,14 +316,43 @@ class _TokensSeen(TrainerCallback):
         self.trainer._total_train_tokens = int(counts[-1]) if counts else 0
 
 
-def _train(trainer: Any, description: str) -> dict[str, float]:
+class _HeldOut(TrainerCallback):
+    """A bar while held-out pairs are scored, and a line of what came of it."""
+
+    def __init__(self) -> None:
+        self._open = ExitStack()
+        self._bar: Bar | None = None
+
+    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        if self._bar is None:
+            self._bar = self._open.enter_context(progress("reward: held-out pairs", len(kwargs["eval_dataloader"])))
+        self._bar.update()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        self.close()
+        if state.is_world_process_zero and "eval_accuracy" in (metrics or {}):
+            low, high = metrics["eval_accuracy_low"], metrics["eval_accuracy_high"]
+            found = f"{metrics['eval_accuracy']:.2f} ({low:.2f}–{high:.2f}) of {metrics['eval_pairs']}"
+            say(f"reward: step {state.global_step}: right in {found} held-out pairs")
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        self._open.close()
+        self._bar = None
+
+
+def _train(trainer: Any, description: str, *callbacks: TrainerCallback) -> dict[str, float]:
     """Train, from the newest complete checkpoint where there is one. Returns the metrics that were logged at the last step."""
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     for unwanted in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(unwanted)
     bar = TrainingProgress(description)
-    for callback in (WholeIntervals(), _TokensSeen(trainer), bar):
+    for callback in (WholeIntervals(), _TokensSeen(trainer), *callbacks, bar):
         trainer.add_callback(callback)
     try:
         trainer.train(resume_from_checkpoint=newest(Path(trainer.args.output_dir)))
