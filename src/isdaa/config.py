@@ -295,6 +295,11 @@ class LoraConfig(Section):
     rank: Int = Field(0, ge=0, description="0: full fine-tuning")
     alpha: Float = Field(16.0, gt=0)
     target_modules: str | list[str] = Field("all-linear", description="names, or ends of names, of linear layers")
+    merge: bool | None = Field(
+        None,
+        description="save the model with the adapter in its weights; false: the adapter alone; null: merged, but where the base "
+        "model's folder holds quantised weights, which true turns into plain ones",
+    )
 
     @field_validator("target_modules")
     @classmethod

@@ -26,6 +26,13 @@ ABSOLUTE = re.compile(r"(\w+:)?([/~].*)", re.DOTALL)
 NO_PLACES = ("chat_template_kwargs", "random")  # values of others, in which `/no_think` is a word
 PLACES = ("reference", "evaluation", "scorer")  # what a record names beside its model
 PACKAGES = ("isdaa", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy")
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+BASE_KEYS = {  # of the files in a model's folder, what names the model that it was made of
+    NAME: ("base", "reference"),
+    "source.json": ("model",),  # of `isdaa get-model`
+    "adapter_config.json": ("base_model_name_or_path",),
+    "config.json": ("_name_or_path",),
+}
 SECTION = (dict, None)
 SHAPE = {
     "kind": str,
@@ -38,7 +45,7 @@ SHAPE = {
         "tokenization?": SECTION,
         "scorer?": SECTION,
     },
-    **dict.fromkeys(("reference?", "evaluation?", "evaluation_split?", "scorer?", "git_revision?"), (str, None)),
+    **dict.fromkeys(("reference?", "evaluation?", "evaluation_split?", "scorer?", "git_revision?", "base?"), (str, None)),
     "position?": (str, None),
     "held_out?": ({**dict.fromkeys(("accuracy", "low", "high"), float), "pairs": int, "prompts": int}, None),
     "step?": (int, None),
@@ -65,6 +72,7 @@ class ModelRecord:
     tokens: int | None = None  # version of the rules by which text became tokens (`data.encoding.VERSION`); None: the first
     versions: dict[str, str] = field(default_factory=dict)
     git_revision: str | None = None
+    base: str | None = None  # Hub name of the model that the weights come from in the end, where it is known
     own: bool = field(default=False, compare=False)  # read from a file that carries this user's digest; never written
 
 
@@ -177,6 +185,37 @@ def read_record(folder: str | Path) -> ModelRecord | None:
     for key in PLACES:
         setattr(record, key, resolve_from(folder, getattr(record, key)))
     return record
+
+
+def base_of(path: str | None) -> str | None:
+    """The Hub name of the model that the weights at `path` come from in the end: through records, adapters, and the Hub's cache.
+
+    None where nothing says it. What lies in a folder is only shown, never loaded.
+    """
+    seen: list[Path] = []
+    while path is not None and (folder := Path(path).expanduser()).is_dir() and folder.resolve() not in seen:
+        seen.append(folder.resolve())
+        cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/", str(folder.resolve()))
+        if cached is not None:
+            return f"{cached[1]}/{cached[2]}"
+        path = _named_in(folder)
+    return path if path is not None and HUB_NAME.fullmatch(path) and not Path(path).exists() else None
+
+
+def _named_in(folder: Path) -> str | None:
+    """What a model's folder names as its base: a Hub name, or a folder that is there."""
+    for file, keys in BASE_KEYS.items():
+        try:
+            data = read_json(folder / file)
+        except (UserError, OSError):
+            continue
+        for key in keys:
+            found = data.get(key) if isinstance(data, dict) else None
+            if isinstance(found, str) and found:
+                beside = folder.resolve() / found
+                if beside.is_dir() or "/" in found or file == NAME:  # else as likely a folder that is elsewhere
+                    return os.path.normpath(beside) if beside.is_dir() else found
+    return None
 
 
 def run_folder(path: str | Path) -> Path | None:

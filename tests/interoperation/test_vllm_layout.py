@@ -68,7 +68,6 @@ def _edited(name: str, **changes: object) -> Callable[[Path], None]:
         (_without("chat_template.jinja"), "chat template"),
         (_edited("config.json", architectures=None), "architecture"),
         (_edited("generation_config.json", eos_token_id=1), "stops at"),
-        (_edited("generation_config.json", top_k=50), "sampling"),
     ],
 )
 def test_the_list_sees_a_damaged_model(home: Path, tmp_path: Path, damage: Callable[[Path], None], word: str) -> None:

@@ -136,12 +136,11 @@ def test_a_saved_model_comes_back_bit_equal(saved: Path) -> None:
     assert [p.name for p in saved.parent.iterdir()] == ["base"], "nothing is left beside it"
 
 
-def test_pipelines_load_it_and_sample_from_the_whole_distribution(saved: Path) -> None:
+def test_pipelines_load_it(saved: Path) -> None:
     writer = pipeline("text-generation", model=str(saved))
     text = writer("w1 w2", max_new_tokens=3, return_full_text=False)[0]["generated_text"]
     assert isinstance(text, str)
     config = json.loads((saved / "generation_config.json").read_text())
-    assert (config["do_sample"], config["temperature"], config["top_k"], config["top_p"]) == (True, 1.0, 0, 1.0)
     assert (config["eos_token_id"], config["pad_token_id"], config["bos_token_id"]) == (2, 0, 1)
 
 

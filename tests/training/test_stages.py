@@ -231,7 +231,7 @@ def test_a_saved_model_is_a_plain_hugging_face_folder(home: Home) -> None:
     (answer,) = generate(tokenizer.decode(tokenizer("my boss").input_ids, skip_special_tokens=True), max_new_tokens=3)
     assert isinstance(answer["generated_text"], str)
     generation = json.loads((folder / "generation_config.json").read_text())
-    assert (generation["temperature"], generation["top_p"], generation["top_k"]) == (1, 1, 0)
+    assert "temperature" not in generation  # a new model's is greedy
     assert generation["eos_token_id"] == tokenizer.eos_token_id
 
 

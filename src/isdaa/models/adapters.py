@@ -11,9 +11,12 @@ import torch
 from torch import nn
 
 from isdaa.errors import UserError, nearest
+from isdaa.models.merging import merge
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+KEEP = "--lora.merge false (in Python merge=False) saves it beside them; the same command goes on from the last checkpoint"
 
 
 def add_lora(
@@ -39,7 +42,12 @@ def add_lora(
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
         raise UserError(f"lora: rank {rank}, alpha {alpha}, dropout {dropout}; needs rank ≥ 1, alpha > 0, 0 ≤ dropout < 1")
     if isinstance(model, PeftModel):
-        model = model.merge_and_unload(safe_merge=True)
+        if getattr(model, "is_quantized", False):
+            raise UserError(
+                "lora: the model has quantised weights and an adapter already, which they cannot take in; set lora.merge true "
+                "where that one is trained, or start from the model that was quantised"
+            )
+        model = merge(model, "the adapter that the model carries", "merge it where it was made, and give the merged model")
     targets: str | list[str] = target_modules if isinstance(target_modules, str) else list(target_modules)
     if targets != "all-linear":
         targets = [targets] if isinstance(targets, str) else targets
@@ -54,6 +62,7 @@ def add_lora(
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft sets it right by itself, and says so
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # `merge` unties them
         torch.manual_seed(seed)
         return get_peft_model(model, config)  # type: ignore[arg-type,return-value]
 
@@ -62,14 +71,28 @@ def merged_copy(model: nn.Module) -> nn.Module:
     """The plain model that a `PeftModel` computes, as a copy on the CPU; a model without adapter is returned itself.
 
     A copy, because merging and taking apart again would leave rounding errors in a model that is still being trained.
+
+    Raises:
+        UserError: the merged model would compute something else (`merging.merge`).
     """
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):
         return model
+    if getattr(model, "is_quantized", False):
+        raise UserError(
+            "the trained adapter: quantised weights cannot take it in; save it beside them (merge=False), or load what is saved "
+            "with dequantize=True"
+        )
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("cpu", copy=True), requires_grad=False) for p in model.parameters()}
-    with torch.no_grad():
-        return copy.deepcopy(model, memo).merge_and_unload(safe_merge=True)
+    try:
+        copied = copy.deepcopy(model, memo).to("cpu")  # buffers, too
+    except RuntimeError as error:  # tensors that are no parameters
+        why = " ".join(str(error).split())[:80]
+        raise UserError(f"the trained adapter: the model cannot be copied to merge it ({why}); {KEEP}") from error
+    for module in copied.modules():
+        module.__dict__.pop("forward", None)  # `prepare` and accelerate put it there; a reader has the class's
+    return merge(copied, "the trained adapter", KEEP)
 
 
 def fit_vocabulary(base: Any, weights: Mapping[str, torch.Tensor], name: str) -> None:
@@ -79,8 +102,9 @@ def fit_vocabulary(base: Any, weights: Mapping[str, torch.Tensor], name: str) ->
     """
     inside, outside = base.get_input_embeddings(), base.get_output_embeddings()
     ends = [end for end in (inside, outside) if end is not None]
-    names = {id(module): f"base_model.model.{key}.weight" for key, module in base.named_modules()}
-    brought = [weights.get(names.get(id(end), "")) for end in ends]
+    names = {id(module): f"base_model.model.{key}" for key, module in base.named_modules()}
+    keys = [(f"{names.get(id(end), '')}.weight", f"{names.get(id(end), '')}.base_layer.weight") for end in ends]  # itself adapted
+    brought = [next((weights[key] for key in both if key in weights), None) for both in keys]
     rows = {len(found) for found in brought if found is not None} - {inside.weight.shape[0]}
     if not rows:
         return

@@ -28,6 +28,7 @@ from isdaa.models.inner import (
 from isdaa.models.layout import Layout
 from isdaa.models.logprobs import Head
 from isdaa.models.probe import counted_positions, head_trouble, make_probe, switching_length
+from isdaa.models.quantised import keep_gradients
 from isdaa.terminal import working
 
 __all__ = ["PairForward", "ResponseLogps", "disable_dropout", "evaluating", "inner_model", "pass_tokens", "prepare"]
@@ -177,13 +178,20 @@ def prepare(model: nn.Module, probe: bool = True, longest_row: int | None = None
 
     Raises:
         UserError: an unknown attention, no causal language model, one whose logits are not finite, one whose logps can be
-            computed in neither way, or one with an adapter that acts on a part of a row.
+            computed in neither way, or one with an adapter that acts on a part of a row or whose two ends peft ties.
     """
     inner = inner_model(model)
-    if any(getattr(config, "alora_invocation_tokens", None) for config in getattr(model, "peft_config", {}).values()):
+    adapters = getattr(model, "peft_config", {}).values()
+    if any(getattr(config, "target_modules_to_tie", None) for config in adapters):
+        raise UserError(
+            "ensure_weight_tying with target_modules: peft does not merge such an adapter rightly and, for some models, reads "
+            "back another than it has saved; leave ensure_weight_tying out, or name the embeddings in modules_to_save"
+        )
+    if any(getattr(config, "alora_invocation_tokens", None) for config in adapters):
         raise UserError(
             "an activated LoRA (alora_invocation_tokens) acts from some token of a row on; a packed row has many such"
         )
+    keep_gradients(inner)
     state = install_forward(inner)
     state.own_head = False
     shared_prefix.install(inner)

@@ -23,7 +23,10 @@ from isdaa.models.adapters import add_lora, fit_vocabulary
 from isdaa.models.finite import check_finite
 from isdaa.models.hub import WEIGHTS, offline, quiet, refuse_gguf
 from isdaa.models.memory import check_fits
+from isdaa.models.merging import merge as merged
+from isdaa.models.merging import settle_ties
 from isdaa.models.pooling import pool_by_mask
+from isdaa.models.quantised import keep_gradients, quantisation
 from isdaa.models.saving import save_model, weights_digest
 from isdaa.terminal import working
 
@@ -63,18 +66,20 @@ def load_model(
     revision: str | None = None,
     merge_adapter: bool = True,
     quantization: str | None = None,
+    dequantize: bool = False,
 ) -> PreTrainedModel:
     """A causal language model from a folder or the Hub, in evaluation mode.
 
     A folder (or repository) that holds only a PEFT adapter gives its base model with the adapter merged into the
-    weights, all of which can be trained; `merge_adapter=False` keeps it beside them, as a `PeftModel`.
+    weights, all of which can be trained; `merge_adapter=False` keeps it beside them, as a `PeftModel`. Weights that lie
+    quantised in their folder stay so, and an adapter beside them; `dequantize=True` gives plain weights, into which it is merged.
     `dtype` is that of the weights in memory,
     "auto" that of the file. `device` None leaves the model on the CPU. `quantization` "nf4" puts the weights of linear layers,
     but for the head, into 4 bits (Dettmers et al. 2023, arXiv 2305.14314), computing in `dtype`; needs bitsandbytes.
 
     Raises:
         UserError: nothing is there, a folder is incomplete or damaged, no causal language model, unknown dtype, weights that are
-            not finite; an adapter's folder to be quantised, or an adapter that cannot be merged.
+            not finite; an adapter's folder to be quantised, or an adapter that cannot be merged, or computes something else then.
     """
     from transformers import AutoModelForCausalLM
 
@@ -83,11 +88,7 @@ def load_model(
     if quantization is not None:
         options |= _four_bits(dtype, device)
     with working(f"loading {path_or_name}"):
-        model = _load(AutoModelForCausalLM, path_or_name, dtype, device, merge_adapter, options)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # bitsandbytes' fast way on a CPU has no backward pass, and says nothing
-    return model
+        return _load(AutoModelForCausalLM, path_or_name, dtype, device, merge_adapter, options, dequantize=dequantize)
 
 
 def load_sequence_classifier(
@@ -274,6 +275,7 @@ def _load(
     merge_adapter: bool,
     options: dict[str, Any],
     new_head: bool = False,
+    dequantize: bool = False,
 ) -> Any:
     wanted = torch_dtype(dtype) or "auto"
     name = str(path_or_name)
@@ -289,11 +291,17 @@ def _load(
             if settings.get("task_type") != "SEQ_CLS" and not new_head:
                 raise UserError(f"{name}: no trained reward head; it is a language model's adapter, not a reward model's")
             inner["num_labels"] = 1  # the head comes with the adapter
-        base = _load(auto_class, _base_of(adapter, name), dtype, None, True, inner, new_head=classifier)
+        base_device = device if _quantised(_base_of(adapter, name), inner) and not dequantize else None
+        base = _load(auto_class, _base_of(adapter, name), dtype, base_device, True, inner, classifier, dequantize)
         model = _with_adapter(base, name, folder, options["revision"], merge_adapter)
     else:
         if folder is not None:
             _check_folder(name, folder)
+        lies = _quantised(name, options)
+        if lies is not None and "quantization_config" in options:
+            raise UserError(f"{name}: its weights are quantised already ({lies}); take model.quantization out")
+        if lies is not None:
+            options = options | {"device_map": {"": device or "cpu"}}
         options = {key: value for key, value in options.items() if not (key == "revision" and folder)}
         if not options["trust_remote_code"]:
             _check_kernels(name, options.get("revision"))
@@ -310,14 +318,42 @@ def _load(
         except Exception as error:
             raise _readable(error, name, folder, "model") from error
         _check_report(name, report, type(model).__name__, new_head)
+        if lies is not None and dequantize:
+            model = _plain(name, model, wanted)
         try:
             _check_forward(model.eval())
         except Exception as error:
             raise UserError(f"{name}: its config.json is wrong, for the model computes nothing ({_short(error)})") from error
     model = model.eval()
-    model = model if device is None or "quantization_config" in options else model.to(device)
+    settle_ties(model)
+    if getattr(model, "is_quantized", False):
+        keep_gradients(model)
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line a layer: 8 bits compute in fp16
+    elif device is not None:
+        model = model.to(device)
     check_finite(name, model)  # where it is fastest: on its device
     return model
+
+
+def _quantised(name: str, options: dict[str, Any]) -> str | None:
+    """How a folder's weights lie there, in words; None: as plain numbers, or it has no configuration, which loading it says."""
+    try:
+        config = model_config(name, trust_remote_code=options["trust_remote_code"], revision=options.get("revision"))
+    except UserError:
+        return None
+    return quantisation(config)
+
+
+def _plain(name: str, model: Any, dtype: Any) -> Any:
+    """A quantised model with plain weights."""
+    try:
+        plain = model.dequantize()
+        plain._weight_conversions = [
+            step for step in getattr(plain, "_weight_conversions", None) or () if _reverses(step)
+        ] or None
+        return (plain if dtype == "auto" else plain.to(dtype)).requires_grad_(True)
+    except NotImplementedError as error:
+        raise UserError(f"{name}: transformers cannot turn its weights into plain ones ({_short(error)})") from error
 
 
 def _check_kernels(name: str, revision: str | None) -> None:
@@ -356,15 +392,20 @@ def _four_bits(dtype: str, device: str | torch.device | None) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": device or "cpu"}}
 
 
+def _reverses(step: Any) -> bool:
+    """Whether transformers can undo, when it saves, what it did to a file's tensors; of quantisation it cannot."""
+    try:
+        step.reverse_transform()
+    except (NotImplementedError, ValueError):
+        return False
+    return True
+
+
 def _with_adapter(base: Any, name: str, folder: Path | None, revision: str | None, merge: bool) -> Any:
     from peft import PeftConfig, PeftModel
     from peft.utils import load_peft_weights
 
-    if merge and getattr(base, "is_quantized", False):
-        raise UserError(
-            f"{name}: its base model has quantised weights, which an adapter cannot be merged into without loss; set "
-            "base_model_name_or_path in its adapter_config.json to the model that was quantised"
-        )
+    merge = merge and not getattr(base, "is_quantized", False)  # which would be quantised anew, with a loss
     try:
         with quiet(downloads=folder is None):
             weights = load_peft_weights(str(folder or name), device="cpu", revision=revision)
@@ -385,7 +426,7 @@ def _with_adapter(base: Any, name: str, folder: Path | None, revision: str | Non
                 raise UserError(
                     f"{name}: an adapter of type {getattr(kind, 'value', kind)} cannot be merged into a model's weights"
                 )
-            model = model.merge_and_unload(safe_merge=True)
+            model = merged(model, name, "load it unmerged (merge_adapter=False), or merge it where it was made")
     except UserError:
         raise
     except Exception as error:

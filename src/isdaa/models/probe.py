@@ -21,7 +21,7 @@ _SHORT = 48
 
 # Tolerated |difference| of a token logp, relative to the largest |logp|; more where the model's own rounding noise is
 # larger (deep models, TF32), but never without bound: a model that is all noise is not computed rightly.
-_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 _MOST_NOISE = 30
 
 
@@ -72,7 +72,7 @@ def make_probe(model: nn.Module, longest_row: int | None) -> Probe:
     layout = Layout.of_pairs(*(torch.tensor([n]) for n in (prompt, chosen, rejected)))
     truth, noise = _plain_logps(model, ids, layout)
     dtypes = {p.dtype for p in inner.parameters() if p.is_floating_point()} | _computed_dtypes(model, ids)
-    relative = max(_TOLERANCE.get(dtype, max(_TOLERANCE.values())) for dtype in dtypes)
+    relative = max(TOLERANCE.get(dtype, max(TOLERANCE.values())) for dtype in dtypes)
     base = relative * float(truth.abs().max())
     return Probe(ids, layout, truth, min(max(base, 4 * noise), _MOST_NOISE * base), unprobed_window)
 
@@ -110,7 +110,7 @@ def head_trouble(model: nn.Module) -> str | None:
     except Exception:
         return None  # there is nothing to compare with, or to fall back to; the probe has the last word
     difference = float((own - head.logits(hidden)).abs().max() / own.abs().max())
-    if difference <= _TOLERANCE.get(head.weight.dtype, max(_TOLERANCE.values())):
+    if difference <= TOLERANCE.get(head.weight.dtype, max(TOLERANCE.values())):
         return None
     return f"the linear head differs from the model's own logits by {difference:.2g}"
 

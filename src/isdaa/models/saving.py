@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +18,10 @@ from isdaa.files import write_folder_atomically
 from isdaa.manifest import write_manifest
 from isdaa.models.adapters import merged_copy
 from isdaa.models.hub import quiet
+from isdaa.models.merging import settle_ties
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 def save_model(
@@ -35,6 +39,9 @@ def save_model(
     `AutoModelForCausalLM` and pipelines without isdaa. A `PeftModel` is saved with its adapter merged into the weights (the
     model itself is left as it is); `merge=False` saves the adapter alone, which then needs its base model where it was.
     `stop_ids` are further tokens that end a response, beside the tokenizer's EOS and those that the model already has.
+
+    Raises:
+        UserError: merged into the weights, the adapter would compute something else; nothing is written then.
     """
     folder = Path(folder)
     for name in files or {}:
@@ -43,10 +50,10 @@ def save_model(
     plain: Any = merged_copy(model) if merge else model
 
     def fill(aside: Path) -> None:
-        with quiet():
+        with quiet(), savable(plain):
             plain.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
-            generation_config(model, tokenizer, stop_ids).save_pretrained(aside)
+        write_generation_config(model, tokenizer, aside, stop_ids)
         for name, text in (files or {}).items():
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
             (aside / name).write_text(text, encoding="utf-8")
@@ -55,28 +62,55 @@ def save_model(
     write_folder_atomically(folder, fill)
 
 
-def generation_config(model: Any, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int] = ()) -> GenerationConfig:
-    """Sampling as the project means it: temperature 1, nothing filtered, and every token that ends a response.
+class _AsItIs:
+    """A generation config that is written as it is: transformers refuses one that, say, sets a temperature without sampling."""
 
-    The filters are written out, since transformers' own default is a top-k of 50.
+    def __init__(self, own: Any) -> None:
+        self.own = own
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)
+
+    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
+        self.own.to_json_file(Path(folder) / "generation_config.json", use_diff=True, keys_to_pop=["compile_config"])
+
+
+@contextmanager
+def savable(model: Any) -> Iterator[None]:
+    """While a model is saved: its configuration says which weights are tied, and its generation config is written as it is."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    settle_ties(inner)
+    own = inner.__dict__.get("generation_config")
+    try:
+        if own is not None:
+            inner.generation_config = _AsItIs(own)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")  # peft's, of what is wanted
+            yield
+    finally:
+        if own is not None:
+            inner.generation_config = own
+
+
+def write_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, stop_ids: Collection[int] = ()) -> None:
+    """Write generation_config.json: the model's own, as it was loaded, with every token that ends a response.
+
+    This project's own sampler never reads it.
     """
     from transformers import GenerationConfig
 
-    known = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    listed = known if isinstance(known, list) else [known]
+    own = getattr(model, "generation_config", None)  # a PeftModel's is that of its base
+    config = GenerationConfig() if own is None else copy.deepcopy(own)
+    listed = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     stops = {tokenizer.eos_token_id, *stop_ids, *(stop for stop in listed if type(stop) is int)} - {None}
     first = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     eos: list[int] = first + sorted(stops - set(first))  # type: ignore[arg-type]
+    config._from_model_config = False  # or `generate` might make it anew
+    config.eos_token_id = eos[0] if len(eos) == 1 else eos or None
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos[0] if eos else None)
-    return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=eos[0] if len(eos) == 1 else eos or None,
-        pad_token_id=pad,
-        do_sample=True,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-    )
+    config.pad_token_id = pad if pad is not None else config.pad_token_id
+    config.bos_token_id = config.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    _AsItIs(config).save_pretrained(folder)
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -17,11 +17,10 @@ from isdaa.evaluation.collect import check_tokenizers
 from isdaa.evaluation.identity import model_digest
 from isdaa.files import write_jsonl
 from isdaa.models import fused_head
-from isdaa.models.adapters import add_lora
 from isdaa.models.forward import PairForward, prepare
 from isdaa.models.kernels import compile_layers
-from isdaa.models.loading import is_adapter, load_model, load_tokenizer
-from isdaa.models.saving import save_model, weights_digest
+from isdaa.models.loading import load_model, load_tokenizer
+from isdaa.models.saving import weights_digest
 from isdaa.objectives.objective import Objective
 from isdaa.record import ModelRecord
 from isdaa.training.arguments import total_steps, training_arguments
@@ -29,6 +28,7 @@ from isdaa.training.authors import foreign_text, naming_columns, takes_reference
 from isdaa.training.batches import BEHAVIOUR_COLUMNS, TokenisedPairs
 from isdaa.training.checkpoints import named
 from isdaa.training.guard import guard_of
+from isdaa.training.inputs import check_start
 from isdaa.training.look import longest_row
 from isdaa.training.monitor import MetricsFile, metrics_at
 from isdaa.training.preference import PreferenceTrainer
@@ -37,13 +37,17 @@ from isdaa.training.reference import measure
 from isdaa.training.room import check_training
 from isdaa.training.run import Run
 from isdaa.training.start import (
+    adapter_base,
     cache_folder,
     check_rows,
+    coarse_weights,
     config_digest,
     described,
     is_start,
     keep_model,
     logps_key,
+    merges,
+    new_adapter,
     newest,
     other_model,
     policy_of,
@@ -69,6 +73,8 @@ def _align(run: Run) -> Path:
     start = starting_path(run)
     tokenizer = tokenizer_of(config, start)
     train, held_out = once(lambda: _pairs(run, tokenizer))
+    if start is not None:
+        check_start(config, "align", start)
     policy = policy_of(run, tokenizer, start)
     for pairs in (train, held_out):
         if pairs is not None:
@@ -88,11 +94,12 @@ def _align(run: Run) -> Path:
     train, held_out = _with_logps(run, train, held_out, start, forward, key, tokenizer)
     if config.lora.rank:
         plain = policy
-        base = once(lambda: _adapter_base(run, plain, tokenizer, start))
-        policy = add_lora(policy, **config.lora.model_dump(), seed=config.seed)
+        base = once(lambda: adapter_base(run, plain, tokenizer, start))
+        policy = new_adapter(config, policy)
         policy.peft_config["default"].base_model_name_or_path = base
         # Probed again: what the base's probe found out must hold for the forward that trains.
         forward = prepare(policy, probe=config.align.probe, longest_row=longest_row(config), attention=config.align.attention)
+    run.say("align", coarse_weights(policy, config.align.learning_rate))
     if config.align.compile_layers:
         compile_layers(policy)
     steps = total_steps(config.align, len(train), world_size())
@@ -107,7 +114,7 @@ def _align(run: Run) -> Path:
         return record_of(run, "policy", step=step, reference=reference, metrics=metrics_at(trainer.state.log_history, step))
 
     def describe(folder: Path, step: int) -> None:
-        for name, text in described(record(step), named(folder)).items():
+        for name, text in described(record(step), named(folder), adapter=config.lora.rank > 0).items():
             (folder / name).write_text(text, encoding="utf-8")
 
     guard = guard_of(run, tokenizer, forward, start=start, identity=loaded, held_out=held_out, record=record)
@@ -141,20 +148,9 @@ def _align(run: Run) -> Path:
         run.note("align", guard=guard.facts())
     folder = run.folder / "model"
     load = partial(load_model, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code)
-    keep_model(partial(trained_model, trainer, load), tokenizer, folder, record(trainer.state.global_step))
+    merge = merges(config, policy) or not config.lora.rank
+    keep_model(partial(trained_model, trainer, load, merge), tokenizer, folder, record(trainer.state.global_step), merge=merge)
     return folder
-
-
-def _adapter_base(run: Run, policy: Any, tokenizer: Any, start: str | None) -> str:
-    """Where checkpoints, which hold the adapter alone, find their base: the start, or, where that is itself an adapter or
-    a new random model, a merged copy in the run's folder."""
-    if start is not None and not is_adapter(start, run.config.model.revision if start == run.config.model.path else None):
-        path = Path(start).expanduser()
-        return str(path.absolute()) if path.is_dir() else start
-    base = run.folder / "base"
-    if not base.is_dir():
-        save_model(policy, tokenizer, base)
-    return str(base.absolute())
 
 
 def _pairs(run: Run, tokenizer: Any) -> tuple[TokenisedPairs, TokenisedPairs | None]:

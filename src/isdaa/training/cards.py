@@ -17,20 +17,19 @@ from isdaa.record import ModelRecord, git_revision, versions
 TITLES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "policy": "Preference alignment"}
 
 
-def model_card(record: ModelRecord, name: str) -> str:
-    """Markdown with the front matter that the Hub reads."""
+def model_card(record: ModelRecord, name: str, adapter: bool = False) -> str:
+    """Markdown with the front matter that the Hub reads. adapter: the card is of an adapter alone."""
     config = record.config
-    front = {"library_name": "transformers", "tags": ["isdaa", record.kind]}
-    base = config["model"]["path"]
-    if base and not Path(base).exists() and not Path(base).is_absolute():  # the Hub knows names alone
-        front["base_model"] = base
+    front = {"library_name": "peft" if adapter else "transformers", "tags": ["isdaa", record.kind]}
+    if record.base is not None:  # the Hub knows names alone
+        front |= {"base_model": record.base, "base_model_relation": "adapter" if adapter else "finetune"}
     if record.kind == "reward":
         front["pipeline_tag"] = "text-classification"
     else:
         front["pipeline_tag"] = "text-generation"
     lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {_plain(name)}", ""]
     step = f", optimiser step {record.step}" if record.step is not None else ""
-    lines += [f"{TITLES[record.kind]} with isdaa{step}.", ""]
+    lines += [f"{TITLES[record.kind]} with isdaa{step}.", "", f"- base model: {_base(record)}", ""]
     if record.kind == "policy":
         arguments = {key: value for key, value in config["objective"].items() if key != "method"}
         lines += [
@@ -79,6 +78,18 @@ def _position(record: ModelRecord) -> str:
         "read at the end of the chat template's output, and at EOS where a plain text ended: "
         "`AutoModelForSequenceClassification` on what `apply_chat_template` gives, rows padded together, gives the same score"
     )
+
+
+def _base(record: ModelRecord) -> str:
+    """The model that the weights come from in the end, and the one that this run began with, where that is another."""
+    model = record.config["model"]
+    start = (record.config["reward"].get("path") if record.kind == "reward" else None) or model["path"]
+    if start is None:
+        return f"none: new random weights of {_code(model.get('random'))}"
+    found = _code(_local(record.base or start))
+    revision = model.get("revision") if start == model["path"] else None
+    found += f", revision {_code(revision)}" if revision is not None else ""
+    return found if record.base in (None, start) else f"{found} (this run began with {_code(_local(start))})"
 
 
 def _plain(name: object) -> str:

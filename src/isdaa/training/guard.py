@@ -24,6 +24,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from isdaa.config import GuardConfig
+from isdaa.data.tokenization import ending_ids
 from isdaa.errors import UserError
 from isdaa.evaluation.falls import gains_shown
 from isdaa.evaluation.fragments import many, warning
@@ -37,7 +38,7 @@ from isdaa.training.batches import TokenisedPairs
 from isdaa.training.look import Looks, Measurement, Reference, guard_prompts, longest_row
 from isdaa.training.preference import PreferenceTrainer
 from isdaa.training.run import ONE_PROCESS, Run
-from isdaa.training.start import described, other_model, policy_of
+from isdaa.training.start import described, merges, other_model, policy_of
 
 if TYPE_CHECKING:
     from isdaa.evaluation.sequential import FallTest
@@ -386,7 +387,10 @@ def guard_of(
     reference = Reference(load, own_adapter, config.align.precision)
 
     def write(folder: Path, step: int) -> None:
-        save_model(forward.model, tokenizer, folder, described(record(step), run.folder / BEST))
+        # Quantised weights take no adapter in: it is kept as checkpoints keep it.
+        alone = config.lora.rank > 0 and (not merges(config, forward.model) or getattr(forward.model, "is_quantized", False))
+        files = described(record(step), run.folder / BEST, adapter=alone)
+        save_model(forward.model, tokenizer, folder, files, merge=not alone, stop_ids=ending_ids(tokenizer))
 
     looks = Looks(config, prompts, reference, scorer, identity=identity, folder=run.folder / FOLDER)
     if scorer is None:

@@ -10,6 +10,8 @@ from isdaa.config import Config, OptimisationConfig
 from isdaa.data.recipes import Purpose
 from isdaa.data.sources import opened
 from isdaa.errors import UserError
+from isdaa.models.loading import is_adapter, model_config
+from isdaa.models.quantised import check_trainable, quantisation
 
 
 def check_inputs(config: Config, stages: Sequence[str]) -> None:
@@ -32,6 +34,9 @@ def check_inputs(config: Config, stages: Sequence[str]) -> None:
             raise UserError(f"{key}: {name}: no such folder")
     if config.model.quantization is not None:
         _installed("bitsandbytes", "model.quantization")
+    for stage, name in starts_of(config, stages):
+        if Path(name).expanduser().is_dir():
+            check_start(config, stage, name)
     for stage in stages:
         section = getattr(config, stage)
         if isinstance(section, OptimisationConfig):
@@ -67,6 +72,36 @@ def models_of(config: Config, stages: Sequence[str]) -> Iterator[tuple[str, str 
         yield "reference.path", config.reference.path
         yield "behaviour.model_path", config.behaviour.model_path
         yield "guard.scorer", config.guard.scorer
+
+
+def starts_of(config: Config, stages: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The models whose weights stages train, where no earlier stage of the run makes them: stage, and folder or name."""
+    first = None if "sft" in config.stages else config.model.path
+    starts = {"sft": config.model.path, "reward": config.reward.path or first, "align": first}
+    yield from ((stage, name) for stage in stages if (name := starts.get(stage)) is not None)
+
+
+def check_start(config: Config, stage: str, name: str) -> None:
+    """Raises UserError where a stage cannot train what it starts from, since its weights lie quantised."""
+    settings = config.model
+    revision = settings.revision if name == settings.path else None
+    try:
+        architecture = model_config(name, trust_remote_code=settings.trust_remote_code, revision=revision)
+    except UserError:
+        return  # loading it says what is wrong
+    what = quantisation(architecture)
+    if what is None:
+        return
+    check_trainable(name, architecture, adapter=stage != "reward" and config.lora.rank > 0)
+    if settings.quantization is not None:
+        raise UserError(f"{name}: its weights are quantised already ({what}); take model.quantization out")
+    later = [one for one in config.stages if one in ("reward", "align") and not (one == "reward" and config.reward.path)]
+    if is_adapter(name, revision) or (stage == "sft" and later and config.lora.merge is not True):
+        then = f"{later[0]} could not train what sft leaves" if stage == "sft" and later else "no second adapter can be trained"
+        raise UserError(
+            f"{name}: its weights are quantised ({what}), and beside an adapter {then}: set lora.merge true where the adapter is "
+            "trained"
+        )
 
 
 def _may_be_on_the_hub(source: str) -> bool:

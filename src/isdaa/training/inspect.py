@@ -20,9 +20,10 @@ from isdaa.terminal import progress
 from isdaa.training.arguments import total_steps
 from isdaa.training.devices import check_name, here
 from isdaa.training.examine import Examined, examine, writes_date, written_by_label
+from isdaa.training.inputs import check_start, starts_of
 from isdaa.training.plan import Plan, Sharding, dtype_of, own_memory, plan
 from isdaa.training.run import Run
-from isdaa.training.start import cache_folder, starting_path, tokenizer_of
+from isdaa.training.start import cache_folder, rounded_away, starting_path, tokenizer_of
 from isdaa.training.supervised import NO_BASE, not_for_reward, pairs_source
 
 BUSY = 0.1  # share of the cores; two threads that wait for each other lose far more than that in speed
@@ -102,6 +103,8 @@ def inspect(
             report.architecture = architecture
             _count_steps(report, config, processes)
             found.stages.append(report)
+    for trained, name in starts_of(config, config.stages):
+        _attempt(found, partial(check_start, config, trained, name))
     planned = [report for report in found.stages if plans and report.architecture is not None]
     if planned:
         _import_trainers(config)
@@ -235,11 +238,7 @@ def _warn(found: Inspection, tokenizers: list[Any]) -> None:
     if coarse:
         rate = max(getattr(config, stage).learning_rate for stage in coarse)
         of_file = ", which here is bfloat16," if config.model.dtype == "auto" else ""
-        say(
-            f"model.dtype is {config.model.dtype}{of_file} and all weights are trained: an update is about the learning rate "
-            f"({rate:g}), and one below 1/256 of the weight is rounded away, so that most weights never move; set model.dtype "
-            "float32 (and precision bfloat16), or lora.rank"
-        )
+        say(rounded_away(f"model.dtype is {config.model.dtype}{of_file}", rate))
     chat = any(run.kind == "given" and shown for report in found.stages for shown in report.examined.shown for run in shown.runs)
     if chat and any(writes_date(tokenizer) for tokenizer in tokenizers if tokenizer is not None):
         say(

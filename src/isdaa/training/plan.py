@@ -19,6 +19,7 @@ from isdaa.models.forward import PASS_TOKENS, cpu_pass_tokens
 from isdaa.models.kv_cache import room_of
 from isdaa.models.layout import Layout
 from isdaa.models.loading import torch_dtype
+from isdaa.models.quantised import quantisation
 from isdaa.objectives.objective import Objective
 from isdaa.training.arguments import STATES
 from isdaa.training.devices import Speed, assumed_speed, device_of, measured_speed, product_speed
@@ -169,7 +170,9 @@ def plan(
         _add_passes(result, examined, config, stage, batches, steps, processes, program, others)
     result.checkpoint = (float(stage.adapter_bytes) or float(stage.weight_bytes)) + states
     models = 2 if examined.stage == "align" and config.guard.keep == "best" else 1  # the final one, and the best
-    result.disk = result.checkpoint * (checkpoints or 0) + float(models * stage.weight_bytes)
+    lies = _is_quantised(stage, config) and config.model.quantization is None
+    alone = stage.adapter_bytes and (config.lora.merge is False or (lies and config.lora.merge is None))
+    result.disk = result.checkpoint * (checkpoints or 0) + float(models * (stage.adapter_bytes if alone else stage.weight_bytes))
     result.disk_free = _free_disk(Path(config.output_dir))
     result.available = _memory_of(device, processes)
     if device == "cpu" and processes > 1:
@@ -178,13 +181,21 @@ def plan(
 
 
 def _is_quantised(stage: Stage, config: Config) -> bool:
-    return config.model.quantization is not None and stage.setting.kind != "reward"
+    return _bytes_of_linear(stage, config) is not None
+
+
+def _bytes_of_linear(stage: Stage, config: Config) -> float | None:
+    """Bytes of a weight of a linear layer, where these are quantised: by this run, or in their folder."""
+    if stage.setting.kind == "reward":
+        return None
+    lies = quantisation(stage.setting.architecture) or ""
+    return NF4 if config.model.quantization is not None or lies.endswith("4 bits") else 1.0 if lies.endswith("8 bits") else None
 
 
 def _weights(stage: Stage, config: Config) -> float:
     """Bytes of a policy's weights, an adapter's left out."""
-    linear = stage.linear * (NF4 - stage.setting.dtype.itemsize) if _is_quantised(stage, config) else 0.0
-    return stage.weight_bytes + linear
+    size = _bytes_of_linear(stage, config)
+    return stage.weight_bytes + (0.0 if size is None else stage.linear * (size - stage.setting.dtype.itemsize))
 
 
 def _at_once(device: str, processes: int) -> int:

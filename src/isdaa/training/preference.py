@@ -31,7 +31,7 @@ from isdaa.errors import UserError
 from isdaa.models import fused
 from isdaa.models.forward import PASS_TOKENS, PairForward, ResponseLogps, disable_dropout, pass_tokens
 from isdaa.models.inner import SHARED_PREFIX
-from isdaa.models.saving import generation_config
+from isdaa.models.saving import write_generation_config
 from isdaa.objectives.objective import Objective, ObjectiveOutput, PairLogps
 from isdaa.objectives.weights import batch_weights
 from isdaa.record import read_record
@@ -470,7 +470,7 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
                 self.tokenizer.save_pretrained(folder)
                 if Path(folder, "config.json").is_file():  # an adapter is used with its base model's
                     model = self.accelerator.unwrap_model(self.model)
-                    generation_config(model, self.tokenizer, ending_ids(self.tokenizer)).save_pretrained(folder)
+                    write_generation_config(model, self.tokenizer, Path(folder), ending_ids(self.tokenizer))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # Tied weights are saved once; loading them is not a loss.

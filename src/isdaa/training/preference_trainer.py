@@ -21,9 +21,10 @@ from isdaa.files import located
 from isdaa.models.finite import check_finite
 from isdaa.models.forward import PairForward, disable_dropout, prepare
 from isdaa.models.loading import load_model, load_tokenizer
+from isdaa.models.quantised import check_trainable
 from isdaa.objectives.formulas import one_line
 from isdaa.objectives.objective import Objective
-from isdaa.record import ModelRecord
+from isdaa.record import ModelRecord, base_of
 from isdaa.terminal import say
 from isdaa.training.authors import foreign_text
 from isdaa.training.batches import BEHAVIOUR_COLUMNS, TokenisedPairs
@@ -32,12 +33,13 @@ from isdaa.training.monitor import MetricsFile, metrics_at
 from isdaa.training.preference import PreferenceTrainer
 from isdaa.training.preference_config import MIGRATING, PreferenceConfig, as_dict
 from isdaa.training.reference import measure
-from isdaa.training.start import check_rows, described, logps_key, weighs_by_behaviour
+from isdaa.training.start import check_rows, coarse_weights, described, logps_key, weighs_by_behaviour
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-KEYWORDS = {"dtype", "attn_implementation", "trust_remote_code", "revision", "merge_adapter", "quantization"}  # of `load_model`
+# Of `load_model`.
+KEYWORDS = {"dtype", "attn_implementation", "trust_remote_code", "revision", "merge_adapter", "quantization", "dequantize"}
 # Settings of the optimiser that a model's card shows.
 SHOWN = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps"),
@@ -82,6 +84,8 @@ def preference_trainer(
         raise UserError("ref_model: the policy itself, which will change; leave it out: its logps are taken before training")
     policy = _loaded(model, args)
     name = _name(model)
+    adapted = isinstance(policy, PeftModel)
+    check_trainable(name or "model", policy.config, adapter=adapted or peft_config is not None)
     tokenizer = processing_class if processing_class is not None else _tokenizer(name, args)
     settings = _settings(args, policy)
     train = _pairs(train_dataset, "train_dataset", tokenizer, settings, args)
@@ -90,7 +94,6 @@ def preference_trainer(
     for pairs in sets:
         check_rows(policy, name, *pairs.extent())
     longest = max(pairs.extent()[1] for pairs in sets)
-    adapted = isinstance(policy, PeftModel)
     if adapted and peft_config is not None:
         raise UserError(
             "peft_config: the model carries an adapter already; merge it (model.merge_and_unload()), save that and give it"
@@ -118,10 +121,12 @@ def preference_trainer(
 
     def describe(folder: Path, step: int) -> None:
         metrics = metrics_at(trainer.state.log_history, step)
-        record = ModelRecord("policy", config, step=step, reference=reference or None, metrics=metrics)
-        for file, text in described(record, named(folder)).items():
+        record = ModelRecord("policy", config, step=step, reference=reference or None, metrics=metrics, base=base_of(name))
+        for file, text in described(record, named(folder), adapter=isinstance(policy, PeftModel)).items():
             (folder / file).write_text(text, encoding="utf-8")
 
+    for line in coarse_weights(policy, args.learning_rate):
+        say(f"preference: {line}")
     say(f"preference: {args.method}: {one_line(args.objective_arguments())}")
     trainer = PreferenceTrainer(
         policy,

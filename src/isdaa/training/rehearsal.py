@@ -102,7 +102,7 @@ class Stage:
             model = base = self._base()
             linear = _linear(base)  # an adapter's are not among them
             if setting.lora is not None and setting.lora.rank:
-                model = add_lora(base, **setting.lora.model_dump(), seed=0)
+                model = add_lora(base, **setting.lora.model_dump(exclude={"merge"}), seed=0)
         with self._mode():
             if not real:
                 _give_shapes(model)

@@ -62,7 +62,10 @@ GUARD_DECIDES = (
 )
 FREE = ("report_to", "logging_steps", "save_total_limit")  # change what is shown or kept, not what comes out
 # Samples and weights do not depend on them, but for rounding: a run may go on with other kernels.
-FREE_KEYS = ("label.batch_size", "reward.eval_steps", "guard.batch_size", "guard.keep", "align.attention", "align.compile_layers")
+FREE_KEYS = (
+    *("label.batch_size", "reward.eval_steps", "guard.batch_size", "guard.keep", "align.attention", "align.compile_layers"),
+    "lora.merge",
+)
 # A global batch is what every process reads at once.
 TRAINS = ("sft", "reward", "align")
 # Whose output the later stages start from.

@@ -19,10 +19,11 @@ from isdaa.errors import UserError
 from isdaa.evaluation.identity import model_digest
 from isdaa.files import digest
 from isdaa.models import fused_head
-from isdaa.models.loading import load_model, load_tokenizer, random_model
+from isdaa.models.adapters import add_lora
+from isdaa.models.loading import is_adapter, load_model, load_tokenizer, random_model
 from isdaa.models.saving import save_model, weights_digest
 from isdaa.record import NAME as RECORD
-from isdaa.record import ModelRecord, record_text
+from isdaa.record import ModelRecord, base_of, record_text
 from isdaa.terminal import working
 from isdaa.training.cards import model_card
 from isdaa.training.checkpoints import newest_complete_checkpoint
@@ -163,38 +164,101 @@ def record_of(run: Run, kind: str, **facts: Any) -> ModelRecord:
     if evaluation is None and held_out.exists():
         evaluation, split = str(held_out), None
     scorer = config.evaluation.scorer
-    return ModelRecord(kind=kind, config=resolved(config), evaluation=evaluation, evaluation_split=split, scorer=scorer, **facts)
+    base = base_of((config.reward.path if kind == "reward" else None) or config.model.path)
+    return ModelRecord(kind, resolved(config), base=base, evaluation=evaluation, evaluation_split=split, scorer=scorer, **facts)
 
 
-def described(record: ModelRecord, folder: Path) -> dict[str, str]:
-    """Record and card of a model that is, or will be, in `folder`: file name -> text."""
-    return {RECORD: record_text(replace(record, tokens=VERSION), folder), "README.md": model_card(record, folder.name)}
+def described(record: ModelRecord, folder: Path, *, adapter: bool = False) -> dict[str, str]:
+    """Record and card of a model that is, or will be, in `folder`: file name -> text. adapter: what lies there is one alone."""
+    return {RECORD: record_text(replace(record, tokens=VERSION), folder), "README.md": model_card(record, folder.name, adapter)}
 
 
-def keep_model(model: Callable[[], Any], tokenizer: Any, folder: Path, record: ModelRecord, log: Path | None = None) -> None:
-    """Save a finished stage's model as a plain Hugging Face folder with record and card; an adapter is merged.
+def adapter_base(run: Run, policy: Any, tokenizer: Any, start: str | None) -> str:
+    """Where what holds an adapter alone finds its base: the start, or, where that is itself an adapter or a new random model, a
+    merged copy in the run's folder."""
+    if start is not None and not is_adapter(start, run.config.model.revision if start == run.config.model.path else None):
+        path = Path(start).expanduser()
+        return str(path.absolute()) if path.is_dir() else start
+    base = run.folder / "base"
+    if not base.is_dir():
+        save_model(policy, tokenizer, base)
+    return str(base.absolute())
+
+
+def new_adapter(config: Config, model: Any) -> Any:
+    """The model with a new adapter on it, as the `lora` section describes it."""
+    return add_lora(model, **config.lora.model_dump(exclude={"merge"}), seed=config.seed)
+
+
+def rounded_away(of: str, rate: float, share: float | None = None) -> str:
+    """The warning about half-precision weights that are trained. of: whose weights; share: of them, that a step of the learning
+    rate does not move; None: not measured."""
+    most = "most weights" if share is None else f"{share:.0%} of the weights"
+    return (
+        f"{of} and all weights are trained: an update is about the learning rate ({rate:g}), and one below 1/256 of the weight "
+        f"is rounded away, so that {most} never move; set model.dtype float32 (and precision bfloat16), or lora.rank"
+    )
+
+
+def coarse_weights(model: Any, rate: float) -> list[str]:
+    """The same of a model that is to be trained, where a tenth of its weights or more cannot move; measured on a sample."""
+    still, count, kinds = 0.0, 0, set()
+    for weight in model.parameters():
+        if weight.requires_grad and weight.dtype in (torch.bfloat16, torch.float16):
+            flat = weight.detach().reshape(-1)
+            some = flat[:: max(1, len(flat) // 4096)]
+            moved = [(some.float() + step).to(some.dtype) != some for step in (rate, -rate)]
+            still += float((~(moved[0] | moved[1])).float().mean()) * len(flat)
+            count += len(flat)
+            kinds.add(str(weight.dtype).removeprefix("torch."))
+    share = still / max(count, 1)
+    return [rounded_away(f"the model is in {'/'.join(sorted(kinds))}", rate, share)] if share >= 0.1 else []
+
+
+def keep_model(
+    model: Callable[[], Any],
+    tokenizer: Any,
+    folder: Path,
+    record: ModelRecord,
+    log: Path | None = None,
+    *,
+    merge: bool = True,
+) -> None:
+    """Save a finished stage's model as a plain Hugging Face folder with record and card; an adapter is merged, unless `merge` is
+    False.
 
     model: gives it; called by the main process alone. log: a file of metrics that goes with it.
     """
 
     def save() -> None:
         more = {} if log is None else {log.name: log.read_text(encoding="utf-8")}
-        save_model(model(), tokenizer, folder, described(record, folder) | more, stop_ids=ending_ids(tokenizer))
+        files = described(record, folder, adapter=not merge) | more
+        save_model(model(), tokenizer, folder, files, merge=merge, stop_ids=ending_ids(tokenizer))
 
     with working(f"saving {folder.name}"):
         once(save)
 
 
-def trained_model(trainer: Any, load: Callable[..., Any]) -> Any:
+def merges(config: Config, model: Any) -> bool:
+    """Whether a stage saves its policy merged (`lora.merge`). model: as it is trained; weights of 4 bits that this run has made
+    of plain ones count as these."""
+    lies_quantised = getattr(model, "is_quantized", False) and config.model.quantization is None
+    return not lies_quantised if config.lora.merge is None else config.lora.merge
+
+
+def trained_model(trainer: Any, load: Callable[..., Any], merge: bool = True) -> Any:
     """The model that a trainer has trained, without what was wrapped around it.
 
-    load: `load_model` or `load_sequence_classifier`. Where each process has a part of the weights only, and where they are of 4
-    bits, the model is read from the checkpoint of the last step: an adapter then goes into its base model's own weights.
+    load: `load_model` or `load_sequence_classifier`. Where each process has a part of the weights only, and where they are
+    quantised and to be merged, the model is read from the checkpoint of the last step: an adapter then goes into its base model's
+    own weights, or into plain ones made of these.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or getattr(model, "is_quantized", False)):
+    sharded, quantised = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled, getattr(model, "is_quantized", False)
+    if not sharded and not (quantised and merge):
         return model
-    return load(Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}")
+    options = {"dequantize": True} if quantised and merge else {} if merge else {"merge_adapter": False}
+    return load(Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}", **options)
 
 
 def newest(folder: Path) -> str | None:

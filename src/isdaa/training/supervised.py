@@ -26,19 +26,23 @@ from isdaa.errors import UserError
 from isdaa.evaluation.reading import worth_in_words
 from isdaa.evaluation.statistics import share_interval
 from isdaa.files import digest
-from isdaa.models.adapters import add_lora
 from isdaa.models.loading import load_model, load_sequence_classifier, model_config
 from isdaa.models.saving import weights_digest
 from isdaa.terminal import Bar, progress, say
 from isdaa.training.arguments import training_arguments
+from isdaa.training.inputs import check_start
 from isdaa.training.monitor import MetricsFile, TrainingProgress, WholeIntervals
 from isdaa.training.reading import read_pairs
 from isdaa.training.room import check_training
 from isdaa.training.run import METRICS, Run
 from isdaa.training.start import (
+    adapter_base,
     cache_folder,
     check_rows,
+    coarse_weights,
     keep_model,
+    merges,
+    new_adapter,
     newest,
     policy_of,
     record_of,
@@ -64,13 +68,23 @@ def sft(run: Run) -> Path:
     config = run.config
     tokenizer = tokenizer_of(config)
     data = once(lambda: _examples(run, tokenizer))
+    if config.model.path is not None:
+        check_start(config, "sft", config.model.path)
     model = policy_of(run, tokenizer, config.model.path)
+    merge = merges(config, model) or not config.lora.rank
     check_rows(model, config.model.path, *_extent(data, ("input_ids",)))
     run.pin("sft", weights=weights_digest(model), examples=content_digest(data.remove_columns("id")))
     folder = run.folder / "sft-checkpoints"
     check_training(run, "sft", model, config.sft, len(data), folder=folder, limit=KEPT, lora=config.lora)
     if config.lora.rank:
-        model = add_lora(model, **config.lora.model_dump(), seed=config.seed)
+        plain = model
+        base = (
+            None if merge and config.model.path is None else once(lambda: adapter_base(run, plain, tokenizer, config.model.path))
+        )
+        model = new_adapter(config, model)
+        model.peft_config["default"].base_model_name_or_path = base
+
+    run.say("sft", coarse_weights(model, config.sft.learning_rate))
 
     class Trainer(WholeCheckpoints, SFTTrainer):
         """TRL's, with checkpoints that are whole or absent."""
@@ -94,7 +108,7 @@ def sft(run: Run) -> Path:
     folder = run.folder / "sft"
     record = record_of(run, "sft", step=trainer.state.global_step, metrics=metrics)
     load = partial(load_model, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code)
-    keep_model(partial(trained_model, trainer, load), tokenizer, folder, record)
+    keep_model(partial(trained_model, trainer, load, merge), tokenizer, folder, record, merge=merge)
     return folder
 
 
@@ -144,6 +158,7 @@ def reward(run: Run) -> Path:
     options["revision"] = config.model.revision if start == config.model.path else None
     run.say("reward", _pad_apart(tokenizer, start, **options))
     data, held = once(lambda: _both(run, tokenizer))
+    check_start(config, "reward", start)
     model = load_sequence_classifier(
         start,
         dtype=config.model.dtype,
@@ -161,6 +176,8 @@ def reward(run: Run) -> Path:
     run.pin("reward", weights=weights_digest(model), pairs=read)
     folder = run.folder / "reward-checkpoints"
     check_training(run, "reward", model, config.reward, len(data), folder=folder, limit=KEPT)
+
+    run.say("reward", coarse_weights(model, config.reward.learning_rate))
 
     class Trainer(WholeCheckpoints, RewardTrainer):
         """TRL's, with checkpoints that are whole or absent, and figures of held-out pairs that are of all of them alike."""

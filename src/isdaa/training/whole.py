@@ -20,6 +20,7 @@ from isdaa.distributed import once
 from isdaa.errors import UserError
 from isdaa.foreign import check_shape, read_json, readable
 from isdaa.manifest import MANIFEST, write_manifest
+from isdaa.models.saving import savable
 from isdaa.terminal import working
 from isdaa.training.checkpoints import check_resumable, newest_complete_checkpoint, rotate, write_checkpoint
 from isdaa.training.finite import FiniteSteps
@@ -205,6 +206,10 @@ class WholeCheckpoints(FiniteSteps):
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:
             rotate(folder.parent, self.args.save_total_limit)
+
+    def _save(self: Any, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with savable(self.accelerator.unwrap_model(self.model)):
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
 
     # ---- models that a script saves, and the Hub ----
 

@@ -1,0 +1,65 @@
+"""Models whose weights lie quantised: in their folder already, or as an object that a script made.
+
+What can be trained on them is an adapter. Which methods take one is what transformers' own quantisers say.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from isdaa.errors import UserError
+
+
+def quantisation(config: Any) -> str | None:
+    """How the weights of a folder with this transformers configuration lie there, in words; None: as plain numbers."""
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return None
+    values = found if isinstance(found, dict) else found.to_dict()
+    bits = "4 bits" if values.get("load_in_4bit") else "8 bits" if values.get("load_in_8bit") else ""
+    return " ".join(filter(None, (str(values.get("quant_method", "an unnamed method")), bits)))
+
+
+def check_trainable(name: str, config: Any, *, adapter: bool) -> None:
+    """Raises UserError where a model with this configuration cannot be trained: with an adapter, or without."""
+    what = quantisation(config)
+    if what is None:
+        return
+    if not adapter:
+        raise UserError(
+            f"{name}: its weights are quantised ({what}) and cannot be trained; set lora.rank (in Python peft_config) for an "
+            "adapter beside them, or name the model that was quantised"
+        )
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    try:
+        quantiser: Any = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
+        trainable = bool(quantiser.is_trainable)
+        quantiser.validate_environment(device_map=None, weights_only=True)
+    except Exception as error:  # a method that is not known here, a package that is missing, a device that is
+        why = " ".join(str(error).split())[:160]
+        raise UserError(f"{name}: its weights are quantised ({what}), and cannot be read here ({why})") from error
+    if not trainable:
+        raise UserError(
+            f"{name}: its weights are quantised ({what}), and transformers cannot train even an adapter on such; name the model "
+            "that was quantised"
+        )
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """Switch off bitsandbytes' fast way for 4 bits on a CPU, which has no backward pass: gradients would be wrong without a word.
+
+    Weights that a pass in evaluation mode has packed for it already are unpacked.
+    """
+    for module in model.modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        weight: Any = module.weight
+        if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+            weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+            module.quant_state = weight.quant_state
