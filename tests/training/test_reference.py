@@ -313,7 +313,9 @@ def test_probabilities_are_measured_in_the_same_pass(forward: PairForward, pairs
             assert found[4 + place, index] == pytest.approx(float(table.square().sum()), rel=1e-4)
 
 
-def test_pairs_of_a_larger_set_are_not_computed_again(forward: PairForward, tmp_path: Path) -> None:
+def test_pairs_of_a_larger_set_are_not_computed_again(
+    forward: PairForward, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """`label` measures all pairs; `align` then asks for two parts of them, in another order."""
     rows = token_rows(17)
     whole = compute(forward, TokenisedPairs(rows), tmp_path)
@@ -323,6 +325,7 @@ def test_pairs_of_a_larger_set_are_not_computed_again(forward: PairForward, tmp_
             found = compute(refuse, TokenisedPairs([rows[i] for i in part]), tmp_path)
             assert all(np.array_equal(values, of[part]) for values, of in zip(found, whole, strict=True))
     assert len(list(tmp_path.glob("logps-*"))) == 3
+    assert not caplog.text  # what was taken out of the larger file is whole in its own
 
 
 @pytest.mark.parametrize("what", ["another pair", "another model", "damaged", "older"])

@@ -138,6 +138,7 @@ def write_cache(path: Path, key: dict[str, Any], values: np.ndarray, pairs: Toke
     """Write (6, N) values, the key and a digest of the content as one file, atomically; with the digests of `pairs`."""
     from safetensors.numpy import save
 
+    values = np.ascontiguousarray(values)  # of a row with strides safetensors writes other numbers
     arrays = dict(zip(NAMES, values, strict=True)) | ({} if pairs is None else {ROWS: pairs.row_digests()})
     metadata = {"key": json.dumps(key, sort_keys=True), "content": _content(arrays)}
     write_atomically(path, save(arrays, metadata=metadata))
