@@ -28,6 +28,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt_neox": SMALL,
     "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.3},
 }
+ENCODER = {"roberta": SMALL | {"max_position_embeddings": 400}}
 CHATS = [
     ([{"role": "user", "content": "What is 3+4?"}], "It is 7."),
     ([{"role": "user", "content": "Name the capital of France, please; and nothing else."}], "\n\nParis – I'd guess"),
@@ -42,7 +43,7 @@ def saved(folder: Path, tokenizer: Any, kind: str = "llama", **ids: Any) -> str:
     torch.manual_seed(3)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = {"pad_token_id": pad, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id} | ids
-    settings = AutoConfig.for_model(kind, vocab_size=len(tokenizer), num_labels=1, **SHAPES[kind], **ids)
+    settings = AutoConfig.for_model(kind, vocab_size=len(tokenizer), num_labels=1, **(SHAPES | ENCODER)[kind], **ids)
     AutoModelForSequenceClassification.from_config(settings).eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -125,6 +126,14 @@ def test_every_class_reads_by_its_own_rule(kind: str, tmp_path: Path) -> None:
     for family in ("qwen2", "llama3")[: 1 if kind == "qwen2" else 2]:  # its tokenizer class makes its own of any other
         folder = saved(tmp_path / family, build(family), kind)
         assert RewardModelScorer(folder, batch_size=4).score(rows()) == close(plain(folder)), family
+
+
+def test_an_encoder_is_not_said_to_be_read_at_a_token(tmp_path: Path) -> None:
+    """Its score comes from its first token, or from all: where a row ends decides nothing but what it sees."""
+    folder = saved(tmp_path, byte_level("chatml"), "roberta")
+    scorer = RewardModelScorer(folder, batch_size=4)
+    assert scorer.score(rows()) == close(plain(folder))
+    assert about(scorer)[0].startswith("an encoder, which reads the whole text")
 
 
 def test_texts_end_with_eos_which_is_passed_over_where_it_pads(tmp_path: Path) -> None:

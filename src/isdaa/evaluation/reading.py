@@ -74,9 +74,21 @@ class Reading:
                 found = None  # no token has it, so none is passed over
         return found if isinstance(found, int) else None
 
+    @cached_property
+    def encoder(self) -> bool:
+        """Whether its class reads rows whole, as BERT does, wherever they end."""
+        from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+        from isdaa.models.loading import model_config
+
+        return type(model_config(self.path)) in MODEL_FOR_MASKED_LM_MAPPING
+
     def described(self, tokenizer: Any) -> str:
         """Which token is read, in words."""
         eos = repr(str(tokenizer.eos_token))
+        if self.encoder:
+            through = "the end of its chat template's output" if self.template_end else "the end of the response"
+            return f"an encoder, which reads the whole text, here through {through}, as its class does in plain transformers"
         if not self.template_end:
             whose = "" if self.position != "auto" else ", as its record has it"
             return f"read at the end of the response (the token that ends the turn, or {eos}){whose}"
