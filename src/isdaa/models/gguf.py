@@ -210,11 +210,12 @@ def _convert(file: Path, aside: Path, bar: Bar, package: Package | None, tokeniz
     bar.update(50 - bar.done, note="reading its weights")
     try:
         with quiet(), _watched(bar, 40) as unread:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(file.parent), gguf_file=file.name, dtype=torch.float32, output_loading_info=True
             )
     except Exception as error:
         raise UserError(f"{file}: transformers cannot dequantise it ({type(error).__name__}: {error})") from error
+    model, report = loaded
     _check_whole(file, facts, model.config, unread, report)
     bar.update(90 - bar.done, note="writing")
     # Dequantised weights are ordinary ones, but transformers would still write, and read, the folder as a GGUF's.
@@ -269,8 +270,8 @@ def _check_whole(file: Path, facts: Mapping[str, Any], config: Any, unread: Sequ
     if absent:
         raise UserError(f"{file}: {len(absent)} weights are missing, as {absent[0]}; a file in parts has to be joined first")
     kind = str(facts.get("general.architecture"))
-    known = {name.replace("_", "").replace("-", ""): keys for name, keys in GGUF_CONFIG_MAPPING.items()}
-    keys = {*known.get(kind.replace("_", "").replace("-", ""), {}), "vocab_size"}
+    known: dict[str, Any] = {name.replace("_", "").replace("-", ""): keys for name, keys in GGUF_CONFIG_MAPPING.items()}
+    keys: set[str] = {*known.get(kind.replace("_", "").replace("-", ""), {}), "vocab_size"}
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for name, value in facts.items():
         key = name.removeprefix(f"{kind}.")
