@@ -121,6 +121,14 @@ def test_the_pace_is_that_of_this_process(monkeypatch: pytest.MonkeyPatch) -> No
     assert bar.count() == "95/100" and bar.share() == 0.95 and bar.left() == pytest.approx(10, rel=0.1)
 
 
+def test_a_phase_that_counts_nothing_shows_no_count_and_no_time_left() -> None:
+    with terminal.progress("saving", alone=False) as bar:
+        task: Any = SimpleNamespace(fields={"bar": bar})
+        assert terminal._Count().render(task).plain == terminal._Left().render(task).plain == ""
+        bar.update(3)
+        assert terminal._Count().render(task).plain == "3"
+
+
 # --- training
 
 
@@ -163,6 +171,19 @@ def test_figures_of_several_steps_say_of_which(eager: None, capsys: pytest.Captu
     notes = [(re.search(r"(\d)/5", line).group(1), line.partition("loss ")[2]) for line in lines]  # type: ignore[union-attr]
     two, four = (f"{n}  unweighted 0.5  weight 1 (mean of steps {n - 1} to {n})" for n in (2, 4))
     assert notes == [("1", ""), ("2", two), ("3", two), ("4", four), ("5", "5  unweighted 0.5  weight 1")]
+
+
+def test_a_step_without_figures_of_its_own_says_whose_it_shows(eager: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint ends an interval, so that the next one may be of one step."""
+    progress: Any = TrainingProgress("train")
+    state, control = TrainerState(global_step=0, max_steps=9, is_world_process_zero=True), TrainerControl()
+    progress.on_train_begin(None, state, control)
+    state.global_step = 1
+    progress.on_log(None, state, control, logs={"loss": 1.0})
+    state.global_step = 2
+    progress.on_step_end(None, state, control)
+    progress.close()
+    assert [line.partition("loss ")[2] for line in capsys.readouterr().err.splitlines()] == ["1", "1 (of step 1)"]
 
 
 def test_an_unweighted_loss_is_shown_beside_a_weighted_one_alone(eager: None, capsys: pytest.CaptureFixture[str]) -> None:

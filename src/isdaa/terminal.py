@@ -110,13 +110,14 @@ def clock(seconds: float | None) -> str:
 
 class _Left(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(f"{clock(task.fields['bar'].left())} left")
+        bar: Bar = task.fields["bar"]
+        return Text(f"{clock(bar.left())} left" if bar.total else "")
 
 
 class _Count(ProgressColumn):
     def render(self, task: Task) -> Text:
         bar: Bar = task.fields["bar"]
-        return Text(f"{bar.share():.0%}" if bar.in_parts else bar.count())
+        return Text(f"{bar.share():.0%}" if bar.in_parts else bar.count() if bar.total or bar.done else "")
 
 
 class _Note(ProgressColumn):

@@ -1,5 +1,6 @@
 """Who wrote the responses: a run says where they are not the reference's own, and nothing where they are."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,16 @@ def test_text_of_others_is_told(model: Any) -> None:
     for pairs in (TokenisedPairs(rows), drawn(other, 1.0), drawn(model, 0.3)):
         (line,) = said(model, pairs)
         assert "not samples of the reference" in line and "isdaa logps" in line and "μ = π_ref" in line
+        found, own = re.search(r"probability (\S+) on average, its own would have (\S+) ", line).groups()  # type: ignore[union-attr]
+        assert float(found) != float(own)
+
+
+def test_probabilities_that_are_small_are_told_apart(model: Any) -> None:
+    """Random text under a random model: about 1 / vocabulary, which has more zeros than three."""
+    pairs = drawn(model, 1.0)
+    scored = pairs.scored_lengths()
+    (line,) = foreign_text(np.stack([*np.zeros((2, *scored[0].shape)), *(4e-4 * scored), *(5e-4 * scored)]), pairs)
+    assert "probability 0.0004 on average, its own would have 0.0005" in line
 
 
 def test_of_a_few_responses_nothing_is_said(model: Any) -> None:

@@ -67,6 +67,6 @@ def foreign_text(measured: np.ndarray, pairs: TokenisedPairs) -> list[str]:
         return []
     found, expected = (float(values[there].sum() / tokens) for values in (probability, own))
     return [
-        f"the responses are not samples of the reference: their tokens have probability {found:.3f} on average, its own would "
-        f"have {expected:.3f} ({away:.0f} standard errors apart). μ = π_ref is assumed: {HELP}"
+        f"the responses are not samples of the reference: their tokens have probability {found:.3g} on average, its own would "
+        f"have {expected:.3g} ({away:.0f} standard errors apart). μ = π_ref is assumed: {HELP}"
     ]

@@ -107,7 +107,7 @@ class TrainingProgress(TrainerCallback):
         self._context: AbstractContextManager[Bar] | None = None
         self._bar: Bar | None = None
         self._figures = self._guard = ""  # of the last log, and what the guard found last
-        self._logged = 0  # the step of the last log
+        self._covered = self._logged = 0  # the first and the last step of the last log
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
@@ -128,7 +128,7 @@ class TrainingProgress(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._bar is not None and not control.should_log:  # a step that is logged is shown with its figures, in `on_log`
-            self._to(state.global_step, self._bar.note)
+            self._to(state.global_step, self._note(state.global_step))
 
     def _to(self, step: int, note: str) -> None:
         assert self._bar is not None
@@ -153,16 +153,23 @@ class TrainingProgress(TrainerCallback):
             self._guard = words({"guard/win_rate": "win rate", "guard/kl": "KL"})
         elif "loss" in logs:
             self._figures = words(FIGURES if "weights/mean" in logs else {k: v for k, v in FIGURES.items() if k != UNWEIGHTED})
-            if state.global_step - self._logged > 1:
-                self._figures += f" (mean of steps {self._logged + 1} to {state.global_step})"
-            self._logged = state.global_step
+            self._covered, self._logged = self._logged + 1, state.global_step
         else:
             return
-        note = "  ".join(filter(None, (self._figures, self._guard)))
+        note = self._note(state.global_step)
         if "loss" in logs:
             self._to(state.global_step, note)
         else:
             self._bar.update(0, note=note)
+
+    def _note(self, step: int) -> str:
+        """The last figures, and of which steps they are, where that is not `step` alone; what the guard found last."""
+        whose = ""
+        if self._figures and self._covered < self._logged:
+            whose = f" (mean of steps {self._covered} to {self._logged})"
+        elif self._figures and self._logged != step:
+            whose = f" (of step {self._logged})"
+        return "  ".join(filter(None, (self._figures + whose, self._guard)))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.close()
