@@ -120,6 +120,8 @@ def test_an_option_is_named_as_an_option(tmp_path: Path) -> None:
     sweep_of(tmp_path)
     with pytest.raises(UserError, match=r"^--jobs: "):
         load_sweep(tmp_path / "sweep.yaml", {"jobs": 0})
+    with pytest.raises(UserError, match="expected_minutes"):
+        load_sweep(tmp_path / "sweep.yaml", {"expected_minutes": [-5, 1]})
 
 
 def test_finished_runs_are_known_wherever_the_sweep_lies(tmp_path: Path) -> None:

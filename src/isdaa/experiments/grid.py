@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -32,6 +32,7 @@ from isdaa.files import digest, located
 from isdaa.settings_text import or_list, read_settings
 
 Keep = Literal["all", "models", "best"]
+Minutes = Annotated[Float, Field(gt=0)]
 # A grid's keys below these change the stages that runs share; all others belong to the alignment alone.
 UPSTREAM = ("sft", "reward", "label", "scorer", "model", "lora", "tokenization")
 UPSTREAM_KEYS = ("data.sft", "data.sft_split", "data.prompts", "data.prompts_split", "data.subset", "data.prompt_repeated")
@@ -60,7 +61,7 @@ class SweepConfig(Section):
     jobs: Int = Field(1, ge=1, description="runs at a time")
     threads: Int | None = Field(None, ge=1, description="of each run on this machine; null: the cores divided by `jobs`")
     shared_threads: Int | None = Field(None, ge=1, description="of a shared world on this machine; null: as `threads`")
-    expected_minutes: tuple[Float, Float] | None = Field(
+    expected_minutes: tuple[Minutes, Minutes] | None = Field(
         None, description="that a shared world and a run took before: the first estimate of the time left"
     )
     cluster: Literal["none", "local", "slurm"] = Field("none", description="none: processes here; else through submitit")

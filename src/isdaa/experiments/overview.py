@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from heapq import heapreplace
 from statistics import median
 from typing import Any
 
@@ -72,7 +73,7 @@ class Overview:
 
     def left(self) -> float | None:
         """Seconds left: the median time of finished tasks of each kind for those to come, less what the running ones have
-        behind them; the shared worlds come first, and each kind is shared out among the places. None before one has finished."""
+        behind them; the shared worlds come first, and each kind is dealt out to the places. None before one has finished."""
         known = self.expected | {kind: median(times) for kind, times in self.took.items() if times}
         if not known:
             return None
@@ -81,8 +82,10 @@ class Overview:
         total = 0.0
         for kind in (True, False):
             cost = known.get(kind, guess)
-            todo = [max(cost - behind.get(name, 0.0), 0.0) for name in self.todo if (name in self.shared) == kind]
-            total += sum(todo) / min(self.jobs, max(len(todo), 1))
+            places = [0.0] * self.jobs
+            for seconds in sorted(max(cost - behind.get(name, 0.0), 0.0) for name in self.todo if (name in self.shared) == kind):
+                heapreplace(places, places[0] + seconds)  # the place that is free first; those that run have begun already
+            total += max(places)
         return total
 
     def _head(self) -> Text:
