@@ -1,5 +1,6 @@
 """Who wrote the responses: a run says where they are not the reference's own, and nothing where they are."""
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from isdaa.training.authors import foreign_text, naming_columns
 from isdaa.training.batches import TokenisedPairs
 from isdaa.training.reference import measure
 
-PROMPTS = [[3 + i % 30, 5, 7 + i % 11] for i in range(48)]
+PROMPTS = [[3 + i % 30, 5, 7 + i % 11] for i in range(200)]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,18 @@ def test_samples_of_the_reference_are_its_own_however_they_are_cut(model: Any) -
         assert said(model, drawn(model, 1.0, length)) == []
 
 
+@pytest.mark.parametrize("length", [1, 3])
+def test_pairs_of_equal_responses_that_were_dropped_are_no_sign_of_others(model: Any, length: int) -> None:
+    """What a peaked model says twice is what it is surest of: the rest looks less likely than its samples are."""
+    sure = copy.deepcopy(model)
+    sure.lm_head.weight.data *= 4
+    pairs = drawn(sure, 1.0, length, count=len(PROMPTS))
+    unequal = [row for row in pairs if row["chosen_ids"].tolist() != row["rejected_ids"].tolist()]
+    assert len(unequal) < 0.5 * len(pairs)
+    assert said(sure, TokenisedPairs(unequal)) == said(sure, pairs) == []
+    assert said(sure, drawn(model, 1.0, length, count=len(PROMPTS))) != []
+
+
 def test_text_of_others_is_told(model: Any) -> None:
     rng = np.random.default_rng(0)
     rows = [
@@ -60,7 +73,7 @@ def test_probabilities_that_are_small_are_told_apart(model: Any) -> None:
     """Random text under a random model: about 1 / vocabulary, which has more zeros than three."""
     pairs = drawn(model, 1.0)
     scored = pairs.scored_lengths()
-    (line,) = foreign_text(np.stack([*np.zeros((2, *scored[0].shape)), *(4e-4 * scored), *(5e-4 * scored)]), pairs)
+    (line,) = foreign_text(np.stack([*(-9.0 * scored[:1]), *(-8.0 * scored[1:]), *(4e-4 * scored), *(5e-4 * scored)]), pairs)
     assert "probability 0.0004 on average, its own would have 0.0005" in line
 
 

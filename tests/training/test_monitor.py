@@ -21,6 +21,14 @@ def test_a_line_is_json_that_every_reader_knows() -> None:
     assert metrics_line({"step": 3, "train_runtime": 1.0, "train_loss": 2.0}) is None
 
 
+def test_a_line_is_the_same_out_of_a_checkpoint() -> None:
+    """A checkpoint's log is sorted by name; how long something took is under `time/`, by which two runs may differ."""
+    logged = {"step": 3, "epoch": 0.5, "loss": 1.0, "grad_norm": 2.0, "eval_loss": 3.0, "eval_runtime": 4.0}
+    line = metrics_line(logged)
+    assert json.dumps(line) == json.dumps(metrics_line(json.loads(json.dumps(logged, sort_keys=True))))
+    assert line is not None and list(line) == ["step", "epoch", "eval/loss", "time/eval_runtime", "grad_norm", "loss"]
+
+
 def test_a_resumed_file_starts_from_the_checkpoints_log(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 2, "epoch": 0.1, "loss": 1.0}\n{"step": 9, "loss": 7.0}\n{"step": 1')

@@ -15,6 +15,7 @@ LEAST = 16  # responses; nothing is said of fewer
 SURE = 4.0  # standard errors
 FAR = 1.0  # nats of |log w| on average, at a first step that nothing has changed yet
 GAP = 0.015  # of what own samples would have; less is not worth a line, however sure
+CERTAIN = -0.1  # logp from which on a response counts as no likelier: it says next to nothing, and must not outweigh the others
 MODEL_NAMES = re.compile(r"(^|[ _.-])(models?|generators?)($|[ _.-])")  # columns that say who wrote a response
 
 HELP = (
@@ -49,23 +50,25 @@ def foreign_text(measured: np.ndarray, pairs: TokenisedPairs) -> list[str]:
     """A line where the responses are not draws from the model that measured them, at temperature 1.
 
     A token drawn from π has, on average, the probability Σ_v π(v)². The sum over a response of π(y_t) − Σ_v π(v)² is then a
-    martingale: its mean over responses is zero but for chance, whatever the prompts, lengths and cuts are.
+    martingale: its mean over responses is zero but for chance, whatever the prompts, lengths and cuts are. Pairs of equal
+    responses are left out; a response y is weighed with 1 / (1 − π(y)), which makes up for those that it would have been in.
 
     measured: (6, N) of `reference.measure`. Nothing is said of few responses, nor of a difference that chance may explain.
     """
     probability, own = measured[2:4].astype(np.float64).ravel(), measured[4:6].astype(np.float64).ravel()
     scored = pairs.scored_lengths().ravel()
-    there = own > 0  # a fused head measures neither
+    there = (own > 0) & np.tile(measured[0] != measured[1], 2)  # a fused head measures neither; equal responses are no pair
     if there.sum() < LEAST:
         return []
-    excess = (probability - own)[there]
+    kept = -1 / np.expm1(np.minimum(measured[:2].astype(np.float64).ravel()[there], CERTAIN))
+    excess = kept * (probability - own)[there]
     error = excess.std(ddof=1) / np.sqrt(len(excess))
-    tokens = scored[there].sum()
-    gap = excess.sum() / own[there].sum()
+    tokens = kept @ scored[there]
+    gap = excess.sum() / (kept @ own[there])
     away = abs(excess.mean()) / max(error, 1e-12)
     if abs(gap) < GAP or away < SURE:
         return []
-    found, expected = (float(values[there].sum() / tokens) for values in (probability, own))
+    found, expected = (float(kept @ values[there] / tokens) for values in (probability, own))
     return [
         f"the responses are not samples of the reference: their tokens have probability {found:.3g} on average, its own would "
         f"have {expected:.3g} ({away:.0f} standard errors apart). μ = π_ref is assumed: {HELP}"

@@ -23,6 +23,7 @@ STALL_STEPS = 20
 START_MEAN = 0.05  # nats; a policy that starts as its reference differs from it by rounding alone
 START_RMS = 0.3
 
+TIMES = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")  # as the Trainer logs them
 UNWEIGHTED = "loss/unweighted"
 FIGURES = {  # shown beside the steps
     "loss": "loss",
@@ -34,17 +35,18 @@ FIGURES = {  # shown beside the steps
 
 
 def metrics_line(entry: dict[str, Any]) -> dict[str, Any] | None:
-    """A Trainer log entry as a line of `metrics.jsonl`: `eval_x` is `eval/x`, numbers that no JSON knows are null.
+    """A Trainer log entry as a line of `metrics.jsonl`: `eval_x` is `eval/x`, or `time/eval_x` where it is how long that took;
+    numbers that no JSON knows are null. By name, as a checkpoint has them.
 
     None for the summary that the Trainer logs at its end: it describes one process, not the run.
     """
     if "train_runtime" in entry:
         return None
     line = {"step": entry["step"], "epoch": entry.get("epoch")}
-    for key, value in entry.items():
+    for key, value in sorted(entry.items()):
         if key in line:
             continue
-        name = f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else key
+        name = f"time/{key}" if key in TIMES else f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else key
         line[name] = None if isinstance(value, float) and not math.isfinite(value) else value
     return line
 
