@@ -31,6 +31,7 @@ _TRAINED = 8  # of them, at most so many of those that the adapter has a vector 
 # logp depends on the model (in bfloat16, 30 layers: 0.6 of 35 nats), so it is measured: rounding noise is put on what each
 # adapted layer gives. Of that, so many times are tolerated, in the mean square and at the largest; measured: 0.3 to 3.3 times.
 _FACTOR = 8
+_NUMBERS = 8  # of noise, at least: a reward model gives one a pass, whose noise may happen to be next to nothing
 _SURVIVES = 0.9  # least share of an adapter's change that the merged weights must hold, or a warning says so
 
 
@@ -150,15 +151,17 @@ def _values(base: Any, row: Tensor) -> Tensor:
 
 
 def _with_noise(model: Any, row: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """What an unmerged model gives, and its change by rounding noise; None where it cannot compute here.
+    """What an unmerged model gives, and its changes by rounding noise; None where it cannot compute here.
 
     The model inside is called: accelerate casts what goes through the wrapper.
     """
     base = model.get_base_model()
     try:
-        values = _values(base, row)
+        values, noise = _values(base, row), []
         with _noise(base):
-            return values, _values(base, row) - values
+            while sum(map(Tensor.numel, noise)) < _NUMBERS:
+                noise.append(_values(base, row) - values)
+        return values, torch.stack(noise)
     except Exception as error:  # a foreign model's code, or one for another device
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         logger.warning("whether the merged adapter computes what it did cannot be seen: the model does not run here (%s)", why)
