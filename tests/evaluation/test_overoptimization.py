@@ -336,6 +336,13 @@ def test_nothing_is_recommended_that_is_not_shown_to_be_better():
     assert found.better is True and not found.keeps_reference and "no checkpoint" not in found.sentence
 
 
+def test_one_checkpoint_that_is_shown_to_be_better_is_kept_though_its_neighbours_are_worse():
+    """Smoothed, the curve lies below the reference; the reference was recommended, and `better` said the opposite."""
+    verdict = judge(a_run(simulated([0.20, 0.58, 0.20, 0.20], prompts=800)[0]))
+    assert verdict.below_start and verdict.better is True and verdict.recommended == 1 and not verdict.keeps_reference
+    assert "keep checkpoint-2" in verdict.sentence and "keep the reference" not in verdict.sentence
+
+
 def test_what_is_recommended_is_itself_shown_to_be_better():
     """The best and one near the reference cannot be told apart, but the latter is not shown to be better than the reference."""
     best = np.array([1.0] * 224 + [0.0] * 176)

@@ -114,6 +114,26 @@ def test_names_that_say_nothing_are_one_run_where_the_user_says_so(tmp_path: Pat
     }
 
 
+@pytest.mark.parametrize(
+    "models, expected",
+    [
+        (["m/dpo-100", "m/dpo-200", "m/ipo-100", "m/dpo-final"], {"dpo": 3, "ipo": 1}),
+        (["m/100-dpo", "m/100-ipo", "m/200-ipo"], {"dpo": 1, "ipo": 2}),
+        (["m/dpo-b0.1-e1", "m/dpo-b0.1-e2", "m/dpo-b0.5-e1"], {"dpo-b0.1-e": 2, "dpo-b0.5-e": 1}),
+        (["m/dpo-seed1-10", "m/dpo-seed1-20", "m/dpo-seed2-10"], {"dpo-seed1": 2, "dpo-seed2": 1}),
+        (["m/seed-1", "m/seed-2"], {"seed-1": 1, "seed-2": 1}),
+        (["m/seed-1-early", "m/seed-1-late"], {LONE: 2}),
+        (["m/dpo-100", "m/dpo-200", "m/dpo-final"], {LONE: 3}),
+        (["m/2026-01-30", "m/2026-01-31"], {LONE: 2}),
+        (["m/100", "m/200", "n/100"], {"m": 2, "n": 1}),
+    ],
+)
+def test_names_with_bare_numbers_tell_runs_apart_where_they_can(tmp_path: Path, models, expected) -> None:
+    assert {name: len(paths) for name, paths in curves(tmp_path, models, True).items()} == expected
+    apart = curves(tmp_path / "apart", models)
+    assert all(len(paths) == 1 for paths in apart.values()), "nothing says that they are one run"
+
+
 def test_each_curve_has_a_verdict_and_a_label_of_its_own(tmp_path: Path) -> None:
     """Four runs of one method, β and seed: what tells them apart is their names."""
     place = evaluated(tmp_path, [(f"run{i}/model", policy(1, 9)) for i in range(4)])

@@ -39,13 +39,14 @@ class Verdict:
     prompts_needed: int | None  # where underpowered: prompts (at these checkpoints) that would decide; None if they cannot
     checkpoints_needed: int | None  # where underpowered: checkpoints (at these prompts) that would decide
     sentence: str  # verdict and recommended checkpoint, for people
-    below_start: bool = False  # the reference itself is above every checkpoint: the fall counts from there
+    below_start: bool = False  # the reference itself is above the smoothed curve: the fall counts from there
     better: bool | None = None  # whether some checkpoint is shown to be better than the reference; None: cannot be asked
 
     @property
     def keeps_reference(self) -> bool:
-        """Whether no checkpoint is to be kept: the reference is above them all, or none is shown to be better."""
-        return self.below_start or self.better is False
+        """Whether no checkpoint is to be kept: none is shown to be better. One that is, is kept even where the smoothed curve lies
+        below the reference: what is kept is that checkpoint, and not the curve."""
+        return self.better is False
 
 
 @dataclass(frozen=True)
@@ -187,8 +188,6 @@ def _sentence(
     keep, now = f"keep {best}", f"for now keep {best}"
     if found.better is False:
         keep, now = f"{NONE_BETTER}: keep the reference", f"{NONE_BETTER}: for now keep the reference"
-    elif found.below_start:
-        keep, now = "keep the reference", "for now keep the reference"
     elif found.better is None:
         keep, now = (f"{words} (the reference's own win rate is not known)" for words in (keep, now))
     if finding == "over-optimised":

@@ -35,6 +35,8 @@ LONE = "checkpoints"  # name of the only run, where isdaa did not train it
 NUMBERED = re.compile(
     r"(?P<run>.*?)[-_. ]*(?P<word>checkpoint|ckpt|global[-_]?step|step|iteration|iter|epoch)[-_. ]*(?P<number>\d+)", re.IGNORECASE
 )
+SEED = re.compile(r"seed[-_.= ]*\d+", re.IGNORECASE)  # in a name: of another run, never of a later checkpoint
+NUMBER = re.compile(rf"({SEED.pattern})|\d+", re.IGNORECASE)
 FINAL = ("model", "best")  # folders of a run's, or a checkpoint's, that hold its weights
 Identity = tuple[str | None, float | None, int | None]  # method, β and seed of a model's record
 UNKNOWN: Identity = (None, None, None)
@@ -153,7 +155,8 @@ def trajectories(folder: str | Path, as_one_run: bool = False) -> list[Trajector
 
     Models are of one run where they lie in one run's folder or, of other programs, where their names differ by a step's number
     alone (`out/checkpoint-100`, `out/checkpoint-200`, and `out` itself), and where records name the same method, β and seed.
-    as_one_run: models of one folder whose names say nothing are one run, in the order given; else each is a run of its own.
+    as_one_run: models of one folder whose names say nothing of that are one run, in the order given, unless some differ by a number
+    alone and others by more (`dpo-100`, `dpo-200`, `ipo-100`); else each is a run of its own.
     Names are unique: a run's folder, with the folders around it where several runs' folders have the same name.
     """
     with fitting(Path(folder)):
@@ -211,6 +214,7 @@ def _homes(models: Sequence[tuple[str, Identity]], as_one_run: bool) -> list[Pat
     for place, found in zip(places, numbered, strict=True):
         if found is not None:
             families.setdefault(place.parent, set()).add(found["run"])
+    alike = _alike([place for place, found in zip(places, numbered, strict=True) if found is None and place.name not in FINAL])
 
     def home(place: Path, found: re.Match[str] | None) -> Path:
         if found is not None:
@@ -224,9 +228,35 @@ def _homes(models: Sequence[tuple[str, Identity]], as_one_run: bool) -> list[Pat
         named = sorted(name for name in beside if name and place.name.startswith(name)) or sorted(beside)
         if len(named) == 1:  # `dpo-final` beside `dpo-step100`
             return place.parent / named[0]
-        return place.parent if as_one_run and not beside else place
+        return alike[place] if as_one_run and not beside else place
 
     return [home(*each) for each in zip(places, numbered, strict=True)]
+
+
+def _alike(places: Sequence[Path]) -> dict[Path, Path]:
+    """For each model what it shares with those of its run: its folder, or its name but for a number where that tells runs apart.
+
+    A name's number is the last that varies among names which are else the same. It tells runs apart where some differ by it alone
+    and others by more, or where names have seeds. A name without a number (`dpo-final`) goes with those that begin like it.
+    """
+    homes: dict[Path, Path] = {}
+    for folder in dict.fromkeys(place.parent for place in places):
+        names = list(dict.fromkeys(place.name for place in places if place.parent == folder))
+        numbers = {name: [number for number in NUMBER.finditer(name) if not number[1]] for name in names}
+        patterns = {name: NUMBER.sub(lambda number: number[1] or "#", name) for name in names}
+        runs: dict[str, str] = {}
+        for name in filter(numbers.get, names):
+            columns = zip(*(numbers[other] for other in names if patterns[other] == patterns[name]), strict=True)
+            varying = [place for place, column in enumerate(columns) if len({number[0] for number in column}) > 1]
+            start, end = numbers[name][varying[-1] if varying else -1].span()
+            runs[name] = (name[:start].rstrip("-_. ") + name[end:]).lstrip("-_. ")
+        known = sorted(set(runs.values()))
+        for name in names:
+            mine = [run for run in known if run and name.startswith(run)] or known
+            runs.setdefault(name, mine[0] if len(mine) == 1 and not SEED.search(name) else name)
+        told = len(known) < len(list(filter(numbers.get, names))) or len({found and found[0] for found in map(SEED.search, names)}) > 1
+        homes |= {folder / name: folder / run if told and len(set(runs.values())) > 1 else folder for name, run in runs.items()}
+    return homes
 
 
 def _place(path: str, identity: Identity) -> Path:

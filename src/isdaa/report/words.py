@@ -118,7 +118,7 @@ def _to_keep(report: Mapping[str, Any]) -> str:
     top = max(runs, key=lambda run: run["checkpoints"][-1]["win_rate"]["mean"])  # judged, so it has one
     if top["recommended"]["label"] == REFERENCE:
         whose = "of it" if len(runs) == 1 else f"of {top['name']}, its run that ends highest,"
-        return f"; but no checkpoint {whose} {'is shown to be' if top['better'] is False else 'is'} better than the reference"
+        return f"; but no checkpoint {whose} is shown to be better than the reference"
     step, label = top["recommended"]["step"], top["recommended"]["label"]
     what = label if step is None else f"step {step}"
     return f"; keep its {what}" if len(runs) == 1 else f"; of its runs {top['name']} ends highest: keep {what} of it"
