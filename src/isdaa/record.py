@@ -39,7 +39,7 @@ SHAPE = {
     "config": {
         "seed?": (int, None),
         "objective?": ({"method?": (str, None), "beta?": (float, None)}, None),
-        "model?": ({"dtype?": (str, None), "trust_remote_code?": (bool, None)}, None),
+        "model?": ({**dict.fromkeys(("path?", "revision?", "dtype?"), (str, None)), "trust_remote_code?": (bool, None)}, None),
         "data?": ({"evaluation?": (str, None), "prompt_repeated?": (str, None)}, None),
         "evaluation?": SECTION,
         "tokenization?": SECTION,

@@ -119,7 +119,13 @@ def test_right_merges_of_reward_models_pass_though_each_gives_one_number(monkeyp
     """The noise of a single number is next to nothing now and then, and a rounding then looked like an error (7 of 60)."""
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    small = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 2,
+    }
     config = LlamaConfig(vocab_size=32, num_labels=1, pad_token_id=0, initializer_range=0.2, **small)
     for seed in range(20):
         torch.manual_seed(seed)

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from chains import ALIGN, chat_model, jsonl, plain_pairs, refused, train
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from isdaa import PreferenceConfig, preference_trainer
+from isdaa.cli import main
 from isdaa.errors import UserError
+from isdaa.evaluation.requests import requests
 from isdaa.models import merging
 from isdaa.models.gguf import SOURCE
 from isdaa.models.loading import load_model
@@ -57,6 +59,40 @@ def test_an_adapter_on_a_tied_head_is_saved_as_it_was_trained_or_not_at_all(
     for folder in ("other/model", "other/checkpoints/checkpoint-2", "run/model"):
         assert torch.allclose(logits(load_model(folder)), logits(trained), atol=1e-5), folder
     assert not json.loads((place / "other/model/config.json").read_text())["tie_word_embeddings"]
+
+
+def test_a_model_of_the_hub_keeps_its_revision(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints hold the adapter alone; they, and the reference of an evaluation, were loaded at the Hub's main."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    home = place / "cache/models--owner--name"
+    (home / "refs").mkdir(parents=True)
+    for seed, (name, commit) in enumerate((("main", "a" * 40), ("v2", "b" * 40))):
+        (home / "refs" / name).write_text(commit)
+        chat_model(home / "snapshots" / commit, seed=seed)
+    assert train("run", ALIGN | {"model.path": "owner/name", "model.revision": "v2", "lora.rank": 2, "align.save_steps": 1}) == 0
+    settings = json.loads((place / "run/checkpoints/checkpoint-2/adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("owner/name", "v2")
+    trained = logits(load_model("run/model"))
+    assert torch.allclose(logits(load_model("run/checkpoints/checkpoint-2")), trained, atol=1e-5)
+    assert not torch.allclose(logits(load_model("owner/name")), trained, atol=0.1)
+    assert main(["evaluate", "--model_path", "run"]) == 0
+    kl = [model["kl"]["mean"] for model in json.loads((place / "run/evaluation/metrics.json").read_text())["models"]]
+    assert max(kl) < 1e-3, "two steps at a small rate"
+    first = place / "run/checkpoints/checkpoint-1"
+    record = read_record(first)
+    assert record is not None
+    record.config["model"]["revision"] = None
+    (first / "isdaa.json").write_text(record_text(record, first))
+    with pytest.raises(UserError, match=r"different revisions of the reference owner/name \(main, v2\)"):
+        requests(["run"], {"scorer": "none"})
+    script = preference_trainer(
+        "owner/name",
+        args=PreferenceConfig("script", use_cpu=True, model_init_kwargs={"revision": "v2"}),
+        train_dataset=plain_pairs(4),
+        peft_config=LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"]),
+    )
+    assert script.model.peft_config["default"].revision == "v2"
 
 
 def test_weights_that_lie_quantised_are_refused_before_any_work(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

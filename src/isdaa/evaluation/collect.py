@@ -90,8 +90,9 @@ def tokenize(
 class Models:
     """Loads a model when it is first needed; keeps the reference and the one policy in work."""
 
-    def __init__(self, reference: str, dtype: str, trust_remote_code: bool) -> None:
+    def __init__(self, reference: str, dtype: str, trust_remote_code: bool, revision: str | None = None) -> None:
         self.reference_path, self.dtype, self.trust_remote_code = reference, dtype, trust_remote_code
+        self.revision = revision  # of the reference, on the Hub
         self.loaded: dict[str, tuple[Any, Any]] = {}
 
     def get(self, path: str) -> tuple[Any, Any]:
@@ -105,7 +106,8 @@ class Models:
             for other in [p for p in self.loaded if p != self.reference_path]:
                 del self.loaded[other]
             device = "cuda" if torch.cuda.is_available() else None
-            model = load_model(path, dtype=self.dtype, device=device, trust_remote_code=self.trust_remote_code)
+            options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, "dtype": self.dtype, "device": device}
+            model = load_model(path, **options, revision=self.revision if path == self.reference_path else None)
             model.requires_grad_(False)
             self.loaded[path] = (model, prepare(model))
         return self.loaded[path]
@@ -142,17 +144,23 @@ class Collection:
         dtype: str = "float32",
         trust_remote_code: bool = False,
         shared: Path | None = None,
+        revision: str | None = None,
     ) -> None:
         self.checkpoints, self.prompts, self.settings, self.folder = models, prompts, settings, folder
         self.shared = relative_to(folder, str(shared)) if shared is not None else None
         self.held_out, self.dtype = held_out, dtype
-        self.models = Models(reference, dtype, trust_remote_code)
+        self.models = Models(reference, dtype, trust_remote_code, revision)
         self.reference = reference
         # Without a scorer, one sample a prompt shows the reference's length and repetition; opponents are not needed.
         self.opponents = settings.opponent_samples if scored else 1
         paths = [reference, *(model.path for model in models)]
         with working("digests of the models' files"):
-            self.digests = once(lambda: {path: model_digest(path, trust_remote_code) for path in dict.fromkeys(paths)})
+            self.digests = once(
+                lambda: {
+                    path: model_digest(path, trust_remote_code, revision if path == reference else None)
+                    for path in dict.fromkeys(paths)
+                }
+            )
 
     @cached_property
     def samples(self) -> Blocks:

@@ -48,6 +48,7 @@ def evaluate(
     trust_remote_code: bool = False,
     shared: str | Path | None = None,
     position: Position = "auto",
+    revision: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate checkpoints against their reference on held-out prompts; returns what `metrics.json` holds.
 
@@ -62,6 +63,7 @@ def evaluate(
         trust_remote_code: run code that a policy's Hub repository ships.
         shared: folder of another evaluation, whose records (the reference's samples, say) are read and not made again.
         position: where a reward model named by `scorer` is read, `scorer.position` of the configuration.
+        revision: of the reference, where it is a name of the Hub.
 
     Raises UserError.
     """
@@ -79,7 +81,7 @@ def evaluate(
             say(f"scorer {judge.name}: {line}")
     assert not isinstance(judge, str)
     # All input is looked at before there is a folder: a call that fails on it leaves nothing behind.
-    tokenizer = _tokenizer(entries, str(reference), trust_remote_code)
+    tokenizer = _tokenizer(entries, str(reference), trust_remote_code, revision)
     rows = tokenize(prompts, tokenizer, settings, tokenization)
     check_opponent(rows.rows, settings)
     shared = shared if shared is not None else _shared_before(Path(output_dir))
@@ -94,6 +96,7 @@ def evaluate(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         shared=Path(shared) if shared is not None else None,
+        revision=revision,
     )
     with locked(output_dir) as folder:
         once(lambda: _check_replaced(folder, entries))
@@ -165,6 +168,7 @@ def evaluate_request(request: Request) -> dict[str, Any]:
         trust_remote_code=request.trust_remote_code,
         shared=request.shared,
         position=request.position,
+        revision=request.revision,
     )
     metrics |= {"data": request.data, "split": request.split}
     once(lambda: write_json(Path(request.output_dir) / METRICS, metrics))
@@ -183,11 +187,14 @@ def _pairs_of(request: Request, prompts: Iterable[Row]) -> list[Row] | None:
     return [pair for pair in pairs if prompt_key(pair) in evaluated]
 
 
-def _tokenizer(models: Sequence[Checkpoint], reference: str, trust_remote_code: bool) -> Any:
+def _tokenizer(models: Sequence[Checkpoint], reference: str, trust_remote_code: bool, revision: str | None) -> Any:
     """The first model's, after a look at all the others'."""
     from isdaa.models.loading import load_tokenizer
 
     paths = list(dict.fromkeys([*(model.path for model in models), reference]))
-    tokenizers = [load_tokenizer(path, trust_remote_code=trust_remote_code) for path in paths]
+    tokenizers = [
+        load_tokenizer(path, trust_remote_code=trust_remote_code, revision=revision if path == reference else None)
+        for path in paths
+    ]
     check_tokenizers(paths, tokenizers)
     return tokenizers[0]

@@ -29,7 +29,7 @@ def _file_digest(path: Path) -> str:
     return _known[key]
 
 
-def model_digest(path: str | Path, trust_remote_code: bool = False) -> str:
+def model_digest(path: str | Path, trust_remote_code: bool = False, revision: str | None = None) -> str:
     """Digest of a model folder's weights and configuration, an adapter's base included; of a Hub model, of its weights.
 
     Raises UserError where nothing can be loaded from `path`.
@@ -40,7 +40,7 @@ def model_digest(path: str | Path, trust_remote_code: bool = False) -> str:
     name = str(path)
     folder = _local_folder(name)
     if folder is None:
-        return weights_digest(load_model(name, dtype="auto", trust_remote_code=trust_remote_code))
+        return weights_digest(load_model(name, dtype="auto", trust_remote_code=trust_remote_code, revision=revision))
     files = sorted({file for pattern in DECIDING for file in folder.glob(pattern) if file.is_file()})
     content: list[Any] = [[file.name, _file_digest(file)] for file in files if file.name not in NO_WEIGHTS]
     if not content:

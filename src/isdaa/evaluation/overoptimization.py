@@ -44,8 +44,8 @@ class Verdict:
 
     @property
     def keeps_reference(self) -> bool:
-        """Whether no checkpoint is to be kept: none is shown to be better. One that is, is kept even where the smoothed curve lies
-        below the reference: what is kept is that checkpoint, and not the curve."""
+        """Whether no checkpoint is to be kept: none is shown to be better. One that is shown is kept even where the smoothed
+        curve lies below the reference: what is kept is that checkpoint, and not the curve."""
         return self.better is False
 
 

@@ -62,7 +62,12 @@ class Request:
     shared: str | None = None  # folder of an evaluation whose records are read, too
     repeated: Literal["strip", "keep"] | None = None  # as `data.prompt_repeated`
     position: Position = "auto"  # where a reward model is read
+    revision: str | None = None  # of the reference, where it is a name of the Hub
     told: tuple[str, ...] = ()  # what comes from records, one line each, to be said first
+
+    def revision_of(self, path: str) -> str | None:
+        """The revision at which a model of this request is loaded."""
+        return self.revision if path == self.reference else None
 
 
 def requests(model_paths: Sequence[str | Path], overrides: Mapping[str, Any] | None = None) -> Request:
@@ -138,8 +143,21 @@ def requests(model_paths: Sequence[str | Path], overrides: Mapping[str, Any] | N
         shared=str(given["shared"]) if "shared" in given else None,
         repeated=_repeated(first, given),
         position=sections.scorer.position,
+        revision=_revision(reference, records),
         told=tuple(found_records.told(list(given))),
     )
+
+
+def _revision(reference: str, records: Mapping[str, ModelRecord | None]) -> str | None:
+    """The revision of the Hub at which runs began with the reference. Raises UserError where they name several."""
+    models = [record.config.get("model") or {} for record in records.values() if record is not None]
+    found = {model.get("revision") for model in models if model.get("path") == reference}
+    if len(found) > 1:
+        told = ", ".join(sorted(str(revision or "main") for revision in found))
+        raise UserError(
+            f"the models' records name different revisions of the reference {reference} ({told}); evaluate them apart"
+        )
+    return next(iter(found), None)
 
 
 def _repeated(record: ModelRecord | None, given: Mapping[str, Any]) -> Any:

@@ -111,7 +111,7 @@ def measure_tax(request: Request, settings: TaxSettings) -> dict[str, Any]:
         raise UserError(f"--tax-include-path {settings.include_path}: no such folder")
     harness = Harness(settings.tasks or tuple(SHOTS), settings.shots or {}, settings.include_path)
     paths = list(dict.fromkeys([request.reference, *(model.path for model in request.models)]))
-    digests = {path: model_digest(path, request.trust_remote_code) for path in paths}
+    digests = {path: model_digest(path, request.trust_remote_code, request.revision_of(path)) for path in paths}
     keys = {path: _keys(path, digests[path], request, harness, settings) for path in paths}
     with locked(request.output_dir) as folder:
         items = Blocks(folder / ITEMS)
@@ -133,7 +133,7 @@ def _keys(path: str, weights: str, request: Request, harness: Harness, settings:
     from isdaa.files import digest
     from isdaa.models.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(path, trust_remote_code=request.trust_remote_code)
+    tokenizer = load_tokenizer(path, trust_remote_code=request.trust_remote_code, revision=request.revision_of(path))
     if settings.chat_template and not tokenizer.chat_template:
         raise UserError(f"{path}: its tokenizer has no chat template; leave --tax-chat-template out")
     if settings.chat_template:
@@ -204,9 +204,10 @@ def _load(path: str, request: Request, settings: TaxSettings) -> Any:
     from isdaa.models.loading import load_model, load_tokenizer
 
     device = "cuda" if torch.cuda.is_available() else None
-    model = load_model(path, dtype=request.dtype, device=device, trust_remote_code=request.trust_remote_code)
+    hub: Any = {"trust_remote_code": request.trust_remote_code, "revision": request.revision_of(path)}
+    model = load_model(path, dtype=request.dtype, device=device, **hub)
     model.requires_grad_(False)
-    return as_lm_eval(model, load_tokenizer(path, trust_remote_code=request.trust_remote_code), settings.batch_size)
+    return as_lm_eval(model, load_tokenizer(path, **hub), settings.batch_size)
 
 
 def _compared(

@@ -155,8 +155,8 @@ def trajectories(folder: str | Path, as_one_run: bool = False) -> list[Trajector
 
     Models are of one run where they lie in one run's folder or, of other programs, where their names differ by a step's number
     alone (`out/checkpoint-100`, `out/checkpoint-200`, and `out` itself), and where records name the same method, β and seed.
-    as_one_run: models of one folder whose names say nothing of that are one run, in the order given, unless some differ by a number
-    alone and others by more (`dpo-100`, `dpo-200`, `ipo-100`); else each is a run of its own.
+    as_one_run: models of one folder whose names say nothing of that are one run, in the order given, unless some differ by a
+    number alone and others by more (`dpo-100`, `dpo-200`, `ipo-100`); else each is a run of its own.
     Names are unique: a run's folder, with the folders around it where several runs' folders have the same name.
     """
     with fitting(Path(folder)):
@@ -254,7 +254,10 @@ def _alike(places: Sequence[Path]) -> dict[Path, Path]:
         for name in names:
             mine = [run for run in known if run and name.startswith(run)] or known
             runs.setdefault(name, mine[0] if len(mine) == 1 and not SEED.search(name) else name)
-        told = len(known) < len(list(filter(numbers.get, names))) or len({found and found[0] for found in map(SEED.search, names)}) > 1
+        told = (
+            len(known) < len(list(filter(numbers.get, names)))
+            or len({found and found[0] for found in map(SEED.search, names)}) > 1
+        )
         homes |= {folder / name: folder / run if told and len(set(runs.values())) > 1 else folder for name, run in runs.items()}
     return homes
 

@@ -157,11 +157,10 @@ def _with_noise(model: Any, row: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """
     base = model.get_base_model()
     try:
-        values, noise = _values(base, row), []
+        values = _values(base, row)
+        passes = -(-_NUMBERS // values.numel())
         with _noise(base):
-            while sum(map(Tensor.numel, noise)) < _NUMBERS:
-                noise.append(_values(base, row) - values)
-        return values, torch.stack(noise)
+            return values, torch.stack([_values(base, row) - values for _ in range(passes)])
     except Exception as error:  # a foreign model's code, or one for another device
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         logger.warning("whether the merged adapter computes what it did cannot be seen: the model does not run here (%s)", why)

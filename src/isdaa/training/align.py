@@ -14,7 +14,6 @@ from isdaa.distributed import once, world_size
 from isdaa.errors import UserError
 from isdaa.evaluation import fragments
 from isdaa.evaluation.collect import check_tokenizers
-from isdaa.evaluation.identity import model_digest
 from isdaa.files import write_jsonl
 from isdaa.models import fused_head
 from isdaa.models.forward import PairForward, prepare
@@ -49,6 +48,7 @@ from isdaa.training.start import (
     merges,
     new_adapter,
     newest,
+    other_digest,
     other_model,
     policy_of,
     record_of,
@@ -95,8 +95,7 @@ def _align(run: Run) -> Path:
     if config.lora.rank:
         plain = policy
         base = once(lambda: adapter_base(run, plain, tokenizer, start))
-        policy = new_adapter(config, policy)
-        policy.peft_config["default"].base_model_name_or_path = base
+        policy = new_adapter(config, policy, base)
         # Probed again: what the base's probe found out must hold for the forward that trains.
         forward = prepare(policy, probe=config.align.probe, longest_row=longest_row(config), attention=config.align.attention)
     run.say("align", coarse_weights(policy, config.align.learning_rate))
@@ -234,7 +233,7 @@ def _filled_by(run: Run, sets: list[TokenisedPairs], which: str, path: str, toke
         )
 
     key = {
-        "model": model_digest(Path(path).expanduser() if Path(path).expanduser().is_dir() else path),
+        "model": other_digest(settings, path),
         "dtype": settings.model.dtype,
         "probe": settings.align.probe,
         "tokenizer": tokenizer_digest(tokenizer),

@@ -28,7 +28,6 @@ from isdaa.data.tokenization import ending_ids
 from isdaa.errors import UserError
 from isdaa.evaluation.falls import gains_shown
 from isdaa.evaluation.fragments import many, warning
-from isdaa.evaluation.identity import model_digest
 from isdaa.evaluation.scorers import about, load_scorer
 from isdaa.files import remove_tree, write_folder_atomically
 from isdaa.models.forward import PairForward, prepare
@@ -38,7 +37,7 @@ from isdaa.training.batches import TokenisedPairs
 from isdaa.training.look import Looks, Measurement, Reference, guard_prompts, longest_row
 from isdaa.training.preference import PreferenceTrainer
 from isdaa.training.run import ONE_PROCESS, Run
-from isdaa.training.start import described, merges, other_model, policy_of
+from isdaa.training.start import described, merges, other_digest, other_model, policy_of
 
 if TYPE_CHECKING:
     from isdaa.evaluation.sequential import FallTest
@@ -371,8 +370,7 @@ def guard_of(
         run.pin("align", **{"guard prompts": prompts.block, "guard scorer": scorer.digest})
     path = config.reference.path
     if path is not None:
-        identity = {"model": model_digest(Path(path).expanduser() if Path(path).expanduser().is_dir() else path)}
-        identity["dtype"] = config.model.dtype
+        identity = {"model": other_digest(config, path), "dtype": config.model.dtype}
 
     def load() -> PairForward:
         model = policy_of(run, tokenizer, start) if path is None else other_model(config, path)

@@ -67,7 +67,7 @@ def preference_trainer(
     ref_model: π_ref; None: the policy exactly as it is given, an adapter included. behaviour_model: μ of the importance
         weights; None: the rows' own behaviour logps, else π_ref. Both may be names, and are let go before training starts.
     train_dataset, eval_dataset: rows with prompt, chosen and rejected, as text or messages (docs/configuration.md).
-    peft_config: of a new adapter; one that the model already carries is first merged into its weights.
+    peft_config: of a new adapter, of a model that carries none.
 
     The logps under reference and behaviour policy are computed here, once, and kept on disk. `output_dir` gets `metrics.jsonl`,
     and every checkpoint its card and `isdaa.json`, by which `isdaa evaluate` knows it.
@@ -107,7 +107,9 @@ def preference_trainer(
     if peft_config is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
-            policy = get_peft_model(policy, peft_config)
+            policy = get_peft_model(
+                policy, peft_config, revision=args.loading().get("revision") if isinstance(model, str) else None
+            )
         # Probed again: what the base's probe found out must hold for the forward that trains.
         forward = prepare(policy, probe=args.probe, longest_row=longest, attention=args.attention)
     if not any(parameter.requires_grad for parameter in policy.parameters()):

@@ -81,6 +81,14 @@ def other_model(config: Config, path: str, quantization: str | None = None) -> A
     )
 
 
+def other_digest(config: Config, path: str) -> str:
+    """`model_digest` of what `other_model` loads."""
+    folder, settings = Path(path).expanduser(), config.model
+    if folder.is_dir():
+        return model_digest(folder)
+    return model_digest(path, settings.trust_remote_code, settings.revision if path == settings.path else None)
+
+
 def is_start(config: Config, path: str, start: str | None) -> bool:
     """Whether the model at `path` is, file by file, the one at `start` as the policy is loaded from it: the same numbers."""
     if start is None or config.model.quantization is not None:
@@ -185,9 +193,13 @@ def adapter_base(run: Run, policy: Any, tokenizer: Any, start: str | None) -> st
     return str(base.absolute())
 
 
-def new_adapter(config: Config, model: Any) -> Any:
-    """The model with a new adapter on it, as the `lora` section describes it."""
-    return add_lora(model, **config.lora.model_dump(exclude={"merge"}), seed=config.seed)
+def new_adapter(config: Config, model: Any, base: str | None) -> Any:
+    """The model with a new adapter on it, as the `lora` section describes it. base: what its files name (`adapter_base`)."""
+    adapted: Any = add_lora(model, **config.lora.model_dump(exclude={"merge"}), seed=config.seed)
+    settings = adapted.peft_config["default"]
+    settings.base_model_name_or_path = base
+    settings.revision = config.model.revision if base == config.model.path else None  # or another's weights were loaded under it
+    return adapted
 
 
 def rounded_away(of: str, rate: float, share: float | None = None) -> str:

@@ -81,8 +81,7 @@ def sft(run: Run) -> Path:
         base = (
             None if merge and config.model.path is None else once(lambda: adapter_base(run, plain, tokenizer, config.model.path))
         )
-        model = new_adapter(config, model)
-        model.peft_config["default"].base_model_name_or_path = base
+        model = new_adapter(config, model, base)
 
     run.say("sft", coarse_weights(model, config.sft.learning_rate))
 
