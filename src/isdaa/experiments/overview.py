@@ -18,7 +18,7 @@ from rich.text import Text
 from isdaa.errors import shown
 from isdaa.terminal import clock, console
 
-PLAIN_INTERVAL = 10.0  # seconds between two lines where there is no terminal
+PLAIN_INTERVAL = 9.0  # seconds between two lines where there is no terminal, a turn of the watch apart from ten
 SHOWN = 12  # running rows on a terminal
 
 
