@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import signal
@@ -145,9 +146,10 @@ def test_evaluate_and_report(run: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert len(metrics["models"]) == 2
     assert all(entry["kl"]["mean"] > 0 for entry in metrics["models"])
     assert main(["report", str(run)]) == 0
-    page = (run / "report" / "index.html").read_text(encoding="utf-8")
-    assert "no verdict" in capsys.readouterr().out + page
-    assert "[{'role'" not in page
+    page = html.unescape((run / "report" / "report.html").read_text(encoding="utf-8"))
+    assert "No verdict" in capsys.readouterr().out
+    first = read_lines(run / "eval_pairs.jsonl")[0]
+    assert first["prompt"][-1]["content"] in page and "'role'" not in page  # conversations as conversations
 
 
 # ---------------------------------------------------------------------------------------------------------------------
