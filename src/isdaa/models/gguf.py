@@ -272,11 +272,15 @@ def _check_whole(file: Path, facts: Mapping[str, Any], config: Any, unread: Sequ
     kind = str(facts.get("general.architecture"))
     known: dict[str, Any] = {name.replace("_", "").replace("-", ""): keys for name, keys in GGUF_CONFIG_MAPPING.items()}
     keys: set[str] = {*known.get(kind.replace("_", "").replace("-", ""), {}), "vocab_size"}
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", 0)
+    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
+    positions = getattr(config, "max_position_embeddings", None)
+    ours = {"key_length": width, "value_length": width, "original_context_length": positions}
     for name, value in facts.items():
         key = name.removeprefix(f"{kind}.")
-        same_width = key in ("attention.key_length", "attention.value_length") and value == width
-        if key == name or key in keys or same_width or (kind == "gpt-oss" and key.startswith("rope.scaling.")):
+        last = key.rpartition(".")[2]  # its configuration may say the same by itself, as Gemma's does of soft caps
+        as_read = value == ours.get(last, getattr(config, last, None))
+        if key == name or key in keys or as_read or (kind == "gpt-oss" and key.startswith("rope.scaling.")):
             continue
         unread = [*unread, f"{name} = {value}"]
     if unread:
