@@ -42,3 +42,6 @@ def test_nothing_is_left_out():
     assert turns_of([{"role": "user", "content": [{"type": "image"}]}]) == [("user", '{"type": "image"}')]
     assert turns_of([{"role": "assistant", "content": "", "tool_calls": "odd"}]) == [("assistant", 'call "odd"')]
     assert turns_of([{"role": "user", "content": ""}]) == [("user", "")]
+    assert turns_of([{"role": "user", "name": "Ann", "content": "Hi", "weight": 1}]) == [("user", "(name) Ann\n(weight) 1\nHi")]
+    strict = {"function": TOOL["function"] | {"strict": True}}
+    assert turns_of("Hi", [strict])[0] == ("tools", 'weather: Of a city {"type": "object"} {"strict": true}')

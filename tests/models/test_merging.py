@@ -272,6 +272,14 @@ def test_the_generation_config_is_the_sources_own_with_every_stop_token(tmp_path
     assert model.generation_config.to_dict() == before
 
 
+def test_padding_and_bos_of_the_sources_generation_config_stay(tmp_path: Path) -> None:
+    model: Any = random_model(CONFIG, 0)
+    model.generation_config.update(pad_token_id=5, bos_token_id=6)
+    save_model(model, words(), tmp_path / "saved")
+    found = json.loads((tmp_path / "saved/generation_config.json").read_text())
+    assert (found["pad_token_id"], found["bos_token_id"], found["eos_token_id"]) == (5, 6, 2)
+
+
 def test_a_new_model_is_greedy_as_transformers_has_it(tmp_path: Path) -> None:
     save_model(random_model(CONFIG, 0), words(), tmp_path / "new")
     found = GenerationConfig.from_pretrained(tmp_path / "new")

@@ -12,8 +12,9 @@ from isdaa.data.checks import THINKING
 def turns_of(value: Any, tools: Any = None) -> list[tuple[str, str]]:
     """(role, words) of each message of a conversation; of plain text, one turn whose role is empty.
 
-    A message's parts stand one below the other: thinking, content, tool calls as `call name(arguments)`. tools: those that the
-    conversation offers, as a first turn `tools`, a line each. What is not known is shown as JSON; nothing is left out.
+    A message's parts stand one below the other: thinking and other keys, content, tool calls as `call name(arguments)`. tools:
+    those that the conversation offers, as a first turn `tools`, a line each. What is not known is shown as JSON; nothing is left
+    out.
     """
     if isinstance(value, str):
         turns = [("", value)]
@@ -30,10 +31,11 @@ def conversation_text(value: Any, tools: Any = None) -> str:
 def _turn(message: Any) -> tuple[str, str]:
     if not isinstance(message, Mapping):
         return "", message if isinstance(message, str) else _plain(message)
-    role = str(message.get("role") or "")
+    role, shown = str(message.get("role") or ""), {"role", "content", "tool_calls"}
     if role == "tool" and message.get("name"):
-        role = f"tool {message['name']}"
-    words = [f"({name}) {_content(message[name])}" for name in THINKING if message.get(name)]
+        role, shown = f"tool {message['name']}", shown | {"name"}
+    beside = [*THINKING, *(name for name in message if name not in (*THINKING, *shown))]
+    words = [f"({name}) {_content(message[name])}" for name in beside if message.get(name)]
     content = _content(message.get("content"))
     calls = message.get("tool_calls") or []
     words += [content] if content or not (words or calls) else []
@@ -62,7 +64,8 @@ def _tool(tool: Any) -> str:
     if not isinstance(function, Mapping) or "name" not in function:
         return _plain(tool)
     told = f"{function['name']}: {function['description']}" if function.get("description") else str(function["name"])
-    return f"{told} {_plain(function['parameters'])}" if function.get("parameters") else told
+    rest = {key: value for key, value in function.items() if key not in ("name", "description", "parameters", "type") and value}
+    return " ".join([told, *(_plain(value) for value in (function.get("parameters"), rest) if value)])
 
 
 def _plain(value: Any) -> str:

@@ -107,9 +107,10 @@ def write_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase, fold
     eos: list[int] = first + sorted(stops - set(first))  # type: ignore[arg-type]
     config._from_model_config = False  # or `generate` might make it anew
     config.eos_token_id = eos[0] if len(eos) == 1 else eos or None
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos[0] if eos else None)
-    config.pad_token_id = pad if pad is not None else config.pad_token_id
-    config.bos_token_id = config.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos[0] if eos else None)
+    if config.bos_token_id is None:
+        config.bos_token_id = tokenizer.bos_token_id
     _AsItIs(config).save_pretrained(folder)
 
 

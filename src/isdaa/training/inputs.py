@@ -92,7 +92,12 @@ def check_start(config: Config, stage: str, name: str) -> None:
     what = quantisation(architecture)
     if what is None:
         return
-    check_trainable(name, architecture, adapter=stage != "reward" and config.lora.rank > 0)
+    if stage == "reward":
+        raise UserError(
+            f"{name}: its weights are quantised ({what}), and all weights of a reward model are trained; name the model that was "
+            "quantised (reward.path)"
+        )
+    check_trainable(name, architecture, adapter=config.lora.rank > 0)
     if settings.quantization is not None:
         raise UserError(f"{name}: its weights are quantised already ({what}); take model.quantization out")
     later = [one for one in config.stages if one in ("reward", "align") and not (one == "reward" and config.reward.path)]
