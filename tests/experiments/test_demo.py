@@ -11,6 +11,7 @@ import pytest
 
 from isdaa.cli import main
 from isdaa.evaluation.trajectory import read_study
+from isdaa.experiments.demo import merged
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "mini" / "demo.yaml"
@@ -32,6 +33,7 @@ def test_a_small_demo_ends_with_the_report_and_is_not_repeated(tmp_path: Path, c
     words = " ".join(first.split())
     for run in verdicts:
         assert run["verdict"]["sentence"] in words
+    assert set(merged(read_study(folder))["better"]) == {run["cell"] for run in verdicts}, "not the first run's own name"
     assert [run.steps.tolist() for run in read_study(folder).runs] == [[1, 2, 3], [1, 2, 3]]
 
     made = {path: path.stat().st_mtime_ns for path in folder.glob("**/result.json")}

@@ -63,8 +63,12 @@ def show(study: Any, page: Path, seconds: float) -> None:
 
 def merged(study: Any) -> Mapping[str, Any]:
     """The checkpoints and verdicts of all runs as one evaluation's metrics."""
-    verdicts = {run.cell: read_json(run.evaluation / METRICS)["verdicts"].popitem()[1] for run in study.runs}
-    return {**study.metrics, "verdicts": verdicts, "models": [entry for run in study.runs for entry in _labelled(run)]}
+    found = {run.cell: read_json(run.evaluation / METRICS) for run in study.runs}
+    said = {
+        key: {cell: next(iter(each.get(key, {}).values()), None) for cell, each in found.items()}
+        for key in ("verdicts", "better")
+    }
+    return {**study.metrics, **said, "models": [entry for run in study.runs for entry in _labelled(run)]}
 
 
 def _labelled(run: Any) -> list[dict[str, Any]]:
