@@ -61,6 +61,17 @@ def test_an_adapter_on_a_tied_head_is_saved_as_it_was_trained_or_not_at_all(
     assert not json.loads((place / "other/model/config.json").read_text())["tie_word_embeddings"]
 
 
+def test_the_trainer_of_sft_leaves_the_generation_config_alone(place: Path) -> None:
+    """Transformers puts the tokenizer's padding and BOS into the model that it trains."""
+    own = {"do_sample": True, "temperature": 0.6, "pad_token_id": 7, "bos_token_id": 9}
+    (place / "my_model/generation_config.json").write_text(json.dumps(own))
+    jsonl(place / "sft.jsonl", [{"prompt": "Hi", "completion": f"{i}"} for i in range(4)])
+    settings = {"stages": ["sft"], "model.path": "my_model", "data.sft": "sft.jsonl", "sft.max_steps": 1}
+    assert train("run", settings) == 0
+    found = json.loads((place / "run/sft/generation_config.json").read_text())
+    assert {key: found[key] for key in own} == own
+
+
 def test_a_model_of_the_hub_keeps_its_revision(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints hold the adapter alone; they, and the reference of an evaluation, were loaded at the Hub's main."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "cache"))

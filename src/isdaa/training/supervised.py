@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Hashable, Sequence
 from contextlib import ExitStack
@@ -71,6 +72,7 @@ def sft(run: Run) -> Path:
     if config.model.path is not None:
         check_start(config, "sft", config.model.path)
     model = policy_of(run, tokenizer, config.model.path)
+    generation = copy.deepcopy(getattr(model, "generation_config", None))
     merge = merges(config, model) or not config.lora.rank
     check_rows(model, config.model.path, *_extent(data, ("input_ids",)))
     run.pin("sft", weights=weights_digest(model), examples=content_digest(data.remove_columns("id")))
@@ -107,7 +109,13 @@ def sft(run: Run) -> Path:
     folder = run.folder / "sft"
     record = record_of(run, "sft", step=trainer.state.global_step, metrics=metrics)
     load = partial(load_model, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code)
-    keep_model(partial(trained_model, trainer, load, merge), tokenizer, folder, record, merge=merge)
+
+    def trained() -> Any:
+        found = trained_model(trainer, load, merge)
+        found.generation_config = generation  # the trainer has put the tokenizer's tokens into it
+        return found
+
+    keep_model(trained, tokenizer, folder, record, merge=merge)
     return folder
 
 
