@@ -75,7 +75,7 @@ def _position(record: ModelRecord) -> str:
     if record.position is None:
         return "read at the last token of the response: the end of the turn, or EOS"
     return (
-        "read at the end of the chat template's output, and at EOS where a plain text ended: "
+        "read at the end of the chat template's output, and at EOS (before it, where EOS also pads) of a plain text that ended: "
         "`AutoModelForSequenceClassification` on what `apply_chat_template` gives, rows padded together, gives the same score"
     )
 
