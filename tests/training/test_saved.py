@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from isdaa import PreferenceConfig, preference_trainer
 from isdaa.cli import main
+from isdaa.config import load_config
 from isdaa.errors import UserError
 from isdaa.evaluation.requests import requests
 from isdaa.models import merging
@@ -21,9 +23,11 @@ from isdaa.models.gguf import SOURCE
 from isdaa.models.loading import load_model
 from isdaa.record import ModelRecord, base_of, read_record, record_text
 from isdaa.training.cards import model_card
+from isdaa.training.inputs import check_inputs
 from isdaa.training.start import coarse_weights
 
 HEAD = ALIGN | {"lora.rank": 2, "lora.target_modules": ["lm_head"], "align.learning_rate": 0.1}
+FOUR = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # peft's own, of tied weights
 
 
@@ -108,8 +112,7 @@ def test_a_model_of_the_hub_keeps_its_revision(place: Path, monkeypatch: pytest.
 
 def test_weights_that_lie_quantised_are_refused_before_any_work(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = place / "my_model/config.json"
-    four = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
-    file.write_text(json.dumps(json.loads(file.read_text()) | four))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": FOUR}))
     assert train("run", ALIGN) == 2
     message = "my_model: its weights are quantised (bitsandbytes 4 bits) and cannot be trained; set lora.rank"
     assert message in capsys.readouterr().err and not (place / "run/metrics.jsonl").exists()
@@ -117,13 +120,22 @@ def test_weights_that_lie_quantised_are_refused_before_any_work(place: Path, cap
     refused(capsys, ["inspect", *options], "its weights are quantised")
     with pytest.raises(UserError, match=r"cannot be trained; set lora.rank \(in Python peft_config\)"):
         model = chat_model(place / "object")
-        model.config.quantization_config = four["quantization_config"]
+        model.config.quantization_config = FOUR
         preference_trainer(model, args=PreferenceConfig("out", use_cpu=True), train_dataset=plain_pairs(4))
     reward = {"stages": ["reward"], "lora.rank": 2}
     assert train("other", ALIGN | reward) == 2
     told = capsys.readouterr().err
     assert "and all weights of a reward model are trained; name the model that was quantised (reward.path)" in told
     assert "set lora.rank" not in told, "which it has"
+
+
+def test_quantised_weights_on_the_hub_are_refused_before_label_works_for_hours(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isdaa.training.inputs.model_config", lambda name, **_: SimpleNamespace(quantization_config=FOUR))
+    settings = {"stages": ["label", "align"], "model.path": "owner/name", "data.prompts": "world:small", "label.scorer": "gold"}
+    with pytest.raises(UserError, match=r"owner/name: its weights are quantised .* cannot be trained"):
+        check_inputs(load_config(None, settings), ["label", "align"])
 
 
 def test_bfloat16_weights_that_a_step_cannot_move_are_warned_of(place: Path) -> None:

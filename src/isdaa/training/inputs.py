@@ -17,7 +17,8 @@ from isdaa.models.quantised import check_trainable, quantisation
 def check_inputs(config: Config, stages: Sequence[str]) -> None:
     """Look at the local files and folders, and at the optional packages, that `stages` will ask for.
 
-    Hub names are not looked up. Raises UserError for the first thing that is missing.
+    Hub names are not looked up, but for models that a later stage begins with: the first stage looks itself.
+    Raises UserError for the first thing that is missing.
     """
     for key, source, split, purpose in sources_of(config, stages):
         if source is None:
@@ -35,7 +36,7 @@ def check_inputs(config: Config, stages: Sequence[str]) -> None:
     if config.model.quantization is not None:
         _installed("bitsandbytes", "model.quantization")
     for stage, name in starts_of(config, stages):
-        if Path(name).expanduser().is_dir():
+        if Path(name).expanduser().is_dir() or stage != stages[0]:
             check_start(config, stage, name)
     for stage in stages:
         section = getattr(config, stage)
