@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -196,6 +196,10 @@ def reward(run: Run) -> Path:
                 scores = model(**inputs, use_cache=False).logits.float().view(2, -1).T.contiguous()
             return None, scores, torch.zeros(len(scores), device=scores.device)
 
+    def ended(what: str) -> UserError:
+        assert trainer.watch is not None
+        return trainer.watch.error(trainer.state.global_step, what)
+
     few = None if held is None else held.select(range(min(WATCHED, len(held))))
     settings = _trl_arguments(
         RewardConfig, config.reward, folder, run, len(data), 0 if few is None else len(few), max_length=None, disable_dropout=True
@@ -206,7 +210,7 @@ def reward(run: Run) -> Path:
         train_dataset=data,
         eval_dataset=few,
         processing_class=tokenizer,
-        compute_metrics=None if held is None else partial(held_out_figures, held["prompt"]),
+        compute_metrics=None if held is None else partial(held_out_figures, held["prompt"], ended=ended),
     )
     log, watch = MetricsFile(folder / METRICS), _HeldOut()
     try:
@@ -222,15 +226,15 @@ def reward(run: Run) -> Path:
     return run.folder / "reward"
 
 
-def held_out_figures(prompts: Sequence[Hashable], scores: Any) -> dict[str, float]:
+def held_out_figures(prompts: Sequence[Hashable], scores: Any, ended: Callable[[str], UserError] = UserError) -> dict[str, float]:
     """Of (N, 2) scores of chosen and rejected: share ranked as labelled (a tie counts ½) with its interval, mean loss, margin.
 
     prompts: what each of the first N pairs is an answer to; pairs of one prompt count together. scores: the Trainer's
-    `EvalPrediction`. Raises UserError where a score is not finite.
+    `EvalPrediction`. Raises what `ended` makes of the words where a score is not finite.
     """
     chosen, rejected = np.asarray(scores.predictions, dtype=np.float64).T
     if not np.isfinite(chosen - rejected).all():
-        raise UserError("reward: a score of a held-out pair is not finite; lower reward.learning_rate")
+        raise ended("a score of a held-out pair is not finite")
     right = np.where(chosen == rejected, 0.5, chosen > rejected)
     interval = share_interval(right, prompts[: len(right)])
     assert interval.low is not None and interval.high is not None
