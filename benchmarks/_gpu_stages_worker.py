@@ -205,7 +205,7 @@ def train(config: Config, cell: Cell, scale: Scale, phases: Phases, steps: Steps
 
         replace(transformers.trainer, "DEFAULT_CALLBACKS", [*transformers.trainer.DEFAULT_CALLBACKS, steps.callback()])
         replace(whole.WholeCheckpoints, "train", _method(phases, "training", whole.WholeCheckpoints.train))
-        replace(align, "reference_logps", phases.of("reference logps", align.reference_logps))
+        replace(align, "measure", phases.of("reference logps", align.measure))
         if cell.saves:
             for module in (align, supervised):
                 replace(module, "keep_model", phases.of("saving the model", module.keep_model))

@@ -377,7 +377,7 @@ def test_the_estimate_is_what_the_stage_writes(changes: dict[str, Any], tmp_path
 def test_a_stage_that_misses_its_model_alone_needs_no_room_for_checkpoints(
     stage: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     module = {"sft": "supervised", "align": "align"}[stage]

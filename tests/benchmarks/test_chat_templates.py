@@ -9,6 +9,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import chat_templates
 
+pytestmark = pytest.mark.slow  # what measures, not what is measured; `make test-slow` runs it
+
 MADE_UP = (
     "{% for m in messages %}{% if m.role in ['user', 'assistant'] %}{{ '<|' + m.role + '|>' + m.content + '<|stop|>' }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|><think>' }}{% endif %}"

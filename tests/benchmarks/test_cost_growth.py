@@ -21,6 +21,8 @@ import cost_growth  # noqa: E402
 from _growth import Point, along, axes, line, over_rounds, power, upper  # noqa: E402
 from _growth_chart import growth_chart  # noqa: E402
 
+pytestmark = pytest.mark.slow  # what measures, not what is measured; `make test-slow` runs it
+
 # ---- exponents ----
 
 

@@ -24,6 +24,8 @@ import _gpu_stages
 import _gpu_stages_worker
 import gpu_stages
 
+pytestmark = pytest.mark.slow  # what measures, not what is measured; `make test-slow` runs it
+
 TINY = ["--model", "tiny", "--device", "cpu"]
 
 

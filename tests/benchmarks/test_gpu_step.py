@@ -21,6 +21,8 @@ import _gpu_arms  # noqa: E402
 import _gpu_model  # noqa: E402
 import gpu_step  # noqa: E402
 
+pytestmark = pytest.mark.slow  # what measures, not what is measured; `make test-slow` runs it
+
 JOB: dict[str, Any] = {
     "shape": "tiny", "tiny": True, "device": "cpu", "dtype": "float32", "batch_size": 2, "rounds": 2, "warmup": 1, "seed": 0,
     "checkpointing": False,

@@ -30,6 +30,8 @@ from _worker import time_product, took_by_one  # noqa: E402
 from performance_tables import overview, together  # noqa: E402
 from shapes import EOS, PAD, SHAPES, TINY_SHAPE, Product, Size, draw_pairs, lengths_of, products, saved, tiny  # noqa: E402
 
+pytestmark = pytest.mark.slow  # what measures, not what is measured; `make test-slow` runs it
+
 
 def command(*options: object) -> list[str]:
     return [sys.executable, str(ROOT / "benchmarks" / "preference_step.py"), *map(str, options)]

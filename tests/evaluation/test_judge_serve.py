@@ -58,6 +58,7 @@ def _is_up(url: str) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_transformers_serve_is_a_judge(served: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     url, model = served

@@ -177,6 +177,7 @@ def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
         run_sweep(*load_sweep(file), "sweep.yaml")
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_leaves_no_process_and_resumes(tmp_path: Path) -> None:
     """kill -9 of the sweep alone: its processes notice and end; the same command finishes with the same weights."""
     settings = {"align.max_steps": 40, "align.save_steps": 4}
@@ -198,6 +199,7 @@ def test_a_killed_sweep_leaves_no_process_and_resumes(tmp_path: Path) -> None:
         assert same_weights(tmp_path / f"out/runs/{method}/seed-5/model", tmp_path / f"alone/out/runs/{method}/seed-5/model")
 
 
+@pytest.mark.slow
 def test_through_submitit(tmp_path: Path) -> None:
     """Its local executor runs the very jobs that a SLURM cluster would."""
     file = write(tmp_path, {"methods": {"objective.method": ["dpo"]}}, cluster="local", slurm={"gpus": 0, "cpus": 1})

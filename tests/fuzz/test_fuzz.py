@@ -30,6 +30,7 @@ def fuzzed(*arguments: str, cwd: Path, program: str | None = None) -> subprocess
     )
 
 
+@pytest.mark.slow
 def test_a_hundred_mutated_inputs_end_as_they_should(tmp_path: Path) -> None:
     ended = fuzzed("--seed", "16", "--trials", "100", "--out", "outcomes.jsonl", cwd=tmp_path)
     assert ended.returncode == 0, ended.stdout[-6000:] + ended.stderr[-2000:]

@@ -360,6 +360,7 @@ def test_one_compiled_kernel_for_all_lengths(monkeypatch):
     assert counts[-1] == counts[1] <= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_layers_are_compiled_once(checkpointing):
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -381,6 +382,7 @@ def test_layers_are_compiled_once(checkpointing):
     assert 0 < counts[1] == counts[-1] <= 12
 
 
+@pytest.mark.slow
 def test_a_compiled_model_gives_the_same():
     """What the Trainer's `torch_compile` does."""
     torch._dynamo.reset()

@@ -364,9 +364,9 @@ def test_the_same_global_batch_split_otherwise_reads_every_pair_once_an_epoch(wh
     again = other(tmp_path, batch_size=1, gradient_accumulation_steps=4, epochs=1)
     original = again._pieces
 
-    def noted(batch: Any, device: Any) -> Any:
+    def noted(batch: Any, *others: Any) -> Any:
         read.extend(batch.index[batch.valid].tolist())
-        return original(batch, device)
+        return original(batch, *others)
 
     again._pieces = noted
     again.train(resume_from_checkpoint=str(whole_run / "checkpoints" / "checkpoint-4"))

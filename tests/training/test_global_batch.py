@@ -287,7 +287,7 @@ def test_training_by_prompt_gives_the_same_step_for_less(reference: Any, tmp_pat
         own = {"group_by_prompt": grouped}
         folder, objective = tmp_path / str(grouped), Objective(beta=0.3)
         trainer = trainer_of(policy, folder, data, objective=objective, batch_size=size, optimizer="sgd", own=own)
-        tokens[grouped] = trainer._pieces(data.batch(trainer.sampler.order(0)), torch.device("cpu"))[0].layout.tokens
+        tokens[grouped] = trainer._pieces(data.batch(trainer.sampler.order(0)), torch.device("cpu"), None)[0].layout.tokens
         trainer.train()
         weights[grouped] = weights_of(policy)
     assert largest_difference(weights[True], weights[False]) < 1e-6  # the whole epoch is one batch
@@ -297,7 +297,7 @@ def test_training_by_prompt_gives_the_same_step_for_less(reference: Any, tmp_pat
 
     def cost(trainer: Any) -> int:
         batches = [data.batch(indices) for indices in trainer.sampler]
-        return sum(piece.layout.tokens for batch in batches for piece in trainer._pieces(batch, torch.device("cpu")))
+        return sum(piece.layout.tokens for batch in batches for piece in trainer._pieces(batch, torch.device("cpu"), None))
 
     assert cost(halves) < cost(plain)
 

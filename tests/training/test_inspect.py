@@ -334,6 +334,7 @@ print(planned.peak.total, dict(line.split(":", 1) for line in open("/proc/self/s
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory")
 def test_the_planned_memory_is_what_training_takes(place: Path) -> None:
     """To 20 %. benchmarks/plan_check.py does so at larger sizes, and with time."""
