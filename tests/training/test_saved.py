@@ -55,6 +55,10 @@ def test_an_adapter_on_a_tied_head_is_saved_as_it_was_trained_or_not_at_all(
     # The same command goes on from the last checkpoint, with either way of saving.
     assert train("run", HEAD, lora__merge=False) == 0
     assert (place / "run/model/adapter_config.json").is_file() and not (place / "run/model/config.json").exists()
+    capsys.readouterr()
+    assert train("run", HEAD, lora__merge=True) == 0
+    assert "align: warning: lora.merge true comes too late" in capsys.readouterr().err
+    assert train("run", HEAD, lora__merge=False) == 0 and "too late" not in capsys.readouterr().err
     card = (place / "run/model/README.md").read_text()
     assert "library_name: peft" in card and str(place) not in card
     assert train("other", HEAD) == 0

@@ -65,9 +65,24 @@ def run(config: Config) -> Path:
                 say(f"{stage}: finished, {output}")
             else:
                 say(f"{stage}: finished earlier, reused")
+                for line in _saved_otherwise(config, stage):
+                    say(line)
             # The stage's model is kept; these only served a resume.
             once(partial(shutil.rmtree, current.folder / f"{stage}-checkpoints", ignore_errors=True))
     return Path(config.output_dir)
+
+
+def _saved_otherwise(config: Config, stage: str) -> list[str]:
+    """What is to be said where `lora.merge` asks for another form than a finished stage has saved its model in."""
+    folder = Path(config.output_dir) / {"sft": "sft", "align": "model"}.get(stage, "")
+    alone = (folder / "adapter_config.json").is_file()
+    if stage not in ("sft", "align") or not config.lora.rank or config.lora.merge in (None, not alone):
+        return []
+    form = "the adapter alone" if alone else "the adapter in its weights"
+    told = f"lora.merge {str(config.lora.merge).lower()} comes too late"
+    return [
+        f"{stage}: warning: {told}: the stage has finished, and {folder} stays as it is, {form}; train into another output_dir"
+    ]
 
 
 @contextmanager
