@@ -119,7 +119,7 @@ def test_killed_and_resumed_it_is_the_run_left_alone(run: Path) -> None:
 
 def test_what_is_saved_is_what_was_trained(run: Path) -> None:
     """Plain transformers, row by row, finds the held-out accuracy and margin that training logged last."""
-    last = [line for line in read_lines(run / "metrics.jsonl") if "eval/accuracy" in line][-1]
+    last = [line for line in read_lines(run / "metrics.jsonl") if "eval/rewards/accuracy" in line][-1]
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     trained = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
     reference = AutoModelForCausalLM.from_pretrained(ROOT / "models" / "smollm2-135m", dtype=torch.float32)
@@ -129,8 +129,8 @@ def test_what_is_saved_is_what_was_trained(run: Path) -> None:
     for row in pairs:
         gains = [logp(trained, row, name) - logp(reference, row, name) for name in ("chosen_ids", "rejected_ids")]
         margins.append(gains[0] - gains[1])
-    assert sum(margin > 0 for margin in margins) / len(margins) == pytest.approx(last["eval/accuracy"])
-    assert 0.1 * sum(margins) / len(margins) == pytest.approx(last["eval/margin"], abs=2e-3)
+    assert sum(margin > 0 for margin in margins) / len(margins) == pytest.approx(last["eval/rewards/accuracy"])
+    assert 0.1 * sum(margins) / len(margins) == pytest.approx(last["eval/rewards/margin"], abs=2e-3)
 
 
 @torch.no_grad()
