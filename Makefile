@@ -26,7 +26,7 @@ test-slow: $(VENV)/.installed-dev
 test-real: $(VENV)/.installed-dev
 	$(RUN)/python -m pytest -m real
 	$(RUN)/python benchmarks/preference_step.py --model_path models/smollm2-135m --pairs tests/real/pairs.jsonl --arms isdaa_dpo isdaa_is_dpo trl_best trl_whole --rounds 9 --out runs/real-step.json
-	$(RUN)/python benchmarks/evaluation_pass.py --config configs/real/smollm2.yaml --model_path models/smollm2-135m --reference models/smollm2-135m --prompts 64 --rounds 3 --out runs/real-evaluation-pass
+	$(RUN)/python benchmarks/evaluation_pass.py --config configs/real/smollm2.yaml --model_path models/smollm2-135m --reference models/smollm2-135m --prompts 32 --rounds 2 --out runs/real-evaluation-pass
 
 # Against TRL and a plain script; ARGS="--shapes all --vocabularies all" for everything.
 bench: $(VENV)/.installed
