@@ -200,7 +200,7 @@ def test_a_record_of_another_kind_makes_no_model_isdaas(tmp_path: Path) -> None:
 def test_a_model_of_the_hub_is_asked_for_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own(tmp_path, None)
     found = {"isdaa.json": tmp_path / "isdaa.json"}
-    monkeypatch.setattr("isdaa.models.loading.hub_file", lambda name, file, revision=None: found.get(file))
+    monkeypatch.setattr("isdaa.models.places.hub_file", lambda name, file, revision=None: found.get(file))
     assert not Reading("someone/reward").template_end
     found.clear()
     assert Reading("someone/reward").template_end

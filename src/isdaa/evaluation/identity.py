@@ -35,18 +35,19 @@ def model_digest(path: str | Path, trust_remote_code: bool = False, revision: st
     Raises UserError where nothing can be loaded from `path`.
     """
     # What is an adapter and where its base lies is decided in one place, so that this digest is of what is loaded.
-    from isdaa.models.loading import _adapter_config, _base_of, _local_folder, load_model, weights_digest
+    from isdaa.models.loading import load_model, weights_digest
+    from isdaa.models.places import adapter_config, base_of, local_folder
 
     name = str(path)
-    folder = _local_folder(name)
+    folder = local_folder(name)
     if folder is None:
         return weights_digest(load_model(name, dtype="auto", trust_remote_code=trust_remote_code, revision=revision))
     files = sorted({file for pattern in DECIDING for file in folder.glob(pattern) if file.is_file()})
     content: list[Any] = [[file.name, _file_digest(file)] for file in files if file.name not in NO_WEIGHTS]
     if not content:
         load_model(name)  # says what is missing
-    adapter = _adapter_config(name, folder, None)
+    adapter = adapter_config(name, folder, None)
     if adapter is not None:
-        base = _base_of(adapter, name)
-        content.append(model_digest(base) if _local_folder(base) is not None else base)
+        base = base_of(adapter, name)
+        content.append(model_digest(base) if local_folder(base) is not None else base)
     return digest(content)

@@ -31,7 +31,7 @@ class Reading:
     @cached_property
     def record(self) -> ModelRecord | None:
         """That of a reward model that isdaa trained; None for any other."""
-        from isdaa.models.loading import hub_file
+        from isdaa.models.places import hub_file
 
         folder: Path | None = Path(self.path).expanduser()
         if folder is not None and not folder.is_dir():
@@ -60,7 +60,8 @@ class Reading:
     @cached_property
     def pad_id(self) -> int | None:
         """The token that the model's class passes over at a row's end; None: it reads the last one, or the mask decides."""
-        from isdaa.models.loading import is_adapter, load_tokenizer, model_config
+        from isdaa.models.loading import load_tokenizer, model_config
+        from isdaa.models.places import is_adapter
 
         if not self.template_end:
             return None

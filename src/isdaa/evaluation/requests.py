@@ -17,7 +17,7 @@ from isdaa.evaluation.provenance import OPTIONS, check_stays, records_of
 from isdaa.files import file_digest, located
 from isdaa.foreign import check_shape, readable_jsonl
 from isdaa.manifest import MANIFEST
-from isdaa.models.hub import refuse_gguf
+from isdaa.models.places import refuse_gguf
 from isdaa.record import GOLD, NAME, ModelRecord, read_record, run_folder
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import socket
 import sys
 from collections.abc import Iterator
@@ -11,10 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from isdaa.errors import UserError
 from isdaa.foreign import no_panics
 
-WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
 _PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
 _reachable: dict[str, bool] = {}  # by endpoint; asked once a process
 
@@ -63,14 +60,3 @@ def _answers(address: tuple[str, int]) -> bool:
     except OSError:
         return False
     return True
-
-
-def refuse_gguf(place: str | Path) -> None:
-    """Raises UserError for a GGUF file, or a folder with one and no weights: they can be read, but not trained or saved."""
-    path = Path(place).expanduser()
-    files = [path] if path.suffix == ".gguf" and path.is_file() else sorted(path.glob("*.gguf"))
-    if files and not any(next(path.glob(pattern), None) for pattern in WEIGHTS):
-        raise UserError(
-            f"{files[0]}: a GGUF file; its quantised weights cannot be trained. Make an ordinary folder of it, and name that:",
-            f"isdaa get-model {shlex.quote(str(files[0]))} {shlex.quote(f'models/{files[0].stem.lower()}')}",
-        )

@@ -15,18 +15,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from isdaa.disk import disk_error
 from isdaa.errors import UserError, nearest
-from isdaa.foreign import read_object
-from isdaa.manifest import check_manifest
 from isdaa.models.adapters import add_lora, fit_vocabulary
 from isdaa.models.finite import check_finite
-from isdaa.models.hub import WEIGHTS, offline, quiet, refuse_gguf
+from isdaa.models.hub import offline, quiet
 from isdaa.models.memory import check_fits
 from isdaa.models.merging import merge as merged
 from isdaa.models.merging import settle_ties
+from isdaa.models.places import (
+    WEIGHTS,
+    adapter_config,
+    adapter_settings,
+    base_of,
+    has,
+    local_folder,
+    readable,
+    refuse_gguf,
+    short,
+)
 from isdaa.models.pooling import pool_by_mask
-from isdaa.models.quantised import keep_gradients, quantisation
+from isdaa.models.quantised import dequantised, four_bits, keep_gradients, quantisation
 from isdaa.models.saving import save_model, weights_digest
 from isdaa.terminal import working
 
@@ -49,7 +57,6 @@ __all__ = [  # one door to models: what goes in, what comes out
 logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,7 +93,7 @@ def load_model(
     options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     options |= {"trust_remote_code": trust_remote_code, "revision": revision}
     if quantization is not None:
-        options |= _four_bits(dtype, device)
+        options |= four_bits(torch_dtype(dtype) or torch.bfloat16, device)
     with working(f"loading {path_or_name}"):
         return _load(AutoModelForCausalLM, path_or_name, dtype, device, merge_adapter, options, dequantize=dequantize)
 
@@ -148,21 +155,21 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     name = str(path_or_name)
-    folder = _local_folder(name)
-    if folder is not None and not _has(folder, "tokenizer*", "vocab*", "*.model", "*.tiktoken"):
-        adapter = _adapter_config(name, folder, revision)
+    folder = local_folder(name)
+    if folder is not None and not has(folder, "tokenizer*", "vocab*", "*.model", "*.tiktoken"):
+        adapter = adapter_config(name, folder, revision)
         if adapter is None:
             refuse_gguf(folder)
             raise UserError(f"{name}: no tokenizer in this folder (tokenizer.json, tokenizer_config.json); name one")
-        name = _base_of(adapter, name)
-        folder = _local_folder(name)
+        name = base_of(adapter, name)
+        folder = local_folder(name)
     options = {"trust_remote_code": trust_remote_code, "revision": revision} | offline(folder)
     try:
         with quiet(downloads=folder is None):
             tokenizer = AutoTokenizer.from_pretrained(str(folder or name), **options)
             tokenizer("a")  # what is wrong with its files may show no sooner
     except Exception as error:
-        raise _readable(error, name, folder, "tokenizer") from error
+        raise readable(error, name, folder, "tokenizer") from error
     if tokenizer.eos_token_id is None and require_eos:
         raise UserError(
             f"{name}: the tokenizer has no EOS token, so no response could end; "
@@ -229,7 +236,7 @@ def random_config(config: dict[str, Any]) -> PretrainedConfig:
 
 
 def _no_model(config: dict[str, Any], error: BaseException) -> UserError:
-    return UserError(f"model_type {config['model_type']}: no model can be made of this config ({_short(error)})")
+    return UserError(f"model_type {config['model_type']}: no model can be made of this config ({short(error)})")
 
 
 def model_config(path_or_name: str | Path, *, trust_remote_code: bool = False, revision: str | None = None) -> PretrainedConfig:
@@ -241,11 +248,11 @@ def model_config(path_or_name: str | Path, *, trust_remote_code: bool = False, r
     from transformers import AutoConfig
 
     name = str(path_or_name)
-    folder = _local_folder(name)
-    adapter = _adapter_config(name, folder, revision)
+    folder = local_folder(name)
+    adapter = adapter_config(name, folder, revision)
     if adapter is not None:
-        inner = _adapter_settings(adapter).get("revision")
-        return model_config(_base_of(adapter, name), trust_remote_code=trust_remote_code, revision=inner)
+        inner = adapter_settings(adapter).get("revision")
+        return model_config(base_of(adapter, name), trust_remote_code=trust_remote_code, revision=inner)
     if folder is not None and not (folder / "config.json").is_file():
         _check_folder(name, folder)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code} | ({} if folder else {"revision": revision})
@@ -253,7 +260,7 @@ def model_config(path_or_name: str | Path, *, trust_remote_code: bool = False, r
         with quiet(downloads=folder is None):
             return AutoConfig.from_pretrained(str(folder or name), **options, **offline(folder))
     except Exception as error:
-        raise _readable(error, name, folder, "configuration") from error
+        raise readable(error, name, folder, "configuration") from error
 
 
 def torch_dtype(name: str) -> torch.dtype | None:
@@ -279,20 +286,20 @@ def _load(
 ) -> Any:
     wanted = torch_dtype(dtype) or "auto"
     name = str(path_or_name)
-    folder = _local_folder(name)
-    adapter = _adapter_config(name, folder, options["revision"])
+    folder = local_folder(name)
+    adapter = adapter_config(name, folder, options["revision"])
     if adapter is not None and "quantization_config" in options:
         raise UserError(f"{name}: an adapter; weights of 4 bits cannot take it in, so merge it into its base model first")
     if adapter is not None:
-        settings = _adapter_settings(adapter)
+        settings = adapter_settings(adapter)
         inner = options | {"revision": settings.get("revision")}
         classifier = auto_class.__name__ == "AutoModelForSequenceClassification"
         if classifier:
             if settings.get("task_type") != "SEQ_CLS" and not new_head:
                 raise UserError(f"{name}: no trained reward head; it is a language model's adapter, not a reward model's")
             inner["num_labels"] = 1  # the head comes with the adapter
-        base_device = device if _quantised(_base_of(adapter, name), inner) and not dequantize else None
-        base = _load(auto_class, _base_of(adapter, name), dtype, base_device, True, inner, classifier, dequantize)
+        base_device = device if _quantised(base_of(adapter, name), inner) and not dequantize else None
+        base = _load(auto_class, base_of(adapter, name), dtype, base_device, True, inner, classifier, dequantize)
         model = _with_adapter(base, name, folder, options["revision"], merge_adapter)
     else:
         if folder is not None:
@@ -316,14 +323,14 @@ def _load(
                     **offline(folder),
                 )
         except Exception as error:
-            raise _readable(error, name, folder, "model") from error
+            raise readable(error, name, folder, "model") from error
         _check_report(name, report, type(model).__name__, new_head)
         if lies is not None and dequantize:
-            model = _plain(name, model, wanted)
+            model = dequantised(name, model, wanted)
         try:
             _check_forward(model.eval())
         except Exception as error:
-            raise UserError(f"{name}: its config.json is wrong, for the model computes nothing ({_short(error)})") from error
+            raise UserError(f"{name}: its config.json is wrong, for the model computes nothing ({short(error)})") from error
     model = model.eval()
     settle_ties(model)
     if getattr(model, "is_quantized", False):
@@ -342,18 +349,6 @@ def _quantised(name: str, options: dict[str, Any]) -> str | None:
     except UserError:
         return None
     return quantisation(config)
-
-
-def _plain(name: str, model: Any, dtype: Any) -> Any:
-    """A quantised model with plain weights."""
-    try:
-        plain = model.dequantize()
-        plain._weight_conversions = [
-            step for step in getattr(plain, "_weight_conversions", None) or () if _reverses(step)
-        ] or None
-        return (plain if dtype == "auto" else plain.to(dtype)).requires_grad_(True)
-    except NotImplementedError as error:
-        raise UserError(f"{name}: transformers cannot turn its weights into plain ones ({_short(error)})") from error
 
 
 def _check_kernels(name: str, revision: str | None) -> None:
@@ -376,29 +371,6 @@ def _nested(value: Any) -> Iterator[tuple[Any, Any]]:
     for key, inner in value.items() if isinstance(value, dict) else ():
         yield key, inner
         yield from _nested(inner)
-
-
-def _four_bits(dtype: str, device: str | torch.device | None) -> dict[str, Any]:
-    from transformers import BitsAndBytesConfig
-
-    compute = torch_dtype(dtype) or torch.bfloat16
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
-        bnb_4bit_quant_storage=compute,  # FSDP shards tensors of one dtype
-    )
-    return {"quantization_config": config, "device_map": {"": device or "cpu"}}
-
-
-def _reverses(step: Any) -> bool:
-    """Whether transformers can undo, when it saves, what it did to a file's tensors; of quantisation it cannot."""
-    try:
-        step.reverse_transform()
-    except (NotImplementedError, ValueError):
-        return False
-    return True
 
 
 def _with_adapter(base: Any, name: str, folder: Path | None, revision: str | None, merge: bool) -> Any:
@@ -430,111 +402,9 @@ def _with_adapter(base: Any, name: str, folder: Path | None, revision: str | Non
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{name}: the adapter does not fit its base model or is damaged ({_short(error)})") from error
+        raise UserError(f"{name}: the adapter does not fit its base model or is damaged ({short(error)})") from error
     model.name_or_path = model.config._name_or_path = str(folder or name)  # it is no longer what lies at its base's path
     return model.requires_grad_(True)  # as any model that is loaded; peft has frozen the base's weights
-
-
-def _adapter_config(name: str, folder: Path | None, revision: str | None) -> Path | None:
-    """The adapter_config.json of a place that holds an adapter and no model of its own."""
-    if folder is not None:
-        path = folder / ADAPTER_CONFIG
-        # Some trainers write the base model's config.json beside an adapter; its weights they do not.
-        return (
-            path
-            if path.is_file() and not _has(folder, "model*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
-            else None
-        )
-    adapter = hub_file(name, ADAPTER_CONFIG, revision)
-    return adapter if adapter is not None and hub_file(name, "config.json", revision) is None else None
-
-
-def hub_file(name: str, file: str, revision: str | None = None) -> Path | None:
-    """A file of a Hub repository, on this disk; None where it has none or cannot be asked. Raises UserError for no such name."""
-    from transformers.utils import cached_file
-
-    try:
-        with quiet():
-            found = cached_file(
-                name,
-                file,
-                revision=revision,
-                **offline(None),
-                _raise_exceptions_for_gated_repo=False,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-    except OSError as error:  # no name that the Hub could have
-        raise _readable(error, name, None, "model") from error
-    return None if found is None else Path(found)
-
-
-def _adapter_settings(adapter: Path) -> dict[str, Any]:
-    settings = read_object(adapter)
-    for key in ("base_model_name_or_path", "revision"):
-        if not isinstance(settings.get(key), str | None):
-            raise UserError(f"{adapter}: {key} must be text or null, found {type(settings[key]).__name__}")
-    return settings
-
-
-def _base_of(adapter: Path, name: str) -> str:
-    base = _adapter_settings(adapter).get("base_model_name_or_path")
-    if not base:
-        raise UserError(f"{adapter}: names no base model (base_model_name_or_path); set it to the base's folder or name")
-    if _looks_like_path(base) and not Path(base).exists():
-        beside = adapter.parent / base
-        if not beside.exists():
-            raise UserError(f"{name}: its base model {base} does not exist; mend base_model_name_or_path in {adapter}")
-        base = str(beside)
-    if (Path(base) / ADAPTER_CONFIG).exists() and adapter.resolve() in _chain(Path(base)):
-        raise UserError(f"{adapter}: base_model_name_or_path, {base}, leads back to this adapter; name the base model")
-    return base
-
-
-def is_adapter(path_or_name: str, revision: str | None = None) -> bool:
-    """Whether a folder or Hub name holds an adapter and no model of its own."""
-    return _adapter_config(path_or_name, _local_folder(path_or_name), revision) is not None
-
-
-def adapter_base(folder: Path) -> str | None:
-    """The folder or name of the base model of an adapter's folder; None where it holds a model of its own, or names none."""
-    try:
-        adapter = _adapter_config(str(folder), folder, None)
-        return None if adapter is None else _base_of(adapter, str(folder))
-    except UserError:
-        return None  # loading it says what is wrong
-
-
-def _chain(folder: Path) -> list[Path]:
-    """The adapters that a folder begins: its own, that of its base, and so on until one comes again."""
-    found: list[Path] = []
-    while (file := (folder / ADAPTER_CONFIG).resolve()).is_file() and file not in found:
-        found.append(file)
-        base = Path(_adapter_settings(file).get("base_model_name_or_path") or "")
-        folder = base if base.is_dir() else file.parent / base
-    return found
-
-
-def _looks_like_path(name: str) -> bool:
-    return name.startswith(("/", ".", "~")) or "\\" in name or name.endswith("/") or name.count("/") > 1
-
-
-def _local_folder(name: str) -> Path | None:
-    """The folder of that name, or None for a Hub name; a path that leads nowhere, or to a damaged model, is an error."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        check_manifest(path)
-        return path
-    if path.exists():
-        refuse_gguf(path)
-        raise UserError(f"{name}: a file; a model is a folder with config.json and *.safetensors")
-    if not name or _looks_like_path(name):
-        raise UserError(f'"{name}": no such folder')
-    return None
-
-
-def _has(folder: Path, *patterns: str) -> bool:
-    return any(next(folder.glob(pattern), None) for pattern in patterns)
 
 
 def _check_folder(name: str, folder: Path) -> None:
@@ -543,7 +413,7 @@ def _check_folder(name: str, folder: Path) -> None:
         inside = sorted(p.parent for p in folder.glob("*/config.json"))
         hint = f"; did you mean {inside[-1]}?" if inside else ""
         raise UserError(f"{name}: no config.json in this folder, so it holds no model{hint}")
-    if not _has(folder, *WEIGHTS):
+    if not has(folder, *WEIGHTS):
         raise UserError(f"{name}: config.json, but no weights (*.safetensors) in this folder")
 
 
@@ -572,33 +442,6 @@ def _check_report(name: str, report: dict[str, Any], kind: str, new_head: bool) 
 
 def _shape(shape: Any) -> str:
     return " × ".join(map(str, shape))
-
-
-def _readable(error: BaseException, name: str, folder: Path | None, what: str) -> UserError:
-    """One line for what transformers raised."""
-    text = str(error)
-    if (refused := disk_error(error)) is not None:  # the Hub's own cache
-        return refused
-    if "trust_remote_code" in text:
-        return UserError(f"{name}: needs code of its own repository; set trust_remote_code only if you trust its authors")
-    if "Unrecognized configuration class" in text:
-        return UserError(f"{name}: not a decoder language model ({_short(error)})")
-    if folder is not None:
-        return UserError(f"{name}: the {what} in this folder cannot be loaded ({_short(error)})")
-    if isinstance(error, OSError):
-        return UserError(
-            f'"{name}": no such folder here, and no {what} of that name could be had from the Hub '
-            f"({'it cannot be reached' if offline(None) else _short(error)})"
-        )
-    return UserError(f"{name}: the {what} cannot be loaded ({_short(error)})")
-
-
-def _short(error: BaseException) -> str:
-    """Kind and first sentence of an error; transformers' own go on with advice and tables."""
-    text = " ".join(str(error).split())
-    end = text.find(". ")
-    text = text if end < 0 else text[:end]
-    return f"{type(error).__name__}: {text if len(text) <= 240 else text[:240] + '…'}"
 
 
 @contextmanager

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from isdaa.errors import UserError
+from isdaa.models.places import short
 
 
 def quantisation(config: Any) -> str | None:
@@ -63,3 +65,38 @@ def keep_gradients(model: nn.Module) -> None:
 
             weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
             module.quant_state = weight.quant_state
+
+
+def four_bits(compute: torch.dtype, device: str | torch.device | None) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that put linear layers, but for the head, into nf4, computing in `compute`."""
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+        bnb_4bit_quant_storage=compute,  # FSDP shards tensors of one dtype
+    )
+    return {"quantization_config": config, "device_map": {"": device or "cpu"}}
+
+
+def dequantised(name: str, model: Any, dtype: Any) -> Any:
+    """A quantised model with plain weights."""
+    try:
+        plain = model.dequantize()
+        plain._weight_conversions = [
+            step for step in getattr(plain, "_weight_conversions", None) or () if _reverses(step)
+        ] or None
+        return (plain if dtype == "auto" else plain.to(dtype)).requires_grad_(True)
+    except NotImplementedError as error:
+        raise UserError(f"{name}: transformers cannot turn its weights into plain ones ({short(error)})") from error
+
+
+def _reverses(step: Any) -> bool:
+    """Whether transformers can undo, when it saves, what it did to a file's tensors; of quantisation it cannot."""
+    try:
+        step.reverse_transform()
+    except (NotImplementedError, ValueError):
+        return False
+    return True

@@ -10,7 +10,8 @@ from isdaa.config import Config, OptimisationConfig
 from isdaa.data.recipes import Purpose
 from isdaa.data.sources import opened
 from isdaa.errors import UserError
-from isdaa.models.loading import is_adapter, model_config
+from isdaa.models.loading import model_config
+from isdaa.models.places import is_adapter
 from isdaa.models.quantised import check_trainable, quantisation
 
 

@@ -20,7 +20,8 @@ from isdaa.evaluation.identity import model_digest
 from isdaa.files import digest
 from isdaa.models import fused_head
 from isdaa.models.adapters import add_lora
-from isdaa.models.loading import is_adapter, load_model, load_tokenizer, random_model
+from isdaa.models.loading import load_model, load_tokenizer, random_model
+from isdaa.models.places import is_adapter
 from isdaa.models.saving import save_model, weights_digest
 from isdaa.record import NAME as RECORD
 from isdaa.record import ModelRecord, base_of, record_text

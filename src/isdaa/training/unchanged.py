@@ -150,7 +150,7 @@ def _of_rows(source: str, split: str | None, purpose: Purpose, before: Facts | N
 
 
 def _of_model(name: str, revision: str | None, before: Facts | None = None) -> Facts | None:
-    from isdaa.models.loading import adapter_base
+    from isdaa.models.places import adapter_base
 
     path = Path(name).expanduser()
     if not path.is_dir():
