@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,18 @@ def train(output_dir: Path | str, settings: dict[str, Any], **changes: Any) -> i
     dotted = {name.replace("__", "."): value for name, value in changes.items()}
     file = config_file(Path(f"{output_dir}.yaml"), {**settings, **dotted})
     return main(["train", "--config", str(file), "--output_dir", str(output_dir)])
+
+
+def start(folder: Path) -> subprocess.Popen[bytes]:
+    """`isdaa train` on the folder's `run.yaml` in a process group of its own, that a test may kill."""
+    command = [sys.executable, "-m", "isdaa.cli", "train", "--config", str(folder / "run.yaml"), "--output_dir", "run"]
+    log = open(folder / "log.txt", "ab")  # noqa: SIM115 - the process writes into it
+    return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+
+
+def finish(folder: Path, seconds: float = 300) -> None:
+    """The same to its end."""
+    assert start(folder).wait(timeout=seconds) == 0, (folder / "log.txt").read_text()
 
 
 def stopped_at(step: int, settings: dict[str, Any], output_dir: Path | str = "run") -> None:

@@ -8,15 +8,25 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chains import CHAIN, chat_model, config_file, jsonl, plain_pairs, read_lines, same_weights, train, without_time
+from chains import (
+    CHAIN,
+    chat_model,
+    config_file,
+    finish,
+    jsonl,
+    plain_pairs,
+    read_lines,
+    same_weights,
+    start,
+    train,
+    without_time,
+)
 
 from isdaa import files
 from isdaa.experiments.worker import PRELOAD
@@ -35,17 +45,6 @@ SETTINGS = CHAIN | {
     "align.save_steps": 2,
     "align.logging_steps": 3,
 }
-
-
-def start(folder: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "isdaa.cli", "train", "--config", str(folder / "run.yaml"), "--output_dir", "run"]
-    log = open(folder / "log.txt", "ab")  # noqa: SIM115 - the process writes into it
-    return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
-
-
-def finish(folder: Path) -> None:
-    process = start(folder)
-    assert process.wait(timeout=300) == 0, (folder / "log.txt").read_text()
 
 
 def working(folder: Path) -> bool:

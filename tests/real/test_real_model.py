@@ -9,15 +9,13 @@ import html
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from chains import ROOT, config_file, read_lines, same_weights, without_time
+from chains import ROOT, config_file, finish, read_lines, same_weights, start, without_time
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -70,30 +68,20 @@ def settings(model: Path) -> dict[str, Any]:
     }
 
 
-def started(folder: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "isdaa.cli", "train", "--config", str(folder / "run.yaml"), "--output_dir", "run"]
-    log = open(folder / "log.txt", "ab")  # noqa: SIM115 - the process writes into it
-    return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
-
-
-def finish(folder: Path) -> None:
-    assert started(folder).wait(timeout=1800) == 0, (folder / "log.txt").read_text()
-
-
 @pytest.fixture(scope="module", params=METHODS)
 def run(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run that was killed as soon as its first checkpoint stood, beside one that was left alone."""
     folder = tmp_path_factory.mktemp(request.param)
     for name in ("killed", "whole"):
         config_file(folder / name / "run.yaml", {**settings(model), **METHODS[request.param]})
-    process = started(folder / "killed")
+    process = start(folder / "killed")
     while not list((folder / "killed" / "run").glob("checkpoints/checkpoint-*")):
         assert process.poll() is None, (folder / "killed" / "log.txt").read_text()
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    finish(folder / "killed")
-    finish(folder / "whole")
+    finish(folder / "killed", seconds=1800)
+    finish(folder / "whole", seconds=1800)
     return folder / "killed" / "run"
 
 

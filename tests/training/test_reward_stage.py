@@ -21,6 +21,10 @@ from isdaa.training import supervised
 PAIRS = 24
 
 
+def its_data(home: Path) -> dict[str, Any]:
+    return {"model.path": str(home / "base"), "data.pairs": str(home / "pairs.jsonl"), "data.eval_fraction": 0.4}
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`run`: a reward model trained on conversations, two a prompt, with a tokenizer that pads with what ends a response."""
@@ -39,9 +43,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jsonl(home / "pairs.jsonl", rows)
     settings = {
         "stages": ["reward"],
-        "model.path": str(home / "base"),
-        "data.pairs": str(home / "pairs.jsonl"),
-        "data.eval_fraction": 0.4,
+        **its_data(home),
         "tokenization.max_length": 120,
         "tokenization.max_prompt_length": 80,
         "reward.max_steps": 3,
@@ -140,9 +142,7 @@ def test_the_guard_and_label_say_what_their_scorer_is_worth(home: Path, tmp_path
     scorer = str(home / "run" / "reward")
     settings = {
         "stages": ["align"],
-        "model.path": str(home / "base"),
-        "data.pairs": str(home / "pairs.jsonl"),
-        "data.eval_fraction": 0.4,
+        **its_data(home),
         "align.max_steps": 1,
         "align.batch_size": 4,
         "align.probe": False,

@@ -43,21 +43,10 @@ PART_SECONDS = 20.0  # between two writes of what there is so far: what a kill c
 Loader = Callable[[], PairForward]
 
 
-def reference_logps(
-    forward: PairForward | Loader,
-    pairs: Any,
-    *,
-    key: dict[str, Any],
-    cache_dir: str | Path | None,
-    batch_tokens: int | None = None,
-    precision: str = "float32",
-    progress: str = "reference logps",
-) -> tuple[np.ndarray, np.ndarray]:
-    """Summed logps of all chosen and all rejected responses, each (N,) float32, in the rows' order: of `measure`."""
-    found = measure(
-        forward, pairs, key=key, cache_dir=cache_dir, batch_tokens=batch_tokens, precision=precision, progress=progress
-    )
-    return found[0], found[1]
+def reference_logps(forward: PairForward | Loader, pairs: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Summed logps of all chosen and all rejected responses, each (N,) float32, in the rows' order. options: of `measure`."""
+    chosen, rejected, *_ = measure(forward, pairs, **options)
+    return chosen, rejected
 
 
 def measure(
