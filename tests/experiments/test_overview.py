@@ -16,7 +16,7 @@ def test_runs_wait_for_their_world_and_for_places() -> None:
         assert seen.left() == pytest.approx(60 + 2 * 10)  # one run after the other two
         seen.ended("world", {"done": True}, 100.0)
         seen.running = [("run 0", 4.0, {}), ("run 1", 25.0, {})]  # the second takes longer than thought
-        assert seen.left() == pytest.approx(10)
+        assert seen.left() == pytest.approx(2.5 + 10)
         seen.ended("run 1", {"done": True}, 30.0)
         seen.running = [("run 0", 10.0, {}), ("run 2", 0.0, {})]
         assert seen.left() == pytest.approx(30)  # of what was seen, not of what was expected
@@ -25,6 +25,11 @@ def test_runs_wait_for_their_world_and_for_places() -> None:
 def test_what_was_expected_is_given_up_for_what_was_seen() -> None:
     with Overview([WORLD, *RUNS[:1]], 2, (100.0, 10.0)) as seen:
         assert seen.left() == pytest.approx(110)
+
+
+def test_a_world_says_nothing_of_runs() -> None:
+    """A sweep said "about 16 minutes left", the time of its world, and then "about 0:00" for a quarter of an hour."""
     with Overview([WORLD, *RUNS[:1]], 2) as seen:
         seen.ended("world", {"done": True}, 50.0)
-        assert seen.left() == pytest.approx(50)  # no run has been seen: as long as the world
+        assert seen.left() is None
+        assert "time left not known yet" in seen._head().plain

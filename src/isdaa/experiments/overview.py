@@ -73,17 +73,18 @@ class Overview:
 
     def left(self) -> float | None:
         """Seconds left: the median time of finished tasks of each kind for those to come, less what the running ones have
-        behind them; the shared worlds come first, and each kind is dealt out to the places. None before one has finished."""
+        behind them, and a tenth of that for those that have taken longer already; the shared worlds come first, and each kind is
+        dealt out to the places. None where nothing of a kind that is to come has finished."""
         known = self.expected | {kind: median(times) for kind, times in self.took.items() if times}
-        if not known:
-            return None
-        guess = median(known.values())
         behind = {name: seconds for name, seconds, _ in self.running}
         total = 0.0
         for kind in (True, False):
-            cost = known.get(kind, guess)
+            todo = [name for name in self.todo if (name in self.shared) == kind]
+            if todo and kind not in known:
+                return None
             places = [0.0] * self.jobs
-            for seconds in sorted(max(cost - behind.get(name, 0.0), 0.0) for name in self.todo if (name in self.shared) == kind):
+            past = [behind.get(name, 0.0) for name in todo]
+            for seconds in sorted(max(known[kind] - seconds, seconds / 10) for seconds in past):
                 heapreplace(places, places[0] + seconds)  # the place that is free first; those that run have begun already
             total += max(places)
         return total
@@ -95,7 +96,7 @@ class Overview:
         text += f", {clock(time.monotonic() - self.started)} so far"
         if self.todo:
             left = self.left()
-            text += f", about {clock(left)} left" if left is not None else ", time left not known before the first run is done"
+            text += f", about {clock(left)} left" if left is not None else ", time left not known yet"
         return Text(text)
 
     def _picture(self) -> Group:
