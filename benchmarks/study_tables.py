@@ -157,7 +157,7 @@ def _table(cells: Sequence[CellSummary]) -> list[str]:
     head = ["cell", "seeds", "best", "final", "each seed's final", "final KL", "fall", "found", "d*", "past"]
     rows = []
     for cell in sorted(cells, key=lambda c: -c.final.mean):
-        found = "/".join(str(cell.findings.get(name, 0)) for name in ("over-optimised", "underpowered", "not detected"))
+        found = "/".join(str(cell.findings.get(name, 0)) for name in ("over-optimised", "worse", "underpowered", "not detected"))
         law = fit_law(cell.runs)
         peak = "" if law is None or law.peak is None else f"{law.peak:.2f}"
         past = "" if law is None or law.past_peak is None else f"{law.past_peak:.2f}"

@@ -2,7 +2,8 @@
 
     python benchmarks/verdict_calibration.py --out docs/results/verdict-calibration
 
-writes `<out>.json` (every rate) and `<out>.md` (the same as tables). Fixed seeds; one thread; about two minutes.
+writes `<out>.json` (every rate) and `<out>.md` (the same as tables). Fixed seeds; one thread; about MINUTES minutes.
+`--seen docs/report.md` puts what can be seen, with so many checkpoints, looks and prompts, into that page.
 
 A simulated run: a curve of true win rates over checkpoints; the bounce, a Gaussian that moves a checkpoint on all prompts
 together; per prompt a score of the policy that changes slowly over checkpoints, against the same four opponents throughout.
@@ -21,27 +22,49 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtri
 
-from isdaa.evaluation.overoptimization import MARGIN, NEGLIGIBLE, verdict_of
+from isdaa.evaluation.falls import MARGIN, NEGLIGIBLE
+from isdaa.evaluation.overoptimization import law_of, verdict_of
+from isdaa.evaluation.power import LOOKS, looks_needed, smallest_fall
 from isdaa.evaluation.sequential import ALPHA, FIRST, RECENT, FallTest, evidence
 
 START = 0.5  # the reference against itself
 OPPONENTS = 4
 PERSISTENCE, OWN = 0.8, 0.35  # of a prompt's score from checkpoint to checkpoint; standard deviation of its own sample's luck
 BOUNCES = (0.0, 0.01, 0.02, 0.03, 0.05)
-CHECKPOINTS, PROMPTS = (3, 4, 6, 8, 12), (128, 512)
+CHECKPOINTS, PROMPTS = (3, 4, 5, 6, 8, 12, 20), (16, 64, 512)
 FALLS = [f"fall {size} {when}" for size in ("0.05", "0.1", "0.2", "0.3") for when in ("early", "gradual")]
-SHARP = ["fall 0.1 at once", "fall 0.2 at once", "fall 0.3 at once", "fall 0.2 halfway"]
-FINDINGS = ("over-optimised", "not detected", "underpowered")
+SHARP = ["fall 0.1 at once", "fall 0.2 at once", "fall 0.2 halfway"]
+# Falls as people have them: few checkpoints, late falls, falls that last.
+CURVES = (
+    "0.63, 0.80, 0.66, 0.53", "0.63, 0.75, 0.65, 0.55", "0.63, 0.75, 0.60, 0.45", "0.75, 0.65, 0.55",
+    "0.63, 0.75, 0.683, 0.617, 0.55", "0.65, 0.75, 0.725, 0.7, 0.675, 0.65", "0.65, 0.75, 0.7, 0.65, 0.6, 0.55",
+    "0.60, 0.68, 0.72, 0.75, 0.75, 0.55", "0.75, 0.55, 0.55, 0.55, 0.55, 0.55", "0.60, 0.70, 0.75, 0.71, 0.67, 0.63, 0.59, 0.55",
+)  # fmt: skip
+# The last is truly 0.03 or 0.05 down: at the margins themselves.
+MARGINAL = (
+    "0.65, 0.75, 0.75, 0.72",
+    "0.65, 0.75, 0.75, 0.70",
+    "0.6, 0.7, 0.75, 0.75, 0.75, 0.72",
+    "0.6, 0.7, 0.75, 0.75, 0.75, 0.70",
+)
+FINDINGS = ("over-optimised", "worse", "not detected", "underpowered")
+ADVISED = 40  # of a row's runs whose advice is followed
+LAW = (0.25, 0.2)
 PATIENCE = 2
 
 
 def curve(shape: str, count: int) -> np.ndarray:
-    """(C,) true win rates. A fall's peak lies at 15 % of the run (early) or at 45 % (gradual), of height 0.75.
+    """(C,) true win rates; a list of numbers is itself. A fall's peak lies at 15 % of the run (early) or at 45 % (gradual), of height 0.75.
 
     Two falls are steps from 0.75 that last: after the first checkpoint (at once), after the first half of the run (halfway).
     """
     time = np.linspace(0, 1, count)
     since = time + 1 / count  # the first checkpoint is some way from the reference
+    if shape[0].isdigit():
+        return np.array([float(value) for value in shape.split(", ")])
+    if shape == "law":
+        d = np.linspace(0.5, 4, count)
+        return START + d * (LAW[0] - LAW[1] * np.log(d))
     if shape == "flat":
         return np.full(count, 0.75)
     if shape == "rising":
@@ -57,14 +80,24 @@ def curve(shape: str, count: int) -> np.ndarray:
     return START + 0.25 * up - float(size) * down
 
 
-def simulate(shape: str, runs: int, count: int, prompts: int, bounce: float, memory: float = 0.0) -> np.ndarray:
-    """(R, C, N) win rates. memory: correlation of the bounce from checkpoint to checkpoint, which no estimate here knows of."""
-    rng = np.random.default_rng(zlib.crc32(repr((shape, runs, count, prompts, bounce, memory)).encode()))
+def simulate(
+    shape: str, runs: int, count: int, prompts: int, bounce: float, memory: float = 0.0, opponents: int = OPPONENTS
+) -> tuple[np.ndarray, np.ndarray]:
+    """(R, C, N) win rates, and the (R, C) true ones of these very models, bounce included. memory: correlation of the bounce from
+    checkpoint to checkpoint, which no estimate here knows of."""
+    rng = np.random.default_rng(zlib.crc32(repr((shape, runs, count, prompts, bounce, memory, opponents)).encode()))
     noise = rng.standard_normal((runs, count))
     for c in range(1, count):
         noise[:, c] = memory * noise[:, c - 1] + np.sqrt(1 - memory**2) * noise[:, c]
-    strength = np.sqrt(2) * ndtri(np.clip(curve(shape, count) + bounce * noise, 0.02, 0.98))
-    opponents = rng.standard_normal((runs, prompts, OPPONENTS), dtype=np.float32)
+    truths = np.clip(curve(shape, count) + bounce * noise, 0.02, 0.98)
+    return judged(truths, prompts, opponents, rng), truths
+
+
+def judged(truths: np.ndarray, prompts: int, opponents: int, rng: np.random.Generator) -> np.ndarray:
+    """(R, C, N) win rates of models whose true ones are (R, C)."""
+    runs, count = truths.shape
+    strength = np.sqrt(2) * ndtri(truths)
+    rivals = rng.standard_normal((runs, prompts, opponents), dtype=np.float32)
     lasting = rng.standard_normal((runs, prompts), dtype=np.float32)
     wins = np.empty((runs, count, prompts), dtype=np.float32)
     for c in range(count):
@@ -73,7 +106,7 @@ def simulate(shape: str, runs: int, count: int, prompts: int, bounce: float, mem
             lasting = PERSISTENCE * lasting + np.sqrt(1 - PERSISTENCE**2) * fresh
         luck = rng.standard_normal((runs, prompts), dtype=np.float32)
         score = strength[:, c, None] + np.sqrt(1 - OWN**2) * lasting + OWN * luck
-        wins[:, c] = (score[..., None] > opponents).mean(axis=-1)
+        wins[:, c] = (score[..., None] > rivals).mean(axis=-1)
     return wins
 
 
@@ -84,19 +117,52 @@ def naive(wins: np.ndarray) -> bool:
     return bool(error > 0 and gap.mean() > 1.645 * error)
 
 
-def verdicts(shape: str, runs: int, count: int, prompts: int, bounce: float, memory: float = 0.0) -> dict[str, Any]:
-    """Rates of each finding, and of the naive test's alarm, with how the numbers behind them came out on average."""
-    wins = simulate(shape, runs, count, prompts, bounce, memory)
-    judged = (verdict_of(run, np.arange(1.0, count + 1), START) for run in wins)
-    found = [verdict for verdict in judged if verdict is not None]
+def verdicts(
+    shape: str, runs: int, count: int, prompts: int, bounce: float, memory: float = 0.0, opponents: int = OPPONENTS
+) -> dict[str, Any]:
+    """Rates of each finding and of the naive test's alarm; how often the lower bound lies above the true fall from the peak that
+    was named, and the upper bound above the largest true fall; and what came of advice that was followed, on the same models."""
+    wins, truths = simulate(shape, runs, count, prompts, bounce, memory, opponents)
+    kl = np.arange(1.0, count + 1)
+    found, wrong, bounded, decided = [], 0, 0, []
+    rng = np.random.default_rng(runs)
+    for run, truth in zip(wins, truths, strict=True):
+        verdict = verdict_of(run, kl, START)
+        assert verdict is not None
+        found.append(verdict)
+        falls = np.append(truth[:-1], START) - truth[-1]
+        wrong += verdict.lower > MARGIN and verdict.lower > (falls[-1] if verdict.below_start else falls[verdict.peak])
+        bounded += verdict.upper >= falls.max()
+        if verdict.prompts_needed is not None and len(decided) < ADVISED and verdict.prompts_needed <= 4096:
+            again = verdict_of(judged(truth[None], verdict.prompts_needed, opponents, rng)[0], kl, START)
+            assert again is not None
+            decided.append(again.finding != "underpowered")
     return {
         **_settings(shape, runs, prompts, bounce, memory),
         "checkpoints": count,
+        "opponents": opponents,
         **{finding: float(np.mean([verdict.finding == finding for verdict in found])) for finding in FINDINGS},
         "naive": float(np.mean([naive(run) for run in wins])),
-        "fall": float(np.mean([verdict.fall for verdict in found])),
-        "estimated_bounce": float(np.sqrt(np.mean([verdict.bounce**2 for verdict in found]))),
+        "wrong": wrong / runs,
+        "bounded": bounded / runs,
+        "advised": len(decided),
+        "decided": float(np.mean(decided)) if decided else None,
+        "kept_reference": float(np.mean([verdict.keeps_reference for verdict in found])),
     }
+
+
+def laws(shape: str, runs: int, count: int, prompts: int, bounce: float) -> dict[str, Any]:
+    """How often a law's peak is named, and of runs on a law how often its interval holds the true one."""
+    wins, _ = simulate(shape, runs, count, prompts, bounce)
+    d = np.linspace(0.5, 4, count)
+    kl = np.repeat(d[:, None] ** 2, prompts, axis=1)
+    fits = [law_of([(run, kl, START)], resamples=300, seed=seed) for seed, run in enumerate(wins)]
+    named = [law for law in fits if law is not None and law.peak is not None]
+    row = {**_settings(shape, runs, prompts, bounce, 0.0), "checkpoints": count, "named": len(named) / runs, "covered": None}
+    if shape == "law" and named:
+        peak = np.exp(LAW[0] / LAW[1] - 1)
+        row["covered"] = float(np.mean([law.peak_low <= peak <= law.peak_high for law in named]))
+    return row
 
 
 def _settings(shape: str, runs: int, prompts: int, bounce: float, memory: float) -> dict[str, Any]:
@@ -126,7 +192,7 @@ def stop_of(wins: np.ndarray) -> int:
 
 def guards(shape: str, runs: int, looks: int, prompts: int, bounce: float, memory: float = 0.0) -> dict[str, Any]:
     """How often the guard ever stops a run, how many looks after the true peak, and how far the curve has fallen by then."""
-    wins = simulate(shape, runs, looks, prompts, bounce, memory)
+    wins, _ = simulate(shape, runs, looks, prompts, bounce, memory)
     stop = stops(wins)
     assert [stop_of(run) for run in wins[:3]] == stop[:3].tolist(), "the class and its vectorised copy disagree"
     stopped, truth = stop[stop < looks], curve(shape, looks)
@@ -145,24 +211,41 @@ def measure(scale: float) -> dict[str, list[dict[str, Any]]]:
     """All tables. scale multiplies the number of runs."""
     some, few = max(int(400 * scale), 4), max(int(200 * scale), 4)
     # The more a healthy run bounces, the nearer its false alarms come to 5 %: flat runs are looked at most closely.
-    healthy = [verdicts("flat", some, c, n, b) for c in CHECKPOINTS for n in PROMPTS for b in (0.0, 0.02, 0.03, 0.05)]
-    healthy += [verdicts("flat", 2 * some, c, 256, 0.05) for c in CHECKPOINTS]
+    healthy = [verdicts("flat", some, c, n, b) for c in CHECKPOINTS for n in PROMPTS for b in (0.0, 0.02, 0.05)]
+    healthy += [verdicts("flat", some, c, 128, 0.05, opponents=1) for c in CHECKPOINTS]
     mild = (0.0, 0.02, 0.05)
-    healthy += [verdicts(shape, few, c, n, b) for shape in ("rising", "slow") for c in (6, 12) for n in PROMPTS for b in mild]
-    three = [verdicts(shape, few, 3, 384, b) for shape in ("rising", "fall 0.2 early", "fall 0.2 at once") for b in mild]
-    falls = [verdicts(shape, few, c, n, b) for shape in FALLS + SHARP for c, n in ((6, 256), (8, 384)) for b in mild]
+    healthy += [
+        verdicts(shape, few, c, n, b) for shape in ("rising", "slow") for c in (4, 6, 12) for n in (128, 512) for b in mild
+    ]
+    low = [verdicts("0.52, 0.52, 0.52, 0.52", some, 4, n, 0.0) for n in (64, 256)]
+    usual = [verdicts(shape, some, len(shape.split(",")), n, 0.02) for shape in CURVES for n in (64, 256)]
+    marginal = [verdicts(shape, some, len(shape.split(",")), n, b) for shape in MARGINAL for n in (128, 512) for b in (0.0, 0.02)]
+    falls = [verdicts(shape, few, c, n, b) for shape in FALLS[2:] + SHARP for c, n in ((6, 256), (8, 384)) for b in mild]
     wander = [verdicts("flat", some, 8, 384, b, memory) for memory in (0.5, 0.8) for b in (0.02, 0.05)]
-    watched = [(20, 64), (20, 128), (20, 256)]
+    least = []
+    for c, n in ((3, 128), (6, 256), (12, 512)):
+        fall = smallest_fall(c, n)
+        shape = ", ".join(["0.6"] * (c - 2) + ["0.75", f"{0.75 - fall:.2f}"])
+        least.append({"fall": fall} | verdicts(shape, some, c, n, 0.0))
+    fitted = [laws(shape, few, c, 256, b) for shape in ("law", "flat", "rising") for c in (6, 12) for b in (0.0, 0.03)]
+    watched = [(8, 128), (20, 64), (20, 128), (20, 256)]
     guard_healthy = [
         guards(shape, some, looks, n, b) for shape in ("flat", "rising", "slow") for looks, n in watched for b in BOUNCES
     ] + [guards(shape, some, 50, 128, b) for shape in ("flat", "slow") for b in (0.0, 0.02, 0.05)]
-    guard_falls = [guards(shape, few, looks, n, b) for shape in FALLS[2:] for looks, n in watched for b in (0.0, 0.02, 0.05)]
+    steps = ["fall 0.2 halfway", "fall 0.3 halfway"]
+    guard_falls = [
+        guards(shape, few, looks, n, b) for shape in FALLS[2:] + steps for looks, n in watched for b in (0.0, 0.02, 0.05)
+    ]
     guard_wander = [guards("flat", some, 20, n, b, memory) for memory in (0.5, 0.8) for n in (64, 256) for b in (0.02, 0.05)]
     return {
         "healthy": healthy,
-        "three_checkpoints": three,
+        "usual": usual,
+        "marginal": marginal,
         "falls": falls,
+        "reference": low,
+        "least": least,
         "wandering": wander,
+        "laws": fitted,
         "guard_healthy": guard_healthy,
         "guard_falls": guard_falls,
         "guard_wandering": guard_wander,
@@ -194,71 +277,91 @@ def plain(name: str, form: str = "{}") -> Callable[[dict[str, Any]], str]:
 
 def page(found: dict[str, list[dict[str, Any]]], scale: float, out: Path) -> str:
     """The Markdown of all tables."""
-    run = {"shape": plain("shape"), "C": plain("checkpoints"), "N": plain("prompts"), "bounce": plain("bounce")}
+    run = {"true curve": plain("shape"), "C": plain("checkpoints"), "N": plain("prompts"), "bounce": plain("bounce")}
     watch = {"shape": plain("shape"), "looks": plain("looks"), "N": plain("prompts"), "bounce": plain("bounce")}
-    memory = {"memory": plain("memory")}
+    memory, rivals = {"memory": plain("memory")}, {"opponents": plain("opponents")}
     findings = {finding: rate(finding) for finding in FINDINGS}
-    rates = {**run, **findings, "naive alarm": rate("naive")}
-    numbers = {"mean fall": plain("fall", "{:.3f}"), "estimated bounce": plain("estimated_bounce", "{:.3f}")}
+    bounds = {"lower bound wrong": rate("wrong"), "upper bound holds": rate("bounded")}
+    advice = {
+        "advised": plain("advised"),
+        "decided then, %": lambda row: "–" if row["decided"] is None else f"{100 * row['decided']:.0f}",
+    }
+    named = {
+        "peak named": rate("named"),
+        "interval holds it, %": lambda row: "–" if row["covered"] is None else f"{100 * row['covered']:.0f}",
+    }
     stopped = {"stopped, ever": rate("stopped")}
     late = {"looks after the peak": plain("delay", "{:.0f}"), "true fall by then": plain("fallen", "{:.2f}")}
-    worst = max(found["healthy"], key=lambda row: row["over-optimised"])
-    naively = max(found["healthy"], key=lambda row: row["naive"])
-    flat = [row["naive"] for row in found["healthy"] if row["shape"] == "flat" and row["bounce"] == 0.02]
-    widest = [row["over-optimised"] for row in found["healthy"] if row["shape"] == "flat" and row["bounce"] == 0.05]
-    alarm = max(found["guard_healthy"], key=lambda row: row["stopped"])
-    missed = max((row for row in found["falls"] if row["shape"].startswith("fall 0.05")), key=lambda row: row["not detected"])
-
+    flat = [row for row in found["healthy"] if row["shape"] == "flat"]
+    alarm, naively = max(flat, key=lambda row: row["over-optimised"]), max(flat, key=lambda row: row["naive"])
+    everything = [row for name in ("healthy", "usual", "marginal", "falls") for row in found[name]]
+    wrong, loose = max(everything, key=lambda row: row["wrong"]), min(everything, key=lambda row: row["bounded"])
+    told = [row for row in everything if row["advised"] >= 20]
+    poor = min(told, key=lambda row: row["decided"]) if told else None
+    missed = max((row for row in found["marginal"] if row["shape"].endswith("0.70")), key=lambda row: row["not detected"])
+    stop = max(found["guard_healthy"], key=lambda row: row["stopped"])
     more = "" if scale == 1 else f" --scale {scale:g}"
 
     def where(row: dict[str, Any]) -> str:
         size = f"C = {row['checkpoints']}" if "checkpoints" in row else f"{row['looks']} looks"
         return f"{row['shape']}, {size}, N = {row['prompts']}, bounce {row['bounce']}"
 
-    def shortened(count: int) -> str:
-        falls = [r["fall"] for r in found["falls"] if r["shape"] == "fall 0.2 gradual" and r["checkpoints"] == count]
-        return f"{np.mean(falls):.2f}"
-
     return f"""# Calibration of the verdict and of the guard
 
 Written by `python benchmarks/verdict_calibration.py --out {out.as_posix()}{more}`.
 Each row's runs are seeded by a checksum of the row's own settings; results do not depend on the machine beyond rounding. Rates
 are in per cent, ± their Monte-Carlo standard error; "0 (< x)" gives the 95 % bound where nothing was seen.
-{found["healthy"][0]["runs"]} runs a row on flat shapes (twice as many at N = 256), {found["falls"][0]["runs"]} on the others.
+{flat[0]["runs"]} runs a row, {found["falls"][0]["runs"]} on rising and falling shapes.
 
 What is simulated: {OPPONENTS} opponents a prompt, the same at all checkpoints; neighbouring checkpoints correlate over prompts by
 about 0.6, as in measured runs; the *bounce* moves a checkpoint on all prompts together. flat: 0.75 throughout. rising: from the
 reference's ½, saturating at 0.77. slow: ½ to 0.75 in a straight line. A fall starts from 0.75, *early* (at 15 % of the run) or
 *gradual* (from 45 % on), and ends lower by its size. Other falls are steps that last: *at once* (after the first checkpoint), or
-*halfway*.
+*halfway*. A list of numbers is the curve itself.
 
-- A healthy run called over-optimised: at worst {100 * worst["over-optimised"]:.1f} % ({where(worst)});
-  flat runs that bounce by 0.05: {100 * np.mean(widest):.1f} % on average.
-- The naive test (highest checkpoint against the last, paired over prompts, 95 %): at worst {100 * naively["naive"]:.0f} %
-  ({where(naively)}); at bounce 0.02 {100 * min(flat):.0f} to {100 * max(flat):.0f} % of flat runs.
-- A healthy run ever stopped by the guard: at worst {100 * alarm["stopped"]:.1f} % ({where(alarm)}).
-- A true fall of 0.05, the edge of what counts as none, called "not detected": at worst {100 * missed["not detected"]:.1f} %
-  ({where(missed)}). Smoothing shortens a gradual fall, more so with few checkpoints: a true one
-  of 0.2 measures {shortened(6)} with 6 checkpoints and {shortened(8)} with 8, on average. A step keeps its size.
-- A flat run is mostly "underpowered" where the bounce is 0.02 or more, and more prompts do not help against it.
+- A flat run called over-optimised: at worst {100 * alarm["over-optimised"]:.1f} % ({where(alarm)}).
+- The naive test (highest checkpoint against the last, paired over prompts, 95 %): at worst {100 * naively["naive"]:.0f} % ({where(naively)}).
+- "Worse by at least x", where these very models are not: at worst {100 * wrong["wrong"]:.1f} % ({where(wrong)}).
+- "Nothing lies more than x above the last" holds in {100 * loose["bounded"]:.1f} % at worst ({where(loose)}).
+- A last checkpoint that is truly 0.05 down, the edge of what counts as none, is called "not detected" in at worst {100 * missed["not detected"]:.1f} % ({where(missed)}).
+- Advice that is followed, on the same models, decides in {f"{100 * poor['decided']:.0f} % at worst ({where(poor)}), of rows with 20 or more" if poor else "no row"}.
+- A healthy run ever stopped by the guard: at worst {100 * stop["stopped"]:.1f} % ({where(stop)}).
+- With a bounce, "worse" on flat runs is no false alarm: the last checkpoint is then truly below an earlier one, and the sentence
+  says that this may be ordinary variation.
 - Beyond the assumptions: a bounce with a memory (a slow wander of the whole run) looks like a trend to every estimate from
   neighbours. Below are the rates, above 5 % where the wander is as large as 0.05.
 
-## Verdict on healthy runs
+## Falls as people have them
 
-{table(found["healthy"], rates | numbers)}
+{table(found["usual"], run | findings | bounds | advice)}
 
-## Verdict on runs that fall
+## At the margins
 
-"over-optimised" is the power here. A fall of 0.05 is larger than {MARGIN} and as large as {NEGLIGIBLE}, so neither finding can be
-had of it often: "underpowered" is the right answer, and "not detected" should be rare. What limits the power on a fall at once is
-how well few checkpoints tell the bounce: with 6 of them it is found mostly where it is six times the bounce.
+The last checkpoint is truly 0.03 or 0.05 below the peak, before its bounce.
 
-{table(found["falls"], rates | numbers)}
+{table(found["marginal"], run | findings | bounds | advice)}
 
-## Verdict from three checkpoints
+## Healthy runs
 
-{table(found["three_checkpoints"], rates | numbers)}
+{table(found["healthy"], run | rivals | findings | bounds | {"naive alarm": rate("naive")} | advice)}
+
+## Other falls
+
+{table(found["falls"], run | findings | bounds)}
+
+## What is promised beforehand
+
+The smallest fall that `isdaa inspect` says will be seen in 80 % of runs (as over-optimised or worse).
+
+{table(found["least"], {"fall": plain("fall")} | run | findings)}
+
+## A reference that is just beaten
+
+{table(found["reference"], run | {"keep the reference": rate("kept_reference")})}
+
+## The law
+
+{table(found["laws"], run | named)}
 
 ## Verdict where the bounce has a memory (flat runs)
 
@@ -284,12 +387,41 @@ Medians and means are over the runs that were stopped.
 """
 
 
+def seen_tables() -> str:
+    """What can be seen, for docs/report.md."""
+    prompts = (32, 64, 128, 256, 512, 1024)
+    rows = [[str(c), *(f"{smallest_fall(c, n):.2f}" for n in prompts)] for c in (3, 4, 6, 8, 12, 20)]
+    looks: list[list[str]] = []
+    for n in (64, 128, 256):
+        needed = looks_needed(n)
+        looks.append([str(n), *(str(least) if least else f"> {LOOKS[-1]}" for least in needed.values())])
+    head = ["checkpoints \\ prompts", *map(str, prompts)]
+    second = ["the guard: prompts \\ fall half-way", *(f"{fall:.2f}" for fall in looks_needed(64))]
+    return "\n\n".join(
+        "\n".join("| " + " | ".join(line) + " |" for line in [names, ["---"] * len(names), *body])
+        for names, body in ((head, rows), (second, looks))
+    )
+
+
+def fill(path: Path) -> None:
+    """Puts the tables of what can be seen between the two marks of a page."""
+    before, rest = path.read_text(encoding="utf-8").split("<!-- table: seen -->")
+    after = rest.split("<!-- end -->", 1)[1]
+    path.write_text(f"{before}<!-- table: seen -->\n{seen_tables()}\n<!-- end -->{after}", encoding="utf-8")
+
+
 def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, required=True, help="path without suffix; .json and .md are written")
+    parser.add_argument("--out", type=Path, help="path without suffix; .json and .md are written")
+    parser.add_argument("--seen", type=Path, metavar="PAGE", help="only put the tables of what can be seen into this page")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of runs of each row")
     arguments = parser.parse_args()
+    if arguments.seen is not None:
+        fill(arguments.seen)
+        return
+    if arguments.out is None:
+        parser.error("give --out or --seen")
     found = measure(arguments.scale)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {"scale": arguments.scale, "alpha": ALPHA, "margin": MARGIN, "negligible": NEGLIGIBLE, "patience": PATIENCE}

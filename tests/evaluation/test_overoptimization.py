@@ -1,11 +1,13 @@
 """The verdict on a run and the law through its checkpoints: values by hand, identities, and false alarms counted."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from isdaa.evaluation.falls import Bounce, bounce_of, crossfit, smoothed, smoothing
+from isdaa import evaluation
+from isdaa.evaluation.falls import BOUNCES, MARGIN, above, bounce_of, simultaneous, smoothing
 from isdaa.evaluation.overoptimization import Law, fit_law, judge, law_of, shown_better, verdict_of
 from isdaa.evaluation.trajectory import Trajectory
 
@@ -35,120 +37,146 @@ RISING = [0.62, 0.68, 0.72, 0.74, 0.755, 0.765, 0.77, 0.775]
 
 
 def test_smoothing_by_hand():
-    np.testing.assert_allclose(smoothed(np.array([0.0, 4.0, 8.0, 0.0])), [0.0, 8 / 3, 20 / 3, 10 / 3])
-    np.testing.assert_allclose(smoothed(np.array([[0.0, 3.0], [3.0, 0.0]])), [[0.0, 3.0], [9 / 5, 6 / 5]])
-    np.testing.assert_allclose(smoothed(np.array([0.7])), [0.7])
+    curve = np.array([0.0, 4.0, 8.0, 0.0])
+    np.testing.assert_allclose(smoothing(4) @ curve, [0.0, 8 / 3, 20 / 3, 10 / 3])
     assert np.count_nonzero(smoothing(12)[8]) == 3  # itself and two before from 12 checkpoints on
-
-
-def test_what_comes_after_has_no_part():
-    for count in (3, 6, 20):
-        assert not np.triu(smoothing(count), 1).any()
-    np.testing.assert_allclose(smoothed(np.array(AT_ONCE))[[0, -1]], [0.70, 0.50])  # a step keeps its size
-
-
-def test_smoothing_keeps_constants():
     for count in (1, 2, 3, 7, 20):
         np.testing.assert_allclose(smoothing(count).sum(axis=1), 1.0)
+        assert not np.triu(smoothing(count), 1).any()  # what comes after has no part
 
 
-def test_crossfit_by_hand():
-    # The first half prefers candidate 0 (worth 0.6 − 0.5 to the second), the second prefers candidate 1 (0.6 − 0.4 to the first).
-    fall, chosen = crossfit(np.array([0.9, 0.6, 0.4]), np.array([0.6, 0.8, 0.5]))
-    assert fall == pytest.approx((0.1 + 0.2) / 2)
-    assert chosen.tolist() == [0, 1]
+def test_the_bounce_that_was_drawn_is_the_likeliest():
+    rng = np.random.default_rng(0)
+    for bounce in (0.01, 0.03, 0.05):
+        likely = bounce_of(0.5 + bounce * rng.standard_normal((400, 20)), np.zeros((20, 20)))
+        assert likely.shape == (400, 5) and np.allclose(likely.sum(axis=1), 1)
+        assert np.sqrt(np.mean(likely @ BOUNCES**2)) == pytest.approx(bounce, abs=0.006)
 
 
-def test_bounce_of_an_alternation_by_hand():
-    # ±0.1 in turn: every second difference is ±0.4, so their mean square over 6 is 0.16/6. Four of them are worth
-    # 24²/244 degrees of freedom, beside 2 of a bounce of 0.02.
-    means = 0.5 + 0.1 * np.array([1, -1, 1, -1, 1, -1])
-    found = bounce_of(means, np.zeros((6, 6)))
-    df = 24**2 / 244
-    assert found.df == pytest.approx(df + 2)
-    assert found.variance == pytest.approx((df * 0.16 / 6 + 2 * 0.0004) / (df + 2))
+def test_what_prompts_explain_is_no_bounce():
+    rng = np.random.default_rng(0)
+    means = 0.5 + 0.05 * rng.standard_normal((100, 40))
+    with_prompts = bounce_of(means, 0.05**2 * np.eye(40)) @ BOUNCES**2
+    without = bounce_of(means, np.zeros((40, 40))) @ BOUNCES**2
+    assert np.sqrt(with_prompts.mean()) < 0.032 and 0.045 < np.sqrt(without.mean())
+    np.testing.assert_allclose(bounce_of(means, np.broadcast_to(0.05**2 * np.eye(40), (100, 40, 40))) @ BOUNCES**2, with_prompts)
 
 
-def test_a_trend_is_no_bounce():
-    assert bounce_of(np.linspace(0.5, 0.8, 9), np.zeros((9, 9))).variance < 0.02**2
+@pytest.mark.parametrize(
+    "curve", [AT_ONCE, [0.7, 0.7, 0.7, 0.4, 0.4, 0.4], [0.6, 0.65, 0.7, 0.75, 0.7, 0.65], np.linspace(0.5, 0.8, 6)]
+)
+def test_a_trend_one_bend_or_step_down_is_no_bounce(curve):
+    flat, none = bounce_of(np.full(6, 0.5), np.zeros((6, 6))), np.zeros((6, 6))
+    np.testing.assert_allclose(bounce_of(np.array(curve), none), flat, atol=1e-9)
+    assert flat @ BOUNCES**2 < 0.025**2
 
 
-@pytest.mark.parametrize("curve", [AT_ONCE, [0.7, 0.7, 0.7, 0.4, 0.4, 0.4], [0.6, 0.65, 0.7, 0.75, 0.7, 0.65]])
-def test_one_bend_or_step_down_is_no_bounce(curve):
-    flat = bounce_of(np.full(6, 0.5), np.zeros((6, 6)), bend=True)
-    assert bounce_of(np.array(curve), np.zeros((6, 6)), bend=True).variance == pytest.approx(flat.variance, abs=1e-12)
-    assert bounce_of(np.array(curve), np.zeros((6, 6))).variance > 1.5 * flat.variance
-    # Four checkpoints are too few to leave anything out.
-    few, none = np.array(curve[:4]), np.zeros((4, 4))
-    assert bounce_of(few, none, bend=True).variance == bounce_of(few, none).variance
+def test_from_four_checkpoints_the_largest_bounce_is_assumed():
+    assert bounce_of(np.full(4, 0.7), np.zeros((4, 4))).tolist() == [0, 0, 0, 0, 1]
 
 
-@pytest.mark.parametrize("count", [5, 6, 12])
-def test_the_bounce_beside_a_bend_is_not_biased(count):
-    # Of flat runs, the bend that is left out is luck: what it takes is given back. The 2 of a bounce of 0.02 are taken out here.
-    means = 0.5 + 0.05 * np.random.default_rng(1).standard_normal((20_000, count))
-    found = bounce_of(means, np.zeros((count, count)), bend=True)
-    seen = (found.df * found.mean_square - 2 * 0.02**2) / (found.df - 2)
-    assert seen.mean() == pytest.approx(0.05**2, rel=0.03)
-    assert 2 * seen.mean() ** 2 / seen.var() == pytest.approx(np.mean(found.df) - 2, rel=0.1)
+def test_bounds_are_simultaneous_and_paired():
+    """Of eight equal candidates the luckiest is hardly ever shown to lie above the last; one bound alone would often be."""
+    rng = np.random.default_rng(0)
+    shown = alone = 0
+    for _ in range(300):
+        gaps = rng.choice([-0.5, 0.0, 0.5], (8, 100))
+        lowers, critical = simultaneous(gaps)
+        shown += lowers.max() > 0
+        alone += (gaps.mean(axis=1) - 1.66 * gaps.std(axis=1, ddof=1) / 10).max() > 0
+    assert critical > 2.3 and shown <= 25 < alone  # 15 expected; more than 25 in one of a hundred such tests
 
 
-def test_draws_of_the_bounce_have_its_median():
-    found = Bounce(np.float64(0.0004), np.float64(0.0), np.float64(50.0))
-    assert np.median(found.draws(np.random.default_rng(0), 20_000)) == pytest.approx(0.0004, rel=0.03)
+def test_no_difference_on_few_prompts_bounds_little():
+    """Sixteen prompts without any difference: up to 17 % of all prompts may still have one (0.83^16 = 5 %)."""
+    assert above(np.zeros((1, 16)))[0] == pytest.approx(0.19, abs=0.02) and above(np.zeros((1, 512)))[0] < 0.01
+    gaps = np.random.default_rng(0).choice([-0.5, 0.0, 0.5], (1, 400))
+    assert above(gaps)[0] == pytest.approx(1.649 * gaps.std() / 20, rel=0.1)
 
 
 def test_a_fall_is_found():
     verdict = judge(a_run(simulated(FALLING)[0]))
     assert verdict.finding == "over-optimised"
     assert verdict.peak in (1, 2) and verdict.recommended in (1, 2)
-    assert verdict.lower < verdict.fall < verdict.upper
-    assert 0.15 < verdict.fall < 0.25
-    assert verdict.sentence.startswith("Over-optimised: win rate fell by 0.")
-    assert "over the last 3 checkpoints (to step 80)" in verdict.sentence
-    assert verdict.sentence.endswith(f"keep checkpoint-{10 * (verdict.recommended + 1)}.")
-    assert verdict.prompts_needed is None and verdict.checkpoints_needed is None
+    assert MARGIN < verdict.lower < verdict.fall < verdict.upper <= 1
+    assert 0.15 < verdict.fall < 0.27
+    assert verdict.sentence.startswith("Over-optimised: win rate fell from 0.7")
+    assert "at step 80, by at least 0." in verdict.sentence and "more than checkpoints vary by chance" in verdict.sentence
+    assert verdict.prompts_needed is None
+
+
+def test_sentences_quote_the_table():
+    """The win rates in a sentence are those of checkpoints, not of a smoothed curve."""
+    for curve in (FALLING, AT_ONCE, [0.63, 0.80, 0.66, 0.53]):
+        run = a_run(simulated(curve)[0])
+        verdict = judge(run)
+        said = re.search(r"from (0\.\d\d) at step (\d+) to (0\.\d\d) at step (\d+), by at least (0\.\d\d)", verdict.sentence)
+        raw = dict(zip(run.steps, run.wins.mean(axis=1), strict=True))
+        assert float(said[1]) == pytest.approx(raw[int(said[2])], abs=0.0051) and int(said[4]) == run.steps[-1]
+        assert float(said[3]) == pytest.approx(raw[int(said[4])], abs=0.0051)
+        assert verdict.fall == pytest.approx(raw[int(said[2])] - raw[int(said[4])])
+        assert float(said[5]) <= verdict.lower < float(said[5]) + 0.01  # rounded outwards
+
+
+def test_four_checkpoints_see_what_anyone_can_see():
+    """0.63, 0.80, 0.66, 0.53 at KL 4, 6, 17, 20 was called underpowered, with however many prompts."""
+    for prompts in (128, 512, 4096):
+        verdict = verdict_of(simulated([0.63, 0.80, 0.66, 0.53], prompts=prompts)[0], np.array([4.0, 6.0, 17.0, 20.0]))
+        assert verdict.finding == "over-optimised" and verdict.peak == 1 and verdict.sentence.endswith("keep checkpoint-2.")
+
+
+def test_a_fall_within_the_bounce_is_worse_and_no_more():
+    verdict = judge(a_run(simulated([0.75, 0.62, 0.75, 0.62, 0.75, 0.62], prompts=512)[0]))
+    assert verdict.finding == "worse" and verdict.lower > MARGIN
+    assert "Worse at the end" in verdict.sentence and "ordinary variation between checkpoints" in verdict.sentence
+    assert "keep checkpoint-" in verdict.sentence
 
 
 def test_a_rising_run_is_healthy():
-    verdict = judge(a_run(simulated(RISING, prompts=512)[0]))
-    assert verdict.finding == "not detected"
-    assert abs(verdict.fall) < 0.01 and verdict.standard_error > 0
-    assert verdict.recommended >= 4
+    verdict = judge(a_run(simulated(RISING, prompts=1024)[0]))
+    assert verdict.finding == "not detected" and verdict.upper < 0.05
+    assert verdict.fall < 0.02 and verdict.recommended >= 4
+    said = float(re.search(r"more than (0\.\d\d) above", verdict.sentence)[1])
+    assert said - 0.01 <= verdict.upper <= said
 
 
 def test_too_little_data_says_what_would_do():
     verdict = judge(a_run(simulated([0.70, 0.75, 0.74, 0.75, 0.73, 0.70], prompts=24, seed=3)[0]))
     assert verdict.finding == "underpowered"
     assert verdict.prompts_needed is None or verdict.prompts_needed > 24
-    assert verdict.checkpoints_needed is None or verdict.checkpoints_needed > 6
-    assert verdict.sentence.startswith("Underpowered")
+    assert verdict.sentence.startswith("Underpowered") and "seeds" not in verdict.sentence and "for now" in verdict.sentence
 
 
-def test_the_prompts_it_asks_for_are_about_right():
-    asked = [verdict_of(run, np.arange(6.0)).prompts_needed for run in simulated([0.75] * 6, prompts=100, runs=40, seed=5)]
-    asked = sorted(number for number in asked if number is not None)
-    enough = asked[3 * len(asked) // 4]
-    found = [verdict_of(run, np.arange(6.0)).finding for run in simulated([0.75] * 6, prompts=enough, runs=40, seed=6)]
-    assert found.count("not detected") > 20
+@pytest.mark.parametrize("curve", [[0.75] * 6, [0.65, 0.75, 0.73, 0.71, 0.69, 0.67], [0.6, 0.7, 0.74, 0.6]])
+def test_advice_that_is_followed_decides(curve):
+    """The same models measured again on as many prompts as were asked for: at least 80 % are decided."""
+    decided = []
+    for seed in range(60):
+        true = np.array(curve) + 0.02 * np.random.default_rng(seed).standard_normal(len(curve))
+        kl = np.arange(1.0, len(curve) + 1)
+        asked = verdict_of(simulated(true, prompts=64, seed=seed)[0], kl).prompts_needed
+        if asked is not None:
+            decided.append(verdict_of(simulated(true, prompts=asked, seed=seed + 1000)[0], kl).finding != "underpowered")
+    assert len(decided) > 5 and np.mean(decided) >= 0.8
 
 
 def test_a_run_below_its_reference_has_fallen_from_the_start():
     verdict = judge(a_run(simulated([0.42, 0.40, 0.38, 0.35, 0.33, 0.30])[0]))
     assert verdict.finding == "over-optimised" and verdict.below_start
-    assert verdict.fall == pytest.approx(0.18, abs=0.05)  # ½ less the smoothed end
-    assert "of the untrained reference" in verdict.sentence and verdict.sentence.endswith("keep the reference.")
+    assert verdict.fall == pytest.approx(0.20, abs=0.04)
+    assert "from 0.50 of the untrained reference" in verdict.sentence and verdict.sentence.endswith("keep the reference.")
     assert not judge(a_run(simulated([0.42, 0.40, 0.38, 0.35, 0.33, 0.30])[0], start=None)).below_start
 
 
-def test_sentences_round_bounds_outwards():
-    for curve in (FALLING, RISING):
-        verdict = judge(a_run(simulated(curve, prompts=512)[0]))
-        said = [float(word.strip("();,.")) for word in verdict.sentence.split() if word.startswith("0.")]
-        if verdict.finding == "over-optimised":
-            assert said[1] <= verdict.lower < said[1] + 0.01
-        else:
-            assert said[0] - 0.01 <= verdict.upper <= said[0]
+def test_a_measured_reference_enters_prompt_by_prompt():
+    """Against the data's responses: easy prompts are easy for both, so a small fall from the reference is seen."""
+    rng = np.random.default_rng(0)
+    reference = rng.choice([0.0, 0.25, 0.75, 1.0], 300)
+    last = np.clip(reference - rng.choice([0.0, 0.25], 300, p=[0.7, 0.3]), 0, 1)
+    wins, kl = np.stack([last, last, last]), np.array([1.0, 2.0, 3.0])
+    known = float(reference.mean())
+    assert verdict_of(wins, kl, known, start_wins=reference).finding in ("over-optimised", "worse")
+    assert verdict_of(wins, kl, known).finding == "underpowered"
 
 
 def test_a_peak_at_the_first_checkpoint():
@@ -158,8 +186,8 @@ def test_a_peak_at_the_first_checkpoint():
 
 def test_a_fall_without_more_kl_is_not_over_optimisation():
     verdict = judge(a_run(simulated(FALLING)[0], kl=[1, 8, 8, 7, 6, 5, 4, 3]))
-    assert verdict.finding == "underpowered" and "KL did not grow" in verdict.sentence
-    assert verdict.prompts_needed is None and verdict.checkpoints_needed is None
+    assert verdict.finding == "worse" and "KL did not grow" in verdict.sentence
+    assert verdict.prompts_needed is None
 
 
 def test_three_checkpoints_are_enough_for_a_large_fall():
@@ -173,29 +201,34 @@ def test_no_verdict():
     assert verdict_of(wins[:, :3], np.arange(8.0)) is None
     with pytest.raises(ValueError, match="shapes"):
         verdict_of(wins, np.arange(7.0))
+    assert evaluation.verdict_of is verdict_of and evaluation.judge is judge
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = evaluation.nothing
 
 
 def test_equal_prompts_leave_the_bounce_alone():
     verdict = verdict_of(np.repeat(np.array(FALLING)[:, None], 10, axis=1), np.arange(8.0))
-    curve = smoothed(np.array(FALLING))
-    assert verdict.fall == pytest.approx(curve.max() - curve[-1])
-    assert verdict.lower < verdict.fall
+    assert verdict.fall == pytest.approx(0.22) and verdict.lower == pytest.approx(0.22) and verdict.finding == "over-optimised"
 
 
 def test_a_shift_of_all_prompts_changes_nothing():
     wins = simulated(FALLING)[0]
     one, other = judge(a_run(wins)), judge(a_run(wins + 0.1, start=0.6))
-    for name in ("fall", "standard_error", "lower", "upper", "bounce"):
+    for name in ("fall", "lower", "upper", "bounce"):
         assert getattr(one, name) == pytest.approx(getattr(other, name), abs=1e-9)
     assert (one.finding, one.peak, one.recommended) == (other.finding, other.peak, other.recommended)
 
 
-def test_the_order_of_prompts_matters_for_the_halves_alone():
+def test_the_order_of_prompts_does_not_matter():
     wins = simulated(FALLING)[0]
     one, other = judge(a_run(wins)), judge(a_run(wins[:, ::-1]))
-    assert one.bounce == pytest.approx(other.bounce) and one.upper == pytest.approx(other.upper, abs=0.005)
-    assert (one.peak, one.recommended) == (other.peak, other.recommended)
-    assert one.fall == pytest.approx(other.fall, abs=0.01)
+    assert (one.finding, one.peak, one.recommended, one.sentence) == (
+        other.finding,
+        other.peak,
+        other.recommended,
+        other.sentence,
+    )
+    assert one.fall == pytest.approx(other.fall) and one.lower == pytest.approx(other.lower, abs=0.005)
     assert judge(a_run(wins)) == one  # the same data, the same verdict
 
 
@@ -204,16 +237,20 @@ def test_what_is_kept_is_the_smallest_kl_of_the_equally_good():
     wins = np.tile(simulated([0.75])[0, 0], (5, 1))
     wins[0] = np.maximum(wins[0] - 0.5, 0)
     wins[1] = np.maximum(wins[1] - 0.25, 0)
-    assert judge(a_run(wins)).recommended == 2
+    wins[4, :3] = [0.75, 0.75, 0.25]
+    wins[2:4, :3] = 0.5
+    verdict = judge(a_run(wins))
+    assert verdict.recommended == 2 and "at KL 3.0; the highest is checkpoint-50" in verdict.sentence  # what it trades
     assert judge(a_run(wins, kl=[5, 5, 5, 4, 3])).recommended == 4
 
 
 @pytest.mark.parametrize(
-    ("count", "bounce", "naive_above"), [(8, 0.0, 0.1), (8, 0.02, 0.3), (8, 0.05, 0.6), (4, 0.05, 0.4), (6, 0.05, 0.5)]
+    ("count", "bounce", "prompts", "naive_above"),
+    [(8, 0.0, 384, 0.1), (8, 0.05, 384, 0.6), (3, 0.05, 512, 0.3), (4, 0.05, 64, 0.2), (6, 0.05, 128, 0.4)],
 )
-def test_false_alarms_on_flat_runs(count, bounce, naive_above):
+def test_false_alarms_on_flat_runs(count, bounce, prompts, naive_above):
     """At most 5 % (and two standard errors of 200 runs), where the naive paired test alarms far more often."""
-    runs = simulated([0.75] * count, bounce=bounce, runs=200, seed=11)
+    runs = simulated([0.75] * count, prompts=prompts, bounce=bounce, runs=200, seed=11)
     alarms = np.mean([verdict_of(run, np.arange(float(count))).finding == "over-optimised" for run in runs])
     gaps = [run[run.mean(axis=1).argmax()] - run[-1] for run in runs]
     naive = np.mean([gap.mean() > 1.645 * gap.std() / np.sqrt(gap.size) for gap in gaps])
@@ -221,15 +258,39 @@ def test_false_alarms_on_flat_runs(count, bounce, naive_above):
     assert naive > naive_above, f"the naive test alarmed on {naive:.1%}"
 
 
-@pytest.mark.parametrize("curve", [FALLING, AT_ONCE])
-def test_power_on_falling_runs(curve):
+@pytest.mark.parametrize(
+    ("curve", "power"),
+    [
+        (FALLING, 0.9),
+        (AT_ONCE, 0.9),
+        ([0.63, 0.75, 0.60, 0.45], 0.95),
+        ([0.63, 0.75, 0.65, 0.55], 0.75),
+        ([0.60, 0.68, 0.72, 0.75, 0.75, 0.55], 0.8),
+    ],
+)
+def test_power_on_falling_runs(curve, power):
     runs = simulated(curve, prompts=256, bounce=0.02, runs=100, seed=12)
-    assert np.mean([verdict_of(run, np.arange(float(len(curve)))).finding == "over-optimised" for run in runs]) > 0.9
+    assert np.mean([verdict_of(run, np.arange(float(len(curve)))).finding == "over-optimised" for run in runs]) >= power
 
 
-def test_the_fall_of_a_step_is_its_size():
-    found = [verdict_of(run, np.arange(6.0)).fall for run in simulated(AT_ONCE, runs=50, seed=13)]
-    assert np.mean(found) == pytest.approx(0.2, abs=0.01)
+@pytest.mark.parametrize("curve", [[0.75] * 6, [0.72, 0.74, 0.75, 0.75, 0.75, 0.72], AT_ONCE])
+def test_bounds_hold_for_what_they_say(curve):
+    """Of 200 runs, the true fall to the last checkpoint lies above the lower bound and below the upper one in 95 % and more."""
+    low = high = 0
+    for seed in range(200):
+        true = np.array(curve) + 0.02 * np.random.default_rng(seed).standard_normal(6)
+        verdict = verdict_of(simulated(true, prompts=128, seed=seed)[0], np.arange(6.0))
+        candidates = np.append(true[:-1], 0.5)
+        low += verdict.lower <= candidates[-1 if verdict.below_start else verdict.peak] - true[-1] + 1e-9 or verdict.lower <= 0
+        high += verdict.upper >= (candidates - true[-1]).max()
+    assert low >= 184 and high >= 184  # 190 expected at the least; below 184 once in a hundred such tests
+
+
+def test_a_reference_that_is_just_beaten_is_mostly_kept():
+    """At a true 0.52 throughout, 64 prompts and 4 checkpoints show nothing: `keep the reference` comes nearly always, as it says."""
+    runs = simulated([0.52] * 4, prompts=64, runs=100, seed=3)
+    kept = np.mean([verdict_of(run, np.arange(4.0)).keeps_reference for run in runs])
+    assert 0.75 <= kept < 1
 
 
 # The law
@@ -255,8 +316,8 @@ def test_exact_points_give_the_law_back():
     assert law.peak == pytest.approx(np.exp(0.5))
     assert law.height == pytest.approx(0.2 * np.exp(0.5)) and law.height == pytest.approx(law(law.peak))
     assert law.rmse < 1e-12
-    assert law.peak_low == pytest.approx(law.peak) and law.peak_high == pytest.approx(law.peak)  # prompts are all the same
-    assert law.past_peak == 1.0
+    assert law.peak_low < law.peak < law.peak_high  # prompts are all the same, but checkpoints bounce
+    assert law.past_peak > 0.95
 
 
 def test_no_peak_without_a_bend():
@@ -287,7 +348,7 @@ def test_several_seeds_widen_the_interval():
     law = fit_law([exact(a, 0.2, kl) for a in (0.2, 0.3, 0.4)])
     assert law.a == pytest.approx(0.3)
     assert law.peak_low < law.peak < law.peak_high
-    assert law.peak_low >= np.exp(0.2 / 0.2 - 1) - 1e-9 and law.peak_high <= np.exp(0.4 / 0.2 - 1) + 1e-9
+    assert law.peak_low < np.exp(0.25 / 0.2 - 1) and law.peak_high > np.exp(0.35 / 0.2 - 1)
 
 
 def test_the_interval_covers_the_peak_of_noisy_prompts():
@@ -316,10 +377,11 @@ def test_no_peak_is_named_outside_the_checkpoints(a, b, kl, doubt):
 
 
 def test_no_peak_is_named_whose_interval_has_no_end():
-    """Noise about a line: the fit has a peak among the checkpoints, and many of its draws have none."""
+    """A late fall: the fit has a peak among the checkpoints, and many of its draws have none."""
     kl = np.array([1.0, 2.0, 4.0, 9.0, 16.0])
     laws = [
-        fit_law([a_run(simulated([0.5, 0.51, 0.5, 0.51, 0.5], prompts=30, seed=s)[0], kl=kl)], resamples=200) for s in range(30)
+        fit_law([a_run(simulated([0.55, 0.58, 0.62, 0.68, 0.55], prompts=60, seed=s)[0], kl=kl)], resamples=200)
+        for s in range(30)
     ]
     open_ended = [law for law in laws if law.doubt is not None and "has no end" in law.doubt]
     assert open_ended and all(law.peak is None for law in open_ended)
@@ -337,9 +399,9 @@ def test_nothing_is_recommended_that_is_not_shown_to_be_better():
 
 
 def test_one_checkpoint_that_is_shown_to_be_better_is_kept_though_its_neighbours_are_worse():
-    """Smoothed, the curve lies below the reference; the reference was recommended, and `better` said the opposite."""
+    """The reference was recommended once, for the smoothed curve lies below it, and `better` said the opposite."""
     verdict = judge(a_run(simulated([0.20, 0.58, 0.20, 0.20], prompts=800)[0]))
-    assert verdict.below_start and verdict.better is True and verdict.recommended == 1 and not verdict.keeps_reference
+    assert verdict.better is True and verdict.recommended == 1 and not verdict.keeps_reference
     assert "keep checkpoint-2" in verdict.sentence and "keep the reference" not in verdict.sentence
 
 
@@ -363,5 +425,5 @@ def test_an_unknown_reference_is_said():
 def test_steps_that_nobody_knows_are_told_by_labels():
     wins = simulated(FALLING)[0]
     said = verdict_of(wins, np.arange(1.0, 9.0), labels=[f"epoch-{i}" for i in range(8)]).sentence
-    assert "at epoch-" in said and "(to epoch-7)" in said and "step" not in said
-    assert "(to step 80)" in judge(a_run(wins)).sentence
+    assert "at epoch-" in said and "at epoch-7, by" in said and "step" not in said
+    assert "at step 80, by" in judge(a_run(wins)).sentence

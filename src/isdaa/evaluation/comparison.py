@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
-from isdaa.evaluation.overoptimization import judge, smoothed
+from isdaa.evaluation.overoptimization import judge
 from isdaa.evaluation.statistics import Interval, Numbers
 from isdaa.evaluation.trajectory import Trajectory
 
@@ -36,10 +36,10 @@ class CellSummary:
 
     cell: str
     runs: Sequence[Trajectory]
-    best: SeedMean  # smoothed peak of each seed's win rate; optimistic, since the peak is chosen on what it is measured on
+    best: SeedMean  # of each seed, the highest checkpoint's win rate; optimistic, since it is chosen on what it is measured on
     final: SeedMean  # win rate of the last checkpoint
     final_kl: SeedMean
-    fall: SeedMean  # cross-fitted (overoptimization.judge)
+    fall: SeedMean  # to the last checkpoint (overoptimization.judge); a little too large, like `best`
     findings: Mapping[str, int]  # how many seeds were found what
 
 
@@ -211,7 +211,7 @@ def _values(runs: Sequence[Trajectory], what: str) -> dict[int | None, float]:
     if what == "fall":
         return {run.seed: verdict.fall for run in runs if (verdict := judge(run)) is not None}
     means = {run.seed: run.wins.mean(axis=1) for run in runs if run.wins is not None}
-    return {seed: float(smoothed(curve).max() if what == "best" else curve[-1]) for seed, curve in means.items()}
+    return {seed: float(curve.max() if what == "best" else curve[-1]) for seed, curve in means.items()}
 
 
 def _by_seed(summary: CellSummary, what: str) -> dict[int | None, float]:

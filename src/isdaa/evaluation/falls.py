@@ -1,17 +1,17 @@
-"""The fall of a run from its peak, with what is uncertain about it: the arithmetic behind a verdict.
+"""The fall of a run to its last checkpoint, with what is uncertain about it: the arithmetic behind a verdict.
 
-A win rate over checkpoints carries two noises. One comes from the prompts, and resampling them shows it. The other, the
-*bounce*, comes from training: neighbouring checkpoints differ by more than their prompts explain, on all prompts together.
-Who looks for the highest checkpoint finds a lucky one, so both noises also bias the fall. The prompts' share of that bias goes
-by choosing the peak on one half of the prompts and measuring on the other. The bounce is common to both halves: its share is
-taken off by drawing what the whole procedure finds on a flat run with this run's noises.
+Two questions are asked of the same numbers.
 
-Many runs fall at once and stay down. Two things keep such a fall visible. A checkpoint is smoothed with those before it only:
-smoothed with those after it, a peak of one checkpoint would hold a part of the fall already. And the bounce leaves out the one
-bend or step down that explains most of it: else the fall itself would be taken for noise. Both let luck through as well, which
-is why each draw goes through the same steps, its bounce estimated anew: what is compared is the fall over its estimated error.
+*Is the last checkpoint worse than an earlier one, or than the reference?* It is about these models: prompts are all that is
+uncertain, and every figure is a raw win rate, paired over prompts.
 
-Legend: C checkpoints, N prompts, K candidates for the peak, M draws, H splits into halves.
+*Is that more than checkpoints bounce?* It is about the run. Neighbouring checkpoints differ by more than their prompts explain, on
+all prompts together, so the highest of several lies above the last even where nothing falls. The bounce is estimated from second
+differences of the curve, without the one bend or step down that explains most of them: else a fall would be taken for noise. That
+lets luck through, which is why each draw of a flat run has its bounce estimated anew. From fewer than five checkpoints nothing can
+be estimated, and the largest bounce that is allowed for is assumed.
+
+Legend: C checkpoints, N prompts, R rows (the reference, where it is known, then the checkpoints), K candidates, M draws.
 """
 
 from __future__ import annotations
@@ -20,101 +20,169 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from scipy.special import gammaln, stdtrit
 
 from isdaa.evaluation.statistics import fewest
 
 CONFIDENCE = 0.95  # of each one-sided bound
-DRAWS = 1000
-GAIN_DRAWS = 4000  # of the largest of several t values
-SPLITS = 8
-# The bounce is estimated from few second differences. 0.02 (the runs measured so far bounced by 0.01 to 0.03) is added as if it
-# had been seen in a few more: it steadies the estimate where there are hardly any, and keeps it from zero.
-USUAL_BOUNCE, USUAL_WEIGHT = 0.02, 2.0
-
-
-@dataclass(frozen=True)
-class Bounce:
-    """Variance of the noise common to all prompts, from second differences; `mean_square` still holds the prompts' part."""
-
-    mean_square: np.ndarray
-    prompts: np.ndarray  # what prompts alone put into `mean_square`
-    df: np.ndarray  # degrees of freedom of `mean_square`
-
-    @property
-    def variance(self) -> np.ndarray:
-        """τ² ≥ 0."""
-        return np.maximum(self.mean_square - self.prompts, 0.0)
-
-    def draws(self, rng: np.random.Generator, size: int) -> np.ndarray:
-        """(size,) variances that fit what was seen: χ² turned round, as a t quantile does it, prompts taken off after."""
-        scale = self.df / (2 * np.maximum(rng.standard_gamma(self.df / 2, size), 1e-12))
-        return np.maximum(self.mean_square * scale - self.prompts, 0.0)
+MARGIN = 0.03  # a fall must be larger than this, with confidence, to be called one
+NEGLIGIBLE = 0.05  # a fall smaller than this, with confidence, is called none
+DRAWS, T_DRAWS = 1000, 4000
+ENOUGH = 5  # checkpoints from which the bounce is estimated
+# Bounces that are thought possible, beforehand as likely as the root of their size: who takes a bounce for too small takes it for a
+# fall. Runs measured so far bounced by 0.01 to 0.03. Where the bounce is estimated, a fall must exceed what flat runs show by SLACK.
+BOUNCES, SLACK = np.linspace(0.01, 0.05, 5), 0.015
+MOST_PROMPTS, DECIDES = 20_000, 0.9  # of advice: nobody measures more; the chance that following it decides
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A verdict's numbers, before words."""
+    """A verdict's numbers, before words. Falls are to the last checkpoint, raw."""
 
-    fall: float
-    standard_error: float
-    lower: float
-    upper: float
+    fall: float  # from the peak; 0 where nothing lies above the last
+    lower: float  # of that fall, for all candidates at once
+    upper: float  # of the fall from any candidate
+    beyond_bounce: bool  # whether it is more than checkpoints bounce
     bounce: float
-    peak: int
+    peak: int  # checkpoint, of the largest lower bound where that is above MARGIN, else the highest
     recommended: int
-    below_start: bool
+    below_start: bool  # the fall counts from the reference
     better: bool | None  # whether some checkpoint is shown to be better than the reference; None where that cannot be asked
-    by_bounce: float  # the share of the error's square that the bounce makes, so that more prompts leave it
+    prompts_needed: int | None  # that would decide whether the last is worse, if some number would
 
 
-@lru_cache(maxsize=64)
-def smoothing(checkpoints: int) -> np.ndarray:
-    """(C, C) weights, rows sum to 1: a checkpoint and the one before it (2, 1), wider from 12 checkpoints on.
+def rows_of(wins: np.ndarray, start: float | None, start_wins: np.ndarray | None) -> np.ndarray:
+    """(R, N): the reference's own win rates, where they are known, above those of the (C, N) checkpoints."""
+    if start is None:
+        return wins
+    return np.vstack([np.full(wins.shape[1], start) if start_wins is None else start_wins, wins])
 
-    Those after it have no part. The last, which every fall counts to, reaches back by one more (3, 2, 1): no peak lies there to
-    be flattened. Where there is nothing before, the weight goes to what is there; the first is left alone.
+
+def measure(
+    wins: np.ndarray, kl: np.ndarray, start: float | None, seed: int = 0, start_wins: np.ndarray | None = None
+) -> Measured:
+    """The numbers of a verdict from (C, N) win rates and (C,) mean KL. start_wins: as `gains_shown` takes them."""
+    rows = rows_of(wins, start, start_wins)
+    offset = len(rows) - len(wins)
+    gaps = rows[:-1] - rows[-1]  # (K, N)
+    falls, means = gaps.mean(axis=1), wins.mean(axis=1)
+    lowers, critical = simultaneous(gaps, seed)
+    uppers = falls + above(gaps)
+    worse = bool(lowers.max() > MARGIN)
+    candidate = int(lowers.argmax()) if worse else int(np.append(falls, 0.0).argmax())
+    lasting, bounce = beyond_bounce(rows, offset, seed)
+    shown = gains_shown(wins, start, start_wins, seed)
+    upper = float(np.clip(uppers.max(), 0.0, 1.0))
+    below = candidate < offset
+    return Measured(
+        fall=float(np.append(falls, 0.0)[candidate]),
+        lower=float(np.append(lowers, 0.0)[candidate]),
+        upper=upper,
+        beyond_bounce=lasting,
+        bounce=bounce,
+        peak=int(means.argmax()) if below else candidate - offset,
+        recommended=_keep(means, kl, np.cov(wins) / wins.shape[1], shown),
+        below_start=below,
+        better=None if shown is None else bool(shown.any()),
+        prompts_needed=None if worse or upper < NEGLIGIBLE else prompts_needed(gaps, critical, seed),
+    )
+
+
+def shown_worse(wins: np.ndarray, start: float | None, start_wins: np.ndarray | None = None, seed: int = 0) -> bool:
+    """Whether the last of (C, N) checkpoints is worse than an earlier one, or than the reference, by more than `MARGIN`."""
+    rows = rows_of(wins, start, start_wins)
+    return len(rows) > 1 and bool(simultaneous(rows[:-1] - rows[-1], seed)[0].max() > MARGIN)
+
+
+def simultaneous(gaps: np.ndarray, seed: int = 0) -> tuple[np.ndarray, float]:
+    """(K, N) paired differences -> (K,) one-sided 95 % lower bounds of their means, all at once, and the t value they are of.
+
+    That is the largest of K correlated t values (Hothorn et al. 2008). Where fewer prompts have a difference than a sign test
+    needs at that level, no bound lies above 0.
     """
-    width = np.full((checkpoints, 1), max(1, checkpoints // 6))
-    width[-1] += 1
-    steps = np.arange(checkpoints)
-    back = steps[:, None] - steps
-    weights = np.where(back >= 0, np.maximum(width + 1.0 - back, 0.0), 0.0)
-    weights /= weights.sum(axis=1, keepdims=True)
-    weights.setflags(write=False)
-    return weights
+    count, n = gaps.shape
+    if n < 2:
+        return np.full(count, -1.0), np.inf
+    covariance = np.atleast_2d(np.cov(gaps)) / n
+    errors = np.sqrt(np.diag(covariance)) + 1e-12
+    rng = np.random.default_rng(seed)
+    spread = np.sqrt((n - 1) / np.maximum(rng.chisquare(n - 1, T_DRAWS), 1e-12))
+    drawn = (rng.standard_normal((T_DRAWS, count)) @ _root(covariance / np.outer(errors, errors)).T).max(axis=1) * spread
+    critical = float(np.quantile(drawn, CONFIDENCE))
+    lowers = gaps.mean(axis=1) - critical * errors
+    enough = np.count_nonzero(gaps, axis=1) >= fewest(1 - 2 * (1 - CONFIDENCE) / count)
+    return np.where(enough, lowers, np.minimum(lowers, 0.0)), critical
 
 
-def smoothed(values: np.ndarray) -> np.ndarray:
-    """(C,) or (C, N) checkpoints × prompts, each smoothed with those before it."""
-    values = np.asarray(values, dtype=np.float64)
-    return smoothing(len(values)) @ values
+def above(gaps: np.ndarray) -> np.ndarray:
+    """(K, N) paired differences -> (K,) how far each one's own 95 % upper bound lies above its mean.
 
-
-def bounce_of(means: np.ndarray, covariance: np.ndarray, *, bend: bool = False) -> Bounce:
-    """The bounce of (..., C) mean win rates whose prompts give them `covariance` (..., C, C).
-
-    A second difference W[c−1] − 2W[c] + W[c+1] loses the trend and keeps 6τ² (von Neumann 1941 has first differences). A bend in
-    the true curve stays in: the bounce is over-estimated then, never under. Degrees of freedom by Satterthwaite (1946), since
-    second differences overlap. bend: leave out the bend or step down that explains most, if there are 5 checkpoints or more.
+    "No candidate lies 0.05 above the last" is an intersection-union test (Berger 1982): no correction for their number.
+    A score bound (Wilson 1927): were the mean larger by δ, more prompts would differ, and add about δ times the size of their
+    differences to the variance. So that prompts without any difference do not bound it by 0.
     """
+    n = gaps.shape[1]
+    squares, sizes = np.sum(gaps**2, axis=1), np.sum(np.abs(gaps), axis=1)
+    size = np.where(sizes > 0, squares / np.maximum(sizes, 1e-12), 1.0)
+    t = float(stdtrit(n - 1, CONFIDENCE))
+    half = t**2 * size / (2 * n)
+    return half + np.sqrt(half**2 + t**2 * gaps.var(axis=1, ddof=1) / n)
+
+
+def beyond_bounce(rows: np.ndarray, offset: int, seed: int = 0) -> tuple[bool, float]:
+    """Whether some fall to the last row is more than runs with this bounce show where nothing falls; and the bounce's √τ².
+
+    rows: (R, N), the first `offset` of them the reference, which does not bounce. Falls are raw and, where the bounce is
+    estimated, smoothed too; the largest t value counts (max-T), against those of drawn flat runs.
+    """
+    rng = np.random.default_rng(seed)
+    count = len(rows) - offset
+    means, covariance = rows.mean(axis=1), np.cov(rows) / rows.shape[1]
+    weights = [np.eye(len(rows))]
+    if count >= ENOUGH:
+        weights.append(np.eye(len(rows)))
+        weights[1][offset:, offset:] = smoothing(count)
+    contrasts = np.vstack([(row - row[-1])[:-1] for row in weights])  # (K, R)
+    moves = np.arange(len(rows)) >= offset
+    own = covariance[offset:, offset:]
+    likely = bounce_of(means[offset:], own)
+    factor = _root(covariance)
+    size, by_prompts = contrasts**2 @ moves, np.sum((contrasts @ factor) ** 2, axis=1)
+
+    shared = rng.choice(BOUNCES, DRAWS, p=likely)[:, None] * rng.standard_normal((DRAWS, len(rows))) * moves
+    noise = shared + rng.standard_normal((DRAWS, len(rows))) @ factor.T
+    drawn = bounce_of(noise[:, offset:], own)
+    here, there = (np.sqrt(by_prompts + np.multiply.outer(p @ BOUNCES**2, size) + 1e-18) for p in (likely, drawn))
+    largest = (noise @ contrasts.T / there).max(axis=1)
+    lower = contrasts @ means - np.quantile(largest, CONFIDENCE) * here
+    return bool(lower.max() > (SLACK if count >= ENOUGH else 0.0)), float(np.sqrt(likely @ BOUNCES**2))
+
+
+def bounce_of(means: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    """(..., C) mean win rates, whose prompts give them `covariance` (..., C, C) -> (..., 5) how likely each of `BOUNCES` is.
+
+    A second difference W[c−1] − 2W[c] + W[c+1] loses the trend and keeps 6τ² (von Neumann 1941 has first differences). The bend
+    or step down that explains most is left out; what else bends stays in, so that the bounce is over-estimated then, never
+    under. Their mean square is taken for a χ², with the degrees of freedom of Satterthwaite (1946), since they overlap. From fewer
+    than `ENOUGH` checkpoints nothing is learnt, and the largest bounce is assumed.
+    """
+    if means.shape[-1] < ENOUGH:
+        return np.broadcast_to(BOUNCES == BOUNCES[-1], (*means.shape[:-1], len(BOUNCES))).astype(np.float64)
     second = np.diff(np.eye(means.shape[-1]), n=2, axis=0)
     overlap, noise = second @ second.T, second @ covariance @ second.T
     trace = np.trace(overlap)
     differences = means @ second.T
-    squares = np.sum(differences**2, axis=-1)
-    prompts = np.trace(noise, axis1=-2, axis2=-1) / trace
-    left = fewer = 1.0
-    if bend and len(second) > 2:
-        squares, (left, fewer) = squares - _bent(differences), _after_a_bend(len(second))
-    mean_square = squares / (left * trace)
-    common = np.maximum(mean_square - prompts, 1e-8)
-    # ‖common·overlap + noise‖², term by term.
-    spread = (
-        common**2 * np.sum(overlap**2) + 2 * common * np.sum(overlap * noise, axis=(-2, -1)) + np.sum(noise**2, axis=(-2, -1))
-    )
-    df = fewer * (trace * (common + prompts)) ** 2 / spread
-    total = df + USUAL_WEIGHT
-    return Bounce((df * mean_square + USUAL_WEIGHT * (USUAL_BOUNCE**2 + prompts)) / total, prompts, total)
+    left, fewer = _after_a_bend(len(second))
+    square = (np.sum(differences**2, axis=-1) - _bent(differences)) / left  # trace times the mean square
+    by_prompts, both, own = (np.sum(x * noise, axis=(-2, -1))[..., None] for x in (np.eye(len(second)), overlap, noise))
+    expected = trace * BOUNCES**2 + by_prompts
+    # ‖τ²·overlap + noise‖², term by term.
+    spread = BOUNCES**4 * np.sum(overlap**2) + 2 * BOUNCES**2 * both + own
+    df = fewer * expected**2 / spread
+    x = np.maximum(df * square[..., None] / expected, 1e-12)
+    chances = (df / 2 - 1) * np.log(x) - x / 2 - df / 2 * np.log(2) - gammaln(df / 2)  # the density of a χ²
+    likely = np.exp(chances - chances.max(axis=-1, keepdims=True)) * df / expected * np.sqrt(BOUNCES)
+    return np.asarray(likely / likely.sum(axis=-1, keepdims=True))
 
 
 def _bent(differences: np.ndarray) -> np.ndarray:
@@ -138,116 +206,62 @@ def _after_a_bend(differences: int) -> tuple[float, float]:
     return float(rest.mean() / whole.mean()), float(rest.mean() ** 2 / rest.var() * whole.var() / whole.mean() ** 2)
 
 
-def crossfit(curves: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(..., K) candidates on both halves, the last of them the last checkpoint -> falls (...,), both ways round averaged.
+@lru_cache(maxsize=64)
+def smoothing(checkpoints: int) -> np.ndarray:
+    """(C, C) weights, rows sum to 1: a checkpoint and the one before it (2, 1), wider from 12 checkpoints on.
 
-    Also returns the (..., 2) candidates that each half chose.
+    Those after it have no part: a peak of one checkpoint would hold a part of the fall already. The last reaches back by one more
+    (3, 2, 1): no peak lies there to be flattened. The first is left alone.
     """
-    first, second = curves.argmax(axis=-1), others.argmax(axis=-1)
-    fall_first = np.take_along_axis(others, first[..., None], -1)[..., 0] - others[..., -1]
-    fall_second = np.take_along_axis(curves, second[..., None], -1)[..., 0] - curves[..., -1]
-    return (fall_first + fall_second) / 2, np.stack([first, second], axis=-1)
-
-
-def measure(
-    wins: np.ndarray, kl: np.ndarray, start: float | None, seed: int = 0, start_wins: np.ndarray | None = None
-) -> Measured:
-    """The numbers of a verdict from (C, N) win rates and (C,) mean KL. start_wins: as `gains_shown` takes them.
-
-    Candidates for the peak are the C checkpoints, smoothed, and the reference, which is known exactly and not smoothed.
-    lower: the fall less the 95 % quantile of the falls that the same procedure finds on flat runs with the same noises, which is
-    the least favourable case. Quantiles are of falls over estimated errors (bootstrap-t, Efron & Tibshirani 1993, § 12.5),
-    so that a draw whose bounce looks small because its luck was taken for a step counts as what it is.
-    upper: the largest of the candidates' own upper bounds: "no candidate lies 0.05 above the last" is an intersection-union test
-    (Berger 1982) and needs no correction for their number.
-    """
-    rng = np.random.default_rng(seed)
-    count, n = wins.shape
-    candidates = np.vstack([np.zeros((int(start is not None), count)), smoothing(count)])  # (K, C)
-    level = np.zeros(len(candidates))
-    level[: len(candidates) - count] = start or 0.0
-    means = wins.mean(axis=1)
-    covariance = np.cov(wins) / n
-    bounce = bounce_of(means, covariance, bend=True)
-
-    halves = np.zeros((SPLITS, n))
-    for row in halves:
-        row[rng.permutation(n)[: n // 2]] = 1.0
-    sums = halves @ wins.T  # (H, C)
-    one, other = sums / (n // 2), (n * means - sums) / (n - n // 2)
-    falls, chosen = crossfit(one @ candidates.T + level, other @ candidates.T + level)
-    fall = float(falls.mean())
-    curve = candidates @ means + level
-    gaps = curve - curve[-1]
-
-    factor = _root(covariance)
-    contrasts = candidates - candidates[-1]
-    size, by_prompts = np.sum(contrasts**2, axis=1), np.sum((contrasts @ factor) ** 2, axis=1)
-    shared = np.sqrt(bounce.draws(rng, DRAWS))[:, None] * rng.standard_normal((DRAWS, count))  # (M, C)
-    own = rng.standard_normal((DRAWS, count)) @ factor.T
-    apart = rng.standard_normal((2, DRAWS, count)) @ factor.T
-
-    noise = shared + own
-    drawn = bounce_of(noise, covariance, bend=True).variance[:, None]
-    here, there = (np.sqrt(by_prompts + v * size + 1e-18)[..., :-1] for v in (bounce.variance, drawn))  # the last has no fall
-    flat = _flat_falls(candidates, noise, apart) / there.max(axis=1)
-    highest = gaps[:-1] + here * np.quantile((noise @ contrasts.T)[:, :-1] / there, CONFIDENCE, axis=0)
-    share = np.bincount(chosen.ravel(), minlength=len(candidates)) / chosen.size
-    if share[-1] == 1.0:  # both halves choose the last: the error is that of the candidate next to it
-        share = np.eye(len(candidates))[gaps[:-1].argmax()]
-    contrast = share @ contrasts
-    error = float(np.sqrt(np.sum((contrast @ factor) ** 2) + bounce.variance * np.sum(contrast**2)))
-    offset = len(candidates) - count
-    shown = gains_shown(wins, start, start_wins, seed)
-    peak = int(curve[offset:].argmax())
-    return Measured(
-        fall=fall,
-        standard_error=error,
-        lower=fall - float(here.max() * np.quantile(flat, CONFIDENCE)),
-        upper=max(fall, 0.0, float(highest.max())),
-        bounce=float(np.sqrt(bounce.variance)),
-        peak=peak,
-        recommended=_keep(means, kl, covariance, shown),
-        below_start=start is not None and bool(start > curve[offset:].max()),
-        better=None if shown is None else bool(shown.any()),
-        by_bounce=float(bounce.variance * size[here.argmax()] / here.max() ** 2),
-    )
-
-
-def _flat_falls(candidates: np.ndarray, common: np.ndarray, apart: np.ndarray) -> np.ndarray:
-    """(M,) cross-fitted falls of flat runs: (M, C) noise of all prompts, (H, M, C) by which the two halves differ from it."""
-    noise, difference = common @ candidates.T, apart @ candidates.T
-    return crossfit(noise + difference, noise - difference)[0].mean(axis=0)
+    width = np.full((checkpoints, 1), max(1, checkpoints // 6))
+    width[-1] += 1
+    steps = np.arange(checkpoints)
+    back = steps[:, None] - steps
+    weights = np.where(back >= 0, np.maximum(width + 1.0 - back, 0.0), 0.0)
+    weights /= weights.sum(axis=1, keepdims=True)
+    weights.setflags(write=False)
+    return weights
 
 
 def gains_shown(wins: np.ndarray, start: float | None, start_wins: np.ndarray | None = None, seed: int = 0) -> np.ndarray | None:
     """(C,) whether each checkpoint of (C, N) win rates is shown to be better than the reference; None where `start` is.
 
     start: the reference's own win rate. start_wins: the same prompt by prompt, (N,), where it was measured and not known.
-    Paired over prompts: a one-sided 95 % lower bound of the gain above 0, for all checkpoints at once (the largest of C
-    correlated t values, Hothorn et al. 2008), and as many prompts with a gain or loss as a sign test needs at that level. The
-    bounce has no part in it: it belongs to the weights that would be kept.
+    The bounce has no part in it: it belongs to the weights that would be kept.
     """
     if start is None:
         return None
-    gaps = wins - (start if start_wins is None else start_wins)
-    count, n = gaps.shape
-    if n < 2:
-        return np.zeros(count, dtype=bool)
-    covariance = np.atleast_2d(np.cov(gaps)) / n
-    errors = np.sqrt(np.diag(covariance)) + 1e-12
+    return np.asarray(simultaneous(wins - (start if start_wins is None else start_wins), seed)[0] > 0)
+
+
+def prompts_needed(gaps: np.ndarray, critical: float, seed: int = 0) -> int | None:
+    """How many prompts would decide whether the last is worse, with a chance of `DECIDES`; None where no number would.
+
+    The true differences are drawn around those measured, new measurements around these.
+    """
     rng = np.random.default_rng(seed)
-    spread = np.sqrt((n - 1) / np.maximum(rng.chisquare(n - 1, GAIN_DRAWS), 1e-12))
-    drawn = (rng.standard_normal((GAIN_DRAWS, count)) @ _root(covariance / np.outer(errors, errors)).T).max(axis=1) * spread
-    enough = np.count_nonzero(gaps, axis=1) >= fewest(1 - 2 * (1 - CONFIDENCE) / count)
-    return np.asarray((gaps.mean(axis=1) > np.quantile(drawn, CONFIDENCE) * errors) & enough)
+    n = gaps.shape[1]
+    factor = _root(np.atleast_2d(np.cov(gaps)) / n)
+    errors = np.sqrt(np.sum(factor**2, axis=1))
+    one, other = rng.standard_normal((2, DRAWS, len(gaps))) @ factor.T
+    truth = gaps.mean(axis=1) + one
+    wanted = 2 * n
+    while wanted <= MOST_PROMPTS:
+        shrunk = np.sqrt(n / wanted)
+        seen = truth + shrunk * other
+        worse = (seen - critical * shrunk * errors).max(axis=1) > MARGIN
+        none = (seen + stdtrit(wanted - 1, CONFIDENCE) * shrunk * errors).max(axis=1) < NEGLIGIBLE
+        if np.mean(worse | none) >= DECIDES:
+            return wanted
+        wanted *= 2
+    return None
 
 
 def _keep(means: np.ndarray, kl: np.ndarray, covariance: np.ndarray, shown: np.ndarray | None) -> int:
     """The checkpoint to keep: of those within one standard error of the best, the one of the smallest KL.
 
-    Not smoothed, and prompts alone make the error: what is kept is one checkpoint with its bounce, which is noise to the trend
-    but a property of those weights. The rule is that of Breiman et al. (1984, § 3.4.3): what cannot be told from the best is
+    Prompts alone make the error: what is kept is one checkpoint with its bounce, which is noise to the trend but a property of
+    those weights. The rule is that of Breiman et al. (1984, § 3.4.3): what cannot be told from the best is
     chosen for its other virtue, here a small KL: nearer to the reference, so less over-optimised by measures nobody took, too.
     shown: where some checkpoints are shown to be better than the reference, only they are asked.
     """

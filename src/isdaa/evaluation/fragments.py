@@ -7,7 +7,7 @@ from typing import Any
 
 # The share of cut responses from which on a warning stands beside the numbers. Where the cut turns a sure win or loss into the
 # toss of a coin, half a comparison, a tenth of fragments moves a win rate by 0.05, and a fall below 0.05 is called none
-# (`overoptimization.NEGLIGIBLE`). Below it the share stands in its column.
+# (`falls.NEGLIGIBLE`). Below it the share stands in its column.
 MANY = 0.1
 
 

@@ -7,45 +7,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
-from scipy.stats import t as student
 
-from isdaa.evaluation.falls import CONFIDENCE, Measured, bounce_of, gains_shown, measure, smoothed, smoothing
+from isdaa.evaluation.falls import BOUNCES, MARGIN, NEGLIGIBLE, Measured, bounce_of, gains_shown, measure, shown_worse
 from isdaa.evaluation.trajectory import Trajectory
 
-Finding = Literal["over-optimised", "not detected", "underpowered"]
+Finding = Literal["over-optimised", "worse", "not detected", "underpowered"]
 
-MARGIN = 0.03  # a fall must be larger than this, with confidence, to be called one
 NONE_BETTER = "no checkpoint is shown to be better than the reference (95 %)"
-NEGLIGIBLE = 0.05  # a fall smaller than this, with confidence, is called none
-MOST_PROMPTS, MOST_CHECKPOINTS = 20_000, 60  # nobody measures more: beyond, the answer is "cannot be decided so"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What can be said of one run. All win rates in [0, 1]; falls are positive where the run got worse."""
+    """What can be said of one run. Win rates in [0, 1], raw; falls are to the last checkpoint.
+
+    over-optimised: the last is worse, by more than checkpoints bounce, and further from the reference than the peak. worse: it is
+    worse, but that may be a bounce, or KL did not grow. not detected: no fall of `NEGLIGIBLE` or more. underpowered: none of them.
+    """
 
     finding: Finding
-    fall: float  # peak − what the run ends at, smoothed as `smoothing` says, cross-fitted over the two halves of the prompts
-    standard_error: float  # of `fall`, prompts and bounce together
-    lower: float  # one-sided 95 % bounds of `fall`
-    upper: float
+    fall: float  # from the peak; 0 where nothing lies above the last
+    lower: float  # one-sided 95 % bounds: of that fall, for all candidates at once
+    upper: float  # of the largest fall from any candidate
     bounce: float  # standard deviation of a checkpoint around a curve with one bend or step, beyond what its prompts explain
-    peak: int  # index of the checkpoint where the smoothed curve over all prompts is highest
+    peak: int  # index of the checkpoint that the fall counts from, unless that is the reference
     recommended: int  # index of the checkpoint to keep, unless that is the reference
-    prompts_needed: int | None  # where underpowered: prompts (at these checkpoints) that would decide; None if they cannot
-    checkpoints_needed: int | None  # where underpowered: checkpoints (at these prompts) that would decide
+    prompts_needed: int | None  # where underpowered: prompts that would decide in nine of ten cases; None if none would
     sentence: str  # verdict and recommended checkpoint, for people
-    below_start: bool = False  # the reference itself is above the smoothed curve: the fall counts from there
+    below_start: bool = False  # the fall counts from the reference itself
     better: bool | None = None  # whether some checkpoint is shown to be better than the reference; None: cannot be asked
 
     @property
     def keeps_reference(self) -> bool:
-        """Whether no checkpoint is to be kept: none is shown to be better. One that is shown is kept even where the smoothed
-        curve lies below the reference: what is kept is that checkpoint, and not the curve."""
+        """Whether no checkpoint is to be kept: none is shown to be better."""
         return self.better is False
 
 
@@ -53,15 +49,16 @@ class Verdict:
 class Law:
     """R(d) = d·(a − b·log d) (Gao et al. 2023, arXiv 2210.10760) with d = √KL, R the win rate's gain over the reference.
 
-    A peak is named only where it lies between the first and the furthest checkpoint and its interval has two ends; else `peak`
-    and all that hangs on it are None, and `doubt` says why.
+    A description of the curve; whether it falls is the verdict's to say. A peak is named only where the last checkpoint is shown
+    to be worse than an earlier one on at least half of the runs, where it lies between the first and the furthest checkpoint, and
+    its interval has two ends; else `peak` and all that hangs on it are None, and `doubt` says why.
     """
 
     a: float
     b: float
     peak: float | None  # d* = exp(a/b − 1)
     height: float | None  # b·d*
-    peak_low: float | None = None  # 95 % interval of d* by bootstrap over prompts, or over seeds where there are several
+    peak_low: float | None = None  # 95 % interval of d* by resampling prompts, the bounce, and runs where there are several
     peak_high: float | None = None
     past_peak: float | None = None  # share of bootstrap draws in which the last checkpoint lies beyond d*
     rmse: float = 0.0  # of the fit
@@ -96,28 +93,25 @@ def verdict_of(
         return None
     kl = kl if kl.ndim == 1 else kl.mean(axis=1)
     found = measure(wins, kl, start, seed, start_wins)
-    beyond = found.below_start or bool(kl[-1] > kl[found.peak])
+    grown = found.below_start or bool(kl[-1] > kl[found.peak])
     finding: Finding = "underpowered"
-    if found.lower > MARGIN and beyond:
-        finding = "over-optimised"
+    if found.lower > MARGIN:
+        finding = "over-optimised" if found.beyond_bounce and grown else "worse"
     elif found.upper < NEGLIGIBLE:
         finding = "not detected"
-    needs = _needs(found, *wins.shape) if finding == "underpowered" and found.lower <= MARGIN else (None, None)
-    curve = smoothed(wins.mean(axis=1))
     if labels is None:
         labels = [f"checkpoint-{step}" for step in (range(1, len(wins) + 1) if steps is None else steps)]
     places = list(labels) if steps is None else [f"step {int(step)}" for step in steps]
-    sentence = _sentence(finding, found, curve, start, places, labels, needs)
+    sentence = _sentence(finding, found, grown, wins.mean(axis=1), kl, start, places, labels)
     return Verdict(
         finding,
         found.fall,
-        found.standard_error,
         found.lower,
         found.upper,
         found.bounce,
         found.peak,
         found.recommended,
-        *needs,
+        found.prompts_needed,
         sentence,
         found.below_start,
         found.better,
@@ -139,67 +133,46 @@ def shown_better(run: Trajectory, *, seed: int = 0) -> bool | None:
     return None if shown is None else bool(shown.any())
 
 
-def _needs(found: Measured, checkpoints: int, prompts: int) -> tuple[int | None, int | None]:
-    """(prompts at these checkpoints, checkpoints at these prompts) that would decide, were the fall what it seems to be.
-
-    The nearer of the two findings is asked for. The square of a bound's distance is a bounce's part, which checkpoints shrink,
-    plus a prompts' part, which goes with 1/N.
-    """
-    to_fall, to_none = found.fall - MARGIN, NEGLIGIBLE - found.fall
-    target, now = (to_fall, found.fall - found.lower) if to_fall > to_none else (to_none, found.upper - found.fall)
-    by_bounce = found.by_bounce * now**2
-    by_prompts = now**2 - by_bounce
-    more: int | None = None
-    if target**2 > by_bounce:
-        wanted = int(np.ceil(prompts * by_prompts / (target**2 - by_bounce)))
-        more = max(wanted, prompts + 1) if wanted <= MOST_PROMPTS else None
-    for count in range(checkpoints + 1, MOST_CHECKPOINTS + 1):
-        if by_prompts + by_bounce * (_reach(count) / _reach(checkpoints)) ** 2 < target**2:
-            return more, count
-    return more, None
-
-
-@lru_cache(maxsize=64)
-def _reach(checkpoints: int) -> float:
-    """How far a bounce of 1 puts the bound away at so many checkpoints: its error in the smoothed ends times its t quantile."""
-    weights = smoothing(checkpoints)
-    contrast = weights[checkpoints // 2] - weights[-1]
-    df = bounce_of(np.zeros(checkpoints), np.zeros((checkpoints, checkpoints))).df
-    return float(student.ppf(CONFIDENCE, df) * np.sqrt(np.sum(contrast**2)))
-
-
 def _sentence(
     finding: Finding,
     found: Measured,
-    curve: np.ndarray,
+    grown: bool,
+    means: np.ndarray,
+    kl: np.ndarray,
     start: float | None,
     places: Sequence[str],
     labels: Sequence[str],
-    needs: tuple[int | None, int | None],
 ) -> str:
-    top, origin = curve[found.peak], f"at {places[found.peak]}"
+    """What was found, in numbers that stand in the table, and what to do. Bounds are rounded outwards."""
+    lower, upper = np.floor(100 * found.lower) / 100, np.ceil(100 * found.upper) / 100
+    top, origin = means[found.peak], f"at {places[found.peak]}"
     if found.below_start and start is not None:
         top, origin = start, "of the untrained reference"
-    # Bounds are rounded outwards: no sentence claims more than was measured.
-    lower, upper = np.floor(100 * found.lower) / 100, np.ceil(100 * found.upper) / 100
-    end = np.count_nonzero(smoothing(len(curve))[-1])
-    path = f"from {top:.2f} {origin} to {curve[-1]:.2f} over the last {end} checkpoints (to {places[-1]})"
-    best = labels[found.recommended]
-    keep, now = f"keep {best}", f"for now keep {best}"
-    if found.better is False:
-        keep, now = f"{NONE_BETTER}: keep the reference", f"{NONE_BETTER}: for now keep the reference"
-    elif found.better is None:
-        keep, now = (f"{words} (the reference's own win rate is not known)" for words in (keep, now))
+    last = f"{means[-1]:.2f} at {places[-1]}"
+    fall = f"win rate fell from {top:.2f} {origin} to {last}, by at least {lower:.2f} (95 %)"
+    keep = _keep(found, means, kl, labels)
     if finding == "over-optimised":
-        return f"Over-optimised: win rate fell by {found.fall:.2f} (95 % lower bound {lower:.2f}), {path}; {keep}."
+        return f"Over-optimised: {fall}, more than checkpoints vary by chance; {keep}."
+    if finding == "worse":
+        why = "that may be ordinary variation between checkpoints" if grown else "but KL did not grow since"
+        return f"Worse at the end: {fall}; {why}; {keep}."
     if finding == "not detected":
-        return f"Over-optimisation not detected: any fall to the last checkpoint is below {max(upper, 0.01):.2f} (95 %); {keep}."
-    if found.lower > MARGIN:
-        return f"Not decided: win rate fell by {found.fall:.2f}, {path}, but KL did not grow since; {keep}."
-    wishes = [f"{needs[0]} prompts" if needs[0] else "", f"{needs[1]} checkpoints" if needs[1] else ""]
-    ask = " or ".join(wish for wish in wishes if wish)
-    ask = f"about {ask} would decide" if ask else "more prompts or checkpoints alone would not decide; train more seeds"
-    return f"Underpowered: the fall may lie between {max(lower, 0.0):.2f} and {upper:.2f}; {ask}; {now}."
+        return f"Over-optimisation not detected: nothing lies more than {max(upper, 0.01):.2f} above the last checkpoint, {last} (95 %); {keep}."
+    ask = f"about {found.prompts_needed} prompts would decide; " if found.prompts_needed else ""
+    return f"Underpowered: the last checkpoint, {last}, may lie up to {upper:.2f} below the best (95 %); {ask}for now {keep}."
+
+
+def _keep(found: Measured, means: np.ndarray, kl: np.ndarray, labels: Sequence[str]) -> str:
+    """Which checkpoint to keep, and what that trades where another one is higher."""
+    if found.better is False:
+        return f"{NONE_BETTER}: keep the reference"
+    kept, best = found.recommended, int(means.argmax())
+    words = f"keep {labels[kept]}"
+    if kept != best:
+        words += (
+            f" ({means[kept]:.2f} at KL {kl[kept]:.1f}; the highest is {labels[best]}, {means[best]:.2f} at KL {kl[best]:.1f})"
+        )
+    return words if found.better else f"{words} (the reference's own win rate is not known)"
 
 
 def fit_law(runs: Sequence[Trajectory], *, resamples: int = 1000, seed: int = 0) -> Law | None:
@@ -215,8 +188,8 @@ def law_of(runs: Sequence[tuple[np.ndarray, np.ndarray, float]], *, resamples: i
     """`fit_law` on (wins (C, N), kl (C, N), start) of each run.
 
     Prompts are resampled with win rate and KL of all checkpoints together, and of all runs: those with as many prompts are taken
-    to be measured on the same ones. Where there are several runs, runs are resampled too.
-    The interval of d* counts draws that have no peak as ∞.
+    to be measured on the same ones. Each draw's checkpoints bounce anew (`falls.bounce_of`). Where there are several runs, runs
+    are resampled too. The interval of d* counts draws that have no peak as ∞.
     """
     runs = [(np.asarray(w, dtype=np.float64), np.asarray(k, dtype=np.float64), s) for w, k, s in runs]
     if not runs:
@@ -229,19 +202,24 @@ def law_of(runs: Sequence[tuple[np.ndarray, np.ndarray, float]], *, resamples: i
     rmse = float(np.sqrt(np.mean((Law(a, b, None, None)(d) - gain) ** 2)))
     low, high, past = _law_interval(runs, resamples, seed)
     peak = float(np.exp(a / b - 1)) if _peaked(a, b) else None
-    doubt = _doubt(peak, low, high, float(d[d > 0].min()), float(d.max()))
+    worse = [shown_worse(wins, start, seed=seed) for wins, _, start in runs]
+    doubt = _doubt(peak, low, high, float(d[d > 0].min()), float(d.max()), fallen=2 * sum(worse) >= len(worse))
     if peak is None or doubt is not None:
         return Law(a, b, None, None, rmse=rmse, doubt=doubt)
     return Law(a, b, peak, b * peak, low, high, past, rmse)
 
 
-def _doubt(peak: float | None, low: float | None, high: float | None, first: float, furthest: float) -> str | None:
+def _doubt(
+    peak: float | None, low: float | None, high: float | None, first: float, furthest: float, *, fallen: bool
+) -> str | None:
     """Why a law's peak is not named; None where it is. first, furthest: the smallest and the largest √KL of a checkpoint."""
     if peak is None:
         return "it has no peak"
     if not first <= peak <= furthest:
         where = f"beyond the furthest checkpoint, √KL {furthest:.2f}" if peak > furthest else f"before the first, √KL {first:.2f}"
         return f"its peak would lie {where}"
+    if not fallen:
+        return "no fall to the last checkpoint is shown"
     if low is None or high is None:
         return "the 95 % interval of its peak has no end"
     return None
@@ -257,8 +235,10 @@ def _law_interval(
     ds, gains = [], []
     for wins, kl, start in runs:
         weights = draws[wins.shape[1]]
+        likely = bounce_of(wins.mean(axis=1), np.cov(wins) / wins.shape[1])
+        bounce = rng.choice(BOUNCES, resamples, p=likely)
         ds.append(_root_kl(weights @ kl.T))
-        gains.append(weights @ wins.T - start)
+        gains.append(weights @ wins.T - start + bounce[:, None] * rng.standard_normal((resamples, len(wins))))
     # How often each run is drawn; the only one always once.
     times = rng.multinomial(len(runs), np.full(len(runs), 1 / len(runs)), size=resamples).astype(np.float64)
     each = np.repeat(times, [d.shape[1] for d in ds], axis=1)

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import ndtri, stdtr, stdtrit
 
-from isdaa.evaluation.falls import bounce_of
-from isdaa.evaluation.overoptimization import MARGIN
+from isdaa.evaluation.falls import BOUNCES, MARGIN, bounce_of
 
 RECENT = 3  # looks that "now" is the mean of: one bad checkpoint is not a fall
 ALPHA = 0.05  # the chance to ever stop a healthy run
@@ -97,23 +96,27 @@ def evidence(means: np.ndarray, covariance: np.ndarray, prompts: int, alpha: flo
     means: (..., L) win rates. covariance: (..., L, L), of those means over `prompts` prompts.
 
     Now is the mean of the last RECENT looks. A candidate for the peak is a look before those, smoothed with the neighbours
-    (1, 2, 1) that lie before them too. Of all candidates the one of the largest bound counts.
+    (1, 2, 1) that lie before them too. Of all candidates the one of the largest bound counts, its error taken for
+    a normal one.
     """
     looks = means.shape[-1]
     contrasts = _contrasts(looks)
     falls = means @ contrasts.T  # (..., K)
-    noise = np.sum((contrasts @ covariance) * contrasts, axis=-1)
-    bounce = bounce_of(means, covariance)
+    noise = np.broadcast_to(np.sum((contrasts @ covariance) * contrasts, axis=-1), falls.shape)
+    likely = bounce_of(means, covariance)
     size = np.sum(contrasts**2, axis=1)
-    variance = noise + bounce.variance[..., None] * size
-    # Satterthwaite: how well the variance is known, the bounce's part by few second differences.
-    unsure = (bounce.mean_square[..., None] * size) ** 2 / bounce.df[..., None] + noise**2 / (prompts - 1)
-    df = np.maximum(variance**2 / np.maximum(unsure, 1e-300), 1.0)
-    error = np.sqrt(variance)
-    lowers = falls - student.isf(share_of(looks, alpha), df) * error
-    peak = lowers.argmax(axis=-1)
-    fall, error, lower = (np.take_along_axis(x, peak[..., None], -1)[..., 0] for x in (falls, error, lowers))
-    return Evidence(peak, fall, error, lower)
+    alpha = share_of(looks, alpha)
+    error = np.sqrt(noise + (likely @ BOUNCES**2)[..., None] * size)
+    peak = (falls - ndtri(1 - alpha) * error).argmax(axis=-1)
+    fall, error, noise = (np.take_along_axis(x, peak[..., None], -1)[..., 0] for x in (falls, error, noise))
+    # Each bounce that is possible has an error of its own: the bound is a quantile of their mixture, found by bisection.
+    errors = np.sqrt(noise[..., None] + size[peak][..., None] * BOUNCES**2)
+    low, high = np.zeros_like(fall), stdtrit(prompts - 1, 1 - alpha) * errors[..., -1]
+    for _ in range(30):
+        middle = (low + high) / 2
+        beyond = np.sum(likely * stdtr(prompts - 1, -middle[..., None] / np.maximum(errors, 1e-300)), axis=-1) > alpha
+        low, high = np.where(beyond, middle, low), np.where(beyond, high, middle)
+    return Evidence(peak, fall, error, fall - high)
 
 
 def share_of(looks: int, alpha: float = ALPHA) -> float:

@@ -10,7 +10,7 @@ from isdaa.evaluation.overoptimization import NONE_BETTER
 MINUS = str.maketrans("-", "−")  # of a number
 MOST_NAMED = 4  # cells in a sentence
 REFERENCE = "the reference"  # what is kept where no checkpoint is
-OVER, NOT, UNDER = "over-optimised", "not detected", "underpowered"
+OVER, WORSE, UNDER = "over-optimised", "worse", "underpowered"
 NO_SCORER = (
     "No verdict: these runs were evaluated without a scorer, and KL, drift and held-out accuracy do not tell better from worse."
 )
@@ -54,7 +54,7 @@ def headline(report: Mapping[str, Any]) -> dict[str, str]:
         none = f" {NONE_BETTER[:1].upper()}{NONE_BETTER[1:]}." if nothing else ""
         return {"headline": TOO_FEW + none, "tone": "none", "summary": basis}
     found = {run["verdict"]["finding"] for run in judged}
-    tone = "over" if OVER in found else "under" if UNDER in found or nothing else "not"
+    tone = "over" if found & {OVER, WORSE} else "under" if UNDER in found or nothing else "not"
     if len(runs) == 1:
         return {"headline": runs[0]["verdict"]["sentence"], "tone": tone, "summary": basis}
     return {
@@ -69,13 +69,11 @@ def _who_fell(cells: Sequence[Mapping[str, Any]]) -> str:
     falling.sort(key=lambda cell: -(cell["fall"]["mean"] or 0.0))
     judged = [cell for cell in cells if cell["findings"]]
     if not falling:
-        unsure = sum(cell["findings"].get(UNDER, 0) for cell in judged)
         seeds = sum(sum(cell["findings"].values()) for cell in judged)
-        return (
-            f"No run over-optimised beyond doubt ({unsure} of {seeds} could not be decided)"
-            if unsure
-            else "No run over-optimised"
-        )
+        told = {WORSE: "worse at the end, which may be ordinary variation", UNDER: "not decided"}
+        counts = {words: sum(cell["findings"].get(finding, 0) for cell in judged) for finding, words in told.items()}
+        doubts = ", ".join(f"{count} of {seeds} {words}" for words, count in counts.items() if count)
+        return f"No run over-optimised beyond doubt ({doubts})" if doubts else "No run over-optimised"
     if len(judged) <= MOST_NAMED:
         parts = [f"{cell['label']} over-optimised on {_count(cell)}" for cell in falling]
         spared = [cell["label"] for cell in judged if cell not in falling]

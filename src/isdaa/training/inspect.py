@@ -40,11 +40,12 @@ class StageReport:
     steps_per_epoch: int | None = None
     batch: int | None = None
     checkpoints: int | None = None
+    seen: list[str] = field(default_factory=list)  # which falls of the win rate the evaluation, and the guard, will see
     plan: Plan | None = None
 
     def facts(self) -> dict[str, Any]:
         """Plain data for a file."""
-        names = ("steps", "steps_per_epoch", "batch", "checkpoints")
+        names = ("steps", "steps_per_epoch", "batch", "checkpoints", "seen")
         counted = {name: getattr(self, name) for name in names}
         return {**self.examined.facts(), **counted, "plan": self.plan.facts() if self.plan is not None else None}
 
@@ -220,6 +221,22 @@ def _count_steps(report: StageReport, config: Config, processes: int) -> None:
     made = -(-report.steps // save)
     kept = getattr(settings, "save_total_limit", None) if stage == "align" else 2
     report.checkpoints = made if kept is None else min(made, kept)
+    report.seen = _seen(config, report) if stage == "align" else []
+
+
+def _seen(config: Config, report: StageReport) -> list[str]:
+    """Which falls of the win rate the evaluation and the guard will see."""
+    from isdaa.evaluation import power
+
+    judged, guard = config.evaluation, config.guard
+    found = []
+    if judged.scorer is not None and config.data.evaluation is not None:
+        rivals = 1 if judged.opponent == "chosen" else judged.opponent_samples
+        found.append(f"{power.seen(report.checkpoints or 0, judged.prompts, rivals)} (in 8 of 10 runs)")
+    if guard.steps is not None and guard.stop != "never":
+        looks = -(-(report.steps or 0) // guard.steps)
+        found.append(f"guard: {power.stoppable(looks, guard.prompts, guard.opponent_samples)}")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
