@@ -54,8 +54,9 @@ PATIENCE = 2
 
 
 def curve(shape: str, count: int) -> np.ndarray:
-    """(C,) true win rates; a list of numbers is itself. A fall's peak lies at 15 % of the run (early) or at 45 % (gradual), of height 0.75.
+    """(C,) true win rates; a list of numbers is itself.
 
+    A fall's peak lies at 15 % of the run (early) or at 45 % (gradual), of height 0.75.
     Two falls are steps from 0.75 that last: after the first checkpoint (at once), after the first half of the run (halfway).
     """
     time = np.linspace(0, 1, count)
@@ -300,11 +301,13 @@ def page(found: dict[str, list[dict[str, Any]]], scale: float, out: Path) -> str
     poor = min(told, key=lambda row: row["decided"]) if told else None
     missed = max((row for row in found["marginal"] if row["shape"].endswith("0.70")), key=lambda row: row["not detected"])
     stop = max(found["guard_healthy"], key=lambda row: row["stopped"])
-    more = "" if scale == 1 else f" --scale {scale:g}"
 
     def where(row: dict[str, Any]) -> str:
         size = f"C = {row['checkpoints']}" if "checkpoints" in row else f"{row['looks']} looks"
         return f"{row['shape']}, {size}, N = {row['prompts']}, bounce {row['bounce']}"
+
+    heeded = f"{100 * poor['decided']:.0f} % at worst ({where(poor)}; rows with 20 or more)" if poor else "no row"
+    more = "" if scale == 1 else f" --scale {scale:g}"
 
     return f"""# Calibration of the verdict and of the guard
 
@@ -320,11 +323,13 @@ reference's ½, saturating at 0.77. slow: ½ to 0.75 in a straight line. A fall 
 *halfway*. A list of numbers is the curve itself.
 
 - A flat run called over-optimised: at worst {100 * alarm["over-optimised"]:.1f} % ({where(alarm)}).
-- The naive test (highest checkpoint against the last, paired over prompts, 95 %): at worst {100 * naively["naive"]:.0f} % ({where(naively)}).
+- The naive test (highest checkpoint against the last, paired over prompts, 95 %): at worst {100 * naively["naive"]:.0f} %
+  ({where(naively)}).
 - "Worse by at least x", where these very models are not: at worst {100 * wrong["wrong"]:.1f} % ({where(wrong)}).
 - "Nothing lies more than x above the last" holds in {100 * loose["bounded"]:.1f} % at worst ({where(loose)}).
-- A last checkpoint that is truly 0.05 down, the edge of what counts as none, is called "not detected" in at worst {100 * missed["not detected"]:.1f} % ({where(missed)}).
-- Advice that is followed, on the same models, decides in {f"{100 * poor['decided']:.0f} % at worst ({where(poor)}), of rows with 20 or more" if poor else "no row"}.
+- A last checkpoint that is 0.05 down before its bounce, the edge of what counts as none, is called "not detected" in at worst
+  {100 * missed["not detected"]:.1f} % ({where(missed)}).
+- Advice that is followed, on the same models, decides in {heeded}.
 - A healthy run ever stopped by the guard: at worst {100 * stop["stopped"]:.1f} % ({where(stop)}).
 - With a bounce, "worse" on flat runs is no false alarm: the last checkpoint is then truly below an earlier one, and the sentence
   says that this may be ordinary variation.

@@ -53,8 +53,8 @@ def test_summaries():
     assert [run.seed for run in b.runs] == [1, 2]
     assert b.final.values == (pytest.approx(0.2), pytest.approx(0.3))
     assert b.final_kl.mean == pytest.approx(5.0)
-    assert b.best.values == (pytest.approx(0.8), pytest.approx(0.8))  # (0.6 + 2·0.9)/3
-    assert b.fall.values == (pytest.approx(0.8 - 0.45), pytest.approx(0.8 - 0.5))  # the end: (0.9 + 2·0.6 + 3·last)/6
+    assert b.best.values == (pytest.approx(0.9), pytest.approx(0.9))
+    assert b.fall.values == (pytest.approx(0.7), pytest.approx(0.6)) and a.fall.values == (0.0,)
     assert sum(b.findings.values()) == 2 and sum(a.findings.values()) == 1
     assert a.final.low is None
 
@@ -83,7 +83,7 @@ def test_falls_are_paired_too():
     a = summarise([a_run([0.6, 0.9, 0.6, 0.3], [1, 2, 3, 4], "a", s) for s in (1, 2)])[0]
     b = summarise([a_run([0.6, 0.7], [1, 2], "b", 1), a_run([0.6, 0.9, 0.6, 0.2], [1, 2, 3, 4], "b", 2)])[0]
     found = difference(b, a, "fall")  # seed 1 of b has too few checkpoints
-    assert found.values == (pytest.approx(0.05),)  # 0.35 − 0.30
+    assert found.values == (pytest.approx(0.1),)  # 0.7 − 0.6
 
 
 def test_a_path_goes_outwards_only():

@@ -58,7 +58,7 @@ def test_what_prompts_explain_is_no_bounce():
     means = 0.5 + 0.05 * rng.standard_normal((100, 40))
     with_prompts = bounce_of(means, 0.05**2 * np.eye(40)) @ BOUNCES**2
     without = bounce_of(means, np.zeros((40, 40))) @ BOUNCES**2
-    assert np.sqrt(with_prompts.mean()) < 0.032 and 0.045 < np.sqrt(without.mean())
+    assert np.sqrt(with_prompts.mean()) < 0.032 and np.sqrt(without.mean()) > 0.045
     np.testing.assert_allclose(bounce_of(means, np.broadcast_to(0.05**2 * np.eye(40), (100, 40, 40))) @ BOUNCES**2, with_prompts)
 
 
@@ -287,7 +287,7 @@ def test_bounds_hold_for_what_they_say(curve):
 
 
 def test_a_reference_that_is_just_beaten_is_mostly_kept():
-    """At a true 0.52 throughout, 64 prompts and 4 checkpoints show nothing: `keep the reference` comes nearly always, as it says."""
+    """At a true 0.52 throughout, 64 prompts and 4 checkpoints show nothing: the reference is kept nearly always."""
     runs = simulated([0.52] * 4, prompts=64, runs=100, seed=3)
     kept = np.mean([verdict_of(run, np.arange(4.0)).keeps_reference for run in runs])
     assert 0.75 <= kept < 1

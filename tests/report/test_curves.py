@@ -8,7 +8,7 @@ import pytest
 from report_studies import cells, study, sweep, trajectory
 
 from isdaa.evaluation.comparison import MatchedKl, SeedMean, at_matched_kl, summarise
-from isdaa.evaluation.overoptimization import fit_law
+from isdaa.evaluation.overoptimization import Law
 from isdaa.report.courses import Quantity, course_chart, thin, weights_of
 from isdaa.report.curves import final_chart, matched_kl_chart, study_chart
 from isdaa.report.lines import lines_of, panels_of
@@ -34,7 +34,7 @@ def test_a_study_has_a_panel_a_beta_with_seeds_behind_their_mean():
 
 def test_only_the_asked_cells_and_their_laws(tmp_path):
     made = sweep(seeds=1)
-    law = fit_law([made.runs[0]])
+    law = Law(0.23, 0.15, 1.7, 0.26, 1.5, 2.0)
     chart = study_chart(made, ["dpo-beta0.01"], laws={"dpo-beta0.01": law}, width=356)
     text = json.dumps(chart.to_dict(), ensure_ascii=False)
     assert "is_dpo" not in text and "strokeDash" in text and '"triangle-up"' in text

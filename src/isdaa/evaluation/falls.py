@@ -5,11 +5,11 @@ Two questions are asked of the same numbers.
 *Is the last checkpoint worse than an earlier one, or than the reference?* It is about these models: prompts are all that is
 uncertain, and every figure is a raw win rate, paired over prompts.
 
-*Is that more than checkpoints bounce?* It is about the run. Neighbouring checkpoints differ by more than their prompts explain, on
-all prompts together, so the highest of several lies above the last even where nothing falls. The bounce is estimated from second
-differences of the curve, without the one bend or step down that explains most of them: else a fall would be taken for noise. That
-lets luck through, which is why each draw of a flat run has its bounce estimated anew. From fewer than five checkpoints nothing can
-be estimated, and the largest bounce that is allowed for is assumed.
+*Is that more than checkpoints bounce?* It is about the run. Neighbouring checkpoints differ by more than their prompts explain,
+on all prompts together, so the highest of several lies above the last even where nothing falls. The bounce is estimated from
+second differences of the curve, without the one bend or step down that explains most of them: else a fall would be taken for
+noise. That lets luck through, which is why each draw of a flat run has its bounce estimated anew. From fewer than five
+checkpoints nothing can be estimated, and the largest bounce that is allowed for is assumed.
 
 Legend: C checkpoints, N prompts, R rows (the reference, where it is known, then the checkpoints), K candidates, M draws.
 """
@@ -29,8 +29,8 @@ MARGIN = 0.03  # a fall must be larger than this, with confidence, to be called 
 NEGLIGIBLE = 0.05  # a fall smaller than this, with confidence, is called none
 DRAWS, T_DRAWS = 1000, 4000
 ENOUGH = 5  # checkpoints from which the bounce is estimated
-# Bounces that are thought possible, beforehand as likely as the root of their size: who takes a bounce for too small takes it for a
-# fall. Runs measured so far bounced by 0.01 to 0.03. Where the bounce is estimated, a fall must exceed what flat runs show by SLACK.
+# Bounces that are thought possible, beforehand as likely as the root of their size: who takes a bounce for too small takes it for
+# a fall. Runs measured so far bounced by 0.01 to 0.03. Where it is estimated, a fall must exceed what flat runs show by SLACK.
 BOUNCES, SLACK = np.linspace(0.01, 0.05, 5), 0.015
 MOST_PROMPTS, DECIDES = 20_000, 0.9  # of advice: nobody measures more; the chance that following it decides
 
@@ -163,11 +163,11 @@ def bounce_of(means: np.ndarray, covariance: np.ndarray) -> np.ndarray:
 
     A second difference W[c−1] − 2W[c] + W[c+1] loses the trend and keeps 6τ² (von Neumann 1941 has first differences). The bend
     or step down that explains most is left out; what else bends stays in, so that the bounce is over-estimated then, never
-    under. Their mean square is taken for a χ², with the degrees of freedom of Satterthwaite (1946), since they overlap. From fewer
-    than `ENOUGH` checkpoints nothing is learnt, and the largest bounce is assumed.
+    under. Their mean square is taken for a χ², with the degrees of freedom of Satterthwaite (1946), since they overlap. From
+    fewer than `ENOUGH` checkpoints nothing is learnt, and the largest bounce is assumed.
     """
     if means.shape[-1] < ENOUGH:
-        return np.broadcast_to(BOUNCES == BOUNCES[-1], (*means.shape[:-1], len(BOUNCES))).astype(np.float64)
+        return np.broadcast_to(BOUNCES[-1] == BOUNCES, (*means.shape[:-1], len(BOUNCES))).astype(np.float64)
     second = np.diff(np.eye(means.shape[-1]), n=2, axis=0)
     overlap, noise = second @ second.T, second @ covariance @ second.T
     trace = np.trace(overlap)
@@ -235,7 +235,7 @@ def gains_shown(wins: np.ndarray, start: float | None, start_wins: np.ndarray | 
 
 
 def prompts_needed(gaps: np.ndarray, critical: float, seed: int = 0) -> int | None:
-    """How many prompts would decide whether the last is worse, with a chance of `DECIDES`; None where no number would.
+    """How many prompts would decide whether the last is worse, with a chance of `DECIDES`, to two digits; None where none would.
 
     The true differences are drawn around those measured, new measurements around these.
     """
@@ -252,7 +252,8 @@ def prompts_needed(gaps: np.ndarray, critical: float, seed: int = 0) -> int | No
         worse = (seen - critical * shrunk * errors).max(axis=1) > MARGIN
         none = (seen + stdtrit(wanted - 1, CONFIDENCE) * shrunk * errors).max(axis=1) < NEGLIGIBLE
         if np.mean(worse | none) >= DECIDES:
-            return wanted
+            digits = 10 ** (len(str(wanted)) - 2)
+            return -(-wanted // digits) * digits
         wanted *= 2
     return None
 

@@ -23,8 +23,8 @@ NONE_BETTER = "no checkpoint is shown to be better than the reference (95 %)"
 class Verdict:
     """What can be said of one run. Win rates in [0, 1], raw; falls are to the last checkpoint.
 
-    over-optimised: the last is worse, by more than checkpoints bounce, and further from the reference than the peak. worse: it is
-    worse, but that may be a bounce, or KL did not grow. not detected: no fall of `NEGLIGIBLE` or more. underpowered: none of them.
+    over-optimised: the last is worse, by more than checkpoints bounce, and further from the reference than the peak. worse: it
+    is, but that may be a bounce, or KL did not grow. not detected: no fall of `NEGLIGIBLE` or more. underpowered: none of them.
     """
 
     finding: Finding
@@ -157,7 +157,8 @@ def _sentence(
         why = "that may be ordinary variation between checkpoints" if grown else "but KL did not grow since"
         return f"Worse at the end: {fall}; {why}; {keep}."
     if finding == "not detected":
-        return f"Over-optimisation not detected: nothing lies more than {max(upper, 0.01):.2f} above the last checkpoint, {last} (95 %); {keep}."
+        bound = f"nothing lies more than {max(upper, 0.01):.2f} above the last checkpoint, {last} (95 %)"
+        return f"Over-optimisation not detected: {bound}; {keep}."
     ask = f"about {found.prompts_needed} prompts would decide; " if found.prompts_needed else ""
     return f"Underpowered: the last checkpoint, {last}, may lie up to {upper:.2f} below the best (95 %); {ask}for now {keep}."
 

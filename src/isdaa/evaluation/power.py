@@ -52,7 +52,7 @@ def seen(checkpoints: int, prompts: int, opponents: int = 4) -> str:
 
 @lru_cache(maxsize=64)
 def looks_needed(prompts: int, opponents: int = 4) -> dict[float, int | None]:
-    """Fall -> looks that a run must have for the guard to stop it, where it falls by so much half-way and for good; of `LOOKS`."""
+    """Fall -> looks that a run must have for the guard to stop it, where it falls by so much half-way; of `LOOKS`."""
     return {fall: next((looks for looks in LOOKS if _stopped(fall, looks, prompts, opponents) >= POWER), None) for fall in FALLS}
 
 
