@@ -38,7 +38,7 @@ def test_the_fall_that_is_promised_is_seen_in_eight_of_ten_runs(checkpoints, pro
 
 def test_more_of_everything_sees_smaller_falls():
     assert smallest_fall(6, 1024) < smallest_fall(6, 256) < smallest_fall(12, 256) < smallest_fall(12, 64)
-    assert smallest_fall(6, 256, 8) < smallest_fall(6, 256) < smallest_fall(6, 256, 1)
+    assert smallest_fall(6, 64, 8) < smallest_fall(6, 64) < smallest_fall(6, 64, 1)
     assert seen(6, 256) == f"6 checkpoints and 256 prompts: falls of {smallest_fall(6, 256):.2f} or more"
     assert "needs 3" in seen(2, 256) and "hardly any" in seen(6, 4)
 

@@ -84,14 +84,15 @@ def measure(
         recommended=_keep(means, kl, np.cov(wins) / wins.shape[1], shown),
         below_start=below,
         better=None if shown is None else bool(shown.any()),
-        prompts_needed=None if worse or upper < NEGLIGIBLE else prompts_needed(gaps, critical, seed),
+        prompts_needed=None if worse or upper < NEGLIGIBLE else prompts_needed(rows, offset, critical, seed),
     )
 
 
-def shown_worse(wins: np.ndarray, start: float | None, start_wins: np.ndarray | None = None, seed: int = 0) -> bool:
-    """Whether the last of (C, N) checkpoints is worse than an earlier one, or than the reference, by more than `MARGIN`."""
+def falls_for_sure(wins: np.ndarray, start: float | None, start_wins: np.ndarray | None = None, seed: int = 0) -> bool:
+    """Whether the answer to both questions is yes for (C, N) win rates: worse at the end, by more than checkpoints bounce."""
     rows = rows_of(wins, start, start_wins)
-    return len(rows) > 1 and bool(simultaneous(rows[:-1] - rows[-1], seed)[0].max() > MARGIN)
+    worse = bool(simultaneous(rows[:-1] - rows[-1], seed)[0].max() > MARGIN)
+    return worse and beyond_bounce(rows, len(rows) - len(wins), seed)[0]
 
 
 def simultaneous(gaps: np.ndarray, seed: int = 0) -> tuple[np.ndarray, float]:
@@ -234,21 +235,30 @@ def gains_shown(wins: np.ndarray, start: float | None, start_wins: np.ndarray | 
     return np.asarray(simultaneous(wins - (start if start_wins is None else start_wins), seed)[0] > 0)
 
 
-def prompts_needed(gaps: np.ndarray, critical: float, seed: int = 0) -> int | None:
+def prompts_needed(rows: np.ndarray, offset: int, critical: float, seed: int = 0) -> int | None:
     """How many prompts would decide whether the last is worse, with a chance of `DECIDES`, to two digits; None where none would.
 
-    The true differences are drawn around those measured, new measurements around these.
+    rows: as `beyond_bounce` takes them. The true win rates are drawn around those measured, new measurements around these. The
+    highest of several is partly lucky: differences between checkpoints are shrunk by the share of them that prompts explain, but
+    for a bounce of 0.02.
     """
     rng = np.random.default_rng(seed)
-    n = gaps.shape[1]
-    factor = _root(np.atleast_2d(np.cov(gaps)) / n)
-    errors = np.sqrt(np.sum(factor**2, axis=1))
-    one, other = rng.standard_normal((2, DRAWS, len(gaps))) @ factor.T
-    truth = gaps.mean(axis=1) + one
+    n = rows.shape[1]
+    means, factor = rows.mean(axis=1), _root(np.cov(rows) / n)
+    one, other = rng.standard_normal((2, DRAWS, len(rows))) @ factor.T
+    centre = np.eye(len(rows))
+    centre[offset:, offset:] -= 1 / (len(rows) - offset)
+    centre[:offset] = 0.0
+    apart = centre @ means
+    noise, bounce = float(np.sum((centre @ factor) ** 2)) + 1e-12, BOUNCES[1] ** 2 * (len(rows) - offset - 1)
+    real = max(1 - noise / max(apart @ apart, 1e-12), bounce / (bounce + noise))
+    truth = means + one + (real - 1) * apart + (np.sqrt(real) - 1) * (one @ centre.T)
+    errors = (rows[:-1] - rows[-1]).std(axis=1, ddof=1) / np.sqrt(n)
     wanted = 2 * n
     while wanted <= MOST_PROMPTS:
         shrunk = np.sqrt(n / wanted)
         seen = truth + shrunk * other
+        seen = seen[:, :-1] - seen[:, -1:]
         worse = (seen - critical * shrunk * errors).max(axis=1) > MARGIN
         none = (seen + stdtrit(wanted - 1, CONFIDENCE) * shrunk * errors).max(axis=1) < NEGLIGIBLE
         if np.mean(worse | none) >= DECIDES:

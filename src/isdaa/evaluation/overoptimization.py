@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from isdaa.evaluation.falls import BOUNCES, MARGIN, NEGLIGIBLE, Measured, bounce_of, gains_shown, measure, shown_worse
+from isdaa.evaluation.falls import BOUNCES, MARGIN, NEGLIGIBLE, Measured, bounce_of, falls_for_sure, gains_shown, measure
 from isdaa.evaluation.trajectory import Trajectory
 
 Finding = Literal["over-optimised", "worse", "not detected", "underpowered"]
@@ -49,9 +49,8 @@ class Verdict:
 class Law:
     """R(d) = d·(a − b·log d) (Gao et al. 2023, arXiv 2210.10760) with d = √KL, R the win rate's gain over the reference.
 
-    A description of the curve; whether it falls is the verdict's to say. A peak is named only where the last checkpoint is shown
-    to be worse than an earlier one on at least half of the runs, where it lies between the first and the furthest checkpoint, and
-    its interval has two ends; else `peak` and all that hangs on it are None, and `doubt` says why.
+    A description of the curve; whether it falls is the verdict's to say. A peak is named only where at least half of the
+    runs fall by more than a bounce, where it lies between the first and the furthest checkpoint, and its interval has two ends; else `peak` and all that hangs on it are None, and `doubt` says why.
     """
 
     a: float
@@ -203,8 +202,8 @@ def law_of(runs: Sequence[tuple[np.ndarray, np.ndarray, float]], *, resamples: i
     rmse = float(np.sqrt(np.mean((Law(a, b, None, None)(d) - gain) ** 2)))
     low, high, past = _law_interval(runs, resamples, seed)
     peak = float(np.exp(a / b - 1)) if _peaked(a, b) else None
-    worse = [shown_worse(wins, start, seed=seed) for wins, _, start in runs]
-    doubt = _doubt(peak, low, high, float(d[d > 0].min()), float(d.max()), fallen=2 * sum(worse) >= len(worse))
+    fallen = [falls_for_sure(wins, start, seed=seed) for wins, _, start in runs]
+    doubt = _doubt(peak, low, high, float(d[d > 0].min()), float(d.max()), fallen=2 * sum(fallen) >= len(fallen))
     if peak is None or doubt is not None:
         return Law(a, b, None, None, rmse=rmse, doubt=doubt)
     return Law(a, b, peak, b * peak, low, high, past, rmse)
@@ -220,7 +219,7 @@ def _doubt(
         where = f"beyond the furthest checkpoint, √KL {furthest:.2f}" if peak > furthest else f"before the first, √KL {first:.2f}"
         return f"its peak would lie {where}"
     if not fallen:
-        return "no fall to the last checkpoint is shown"
+        return "no fall that is more than a bounce is shown"
     if low is None or high is None:
         return "the 95 % interval of its peak has no end"
     return None
