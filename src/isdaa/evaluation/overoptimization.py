@@ -49,8 +49,9 @@ class Verdict:
 class Law:
     """R(d) = d·(a − b·log d) (Gao et al. 2023, arXiv 2210.10760) with d = √KL, R the win rate's gain over the reference.
 
-    A description of the curve; whether it falls is the verdict's to say. A peak is named only where at least half of the
-    runs fall by more than a bounce, where it lies between the first and the furthest checkpoint, and its interval has two ends; else `peak` and all that hangs on it are None, and `doubt` says why.
+    A description of the curve; whether it falls is the verdict's to say. A peak is named only where at least half of the runs fall
+    by more than a bounce, where it lies between the first and the furthest checkpoint, and its interval has two ends; else `peak`
+    and all that hangs on it are None, and `doubt` says why.
     """
 
     a: float
