@@ -128,10 +128,10 @@ def _page(study: Study, summaries: Sequence[CellSummary], against: str, folder: 
         f"`{settings['scorer']}` against {settings['opponent_samples']} samples of the reference a prompt. Together the "
         f"runs took {sum(seconds) / 3600:.2f} hours of CPU time.",
         "",
-        "Means over seeds with 95 % t-intervals. *best*: the smoothed curve's peak, optimistic, since it is chosen on what it is "
-        "measured on; *fall*: from the peak to the end, cross-fitted; *found*: verdicts over-optimised / underpowered / not "
-        "detected, one a seed; *d\\** and *past*: the fitted law's peak in √KL, where the checkpoints show one, and the share of "
-        "bootstrap draws that see the last checkpoint beyond it.",
+        "Means over seeds with 95 % t-intervals. *best*: the highest checkpoint's win rate; *fall*: from the verdict's peak to "
+        "the last checkpoint; both a little too large, chosen on what they are measured on; *found*: verdicts over-optimised / "
+        "worse / underpowered / not detected, one a seed; *d\\** and *past*: the law's peak in √KL, where one is named, and "
+        "the share of bootstrap draws that see the last checkpoint beyond it.",
         "",
     ]
     if study.missing:

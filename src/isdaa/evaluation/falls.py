@@ -32,7 +32,8 @@ ENOUGH = 5  # checkpoints from which the bounce is estimated
 # Bounces that are thought possible, beforehand as likely as the root of their size: who takes a bounce for too small takes it for
 # a fall. Runs measured so far bounced by 0.01 to 0.03. Where it is estimated, a fall must exceed what flat runs show by SLACK.
 BOUNCES, SLACK = np.linspace(0.01, 0.05, 5), 0.015
-MOST_PROMPTS, DECIDES = 20_000, 0.9  # of advice: nobody measures more; the chance that following it decides
+# Of advice: from fewer prompts nothing can be foreseen, nobody measures more, and the chance that following it decides.
+FEWEST_PROMPTS, MOST_PROMPTS, DECIDES = 32, 20_000, 0.9
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,14 @@ def measure(
     lowers, critical = simultaneous(gaps, seed)
     uppers = falls + above(gaps)
     worse = bool(lowers.max() > MARGIN)
-    candidate = int(lowers.argmax()) if worse else int(np.append(falls, 0.0).argmax())
+    candidate = int(lowers.argmax()) if worse else int(falls.argmax()) if falls.max() > 0 else len(falls)
     lasting, bounce = beyond_bounce(rows, offset, seed)
     shown = gains_shown(wins, start, start_wins, seed)
     upper = float(np.clip(uppers.max(), 0.0, 1.0))
     below = candidate < offset
     return Measured(
         fall=float(np.append(falls, 0.0)[candidate]),
-        lower=float(np.append(lowers, 0.0)[candidate]),
+        lower=float(np.clip(np.append(lowers, 0.0)[candidate], -1.0, 1.0)),
         upper=upper,
         beyond_bounce=lasting,
         bounce=bounce,
@@ -88,18 +89,16 @@ def measure(
     )
 
 
-def falls_for_sure(wins: np.ndarray, start: float | None, start_wins: np.ndarray | None = None, seed: int = 0) -> bool:
-    """Whether the answer to both questions is yes for (C, N) win rates: worse at the end, by more than checkpoints bounce."""
-    rows = rows_of(wins, start, start_wins)
-    worse = bool(simultaneous(rows[:-1] - rows[-1], seed)[0].max() > MARGIN)
-    return worse and beyond_bounce(rows, len(rows) - len(wins), seed)[0]
+def falls_for_sure(rows: np.ndarray, seed: int = 0) -> bool:
+    """Whether both answers are yes for (R, N) win rates, the reference's first: worse at the end, by more than a bounce."""
+    return bool(simultaneous(rows[:-1] - rows[-1], seed)[0].max() > MARGIN) and beyond_bounce(rows, 1, seed)[0]
 
 
 def simultaneous(gaps: np.ndarray, seed: int = 0) -> tuple[np.ndarray, float]:
     """(K, N) paired differences -> (K,) one-sided 95 % lower bounds of their means, all at once, and the t value they are of.
 
     That is the largest of K correlated t values (Hothorn et al. 2008). Where fewer prompts have a difference than a sign test
-    needs at that level, no bound lies above 0.
+    needs at that level, no bound lies above 0. An error is at least 2/N: what lost on each of N prompts may win on 3/N of all.
     """
     count, n = gaps.shape
     if n < 2:
@@ -110,7 +109,7 @@ def simultaneous(gaps: np.ndarray, seed: int = 0) -> tuple[np.ndarray, float]:
     spread = np.sqrt((n - 1) / np.maximum(rng.chisquare(n - 1, T_DRAWS), 1e-12))
     drawn = (rng.standard_normal((T_DRAWS, count)) @ _root(covariance / np.outer(errors, errors)).T).max(axis=1) * spread
     critical = float(np.quantile(drawn, CONFIDENCE))
-    lowers = gaps.mean(axis=1) - critical * errors
+    lowers = gaps.mean(axis=1) - critical * np.maximum(errors, 2 / n)
     enough = np.count_nonzero(gaps, axis=1) >= fewest(1 - 2 * (1 - CONFIDENCE) / count)
     return np.where(enough, lowers, np.minimum(lowers, 0.0)), critical
 
@@ -119,15 +118,18 @@ def above(gaps: np.ndarray) -> np.ndarray:
     """(K, N) paired differences -> (K,) how far each one's own 95 % upper bound lies above its mean.
 
     "No candidate lies 0.05 above the last" is an intersection-union test (Berger 1982): no correction for their number.
-    A score bound (Wilson 1927): were the mean larger by δ, more prompts would differ, and add about δ times the size of their
-    differences to the variance. So that prompts without any difference do not bound it by 0.
+    A score bound (Wilson 1927): were the mean larger by δ, more prompts would differ, and add δ times the size of a difference to
+    the variance. So that prompts without any difference do not bound it by 0.
     """
-    n = gaps.shape[1]
-    squares, sizes = np.sum(gaps**2, axis=1), np.sum(np.abs(gaps), axis=1)
-    size = np.where(sizes > 0, squares / np.maximum(sizes, 1e-12), 1.0)
+    largest = np.abs(gaps).max(axis=1)
+    return _score(gaps.std(axis=1, ddof=1), np.where(largest > 0, largest, 1.0), gaps.shape[1])
+
+
+def _score(deviation: np.ndarray, size: np.ndarray, n: int) -> np.ndarray:
+    """How far a score bound over n prompts lies above the mean. deviation: of a prompt's difference; size: of the largest."""
     t = float(stdtrit(n - 1, CONFIDENCE))
     half = t**2 * size / (2 * n)
-    return half + np.sqrt(half**2 + t**2 * gaps.var(axis=1, ddof=1) / n)
+    return half + np.sqrt(half**2 + t**2 * deviation**2 / n)
 
 
 def beyond_bounce(rows: np.ndarray, offset: int, seed: int = 0) -> tuple[bool, float]:
@@ -253,14 +255,14 @@ def prompts_needed(rows: np.ndarray, offset: int, critical: float, seed: int = 0
     noise, bounce = float(np.sum((centre @ factor) ** 2)) + 1e-12, BOUNCES[1] ** 2 * (len(rows) - offset - 1)
     real = max(1 - noise / max(apart @ apart, 1e-12), bounce / (bounce + noise))
     truth = means + one + (real - 1) * apart + (np.sqrt(real) - 1) * (one @ centre.T)
-    errors = (rows[:-1] - rows[-1]).std(axis=1, ddof=1) / np.sqrt(n)
+    gaps = rows[:-1] - rows[-1]
+    deviation, size = gaps.std(axis=1, ddof=1), np.maximum(np.abs(gaps).max(axis=1), 0.5)
     wanted = 2 * n
-    while wanted <= MOST_PROMPTS:
-        shrunk = np.sqrt(n / wanted)
-        seen = truth + shrunk * other
+    while n >= FEWEST_PROMPTS and wanted <= MOST_PROMPTS:
+        seen = truth + np.sqrt(n / wanted) * other
         seen = seen[:, :-1] - seen[:, -1:]
-        worse = (seen - critical * shrunk * errors).max(axis=1) > MARGIN
-        none = (seen + stdtrit(wanted - 1, CONFIDENCE) * shrunk * errors).max(axis=1) < NEGLIGIBLE
+        worse = (seen - critical * np.maximum(deviation / np.sqrt(wanted), 2 / wanted)).max(axis=1) > MARGIN
+        none = (seen + _score(deviation, size, wanted)).max(axis=1) < NEGLIGIBLE
         if np.mean(worse | none) >= DECIDES:
             digits = 10 ** (len(str(wanted)) - 2)
             return -(-wanted // digits) * digits

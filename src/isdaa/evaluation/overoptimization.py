@@ -34,7 +34,7 @@ class Verdict:
     bounce: float  # standard deviation of a checkpoint around a curve with one bend or step, beyond what its prompts explain
     peak: int  # index of the checkpoint that the fall counts from, unless that is the reference
     recommended: int  # index of the checkpoint to keep, unless that is the reference
-    prompts_needed: int | None  # where underpowered: prompts that would decide in nine of ten cases; None if none would
+    prompts_needed: int | None  # where underpowered: prompts that would decide in 8 of 10 cases or more; None: not known
     sentence: str  # verdict and recommended checkpoint, for people
     below_start: bool = False  # the fall counts from the reference itself
     better: bool | None = None  # whether some checkpoint is shown to be better than the reference; None: cannot be asked
@@ -49,9 +49,9 @@ class Verdict:
 class Law:
     """R(d) = d·(a − b·log d) (Gao et al. 2023, arXiv 2210.10760) with d = √KL, R the win rate's gain over the reference.
 
-    A description of the curve; whether it falls is the verdict's to say. A peak is named only where at least half of the runs fall
-    by more than a bounce, where it lies between the first and the furthest checkpoint, and its interval has two ends; else `peak`
-    and all that hangs on it are None, and `doubt` says why.
+    A description of the curve; whether it falls is the verdict's to say. A peak is named only where at least half of the runs
+    fall by more than a bounce, where it lies between the first and the furthest checkpoint, and its interval has two ends; else
+    `peak` and all that hangs on it are None, and `doubt` says why.
     """
 
     a: float
@@ -150,7 +150,7 @@ def _sentence(
         top, origin = start, "of the untrained reference"
     last = f"{means[-1]:.2f} at {places[-1]}"
     fall = f"win rate fell from {top:.2f} {origin} to {last}, by at least {lower:.2f} (95 %)"
-    keep = _keep(found, means, kl, labels)
+    keep = _keep(found, means, kl, labels, "for now " if finding == "underpowered" else "")
     if finding == "over-optimised":
         return f"Over-optimised: {fall}, more than checkpoints vary by chance; {keep}."
     if finding == "worse":
@@ -160,20 +160,19 @@ def _sentence(
         bound = f"nothing lies more than {max(upper, 0.01):.2f} above the last checkpoint, {last} (95 %)"
         return f"Over-optimisation not detected: {bound}; {keep}."
     ask = f"about {found.prompts_needed} prompts would decide; " if found.prompts_needed else ""
-    return f"Underpowered: the last checkpoint, {last}, may lie up to {upper:.2f} below the best (95 %); {ask}for now {keep}."
+    return f"Underpowered: others may be better than the last checkpoint, {last}, by up to {upper:.2f} (95 %); {ask}{keep}."
 
 
-def _keep(found: Measured, means: np.ndarray, kl: np.ndarray, labels: Sequence[str]) -> str:
+def _keep(found: Measured, means: np.ndarray, kl: np.ndarray, labels: Sequence[str], now: str) -> str:
     """Which checkpoint to keep, and what that trades where another one is higher."""
     if found.better is False:
-        return f"{NONE_BETTER}: keep the reference"
+        return f"{NONE_BETTER}: {now}keep the reference"
     kept, best = found.recommended, int(means.argmax())
-    words = f"keep {labels[kept]}"
+    more = [] if found.better else ["the reference's own win rate is not known"]
     if kept != best:
-        words += (
-            f" ({means[kept]:.2f} at KL {kl[kept]:.1f}; the highest is {labels[best]}, {means[best]:.2f} at KL {kl[best]:.1f})"
-        )
-    return words if found.better else f"{words} (the reference's own win rate is not known)"
+        trade = f"{means[kept]:.2f} at KL {kl[kept]:.1f}; the highest is {labels[best]}, {means[best]:.2f} at KL {kl[best]:.1f}"
+        more = [trade, *more]
+    return f"{now}keep {labels[kept]}" + (f" ({'; '.join(more)})" if more else "")
 
 
 def fit_law(runs: Sequence[Trajectory], *, resamples: int = 1000, seed: int = 0) -> Law | None:
@@ -181,29 +180,37 @@ def fit_law(runs: Sequence[Trajectory], *, resamples: int = 1000, seed: int = 0)
 
     Runs without win rates do not count, nor do those whose reference's own win rate is not known: the law starts there.
     """
-    scored = [(run.wins, run.kl, run.start) for run in runs if run.wins is not None and run.start is not None]
+    scored = [
+        (run.wins, run.kl, run.start if run.start_wins is None else run.start_wins)
+        for run in runs
+        if run.wins is not None and run.start is not None
+    ]
     return law_of(scored, resamples=resamples, seed=seed)
 
 
-def law_of(runs: Sequence[tuple[np.ndarray, np.ndarray, float]], *, resamples: int = 1000, seed: int = 0) -> Law | None:
-    """`fit_law` on (wins (C, N), kl (C, N), start) of each run.
+def law_of(
+    runs: Sequence[tuple[np.ndarray, np.ndarray, float | np.ndarray]], *, resamples: int = 1000, seed: int = 0
+) -> Law | None:
+    """`fit_law` on (wins (C, N), kl (C, N), start) of each run. start: the reference's win rate, one number or (N,).
 
     Prompts are resampled with win rate and KL of all checkpoints together, and of all runs: those with as many prompts are taken
     to be measured on the same ones. Each draw's checkpoints bounce anew (`falls.bounce_of`). Where there are several runs, runs
     are resampled too. The interval of d* counts draws that have no peak as ∞.
     """
-    runs = [(np.asarray(w, dtype=np.float64), np.asarray(k, dtype=np.float64), s) for w, k, s in runs]
-    if not runs:
+    full = [
+        (np.asarray(w, dtype=np.float64), np.asarray(k, dtype=np.float64), np.broadcast_to(s, w.shape[1])) for w, k, s in runs
+    ]
+    if not full:
         return None
-    d = np.concatenate([_root_kl(kl.mean(axis=1)) for _, kl, _ in runs])
-    gain = np.concatenate([wins.mean(axis=1) - start for wins, _, start in runs])
+    d = np.concatenate([_root_kl(kl.mean(axis=1)) for _, kl, _ in full])
+    gain = np.concatenate([wins.mean(axis=1) - start.mean() for wins, _, start in full])
     if len(np.unique(d[d > 0].round(9))) < 4:
         return None
     a, b = (float(value[0]) for value in _least_squares(d[None], gain[None]))
     rmse = float(np.sqrt(np.mean((Law(a, b, None, None)(d) - gain) ** 2)))
-    low, high, past = _law_interval(runs, resamples, seed)
+    low, high, past = _law_interval(full, resamples, seed)
     peak = float(np.exp(a / b - 1)) if _peaked(a, b) else None
-    fallen = [falls_for_sure(wins, start, seed=seed) for wins, _, start in runs]
+    fallen = [falls_for_sure(np.vstack([start, wins]), seed) for wins, _, start in full]
     doubt = _doubt(peak, low, high, float(d[d > 0].min()), float(d.max()), fallen=2 * sum(fallen) >= len(fallen))
     if peak is None or doubt is not None:
         return Law(a, b, None, None, rmse=rmse, doubt=doubt)
@@ -227,7 +234,7 @@ def _doubt(
 
 
 def _law_interval(
-    runs: Sequence[tuple[np.ndarray, np.ndarray, float]], resamples: int, seed: int
+    runs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], resamples: int, seed: int
 ) -> tuple[float | None, float | None, float]:
     """(low, high) of d*, None where it is 0 or ∞, and the share of draws whose last checkpoint lies beyond d*."""
     rng = np.random.default_rng(seed)
@@ -239,7 +246,7 @@ def _law_interval(
         likely = bounce_of(wins.mean(axis=1), np.cov(wins) / wins.shape[1])
         bounce = rng.choice(BOUNCES, resamples, p=likely)
         ds.append(_root_kl(weights @ kl.T))
-        gains.append(weights @ wins.T - start + bounce[:, None] * rng.standard_normal((resamples, len(wins))))
+        gains.append(weights @ (wins - start).T + bounce[:, None] * rng.standard_normal((resamples, len(wins))))
     # How often each run is drawn; the only one always once.
     times = rng.multinomial(len(runs), np.full(len(runs), 1 / len(runs)), size=resamples).astype(np.float64)
     each = np.repeat(times, [d.shape[1] for d in ds], axis=1)

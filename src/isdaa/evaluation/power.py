@@ -18,7 +18,7 @@ from isdaa.evaluation.sequential import FIRST, evidence
 POWER = 0.8
 BOUNCE = 0.02  # of the simulated runs
 RUNS = 100
-LOOKS = (6, 8, 10, 12, 16, 20, 30, 40)
+LOOKS = (6, 8, 12, 16, 24, 40)
 FALLS = (0.1, 0.15, 0.2, 0.3)
 
 
@@ -41,13 +41,13 @@ def smallest_fall(checkpoints: int, prompts: int, opponents: int = 4) -> float:
     return float(np.ceil(100 * (MARGIN + (critical + NormalDist().inv_cdf(POWER)) * error)) / 100)
 
 
-def seen(checkpoints: int, prompts: int, opponents: int = 4) -> str:
-    """`6 checkpoints and 256 prompts: falls of 0.12 or more`."""
-    words = f"{checkpoints} checkpoint{'s' * (checkpoints != 1)} and {prompts} prompts"
-    if checkpoints < 3:
-        return f"{words}: too few checkpoints for a verdict, which needs 3"
+def seen(checkpoints: int, prompts: int, opponents: int = 4, what: str = "checkpoint") -> str:
+    """`6 checkpoints and 256 prompts: falls of 0.10 or more are seen in 8 of 10 runs`."""
+    words = f"{checkpoints} {what}{'s' * (checkpoints != 1)} and {prompts} prompt{'s' * (prompts != 1)}"
+    if checkpoints < 3 or prompts < 4:
+        return f"{words}: too few for a verdict, which needs 3 {what}s and 4 prompts"
     fall = smallest_fall(checkpoints, prompts, opponents)
-    return f"{words}: falls of {fall:.2f} or more" if fall < 0.5 else f"{words}: hardly any fall"
+    return f"{words}: falls of {fall:.2f} or more are seen in 8 of 10 runs" if fall < 0.5 else f"{words}: hardly any fall is seen"
 
 
 @lru_cache(maxsize=64)
@@ -57,15 +57,15 @@ def looks_needed(prompts: int, opponents: int = 4) -> dict[float, int | None]:
 
 
 def stoppable(looks: int, prompts: int, opponents: int = 4) -> str:
-    """`16 looks on 128 prompts stop a run that falls by 0.20 half-way; 0.15 needs 30 looks`."""
+    """`8 looks on 128 prompts stop 8 of 10 runs that fall by 0.20 half-way and for good; a fall of 0.15 needs 16 looks`."""
     needed = looks_needed(prompts, opponents)
     words = f"{looks} look{'s' * (looks != 1)} on {prompts} prompts"
     found = [fall for fall, least in needed.items() if least is not None and least <= looks]
     others = [f"{fall:.2f} needs {least} looks" for fall, least in needed.items() if least is not None and least > looks]
     more = f"; a fall of {', of '.join(others)}" if others else ""
     if not found:
-        return f"{words} cannot stop a run{more}" if others else f"{words} cannot stop a run; give more prompts"
-    return f"{words} stop a run that falls by {found[0]:.2f} half-way and for good{more}"
+        return f"{words} hardly stop any run{more} (guard.steps, guard.prompts)"
+    return f"{words} stop 8 of 10 runs that fall by {found[0]:.2f} half-way and for good{more}"
 
 
 def _stopped(fall: float, looks: int, prompts: int, opponents: int, patience: int = 2) -> float:

@@ -70,13 +70,14 @@ def _who_fell(cells: Sequence[Mapping[str, Any]]) -> str:
     judged = [cell for cell in cells if cell["findings"]]
     if not falling:
         seeds = sum(sum(cell["findings"].values()) for cell in judged)
-        told = {WORSE: "worse at the end, which may be ordinary variation", UNDER: "not decided"}
+        told = {WORSE: "worse at the end", UNDER: "not decided"}
         counts = {words: sum(cell["findings"].get(finding, 0) for cell in judged) for finding, words in told.items()}
         doubts = ", ".join(f"{count} of {seeds} {words}" for words, count in counts.items() if count)
         return f"No run over-optimised beyond doubt ({doubts})" if doubts else "No run over-optimised"
     if len(judged) <= MOST_NAMED:
-        parts = [f"{cell['label']} over-optimised on {_count(cell)}" for cell in falling]
-        spared = [cell["label"] for cell in judged if cell not in falling]
+        parts = [f"{cell['label']} over-optimised on {_count(cell)}{_worse(cell)}" for cell in falling]
+        parts += [f"{cell['label']} on none{_worse(cell)}" for cell in judged if cell not in falling and _worse(cell)]
+        spared = [cell["label"] for cell in judged if cell not in falling and not _worse(cell)]
         return ", ".join(parts) + (f", {_and(spared)} on none" if spared else "")
     always = [cell for cell in falling if cell["findings"][OVER] == sum(cell["findings"].values())]
     worst = falling[0]
@@ -84,6 +85,12 @@ def _who_fell(cells: Sequence[Mapping[str, Any]]) -> str:
         f"{len(falling)} of {len(judged)} cells over-optimised on some seed, {len(always) or 'none'} on every seed, "
         f"worst {worst['label']} ({_count(worst)}, win rate down {number(worst['fall']['mean'])})"
     )
+
+
+def _worse(cell: Mapping[str, Any]) -> str:
+    """How many of its seeds end worse than they were without being over-optimised for sure."""
+    count = cell["findings"].get(WORSE, 0)
+    return f" (worse at the end on {count})" if count else ""
 
 
 def _count(cell: Mapping[str, Any]) -> str:

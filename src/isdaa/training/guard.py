@@ -110,12 +110,13 @@ class Guard(TrainerCallback, ExportableState):
             self.best_step = self.best_win_rate = None
         if self.stopped is not None:
             control.should_training_stop = True
-        elif self.settings.stop != "never":
-            assert self.settings.steps is not None
-            from isdaa.evaluation.power import stoppable
+        elif self.test is not None:
+            from isdaa.evaluation import power
 
-            looks = -(-state.max_steps // self.settings.steps)
-            logger.info("guard: %s", stoppable(looks, len(self.looks.prompts.rows), self.settings.opponent_samples))
+            assert self.settings.steps is not None
+            planned = (-(-state.max_steps // self.settings.steps), len(self.looks.prompts.rows), self.settings.opponent_samples)
+            said = power.seen(*planned, what="look") if self.settings.stop == "never" else power.stoppable(*planned)
+            logger.info("guard: %s", said)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         assert self.settings.steps is not None and self.trainer is not None

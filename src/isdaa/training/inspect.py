@@ -230,9 +230,9 @@ def _seen(config: Config, report: StageReport) -> list[str]:
 
     judged, guard = config.evaluation, config.guard
     found = []
-    if judged.scorer is not None and config.data.evaluation is not None:
+    if judged.scorer not in (None, "none") and config.data.evaluation is not None:
         rivals = 1 if judged.opponent == "chosen" else judged.opponent_samples
-        found.append(f"{power.seen(report.checkpoints or 0, judged.prompts, rivals)} (in 8 of 10 runs)")
+        found.append(power.seen(report.checkpoints or 0, judged.prompts, rivals))
     if guard.steps is not None and guard.stop != "never":
         looks = -(-(report.steps or 0) // guard.steps)
         found.append(f"guard: {power.stoppable(looks, guard.prompts, guard.opponent_samples)}")

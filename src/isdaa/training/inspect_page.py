@@ -91,7 +91,7 @@ def _rows(report: StageReport, console: Console) -> None:
     entries += [("note", note) for note in examined.notes]
     if report.steps is not None:
         entries.append(("steps", _steps(report)))
-    entries += [("verdict" if first else "", line) for first, line in zip((True, False), report.seen, strict=False)]
+    entries += [("" if later else "verdict", line) for later, line in enumerate(report.seen)]
     for name, words in entries:
         style = "yellow" if name == "look" else "bold" if name else ""
         console.print(_entry(name, words, style, console.width))
