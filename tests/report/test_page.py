@@ -365,6 +365,33 @@ def test_of_several_runs_the_sentence_says_which_are_not_better(tmp_path):
     assert report_of(find(few))["headline"].endswith("No checkpoint is shown to be better than the reference (95 %).")
 
 
+def test_the_checkpoint_to_keep_is_the_best_of_all_runs(tmp_path):
+    """One method fell from 0.85, another stayed at 0.62 and so ends higher: its checkpoint was recommended."""
+    runs = [
+        trajectory(method, 0.01, 1, curve=curve, prompts=300)
+        for method, curve in (("dpo", [0.85, 0.7, 0.6, 0.5]), ("is_dpo", [0.6, 0.62, 0.62, 0.62]))
+    ]
+    _, report, _ = written(study(runs), tmp_path)
+    assert "is_dpo, β = 0.01 keeps most" in report["headline"]
+    assert "but the best of all is step 40 of dpo, β = 0.01, with 0.8" in report["headline"]
+
+
+def test_a_run_that_ends_worse_is_named(tmp_path):
+    runs = [
+        trajectory(method, 0.01, 1, curve=curve, prompts=300)
+        for method, curve in (("dpo", [0.85, 0.7, 0.6, 0.5]), ("ipo", [0.8, 0.65, 0.8, 0.65, 0.8, 0.65]))
+    ]
+    html, report, rows = written(study(runs), tmp_path / "both")
+    assert [run["verdict"]["finding"] for run in report["runs"]] == ["over-optimised", "worse"]
+    assert "dpo, β = 0.01 over-optimised on 1 of 1 seed, ipo, β = 0.01 on none (worse at the end on 1)" in report["headline"]
+    assert 'class="chip worse"' in html and {row["finding"] for row in rows} == {"over-optimised", "worse"}
+    _, report, _ = written(study(runs[1:]), tmp_path / "one")
+    assert report["headline"].startswith("Worse at the end: win rate fell from 0.8") and report["tone"] == "over"
+    two = [runs[1], trajectory("ipo", 0.1, 1, curve=[0.8, 0.65, 0.8, 0.65, 0.8, 0.65], prompts=300)]
+    _, report, _ = written(study(two), tmp_path / "two")
+    assert report["headline"].startswith("No run over-optimised beyond doubt (2 of 2 worse at the end);")
+
+
 def test_a_law_without_a_peak_among_the_checkpoints_is_not_drawn_and_it_says_why(tmp_path):
     made = study([trajectory("is_dpo", prompts=300)])
     html, report, _ = written(made, tmp_path)

@@ -121,12 +121,25 @@ def _to_keep(report: Mapping[str, Any]) -> str:
     if not runs:
         return ""
     top = max(runs, key=lambda run: run["checkpoints"][-1]["win_rate"]["mean"])  # judged, so it has one
+    other = max(report["runs"], key=lambda run: _kept(run)["mean"])
+    if other["cell"] != best["cell"] and (_kept(other)["low"] or 0.0) > _kept(top)["mean"]:
+        where = other["label"] if sum(run["cell"] == other["cell"] for run in report["runs"]) == 1 else other["name"]
+        rate = number(_kept(other)["mean"])
+        return f"; but the best of all is {_name(other['recommended'])} of {where}, with {rate}: keep that"
     if top["recommended"]["label"] == REFERENCE:
         whose = "of it" if len(runs) == 1 else f"of {top['name']}, its run that ends highest,"
         return f"; but no checkpoint {whose} is shown to be better than the reference"
-    step, label = top["recommended"]["step"], top["recommended"]["label"]
-    what = label if step is None else f"step {step}"
+    what = _name(top["recommended"])
     return f"; keep its {what}" if len(runs) == 1 else f"; of its runs {top['name']} ends highest: keep {what} of it"
+
+
+def _name(checkpoint: Mapping[str, Any]) -> str:
+    return checkpoint["label"] if checkpoint["step"] is None else f"step {checkpoint['step']}"
+
+
+def _kept(run: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Win rate of the checkpoint that is to be kept of a run; 0 where none is."""
+    return next((row["win_rate"] for row in run["checkpoints"] if row["recommended"]), {"mean": 0.0, "low": 0.0})
 
 
 def _not_better(report: Mapping[str, Any]) -> str:
