@@ -2,7 +2,7 @@
 
     python benchmarks/verdict_calibration.py --out docs/results/verdict-calibration
 
-writes `<out>.json` (every rate) and `<out>.md` (the same as tables). Fixed seeds; one thread; about MINUTES minutes.
+writes `<out>.json` (every rate) and `<out>.md` (the same as tables). Fixed seeds; one thread; six to ten minutes.
 `--seen docs/report.md` puts what can be seen, with so many checkpoints, looks and prompts, into that page.
 
 A simulated run: a curve of true win rates over checkpoints; the bounce, a Gaussian that moves a checkpoint on all prompts
@@ -228,6 +228,9 @@ def measure(scale: float) -> dict[str, list[dict[str, Any]]]:
         fall = smallest_fall(c, n)
         shape = ", ".join(["0.6"] * (c - 2) + ["0.75", f"{0.75 - fall:.2f}"])
         least.append({"fall": fall} | verdicts(shape, some, c, n, 0.0))
+    # What the demo and the quick start evaluate.
+    usage = [(6, 256), (8, 384)]
+    shipped = [verdicts(shape, some, c, n, b) for shape in ("flat", "rising") for c, n in usage for b in (0.0, 0.02)]
     fitted = [laws(shape, few, c, 256, b) for shape in ("law", "flat", "rising") for c in (6, 12) for b in (0.0, 0.03)]
     watched = [(8, 128), (20, 64), (20, 128), (20, 256)]
     guard_healthy = [
@@ -245,6 +248,7 @@ def measure(scale: float) -> dict[str, list[dict[str, Any]]]:
         "falls": falls,
         "reference": low,
         "least": least,
+        "shipped": shipped,
         "wandering": wander,
         "laws": fitted,
         "guard_healthy": guard_healthy,
@@ -359,6 +363,12 @@ The last checkpoint is truly 0.03 or 0.05 below the peak, before its bounce.
 The smallest fall that `isdaa inspect` says will be seen in 80 % of runs (as over-optimised or worse).
 
 {table(found["least"], {"fall": plain("fall")} | run | findings)}
+
+## Healthy runs with what is shipped
+
+configs/mini/demo.yaml evaluates 6 checkpoints on 256 prompts, config.yaml 8 on 384.
+
+{table(found["shipped"], run | findings | bounds | advice)}
 
 ## A reference that is just beaten
 

@@ -193,6 +193,7 @@ def test_each_look_is_one_whole_line(place: Path, judge: Letters, capsys: pytest
     assert 0 < found[0]["guard/kl"] < found[-1]["guard/kl"]
     assert judge.seen == [12, 6, 6, 6]  # the opponents, once; then one response a prompt
     said = capsys.readouterr().err
+    assert "guard: 3 looks and 6 prompts: hardly any fall is seen" in said  # before the first step
     assert "guard.max_new_tokens (5) cut" in said and "give --guard.max_new_tokens 10" in said and "of the reference's" in said
     assert "no look is shown to be better than the reference (95 %)" in said
     assert all("time/guard_seconds" in line for line in read_lines(place / "run" / "metrics.jsonl") if "guard/kl" in line)

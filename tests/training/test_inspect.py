@@ -74,6 +74,21 @@ def test_rows_are_counted_as_training_counts_them(place: Path, capsys: pytest.Ca
     assert not (place / "runs" / "new").exists()
 
 
+def test_which_falls_will_be_seen(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chat_model(place / "my_model", byte_level(bos=True), max_position_embeddings=1024)
+    jsonl(place / "pairs.jsonl", pairs())
+    changes = {"data.evaluation": "pairs.jsonl", "evaluation.scorer": "gold", "align.save_steps": 1, "align.max_steps": 6}
+    guarded = {"guard.steps": 1, "evaluation.opponent_samples": 4, "guard.stop": "over-optimised", "evaluation.prompts": 256}
+    (stage,) = told(place, capsys, ALIGN | changes | guarded)["stages"]
+    steps = stage["steps"]
+    assert stage["seen"][0] == f"{steps} checkpoints and 256 prompts: falls of 0.10 or more are seen in 8 of 10 runs"
+    assert stage["seen"][1].startswith(f"guard: {steps} looks on 128 prompts")
+    (stage,) = told(place, capsys, ALIGN | changes | {"evaluation.prompts": 1})["stages"]
+    assert "too few for a verdict" in stage["seen"][0] and len(stage["seen"]) == 1
+    (stage,) = told(place, capsys, ALIGN | changes | {"evaluation.scorer": "none"})["stages"]
+    assert stage["seen"] == []
+
+
 def test_the_shown_pair_is_what_the_model_reads(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = byte_level("llama3", bos=True)
     chat_model(place / "my_model", tokenizer, max_position_embeddings=1024)

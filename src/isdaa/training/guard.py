@@ -64,8 +64,9 @@ class Guard(TrainerCallback, ExportableState):
         test: FallTest | None = None,
         best: BestModel | None = None,
         pairs: TokenisedPairs | None = None,
+        say: Callable[[str], None] = logger.info,
     ) -> None:
-        self.settings, self.looks, self.forward = settings, looks, forward
+        self.settings, self.looks, self.forward, self.say = settings, looks, forward, say
         self.test, self.best, self.pairs = test, best, pairs
         self.trainer: PreferenceTrainer | None = None
         self.steps: list[int] = []  # of the looks that the test has seen
@@ -116,7 +117,7 @@ class Guard(TrainerCallback, ExportableState):
             assert self.settings.steps is not None
             planned = (-(-state.max_steps // self.settings.steps), len(self.looks.prompts.rows), self.settings.opponent_samples)
             said = power.seen(*planned, what="look") if self.settings.stop == "never" else power.stoppable(*planned)
-            logger.info("guard: %s", said)
+            self.say(f"guard: {said}")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         assert self.settings.steps is not None and self.trainer is not None
@@ -402,7 +403,7 @@ def guard_of(
         few = None if held_out is None else [held_out[i] for i in range(min(settings.prompts, len(held_out)))]
         return Guard(settings, looks, forward, pairs=None if few is None else TokenisedPairs(few))
     best = BestModel(run.folder, write) if settings.keep == "best" else None
-    return Guard(settings, looks, forward, test=_test(), best=best)
+    return Guard(settings, looks, forward, test=_test(), best=best, say=lambda line: run.say("align", [line]))
 
 
 def _test() -> FallTest:
