@@ -117,8 +117,15 @@ def test_a_start_beside_one_at_work_is_refused_and_harms_nothing(whole: Path, tm
     config_file(tmp_path / "run.yaml", TWO)
     process = start(tmp_path)
     wait_for_work(process, tmp_path)
+    everyone = [process, *process.children(recursive=True)]
+    for one in everyone:
+        one.suspend()  # however long the second takes to start, the first is still at work
     second = start(tmp_path)
-    assert second.wait(timeout=100) != 0
+    try:
+        assert second.wait(timeout=100) != 0
+    finally:
+        for one in everyone:
+            one.resume()
     assert (tmp_path / "log.txt").read_text().count("another isdaa process is working in this folder") == 1
     assert process.wait(timeout=200) == 0
     check(tmp_path, whole)
