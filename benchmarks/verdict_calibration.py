@@ -25,7 +25,7 @@ from scipy.special import ndtri
 from isdaa.evaluation.falls import MARGIN, NEGLIGIBLE
 from isdaa.evaluation.overoptimization import law_of, verdict_of
 from isdaa.evaluation.power import LOOKS, looks_needed, smallest_fall
-from isdaa.evaluation.sequential import ALPHA, FIRST, RECENT, FallTest, evidence
+from isdaa.evaluation.sequential import ALPHA, PATIENCE, RECENT, FallTest, stops_at
 
 START = 0.5  # the reference against itself
 OPPONENTS = 4
@@ -50,7 +50,6 @@ MARGINAL = (
 FINDINGS = ("over-optimised", "worse", "not detected", "underpowered")
 ADVISED = 40  # of a row's runs whose advice is followed
 LAW = (0.25, 0.2)
-PATIENCE = 2
 
 
 def curve(shape: str, count: int) -> np.ndarray:
@@ -171,23 +170,17 @@ def _settings(shape: str, runs: int, prompts: int, bounce: float, memory: float)
 
 
 def stops(wins: np.ndarray) -> np.ndarray:
-    """(R,) the look at which `FallTest` stops each run, L where never: the same as the class, all runs at once."""
-    runs, looks, prompts = wins.shape
+    """(R,) the look at which `FallTest` stops each run of (R, L, N) win rates, L where never."""
+    prompts = wins.shape[2]
     means = wins.mean(axis=2, dtype=np.float64)
     centred = wins - means[..., None].astype(np.float32)
     covariance = (centred @ centred.transpose(0, 2, 1)).astype(np.float64) / (prompts - 1) / prompts
-    warnings, stop = np.zeros(runs, dtype=int), np.full(runs, looks)
-    for seen in range(FIRST, looks + 1):
-        found = evidence(means[:, :seen], covariance[:, :seen, :seen], prompts, ALPHA)
-        # KL grows from look to look here, so the recent looks lie beyond any peak before them.
-        warnings = np.where(found.lower > MARGIN, warnings + 1, 0)
-        stop = np.where((warnings >= PATIENCE) & (stop == looks), seen - 1, stop)
-    return stop
+    return stops_at(means, covariance, prompts)
 
 
 def stop_of(wins: np.ndarray) -> int:
     """The look at which the class itself stops one run (L, N)."""
-    test = FallTest(patience=PATIENCE)
+    test = FallTest()
     return next((look for look, row in enumerate(wins) if test.update(row, float(look)).stop), len(wins))
 
 

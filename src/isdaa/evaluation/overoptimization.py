@@ -150,7 +150,7 @@ def _sentence(
         top, origin = start, "of the untrained reference"
     last = f"{means[-1]:.2f} at {places[-1]}"
     fall = f"win rate fell from {top:.2f} {origin} to {last}, by at least {lower:.2f} (95 %)"
-    keep = _keep(found, means, kl, labels, "for now " if finding == "underpowered" else "")
+    keep = _advice(found, means, kl, labels, "for now " if finding == "underpowered" else "")
     if finding == "over-optimised":
         return f"Over-optimised: {fall}, more than checkpoints vary by chance; {keep}."
     if finding == "worse":
@@ -163,7 +163,7 @@ def _sentence(
     return f"Underpowered: others may be better than the last checkpoint, {last}, by up to {upper:.2f} (95 %); {ask}{keep}."
 
 
-def _keep(found: Measured, means: np.ndarray, kl: np.ndarray, labels: Sequence[str], now: str) -> str:
+def _advice(found: Measured, means: np.ndarray, kl: np.ndarray, labels: Sequence[str], now: str) -> str:
     """Which checkpoint to keep, and what that trades where another one is higher."""
     if found.better is False:
         return f"{NONE_BETTER}: {now}keep the reference"

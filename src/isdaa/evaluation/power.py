@@ -13,7 +13,7 @@ from statistics import NormalDist
 import numpy as np
 
 from isdaa.evaluation.falls import CONFIDENCE, MARGIN, T_DRAWS
-from isdaa.evaluation.sequential import FIRST, evidence
+from isdaa.evaluation.sequential import stops_at
 
 POWER = 0.8
 BOUNCE = 0.02  # of the simulated runs
@@ -68,15 +68,10 @@ def stoppable(looks: int, prompts: int, opponents: int = 4) -> str:
     return f"{words} stop 8 of 10 runs that fall by {found[0]:.2f} half-way and for good{more}"
 
 
-def _stopped(fall: float, looks: int, prompts: int, opponents: int, patience: int = 2) -> float:
+def _stopped(fall: float, looks: int, prompts: int, opponents: int) -> float:
     """The share of R runs that fall by so much half-way which `FallTest` stops."""
     rng = np.random.default_rng(looks)
     covariance = (np.eye(looks) + 1) * difference_variance(opponents) / 2 / prompts
     means = rng.standard_normal((RUNS, looks)) @ np.linalg.cholesky(covariance).T + BOUNCE * rng.standard_normal((RUNS, looks))
     means -= fall * (np.arange(looks) >= looks // 2)
-    warnings, stopped = np.zeros(RUNS, dtype=int), np.zeros(RUNS, dtype=bool)
-    for count in range(FIRST, looks + 1):
-        found = evidence(means[:, :count], covariance[:count, :count], prompts)
-        warnings = np.where(found.lower > MARGIN, warnings + 1, 0)
-        stopped |= warnings >= patience
-    return float(stopped.mean())
+    return float(np.mean(stops_at(means, covariance, prompts) < looks))

@@ -19,6 +19,7 @@ from isdaa.evaluation.falls import BOUNCES, MARGIN, bounce_of
 
 RECENT = 3  # looks that "now" is the mean of: one bad checkpoint is not a fall
 ALPHA = 0.05  # the chance to ever stop a healthy run
+PATIENCE = 2  # looks in a row that find a fall before a run is stopped
 FIRST = RECENT + 2  # looks needed before the first test: the recent ones and two to have fallen from
 
 
@@ -51,7 +52,7 @@ class FallTest:
     A look stops the run where the fall's lower bound is above `margin` and KL beyond the peak's, at `patience` looks in a row.
     """
 
-    def __init__(self, *, alpha: float = ALPHA, margin: float = MARGIN, patience: int = 2) -> None:
+    def __init__(self, *, alpha: float = ALPHA, margin: float = MARGIN, patience: int = PATIENCE) -> None:
         if not 0 < alpha < 1 or margin < 0 or patience < 1:
             raise ValueError(f"need 0 < alpha < 1, margin ≥ 0, patience ≥ 1, got {alpha}, {margin}, {patience}")
         self.alpha, self.margin, self.patience = alpha, margin, patience
@@ -117,6 +118,21 @@ def evidence(means: np.ndarray, covariance: np.ndarray, prompts: int, alpha: flo
         beyond = np.sum(likely * stdtr(prompts - 1, -middle[..., None] / np.maximum(errors, 1e-300)), axis=-1) > alpha
         low, high = np.where(beyond, middle, low), np.where(beyond, high, middle)
     return Evidence(peak, fall, error, fall - high)
+
+
+def stops_at(means: np.ndarray, covariance: np.ndarray, prompts: int) -> np.ndarray:
+    """(R,) the look at which `FallTest` stops each of R runs whose KL grows from look to look; L where it never does.
+
+    means: (R, L) win rates. covariance: (R, L, L) or (L, L), as `evidence` takes it.
+    """
+    runs, looks = means.shape
+    warnings, stop = np.zeros(runs, dtype=int), np.full(runs, looks)
+    for seen in range(FIRST, looks + 1):
+        found = evidence(means[:, :seen], covariance[..., :seen, :seen], prompts)
+        # KL grows, so the recent looks lie beyond any peak before them.
+        warnings = np.where(found.lower > MARGIN, warnings + 1, 0)
+        stop = np.where((warnings >= PATIENCE) & (stop == looks), seen - 1, stop)
+    return stop
 
 
 def share_of(looks: int, alpha: float = ALPHA) -> float:

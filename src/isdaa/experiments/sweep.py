@@ -157,6 +157,9 @@ class _Scheduler:
             self.launch = ClusterJobs(self.sweep.cluster, self.root, self.sweep.slurm)
         kinds = [(task.name, task.cell is None, task.name in self.done) for task in self.tasks if self._counts(task)]
         with Overview(kinds, self.sweep.jobs, self.expected) as overview:
+            for task in self.tasks:
+                if task.name in self.done and (outcome := outcome_of(logs_of(self.root, task.name))) is not None:
+                    overview.took[task.cell is None].append(float(outcome["seconds"]))
             try:
                 while self.queue or self.running:
                     self._start(overview)
