@@ -93,12 +93,13 @@ def build_parser() -> argparse.ArgumentParser:
     report = commands.add_parser(
         "report",
         help="verdict, recommended checkpoint and charts of a run, a sweep or any checkpoints, as one page",
-        usage="isdaa report RUN_OR_SWEEP [options]\n       isdaa report --checkpoints A B C --reference D [options]",
+        usage="isdaa report RUN_OR_SWEEP [options]\n       isdaa report --checkpoints A B C --reference D [--one_run] [options]",
     )
-    report.add_argument("path", nargs="?", metavar="RUN_OR_SWEEP", help="folder of a run or of a sweep")
+    report.add_argument("path", nargs="?", metavar="RUN_OR_SWEEP", help="folder of a run (any trainer's) or of a sweep")
     report.add_argument(
-        "--checkpoints", nargs="+", metavar="PATH", help="models in the order of training, whatever trained them; a curve a run"
+        "--checkpoints", nargs="+", metavar="PATH", help="models, whatever trained them: sorted by their steps, a curve a run"
     )
+    report.add_argument("--one_run", action="store_true", help="they are one run, in the order given, wherever they lie")
     report.add_argument(
         "--output", metavar="DIR", help="where the report goes (default: `report` in the run's or sweep's folder)"
     )
@@ -311,7 +312,11 @@ def _report(arguments: argparse.Namespace) -> int:
     from isdaa.report.make import report_on
 
     page, sentences = report_on(
-        arguments.checkpoints or [arguments.path], overrides, arguments.output, as_one_run=arguments.checkpoints is not None
+        arguments.checkpoints or [arguments.path],
+        overrides,
+        arguments.output,
+        as_one_run=arguments.checkpoints is not None,
+        one_run=arguments.one_run,
     )
     for sentence in sentences:
         print(shown(sentence))

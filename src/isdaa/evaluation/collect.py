@@ -145,7 +145,11 @@ class Collection:
         trust_remote_code: bool = False,
         shared: Path | None = None,
         revision: str | None = None,
+        more: Mapping[str, Any] | None = None,
     ) -> None:
+        self.more = dict(more or {})  # what else the plan says
+        self.kept: Sequence[Record] = ()  # models of the folder's earlier evaluation that stay, as its plan has them
+        self.before: Sequence[str] = ()  # paths of all its models, in whose order they stay
         self.checkpoints, self.prompts, self.settings, self.folder = models, prompts, settings, folder
         self.shared = relative_to(folder, str(shared)) if shared is not None else None
         self.held_out, self.dtype = held_out, dtype
@@ -198,6 +202,17 @@ class Collection:
     def plan(self) -> Record:
         """Which blocks belong to this evaluation: what steps two and three read."""
         opponents = [self.sample_key(self.reference, f"opponent/{k}") for k in range(self.opponents)]
+        places = {path: place for place, path in enumerate(self.before)}
+        models: list[Record] = [
+            {
+                **model.to_json(),
+                "digest": self.digests[model.path],
+                "samples": self.sample_key(model.path, "policy/0"),
+                "kl": self.sample_key(model.path, "kl/0"),
+                "pairs": self.pairs_key(model.path),
+            }
+            for model in self.checkpoints
+        ]
         return {
             "format": FORMAT,
             "settings": self.settings.model_dump(),
@@ -208,19 +223,11 @@ class Collection:
                 "opponents": opponents,
                 "pairs": self.pairs_key(self.reference),
             },
-            "models": [
-                {
-                    **model.to_json(),
-                    "digest": self.digests[model.path],
-                    "samples": self.sample_key(model.path, "policy/0"),
-                    "kl": self.sample_key(model.path, "kl/0"),
-                    "pairs": self.pairs_key(model.path),
-                }
-                for model in self.checkpoints
-            ],
+            "models": sorted([*models, *self.kept], key=lambda model: places.get(model["path"], len(places))),
             "scorer": None,
             "shared": self.shared,
             **self.prompts.shared,
+            **self.more,
         }
 
     def run(self) -> Record:

@@ -23,6 +23,7 @@ from isdaa.errors import UserError
 from isdaa.evaluation.analysis import METRICS, analyse, check_opponent
 from isdaa.evaluation.collect import PLAN, Collection, check_tokenizers, tokenize
 from isdaa.evaluation.held_out import common_pairs, tokenize_held_out
+from isdaa.evaluation.kept import kept_models
 from isdaa.evaluation.records import locked, read_metrics, read_plan
 from isdaa.evaluation.requests import Checkpoint, Request, checkpoints
 from isdaa.evaluation.scorers import Scorer, about, load_scorer
@@ -49,6 +50,9 @@ def evaluate(
     shared: str | Path | None = None,
     position: Position = "auto",
     revision: str | None = None,
+    one_run: bool = False,
+    doubts: Sequence[str] = (),
+    keep: bool = False,
 ) -> dict[str, Any]:
     """Evaluate checkpoints against their reference on held-out prompts; returns what `metrics.json` holds.
 
@@ -64,8 +68,10 @@ def evaluate(
         shared: folder of another evaluation, whose records (the reference's samples, say) are read and not made again.
         position: where a reward model named by `scorer` is read, `scorer.position` of the configuration.
         revision: of the reference, where it is a name of the Hub.
+        one_run: the models are one run's, in the order given. doubts: sentences that the report repeats as warnings.
+        keep: an evaluation of other models in the folder stays, with these added to it.
 
-    Raises UserError.
+    Raises UserError; with `keep`, `Replaces` where the evaluation in the folder is not one that these models can be added to.
     """
     settings = settings or EvaluationConfig.model_validate({})
     tokenization = tokenization or TokenizationConfig.model_validate({})
@@ -97,9 +103,13 @@ def evaluate(
         trust_remote_code=trust_remote_code,
         shared=Path(shared) if shared is not None else None,
         revision=revision,
+        more=({"one_run": True} if one_run else {}) | ({"doubts": list(doubts)} if doubts else {}),
     )
     with locked(output_dir) as folder:
         once(lambda: _check_replaced(folder, entries))
+        if keep:
+            name = judge.name if judge is not None else None
+            collection.kept, collection.before = once(lambda: kept_models(folder, collection.plan(), rows.rows, name))
         collection.run()
         if judge is not None:
             score(folder, judge)
@@ -145,11 +155,11 @@ def with_verdicts(folder: str | Path) -> dict[str, Any]:
     return metrics
 
 
-def evaluate_request(request: Request) -> dict[str, Any]:
+def evaluate_request(request: Request, keep: bool = True) -> dict[str, Any]:
     """`evaluate` for what `requests` found: reads the rows, then evaluates; the metrics also say where the rows came from."""
     from isdaa.data.sources import load_prompts
 
-    for line in request.told:
+    for line in (*request.told, *(f"warning: {doubt}" for doubt in request.doubts)):
         say(line)
     prompts, counts = once(lambda: load_prompts(request.data, request.split, repeated=request.repeated))
     for line in counts.lines()[1:]:
@@ -169,6 +179,9 @@ def evaluate_request(request: Request) -> dict[str, Any]:
         shared=request.shared,
         position=request.position,
         revision=request.revision,
+        one_run=request.one_run,
+        doubts=request.doubts,
+        keep=keep,
     )
     metrics |= {"data": request.data, "split": request.split}
     once(lambda: write_json(Path(request.output_dir) / METRICS, metrics))

@@ -51,3 +51,17 @@ def model_digest(path: str | Path, trust_remote_code: bool = False, revision: st
         base = base_of(adapter, name)
         content.append(model_digest(base) if local_folder(base) is not None else base)
     return digest(content)
+
+
+def same_weights(one: str | Path, other: str | Path) -> bool:
+    """Whether two folders hold the same files of weights, byte by byte."""
+    first, second = (
+        {file.name: file for pattern in DECIDING[:2] for file in Path(path).glob(pattern) if file.name not in NO_WEIGHTS}
+        for path in (one, other)
+    )
+    if not first or first.keys() != second.keys():
+        return False
+    pairs = [(file, second[name]) for name, file in first.items()]
+    return all(a.stat().st_size == b.stat().st_size for a, b in pairs) and all(
+        _file_digest(a) == _file_digest(b) for a, b in pairs
+    )

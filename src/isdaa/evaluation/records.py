@@ -31,7 +31,7 @@ FIGURES = {
 TOLD = {"label": str, "method?": TEXT, "beta?": NUMBER, "seed?": WHOLE, "step?": WHOLE, "weight_mean?": NUMBER, "ess?": NUMBER}
 PLAN = {
     "format": int, "settings": dict, "prompts": str, "tokenization": dict, "template": object, "tokenizer": object,
-    "git_revision": TEXT, "scorer": (SCORER, None), "shared?": TEXT,
+    "git_revision": TEXT, "scorer": (SCORER, None), "shared?": TEXT, "one_run?": bool, "doubts?": [str],
     "reference": {"path": str, "digest": str, "opponents": [str, ...], "pairs": TEXT},
     "models": [{"path": str, "digest": str, "samples": str, "kl": str, "pairs": TEXT, **TOLD}, ...],
 }  # fmt: skip
@@ -40,6 +40,7 @@ METRICS = {
     "scorer": (SCORER, None), "settings": dict, "prompts": int, "opponent": str, "note": str,
     "tokenization": dict, "versions": dict, "reference": FIGURES, "models": [{**FIGURES, **TOLD, "held_out?": HELD_OUT}, ...],
     "verdicts?": {"*": (dict, None)}, "better?": {"*": (bool, None)}, "data?": TEXT, "split?": TEXT, "git_revision?": TEXT,
+    "one_run?": bool, "doubts?": [str],
 }  # fmt: skip
 SAMPLE = {"prompt_id": str, "sample": int, "text": (str, list), "ids": [int], "tokens": int, "finished": bool}
 # Kind of a block -> what its lines are.

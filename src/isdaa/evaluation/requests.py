@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +14,15 @@ from typing import Any, Literal
 from isdaa.config import EvaluationConfig, Position, ScorerConfig, TokenizationConfig, validate
 from isdaa.data.encoding import VERSION
 from isdaa.errors import UserError, nearest
+from isdaa.evaluation.hints import base_hint, data_hint
 from isdaa.evaluation.provenance import OPTIONS, check_stays, records_of
+from isdaa.evaluation.run_groups import tails
+from isdaa.evaluation.steps import ordered
 from isdaa.files import file_digest, located
 from isdaa.foreign import check_shape, readable_jsonl
 from isdaa.manifest import MANIFEST
 from isdaa.models.places import refuse_gguf
+from isdaa.ownership import completed
 from isdaa.record import GOLD, NAME, ModelRecord, read_record, run_folder
 
 logger = logging.getLogger(__name__)
@@ -63,20 +68,31 @@ class Request:
     repeated: Literal["strip", "keep"] | None = None  # as `data.prompt_repeated`
     position: Position = "auto"  # where a reward model is read
     revision: str | None = None  # of the reference, where it is a name of the Hub
-    told: tuple[str, ...] = ()  # what comes from records, one line each, to be said first
+    told: tuple[str, ...] = ()  # what comes from records and how checkpoints are ordered, one line each, to be said first
+    doubts: tuple[str, ...] = ()  # what a reader must know before believing that order, a sentence each
+    one_run: bool = False  # the models are one run's, in the order given, whatever their folders are
 
     def revision_of(self, path: str) -> str | None:
         """The revision at which a model of this request is loaded."""
         return self.revision if path == self.reference else None
 
 
-def requests(model_paths: Sequence[str | Path], overrides: Mapping[str, Any] | None = None) -> Request:
+def requests(
+    model_paths: Sequence[str | Path],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    as_runs: bool = False,
+    as_one_run: bool = False,
+    one_run: bool = False,
+) -> Request:
     """The request for some models, from the records beside them and what the user said.
 
     model_paths: model folders, Hub names or run folders (all their checkpoints and the final model).
     overrides: `reference`, `data`, `split`, `scorer` (`none`: no scorer), `output_dir`, `dtype`, `trust_remote_code`, `shared`,
     and dotted keys of the sections `evaluation`, `tokenization` and `scorer` (`evaluation.prompts`). They win over records; keys
     whose value is None are ignored.
+    as_runs: a trainer's output folder is its checkpoints and its final model, also where it is a model itself. as_one_run: as
+    `trajectories` takes it. one_run: all models are one run's, in the order given.
     Raises UserError naming the option to give where neither a record nor an override says it, records disagree, or the record of
     a run that is not the user's names something outside its folder. Whose code may run, only `overrides` say.
     """
@@ -85,10 +101,16 @@ def requests(model_paths: Sequence[str | Path], overrides: Mapping[str, Any] | N
     if not model_paths:
         raise UserError("no model to evaluate: give --model_path (a model folder, a run folder or a Hub name)")
     model_paths = [located(path) for path in model_paths]
-    paths = list(dict.fromkeys(path for name in model_paths for path in expand(name)))
+    for option in ("reference", "scorer"):
+        check_place(given.get(option), option)
+    paths = list(dict.fromkeys(path for name in model_paths for path in expand(name, as_runs)))
     found_records = records_of(paths)
     found_records.require({option: option for option in OPTIONS.values() if option not in given})
     records, first = found_records.by_path, found_records.first()
+    foreign = _foreign(records)
+    _ask(model_paths, foreign if len(foreign) == len(paths) else [], given)
+    order = ordered(paths, foreign, as_one_run, one_run)
+    paths = list(order.paths)
     older = [path for path, record in records.items() if record is not None and (record.tokens or 1) != VERSION]
     if older:
         logger.warning(
@@ -129,7 +151,7 @@ def requests(model_paths: Sequence[str | Path], overrides: Mapping[str, Any] | N
     scorer = given.get("scorer") or sections.evaluation.scorer or next(iter(scorers), None)
     model = (first.config.get("model") if first else None) or {}
     return Request(
-        models=checkpoints(paths, records),
+        models=[replace(model, step=order.steps.get(model.path, model.step)) for model in checkpoints(paths, records)],
         reference=reference,
         data=data,
         split=split,
@@ -144,8 +166,53 @@ def requests(model_paths: Sequence[str | Path], overrides: Mapping[str, Any] | N
         repeated=_repeated(first, given),
         position=sections.scorer.position,
         revision=_revision(reference, records),
-        told=tuple(found_records.told(list(given))),
+        told=(*found_records.told(list(given)), *order.told),
+        doubts=tuple(order.doubts),
+        one_run=one_run,
     )
+
+
+def models_of(run: str | Path) -> list[str]:
+    """The models of a run's folder that an evaluation of it covers."""
+    paths = expand(run, as_run=True)
+    return list(ordered(paths, _foreign(records_of(paths).by_path), as_one_run=False).paths)
+
+
+def _foreign(records: Mapping[str, ModelRecord | None]) -> list[str]:
+    """The models here that isdaa did not train."""
+    return [path for path, record in records.items() if record is None and Path(path).is_dir()]
+
+
+def _ask(model_paths: Sequence[str | Path], foreign: Sequence[str], given: Mapping[str, Any]) -> None:
+    """Raises UserError, one line with the command that would do, where models of other programs lack reference or prompts."""
+    missing = {} if not foreign else {"reference": base_hint(foreign), "data": data_hint(foreign)}
+    missing = {option: hint for option, hint in missing.items() if option not in given}
+    if not missing:
+        return
+    what = {"reference": "the model that they were trained from", "data": "held-out prompts or pairs"}
+    known = [f"{hint[1]} names {hint[0]}" for hint in missing.values() if hint is not None]
+    options = {f"--{option}": option.upper() if hint is None else hint[0] for option, hint in missing.items()}
+    raise UserError(
+        f"{' '.join(map(str, model_paths[:2]))}{' …' * (len(model_paths) > 2)}: not trained by isdaa, so no isdaa.json beside it "
+        f"names {' or '.join(f'{what[option]} (--{option})' for option in missing)}{'; ' * bool(known)}{'; '.join(known)}; type:",
+        completed(["isdaa", "evaluate", "--model_path", *map(str, model_paths)], options),
+    )
+
+
+def check_place(name: Any, option: str) -> None:
+    """Raises UserError where a path was mistyped; a name that the Hub could have is left alone, unless one like it is here."""
+    if not isinstance(name, str) or name in (GOLD, "none") or Path(name).exists():
+        return
+    beside = Path(name).parent
+    # Others may be the Hub's, beside a folder that is here: gpt2 and gpt2-dpo, Llama-3.2-1B and Llama-3.2-3B.
+    alike = [
+        str(path)
+        for path in (beside.iterdir() if beside.is_dir() else ())
+        if abs(len(str(path)) - len(name)) <= 1 and re.findall(r"\d", str(path)) == re.findall(r"\d", name)
+    ]
+    near = nearest(name, alike)
+    if near or name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).name.startswith("checkpoint-"):
+        raise UserError(f"{name}: no such model folder{near}; --{option} names a folder that is here, or a model of the Hub")
 
 
 def _revision(reference: str, records: Mapping[str, ModelRecord | None]) -> str | None:
@@ -167,20 +234,21 @@ def _repeated(record: ModelRecord | None, given: Mapping[str, Any]) -> Any:
     return "keep" if own else data.get("prompt_repeated")
 
 
-def expand(path: str | Path) -> list[str]:
+def expand(path: str | Path, as_run: bool = False) -> list[str]:
     """A run folder becomes its checkpoints in the order of their steps and its final model; any other path stays.
 
-    The last checkpoint is left out where the final model is of the same step. Raises UserError for a local path that
-    does not exist.
+    A run's folder is one of isdaa's, where the last checkpoint is left out if the final model is of the same step, or the output
+    folder of another trainer, with `checkpoint-N` in it. as_run: also where the latter is a model itself; else it is that model.
+    Raises UserError for a local path that does not exist, and for a trainer's checkpoint without a model in it.
     """
     text = located(path)
     folder = Path(text)
     if not folder.exists():
-        if text.startswith((".", "/", "~")) or text.count("/") > 1:
-            raise UserError(f"{text}: no such model folder")
+        check_place(text, "model_path")
         return [text]  # a Hub name; loading it says whether it exists
     refuse_gguf(folder)
-    if any((folder / name).exists() for name in MODEL):
+    is_model = any((folder / name).exists() for name in MODEL)
+    if is_model and not as_run:
         return [text]
     found = {int(p.name.split("-")[1]): p for p in (folder / "checkpoints").glob("checkpoint-*") if _is_checkpoint(p)}
     final = folder / "model"
@@ -188,11 +256,30 @@ def expand(path: str | Path) -> list[str]:
         record = read_record(final)
         found.pop(record.step if record is not None and record.step is not None else -1, None)
     models = [str(found[step]) for step in sorted(found)] + ([str(final)] if final.is_dir() else [])
+    models = models or [*_written_by_trainer(folder), *([text] if is_model else [])]
     if not models:
         runs = sorted({str(inside.parent) for name in ("checkpoints", "model") for inside in folder.glob(f"*/{name}")})
+        runs += sorted({str(inside.parent) for inside in folder.glob("*/checkpoint-*") if _is_checkpoint(inside)})
         hint = f"; did you mean {' '.join(runs)}?" if runs else ""
-        raise UserError(f"{text}: neither a model folder (config.json) nor a run folder with checkpoints/ or model/{hint}")
+        raise UserError(
+            f"{text}: neither a model folder (config.json) nor a run folder with checkpoints/, model/ or checkpoint-N/{hint}"
+        )
     return models
+
+
+def _written_by_trainer(folder: Path) -> list[str]:
+    """The checkpoints in a trainer's output folder, by their numbers."""
+    found = {
+        int(p.name.split("-")[1]): p for p in folder.glob("checkpoint-*") if p.name.split("-", 1)[1].isdecimal() and p.is_dir()
+    }
+    for _, path in sorted(found.items()):
+        if not _is_checkpoint(path):
+            held = ", ".join(sorted(inside.name for inside in path.iterdir())[:4]) or "nothing"
+            raise UserError(
+                f"{path}: no model in it (it holds {held}), so the run’s course would have a gap; convert it to the form of "
+                "`save_pretrained`, remove it if it was never finished, or name the others with --checkpoints"
+            )
+    return [str(found[step]) for step in sorted(found)]
 
 
 def checkpoints(paths: Sequence[str | Path], records: Mapping[str, ModelRecord | None] | None = None) -> list[Checkpoint]:
@@ -246,12 +333,15 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _labels(paths: Sequence[str]) -> list[str]:
-    """The last one or two telling parts of each path, or whole paths where those are not unique."""
+    """The last one or two telling parts of each path, or as many as are unique."""
     labels = []
     for path in paths:
         run = run_folder(path)
         labels.append(f"{run.name}/{Path(path).name}" if run is not None else Path(path).name)
-    return labels if len(set(labels)) == len(set(paths)) else list(paths)
+    if len(set(labels)) == len(set(paths)):
+        return labels
+    names = tails([Path(path).absolute() for path in paths])
+    return [names[Path(path).absolute()] for path in paths]
 
 
 def _is_checkpoint(folder: Path) -> bool:
@@ -266,7 +356,7 @@ def home_of(model_paths: Sequence[str | Path]) -> Path:
     """
     homes = []
     for path in model_paths:
-        run = run_folder(path) or Path(path)
+        run = run_folder(path) or (_trainers(path) if len(model_paths) > 1 else Path(path))
         homes.append(run if run.is_dir() else Path("evaluation") / str(path).replace("/", "--"))
     different = list(dict.fromkeys(home.absolute() for home in homes))
     if len(different) == 1:
@@ -274,6 +364,12 @@ def home_of(model_paths: Sequence[str | Path]) -> Path:
         return homes[0] / "evaluation" if homes[0].is_dir() else homes[0]
     parents = {home.parent for home in different}
     return (parents.pop() if len(parents) == 1 else Path.cwd()) / "evaluation"
+
+
+def _trainers(path: str | Path) -> Path:
+    """The output folder of the trainer that wrote a checkpoint; any other model's own."""
+    folder = Path(path)
+    return folder.parent if _is_checkpoint(folder) else folder
 
 
 def _held_out_pairs(paths: Sequence[str], records: Mapping[str, ModelRecord | None]) -> tuple[str, ...]:

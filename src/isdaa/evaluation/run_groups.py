@@ -114,7 +114,7 @@ def names_of(groups: Mapping[tuple[Path, Identity], Sequence[tuple[Record, Recor
     paths = [planned["path"] for members in groups.values() for planned, _ in members]
     if len(groups) == 1 and all(run_folder(path) is None for path in paths):
         return [LONE]
-    names = _names(list(dict.fromkeys(homes)))
+    names = tails(list(dict.fromkeys(homes)))
     found = []
     for (home, (method, beta, seed)), members in groups.items():
         told = [method or "", "" if beta is None else f"β = {beta:g}", "" if seed is None else f"seed {seed}"]
@@ -123,7 +123,7 @@ def names_of(groups: Mapping[tuple[Path, Identity], Sequence[tuple[Record, Recor
     return found
 
 
-def _names(folders: Sequence[Path]) -> dict[Path, str]:
+def tails(folders: Sequence[Path]) -> dict[Path, str]:
     """Each folder's name, with as many of the folders around it as tell it from the others."""
 
     def tail(folder: Path, depth: int) -> tuple[str, ...]:

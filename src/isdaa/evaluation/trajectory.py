@@ -19,7 +19,7 @@ from isdaa.evaluation.analysis import METRICS, WinTable
 from isdaa.evaluation.collect import PLAN, SAMPLES
 from isdaa.evaluation.records import Record, blocks_of, fitting, read_metrics, read_plan
 from isdaa.evaluation.requests import METRICS as HISTORY
-from isdaa.evaluation.run_groups import Identity, homes_of, in_order, names_of
+from isdaa.evaluation.run_groups import UNKNOWN, Identity, homes_of, in_order, names_of
 from isdaa.evaluation.scoring import SCORES
 from isdaa.foreign import check_shape, read_json
 
@@ -102,7 +102,9 @@ def read_study(path: str | Path, as_one_run: bool = False) -> Study:
     evaluation = folder if (folder / PLAN).is_file() else folder / "evaluation"
     if not (evaluation / METRICS).is_file():
         raise UserError(f"{folder}: no evaluation ({METRICS}) here; run `isdaa evaluate --model_path {folder}` first")
-    return Study(trajectories(evaluation, as_one_run), read_metrics(evaluation / METRICS), folder.resolve().name, folder)
+    metrics = read_metrics(evaluation / METRICS)
+    runs = trajectories(evaluation, as_one_run)
+    return Study(runs, metrics, folder.resolve().name, folder, notes=metrics.get("doubts") or [])
 
 
 def read_sweep(path: Path) -> dict[str, Any]:
@@ -146,6 +148,7 @@ def trajectories(folder: str | Path, as_one_run: bool = False) -> list[Trajector
     alone (`out/checkpoint-100`, `out/checkpoint-200`, and `out` itself), and where records name the same method, β and seed.
     as_one_run: models of one folder whose names say nothing of that are one run, in the order given, unless some differ by a
     number alone and others by more (`dpo-100`, `dpo-200`, `ipo-100`); else each is a run of its own.
+    An evaluation that was asked for as one run (`--one-run`) is one, in the order given.
     Names are unique: a run's folder, with the folders around it where several runs' folders have the same name.
     """
     with fitting(Path(folder)):
@@ -159,13 +162,19 @@ def _trajectories(folder: Path, as_one_run: bool) -> list[Trajectory]:
     table = WinTable(plan, samples[plan["prompts"]], scores, settings) if plan["scorer"] is not None else None
     start, start_wins = metrics["reference"]["win_rate"], table.reference_rows() if table is not None else None
     identities: list[Identity] = [(e.get("method"), e.get("beta"), e.get("seed")) for e in metrics["models"]]
-    homes = homes_of([(model["path"], identity) for model, identity in zip(plan["models"], identities, strict=True)], as_one_run)
+    given_order = bool(plan.get("one_run"))
+    if given_order:
+        identities = [identities[0] if len(set(identities)) == 1 else UNKNOWN] * len(identities)
+        homes = [folder.absolute().parent] * len(identities)
+    else:
+        named = [(model["path"], identity) for model, identity in zip(plan["models"], identities, strict=True)]
+        homes = homes_of(named, as_one_run)
     groups: dict[tuple[Path, Identity], list[tuple[Record, Record]]] = {}
     for key, planned, entry in zip(zip(homes, identities, strict=True), plan["models"], metrics["models"], strict=True):
         groups.setdefault(key, []).append((planned, entry))
     found = []
-    for ((home, identity), named), name in zip(groups.items(), names_of(groups), strict=True):
-        members = in_order(named)
+    for ((home, identity), unordered), name in zip(groups.items(), names_of(groups), strict=True):
+        members = unordered if given_order else in_order(unordered)
         entries = [entry for _, entry in members]
         steps = [entry["step"] for entry in entries]
         known = None not in steps and all(a < b for a, b in pairwise(steps))

@@ -120,7 +120,7 @@ def _evaluate(task: Task, model: str, given: dict[str, Any]) -> None:
     overrides |= {"scorer": settings.scorer or "none", "output_dir": str(task.evaluation)}
     overrides["scorer.position"] = task.config.scorer.position
     overrides["trust_remote_code"] = task.config.model.trust_remote_code  # the user's own word, which no record gives
-    evaluate_request(requests([model], overrides | given))
+    evaluate_request(requests([model], overrides | given), keep=False)
 
 
 def tidy(task: Task, keep: Keep) -> None:

@@ -15,7 +15,7 @@ from isdaa.evaluation.trajectory import SWEEP, read_study
 from isdaa.files import located
 from isdaa.foreign import read_json
 from isdaa.manifest import check_manifest
-from isdaa.report.page import DATA, write_report
+from isdaa.terminal import say
 
 
 def report_on(
@@ -23,14 +23,17 @@ def report_on(
     overrides: Mapping[str, Any] | None = None,
     output: str | Path | None = None,
     as_one_run: bool = False,
+    one_run: bool = False,
 ) -> tuple[Path, list[str]]:
     """Report on a sweep's folder, on runs, or on models in the order of training. Returns the page and what it says first:
     warnings, if there are any, and the sentence at its top.
 
     overrides: as `evaluation.requests.requests` takes them; a sweep is read as it is, and takes none. A run that has been
     evaluated, however that was asked for, is read as it is, too, where nothing else is asked for now.
-    output: folder of the report; null: `report` beside the evaluation. as_one_run: the paths are models, and those of one folder
-    are one run's. Raises UserError.
+    output: folder of the report; null: `report` beside the evaluation. Where the evaluation that lies beside the models would be
+    replaced by another one, the new one goes into `output`, too; without one the call is refused.
+    as_one_run: the paths are models, and those of one folder are one run's. one_run: all of them are, in the order given.
+    Raises UserError.
     """
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     first = Path(located(paths[0]))
@@ -42,34 +45,64 @@ def report_on(
         study, home = read_study(first), first
     else:
         from isdaa.evaluation.evaluate import evaluate_request
+        from isdaa.evaluation.kept import Replaces
         from isdaa.evaluation.requests import requests
 
         folder = first / "evaluation"
-        if given.keys() - {"trust_remote_code"} or len(paths) > 1 or not _is_evaluated(first, folder):
-            request = requests(paths, given)
-            evaluate_request(request)
+        if given.keys() - {"trust_remote_code"} or len(paths) > 1 or one_run or not _is_evaluated(first, folder):
+            request = requests(paths, given, as_runs=not as_one_run, as_one_run=as_one_run, one_run=one_run)
+            if output is not None:
+                _check_page(Path(located(output)), [model.path for model in request.models])
+            try:
+                evaluate_request(request)
+            except Replaces:
+                if output is None:
+                    raise
+                own = Path(located(output)) / "evaluation"
+                say(f"{request.output_dir}: holds another evaluation, which stays; this one goes into {own}")
+                request = replace(request, output_dir=str(own), shared=request.output_dir)
+                evaluate_request(request)
             folder = Path(request.output_dir)
         home = folder.parent if folder.name == "evaluation" else folder
         study = read_study(folder, as_one_run)
         names = ", ".join(run.name for run in study.runs)
         several = f"these models are of {len(study.runs)} runs ({names}), each with a curve of its own"
         notes = [several] if as_one_run and len(study.runs) > 1 else []
-        study = replace(study, title=home.resolve().name, notes=notes)
-    if output is None:
+        study = replace(study, title=home.resolve().name, notes=[*notes, *study.notes])
+    if output is not None:
+        _check_page(Path(located(output)), [str(path) for run in study.runs for path in run.paths])
+    else:
         check_stays(home / "report")
+    from isdaa.report.page import DATA, write_report  # libraries for charts, which a mistyped path does not wait for
+
     page = write_report(study, Path(located(output)) if output is not None else home / "report")
     written = read_json(page.parent / DATA)
     return page, [*written["notes"], *written["warnings"], written["headline"]]
 
 
+def _check_page(folder: Path, models: Sequence[str]) -> None:
+    """Raises UserError where a report of models that the new one does not have lies in the folder."""
+    from isdaa.report.page import DATA
+
+    if not (folder / DATA).is_file():
+        return
+    before = [row["path"] for run in read_json(folder / DATA)["runs"] for row in run["checkpoints"]]
+    gone = {Path(path).absolute() for path in before} - {Path(path).absolute() for path in models}
+    if gone:
+        raise UserError(
+            f"{folder}: holds a report on {len(before)} checkpoints, of which {len(gone)} (such as {min(gone).name}) are not in "
+            "this one; it is not replaced: choose another folder with --output"
+        )
+
+
 def _is_evaluated(run: Path, evaluation: Path) -> bool:
     """Whether an evaluation with verdicts covers every checkpoint in a run's folder. Raises UserError for a damaged one."""
-    from isdaa.evaluation.requests import expand
+    from isdaa.evaluation.requests import models_of
 
     if not (evaluation / METRICS).is_file():
         return False
     metrics = read_metrics(evaluation / METRICS)
-    covered, here = {Path(model["path"]).resolve() for model in metrics["models"]}, expand(run)
+    covered, here = {Path(model["path"]).resolve() for model in metrics["models"]}, models_of(run)
     for path in here:
         check_manifest(Path(path))  # of which the page would speak as it was
     return "verdicts" in metrics and {Path(path).resolve() for path in here} <= covered
