@@ -4,7 +4,8 @@ import io
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -119,6 +120,59 @@ def test_the_pace_is_that_of_this_process(monkeypatch: pytest.MonkeyPatch) -> No
     bar.started -= 10
     bar.update(5)
     assert bar.count() == "95/100" and bar.share() == 0.95 and bar.left() == pytest.approx(10, rel=0.1)
+
+
+@pytest.fixture
+def hands(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """A clock that the test sets forward."""
+    now = [1000.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    return lambda seconds: now.__setitem__(0, now[0] + seconds)
+
+
+@pytest.mark.parametrize("inner", [True, False])
+def test_at_an_even_pace_the_time_left_only_runs_down(hands: Callable[[float], None], inner: bool) -> None:
+    """Ten checkpoints of 64 answers, each batch a minute long: all answers of a batch end together."""
+    left: list[float] = []
+    with terminal.progress("evaluating", 640) as outer:
+        for _ in range(10):
+            with outer.part(64, "  policy"), terminal.progress("  policy samples", 64) as bar:
+                for second in range(60):
+                    hands(1.0)
+                    if inner:
+                        bar.ahead = 64 * (second + 1) / 60
+                    if (found := outer.left()) is not None:
+                        left.append(found)
+                bar.update(64)
+    assert left and all(later <= earlier + 1e-6 for earlier, later in pairwise(left))
+    assert len(left) >= (595 if inner else 530), "a first estimate within ten seconds, where the unit tells how far it is"
+    assert abs(left[0] - (600 - (600 - len(left) + 1))) < 15
+
+
+def test_the_time_left_goes_up_where_the_work_becomes_slower(hands: Callable[[float], None]) -> None:
+    with terminal.progress("work", 10) as bar:
+        hands(2.0)
+        bar.update()
+        first = bar.left()
+        hands(20.0)
+        waiting = bar.left()
+        bar.update()
+        assert first == pytest.approx(18) and waiting == pytest.approx(16) and bar.left() == pytest.approx(88)
+
+
+def test_what_is_ahead_is_not_counted_twice(hands: Callable[[float], None]) -> None:
+    with terminal.progress("work", 8) as bar:
+        hands(1.0)
+        bar.ahead = 2.0
+        assert (bar.count(), bar.share()) == ("0/8", 0.25)
+        hands(0.05)
+        bar.ahead = 3.0
+        assert bar.ahead == 2.0, "too soon to be drawn again"
+        bar.update(2)
+        assert (bar.count(), bar.share(), bar.ahead) == ("2/8", 0.25, 0.0)
+        bar.ahead = 0.0
+        bar.update(6)
+        assert (bar.share(), bar.left()) == (1.0, 0.0)
 
 
 def test_a_phase_that_counts_nothing_shows_no_count_and_no_time_left() -> None:

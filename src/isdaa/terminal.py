@@ -21,6 +21,8 @@ from isdaa.errors import shown
 PLAIN_WIDTH = 100  # columns where there is no terminal to ask
 PLAIN_INTERVAL = 10.0  # seconds between two lines of a bar where there is no terminal
 SILENCE = 8.0  # seconds without any line, after which the innermost bar prints one
+OFTEN = 0.2  # seconds between two movements within a unit
+ROUGH = 5.0  # seconds after which less than a hundredth of the work is enough for an estimate
 SKIPPED = 0.5  # seconds; a part that takes less was finished earlier, and says nothing about the pace
 
 # Hears of every bar that moves: (description, share done, note). A sweep's processes tell it so how they fare.
@@ -130,6 +132,7 @@ class Bar:
     """One line of progress: `update(n)` counts work done, `note` shows a word beside it.
 
     within: what goes on in the unit that is in work, shown while it lasts; set it as often as you like.
+    ahead: how much of the units in work is done, in units; it moves the bar and those around it, and is not counted.
     """
 
     def __init__(
@@ -139,7 +142,8 @@ class Bar:
         self.first = self.done = first  # what was done by an earlier process says nothing about the pace
         self.in_parts = False
         self.pace = pace  # seconds a unit is expected to take
-        self.started = self.printed = time.monotonic()
+        self.started = self.printed = self._moved = time.monotonic()
+        self._ahead = self._stride = 0.0  # the last movement, in units
         self._part: tuple[float, float, str] | None = None  # done before it, its weight, the bar that leads it
         self._live = live
         self._line: tuple[Any, ...] | None = None  # what the last plain line showed
@@ -149,7 +153,21 @@ class Bar:
         """Count `n` more units of work done."""
         self.note = self.note if note is None else shown(note)
         self.total = self.total if total is None else total
-        self._reach(self.done + n)
+        before, self._ahead = self.done + self._ahead, max(self._ahead - n, 0.0)  # what is done now was in work before
+        self._reach(self.done + n, before)
+        for outer in _open:
+            outer._follow(self)
+
+    @property
+    def ahead(self) -> float:
+        return self._ahead
+
+    @ahead.setter
+    def ahead(self, units: float) -> None:
+        if units and time.monotonic() - self._moved < OFTEN:
+            return
+        before, self._ahead = self.done + self._ahead, units
+        self._reach(self.done, before)
         for outer in _open:
             outer._follow(self)
 
@@ -164,13 +182,13 @@ class Bar:
         if time.monotonic() - began < SKIPPED and self.total is not None:
             self.total -= weight
             self.started = time.monotonic() - (began - self.started)
-            self._reach(before)
+            self._reach(before, before)
         else:
-            self._reach(before + weight)
+            self._reach(before + weight, self.done)
 
     def share(self) -> float:
         """Share of the work that is done."""
-        return min(self.done / self.total, 1.0) if self.total else 0.0
+        return min((self.done + self._ahead) / self.total, 1.0) if self.total else 0.0
 
     def count(self) -> str:
         """Units done, of how many."""
@@ -179,29 +197,34 @@ class Bar:
     def left(self) -> float | None:
         """Seconds left at the pace so far, or None before there is one.
 
-        An expected pace counts as much as a tenth of the work that has been seen to go that way.
+        An expected pace counts as much as a tenth of the work that has been seen to go that way. Until the next unit is done the
+        time runs down, by no more than the last one took: it goes up only where the work has become slower.
         """
-        elapsed = time.monotonic() - self.started
         if not self.total:
             return None
-        seen, took = self.done - self.first, elapsed
+        elapsed, reached = time.monotonic() - self.started, min(self.done + self._ahead, self.total)
+        seen, took = reached - self.first, max(self._moved - self.started, 0.0)
         if self.pace is not None:
             seen, took = seen + self.total / 10, took + self.pace * self.total / 10
-        elif seen / self.total < 0.01 or elapsed < 1:
+        elif seen <= 0 or elapsed < 1 or (seen / self.total < 0.01 and elapsed < ROUGH):
             return None
-        return max(self.total - self.done, 0.0) * took / seen
+        pace, waited = took / seen, max(time.monotonic() - self._moved, 0.0)
+        return max((self.total - reached) * pace - min(waited, self._stride * pace), 0.0)
 
     def _follow(self, inner: Bar) -> None:
         if self._part is not None and inner is not self and inner.description.startswith(self._part[2]):
             before, weight, _ = self._part
-            self._reach(max(self.done, before + weight * inner.share()))
+            self._reach(max(self.done, before + weight * inner.share()), self.done)
 
-    def _reach(self, done: float) -> None:
+    def _reach(self, done: float, before: float) -> None:
+        """before: where the bar stood, with what was ahead."""
         self.done = done
+        if (moved := done + self._ahead - before) > 0:
+            self._moved, self._stride = time.monotonic(), moved
         if listener is not None:
             listener(self.description, self.share(), self.note)
         if self._live is not None and self._task is not None:
-            self._live.update(self._task, completed=self.done, total=self.total)
+            self._live.update(self._task, completed=self.done + self._ahead, total=self.total)
         elif time.monotonic() - self.printed >= PLAIN_INTERVAL:
             self.say()
 

@@ -34,7 +34,8 @@ _FINISHED_SHARE = 1 / 16
 class Progress(Protocol):
     """What `sample` reports to: `isdaa.terminal.Bar`, or anything like it."""
 
-    within: str  # how far the samples in flight are
+    within: str  # how far the samples in flight are, in words
+    ahead: float  # and in samples
 
     def update(self, n: float = 1) -> Any:
         """`n` more samples are finished."""
@@ -167,7 +168,9 @@ def sample(
                 progress.within = f"reading {len(batch)} prompts"
             randoms = np.stack([uniforms(seed, keys[i], settings.max_new_tokens) for i in rows])
             run = kind(model, batch, pad_id, with_states) if lean is None else LeanRun(lean, batch, with_states)
-            samples = _decode(run, settings, stop_ids, randoms, [keys[i] for i in rows], progress)
+            # How long answers are, those of earlier batches tell.
+            usual = float(np.mean([len(done.ids) for done in results.values()])) if results else settings.max_new_tokens
+            samples = _decode(run, settings, stop_ids, randoms, [keys[i] for i in rows], progress, usual)
             results.update(zip(rows, samples, strict=True))
     return [results[index] for index in range(len(keys))]
 
@@ -202,6 +205,7 @@ def _decode(
     randoms: np.ndarray,
     keys: Sequence[str],
     progress: Progress | None = None,
+    usual: float = math.inf,
 ) -> list[Sample]:
     rows, steps = randoms.shape
     stops = np.zeros(run.logits.shape[1], dtype=bool)
@@ -223,6 +227,7 @@ def _decode(
             progress.within = "" if last else f"token {step + 1} of at most {steps}"
             if count := int(ended.sum()) + (int(going.sum()) if last else 0):
                 progress.update(count)
+            progress.ahead = 0.0 if last else int(going.sum()) * min((step + 1) / usual, 1.0)
         if last:
             break
         if going.sum() <= (1 - _FINISHED_SHARE) * len(flight):
