@@ -65,6 +65,7 @@ def run_benchmark(request: BenchmarkRequest) -> Outcome:
     models = [Respondent(model, plan.answering, plan.questions, "policy") for model in request.models]
     if plan.baseline is not None:
         models.append(Respondent(plan.baseline, plan.answering, plan.questions, "opponent"))
+    once(lambda: _check_narrower(Path(request.output_dir), request, plan))
     with locked(request.output_dir) as folder:
         judges: list[BenchmarkJudge | None] = []  # the main process's own: a client cannot be sent to others
         once(lambda: judges.append(judge_of(request, folder)))
@@ -116,6 +117,21 @@ def _concluded(
 def _judged_before(folder: Path) -> bool:
     """Whether figures are there, which answers alone must not take the place of."""
     return (folder / METRICS).is_file() and read_object(folder / METRICS).get("judge") is not None
+
+
+def _check_narrower(folder: Path, request: BenchmarkRequest, plan: Plan) -> None:
+    """Raises UserError where figures of more models, or of more questions, would be replaced."""
+    if (request.judge is None and request.asking is None) or not _judged_before(folder):
+        return
+    before = read_object(folder / METRICS)
+    labels = {model.label for model in request.models} | {side.label for side in plan.given}
+    gone = [model["model"] for model in before["models"] if model["model"] not in labels]
+    more = before["questions"]["count"] - len(plan.questions)
+    if gone or more > 0:
+        lost = " and ".join(
+            [*([f"of {gone[0]}"] if gone else []), *([f"on {counted(more, 'more question')}"] if more > 0 else [])]
+        )
+        raise UserError(f"{folder}: holds figures {lost}, which are not replaced; choose another folder with --output")
 
 
 def _case(side: Side, opponents: Mapping[str, Answer | None], other: Side | None, question: Question) -> Case | None:
