@@ -228,6 +228,17 @@ def test_gold_judges_the_worlds_summaries(tmp_path, capsys):
     assert (tmp_path / "out/scores.jsonl").read_bytes() == before
 
 
+def test_figures_of_more_questions_are_not_replaced(tmp_path, capsys):
+    model = save(tiny(), tmp_path / "model")
+    options = ["--model_path", model, "--questions", "world:small", "--split", "test", "--judge", "gold"]
+    assert evaluate("tldr", tmp_path / "out", *options, limit=4) == 0
+    before = (tmp_path / "out/metrics.json").read_bytes()
+    assert evaluate("tldr", tmp_path / "out", *options, limit=2) == 2
+    assert "holds figures on 2 more questions, which are not replaced" in capsys.readouterr().err
+    assert (tmp_path / "out/metrics.json").read_bytes() == before
+    assert evaluate("tldr", tmp_path / "out", *options, limit=5) == 0
+
+
 @pytest.mark.parametrize("name", ["alpaca_eval", "arena_hard"])
 def test_a_reward_model_prefers_what_it_scores_higher(name, models, tmp_path):
     reward = chat_reward_model(tmp_path / "reward")
