@@ -26,12 +26,14 @@ from isdaa.models.places import (
     WEIGHTS,
     adapter_config,
     adapter_settings,
+    base_named,
     base_of,
     has,
     local_folder,
     readable,
     refuse_gguf,
     short,
+    tokenizer_places,
 )
 from isdaa.models.pooling import pool_by_mask
 from isdaa.models.quantised import dequantised, four_bits, keep_gradients, quantisation
@@ -145,7 +147,8 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or Hub name; an adapter's folder without one gives its base model's.
+    """The tokenizer of a model folder or Hub name; a folder without one gives that of the run's folder around a checkpoint, or of
+    an adapter's base model.
 
     Where there is no padding token, EOS serves: masks decide what is padding, and embeddings are never resized.
 
@@ -156,17 +159,19 @@ def load_tokenizer(
 
     name = str(path_or_name)
     folder = local_folder(name)
-    if folder is not None and not has(folder, "tokenizer*", "vocab*", "*.model", "*.tiktoken"):
-        adapter = adapter_config(name, folder, revision)
-        if adapter is None:
+    if folder is not None:
+        place, at = next(tokenizer_places(name, revision), (None, None))
+        if place is None:
             refuse_gguf(folder)
             raise UserError(f"{name}: no tokenizer in this folder (tokenizer.json, tokenizer_config.json); name one")
-        name = base_of(adapter, name)
-        folder = local_folder(name)
-    options = {"trust_remote_code": trust_remote_code, "revision": revision} | offline(folder)
+        if place != name:
+            with base_named(adapter_config(name, folder, revision), name):
+                return load_tokenizer(place, require_eos=require_eos, trust_remote_code=trust_remote_code, revision=at)
     try:
         with quiet(downloads=folder is None):
-            tokenizer = AutoTokenizer.from_pretrained(str(folder or name), **options)
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder or name), trust_remote_code=trust_remote_code, revision=revision, **offline(folder)
+            )
             tokenizer("a")  # what is wrong with its files may show no sooner
     except Exception as error:
         raise readable(error, name, folder, "tokenizer") from error
@@ -252,7 +257,8 @@ def model_config(path_or_name: str | Path, *, trust_remote_code: bool = False, r
     adapter = adapter_config(name, folder, revision)
     if adapter is not None:
         inner = adapter_settings(adapter).get("revision")
-        return model_config(base_of(adapter, name), trust_remote_code=trust_remote_code, revision=inner)
+        with base_named(adapter, name):
+            return model_config(base_of(adapter, name), trust_remote_code=trust_remote_code, revision=inner)
     if folder is not None and not (folder / "config.json").is_file():
         _check_folder(name, folder)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code} | ({} if folder else {"revision": revision})
@@ -299,7 +305,8 @@ def _load(
                 raise UserError(f"{name}: no trained reward head; it is a language model's adapter, not a reward model's")
             inner["num_labels"] = 1  # the head comes with the adapter
         base_device = device if _quantised(base_of(adapter, name), inner) and not dequantize else None
-        base = _load(auto_class, base_of(adapter, name), dtype, base_device, True, inner, classifier, dequantize)
+        with base_named(adapter, name):
+            base = _load(auto_class, base_of(adapter, name), dtype, base_device, True, inner, classifier, dequantize)
         model = _with_adapter(base, name, folder, options["revision"], merge_adapter)
     else:
         if folder is not None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,11 @@ from isdaa.foreign import read_object
 from isdaa.manifest import check_manifest
 from isdaa.models.hub import offline, quiet
 
+logger = logging.getLogger(__name__)
+
 ADAPTER_CONFIG = "adapter_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+VOCABULARY = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken")  # without one of them a tokenizer is empty
 WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
 
 
@@ -70,17 +79,85 @@ def adapter_settings(adapter: Path) -> dict[str, Any]:
 
 
 def base_of(adapter: Path, name: str) -> str:
+    """The folder or Hub name of an adapter's base model.
+
+    A relative path is one from the working directory, as for peft; else from the adapter's folder, or the folder around it.
+    adapter: its `adapter_config.json`; name: of the adapter, for messages. Raises UserError for a path that leads nowhere.
+    """
     base = adapter_settings(adapter).get("base_model_name_or_path")
     if not base:
         raise UserError(f"{adapter}: names no base model (base_model_name_or_path); set it to the base's folder or name")
-    if _looks_like_path(base) and not Path(base).exists():
-        beside = adapter.parent / base
-        if not beside.exists():
-            raise UserError(f"{name}: its base model {base} does not exist; mend base_model_name_or_path in {adapter}")
-        base = str(beside)
+    here, beside = Path(base).expanduser(), _beside(adapter, base)
+    if here.exists():
+        if beside is not None and beside.resolve() != here.resolve():
+            _say_once(f"{adapter}: base_model_name_or_path {base}: that of the working directory is taken, not {beside}")
+    elif beside is not None:
+        if not _looks_like_path(base):  # the Hub may have a model of that name
+            _say_once(f"{adapter}: base_model_name_or_path {base}: {beside} is taken")
+        base = str(beside.resolve() if ".." in beside.parts else beside)
+    elif _looks_like_path(base):
+        raise _no_base(adapter, name, f"{base} does not exist")
     if (Path(base) / ADAPTER_CONFIG).exists() and adapter.resolve() in _chain(Path(base)):
         raise UserError(f"{adapter}: base_model_name_or_path, {base}, leads back to this adapter; name the base model")
     return base
+
+
+@contextmanager
+def base_named(adapter: Path | None, name: str) -> Iterator[None]:
+    """What says that a base model is no folder and no name of the Hub says, too, which adapter asks for it."""
+    try:
+        yield
+    except UserError as error:
+        base = None if adapter is None else adapter_settings(adapter).get("base_model_name_or_path")
+        if adapter is None or not str(error).startswith(f'"{base}": no such folder here'):
+            raise
+        raise _no_base(adapter, name, error) from error
+
+
+def _no_base(adapter: Path, name: str, why: object) -> UserError:
+    return UserError(
+        f"{name}: its base model {why}; mend base_model_name_or_path in {adapter}: write the base's folder there, whole or from "
+        'the adapter\'s folder on ("../base")'
+    )
+
+
+def _beside(adapter: Path, base: str) -> Path | None:
+    """The base model's folder by its path from the adapter's folder, or from the run's around it; None where there is none."""
+    outer = adapter.parent.absolute().parent
+    for folder in (adapter.parent, outer, *([outer.parent] if outer.name == "checkpoints" else [])):
+        found = folder / base
+        if found.is_dir() and any((found / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
+            return found
+    found = adapter.parent / base
+    return found if _looks_like_path(base) and found.exists() else None  # loading it says what is wrong
+
+
+@cache
+def _say_once(line: str) -> None:
+    logger.warning(line)
+
+
+def tokenizer_places(name: str, revision: str | None = None) -> Iterator[tuple[str, str | None]]:
+    """Where a model's tokenizer may lie, best first, each with its revision: its own place, the run's folder around a
+    checkpoint, its base model's places. A folder without a vocabulary is none; a name of the Hub always is one."""
+    folder = local_folder(name)
+    if folder is None or _has_tokenizer(folder):
+        yield name, revision
+    if folder is not None and re.fullmatch(r"checkpoint-\d+", folder.name):
+        around = folder.absolute().parent if folder.parent == Path() else folder.parent
+        if _has_tokenizer(around):
+            yield str(around), None
+    adapter = adapter_config(name, folder, revision)
+    if adapter is not None:
+        with base_named(adapter, name):
+            yield from tokenizer_places(base_of(adapter, name), adapter_settings(adapter).get("revision"))
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    if has(folder, *VOCABULARY):
+        return True
+    config = folder / TOKENIZER_CONFIG
+    return config.is_file() and bool(read_object(config).get("auto_map"))  # code of its own, with files of its own
 
 
 def is_adapter(path_or_name: str, revision: str | None = None) -> bool:
@@ -102,8 +179,9 @@ def _chain(folder: Path) -> list[Path]:
     found: list[Path] = []
     while (file := (folder / ADAPTER_CONFIG).resolve()).is_file() and file not in found:
         found.append(file)
-        base = Path(adapter_settings(file).get("base_model_name_or_path") or "")
-        folder = base if base.is_dir() else file.parent / base
+        base = adapter_settings(file).get("base_model_name_or_path") or ""
+        here = Path(base).expanduser()
+        folder = here if here.is_dir() else _beside(file, base) or file.parent / base
     return found
 
 
