@@ -96,7 +96,14 @@ def merged_copy(model: nn.Module) -> nn.Module:
 
 
 def fit_vocabulary(base: Any, weights: Mapping[str, torch.Tensor], name: str) -> None:
-    """Give a model the vocabulary of an adapter that was trained after tokens were added, and so brings its own embeddings.
+    """Give a model the vocabulary of an adapter that was trained after tokens were added (`vocabulary_brought`). Raises as it."""
+    rows = vocabulary_brought(base, weights, name)
+    if rows is not None:
+        base.resize_token_embeddings(rows, mean_resizing=False)  # all of it is overwritten by the adapter's
+
+
+def vocabulary_brought(base: Any, weights: Mapping[str, torch.Tensor], name: str) -> int | None:
+    """Rows of the embeddings that an adapter brings, where they are not as many as its base model's; None where they are.
 
     weights: the adapter's file. Raises UserError where it brings embeddings of another size, but not both ends' of the model.
     """
@@ -107,14 +114,14 @@ def fit_vocabulary(base: Any, weights: Mapping[str, torch.Tensor], name: str) ->
     brought = [next((weights[key] for key in both if key in weights), None) for both in keys]
     rows = {len(found) for found in brought if found is not None} - {inside.weight.shape[0]}
     if not rows:
-        return
+        return None
     tied = outside is not None and outside.weight is inside.weight
     if len(rows) > 1 or (not tied and any(found is None for found in brought)):
         raise UserError(
             f"{name}: the adapter was trained with a vocabulary of {min(rows)} tokens, the base model has "
             f"{inside.weight.shape[0]}, and the embeddings of the others are not beside the adapter; merge it where it was made"
         )
-    base.resize_token_embeddings(rows.pop(), mean_resizing=False)  # all of it is overwritten by the adapter's
+    return rows.pop()
 
 
 def _check_targets(model: nn.Module, targets: list[str]) -> None:

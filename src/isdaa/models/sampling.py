@@ -153,6 +153,7 @@ def sample(
     if not prompts:
         return []
     _check_prompts(model, prompts, keys, settings, n)
+    pad_id = pad_id if pad_id < inner_model(model).get_input_embeddings().weight.shape[0] else 0  # type: ignore[operator]
     groups: dict[tuple[int, ...], list[int]] = {}
     for index in range(len(keys)):
         groups.setdefault(tuple(prompts[index // n]), []).append(index)
