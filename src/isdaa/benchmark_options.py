@@ -87,6 +87,10 @@ def request_of(arguments: argparse.Namespace, overrides: dict[str, Any]) -> Benc
     for name, instead in NOT_HERE.items():
         if getattr(arguments, name) is not None:
             raise UserError(f"--{name}: has no effect with --benchmark; {instead} does what you may have meant")
+    if arguments.tokenizer is not None:
+        raise UserError(
+            "--tokenizer: has no effect with --benchmark, where each model has its own; copy it into the model's folder"
+        )
     if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
         raise UserError(f"--max_new_tokens is {arguments.max_new_tokens}; it must be 1 or more")
     sources = Sources(

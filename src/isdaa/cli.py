@@ -165,6 +165,9 @@ def _evaluation_options(parser: argparse.ArgumentParser) -> None:
     from isdaa.options import add_options
 
     parser.add_argument("--reference", metavar="PATH", help="reference model (default: from the record beside the model)")
+    parser.add_argument(
+        "--tokenizer", metavar="PATH", help="tokenizer of all models (default: the first model's, its base's or the reference's)"
+    )
     parser.add_argument("--data", metavar="SOURCE", help="held-out prompts or pairs (default: from the record)")
     parser.add_argument("--split", metavar="NAME", help="split of --data, or of --questions")
     parser.add_argument("--scorer", metavar="NAME", help="`gold`, a reward model's path, or `none` (default: from the record)")
@@ -298,7 +301,7 @@ def _run_config(path: str | None, overrides: dict[str, Any]) -> Any:
 def _evaluation_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     from isdaa.options import overrides_of
 
-    names = ("reference", "data", "split", "scorer", "dtype", "trust_remote_code")
+    names = ("reference", "tokenizer", "data", "split", "scorer", "dtype", "trust_remote_code")
     return overrides_of(arguments) | {name: getattr(arguments, name) for name in names}
 
 

@@ -16,6 +16,7 @@ from isdaa.evaluation.identity import model_digest
 from isdaa.evaluation.kl import KL_SETTINGS, divergences
 from isdaa.evaluation.records import Blocks, Record, blocks_of
 from isdaa.evaluation.requests import Checkpoint
+from isdaa.evaluation.vocabulary import Vocabulary
 from isdaa.files import digest, write_json
 from isdaa.record import git_revision, relative_to, versions
 from isdaa.terminal import progress, working
@@ -88,11 +89,20 @@ def tokenize(
 
 
 class Models:
-    """Loads a model when it is first needed; keeps the reference and the one policy in work."""
+    """Loads a model when it is first needed; keeps the reference and the one policy in work. One with more rows of embeddings
+    than others loses what they lack."""
 
-    def __init__(self, reference: str, dtype: str, trust_remote_code: bool, revision: str | None = None) -> None:
+    def __init__(
+        self,
+        reference: str,
+        dtype: str,
+        trust_remote_code: bool,
+        revision: str | None = None,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
         self.reference_path, self.dtype, self.trust_remote_code = reference, dtype, trust_remote_code
         self.revision = revision  # of the reference, on the Hub
+        self.vocabulary = vocabulary or Vocabulary({})
         self.loaded: dict[str, tuple[Any, Any]] = {}
 
     def get(self, path: str) -> tuple[Any, Any]:
@@ -101,6 +111,7 @@ class Models:
 
         from isdaa.models.forward import prepare
         from isdaa.models.loading import load_model
+        from isdaa.models.vocabulary import cut_vocabulary
 
         if path not in self.loaded:
             for other in [p for p in self.loaded if p != self.reference_path]:
@@ -108,6 +119,9 @@ class Models:
             device = "cuda" if torch.cuda.is_available() else None
             options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, "dtype": self.dtype, "device": device}
             model = load_model(path, **options, revision=self.revision if path == self.reference_path else None)
+            rows = self.vocabulary.cut(path)
+            if rows is not None:
+                cut_vocabulary(model, rows, path)
             model.requires_grad_(False)
             self.loaded[path] = (model, prepare(model))
         return self.loaded[path]
@@ -146,6 +160,7 @@ class Collection:
         shared: Path | None = None,
         revision: str | None = None,
         more: Mapping[str, Any] | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         self.more = dict(more or {})  # what else the plan says
         self.kept: Sequence[Record] = ()  # models of the folder's earlier evaluation that stay, as its plan has them
@@ -153,7 +168,8 @@ class Collection:
         self.checkpoints, self.prompts, self.settings, self.folder = models, prompts, settings, folder
         self.shared = relative_to(folder, str(shared)) if shared is not None else None
         self.held_out, self.dtype = held_out, dtype
-        self.models = Models(reference, dtype, trust_remote_code, revision)
+        self.models = Models(reference, dtype, trust_remote_code, revision, vocabulary)
+        self.vocabulary = self.models.vocabulary
         self.reference = reference
         # Without a scorer, one sample a prompt shows the reference's length and repetition; opponents are not needed.
         self.opponents = settings.opponent_samples if scored else 1
@@ -191,13 +207,17 @@ class Collection:
         """Key of the samples of one model for one purpose (`opponent/2`, `policy/0`, `kl/0`)."""
         sampling = KL_SETTINGS | {"max_new_tokens": self.settings.max_new_tokens} if purpose.startswith("kl") else self.sampling
         reference = self.digests[self.reference] if purpose.startswith("kl") else None
-        return digest(
-            [FORMAT, self.digests[path], reference, purpose, sampling, self.settings.seed, self.prompts.key, self.dtype]
-        )
+        what = [FORMAT, self.digests[path], reference, purpose, sampling, self.settings.seed, self.prompts.key, self.dtype]
+        return digest(what + self._cut(path, *([self.reference] if purpose.startswith("kl") else [])))
 
     def pairs_key(self, path: str) -> str | None:
         """Key of one model's logps of the held-out pairs."""
-        return digest([FORMAT, "pairs", self.digests[path], self.held_out, self.dtype]) if self.held_out else None
+        what = [FORMAT, "pairs", self.digests[path], self.held_out, self.dtype]
+        return digest(what + self._cut(path)) if self.held_out else None
+
+    def _cut(self, *paths: str) -> list[Any]:
+        """What a key says of models that do not keep all of their rows."""
+        return [["rows", self.vocabulary.common]] if any(self.vocabulary.cut(path) is not None for path in paths) else []
 
     def plan(self) -> Record:
         """Which blocks belong to this evaluation: what steps two and three read."""
@@ -326,6 +346,8 @@ class Collection:
         head: Record = {"model": path, "model_digest": self.digests[path], "purpose": purpose, "dtype": self.dtype}
         if sampling is not None:
             head |= {"sampling": dict(sampling), "seed": self.settings.seed, "prompts": self.prompts.block}
+        if self._cut(path, *([self.reference] if purpose.startswith("kl") else [])):
+            head |= {"rows": self.vocabulary.common}
         return head | self.prompts.shared | {"seconds": round(time.monotonic() - started, 3)}
 
     def _sample(
@@ -389,5 +411,14 @@ def check_tokenizers(paths: Sequence[str], tokenizers: Sequence[Any]) -> None:
         if strange is not None:
             raise UserError(
                 f"{path}: its tokenizer gives {strange!r} id {other[strange]}, that of {paths[0]} {first[strange]}: "
-                "policies and reference must share one vocabulary"
+                "policies and reference must share one vocabulary; name the model that training began with as the reference"
+            )
+        texts = {index: token for token, index in first.items()} if other != first else {}
+        added = {*tokenizers[0].added_tokens_decoder, *tokenizer.added_tokens_decoder}  # one may be called otherwise
+        renamed = ((token, index) for token, index in other.items() if texts.get(index, token) != token and index not in added)
+        token, index = next(renamed, (None, 0))
+        if token is not None:
+            raise UserError(
+                f"{path}: id {index} of its tokenizer is {token!r}, in that of {paths[0]} {texts[index]!r}: policies and "
+                "reference must share one vocabulary; name the model that training began with as the reference"
             )

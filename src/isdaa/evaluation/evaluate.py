@@ -21,15 +21,17 @@ from isdaa.config import EvaluationConfig, Position, TokenizationConfig
 from isdaa.distributed import once
 from isdaa.errors import UserError
 from isdaa.evaluation.analysis import METRICS, analyse, check_opponent
-from isdaa.evaluation.collect import PLAN, Collection, check_tokenizers, tokenize
+from isdaa.evaluation.collect import PLAN, Collection, tokenize
 from isdaa.evaluation.held_out import common_pairs, tokenize_held_out
+from isdaa.evaluation.identity import model_digest
 from isdaa.evaluation.kept import kept_models
 from isdaa.evaluation.records import locked, read_metrics, read_plan
 from isdaa.evaluation.requests import Checkpoint, Request, checkpoints
 from isdaa.evaluation.scorers import Scorer, about, load_scorer
 from isdaa.evaluation.scoring import score
+from isdaa.evaluation.vocabulary import base_remarks, check_ids, choose, vocabulary_of
 from isdaa.files import write_json
-from isdaa.record import run_folder
+from isdaa.record import read_record, run_folder
 from isdaa.terminal import say
 
 Row = Mapping[str, Any]
@@ -53,6 +55,7 @@ def evaluate(
     one_run: bool = False,
     doubts: Sequence[str] = (),
     keep: bool = False,
+    tokenizer: str | Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate checkpoints against their reference on held-out prompts; returns what `metrics.json` holds.
 
@@ -70,6 +73,7 @@ def evaluate(
         revision: of the reference, where it is a name of the Hub.
         one_run: the models are one run's, in the order given. doubts: sentences that the report repeats as warnings.
         keep: an evaluation of other models in the folder stays, with these added to it.
+        tokenizer: folder or Hub name of the tokenizer of all models; None: the first model's, its base's or the reference's.
 
     Raises UserError; with `keep`, `Replaces` where the evaluation in the folder is not one that these models can be added to.
     """
@@ -87,24 +91,46 @@ def evaluate(
             say(f"scorer {judge.name}: {line}")
     assert not isinstance(judge, str)
     # All input is looked at before there is a folder: a call that fails on it leaves nothing behind.
-    tokenizer = _tokenizer(entries, str(reference), trust_remote_code, revision)
-    rows = tokenize(prompts, tokenizer, settings, tokenization)
+    paths, reference = [entry.path for entry in entries], str(reference)
+    prompts = list(islice(prompts, settings.prompts))
+    pairs = list(held_out) if held_out is not None else []
+    chosen = choose(
+        paths,
+        reference,
+        given=str(tokenizer) if tokenizer is not None else None,
+        conversations=any(isinstance(row.get("prompt"), list) for row in (*prompts, *pairs)),
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+    )
+    vocabulary = vocabulary_of(paths, reference, trust_remote_code, revision)
+    rows = tokenize(prompts, chosen.tokenizer, settings, tokenization)
+    tokenized_pairs = tokenize_held_out(pairs, chosen.tokenizer, tokenization)
+    check_ids(vocabulary, chosen, reference, [*rows.rows, *tokenized_pairs], set().union(*rows.stop.values()))
     check_opponent(rows.rows, settings)
     shared = shared if shared is not None else _shared_before(Path(output_dir))
     collection = Collection(
         entries,
-        str(reference),
+        reference,
         rows,
         settings,
         Path(output_dir),
-        held_out=tokenize_held_out(held_out, tokenizer, tokenization) if held_out is not None else [],
+        held_out=tokenized_pairs,
         scored=judge is not None,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         shared=Path(shared) if shared is not None else None,
         revision=revision,
         more=({"one_run": True} if one_run else {}) | ({"doubts": list(doubts)} if doubts else {}),
+        vocabulary=vocabulary,
     )
+    recorded = {path: record.reference for path in paths if (record := read_record(path)) is not None}
+    remarks = [
+        *vocabulary.told({reference: "reference"} | {entry.path: entry.label for entry in entries}),
+        *base_remarks(paths, reference, recorded, lambda path: collection.digests.get(path) or model_digest(path)),
+    ]
+    for line in remarks:
+        say(line)
+    collection.more |= {"doubts": [*doubts, *remarks]} if remarks else {}
     with locked(output_dir) as folder:
         once(lambda: _check_replaced(folder, entries))
         if keep:
@@ -182,8 +208,10 @@ def evaluate_request(request: Request, keep: bool = True) -> dict[str, Any]:
         one_run=request.one_run,
         doubts=request.doubts,
         keep=keep,
+        tokenizer=request.tokenizer,
     )
     metrics |= {"data": request.data, "split": request.split}
+    metrics |= {"tokenizer_path": request.tokenizer} if request.tokenizer is not None else {}
     once(lambda: write_json(Path(request.output_dir) / METRICS, metrics))
     return metrics
 
@@ -198,16 +226,3 @@ def _pairs_of(request: Request, prompts: Iterable[Row]) -> list[Row] | None:
     pairs, _ = load_pairs(request.data, request.split, repeated=request.repeated)
     evaluated = {prompt_key(row) for row in islice(prompts, request.settings.prompts)}
     return [pair for pair in pairs if prompt_key(pair) in evaluated]
-
-
-def _tokenizer(models: Sequence[Checkpoint], reference: str, trust_remote_code: bool, revision: str | None) -> Any:
-    """The first model's, after a look at all the others'."""
-    from isdaa.models.loading import load_tokenizer
-
-    paths = list(dict.fromkeys([*(model.path for model in models), reference]))
-    tokenizers = [
-        load_tokenizer(path, trust_remote_code=trust_remote_code, revision=revision if path == reference else None)
-        for path in paths
-    ]
-    check_tokenizers(paths, tokenizers)
-    return tokenizers[0]

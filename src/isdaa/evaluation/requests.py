@@ -68,6 +68,7 @@ class Request:
     repeated: Literal["strip", "keep"] | None = None  # as `data.prompt_repeated`
     position: Position = "auto"  # where a reward model is read
     revision: str | None = None  # of the reference, where it is a name of the Hub
+    tokenizer: str | None = None  # folder or Hub name; None: the models' own
     told: tuple[str, ...] = ()  # what comes from records and how checkpoints are ordered, one line each, to be said first
     doubts: tuple[str, ...] = ()  # what a reader must know before believing that order, a sentence each
     one_run: bool = False  # the models are one run's, in the order given, whatever their folders are
@@ -89,15 +90,15 @@ def requests(
 
     model_paths: model folders, Hub names or run folders (all their checkpoints and the final model).
     overrides: `reference`, `data`, `split`, `scorer` (`none`: no scorer), `output_dir`, `dtype`, `trust_remote_code`, `shared`,
-    and dotted keys of the sections `evaluation`, `tokenization` and `scorer` (`evaluation.prompts`). They win over records; keys
-    whose value is None are ignored.
+    `tokenizer`, and dotted keys of the sections `evaluation`, `tokenization` and `scorer` (`evaluation.prompts`). They win over
+    records; keys whose value is None are ignored.
     as_runs: a trainer's output folder is its checkpoints and its final model, also where it is a model itself. as_one_run: as
     `trajectories` takes it. one_run: all models are one run's, in the order given.
     Raises UserError naming the option to give where neither a record nor an override says it, records disagree, or the record of
     a run that is not the user's names something outside its folder. Whose code may run, only `overrides` say.
     """
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
-    given |= {key: located(given[key]) for key in ("reference", "data", "scorer", "output_dir") if key in given}
+    given |= {key: located(given[key]) for key in ("reference", "data", "scorer", "output_dir", "tokenizer") if key in given}
     if not model_paths:
         raise UserError("no model to evaluate: give --model_path (a model folder, a run folder or a Hub name)")
     model_paths = [located(path) for path in model_paths]
@@ -169,6 +170,7 @@ def requests(
         told=(*found_records.told(list(given)), *order.told),
         doubts=tuple(order.doubts),
         one_run=one_run,
+        tokenizer=str(given["tokenizer"]) if "tokenizer" in given else None,
     )
 
 

@@ -133,7 +133,8 @@ def _keys(path: str, weights: str, request: Request, harness: Harness, settings:
     from isdaa.files import digest
     from isdaa.models.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(path, trust_remote_code=request.trust_remote_code, revision=request.revision_of(path))
+    place = request.tokenizer or path
+    tokenizer = load_tokenizer(place, trust_remote_code=request.trust_remote_code, revision=request.revision_of(place))
     if settings.chat_template and not tokenizer.chat_template:
         raise UserError(f"{path}: its tokenizer has no chat template; leave --tax-chat-template out")
     if settings.chat_template:
@@ -207,7 +208,9 @@ def _load(path: str, request: Request, settings: TaxSettings) -> Any:
     hub: Any = {"trust_remote_code": request.trust_remote_code, "revision": request.revision_of(path)}
     model = load_model(path, dtype=request.dtype, device=device, **hub)
     model.requires_grad_(False)
-    return as_lm_eval(model, load_tokenizer(path, **hub), settings.batch_size)
+    place = request.tokenizer or path
+    hub["revision"] = request.revision_of(place)
+    return as_lm_eval(model, load_tokenizer(place, **hub), settings.batch_size)
 
 
 def _compared(

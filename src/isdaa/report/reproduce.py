@@ -88,6 +88,8 @@ def _options(names: Sequence[str], metrics: Mapping[str, Any]) -> list[str]:
     options: list[str] = []
     if reference is not None and (recorded is None or not _same(recorded.reference, reference)):
         options += ["--reference", str(reference)]
+    if metrics.get("tokenizer_path") is not None:
+        options += ["--tokenizer", str(metrics["tokenizer_path"])]
     if recorded is None or (data is not None and not _same(recorded.data, data)):
         options += ["--data", str(data or PROMPTS)]
     scorer = (metrics.get("scorer") or {}).get("name")
