@@ -343,7 +343,7 @@ def test_a_prompt_that_begins_the_answer_is_marked() -> None:
     prefill = {"role": "assistant", "content": "Sure:"}
     prompt, chosen, _ = texts({"prompt": [USER, prefill], "chosen": [GOOD], "rejected": [BAD]})
     assert prompt == [USER, prefill | {"prefix": True}] and chosen == [GOOD]
-    assert canonical_prompt({"prompt": [USER, prefill]}, WHERE)["prompt"][-1]["prefix"] is True
+    assert canonical_prompt({"prompt": [USER, prefill | {"prefix": True}]}, WHERE)["prompt"][-1]["prefix"] is True
     # Two answers in a row of one conversation are two messages.
     whole = texts({"chosen": [USER, prefill, GOOD], "rejected": [USER, prefill, BAD]})
     assert whole[0] == [USER, prefill | {"prefix": False}]

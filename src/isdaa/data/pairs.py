@@ -14,6 +14,7 @@ Canonical pair, by column:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -68,6 +69,7 @@ class Counts:
     repeated_prompts: int = 0
     prompt_repeated: int = 0
     prefilled: int = 0
+    answered: int = 0
     spoken: int = 0
     trailing: int = 0
     empty_prompts: int = 0
@@ -117,6 +119,7 @@ _COUNT_LINES = {
     "repeated_prompts": "prompts repeated, used once",
     "prompt_repeated": "rows: the prompt stands in column 'prompt' and once more before the responses",
     "prefilled": "prompts end with words of the assistant: the responses go on from them",
+    "answered": "prompts are whole conversations: their last answer is what to compare with, and is asked for anew",
     "spoken": "rows of plain text are conversations, by their columns 'system' and 'history' or those of other rows",
     "trailing": "rows end with a message of a tool or a user, which no answer follows: left out",
     "empty_prompts": "prompts are empty: the responses follow BOS alone",
@@ -195,31 +198,46 @@ def canonical_prompt(
     plain = formats.standard(row, where)
     if plain.get("chosen") is not None and plain.get("rejected") is not None:
         pair = canonical_pair(row, where, source, repeated, counts)
+        if pair["prompt_ids"] is None and isinstance(pair["prompt"], list):
+            _check_asked(pair["prompt"], "chosen" if _first_name(row, PROMPT_NAMES) is None else "prompt", where)
         return {name: pair[name] for name in names}
     row = plain
     ids = token_ids(row, "prompt_ids", where)
     chosen: Text | None = None
     prompt: Text
+    name = _first_name(row, PROMPT_NAMES) or "prompt"
     if row.get("messages") is not None and _first_name(row, PROMPT_NAMES) is None:
-        turns = check_messages(row["messages"], "messages", where)
-        answered = turns[-1]["role"] == "assistant"
-        prompt, chosen = (turns[:-1], turns[-1:]) if answered else (turns, None)
-        if not prompt:
-            raise UserError(f"{where}: column 'messages' has no turn before the assistant's; a prompt needs one")
+        name = "messages"
+        prompt, chosen = _asked(check_messages(row["messages"], "messages", where), name, where, counts)
     else:
-        name = _first_name(row, PROMPT_NAMES) or "prompt"
         prompt = _optional_text(row, (name,)) if ids is not None else check_text(row, name, where, blank=True)
         answer = _first_name(row, RESPONSE_NAMES)
         if answer is not None and not formats.empty(row[answer]):
             chosen = check_text(row, answer, where)
         if ids is None and chosen is None and isinstance(prompt, list):
-            prompt = _prefilled(prompt, counts)
+            prompt, chosen = _asked(prompt, name, where, counts)
+            counts.answered += chosen is not None
+        elif ids is None and chosen is None and isinstance(prompt, str) and is_dialogue(prompt):
+            with suppress(NoResponseError):  # it ends where an answer belongs
+                prompt, chosen = last_turn(prompt, name, where)
+                counts.answered += 1
         elif ids is None and chosen is not None and (isinstance(prompt, list) or isinstance(chosen, list)):
-            whole, end = _joined(prompt, chosen, where)
-            prompt, chosen = _divided(whole, end, True, counts)
+            chosen = _through_last_answer(chosen, counts)
+            if isinstance(prompt, list) and len(prompt) > 1 and _same(prompt[-1], _as_messages(chosen, "assistant")[-1]):
+                prompt, chosen = prompt[:-1], prompt[-1:]  # the whole conversation, and its answer once more
+                counts.answered += 1
+            else:
+                whole, end = _joined(prompt, chosen, where)
+                if whole[end:] and whole[-1]["role"] == "assistant":
+                    prompt, chosen = _divided(whole, end, True, counts)
+                else:
+                    raise UserError(
+                        f"{where}: column '{answer}' holds no answer of the assistant behind the prompt; add one, or remove it"
+                    )
         if ids is None and chosen is not None:
             prompt, chosen = _once(prompt, chosen, repeated=repeated, counts=counts, where=where)
     if ids is None and isinstance(prompt, list):
+        _check_asked(prompt, name, where)
         _check_turns(prompt, where)
         counts.spoken += bool(row.get(formats.SPOKEN))
     if isinstance(prompt, str) and ids is None:
@@ -360,6 +378,29 @@ def _through_last_answer(response: Text, counts: Counts) -> Text:
     last = max(i for i, message in enumerate(response) if message["role"] == "assistant")
     counts.trailing += last < len(response) - 1
     return response[: last + 1]
+
+
+def _asked(turns: list[Message], column: str, where: str, counts: Counts) -> tuple[list[Message], list[Message] | None]:
+    """(prompt, its answer) of a conversation that stands alone: its last answer is not for the model to go on from, unless the
+    message says so by `prefix`."""
+    if turns[-1]["role"] != "assistant" or "prefix" in turns[-1]:
+        return _prefilled(turns, counts), None
+    if len(turns) < 2:
+        raise UserError(f"{where}: column '{column}' has no turn before the assistant's; a prompt needs one")
+    if turns[-2]["role"] == "assistant":
+        raise UserError(f"{where}: column '{column}' ends with two turns of the assistant in a row; remove one of them")
+    return turns[:-1], turns[-1:]
+
+
+def _check_asked(prompt: list[Message], column: str, where: str) -> None:
+    """Raises UserError for a prompt that asks the model nothing: it ends with a system message, or nobody but it speaks."""
+    if prompt[-1]["role"] in ("system", "developer"):
+        raise UserError(
+            f"{where}: column '{column}' ends with a message of role '{prompt[-1]['role']}', which no answer follows; "
+            "end it with what the user asks"
+        )
+    if all(message["role"] != "user" for message in prompt):
+        raise UserError(f"{where}: column '{column}' has no message of role 'user', so nothing is asked; add one")
 
 
 def _check_turns(messages: list[Message], where: str) -> None:
