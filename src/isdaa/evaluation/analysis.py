@@ -74,7 +74,7 @@ def _metrics(folder: Path, settings: EvaluationConfig | None) -> dict[str, Any]:
         "reference": origin,
         "models": models,
         **{key: plan[key] for key in ("tokenization", "template", "tokenizer", "git_revision")},
-        **{key: plan[key] for key in ("one_run", "doubts") if plan.get(key)},
+        **{key: plan[key] for key in ("one_run", "doubts", "left_out") if plan.get(key)},
         "versions": versions(),
     }
 

@@ -161,7 +161,9 @@ class Collection:
         revision: str | None = None,
         more: Mapping[str, Any] | None = None,
         vocabulary: Vocabulary | None = None,
+        left_out: Sequence[Record] = (),
     ) -> None:
+        self.left_out = list(left_out)  # of the models that were asked for, with why
         self.more = dict(more or {})  # what else the plan says
         self.kept: Sequence[Record] = ()  # models of the folder's earlier evaluation that stay, as its plan has them
         self.before: Sequence[str] = ()  # paths of all its models, in whose order they stay
@@ -246,6 +248,7 @@ class Collection:
             "models": sorted([*models, *self.kept], key=lambda model: places.get(model["path"], len(places))),
             "scorer": None,
             "shared": self.shared,
+            **({"left_out": self.left_out} if self.left_out else {}),
             **self.prompts.shared,
             **self.more,
         }

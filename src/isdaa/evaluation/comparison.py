@@ -194,18 +194,21 @@ def _seed(run: Trajectory) -> int:
 
 def _summary(cell: str, runs: Sequence[Trajectory], confidence: float) -> CellSummary:
     verdicts = [verdict for verdict in map(judge, runs) if verdict is not None]
+    falls = [verdict.fall for verdict in verdicts if verdict.finding != "diverged"]
     found = {what: list(_values(runs, what).values()) for what in ("best", "final", "final_kl")}
     return CellSummary(
         cell=cell,
         runs=runs,
         **{what: seed_mean(values, confidence=confidence) for what, values in found.items()},
-        fall=seed_mean([verdict.fall for verdict in verdicts], confidence=confidence),
+        fall=seed_mean(falls, confidence=confidence),
         findings=dict(Counter(verdict.finding for verdict in verdicts)),
     )
 
 
 def _values(runs: Sequence[Trajectory], what: str) -> dict[int | None, float]:
     """Seed -> value, of the runs that have one."""
+    if what != "best":  # where a run's last checkpoint was left out, nothing is said of its end
+        runs = [run for run in runs if run.ended is None]
     if what == "final_kl":
         return {run.seed: float(run.kl[-1].mean()) for run in runs}
     if what == "fall":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,26 @@ def _file_digest(path: Path) -> str:
     return _known[key]
 
 
+@cache
+def _hub_digest(name: str, trust_remote_code: bool, revision: str | None) -> str:
+    from isdaa.models.loading import load_model, weights_digest
+
+    return weights_digest(load_model(name, dtype="auto", trust_remote_code=trust_remote_code, revision=revision))
+
+
 def model_digest(path: str | Path, trust_remote_code: bool = False, revision: str | None = None) -> str:
     """Digest of a model folder's weights and configuration, an adapter's base included; of a Hub model, of its weights.
 
     Raises UserError where nothing can be loaded from `path`.
     """
     # What is an adapter and where its base lies is decided in one place, so that this digest is of what is loaded.
-    from isdaa.models.loading import load_model, weights_digest
+    from isdaa.models.loading import load_model
     from isdaa.models.places import adapter_config, base_of, local_folder
 
     name = str(path)
     folder = local_folder(name)
     if folder is None:
-        return weights_digest(load_model(name, dtype="auto", trust_remote_code=trust_remote_code, revision=revision))
+        return _hub_digest(name, trust_remote_code, revision)
     files = sorted({file for pattern in DECIDING for file in folder.glob(pattern) if file.is_file()})
     content: list[Any] = [[file.name, _file_digest(file)] for file in files if file.name not in NO_WEIGHTS]
     if not content:

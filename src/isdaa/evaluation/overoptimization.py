@@ -6,7 +6,7 @@ The numbers come from `falls.py`; here they become a finding, a sentence and a l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from isdaa.evaluation.falls import BOUNCES, MARGIN, NEGLIGIBLE, Measured, bounce_of, falls_for_sure, gains_shown, measure
 from isdaa.evaluation.trajectory import Trajectory
 
-Finding = Literal["over-optimised", "worse", "not detected", "underpowered"]
+Finding = Literal["over-optimised", "worse", "not detected", "underpowered", "diverged"]
 
 NONE_BETTER = "no checkpoint is shown to be better than the reference (95 %)"
 
@@ -25,6 +25,7 @@ class Verdict:
 
     over-optimised: the last is worse, by more than checkpoints bounce, and further from the reference than the peak. worse: it
     is, but that may be a bounce, or KL did not grow. not detected: no fall of `NEGLIGIBLE` or more. underpowered: none of them.
+    diverged: its last checkpoint has weights that are not finite, so nothing is said of its end; falls are none.
     """
 
     finding: Finding
@@ -123,7 +124,21 @@ def judge(run: Trajectory, *, seed: int = 0) -> Verdict | None:
     if run.wins is None:
         return None
     steps = list(run.steps) if run.steps_known else None
-    return verdict_of(run.wins, run.kl, run.start, steps=steps, labels=run.labels, seed=seed, start_wins=run.start_wins)
+    found = verdict_of(run.wins, run.kl, run.start, steps=steps, labels=run.labels, seed=seed, start_wins=run.start_wins)
+    if found is None or run.ended is None:
+        return found
+    keep = f"{NONE_BETTER}: keep the reference" if found.better is False else f"keep {run.labels[found.recommended]}"
+    sentence = f"No verdict: the run ended in weights that are not finite ({run.ended}); of the checkpoints before, {keep}."
+    return replace(
+        found,
+        finding="diverged",
+        sentence=sentence,
+        fall=0.0,
+        lower=0.0,
+        upper=1.0,
+        prompts_needed=None,
+        below_start=False,
+    )
 
 
 def shown_better(run: Trajectory, *, seed: int = 0) -> bool | None:

@@ -23,13 +23,15 @@ AWAY = "move the evaluation's folder away and run it again"
 
 NUMBER, WHOLE, TEXT = (float, None), (int, None), (str, None)
 INTERVAL = {"mean": float, "low": NUMBER, "high": NUMBER, "n": int}
-SCORER = {"name": str, "digest": str, "position?": str, "about?": [str]}
+SCORER = {"name": str, "digest": str, "position?": str, "label?": str, "about?": [str]}
 FIGURES = {
     "path": str, "kl": INTERVAL, "length": INTERVAL, "truncated": float, "repetition": float, "tie_rate?": NUMBER,
     **dict.fromkeys(("win_rate", "win_rate_reference?", "win_rate_chosen?", "reward"), (INTERVAL, None)),
 }  # fmt: skip
 TOLD = {"label": str, "method?": TEXT, "beta?": NUMBER, "seed?": WHOLE, "step?": WHOLE, "weight_mean?": NUMBER, "ess?": NUMBER}
+LEFT_OUT = [{"path": str, "reason": str, "after": TEXT, **TOLD}]  # checkpoints that could not be evaluated
 PLAN = {
+    "left_out?": LEFT_OUT,
     "format": int, "settings": dict, "prompts": str, "tokenization": dict, "template": object, "tokenizer": object,
     "git_revision": TEXT, "scorer": (SCORER, None), "shared?": TEXT, "one_run?": bool, "doubts?": [str],
     "reference": {"path": str, "digest": str, "opponents": [str, ...], "pairs": TEXT},
@@ -39,6 +41,7 @@ HELD_OUT = {"pairs": int, **dict.fromkeys(("accuracy", "margin?", "chosen_drift"
 METRICS = {
     "scorer": (SCORER, None), "settings": dict, "prompts": int, "opponent": str, "note": str,
     "tokenization": dict, "versions": dict, "reference": FIGURES, "models": [{**FIGURES, **TOLD, "held_out?": HELD_OUT}, ...],
+    "left_out?": LEFT_OUT, "ended?": {"*": str},
     "verdicts?": {"*": (dict, None)}, "better?": {"*": (bool, None)}, "data?": TEXT, "split?": TEXT, "git_revision?": TEXT,
     "one_run?": bool, "doubts?": [str],
 }  # fmt: skip

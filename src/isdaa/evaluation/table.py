@@ -10,6 +10,8 @@ from rich.table import Table
 
 from isdaa.errors import shown
 from isdaa.evaluation.fragments import is_fragmentary, percent, warnings_of
+from isdaa.evaluation.left_out import endings
+from isdaa.evaluation.left_out import lines as left_out
 from isdaa.evaluation.overoptimization import NONE_BETTER
 from isdaa.terminal import terminal_for
 
@@ -20,6 +22,8 @@ FRAGMENTS = "!"  # beside a win rate of fragments
 def print_table(metrics: Mapping[str, Any], file: IO[str] | None = None, width: int | None = None) -> None:
     """Print the table, its legend and the note; ASCII rules and no colour where `file` (stdout) is no terminal."""
     console = terminal_for(file, width)
+    for line in endings(metrics.get("ended", {}), len({**metrics.get("verdicts", {}), **metrics.get("ended", {})})):
+        console.print(shown(line))
     console.print(evaluation_table(metrics, plain=not console.is_terminal))
     for line in legend(metrics):
         console.print(shown(line), style="dim" if console.is_terminal else None)
@@ -89,6 +93,7 @@ def legend(metrics: Mapping[str, Any]) -> list[str]:
         lines.append(f"Win rate by {scorer['name']} against {opponent} ({at}); KL at temperature 1.")
         lines += [f"{scorer['name']}: {line}." for line in scorer.get("about", ())]
     lines += [f"{FRAGMENTS} {line}." for line in warnings_of(metrics)]
+    lines += left_out(metrics.get("left_out", ()))
     verdicts = {name: found["sentence"] for name, found in metrics.get("verdicts", {}).items() if found is not None}
     # A run of one or two checkpoints has no verdict, but they may be compared with the reference.
     none = f"{NONE_BETTER[:1].upper()}{NONE_BETTER[1:]}."

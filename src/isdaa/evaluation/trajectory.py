@@ -59,6 +59,7 @@ class Trajectory:
     metrics: Sequence[Mapping[str, Any]] = ()
     history: Path | None = None
     start_wins: np.ndarray | None = None
+    ended: str | None = None  # label of the run's last checkpoint, where that was left out: its weights are not finite
 
     @property
     def steps_known(self) -> bool:
@@ -83,6 +84,7 @@ class Study:
     cells: Sequence[Mapping[str, Any]] = ()  # of a sweep: {"name", "grids", "settings"}
     missing: Sequence[str] = ()  # runs of a sweep that have no evaluation yet
     notes: Sequence[str] = ()  # what else a reader must know, each a sentence
+    ended: Mapping[str, str] = field(default_factory=dict)  # run -> label of its last checkpoint, where that was left out
 
     @property
     def scored(self) -> bool:
@@ -103,8 +105,9 @@ def read_study(path: str | Path, as_one_run: bool = False) -> Study:
     if not (evaluation / METRICS).is_file():
         raise UserError(f"{folder}: no evaluation ({METRICS}) here; run `isdaa evaluate --model_path {folder}` first")
     metrics = read_metrics(evaluation / METRICS)
-    runs = trajectories(evaluation, as_one_run)
-    return Study(runs, metrics, folder.resolve().name, folder, notes=metrics.get("doubts") or [])
+    with fitting(evaluation):
+        runs, ended = _trajectories(evaluation, as_one_run)
+    return Study(runs, metrics, folder.resolve().name, folder, notes=metrics.get("doubts") or [], ended=ended)
 
 
 def read_sweep(path: Path) -> dict[str, Any]:
@@ -152,29 +155,54 @@ def trajectories(folder: str | Path, as_one_run: bool = False) -> list[Trajector
     Names are unique: a run's folder, with the folders around it where several runs' folders have the same name.
     """
     with fitting(Path(folder)):
-        return _trajectories(Path(folder), as_one_run)
+        return _trajectories(Path(folder), as_one_run)[0]
 
 
-def _trajectories(folder: Path, as_one_run: bool) -> list[Trajectory]:
+def runs_ended(folder: str | Path, as_one_run: bool = False) -> dict[str, str]:
+    """The runs of one evaluation whose last checkpoint was left out -> its label; also of those of which nothing is left."""
+    with fitting(Path(folder)):
+        return _trajectories(Path(folder), as_one_run)[1]
+
+
+def with_left_out(models: Sequence[tuple[Record, Record]], left_out: Sequence[Record]) -> list[tuple[Record, Record]]:
+    """The models as (entry of the plan, entry of the metrics), and those that were left out, which have no numbers, each behind
+    the one that it was asked for behind."""
+    found = list(models)
+    for entry in left_out:
+        paths = [planned["path"] for planned, _ in found]
+        known = entry["after"] in paths
+        place = 0 if entry["after"] is None else paths.index(entry["after"]) + 1 if known else len(found)
+        found.insert(place, ({"path": entry["path"], "digest": entry["path"]}, entry))
+    return found
+
+
+def _trajectories(folder: Path, as_one_run: bool) -> tuple[list[Trajectory], dict[str, str]]:
     plan, metrics = read_plan(folder / PLAN), read_metrics(folder / METRICS)
     settings = EvaluationConfig(**{k: v for k, v in metrics["settings"].items() if k in EvaluationConfig.model_fields})
     samples, scores = (blocks_of(folder, name, plan) for name in (SAMPLES, SCORES))
     table = WinTable(plan, samples[plan["prompts"]], scores, settings) if plan["scorer"] is not None else None
     start, start_wins = metrics["reference"]["win_rate"], table.reference_rows() if table is not None else None
-    identities: list[Identity] = [(e.get("method"), e.get("beta"), e.get("seed")) for e in metrics["models"]]
+    models = with_left_out(list(zip(plan["models"], metrics["models"], strict=True)), metrics.get("left_out") or [])
+    identities: list[Identity] = [(e.get("method"), e.get("beta"), e.get("seed")) for _, e in models]
     given_order = bool(plan.get("one_run"))
     if given_order:
         identities = [identities[0] if len(set(identities)) == 1 else UNKNOWN] * len(identities)
         homes = [folder.absolute().parent] * len(identities)
     else:
-        named = [(model["path"], identity) for model, identity in zip(plan["models"], identities, strict=True)]
+        named = [(model["path"], identity) for (model, _), identity in zip(models, identities, strict=True)]
         homes = homes_of(named, as_one_run)
     groups: dict[tuple[Path, Identity], list[tuple[Record, Record]]] = {}
-    for key, planned, entry in zip(zip(homes, identities, strict=True), plan["models"], metrics["models"], strict=True):
-        groups.setdefault(key, []).append((planned, entry))
-    found = []
+    for key, model in zip(zip(homes, identities, strict=True), models, strict=True):
+        groups.setdefault(key, []).append(model)
+    found, ended = [], {}
     for ((home, identity), unordered), name in zip(groups.items(), names_of(groups), strict=True):
         members = unordered if given_order else in_order(unordered)
+        last = members[-1][1]["label"] if "samples" not in members[-1][0] else None
+        members = [(planned, entry) for planned, entry in members if "samples" in planned]
+        if last is not None:
+            ended[name] = last
+        if not members:
+            continue
         entries = [entry for _, entry in members]
         steps = [entry["step"] for entry in entries]
         known = None not in steps and all(a < b for a, b in pairwise(steps))
@@ -199,6 +227,7 @@ def _trajectories(folder: Path, as_one_run: bool) -> list[Trajectory]:
                 metrics=entries,
                 history=home / HISTORY if (home / HISTORY).is_file() else None,
                 start_wins=start_wins,
+                ended=last,
             )
         )
-    return found
+    return found, ended

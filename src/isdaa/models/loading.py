@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +100,22 @@ def load_model(
         return _load(AutoModelForCausalLM, path_or_name, dtype, device, merge_adapter, options, dequantize=dequantize)
 
 
+def check_complete(path_or_name: str | Path, *, classifier: bool = False, trust_remote_code: bool = False, **how: Any) -> None:
+    """Raises UserError where a folder's weights are not those of its configuration's model, as loading it would; takes no memory.
+
+    classifier: of a reward model, with its head. how: `revision`. Adapters and quantised weights are loaded to be checked.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    name, folder = str(path_or_name), local_folder(str(path_or_name))
+    options = {"trust_remote_code": trust_remote_code, "revision": how.get("revision")}
+    if adapter_config(name, folder, how.get("revision")) is not None or _quantised(name, options) is not None:
+        return
+    auto_class = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    with suppress(NotImplementedError):  # code that asks weights for their values, which a model without memory has none of
+        _load(auto_class, name, "auto", None, True, options | {"device_map": "meta"})
+
+
 def load_sequence_classifier(
     path_or_name: str | Path,
     *,
@@ -112,8 +128,9 @@ def load_sequence_classifier(
     pad_id: int | None = None,
     by_mask: bool = True,
     seed: int = 0,
+    labels: int = 1,
 ) -> PreTrainedModel:
-    """A reward model: a sequence classifier with one output, in evaluation mode.
+    """A reward model: a sequence classifier with one output (or `labels`), in evaluation mode.
 
     `new_head=True` starts a reward model from a language model, with a random head of one output drawn by `seed`.
     `pad_id` is set in the model's configuration, without which transformers takes no batch. `by_mask`: rows are read at the last
@@ -131,7 +148,7 @@ def load_sequence_classifier(
         options["num_labels"] = 1
     with _seeded(seed), working(f"loading {path_or_name}"):
         model = _load(AutoModelForSequenceClassification, path_or_name, dtype, device, True, options, new_head)
-    if model.config.num_labels != 1:
+    if model.config.num_labels != labels:
         raise UserError(f"{path_or_name}: a classifier of {model.config.num_labels} labels; a reward model has one output")
     if pad_id is not None:
         model.config.get_text_config().pad_token_id = model.config.pad_token_id = pad_id
@@ -330,10 +347,14 @@ def _load(
                     **offline(folder),
                 )
         except Exception as error:
+            if isinstance(error, NotImplementedError) and options.get("device_map") == "meta":
+                raise
             raise readable(error, name, folder, "model") from error
         _check_report(name, report, type(model).__name__, new_head)
         if lies is not None and dequantize:
             model = dequantised(name, model, wanted)
+        if options.get("device_map") == "meta":
+            return model
         try:
             _check_forward(model.eval())
         except Exception as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from isdaa.evaluation import fragments
+from isdaa.evaluation import fragments, left_out
 from isdaa.evaluation.comparison import WHAT, CellSummary, MatchedKl, difference, summarise, to_json
 from isdaa.evaluation.overoptimization import Law, Verdict, fit_law, judge, shown_better
 from isdaa.evaluation.requests import METRICS as HISTORY
@@ -133,7 +133,9 @@ def report_of(found: Findings) -> dict[str, Any]:
         "cells": cells,
         "runs": [_run(found, line, run) for line in found.lines for run in line.runs],
         "missing": list(study.missing),
-        "notes": list(study.notes),
+        "notes": [*study.notes, *left_out.lines(metrics.get("left_out") or ())],
+        "left_out": list(metrics.get("left_out") or ()),
+        "ended": dict(study.ended),
         "warnings": fragments.warnings_of(found.evaluated),
         "comparison": {"end": _at_end(found), "matched_kl": [_matched(found, *group) for group in found.matched]},
         "weights": {cell: _thinned(columns) for cell, columns in found.weights.items()},
@@ -214,6 +216,8 @@ def _cell(found: Findings, line: Line) -> dict[str, Any]:
         "grids": list(line.grids),
     }
     cell |= {key: asdict(getattr(summary, key)) for key in ("best", "final", "final_kl", "fall")}
+    for key in ("best", "final", "final_kl", "fall"):  # of no seed at all: of a run whose last checkpoint was left out
+        cell[key] |= {"mean": None} if cell[key]["mean"] is not None and math.isnan(cell[key]["mean"]) else {}
     for key in ("best", "final"):
         cell[key] |= {bound: within(cell[key][bound]) for bound in ("low", "high")}
     if cell["final_kl"]["low"] is not None:
@@ -224,7 +228,12 @@ def _cell(found: Findings, line: Line) -> dict[str, Any]:
     by_seed = sorted(line.runs, key=lambda run: -1 if run.seed is None else run.seed)
     judged = [(run, found.verdicts[id(run)]) for run in by_seed]
     cell["seeds"] = [
-        {"seed": run.seed, "run": run.name, "finding": v.finding if v else None, "fall": v.fall if v else None}
+        {
+            "seed": run.seed,
+            "run": run.name,
+            "finding": v.finding if v else None,
+            "fall": v.fall if v and run.ended is None else None,
+        }
         for run, v in judged
     ]
     cell["findings"] = dict(summary.findings)
@@ -236,6 +245,8 @@ def _cell(found: Findings, line: Line) -> dict[str, Any]:
 def _over_prompts(cell: dict[str, Any], run: Trajectory, verdict: Verdict | None) -> None:
     """One seed has no spread over seeds: its intervals are those over prompts, and the cell says so."""
     cell["over"] = "prompts"
+    if run.ended is not None:
+        return
     last = run.metrics[-1]
     for key, entry in (("final", last.get("win_rate")), ("final_kl", last.get("kl"))):
         cell[key] |= {bound: (entry or {}).get(bound) for bound in ("low", "high")}

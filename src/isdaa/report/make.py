@@ -76,8 +76,14 @@ def report_on(
     from isdaa.report.page import DATA, write_report  # libraries for charts, which a mistyped path does not wait for
 
     page = write_report(study, Path(located(output)) if output is not None else home / "report")
-    written = read_json(page.parent / DATA)
-    return page, [*written["notes"], *written["warnings"], written["headline"]]
+    said = written(page)
+    return page, [*said["notes"], *said["warnings"], said["headline"]]
+
+
+def written(page: Path) -> dict[str, Any]:
+    """`report.json` beside a page."""
+    found: dict[str, Any] = read_json(page.parent / DATA)
+    return found
 
 
 def _check_page(folder: Path, models: Sequence[str]) -> None:
@@ -102,7 +108,8 @@ def _is_evaluated(run: Path, evaluation: Path) -> bool:
     if not (evaluation / METRICS).is_file():
         return False
     metrics = read_metrics(evaluation / METRICS)
-    covered, here = {Path(model["path"]).resolve() for model in metrics["models"]}, models_of(run)
+    named = [*metrics["models"], *metrics.get("left_out", [])]
+    covered, here = {Path(model["path"]).resolve() for model in named}, models_of(run)
     for path in here:
         check_manifest(Path(path))  # of which the page would speak as it was
     return "verdicts" in metrics and {Path(path).resolve() for path in here} <= covered

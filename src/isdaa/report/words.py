@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from isdaa.evaluation.left_out import endings
 from isdaa.evaluation.overoptimization import NONE_BETTER
 
 MINUS = str.maketrans("-", "−")  # of a number
 MOST_NAMED = 4  # cells in a sentence
 REFERENCE = "the reference"  # what is kept where no checkpoint is
-OVER, WORSE, UNDER = "over-optimised", "worse", "underpowered"
+OVER, WORSE, UNDER, DIVERGED = "over-optimised", "worse", "underpowered", "diverged"
 NO_SCORER = (
     "No verdict: these runs were evaluated without a scorer, and KL, drift and held-out accuracy do not tell better from worse."
 )
@@ -43,7 +44,18 @@ def interval(value: Mapping[str, Any] | None, digits: int = 2) -> str:
 
 
 def headline(report: Mapping[str, Any]) -> dict[str, str]:
-    """`{"headline", "tone", "summary"}`: the verdict in one sentence, its colour, and what the sentence rests on."""
+    """`{"headline", "tone", "summary"}`: the verdict in one sentence, its colour, and what the sentence rests on.
+
+    What comes first of all: which runs ended in weights that are not finite.
+    """
+    found, ended = _headline(report), report.get("ended") or {}
+    if not ended:
+        return found
+    more = len(ended.keys() - {run["name"] for run in report["runs"]})  # of which nothing is left
+    return found | {"headline": " ".join([*endings(ended, len(report["runs"]) + more), found["headline"]]), "tone": "over"}
+
+
+def _headline(report: Mapping[str, Any]) -> dict[str, str]:
     runs, cells = report["runs"], report["cells"]
     judged = [run for run in runs if run["verdict"] is not None]
     basis = _basis(report)
@@ -55,6 +67,9 @@ def headline(report: Mapping[str, Any]) -> dict[str, str]:
         return {"headline": TOO_FEW + none, "tone": "none", "summary": basis}
     found = {run["verdict"]["finding"] for run in judged}
     tone = "over" if found & {OVER, WORSE} else "under" if UNDER in found or nothing else "not"
+    if all(cell["final"]["mean"] is None for cell in cells) and len(runs) > 1:
+        sentences = [f"{run['label']}: {run['verdict']['sentence']}" for run in judged]
+        return {"headline": " ".join(sentences), "tone": tone, "summary": basis}
     if len(runs) == 1:
         return {"headline": runs[0]["verdict"]["sentence"], "tone": tone, "summary": basis}
     return {
@@ -70,7 +85,7 @@ def _who_fell(cells: Sequence[Mapping[str, Any]]) -> str:
     judged = [cell for cell in cells if cell["findings"]]
     if not falling:
         seeds = sum(sum(cell["findings"].values()) for cell in judged)
-        told = {WORSE: "worse at the end", UNDER: "not decided"}
+        told = {WORSE: "worse at the end", UNDER: "not decided", DIVERGED: "with no end to judge"}
         counts = {words: sum(cell["findings"].get(finding, 0) for cell in judged) for finding, words in told.items()}
         doubts = ", ".join(f"{count} of {seeds} {words}" for words, count in counts.items() if count)
         return f"No run over-optimised beyond doubt ({doubts})" if doubts else "No run over-optimised"
@@ -116,6 +131,7 @@ def _to_keep(report: Mapping[str, Any]) -> str:
     """The checkpoint to keep of the best cell's run that ends highest; the page lists every run's."""
     best = next(cell for cell in report["cells"] if cell["final"]["mean"] is not None)
     runs = [run for run in report["runs"] if run["cell"] == best["cell"] and run["recommended"] is not None]
+    runs = [run for run in runs if run["verdict"]["finding"] != DIVERGED]
     if all(run["better"] is False for run in report["runs"]):
         return f"; {NONE_BETTER}: keep the reference"
     if not runs:
