@@ -179,6 +179,9 @@ def _evaluation_options(parser: argparse.ArgumentParser) -> None:
     trust.add_argument(
         "--no_trust_remote_code", dest="trust_remote_code", action="store_false", default=None, help="run none (the default)"
     )
+    parser.add_argument(
+        "--show_scorer_input", action="store_true", default=None, help="show once, token by token, what the scorer is fed"
+    )
     _adopt_option(parser)
     add_options(parser, only=("evaluation", "tokenization", "scorer"))
 
@@ -301,7 +304,7 @@ def _run_config(path: str | None, overrides: dict[str, Any]) -> Any:
 def _evaluation_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     from isdaa.options import overrides_of
 
-    names = ("reference", "tokenizer", "data", "split", "scorer", "dtype", "trust_remote_code")
+    names = ("reference", "tokenizer", "data", "split", "scorer", "show_scorer_input", "dtype", "trust_remote_code")
     return overrides_of(arguments) | {name: getattr(arguments, name) for name in names}
 
 
@@ -312,7 +315,8 @@ def _report(arguments: argparse.Namespace) -> int:
     _quiet_libraries()
     if arguments.adopt:
         _adopted(arguments.checkpoints or [arguments.path])
-    from isdaa.report.make import report_on
+    from isdaa.evaluation.left_out import check_done
+    from isdaa.report.make import report_on, written
 
     page, sentences = report_on(
         arguments.checkpoints or [arguments.path],
@@ -324,6 +328,7 @@ def _report(arguments: argparse.Namespace) -> int:
     for sentence in sentences:
         print(shown(sentence))
     print(f"report: {shown(page)}")
+    check_done(written(page))
     return 0
 
 
@@ -332,6 +337,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     if arguments.adopt:
         _adopted(arguments.model_path or [])
+    if arguments.show_scorer_input and (arguments.benchmark is not None or arguments.tax is not None):
+        raise UserError("evaluate: --show_scorer_input is for an evaluation by a scorer; leave it out with --benchmark and --tax")
     if arguments.benchmark is not None:
         if any(value is not None for name, value in vars(arguments).items() if name.startswith("tax")):
             raise UserError("evaluate: --benchmark and --tax are two evaluations; call one after the other")
@@ -349,6 +356,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             print(f"report: {shown(page)}")
         return 0
     from isdaa.evaluation.evaluate import evaluate_request
+    from isdaa.evaluation.left_out import check_done
     from isdaa.evaluation.requests import requests
     from isdaa.evaluation.table import print_table
 
@@ -357,6 +365,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if is_main():
         print_table(metrics)
         print(f"records: {shown(request.output_dir)}")
+    check_done(metrics)
     return 0
 
 

@@ -251,6 +251,9 @@ class ScorerConfig(Section):
         description="the token whose output is the score; auto: where the model's maker trained it, as its folder tells "
         "(docs/evaluation.md); template_end: where plain transformers reads it; response_end: the last token of the response",
     )
+    label: str | None = Field(
+        None, description="of a classifier with two labels, the one that means good, by name or number; null: by their names"
+    )
 
 
 class LabelConfig(Section):

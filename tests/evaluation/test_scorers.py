@@ -111,5 +111,5 @@ def test_what_is_no_reward_model(tmp_path):
     with pytest.raises(UserError, match="no trained reward head"):
         load_scorer(save(tiny(), tmp_path / "lm")).score(rows)
     two = save(LlamaForSequenceClassification(config(num_labels=2)), tmp_path / "two")
-    with pytest.raises(UserError, match="one output"):
+    with pytest.raises(UserError, match=r"two labels.*scorer.label"):
         load_scorer(two).score(rows)

@@ -138,11 +138,11 @@ class Encoder:
         whole: bool = False,
         close_cut: bool = False,
     ) -> None:
-        if tokenizer.eos_token_id is None:
+        if tokenizer.eos_token_id is None and not whole:
             raise UserError(NO_EOS)
         self.tokenizer = tokenizer
         self.settings = settings or TokenizationSettings()
-        self.eos: int = tokenizer.eos_token_id
+        self.eos: int = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id  # -1: nothing ends a text
         self.start = start_ids(tokenizer)
         self.counts = Counts()
         self.context = Context(tokenizer)
@@ -418,7 +418,8 @@ class Encoder:
         ends = {self.eos, turn_end} | (self._special if chat and made_of_text and turn_end is not None else set())
         if ids and ids[-1] in ends:  # a tool call ends with a token of its own in some templates
             return ids
-        return [*ids, self.eos if made_of_text or turn_end is None else turn_end]
+        end = self.eos if made_of_text or turn_end is None else turn_end
+        return [*ids, end] if end >= 0 else ids
 
 
 def _with_mask(parts: Sequence[tuple[list[int], bool]]) -> list[int]:

@@ -59,7 +59,8 @@ def judge_of(request: BenchmarkRequest, folder: Path) -> BenchmarkJudge | None:
     if request.asking is not None:
         return ModelJudge(request.asking, folder / REPLIES)
     if request.judge is not None:
-        scorer = load_scorer(request.judge, max_prompt_length=request.max_prompt_length, position=request.position)
+        limit = request.max_prompt_length
+        scorer = load_scorer(request.judge, max_prompt_length=limit, position=request.position, label=request.label)
         for line in about(scorer):
             say(f"judge {scorer.name}: {line}")
         return ScorerJudge(scorer, folder / SCORES)

@@ -58,7 +58,7 @@ class BenchmarkRequest:
 
     reference: of the models' records, for where neither user nor data names an opponent. judge: `gold` or a reward model's
     path; asking: a judge model; at most one of them. max_prompt_length: tokens of a prompt that a reward model reads;
-    position: where it is read.
+    position: where it is read. label: of two, the one that means good.
     chat_template: text of a template that stands in for the tokenizers' own, read from `template_file`.
     """
 
@@ -75,6 +75,7 @@ class BenchmarkRequest:
     template_file: str | None = None
     max_prompt_length: int = 512
     position: Position = "auto"
+    label: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 64
     seed: int = 0
@@ -133,6 +134,7 @@ def benchmark_request(
         template_file=chat_template,
         max_prompt_length=sections.tokenization.max_prompt_length,
         position=sections.scorer.position,
+        label=sections.scorer.label,
         chat_template_kwargs=sections.tokenization.chat_template_kwargs,
         batch_size=sections.evaluation.batch_size,
         seed=sections.evaluation.seed,

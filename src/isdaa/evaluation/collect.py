@@ -253,6 +253,13 @@ class Collection:
             **self.more,
         }
 
+    def keep_left_out(self, before: Sequence[Record]) -> None:
+        """Of the folder's earlier evaluation, what was left out stays so, unless it is asked for again."""
+        asked = [*(model.path for model in self.checkpoints), *(entry["path"] for entry in self.left_out)]
+        places = {Path(path).absolute() for path in asked}
+        self.kept = [model for model in self.kept if Path(model["path"]).absolute() not in places]
+        self.left_out += [entry for entry in before if Path(entry["path"]).absolute() not in places]
+
     def run(self) -> Record:
         """Do what is not on disk yet; returns the plan, which is written last."""
         plan = self.plan()

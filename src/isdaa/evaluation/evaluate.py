@@ -25,6 +25,7 @@ from isdaa.evaluation.collect import PLAN, Collection, tokenize
 from isdaa.evaluation.held_out import common_pairs, tokenize_held_out
 from isdaa.evaluation.identity import model_digest
 from isdaa.evaluation.kept import kept_models
+from isdaa.evaluation.left_out import check_weights
 from isdaa.evaluation.records import locked, read_metrics, read_plan
 from isdaa.evaluation.requests import Checkpoint, Request, checkpoints
 from isdaa.evaluation.scorers import Scorer, about, load_scorer
@@ -56,6 +57,8 @@ def evaluate(
     doubts: Sequence[str] = (),
     keep: bool = False,
     tokenizer: str | Path | None = None,
+    label: str | None = None,
+    show_scorer_input: bool = False,
 ) -> dict[str, Any]:
     """Evaluate checkpoints against their reference on held-out prompts; returns what `metrics.json` holds.
 
@@ -70,6 +73,8 @@ def evaluate(
         trust_remote_code: run code that a policy's Hub repository ships.
         shared: folder of another evaluation, whose records (the reference's samples, say) are read and not made again.
         position: where a reward model named by `scorer` is read, `scorer.position` of the configuration.
+        label: of a reward model with two labels, the one that means good, `scorer.label` of the configuration.
+        show_scorer_input: say once what a reward model is fed for the first prompt, token by token, before anything is sampled.
         revision: of the reference, where it is a name of the Hub.
         one_run: the models are one run's, in the order given. doubts: sentences that the report repeats as warnings.
         keep: an evaluation of other models in the folder stays, with these added to it.
@@ -86,7 +91,7 @@ def evaluate(
     entries = [model if isinstance(model, Checkpoint) else known[str(model)] for model in models]
     judge = scorer
     if isinstance(scorer, str):
-        judge = load_scorer(scorer, max_prompt_length=tokenization.max_prompt_length, position=position)
+        judge = load_scorer(scorer, max_prompt_length=tokenization.max_prompt_length, position=position, label=label)
         for line in about(judge):
             say(f"scorer {judge.name}: {line}")
     assert not isinstance(judge, str)
@@ -107,6 +112,14 @@ def evaluate(
     tokenized_pairs = tokenize_held_out(pairs, chosen.tokenizer, tokenization)
     check_ids(vocabulary, chosen, reference, [*rows.rows, *tokenized_pairs], set().union(*rows.stop.values()))
     check_opponent(rows.rows, settings)
+    if (check := getattr(judge, "check", None)) is not None:
+        once(lambda: check(rows.rows))
+    if show_scorer_input and judge is not None:
+        shown = getattr(judge, "shown_input", None)
+        for line in once(lambda: shown(rows.rows[0])) if shown else [f"scorer {judge.name}: it is fed no tokens"]:
+            say(line)
+    left_out = once(lambda: check_weights(entries, str(reference), trust_remote_code, revision))
+    entries = [model for model in entries if model.path not in {left["path"] for left in left_out}]
     shared = shared if shared is not None else _shared_before(Path(output_dir))
     collection = Collection(
         entries,
@@ -122,6 +135,7 @@ def evaluate(
         revision=revision,
         more=({"one_run": True} if one_run else {}) | ({"doubts": list(doubts)} if doubts else {}),
         vocabulary=vocabulary,
+        left_out=left_out,
     )
     recorded = {path: record.reference for path in paths if (record := read_record(path)) is not None}
     remarks = [
@@ -136,6 +150,7 @@ def evaluate(
         if keep:
             name = judge.name if judge is not None else None
             collection.kept, collection.before = once(lambda: kept_models(folder, collection.plan(), rows.rows, name))
+            collection.keep_left_out(once(lambda: _plan_before(folder).get("left_out") or []))
         collection.run()
         if judge is not None:
             score(folder, judge)
@@ -170,13 +185,15 @@ def with_verdicts(folder: str | Path) -> dict[str, Any]:
     """The metrics with `verdicts`: run -> what its checkpoints say together, null where they say nothing; and `better`: run ->
     whether a checkpoint of it is shown to be better than the reference, null where that is not known. Written, too."""
     from isdaa.evaluation.overoptimization import judge, shown_better
-    from isdaa.evaluation.trajectory import trajectories
+    from isdaa.evaluation.trajectory import runs_ended, trajectories
 
     runs = trajectories(folder)
     verdicts = {run.name: judge(run) for run in runs}
     metrics = read_metrics(Path(folder) / METRICS)
     metrics["verdicts"] = {name: None if found is None else asdict(found) for name, found in verdicts.items()}
     metrics["better"] = {run.name: shown_better(run) for run in runs}
+    if ended := runs_ended(folder):
+        metrics["ended"] = ended
     write_json(Path(folder) / METRICS, metrics)
     return metrics
 
@@ -204,6 +221,8 @@ def evaluate_request(request: Request, keep: bool = True) -> dict[str, Any]:
         trust_remote_code=request.trust_remote_code,
         shared=request.shared,
         position=request.position,
+        label=request.label,
+        show_scorer_input=request.show_scorer_input,
         revision=request.revision,
         one_run=request.one_run,
         doubts=request.doubts,

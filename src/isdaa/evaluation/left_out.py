@@ -53,8 +53,7 @@ def check_weights(
         broken = {path: broken_weights(path, trust_remote_code, revision if path == reference else None) for path in paths}
     if broken[reference]:
         raise UserError(
-            f"{reference}: {NOT_FINITE} ({listed(broken[reference])}), so it is no reference to compare with; name another one with "
-            "--reference"
+            f"{reference}: {NOT_FINITE} ({listed(broken[reference])}), so it is no reference; name another with --reference"
         )
     found = [
         {

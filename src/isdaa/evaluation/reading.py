@@ -7,7 +7,7 @@ same place, but for the first versions, which read the end of the turn, whatever
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +20,100 @@ from isdaa.data.context import tokenize_text
 from isdaa.errors import UserError
 from isdaa.record import NAME, ModelRecord, read_record
 
+# Names of two labels, the good one first; letters alone count. Others are told by a prefix: helpful, unhelpful.
+OPPOSITES = (
+    *(("chosen", "rejected"), ("accepted", "rejected"), ("accept", "reject"), ("preferred", "rejected"), ("good", "bad")),
+    *(("positive", "negative"), ("pos", "neg"), ("better", "worse"), ("harmless", "harmful"), ("safe", "harmful")),
+    *(("nontoxic", "toxic"), ("nottoxic", "toxic"), ("right", "wrong"), ("win", "loss"), ("win", "lose"), ("winner", "loser")),
+)
+GOOD = (
+    *("chosen", "accepted", "acceptable", "preferred", "good", "helpful", "safe", "correct", "honest", "harmless", "desired"),
+    *("desirable", "appropriate", "satisfactory", "truthful", "useful", "aligned", "liked"),
+)
+NOT = ("un", "in", "dis", "non", "not", "mis")
+
+
+@dataclass(frozen=True)
+class Head:
+    """Which outputs are the score: `good`, or the logit of `good` less that of `bad`."""
+
+    good: int = 0
+    bad: int | None = None
+    words: str = ""
+
+    @classmethod
+    def of(cls, path: str, names: Sequence[str], label: str | None) -> Head:
+        """Of a classifier with several labels. Raises UserError where it cannot be told which one means good."""
+        listed = ", ".join(repr(name) for name in names[:6]) + (", …" if len(names) > 6 else "")
+        if len(names) != 2:
+            raise UserError(
+                f"scorer {path}: a classifier of {len(names)} labels ({listed}); a reward model has one output, or two labels of "
+                "which one means good"
+            )
+        if label is not None:
+            found = [i for i, name in enumerate(names) if label.casefold() in (name.casefold(), str(i))]
+            if len(found) != 1:
+                raise UserError(f"scorer {path}: scorer.label {label!r} is none of its labels {listed}")
+            good = found[0]
+        else:
+            first, second = ("".join(filter(str.isalpha, name.casefold())) for name in names)
+            known = _good_of(first, second)
+            if known is None:
+                raise UserError(
+                    f"scorer {path}: a classifier of two labels ({listed}), whose names do not say which one means good; name it "
+                    f"with --scorer.label, for example --scorer.label {names[1]}"
+                )
+            good = known
+        return cls(good, 1 - good, f"the score is the logit of {names[good]!r} less that of {names[1 - good]!r}")
+
+
+def _good_of(first: str, second: str) -> int | None:
+    """Which of two labels means good, by their names; None where those do not say."""
+    for place, (good, bad) in enumerate(((first, second), (second, first))):
+        if (good, bad) in OPPOSITES or (good in GOOD and bad in [prefix + good for prefix in NOT]):
+            return place
+    return None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The special tokens that a tokenizer puts around two texts, with their token types: (ids, types) of each stretch."""
+
+    before: tuple[list[int], list[int]]
+    between: list[int]
+    between_types: list[int]
+    after: tuple[list[int], list[int]]
+    types: tuple[int, int]  # of the two texts' tokens
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Frame:
+        """Seen on two short texts; `between` is empty where no special token stands between them."""
+        nothing = cls(([], []), [], [], ([], []), (0, 0))
+        one, two = tokenize_text(tokenizer, ["a", "b"])
+        encoded = tokenizer("a", "b", return_token_type_ids=True, verbose=False)
+        ids, types = list(encoded["input_ids"]), list(encoded.get("token_type_ids") or [0] * len(encoded["input_ids"]))
+        start = next((i for i in range(len(ids)) if one and ids[i : i + len(one)] == one), None)
+        if start is None:
+            return nothing
+        end = start + len(one)
+        second = next((i for i in range(end, len(ids)) if two and ids[i : i + len(two)] == two), None)
+        if second is None or not set(ids[end:second]) <= set(tokenizer.all_special_ids):
+            return nothing
+        last = second + len(two)
+        before, after = (ids[:start], types[:start]), (ids[last:], types[last:])
+        return cls(before, ids[end:second], types[end:second], after, (types[start], types[second]))
+
+    def around(self, one: list[int], two: list[int]) -> tuple[list[int], list[int]]:
+        """(ids, token types) of two texts' ids."""
+        ids = [*self.before[0], *one, *self.between, *two, *self.after[0]]
+        types = [*self.before[1], *[self.types[0]] * len(one), *self.between_types, *[self.types[1]] * len(two), *self.after[1]]
+        return ids, types
+
+    @property
+    def size(self) -> int:
+        """Special tokens of a row."""
+        return len(self.before[0]) + len(self.between) + len(self.after[0])
+
 
 @dataclass
 class Reading:
@@ -27,6 +121,44 @@ class Reading:
 
     path: str
     position: Position = "auto"
+    label: str | None = None  # of two, the one that means good; null: by their names
+
+    @cached_property
+    def head(self) -> Head:
+        """Which outputs are the score. Raises UserError for a classifier whose labels do not say which one means good."""
+        from isdaa.models.loading import model_config
+        from isdaa.models.places import is_adapter
+
+        if is_adapter(self.path):
+            return Head()
+        config = model_config(self.path)
+        told: dict[Any, str] = dict(config.id2label or {})
+        names = [str(told.get(i, i)) for i in range(config.num_labels or 1)]
+        language = [name for name in config.architectures or () if name.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM"))]
+        if len(names) == 2 and language:  # labels that no head has: transformers' default
+            raise UserError(
+                f"scorer {self.path}: no trained reward head: it is a language model ({language[0]}), not a reward model; name "
+                "one with --scorer"
+            )
+        return Head() if len(names) == 1 else Head.of(self.path, names, self.label)
+
+    @cached_property
+    def pair(self) -> bool:
+        """Whether prompt and answer are two texts, between which the tokenizer puts a separator (BERT, RoBERTa, DeBERTa).
+
+        So are others' encoders whose tokenizer has no chat template; isdaa's own read what they were trained on.
+        """
+        if self.record is not None or self.position == "response_end" or not self.encoder:
+            return False
+        tokenizer = self.tokenizer
+        return not tokenizer.chat_template and bool(Frame.of(tokenizer).between)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's own; an encoder's may know no end of a text."""
+        from isdaa.models.loading import load_tokenizer
+
+        return load_tokenizer(self.path, require_eos=not self.encoder)
 
     @cached_property
     def record(self) -> ModelRecord | None:
@@ -87,6 +219,11 @@ class Reading:
     def described(self, tokenizer: Any) -> str:
         """Which token is read, in words."""
         eos = repr(str(tokenizer.eos_token))
+        if self.pair:
+            return (
+                "an encoder, which reads prompt and answer as two texts with a separator between them, as "
+                "tokenizer(prompt, answer) writes them; a conversation's turns are joined by blank lines, without their roles"
+            )
         if self.encoder:
             through = "the end of its chat template's output" if self.template_end else "the end of the response"
             return f"an encoder, which reads the whole text, here through {through}, as its class does in plain transformers"

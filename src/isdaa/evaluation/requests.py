@@ -67,6 +67,8 @@ class Request:
     shared: str | None = None  # folder of an evaluation whose records are read, too
     repeated: Literal["strip", "keep"] | None = None  # as `data.prompt_repeated`
     position: Position = "auto"  # where a reward model is read
+    label: str | None = None  # of a reward model with two labels, the one that means good
+    show_scorer_input: bool = False  # say once what a reward model is fed, token by token
     revision: str | None = None  # of the reference, where it is a name of the Hub
     tokenizer: str | None = None  # folder or Hub name; None: the models' own
     told: tuple[str, ...] = ()  # what comes from records and how checkpoints are ordered, one line each, to be said first
@@ -89,9 +91,9 @@ def requests(
     """The request for some models, from the records beside them and what the user said.
 
     model_paths: model folders, Hub names or run folders (all their checkpoints and the final model).
-    overrides: `reference`, `data`, `split`, `scorer` (`none`: no scorer), `output_dir`, `dtype`, `trust_remote_code`, `shared`,
-    `tokenizer`, and dotted keys of the sections `evaluation`, `tokenization` and `scorer` (`evaluation.prompts`). They win over
-    records; keys whose value is None are ignored.
+    overrides: `reference`, `data`, `split`, `scorer` (`none`: no scorer), `show_scorer_input`, `output_dir`, `dtype`,
+    `trust_remote_code`, `shared`, `tokenizer`, and dotted keys of the sections `evaluation`, `tokenization` and `scorer`
+    (`evaluation.prompts`). They win over records; keys whose value is None are ignored.
     as_runs: a trainer's output folder is its checkpoints and its final model, also where it is a model itself. as_one_run: as
     `trajectories` takes it. one_run: all models are one run's, in the order given.
     Raises UserError naming the option to give where neither a record nor an override says it, records disagree, or the record of
@@ -166,6 +168,8 @@ def requests(
         shared=str(given["shared"]) if "shared" in given else None,
         repeated=_repeated(first, given),
         position=sections.scorer.position,
+        label=sections.scorer.label,
+        show_scorer_input=bool(given.get("show_scorer_input", False)),
         revision=_revision(reference, records),
         told=(*found_records.told(list(given)), *order.told),
         doubts=tuple(order.doubts),

@@ -12,12 +12,15 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from isdaa.config import Position
+from isdaa.data.chat import joined
+from isdaa.data.context import tokenize_text
+from isdaa.data.conversation import turns_of
 from isdaa.errors import UserError, nearest
 from isdaa.evaluation.identity import model_digest
-from isdaa.evaluation.reading import Reading
+from isdaa.evaluation.reading import Frame, Reading
 from isdaa.files import digest, file_digest
 from isdaa.record import read_record
 from isdaa.terminal import Bar
@@ -26,6 +29,15 @@ ScorerRow = Mapping[str, Any]
 log = logging.getLogger(__name__)
 
 GOLD = "gold"
+PLACEHOLDER = "This is an answer."  # where input is looked at before there are answers, and the data has none
+OFFSET = ("roberta", "camembert", "longformer", "mpnet", "data2vec-text", "xmod", "ernie_m")  # positions begin behind the pad's
+
+
+class Fed(NamedTuple):
+    """What a reward model is fed for one row. types: None where its tokenizer gives none."""
+
+    ids: list[int]
+    types: list[int] | None
 
 
 class Scorer(Protocol):
@@ -52,6 +64,7 @@ def facts(scorer: Scorer) -> dict[str, Any]:
     found: dict[str, Any] = {"name": scorer.name, "digest": scorer.digest}
     if isinstance(scorer, RewardModelScorer):
         found |= {"position": scorer.reading.position, "about": scorer.about()}
+        found |= {} if scorer.reading.label is None else {"label": scorer.reading.label}
     return found
 
 
@@ -62,11 +75,13 @@ def load_scorer(
     max_prompt_length: int = 512,
     device: str | None = None,
     position: Position = "auto",
+    label: str | None = None,
 ) -> Scorer:
     """`gold`, or a sequence-classification model's folder or Hub name. Nothing large is loaded before the first score.
 
     max_prompt_length: tokens of a prompt that a reward model reads, `tokenization.max_prompt_length` of the policies.
     position: where a reward model is read (`isdaa.evaluation.reading`), `scorer.position` of the configuration.
+    label: of a classifier with two, the one that means good, `scorer.label`.
     Raises UserError where there is no such folder.
     """
     if name == GOLD:
@@ -75,7 +90,9 @@ def load_scorer(
         raise UserError(
             f"scorer {name!r}: no such folder{nearest(name, [GOLD])}; name `gold`, a reward model's folder or Hub name"
         )
-    return RewardModelScorer(name, batch_size=batch_size, max_prompt_length=max_prompt_length, device=device, position=position)
+    return RewardModelScorer(
+        name, batch_size=batch_size, max_prompt_length=max_prompt_length, device=device, position=position, label=label
+    )
 
 
 class GoldScorer:
@@ -107,11 +124,12 @@ class GoldScorer:
 
 
 class RewardModelScorer:
-    """A sequence-classification model with one output, in fp32.
+    """A sequence-classification model with one output, or with two labels of which one means good, in fp32.
 
     The text is tokenised by the model's own tokenizer, with the `chat_template_kwargs` that its record names: a conversation as
     its chat template writes it, to the end, plain text with EOS where it ended. Where it is read, its folder says, or `position`
-    does (`Reading`); at `response_end` it is tokenised as a policy's response would be, through the end of the turn.
+    does (`Reading`); at `response_end` it is tokenised as a policy's response would be, through the end of the turn. Encoders
+    without a chat template get prompt and answer as two texts (`Reading.pair`), with token types where they have them.
     """
 
     def __init__(
@@ -122,13 +140,13 @@ class RewardModelScorer:
         max_prompt_length: int = 512,
         device: str | None = None,
         position: Position = "auto",
+        label: str | None = None,
     ) -> None:
         self.name = str(path)
-        self.reading = Reading(self.name, position)
+        self.reading = Reading(self.name, position, label)
         self._warned: set[str] = set()
         self.batch_size, self.max_prompt_length, self.device = batch_size, max_prompt_length, device
         self._model: Any = None
-        self._tokenizer: Any = None
         self._digest: str | None = None
 
     @property
@@ -140,13 +158,77 @@ class RewardModelScorer:
             how: list[Any] = [self.max_prompt_length, *([self.template_kwargs] if self.template_kwargs else [])]
             if self.reading.template_end:
                 how.append(["template_end", self.reading.pad_id, self.reading.close_cut])
-            self._digest = digest([model_digest(self.name), tokenizer_digest(self.tokenizer), *how])
+            if self.reading.pair:
+                how.append("pair")
+            if self.reading.head.bad is not None:
+                how.append(["less", self.reading.head.good, self.reading.head.bad])
+            self._digest = digest([self._weights(), tokenizer_digest(self.tokenizer), *how])
         return self._digest
+
+    def _weights(self) -> str:
+        """Digest of the model's files; of a model of the Hub, of its weights."""
+        from isdaa.models.loading import load_sequence_classifier, weights_digest
+        from isdaa.models.places import local_folder
+
+        if local_folder(self.name) is not None:
+            return model_digest(self.name)
+        return weights_digest(load_sequence_classifier(self.name, labels=self._labels))
+
+    @property
+    def _labels(self) -> int:
+        return 1 if self.reading.head.bad is None else 2
 
     def about(self) -> list[str]:
         """Where it is read, and how often it agrees with pairs that its training held out, where its record says so."""
         agreement = self.reading.agreement()
-        return [self.reading.described(self.tokenizer), *([agreement] if agreement else [])]
+        words = [self.reading.described(self.tokenizer), *filter(None, [self.reading.head.words])]
+        return ["; ".join(words), *([agreement] if agreement else [])]
+
+    def check(self, prompts: Sequence[Mapping[str, Any]]) -> None:
+        """Raises UserError for all that would keep the scorer from judging answers to these prompts, before there are any.
+
+        prompts: rows with `prompt`, `chosen` or None, and `prompt_id` or `id`.
+        """
+        from isdaa.evaluation.left_out import NOT_FINITE, broken_weights
+        from isdaa.models.finite import NotFiniteError, listed
+        from isdaa.models.places import local_folder
+
+        try:
+            # A model of the Hub is loaded for its digest, which looks at them, too.
+            broken = broken_weights(self.name, scorer=True) if local_folder(self.name) is not None else []
+            _ = self.digest
+        except NotFiniteError as error:
+            broken = error.names
+        if broken:
+            raise UserError(f"scorer {self.name}: its {NOT_FINITE} ({listed(broken)}); take another one")
+        ids = [token for row in self.inputs([self.example(prompt) for prompt in prompts]) for token in row.ids]
+        vocabulary = getattr(self.config, "vocab_size", None)
+        if vocabulary is not None and max(ids, default=0) >= vocabulary:
+            raise UserError(
+                f"scorer {self.name}: its tokenizer gives id {max(ids)}, but the model knows {vocabulary} tokens; "
+                "put the tokenizer into its folder that it was trained with"
+            )
+
+    @staticmethod
+    def example(prompt: Mapping[str, Any]) -> dict[str, Any]:
+        """A row to be scored, for a prompt: with the data's chosen response, else with `PLACEHOLDER`."""
+        answer = prompt.get("chosen") or PLACEHOLDER
+        return {**prompt, "id": prompt.get("prompt_id", prompt.get("id")), "response": answer, "finished": True}
+
+    def shown_input(self, prompt: Mapping[str, Any]) -> list[str]:
+        """What the model is fed for a prompt and an answer, token by token: lines for people."""
+        (fed,) = self.inputs([self.example(prompt)])
+        whose = "the data's chosen response" if prompt.get("chosen") else f"the placeholder {PLACEHOLDER!r}"
+        read = None
+        if not self.reading.encoder:
+            skipped = self.reading.pad_id if self.reading.template_end else None
+            read = max((i for i, token in enumerate(fed.ids) if token != skipped), default=len(fed.ids) - 1)
+        lines = [f"scorer {self.name}: its input for prompt {_place(self.example(prompt))} and {whose}, {len(fed.ids)} tokens:"]
+        for i, token in enumerate(fed.ids):
+            kind = "" if fed.types is None else f"  type {fed.types[i]}"
+            here = "  <- read here" if i == read else ""
+            lines.append(f"{i:5d}  id {token:6d}  {self.tokenizer.convert_ids_to_tokens(token)!r}{kind}{here}")
+        return lines
 
     @cached_property
     def template_kwargs(self) -> dict[str, Any]:
@@ -157,11 +239,14 @@ class RewardModelScorer:
     @property
     def tokenizer(self) -> Any:
         """The reward model's own."""
-        if self._tokenizer is None:
-            from isdaa.models.loading import load_tokenizer
+        return self.reading.tokenizer
 
-            self._tokenizer = load_tokenizer(self.name)
-        return self._tokenizer
+    @cached_property
+    def config(self) -> Any:
+        """The model's configuration, of its text part."""
+        from isdaa.models.loading import model_config
+
+        return model_config(self.name).get_text_config()
 
     @property
     def model(self) -> Any:
@@ -174,7 +259,11 @@ class RewardModelScorer:
             device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
             pad = self.reading.pad_id
             model = load_sequence_classifier(
-                self.name, device=device, pad_id=self._pad, by_mask=not self.reading.template_end or pad is None
+                self.name,
+                device=device,
+                pad_id=self._pad,
+                by_mask=not self.reading.template_end or pad is None,
+                labels=self._labels,
             )
             self._model = model.requires_grad_(False)
         return self._model
@@ -182,13 +271,15 @@ class RewardModelScorer:
     @property
     def _pad(self) -> int:
         """What fills rows up: where the model's class looks for it, its own."""
-        return int(self.tokenizer.pad_token_id if self.reading.pad_id is None else self.reading.pad_id)
+        pad = self.tokenizer.pad_token_id if self.reading.pad_id is None else self.reading.pad_id
+        return int(pad or 0)  # no token pads: the mask tells
 
     def score(self, rows: Sequence[ScorerRow], progress: Bar | None = None) -> list[float]:
         """The model's output where each row is read. Raises UserError where it is not finite."""
         import torch
 
-        sequences = self.token_ids(rows)
+        fed = self.inputs(rows)
+        sequences, head = [row.ids for row in fed], self.reading.head
         order = sorted(range(len(rows)), key=lambda i: len(sequences[i]))
         pad = self._pad
         scores = [math.nan] * len(rows)
@@ -197,13 +288,21 @@ class RewardModelScorer:
             longest = len(sequences[batch[-1]])
             ids = torch.full((len(batch), longest), pad)
             mask = torch.zeros((len(batch), longest), dtype=torch.long)
+            types = torch.zeros((len(batch), longest), dtype=torch.long)
+            more = {}
             for line, index in enumerate(batch):
+                kinds = fed[index].types
+                if kinds is not None:
+                    types[line, : len(kinds)] = torch.tensor(kinds)
+                    more["token_type_ids"] = types
                 ids[line, : len(sequences[index])] = torch.tensor(sequences[index])
                 mask[line, : len(sequences[index])] = 1
             with torch.no_grad():
                 device = self.model.device
-                logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float()
-            for index, value in zip(batch, logits[:, 0].tolist(), strict=True):
+                more = {name: value.to(device) for name, value in more.items()}
+                logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), **more).logits.float()
+            values = logits[:, head.good] if head.bad is None else logits[:, head.good] - logits[:, head.bad]
+            for index, value in zip(batch, values.tolist(), strict=True):
                 scores[index] = value
             if progress is not None:
                 progress.update(len(batch))
@@ -211,11 +310,56 @@ class RewardModelScorer:
 
     def token_ids(self, rows: Sequence[ScorerRow]) -> list[list[int]]:
         """Ids of each row's prompt and response. Only a lack of positions cuts a response."""
+        return [fed.ids for fed in self.inputs(rows)]
+
+    def inputs(self, rows: Sequence[ScorerRow]) -> list[Fed]:
+        """What the model is fed for each row."""
+        if self.reading.pair:
+            return self._pairs(rows)
+        chat = next((row for row in rows if isinstance(row["prompt"], list)), None)
+        if chat is not None and not self.tokenizer.chat_template:
+            raise UserError(
+                f"scorer {self.name}: the prompts are conversations, but the scorer's own tokenizer has no chat template; set "
+                "`chat_template` in the tokenizer_config.json of its folder (or a chat_template.jinja beside it) to the one that "
+                "it was trained with, or give plain-text prompts"
+            )
+        return [Fed(ids, None) for ids in self._ids(rows)]
+
+    def _pairs(self, rows: Sequence[ScorerRow]) -> list[Fed]:
+        """Prompt and answer as two texts, as `tokenizer(prompt, answer)` writes them."""
+        frame, typed = Frame.of(self.tokenizer), "token_type_ids" in self.tokenizer.model_input_names
+        positions = self._positions() - frame.size
+        asked, answers = zip(*map(_two_texts, rows), strict=True)
+        ones, twos = ([*tokenize_text(self.tokenizer, texts)] for texts in (asked, answers))
+        limit = min(self.max_prompt_length, positions - 1)
+        kept = [ids[len(ids) - limit :] if len(ids) > limit else ids for ids in ones]
+        found = [frame.around(one, two[: positions - len(one)]) for one, two in zip(kept, twos, strict=True)]
+        cut = sum(len(one) + len(two) > positions for one, two in zip(kept, twos, strict=True))
+        several = sum(isinstance(row["prompt"], list) and len(row["prompt"]) > 1 for row in rows)
+        self._warn(cut, len(rows), f"responses do not fit its {positions + frame.size} positions and were cut")
+        self._warn(sum(len(ids) > limit for ids in ones), len(rows), f"prompts have more than {limit} tokens and were cut")
+        self._warn(several, len(rows), "prompts have several turns: their texts are joined by blank lines, without their roles")
+        self._warn(
+            sum(not row["finished"] for row in rows), len(rows), "responses did not end (a limit cut them): it cannot tell, for "
+            "what it is fed has no end of an answer"
+        )  # fmt: skip
+        return [Fed(ids, types if typed else None) for ids, types in found]
+
+    def _positions(self) -> int:
+        """Tokens that fit into a row."""
+        config = self.config
+        positions = getattr(config, "max_position_embeddings", None) or 1_000_000
+        if self.reading.encoder:  # whose rows no cache of positions makes longer, and whose tokenizers know the limit
+            first = int(config.pad_token_id or 0) + 1 if any(kind in config.model_type for kind in OFFSET) else 0
+            return min(positions - first, int(min(self.tokenizer.model_max_length, 1_000_000)))
+        return int(positions)
+
+    def _ids(self, rows: Sequence[ScorerRow]) -> list[list[int]]:
         from isdaa.data.context import as_read
         from isdaa.data.encoding import Encoder, TokenizationSettings, Whole
         from isdaa.data.pairs import TEMPLATE_COLUMNS
 
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1_000_000
+        positions = self._positions()
         prompt_length = min(self.max_prompt_length, positions - 1)
         settings = TokenizationSettings(positions, prompt_length, "keep_end", self.template_kwargs)
         reading = self.reading
@@ -252,6 +396,18 @@ class RewardModelScorer:
         if count and what not in self._warned:
             self._warned.add(what)
             log.warning("scorer %s: %d of %d %s", self.name, count, rows, what)
+
+
+def _two_texts(row: ScorerRow) -> tuple[str, str]:
+    """(prompt, answer) of a row as plain texts, the turns of a conversation joined by blank lines."""
+    prompt, response = row["prompt"], row["response"]
+    if isinstance(prompt, str):
+        return prompt, response_text(row)
+    answers = [{"role": "assistant", "content": response}] if isinstance(response, str) else list(response)
+    turns = joined(prompt, answers)
+    asked, answered = turns[: len(turns) - len(answers)], turns[len(turns) - len(answers) :]
+    texts = ["\n\n".join(words for _, words in turns_of(part) if words) for part in (asked, answered)]
+    return texts[0], texts[1]
 
 
 def response_text(row: ScorerRow) -> str:

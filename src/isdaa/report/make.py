@@ -73,7 +73,7 @@ def report_on(
         _check_page(Path(located(output)), [str(path) for run in study.runs for path in run.paths])
     else:
         check_stays(home / "report")
-    from isdaa.report.page import DATA, write_report  # libraries for charts, which a mistyped path does not wait for
+    from isdaa.report.page import write_report  # libraries for charts, which a mistyped path does not wait for
 
     page = write_report(study, Path(located(output)) if output is not None else home / "report")
     said = written(page)
@@ -82,6 +82,8 @@ def report_on(
 
 def written(page: Path) -> dict[str, Any]:
     """`report.json` beside a page."""
+    from isdaa.report.page import DATA
+
     found: dict[str, Any] = read_json(page.parent / DATA)
     return found
 

@@ -99,6 +99,9 @@ def _options(names: Sequence[str], metrics: Mapping[str, Any]) -> list[str]:
     position = (metrics.get("scorer") or {}).get("position", "auto")
     if position != (asked.position if asked is not None else "auto"):
         options += ["--scorer.position", position]
+    label = (metrics.get("scorer") or {}).get("label")
+    if label is not None and label != (asked.label if asked is not None else None):
+        options += ["--scorer.label", label]
     own = asked.settings if asked is not None else EvaluationConfig.model_validate({})
     cut = asked.tokenization if asked is not None else TokenizationConfig.model_validate({})
     for section, values in (("evaluation", own.model_dump()), ("tokenization", cut.model_dump())):

@@ -371,7 +371,7 @@ def guard_of(
     scorer = None
     if name is not None:
         limit, position = config.tokenization.max_prompt_length, config.scorer.position
-        scorer = load_scorer(name, max_prompt_length=limit, position=position)
+        scorer = load_scorer(name, max_prompt_length=limit, position=position, label=config.scorer.label)
         run.say("align", [f"guard: scorer {scorer.name}: {line}" for line in about(scorer)])
     prompts = guard_prompts(run, tokenizer)
     if settings.stop != "never" and scorer is not None:

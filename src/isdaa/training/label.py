@@ -59,7 +59,10 @@ def label(run: Run) -> Path:
     weights = weights_digest(model)
     assert settings.scorer is not None
     scorer = load_scorer(
-        settings.scorer, max_prompt_length=config.tokenization.max_prompt_length, position=config.scorer.position
+        settings.scorer,
+        max_prompt_length=config.tokenization.max_prompt_length,
+        position=config.scorer.position,
+        label=config.scorer.label,
     )
     run.say("label", [f"scorer {scorer.name}: {line}" for line in about(scorer)])
     responses = _responses(run, rows, model, weights, tokenizer, stop, scorer, folder / "responses.jsonl")
