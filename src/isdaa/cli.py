@@ -34,6 +34,7 @@ exit status: 0 done, 1 a fault of isdaa, 2 your input or a run that had to stop,
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command. Dashes and underscores in option names are the same."""
     from isdaa.benchmark_options import add_benchmark_options
+    from isdaa.evaluation.judge_options import add_judge_options
     from isdaa.evaluation.tax import add_tax_options
     from isdaa.options import OneLineParser, add_options
 
@@ -103,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--output", metavar="DIR", help="where the report goes (default: `report` in the run's or sweep's folder)"
     )
+    add_judge_options(report, "judge of the samples, in place of a scorer (see docs/judging.md)")
     _evaluation_options(report)
 
     logps = commands.add_parser("logps", help="add behaviour logps under a model to a file of pairs")
@@ -171,6 +173,9 @@ def _evaluation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="SOURCE", help="held-out prompts or pairs (default: from the record)")
     parser.add_argument("--split", metavar="NAME", help="split of --data, or of --questions")
     parser.add_argument("--scorer", metavar="NAME", help="`gold`, a reward model's path, or `none` (default: from the record)")
+    parser.add_argument(
+        "--scores", metavar="FILE", help="scores of your own of the samples that --scorer none drew (see docs/evaluation.md)"
+    )
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "auto"], help="of the policies in memory (default: the record's)"
     )
@@ -304,8 +309,23 @@ def _run_config(path: str | None, overrides: dict[str, Any]) -> Any:
 def _evaluation_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     from isdaa.options import overrides_of
 
-    names = ("reference", "tokenizer", "data", "split", "scorer", "show_scorer_input", "dtype", "trust_remote_code")
-    return overrides_of(arguments) | {name: getattr(arguments, name) for name in names}
+    names = ("reference", "tokenizer", "data", "split", "scorer", "scores", "show_scorer_input", "dtype", "trust_remote_code")
+    given = overrides_of(arguments)
+    every = True if "evaluation.opponent_samples" in given else None  # to be scored elsewhere, where there is no scorer
+    return given | {name: getattr(arguments, name) for name in names} | {"judge_model": _judge(arguments), "all_opponents": every}
+
+
+def _judge(arguments: argparse.Namespace) -> Any:
+    from isdaa.evaluation.judge_options import sample_judge_of
+
+    return sample_judge_of(arguments)
+
+
+def _stop_in_part(overrides: dict[str, Any]) -> None:
+    """Status 3 where a budget ended the judging early; what is there is printed first."""
+    judge = overrides["judge_model"]
+    if judge is not None and judge.stopped is not None:
+        raise DoneInPart(judge.stopped)
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -329,6 +349,7 @@ def _report(arguments: argparse.Namespace) -> int:
         print(shown(sentence))
     print(f"report: {shown(page)}")
     check_done(written(page))
+    _stop_in_part(overrides)
     return 0
 
 
@@ -366,6 +387,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         print_table(metrics)
         print(f"records: {shown(request.output_dir)}")
     check_done(metrics)
+    _stop_in_part(overrides)
     return 0
 
 

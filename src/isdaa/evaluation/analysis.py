@@ -12,6 +12,7 @@ from isdaa.config import EvaluationConfig
 from isdaa.errors import UserError
 from isdaa.evaluation.collect import PAIRS, PLAN, SAMPLES
 from isdaa.evaluation.held_out import held_out_summary
+from isdaa.evaluation.judged_table import JUDGE, JUDGED, JudgedTable
 from isdaa.evaluation.kl import kl_summary
 from isdaa.evaluation.records import Blocks, Record, blocks_of, fitting, read_plan
 from isdaa.evaluation.scoring import SCORES, chosen_key, scores_key
@@ -23,7 +24,8 @@ from isdaa.record import versions
 METRICS = "metrics.json"
 NO_SCORER = (
     "No scorer was given, so there is no win rate and no verdict: KL, drift and held-out accuracy do not tell better "
-    "from worse. Name one with --scorer."
+    "from worse. Name a reward model with --scorer, a judge with --judge-model … --judge-base-url …, or your own scores with "
+    "--scores FILE."
 )
 WITH_SCORER = "What a run's checkpoints together say of it stands in the verdict; one checkpoint's interval says less."
 N_GRAM = 4
@@ -46,30 +48,37 @@ def _metrics(folder: Path, settings: EvaluationConfig | None) -> dict[str, Any]:
     plan = read_plan(folder / PLAN)
     settings = settings or EvaluationConfig(**plan["settings"])
     bootstrap = bootstrap_settings(settings)
-    samples, pairs, scores = (blocks_of(folder, name, plan) for name in (SAMPLES, PAIRS, SCORES))
+    samples, pairs = (blocks_of(folder, name, plan) for name in (SAMPLES, PAIRS))
     prompts, reference = samples[plan["prompts"]], plan["reference"]
-    judged = WinTable(plan, prompts, scores, settings)
+    judged = win_table(folder, plan, prompts, settings)
+
+    def kept(block: str) -> list[Record]:
+        """The records of the prompts that count."""
+        records = samples[block]
+        return [records[place] for place in judged.kept]
 
     origin = {
         "path": reference["path"],
         "digest": reference["digest"],
-        "kl": Interval(0.0, 0.0, 0.0, len(prompts)).to_json(),
+        "kl": Interval(0.0, 0.0, 0.0, len(judged.kept)).to_json(),
     }
-    origin |= judged.reference() | text_summary([r for key in reference["opponents"] for r in samples[key]], bootstrap)
+    origin |= judged.reference() | text_summary([r for key in reference["opponents"] for r in kept(key)], bootstrap)
     models = []
     for model in plan["models"]:
         entry = {key: value for key, value in model.items() if key not in ("samples", "kl", "pairs")}
-        entry["kl"] = kl_summary(samples[model["kl"]], **bootstrap)
-        entry |= judged.policy(model["samples"]) | text_summary(samples[model["samples"]], bootstrap)
+        entry["kl"] = kl_summary(kept(model["kl"]), **bootstrap)
+        entry |= judged.policy(model["samples"]) | text_summary(kept(model["samples"]), bootstrap)
         if model["pairs"] is not None:
             entry["held_out"] = held_out_summary(pairs[model["pairs"]], pairs[reference["pairs"]], **bootstrap)
         models.append(entry)
+    told = {"judged": judged.counts() | {"notes": judged.notes()}} if isinstance(judged, JudgedTable) else {}
     return {
         "format": plan["format"],
         "scorer": plan["scorer"],
         "note": NO_SCORER if plan["scorer"] is None else WITH_SCORER,
         "opponent": settings.opponent,
-        "prompts": len(prompts),
+        "prompts": len(judged.kept),
+        **told,
         "settings": settings.model_dump() | {"scorer": plan["scorer"]["name"] if plan["scorer"] is not None else None},
         "reference": origin,
         "models": models,
@@ -84,21 +93,29 @@ def bootstrap_settings(settings: EvaluationConfig) -> dict[str, Any]:
     return {"resamples": settings.bootstrap, "confidence": settings.confidence, "seed": settings.seed}
 
 
+def win_table(folder: Path, plan: Record, prompts: Sequence[Record], settings: EvaluationConfig) -> WinTable | JudgedTable:
+    """Win rates of the evaluation in `folder`, from the scores of its scorer or from what its judge said."""
+    if (plan["scorer"] or {}).get("kind") == JUDGE:
+        return JudgedTable(plan, prompts, blocks_of(folder, JUDGED, plan), settings, bootstrap_settings(settings))
+    return WinTable(plan, prompts, blocks_of(folder, SCORES, plan), settings)
+
+
 class WinTable:
-    """Win rates and rewards, from the scores of one scorer; everything null without one."""
+    """Win rates and rewards, from the scores of one scorer; everything null without one. kept: the places of the prompts."""
 
     def __init__(self, plan: Record, prompts: Sequence[Record], scores: Blocks, settings: EvaluationConfig) -> None:
         self.plan, self.prompts, self.scores, self.settings = plan, prompts, scores, settings
         self.bootstrap = bootstrap_settings(settings)
+        self.kept = range(len(prompts))
         self.opponents: np.ndarray | None = None
         self.chosen: np.ndarray | None = None
         self.with_chosen = [i for i, prompt in enumerate(prompts) if prompt["chosen"] is not None]
         check_opponent(prompts, settings)
         if plan["scorer"] is not None:
             self.opponents = np.stack([self._of(key) for key in plan["reference"]["opponents"]], axis=1)
-            if self.with_chosen:
-                block = scores[chosen_key(plan["prompts"], plan["scorer"]["digest"])]
-                self.chosen = np.array([record["score"] for record in block])
+            key = chosen_key(plan["prompts"], plan["scorer"]["digest"])
+            if self.with_chosen and (settings.opponent == "chosen" or key in scores):  # a file of scores need not hold them
+                self.chosen = np.array([record["score"] for record in scores[key]])
 
     def _of(self, samples: str) -> np.ndarray:
         """(N,) scores of a block of samples."""

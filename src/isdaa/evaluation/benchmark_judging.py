@@ -94,7 +94,7 @@ class ModelJudge:
 
     both_orders = True
 
-    def __init__(self, asking: Asking, cache: Path) -> None:
+    def __init__(self, asking: Asking, cache: Path | None) -> None:
         self.asking = asking
         self.judge = Judge(asking.settings, cache)
 
@@ -108,7 +108,7 @@ class ModelJudge:
         asked = [bench.judge_questions(case.question, case.answer, case.opponent) for case in cases]
         flat = [question for questions in asked for question in questions]
         with progress("judging", len(flat)) as bar:
-            replies = iter(self.judge.ask([self._request(question) for question in flat], bar))
+            replies = iter(self.judge.ask([self.request(question) for question in flat], bar))
         found: list[tuple[Verdict, ...] | None] = []
         for questions in asked:
             pairs = list(zip(questions, islice(replies, len(questions)), strict=True))
@@ -123,7 +123,8 @@ class ModelJudge:
             )
         return found
 
-    def _request(self, question: JudgeQuestion) -> Request:
+    def request(self, question: JudgeQuestion) -> Request:
+        """The question as the endpoint gets it: the user's own settings stand before the benchmark's."""
         return Request(
             question.messages,
             temperature=None if self.asking.own_temperature else question.temperature,

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from isdaa.config import EvaluationConfig, Position, TokenizationConfig
 from isdaa.distributed import once
@@ -26,6 +27,7 @@ from isdaa.evaluation.held_out import common_pairs, tokenize_held_out
 from isdaa.evaluation.identity import model_digest
 from isdaa.evaluation.kept import kept_models
 from isdaa.evaluation.left_out import check_weights
+from isdaa.evaluation.own_scores import OwnScores, check_drawn
 from isdaa.evaluation.records import locked, read_metrics, read_plan
 from isdaa.evaluation.requests import Checkpoint, Request, checkpoints
 from isdaa.evaluation.scorers import Scorer, about, load_scorer
@@ -34,6 +36,9 @@ from isdaa.evaluation.vocabulary import base_remarks, check_ids, choose, vocabul
 from isdaa.files import write_json
 from isdaa.record import read_record, run_folder
 from isdaa.terminal import say
+
+if TYPE_CHECKING:
+    from isdaa.evaluation.judged_samples import SampleJudge
 
 Row = Mapping[str, Any]
 
@@ -59,6 +64,8 @@ def evaluate(
     tokenizer: str | Path | None = None,
     label: str | None = None,
     show_scorer_input: bool = False,
+    judge_model: SampleJudge | None = None,
+    all_opponents: bool = False,
 ) -> dict[str, Any]:
     """Evaluate checkpoints against their reference on held-out prompts; returns what `metrics.json` holds.
 
@@ -79,6 +86,8 @@ def evaluate(
         one_run: the models are one run's, in the order given. doubts: sentences that the report repeats as warnings.
         keep: an evaluation of other models in the folder stays, with these added to it.
         tokenizer: folder or Hub name of the tokenizer of all models; None: the first model's, its base's or the reference's.
+        judge_model: in place of a scorer, a judge model that compares the samples; its `stopped` says what is left undone.
+        all_opponents: draw `settings.opponent_samples` of the reference without a scorer, too, to be scored elsewhere.
 
     Raises UserError; with `keep`, `Replaces` where the evaluation in the folder is not one that these models can be added to.
     """
@@ -95,6 +104,11 @@ def evaluate(
         for line in about(judge):
             say(f"scorer {judge.name}: {line}")
     assert not isinstance(judge, str)
+    if judge is not None and judge_model is not None:
+        raise UserError(f"a scorer ({judge.name}) and a judge model ({judge_model.name}) are named; give one of the two")
+    if isinstance(judge, OwnScores):
+        settings = settings.model_copy(update={"opponent_samples": judge.opponents})
+        check_drawn(Path(output_dir), judge)
     # All input is looked at before there is a folder: a call that fails on it leaves nothing behind.
     paths, reference = [entry.path for entry in entries], str(reference)
     prompts = list(islice(prompts, settings.prompts))
@@ -128,7 +142,7 @@ def evaluate(
         settings,
         Path(output_dir),
         held_out=tokenized_pairs,
-        scored=judge is not None,
+        scored=judge is not None or judge_model is not None or all_opponents,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         shared=Path(shared) if shared is not None else None,
@@ -145,13 +159,21 @@ def evaluate(
     for line in remarks:
         say(line)
     collection.more |= {"doubts": [*doubts, *remarks]} if remarks else {}
+    if judge_model is not None:
+        once(lambda: bool(judge_model.todo(Path(output_dir), collection.plan())))
     with locked(output_dir) as folder:
         once(lambda: _check_replaced(folder, entries))
         if keep:
-            name = judge.name if judge is not None else None
+            name = next((one.name for one in (judge, judge_model) if one is not None), None)
             collection.kept, collection.before = once(lambda: kept_models(folder, collection.plan(), rows.rows, name))
             collection.keep_left_out(once(lambda: _plan_before(folder).get("left_out") or []))
+        if isinstance(judge, OwnScores):
+            judge.bind(folder, collection.plan(), collection.samples)
+        if judge_model is not None:
+            once(partial(judge_model.announce, folder, collection.plan(), rows.rows))
         collection.run()
+        if judge_model is not None:
+            judge_model.judge(folder)
         if judge is not None:
             score(folder, judge)
         once(lambda: analyse(folder, settings))
@@ -204,6 +226,7 @@ def evaluate_request(request: Request, keep: bool = True) -> dict[str, Any]:
 
     for line in (*request.told, *(f"warning: {doubt}" for doubt in request.doubts)):
         say(line)
+    scorer = OwnScores(request.scores) if request.scores is not None else request.scorer
     prompts, counts = once(lambda: load_prompts(request.data, request.split, repeated=request.repeated))
     for line in counts.lines()[1:]:
         say(f"{request.data}: {line}")
@@ -212,7 +235,7 @@ def evaluate_request(request: Request, keep: bool = True) -> dict[str, Any]:
         request.models,
         reference=request.reference,
         prompts=prompts,
-        scorer=request.scorer,
+        scorer=scorer,
         settings=request.settings,
         tokenization=request.tokenization,
         output_dir=request.output_dir,
@@ -228,6 +251,8 @@ def evaluate_request(request: Request, keep: bool = True) -> dict[str, Any]:
         doubts=request.doubts,
         keep=keep,
         tokenizer=request.tokenizer,
+        judge_model=request.judge_model,
+        all_opponents=request.all_opponents,
     )
     metrics |= {"data": request.data, "split": request.split}
     metrics |= {"tokenizer_path": request.tokenizer} if request.tokenizer is not None else {}

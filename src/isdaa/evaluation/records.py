@@ -23,7 +23,9 @@ AWAY = "move the evaluation's folder away and run it again"
 
 NUMBER, WHOLE, TEXT = (float, None), (int, None), (str, None)
 INTERVAL = {"mean": float, "low": NUMBER, "high": NUMBER, "n": int}
-SCORER = {"name": str, "digest": str, "position?": str, "label?": str, "about?": [str]}
+SCORER = {
+    "name": str, "digest": str, "position?": str, "label?": str, "about?": [str], "kind?": str, "options?": [str],
+}  # fmt: skip
 FIGURES = {
     "path": str, "kl": INTERVAL, "length": INTERVAL, "truncated": float, "repetition": float, "tie_rate?": NUMBER,
     **dict.fromkeys(("win_rate", "win_rate_reference?", "win_rate_chosen?", "reward"), (INTERVAL, None)),
@@ -44,6 +46,7 @@ METRICS = {
     "left_out?": LEFT_OUT, "ended?": {"*": str},
     "verdicts?": {"*": (dict, None)}, "better?": {"*": (bool, None)}, "data?": TEXT, "split?": TEXT, "git_revision?": TEXT,
     "one_run?": bool, "doubts?": [str],
+    "judged?": {"notes": [str]},
 }  # fmt: skip
 SAMPLE = {"prompt_id": str, "sample": int, "text": (str, list), "ids": [int], "tokens": int, "finished": bool}
 # Kind of a block -> what its lines are.
@@ -52,6 +55,7 @@ LINES: dict[str, Record] = {
     "samples": SAMPLE,
     "kl": SAMPLE | {"kl": float},
     "scores": {"prompt_id": str, "sample": int, "score": float},
+    "judged": {"prompt_id": str, "pair": int, "orders": [NUMBER], "state": str},
     "pairs": {"prompt": str, "chosen_logps": float, "rejected_logps": float},
 }
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from isdaa.config import EvaluationConfig, Position, ScorerConfig, TokenizationConfig, validate
 from isdaa.data.encoding import VERSION
@@ -24,6 +24,9 @@ from isdaa.manifest import MANIFEST
 from isdaa.models.places import refuse_gguf
 from isdaa.ownership import completed
 from isdaa.record import GOLD, NAME, ModelRecord, read_record, run_folder
+
+if TYPE_CHECKING:
+    from isdaa.evaluation.judged_samples import SampleJudge
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +77,9 @@ class Request:
     told: tuple[str, ...] = ()  # what comes from records and how checkpoints are ordered, one line each, to be said first
     doubts: tuple[str, ...] = ()  # what a reader must know before believing that order, a sentence each
     one_run: bool = False  # the models are one run's, in the order given, whatever their folders are
+    judge_model: SampleJudge | None = None  # in place of a scorer
+    scores: str | None = None  # file of the user's own scores, in place of a scorer
+    all_opponents: bool = False  # draw all samples of the reference without a scorer, too
 
     def revision_of(self, path: str) -> str | None:
         """The revision at which a model of this request is loaded."""
@@ -91,16 +97,19 @@ def requests(
     """The request for some models, from the records beside them and what the user said.
 
     model_paths: model folders, Hub names or run folders (all their checkpoints and the final model).
-    overrides: `reference`, `data`, `split`, `scorer` (`none`: no scorer), `show_scorer_input`, `output_dir`, `dtype`,
-    `trust_remote_code`, `shared`, `tokenizer`, and dotted keys of the sections `evaluation`, `tokenization` and `scorer`
-    (`evaluation.prompts`). They win over records; keys whose value is None are ignored.
+    overrides: `reference`, `data`, `split`, `scorer` (`none`: no scorer), `judge_model` (a `SampleJudge`), `scores` (a file),
+    `all_opponents`, `show_scorer_input`, `output_dir`, `dtype`, `trust_remote_code`, `shared`, `tokenizer`, and dotted keys of
+    the sections `evaluation`, `tokenization` and `scorer` (`evaluation.prompts`). They win over records; keys whose value is None
+    are ignored.
     as_runs: a trainer's output folder is its checkpoints and its final model, also where it is a model itself. as_one_run: as
     `trajectories` takes it. one_run: all models are one run's, in the order given.
     Raises UserError naming the option to give where neither a record nor an override says it, records disagree, or the record of
     a run that is not the user's names something outside its folder. Whose code may run, only `overrides` say.
     """
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
-    given |= {key: located(given[key]) for key in ("reference", "data", "scorer", "output_dir", "tokenizer") if key in given}
+    places = ("reference", "data", "scorer", "output_dir", "tokenizer", "scores")
+    given |= {key: located(given[key]) for key in places if key in given}
+    _decide_who_judges(given)
     if not model_paths:
         raise UserError("no model to evaluate: give --model_path (a model folder, a run folder or a Hub name)")
     model_paths = [located(path) for path in model_paths]
@@ -171,6 +180,9 @@ def requests(
         label=sections.scorer.label,
         show_scorer_input=bool(given.get("show_scorer_input", False)),
         revision=_revision(reference, records),
+        judge_model=given.get("judge_model"),
+        scores=given.get("scores"),
+        all_opponents=bool(given.get("all_opponents", False)),
         told=(*found_records.told(list(given)), *order.told),
         doubts=tuple(order.doubts),
         one_run=one_run,
@@ -238,6 +250,24 @@ def _repeated(record: ModelRecord | None, given: Mapping[str, Any]) -> Any:
     data = (record.config.get("data") if record is not None else None) or {}
     own = record is not None and "data" not in given and data.get("evaluation") is None
     return "keep" if own else data.get("prompt_repeated")
+
+
+def _decide_who_judges(given: dict[str, Any]) -> None:
+    """With a judge model or scores of the user's own, no scorer that a record names is in question. Raises UserError for two."""
+    options = {"judge_model": "--judge-model", "scores": "--scores"}
+    named = [option for key, option in options.items() if key in given]
+    named += ["--scorer"] if given.get("scorer", "none") != "none" else []
+    if len(named) > 1:
+        raise UserError(f"{' and '.join(named)} both say who judges the samples; give one of them")
+    if "judge_model" in given:
+        if given.get("show_scorer_input"):
+            raise UserError(
+                "--show-scorer-input: there is no scorer; replies.jsonl of the evaluation shows what a judge is asked"
+            )
+        # Every opponent of a prompt costs two requests a checkpoint.
+        given.setdefault("evaluation.opponent_samples", 1)
+    if "judge_model" in given or "scores" in given:
+        given["scorer"] = "none"
 
 
 def expand(path: str | Path, as_run: bool = False) -> list[str]:

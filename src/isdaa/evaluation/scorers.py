@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from isdaa.config import Position
 from isdaa.data.chat import joined
@@ -54,6 +54,13 @@ class Scorer(Protocol):
         ...
 
 
+@runtime_checkable
+class OwnFacts(Protocol):
+    """A scorer that says itself what records are to say of it, beside name and digest."""
+
+    def facts(self) -> dict[str, Any]: ...
+
+
 def about(scorer: Scorer | None) -> list[str]:
     """What a run says of a scorer before it goes by its scores, a line each: where a reward model is read, what it is worth."""
     return scorer.about() if isinstance(scorer, RewardModelScorer) else []
@@ -65,6 +72,8 @@ def facts(scorer: Scorer) -> dict[str, Any]:
     if isinstance(scorer, RewardModelScorer):
         found |= {"position": scorer.reading.position, "about": scorer.about()}
         found |= {} if scorer.reading.label is None else {"label": scorer.reading.label}
+    elif isinstance(scorer, OwnFacts):
+        found |= scorer.facts()
     return found
 
 

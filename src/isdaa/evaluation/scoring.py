@@ -40,7 +40,7 @@ def score(folder: str | Path, scorer: Scorer) -> None:
         if row["chosen"] is not None
     ]
     work: dict[str, tuple[str, list[Record]]] = {}
-    if chosen:
+    if chosen and getattr(scorer, "with_chosen", True):  # a file of scores may leave them out
         work[chosen_key(plan["prompts"], scorer.digest)] = ("chosen", chosen)
     for key in [*plan["reference"]["opponents"], *(model["samples"] for model in plan["models"])]:
         work[scores_key(key, plan["prompts"], scorer.digest)] = (key, samples[key])
@@ -52,6 +52,7 @@ def score(folder: str | Path, scorer: Scorer) -> None:
             for key, (of, records) in todo.items():
                 rows = [
                     {**prompts[r["prompt_id"]], "id": r["prompt_id"], "response": r["text"], "finished": r["finished"]}
+                    | {"of": of, "sample": r["sample"]}
                     for r in records
                 ]
                 values = dealt(rows, partial(scorer.score, progress=bar))

@@ -70,9 +70,11 @@ def tax_command(arguments: argparse.Namespace, overrides: Mapping[str, Any]) -> 
         if given is not None:
             raise UserError(f"--{given.replace('_', '-')}: has no effect without --tax")
         return None
-    idle = next((name for name in ("data", "split", "scorer") if overrides.get(name) is not None), None)
+    idle = next((name for name in ("data", "split", "scorer", "scores", "judge_model") if overrides.get(name) is not None), None)
     if idle is not None:
-        raise UserError(f"--{idle}: has no effect with --tax, whose items come from lm-eval; leave one of the two out")
+        raise UserError(
+            f"--{idle.replace('_', '-')}: has no effect with --tax, whose items come from lm-eval; leave one of the two out"
+        )
     settings = TaxSettings(
         tasks=tuple(arguments.tax),
         shots=_shots(arguments.tax_shots or []),

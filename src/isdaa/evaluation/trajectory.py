@@ -15,12 +15,11 @@ import numpy as np
 
 from isdaa.config import EvaluationConfig
 from isdaa.errors import UserError
-from isdaa.evaluation.analysis import METRICS, WinTable
+from isdaa.evaluation.analysis import METRICS, win_table
 from isdaa.evaluation.collect import PLAN, SAMPLES
 from isdaa.evaluation.records import Record, blocks_of, fitting, read_metrics, read_plan
 from isdaa.evaluation.requests import METRICS as HISTORY
 from isdaa.evaluation.run_groups import UNKNOWN, Identity, homes_of, in_order, names_of
-from isdaa.evaluation.scoring import SCORES
 from isdaa.foreign import check_shape, read_json
 
 SWEEP = "sweep.json"  # what a sweep leaves: its runs and where each one's evaluation lies
@@ -35,10 +34,11 @@ CONTENT = {
 class Trajectory:
     """One run. Every (C, N) array has a row a checkpoint and a column a prompt; prompts are the same for all rows.
 
-    kl: Rao–Blackwell KL from the reference, nats. wins: win rate of the prompt in [0, 1]; None without a scorer.
-    rewards: the scorer's points; None without one. lengths: tokens of the sample that was judged.
-    start: the reference's own win rate (½ with ties at half), None without a scorer; start_wins: the same prompt by prompt, (N,).
-    metrics: the checkpoints' entries of `metrics.json`, with means and intervals. history: the run's `metrics.jsonl`.
+    kl: Rao–Blackwell KL from the reference, nats. wins: win rate of the prompt in [0, 1]; None without a scorer or judge.
+    rewards: the scorer's points; None without one, and of a judge model, which gives none. lengths: tokens of the sample that
+    was judged. start: the reference's own win rate (½ with ties at half), None where `wins` are; start_wins: the same prompt by
+    prompt, (N,). metrics: the checkpoints' entries of `metrics.json`, with means and intervals. history: `metrics.jsonl` of the
+    run.
     """
 
     name: str
@@ -107,7 +107,8 @@ def read_study(path: str | Path, as_one_run: bool = False) -> Study:
     metrics = read_metrics(evaluation / METRICS)
     with fitting(evaluation):
         runs, ended = _trajectories(evaluation, as_one_run)
-    return Study(runs, metrics, folder.resolve().name, folder, notes=metrics.get("doubts") or [], ended=ended)
+    notes = [*(metrics.get("doubts") or []), *(metrics.get("judged") or {}).get("notes", [])]
+    return Study(runs, metrics, folder.resolve().name, folder, notes=notes, ended=ended)
 
 
 def read_sweep(path: Path) -> dict[str, Any]:
@@ -178,9 +179,12 @@ def with_left_out(models: Sequence[tuple[Record, Record]], left_out: Sequence[Re
 
 def _trajectories(folder: Path, as_one_run: bool) -> tuple[list[Trajectory], dict[str, str]]:
     plan, metrics = read_plan(folder / PLAN), read_metrics(folder / METRICS)
+    if plan["scorer"] is None and metrics["scorer"] is not None:
+        raise UserError(f"{folder}: its last evaluation was cut off before there were win rates; run the same command again")
     settings = EvaluationConfig(**{k: v for k, v in metrics["settings"].items() if k in EvaluationConfig.model_fields})
-    samples, scores = (blocks_of(folder, name, plan) for name in (SAMPLES, SCORES))
-    table = WinTable(plan, samples[plan["prompts"]], scores, settings) if plan["scorer"] is not None else None
+    samples = blocks_of(folder, SAMPLES, plan)
+    table = win_table(folder, plan, samples[plan["prompts"]], settings) if plan["scorer"] is not None else None
+    kept = slice(None) if table is None else table.kept
     start, start_wins = metrics["reference"]["win_rate"], table.reference_rows() if table is not None else None
     models = with_left_out(list(zip(plan["models"], metrics["models"], strict=True)), metrics.get("left_out") or [])
     identities: list[Identity] = [(e.get("method"), e.get("beta"), e.get("seed")) for _, e in models]
@@ -206,8 +210,8 @@ def _trajectories(folder: Path, as_one_run: bool) -> tuple[list[Trajectory], dic
         entries = [entry for _, entry in members]
         steps = [entry["step"] for entry in entries]
         known = None not in steps and all(a < b for a, b in pairwise(steps))
-        kl = np.array([[r["kl"] for r in samples[p["kl"]]] for p, _ in members])
-        lengths = np.array([[float(r["tokens"]) for r in samples[p["samples"]]] for p, _ in members])
+        kl = np.array([[r["kl"] for r in samples[p["kl"]]] for p, _ in members])[:, kept]
+        lengths = np.array([[float(r["tokens"]) for r in samples[p["samples"]]] for p, _ in members])[:, kept]
         judged = [table.policy_rows(p["samples"]) for p, _ in members] if table is not None else []
         found.append(
             Trajectory(
@@ -218,7 +222,7 @@ def _trajectories(folder: Path, as_one_run: bool) -> tuple[list[Trajectory], dic
                 kl=kl,
                 wins=np.stack([wins for wins, _ in judged]) if judged else None,
                 start=start["mean"] if start is not None else None,
-                rewards=np.stack([rewards for _, rewards in judged]) if judged else None,
+                rewards=np.stack(rewards) if (rewards := [points for _, points in judged if points is not None]) else None,
                 lengths=lengths,
                 method=identity[0],
                 beta=identity[1],

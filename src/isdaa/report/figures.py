@@ -207,8 +207,9 @@ def _level(found: Findings) -> str:
 
 def _courses(found: Findings) -> list[Figure]:
     """Numbers of the checkpoints over training: side by side where there is one panel, a figure each where there are many."""
+    score = ", score" if has(found.panels, REWARD) else ""  # a judge model gives none
     specifications: list[tuple[str, str, Sequence[Quantity]]] = [
-        ("training", "Win rate, score and distance" if found.study.scored else "Distance", (WIN, REWARD, KL)),
+        ("training", (f"Win rate{score} and distance" if found.study.scored else "Distance"), (WIN, REWARD, KL)),
         ("texts", "Length, truncation, repetition", TEXTS),
         ("held_out", "Accuracy and drift on held-out pairs", HELD_OUT),
     ]

@@ -94,10 +94,12 @@ def _options(names: Sequence[str], metrics: Mapping[str, Any]) -> list[str]:
         options += ["--data", str(data or PROMPTS)]
     scorer = (metrics.get("scorer") or {}).get("name")
     known = asked.scorer if asked is not None else None
-    if scorer != known and not (scorer and known and _same(scorer, known)):
+    if told := (metrics.get("scorer") or {}).get("options"):  # a judge model, or scores of the user's own
+        options += told
+    elif scorer != known and not (scorer and known and _same(scorer, known)):
         options += ["--scorer", str(scorer or "none")]
     position = (metrics.get("scorer") or {}).get("position", "auto")
-    if position != (asked.position if asked is not None else "auto"):
+    if not told and position != (asked.position if asked is not None else "auto"):
         options += ["--scorer.position", position]
     label = (metrics.get("scorer") or {}).get("label")
     if label is not None and label != (asked.label if asked is not None else None):

@@ -38,7 +38,7 @@ def samples_of(run: Trajectory, verdict: Verdict | None) -> dict[str, Any] | Non
 def _read(run: Trajectory, folder: Path, verdict: Verdict | None) -> dict[str, Any]:
     plan = read_plan(folder / PLAN)
     samples = blocks_of(folder, SAMPLES, plan)
-    scores = blocks_of(folder, SCORES, plan) if plan["scorer"] is not None else None
+    scores = blocks_of(folder, SCORES, plan) if run.rewards is not None else None  # a judge gives none
     prompts = samples[plan["prompts"]]
     keys = {model["path"]: model["samples"] for model in plan["models"]}
     chosen = _columns(run, verdict)

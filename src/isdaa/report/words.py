@@ -13,7 +13,8 @@ MOST_NAMED = 4  # cells in a sentence
 REFERENCE = "the reference"  # what is kept where no checkpoint is
 OVER, WORSE, UNDER, DIVERGED = "over-optimised", "worse", "underpowered", "diverged"
 NO_SCORER = (
-    "No verdict: these runs were evaluated without a scorer, and KL, drift and held-out accuracy do not tell better from worse."
+    "No verdict: these runs were evaluated without a scorer, and KL, drift and held-out accuracy do not tell better from worse. "
+    "Name a reward model with --scorer, a judge with --judge-model … --judge-base-url …, or your own scores with --scores FILE."
 )
 TOO_FEW = "No verdict: it takes at least three checkpoints of a run to tell a fall from noise."
 
@@ -179,7 +180,8 @@ def _basis(report: Mapping[str, Any]) -> str:
         words.insert(0, f"{len(report['cells'])} cells")
     if report["scored"]:
         opponent = "the data's chosen responses" if report["opponent"] == "chosen" else "the reference"
-        words.append(f"win rate against {opponent}, scored by {report['scorer']['name']}")
+        how = "judged" if report["scorer"].get("kind") == "judge" else "scored"
+        words.append(f"win rate against {opponent}, {how} by {report['scorer']['name']}")
         words[-1] += f" ({report['scorer']['about'][1]})" if len(report["scorer"].get("about", ())) > 1 else ""
     return ", ".join(words) + "."
 
