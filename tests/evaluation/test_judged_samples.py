@@ -121,7 +121,7 @@ def test_a_judge_that_prefers_shorter_answers_gives_the_verdict_and_the_page(
         asked = len(server.asked)
         assert main(command(falling, prompts, tmp_path / "page", server.url)) == 0
         assert len(server.asked) == asked
-    assert f"at most {2 * PROMPTS * 4} requests: {PROMPTS} prompts × 4 models" in " ".join(told.err.split())
+    assert f"at most {2 * PROMPTS * 4} requests ({PROMPTS} prompts × 4 models × 1 opponent (" in " ".join(told.err.split())
     assert "all is judged already, so nothing is asked" in " ".join(capsys.readouterr().err.split())
     report = read_json(tmp_path / "page/report.json")
     (found,) = report["runs"]
@@ -211,7 +211,7 @@ def test_the_command_ends_with_3_after_the_page_is_written(
         assert main([*words, "--judge-price-in", "1", "--judge-price-out", "2"]) == 3
         assert "Here are a forum post" in server.contents()[0]
     told = capsys.readouterr()
-    assert "so at most about" in told.err and "is enough for about 7 of the prompts" in " ".join(told.err.split())
+    assert "which cost about" in told.err and "is enough for about 7 of the prompts" in " ".join(told.err.split())
     assert (tmp_path / "page/report.html").is_file() and "Judged in part: all numbers are of the" in told.out
     assert told.err.splitlines()[-1].startswith("isdaa: error: ") and "the same command goes on" in told.err
     assert any("Judged in part" in note for note in read_json(tmp_path / "page/report.json")["notes"])

@@ -34,7 +34,8 @@ def warnings_of(metrics: Mapping[str, Any]) -> list[str]:
     kl = [model["kl"].get("truncated") or 0.0 for model in metrics["models"]]
     limit = metrics["settings"].get("max_new_tokens")
     if any(map(many, [*models, *own])):
-        what = "win rate and score" if metrics["scorer"] is not None else "length and repetition"
+        judged = (metrics["scorer"] or {}).get("kind") == "judge"  # which gives no scores
+        what = "length and repetition" if metrics["scorer"] is None else "win rate and length" if judged else "win rate and score"
         what += " are of fragments"
         what += ", and KL counts to that limit alone" if any(map(many, kl)) else ""
         cut = {"the checkpoints' responses": models, "the reference's": own}

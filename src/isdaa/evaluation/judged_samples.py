@@ -129,14 +129,15 @@ class SampleJudge:
             words = sum(len(message["content"]) for question in asked for message in question.messages) / len(asked)
             read += each * (words / CHARACTERS + 2 * plan["settings"]["max_new_tokens"])
             written += each * (settings.max_tokens if self.asking.own_max_tokens else asked[0].max_tokens)
-        labels, other = ", ".join(side.label for side in todo), len(plan["reference"]["opponents"])
-        against = f"{other} sample{'s' * (other != 1)} of the reference" if todo[0].theirs else "the chosen response"
+        opponents, count = len(plan["reference"]["opponents"]), f"{len(todo)} model{'s' * (len(todo) != 1)}"
+        named = f"{opponents} opponent{'s' * (opponents != 1)} (--evaluation.opponent_samples)"
+        against = named if todo[0].theirs else "the chosen response"
         line = (
-            f"at most {each * len(prompts):,} requests: {len(prompts)} prompts × {len(todo)} models ({labels}) × {against} × "
-            f"2 orders; about {read:,.0f} tokens read and at most {written:,} written"
+            f"at most {each * len(prompts):,} requests ({len(prompts)} prompts × {count} × {against} × 2 orders), "
+            f"about {read:,.0f} tokens read and {written:,} written at most"
         )
         if settings.price_in is not None and settings.price_out is not None:
-            line += f", so at most about {(read * settings.price_in + written * settings.price_out) / 1e6:.2f}"
+            line += f", which cost about {(read * settings.price_in + written * settings.price_out) / 1e6:.2f} at most"
         line += "; equal texts and what was answered before cost nothing"
         if settings.max_requests is not None and settings.max_requests < each * len(prompts):
             enough = settings.max_requests // each
