@@ -8,7 +8,7 @@ import pytest
 
 from isdaa import evaluation
 from isdaa.evaluation.falls import BOUNCES, MARGIN, above, bounce_of, simultaneous, smoothing
-from isdaa.evaluation.overoptimization import Law, fit_law, judge, law_of, shown_better, verdict_of
+from isdaa.evaluation.overoptimization import Law, fit_law, judge, law_of, places_of, shown_better, verdict_of
 from isdaa.evaluation.trajectory import Trajectory
 
 
@@ -100,8 +100,12 @@ def test_a_fall_is_found():
     assert verdict.peak in (1, 2) and verdict.recommended in (1, 2)
     assert MARGIN < verdict.lower < verdict.fall < verdict.upper <= 1
     assert 0.15 < verdict.fall < 0.27
-    assert verdict.sentence.startswith("Over-optimised: win rate fell from 0.7")
-    assert "at step 80, by at least 0." in verdict.sentence and "more than checkpoints vary by chance" in verdict.sentence
+    assert verdict.sentence.startswith("Over-optimised: the win rate against the reference fell from 0.7")
+    assert "(checkpoint-80), by at least 0." in verdict.sentence
+    assert "(95 %), while the distance from the reference still grew. Keep checkpoint-" in verdict.sentence
+    assert (
+        "the win rate against the data's chosen responses fell" in judge(a_run(simulated(FALLING)[0]), opponent="chosen").sentence
+    )
     assert verdict.prompts_needed is None
 
 
@@ -110,7 +114,8 @@ def test_sentences_quote_the_table():
     for curve in (FALLING, AT_ONCE, [0.63, 0.80, 0.66, 0.53]):
         run = a_run(simulated(curve)[0])
         verdict = judge(run)
-        said = re.search(r"from (0\.\d\d) at step (\d+) to (0\.\d\d) at step (\d+), by at least (0\.\d\d)", verdict.sentence)
+        place = r"(0\.\d\d) \(checkpoint-(\d+)\)"
+        said = re.search(rf"from {place} to {place}, by at least (0\.\d\d)", verdict.sentence)
         raw = dict(zip(run.steps, run.wins.mean(axis=1), strict=True))
         assert float(said[1]) == pytest.approx(raw[int(said[2])], abs=0.0051) and int(said[4]) == run.steps[-1]
         assert float(said[3]) == pytest.approx(raw[int(said[4])], abs=0.0051)
@@ -122,21 +127,21 @@ def test_four_checkpoints_see_what_anyone_can_see():
     """0.63, 0.80, 0.66, 0.53 at KL 4, 6, 17, 20 was called underpowered, with however many prompts."""
     for prompts in (128, 512, 4096):
         verdict = verdict_of(simulated([0.63, 0.80, 0.66, 0.53], prompts=prompts)[0], np.array([4.0, 6.0, 17.0, 20.0]))
-        assert verdict.finding == "over-optimised" and verdict.peak == 1 and verdict.sentence.endswith("keep checkpoint-2.")
+        assert verdict.finding == "over-optimised" and verdict.peak == 1 and verdict.sentence.endswith(". Keep checkpoint-2.")
 
 
 def test_a_fall_within_the_bounce_is_worse_and_no_more():
     verdict = judge(a_run(simulated([0.75, 0.62, 0.75, 0.62, 0.75, 0.62], prompts=512)[0]))
     assert verdict.finding == "worse" and verdict.lower > MARGIN
     assert "Worse at the end" in verdict.sentence and "ordinary variation between checkpoints" in verdict.sentence
-    assert "keep checkpoint-" in verdict.sentence
+    assert "Keep checkpoint-" in verdict.sentence and "still grew" not in verdict.sentence
 
 
 def test_a_rising_run_is_healthy():
     verdict = judge(a_run(simulated(RISING, prompts=1024)[0]))
     assert verdict.finding == "not detected" and verdict.upper < 0.05
     assert verdict.fall < 0.02 and verdict.recommended >= 4
-    said = float(re.search(r"more than (0\.\d\d) above", verdict.sentence)[1])
+    said = float(re.search(r"at most (0\.\d\d) below the highest", verdict.sentence)[1])
     assert said - 0.01 <= verdict.upper <= said
 
 
@@ -144,7 +149,8 @@ def test_too_little_data_says_what_would_do():
     verdict = judge(a_run(simulated([0.70, 0.75, 0.74, 0.75, 0.73, 0.70], prompts=24, seed=3)[0]))
     assert verdict.finding == "underpowered"
     assert verdict.prompts_needed is None or verdict.prompts_needed > 24
-    assert verdict.sentence.startswith("Underpowered") and "seeds" not in verdict.sentence and "for now" in verdict.sentence
+    assert verdict.sentence.startswith("Underpowered") and "seeds" not in verdict.sentence and "or now" in verdict.sentence
+    assert "24 prompts are too few" in verdict.sentence
 
 
 @pytest.mark.parametrize("curve", [[0.75] * 6, [0.65, 0.75, 0.73, 0.71, 0.69, 0.67], [0.6, 0.7, 0.74, 0.6]])
@@ -164,7 +170,7 @@ def test_a_run_below_its_reference_has_fallen_from_the_start():
     verdict = judge(a_run(simulated([0.42, 0.40, 0.38, 0.35, 0.33, 0.30])[0]))
     assert verdict.finding == "over-optimised" and verdict.below_start
     assert verdict.fall == pytest.approx(0.20, abs=0.04)
-    assert "from 0.50 of the untrained reference" in verdict.sentence and verdict.sentence.endswith("keep the reference.")
+    assert "from 0.50 (the untrained reference)" in verdict.sentence and verdict.sentence.endswith("keep the reference.")
     assert not judge(a_run(simulated([0.42, 0.40, 0.38, 0.35, 0.33, 0.30])[0], start=None)).below_start
 
 
@@ -186,7 +192,7 @@ def test_a_peak_at_the_first_checkpoint():
 
 def test_a_fall_without_more_kl_is_not_over_optimisation():
     verdict = judge(a_run(simulated(FALLING)[0], kl=[1, 8, 8, 7, 6, 5, 4, 3]))
-    assert verdict.finding == "worse" and "KL did not grow" in verdict.sentence
+    assert verdict.finding == "worse" and "the distance (KL) did not grow" in verdict.sentence
     assert verdict.prompts_needed is None
 
 
@@ -240,7 +246,11 @@ def test_what_is_kept_is_the_smallest_kl_of_the_equally_good():
     wins[4, :3] = [0.75, 0.75, 0.25]
     wins[2:4, :3] = 0.5
     verdict = judge(a_run(wins))
-    assert verdict.recommended == 2 and "at KL 3.0; the highest is checkpoint-50" in verdict.sentence  # what it trades
+    assert verdict.recommended == 2  # and what it trades:
+    trade = (
+        "checkpoint-50 is higher by less than 0.01, but within one standard error, at 1.7 times the KL (5.0 against 3.0 nats)."
+    )
+    assert verdict.sentence.endswith(f"eep checkpoint-30: {trade}")
     assert judge(a_run(wins, kl=[5, 5, 5, 4, 3])).recommended == 4
 
 
@@ -392,17 +402,17 @@ def test_no_peak_is_named_whose_interval_has_no_end():
 def test_nothing_is_recommended_that_is_not_shown_to_be_better():
     verdict = judge(a_run(simulated([0.50, 0.51, 0.50, 0.49, 0.50, 0.50], prompts=128)[0]))
     assert verdict.better is False and verdict.keeps_reference
-    assert "no checkpoint is shown to be better than the reference (95 %)" in verdict.sentence
-    assert verdict.sentence.endswith("keep the reference.") and "keep checkpoint" not in verdict.sentence
+    assert "No checkpoint is shown to be better than the reference (95 %)" in verdict.sentence
+    assert verdict.sentence.endswith("keep the reference.") and "eep checkpoint" not in verdict.sentence
     found = judge(a_run(simulated(RISING)[0]))
-    assert found.better is True and not found.keeps_reference and "no checkpoint" not in found.sentence
+    assert found.better is True and not found.keeps_reference and "o checkpoint" not in found.sentence
 
 
 def test_one_checkpoint_that_is_shown_to_be_better_is_kept_though_its_neighbours_are_worse():
     """The reference was recommended once, for the smoothed curve lies below it, and `better` said the opposite."""
     verdict = judge(a_run(simulated([0.20, 0.58, 0.20, 0.20], prompts=800)[0]))
     assert verdict.better is True and verdict.recommended == 1 and not verdict.keeps_reference
-    assert "keep checkpoint-2" in verdict.sentence and "keep the reference" not in verdict.sentence
+    assert "eep checkpoint-2" in verdict.sentence and "keep the reference" not in verdict.sentence
 
 
 def test_what_is_recommended_is_itself_shown_to_be_better():
@@ -425,5 +435,25 @@ def test_an_unknown_reference_is_said():
 def test_steps_that_nobody_knows_are_told_by_labels():
     wins = simulated(FALLING)[0]
     said = verdict_of(wins, np.arange(1.0, 9.0), labels=[f"epoch-{i}" for i in range(8)]).sentence
-    assert "at epoch-" in said and "at epoch-7, by" in said and "step" not in said
-    assert "at step 80, by" in judge(a_run(wins)).sentence
+    assert "(epoch-" in said and "(epoch-7), by" in said and "step" not in said
+    assert "(checkpoint-80), by" in judge(a_run(wins)).sentence
+
+
+def test_checkpoints_are_called_by_the_shortest_name_that_tells_them_apart():
+    assert places_of(["/a/out/checkpoint-100", "/a/out/checkpoint-200"]) == ["checkpoint-100", "checkpoint-200"]
+    assert places_of(["one/model", "two/model"], [4, 8]) == ["one/model, step 4", "two/model, step 8"]
+    assert places_of(["out/checkpoint-100", "out/model", "epoch-3"], [100, 150, 200]) == [
+        "checkpoint-100",
+        "model, step 150",
+        "epoch-3, step 200",
+    ]
+
+
+def test_a_higher_checkpoint_that_is_not_kept_is_told_with_what_it_costs():
+    """Two prompts in 200 more, at three times the distance; where KL is nought, no ratio; and never a negative zero."""
+    place = np.arange(200)
+    wins = np.stack([place < 150, (place > 0) & (place < 151), (place > 2) & (place < 155)]).astype(float)
+    trade = "checkpoint-3 is 0.01 higher, but within one standard error, at 3.0 times the KL (6.0 against 2.0 nats)."
+    assert verdict_of(wins, np.array([2.0, 4.0, 6.0])).sentence.endswith(f"eep checkpoint-1: {trade}")
+    said = verdict_of(wins, np.array([-0.004, 4.0, 6.0])).sentence
+    assert said.endswith("at a larger KL (6.0 against 0.0 nats).")

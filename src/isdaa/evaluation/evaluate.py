@@ -210,8 +210,8 @@ def with_verdicts(folder: str | Path) -> dict[str, Any]:
     from isdaa.evaluation.trajectory import runs_ended, trajectories
 
     runs = trajectories(folder)
-    verdicts = {run.name: judge(run) for run in runs}
     metrics = read_metrics(Path(folder) / METRICS)
+    verdicts = {run.name: judge(run, opponent=metrics["opponent"]) for run in runs}
     metrics["verdicts"] = {name: None if found is None else asdict(found) for name, found in verdicts.items()}
     metrics["better"] = {run.name: shown_better(run) for run in runs}
     if ended := runs_ended(folder):

@@ -49,6 +49,7 @@ class Measured:
     recommended: int
     below_start: bool  # the fall counts from the reference
     better: bool | None  # whether some checkpoint is shown to be better than the reference; None where that cannot be asked
+    best_shown: bool  # whether the checkpoint of the highest win rate is (True where that cannot be asked)
     prompts_needed: int | None  # that would decide whether the last is worse, if some number would
 
 
@@ -85,6 +86,7 @@ def measure(
         recommended=_keep(means, kl, np.cov(wins) / wins.shape[1], shown),
         below_start=below,
         better=None if shown is None else bool(shown.any()),
+        best_shown=shown is None or bool(shown[means.argmax()]),
         prompts_needed=None if worse or upper < NEGLIGIBLE else prompts_needed(rows, offset, critical, seed),
     )
 

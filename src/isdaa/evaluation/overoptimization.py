@@ -5,8 +5,10 @@ The numbers come from `falls.py`; here they become a finding, a sentence and a l
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any, Literal
 
 import numpy as np
@@ -81,11 +83,13 @@ def verdict_of(
     labels: Sequence[str] | None = None,
     seed: int = 0,
     start_wins: np.ndarray | None = None,
+    opponent: str = "reference",
 ) -> Verdict | None:
     """The verdict from (C, N) win rates and (C,) or (C, N) KL; None from fewer than 3 checkpoints or 4 prompts.
 
     start: the reference's own win rate; start_wins: the same prompt by prompt, (N,), where it was measured. steps: of the
-    checkpoints; where only labels are known, the sentence goes by them.
+    checkpoints, where they are known. labels: their names or paths, by which the sentence goes. opponent: `reference` or
+    `chosen`, of which the win rates are.
     """
     wins, kl = np.asarray(wins, dtype=np.float64), np.asarray(kl, dtype=np.float64)
     if wins.ndim != 2 or len(kl) != len(wins):
@@ -102,8 +106,9 @@ def verdict_of(
         finding = "not detected"
     if labels is None:
         labels = [f"checkpoint-{step}" for step in (range(1, len(wins) + 1) if steps is None else steps)]
-    places = list(labels) if steps is None else [f"step {int(step)}" for step in steps]
-    sentence = _sentence(finding, found, grown, wins.mean(axis=1), kl, start, places, labels)
+    against = "the data's chosen responses" if opponent == "chosen" else "the reference"
+    sentence = f"{_finding_told(finding, found, grown, wins, start, places_of(labels, steps), against)} "
+    sentence += _advice(found, wins.mean(axis=1), kl, places_of(labels), "for now " if finding == "underpowered" else "")
     return Verdict(
         finding,
         found.fall,
@@ -119,15 +124,17 @@ def verdict_of(
     )
 
 
-def judge(run: Trajectory, *, seed: int = 0) -> Verdict | None:
-    """The verdict on one run; None without win rates or with fewer than three checkpoints."""
+def judge(run: Trajectory, *, seed: int = 0, opponent: str = "reference") -> Verdict | None:
+    """The verdict on one run; None without win rates or with fewer than three checkpoints. opponent: of its win rates."""
     if run.wins is None:
         return None
     steps = list(run.steps) if run.steps_known else None
-    found = verdict_of(run.wins, run.kl, run.start, steps=steps, labels=run.labels, seed=seed, start_wins=run.start_wins)
+    found = verdict_of(
+        run.wins, run.kl, run.start, steps=steps, labels=run.labels, seed=seed, start_wins=run.start_wins, opponent=opponent
+    )
     if found is None or run.ended is None:
         return found
-    keep = f"{NONE_BETTER}: keep the reference" if found.better is False else f"keep {run.labels[found.recommended]}"
+    keep = f"{NONE_BETTER}: keep the reference" if found.better is False else f"keep {places_of(run.labels)[found.recommended]}"
     sentence = f"No verdict: the run ended in weights that are not finite ({run.ended}); of the checkpoints before, {keep}."
     return replace(
         found,
@@ -148,46 +155,65 @@ def shown_better(run: Trajectory, *, seed: int = 0) -> bool | None:
     return None if shown is None else bool(shown.any())
 
 
-def _sentence(
+def places_of(labels: Sequence[str], steps: Sequence[int] | None = None) -> list[str]:
+    """What sentences call the checkpoints of one run: `checkpoint-200` for `out/checkpoint-200`, where that tells them apart.
+
+    steps: said too where they are known and the name does not end in them: `model, step 200`.
+    """
+    short = [PurePath(label).name or label for label in labels]
+    names = short if len(set(short)) == len(short) else list(labels)
+    if steps is None:
+        return names
+    return [
+        name if (found := re.search(r"(\d+)$", name)) and int(found[1]) == step else f"{name}, step {int(step)}"
+        for name, step in zip(names, steps, strict=True)
+    ]
+
+
+def _finding_told(
     finding: Finding,
     found: Measured,
     grown: bool,
-    means: np.ndarray,
-    kl: np.ndarray,
+    wins: np.ndarray,
     start: float | None,
     places: Sequence[str],
-    labels: Sequence[str],
+    against: str,
 ) -> str:
-    """What was found, in numbers that stand in the table, and what to do. Bounds are rounded outwards."""
-    lower, upper = np.floor(100 * found.lower) / 100, np.ceil(100 * found.upper) / 100
-    top, origin = means[found.peak], f"at {places[found.peak]}"
+    """What was found, a sentence in numbers that stand in the table. Bounds are rounded outwards."""
+    means = wins.mean(axis=1)
+    lower, upper = np.floor(100 * found.lower) / 100, max(np.ceil(100 * found.upper) / 100, 0.01)
+    top, origin = means[found.peak], places[found.peak]
     if found.below_start and start is not None:
-        top, origin = start, "of the untrained reference"
-    last = f"{means[-1]:.2f} at {places[-1]}"
-    fall = f"win rate fell from {top:.2f} {origin} to {last}, by at least {lower:.2f} (95 %)"
-    keep = _advice(found, means, kl, labels, "for now " if finding == "underpowered" else "")
+        top, origin = start, "the untrained reference"
+    last = f"{means[-1]:.2f} ({places[-1]})"
+    fall = f"the win rate against {against} fell from {top:.2f} ({origin}) to {last}, by at least {lower:.2f} (95 %)"
     if finding == "over-optimised":
-        return f"Over-optimised: {fall}, more than checkpoints vary by chance; {keep}."
+        return f"Over-optimised: {fall}, while the distance from the reference still grew."
     if finding == "worse":
-        why = "that may be ordinary variation between checkpoints" if grown else "but KL did not grow since"
-        return f"Worse at the end: {fall}; {why}; {keep}."
+        why = "that may be ordinary variation between checkpoints" if grown else "but the distance (KL) did not grow since"
+        return f"Worse at the end: {fall}; {why}."
+    ends = f"the last checkpoint's win rate against {against}, {last},"
     if finding == "not detected":
-        bound = f"nothing lies more than {max(upper, 0.01):.2f} above the last checkpoint, {last} (95 %)"
-        return f"Over-optimisation not detected: {bound}; {keep}."
-    ask = f"about {found.prompts_needed} prompts would decide; " if found.prompts_needed else ""
-    return f"Underpowered: others may be better than the last checkpoint, {last}, by up to {upper:.2f} (95 %); {ask}{keep}."
+        return f"Over-optimisation not detected: {ends} lies at most {upper:.2f} below the highest of the run (95 %)."
+    ask = f"; about {found.prompts_needed} prompts would decide" if found.prompts_needed else ""
+    few = f"{wins.shape[1]} prompts are too few to say whether it fell"
+    return f"Underpowered: {ends} may lie up to {upper:.2f} below the highest of the run (95 %): {few}{ask}."
 
 
-def _advice(found: Measured, means: np.ndarray, kl: np.ndarray, labels: Sequence[str], now: str) -> str:
-    """Which checkpoint to keep, and what that trades where another one is higher."""
+def _advice(found: Measured, means: np.ndarray, kl: np.ndarray, names: Sequence[str], now: str) -> str:
+    """Which checkpoint to keep, and what that trades where another one is higher, a sentence."""
     if found.better is False:
-        return f"{NONE_BETTER}: {now}keep the reference"
+        return f"{NONE_BETTER[:1].upper()}{NONE_BETTER[1:]}: {now}keep the reference."
     kept, best = found.recommended, int(means.argmax())
-    more = [] if found.better else ["the reference's own win rate is not known"]
+    told = f"{now}keep {names[kept]}" + ("" if found.better else " (the reference's own win rate is not known)")
     if kept != best:
-        trade = f"{means[kept]:.2f} at KL {kl[kept]:.1f}; the highest is {labels[best]}, {means[best]:.2f} at KL {kl[best]:.1f}"
-        more = [trade, *more]
-    return f"{now}keep {labels[kept]}" + (f" ({'; '.join(more)})" if more else "")
+        gap = means[best] - means[kept]
+        more = f"{gap:.2f} higher" if gap >= 0.005 else "higher by less than 0.01"
+        why = "but within one standard error" if found.best_shown else "but not shown to be better than the reference"
+        times = f"{kl[best] / kl[kept]:.1f} times the KL" if kl[kept] >= 0.05 else "a larger KL"
+        times = times if kl[best] > kl[kept] else "another KL"
+        told += f": {names[best]} is {more}, {why}, at {times} ({kl[best]:z.1f} against {kl[kept]:z.1f} nats)"
+    return f"{told[:1].upper()}{told[1:]}."
 
 
 def fit_law(runs: Sequence[Trajectory], *, resamples: int = 1000, seed: int = 0) -> Law | None:

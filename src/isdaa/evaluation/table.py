@@ -112,8 +112,8 @@ def pm(interval: Mapping[str, Any] | None, digits: int) -> str:
     if interval is None:
         return ""
     if interval["low"] is None or interval["low"] == interval["high"]:
-        return f"{interval['mean']:.{digits}f}"
-    return f"{interval['mean']:.{digits}f} ± {(interval['high'] - interval['low']) / 2:.{digits}f}"
+        return f"{interval['mean']:z.{digits}f}"
+    return f"{interval['mean']:z.{digits}f} ± {(interval['high'] - interval['low']) / 2:.{digits}f}"
 
 
 def short(label: str) -> str:
@@ -129,5 +129,5 @@ def mean(interval: Mapping[str, Any] | None, digits: int) -> str:
 
 
 def number(value: float | None, digits: int) -> str:
-    """A number, or nothing."""
-    return "" if value is None else f"{value:.{digits}f}"
+    """A number, never -0.00, or nothing."""
+    return "" if value is None else f"{value:z.{digits}f}"

@@ -145,7 +145,7 @@ def signed(difference: Record | None) -> str:
     """`-0.012 ± 0.008`; the number alone without an interval; empty where there is none."""
     if difference is None:
         return ""
-    mean = f"{difference['mean'] + 0.0:+.3f}"
+    mean = f"{difference['mean']:+z.3f}"
     return mean if difference["low"] is None else f"{mean} ± {(difference['high'] - difference['low']) / 2:.3f}"
 
 

@@ -23,10 +23,7 @@ def number(value: Any, digits: int = 2) -> str:
     """A number with a real minus sign; a dash where there is none."""
     if value is None:
         return "–"
-    text = f"{float(value):.{digits}f}"
-    if float(text) == 0:
-        text = text.removeprefix("-")
-    return text.replace("-", "−")
+    return f"{float(value):z.{digits}f}".replace("-", "−")
 
 
 def percent(confidence: float) -> str:
