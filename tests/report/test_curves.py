@@ -103,11 +103,13 @@ def test_a_course_has_the_reference_and_skips_what_nobody_measured():
     made = study([trajectory()])
     panels = panels_of(lines_of(made))
     chart = course_chart(
-        panels, [Quantity("length", "Length", ""), Quantity("nothing", "Nothing", "")], reference=made.metrics["reference"]
+        panels,
+        [Quantity("length", "Length", "", ""), Quantity("nothing", "Nothing", "", "")],
+        reference=made.metrics["reference"],
     )
     specification = chart.to_dict(validate=True)
     assert specification["layer"][0]["data"]["values"] == [{"y": 18.0}]
-    assert course_chart(panels, [Quantity("nothing", "Nothing", "")]) is None
+    assert course_chart(panels, [Quantity("nothing", "Nothing", "", "")]) is None
 
 
 def test_weights_are_means_over_seeds():

@@ -12,7 +12,7 @@ import numpy as np
 
 from isdaa.evaluation import fragments, left_out
 from isdaa.evaluation.comparison import WHAT, CellSummary, MatchedKl, difference, summarise, to_json
-from isdaa.evaluation.overoptimization import Law, Verdict, fit_law, judge, shown_better
+from isdaa.evaluation.overoptimization import Law, Verdict, fit_law, judge, places_of, shown_better
 from isdaa.evaluation.requests import METRICS as HISTORY
 from isdaa.evaluation.trajectory import Study, Trajectory
 from isdaa.files import csv_text
@@ -95,7 +95,7 @@ def find(study: Study) -> Findings:
     return Findings(
         study, lines, panels_of(lines),
         {summary.cell: summary for summary in summarise(runs, confidence=confidence)},
-        {id(run): judge(run) for run in runs},
+        {id(run): judge(run, opponent=study.metrics.get("opponent", "reference")) for run in runs},
         {line.cell: fit_law(line.runs) for line in lines},
         drawn, matched, weights, logs,
     )  # fmt: skip
@@ -194,6 +194,7 @@ def _checkpoint(found: Findings, run: Trajectory, index: int, recommended: bool)
     held_out = entry.get("held_out") or {}
     row = {
         "label": run.labels[index],
+        "name": places_of(run.labels)[index],
         "path": str(run.paths[index]),
         "step": entry.get("step"),
         "root_kl": float(run.root_kl[index]),
@@ -287,7 +288,7 @@ def _samples(found: Findings) -> list[dict[str, Any]]:
     blocks = []
     for run, why in picked:
         run = by_name[(run.name, run.cell, run.seed)]
-        content = samples_of(run, found.verdicts[id(run)])
+        content = samples_of(run, found.verdicts[id(run)], found.evaluated["opponent"])
         if content is not None:
             blocks.append({"run": run.name, "label": titles[id(run)], "seed": run.seed, "why": why} | content)
     return blocks

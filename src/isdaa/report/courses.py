@@ -15,6 +15,7 @@ from isdaa.report.style import MUTED, Drawing, configured, field, frame, layer
 
 WEIGHTS = "weights/"
 QUANTILES = ("p05", "p25", "p50", "p75", "p95")
+STEP, NUMBER = "Training step", "Checkpoint, in the order of training"
 POINTS = 80  # of a line through the history
 
 
@@ -24,7 +25,8 @@ class Quantity:
 
     key: str  # dotted
     title: str
-    caption: str  # where it stands alone
+    short: str  # in a heading
+    caption: str
     format: str = ".2f"
 
     @property
@@ -49,7 +51,7 @@ def course_chart(
     width: int = 980,
     height: int | None = None,
     reference: Mapping[str, Any] | None = None,
-    step: str = "Training step",
+    step: str = STEP,
 ) -> Drawing | None:
     """Numbers of the checkpoints over training steps: one panel a quantity and β, means over seeds with the seeds behind.
 
@@ -115,7 +117,8 @@ def quantile_chart(
     drawn = []
     for line, weights in lines:
         rows = thin([dict(zip(("x", *QUANTILES), row, strict=True)) for row in _columns(weights)])
-        x = alt.X("x:Q", axis=alt.Axis(title="Training step", grid=False, tickCount=5), scale=alt.Scale(nice=False))
+        axis = step_axis(alt, min(row["x"] for row in rows), max(row["x"] for row in rows))
+        x = alt.X("x:Q", axis=axis, scale=alt.Scale(nice=False, zero=False))
         scale = alt.Scale(domain=[low, high], nice=True)
         axis = alt.Axis(title="log weight", tickCount=5, domain=False, ticks=False)
 
@@ -130,19 +133,30 @@ def quantile_chart(
             layer(rows, {"type": "line", "strokeWidth": 2, "aria": False}, x=x, y=y("p50"), color=colour),
         ]
         limit = (limits or {}).get(line.cell)
-        if limit is not None and limit < high * 1.5 + 1:
+        if limit is not None and in_sight(limit, [weights for _, weights in lines]):
             rule = {"type": "rule", "strokeDash": [4, 4], "color": MUTED, "strokeWidth": 1.2}
             layers.append(layer([{"y": limit}], rule, y=y("y")))
         drawn.append(frame(layers, inner, 180, line.title))
     return configured(drawn, columns, 12 if width > 500 else 11)
 
 
+def in_sight(limit: float, weights: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a clip's log-weight is drawn: not where it lies far above all that was measured."""
+    return limit < 1.5 * max([v for columns in weights for v in columns["log_weight_p95"] if v is not None] + [0.5]) + 1
+
+
+def step_axis(alt: Any, low: float, high: float, title: str = STEP) -> Any:
+    """The axis of steps, or of checkpoints by their number: whole numbers alone, some five of them."""
+    wide = next(size * 10**power for power in range(12) for size in (1, 2, 5) if size * 10**power * 5.5 >= high - low)
+    return alt.Axis(title=title, grid=False, values=list(range(-int(-low // wide) * wide, int(high) + 1, wide)), format=",d")
+
+
 def weights_chart(panels: Sequence[tuple[str, Sequence[tuple[Line, Mapping[str, Any]]]]], *, width: int = 980) -> Drawing:
     """Clip fraction, mean weight and ESS/N of the training batches: a row of three for each (title, lines)."""
     import altair as alt
 
-    names = (("mean", "Mean weight"), ("ess", "ESS / N"), ("clip_fraction", "Share of pairs clipped"))
-    columns = fitting(3, width)
+    names = logged_weights(panels)
+    columns = fitting(len(names), width)
     inner = int(width / columns) - MARGIN
     drawn = []
     for title, lines in panels:
@@ -151,13 +165,22 @@ def weights_chart(panels: Sequence[tuple[str, Sequence[tuple[Line, Mapping[str, 
             for line, weights in lines:
                 values = zip(weights["steps"], weights.get(key, []), strict=False)
                 rows += thin([{"line": line.label, "x": x, "y": y} for x, y in values if y is not None])
+            if not rows:
+                continue
             colour = colour_of(alt, [line.label for line, _ in lines], [line.colour for line, _ in lines], inner)
-            x = alt.X("x:Q", axis=alt.Axis(title="Training step", grid=False, tickCount=5), scale=alt.Scale(nice=False))
+            axis = step_axis(alt, min(row["x"] for row in rows), max(row["x"] for row in rows))
+            x = alt.X("x:Q", axis=axis, scale=alt.Scale(nice=False, zero=False))
             y = alt.Y("y:Q", axis=alt.Axis(title=words, tickCount=5, domain=False, ticks=False), scale=alt.Scale(zero=True))
             mark = {"type": "line", "strokeWidth": 2, "aria": False}
             chart = layer(rows, mark, x=x, y=y, color=colour)
             drawn.append(frame([chart], inner, 160, title))
     return configured(drawn, columns, 12 if width > 500 else 11)
+
+
+def logged_weights(panels: Sequence[tuple[str, Sequence[tuple[Line, Mapping[str, Any]]]]]) -> list[tuple[str, str]]:
+    """(key, title) of the weight metrics that some line of the panels has."""
+    names = (("mean", "Mean weight"), ("ess", "ESS / N"), ("clip_fraction", "Share of pairs clipped"))
+    return [(key, words) for key, words in names if any(key in columns for _, lines in panels for _, columns in lines)]
 
 
 def thin(rows: Rows, most: int = POINTS) -> Rows:
@@ -222,7 +245,11 @@ def _course(
     alone: bool,
 ) -> Any:
     width, height = size
-    x = alt.X("x:Q", axis=alt.Axis(title=step, grid=False, tickCount=5), scale=alt.Scale(nice=False, zero=True))
+    steps = [float(s) for line in panel.lines for run in line.runs for s in run.steps]
+    numbered = step != STEP  # checkpoints by their number: they begin at 1, and a lone one stands in the middle
+    room = 0.03 * (max(steps) - min(steps)) or 0.5
+    ends = [min(steps) - room, max(steps) + room] if numbered else [0.0, max(*steps, 1.0)]
+    x = alt.X("x:Q", axis=step_axis(alt, ends[0], ends[1], step), scale=alt.Scale(nice=False, zero=False, domain=ends))
     axis = alt.Axis(title=quantity.title, format=quantity.format, tickCount=5, domain=False, ticks=False)
     y = alt.Y("y:Q", axis=axis, scale=alt.Scale(domain=domain, nice=True, zero=False))
     colour = colour_of(alt, [line.label for line in panel.lines], [line.colour for line in panel.lines], width, alone)

@@ -109,7 +109,7 @@ def final_chart(
     values: list[Any] = [v for m in means for v in (m["mean"], m["low"], m["high"], m["best"]) if v is not None]
     domain = _range(values + [d["value"] for d in dots] + ([start] if start is not None else []))
     label = max(map(len, names)) * LETTER + 14
-    axis = alt.Axis(title=None, domain=False, ticks=False, labelColor=INK, grid=True)
+    axis = alt.Axis(title=None, domain=False, ticks=False, labelColor=INK, labelPadding=8, grid=True)
     y = alt.Y("cell:N", sort=names, axis=axis)
     title = f"Win rate against {opponent} at the end of training"
 

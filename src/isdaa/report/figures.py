@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from isdaa.evaluation.fragments import is_fragmentary
 from isdaa.report.content import Findings
-from isdaa.report.courses import Quantity, course_chart, has, quantile_chart, weights_chart
-from isdaa.report.curves import final_chart, laws_of, matched_charts, panels_chart
+from isdaa.report.courses import (
+    NUMBER,
+    STEP,
+    Quantity,
+    course_chart,
+    has,
+    in_sight,
+    logged_weights,
+    quantile_chart,
+    weights_chart,
+)  # fmt: skip
+from isdaa.report.curves import final_chart, laws_of, matched_charts, mean_path, panels_chart
 from isdaa.report.lines import Line, Panel, grids_of, panels_of, training_settings
+from isdaa.report.pairs import drawn_groups
 from isdaa.report.words import percent
 
 CAPTIONS = {
-    "path": (
-        "Read along a line from the open circle, which is the untrained reference: each dot is a checkpoint, the ring the last "
-        "one. A line that turns down while it goes on to the right has over-optimised. "
+    "path, start": (
+        "Read along a line from the open circle, which is the untrained reference (dashed: its own win rate): each dot "
+        "is a checkpoint, the ring the last one. "
     ),
-    "path, seeds": "Thick lines are means over seeds, thin lines the seeds.",
-    "path, one": "Bars are {level} intervals over prompts.",
+    "path": "Read along a line from left to right: each dot is a checkpoint, the ring the last one. ",
+    "path, fall": "A line that turns down while it goes on to the right has over-optimised.",
+    "path, means": " Thick lines are means over seeds, thin lines the seeds.",
+    "path, seeds": " Thin lines are seeds.",
+    "path, bars": " Bars are {level} intervals over prompts.",
     "path, kept": " The diamond is the checkpoint to keep.",
     "path, law": (
         " Dashed: the fitted law R(d) = d·(a − b·log d); the triangle at the foot marks its peak d*, the bar the peak's "
@@ -32,63 +46,56 @@ CAPTIONS = {
         "the gap to it is what was lost."
     ),
     "final, seeds": "Discs are means over seeds with their {level} t-intervals, small dots the seeds",
+    "final, both": "Discs are means over seeds with their {level} t-intervals, small dots the seeds; one without is a run",
     "final, one": "A disc is a run",
-    "matched": (
-        "The same runs compared where they are equally far from the reference, over the range that all reach. Lines are means "
-        "over seeds, bands their {level} t-intervals. Cells are drawn together where they are trained "
-        "alike but for method and weights; groups that share no such range are left out."
-    ),
-    "training": "How good the answers are along training, and how far the policy has moved from the reference.",
-    "texts": "Signs of a policy that games its judge: answers grow, hit the limit, or repeat themselves.",
-    "held_out": (
-        "Share of held-out pairs that the policy ranks as their labels do (0.5 is guessing), and how far the "
-        "log-probabilities of the chosen and the rejected responses have moved."
-    ),
+    "matched": "The same runs compared where they are equally far from the reference, over the range that all reach. ",
+    "matched, seeds": "Lines are means over seeds, bands their {level} t-intervals.",
+    "matched, one": "A line is a run.",
+    "matched, groups": " Cells are drawn together where they are trained alike but for method and weights.",
+    "matched, left": " Groups that share no such range are left out.",
     "quantiles": (
         "Logarithm of the importance weight before the clip: median, middle half (dark) and middle nine tenths (pale) of the "
         "pairs of a batch. The further it sinks, the fewer pairs still teach."
     ),
     "quantiles, clip": " Dashed: where a joint clip cuts.",
-    "weights": (
-        "Mean weight of the pairs of a batch; ESS / N, the effective sample size as a share of the batch (1: all pairs count "
-        "alike, near 0: a handful of pairs decide); share of pairs whose weight the clip cut."
+}
+WEIGHTS = {
+    "mean": "mean weight of the pairs of a batch",
+    "ess": (
+        "ESS / N, the effective sample size as a share of the batch (1: all pairs count alike, near 0: a handful of pairs decide)"
     ),
+    "clip_fraction": "share of pairs whose weight the clip cut",
 }
 NAMED = 6  # cells that a caption names
 FOLDED = 9  # a figure of more panels is folded until the reader opens it
-WIN = Quantity(
-    "win_rate", "Win rate", "Share of prompts where the judge prefers the policy's answer, after each stretch of training."
-)
-REWARD = Quantity("reward", "Mean score (points)", "Mean points that the scorer gives the policy's answers.", ".2~f")
-KL = Quantity("kl", "KL from the reference (nats)", "How far the policy has moved from the reference.", ".2~f")
+WIN = Quantity("win_rate", "Win rate", "win rate", "How often the judge prefers the policy's answer.")
+REWARD = Quantity("reward", "Mean score (points)", "score", "Mean points that the scorer gives the policy's answers.", ".2~f")
+KL = Quantity("kl", "KL from the reference (nats)", "distance", "How far the policy has moved from the reference.", ".2~f")
 TEXTS = (
+    Quantity("length", "Length (tokens)", "length", "Longer and longer answers are how a policy often games its judge.", ".2~f"),
     Quantity(
-        "length", "Length (tokens)", "Mean length of an answer; longer and longer is how a policy often games its judge.", ".2~f"
+        "truncated", "Share cut at the limit", "truncation",
+        "Share of answers that did not end before the limit on new tokens.", ".3~f",
     ),
-    Quantity("truncated", "Share cut at the limit", "Share of answers that did not end before the limit on new tokens.", ".3~f"),
     Quantity(
-        "repetition", "Share of repeated 4-grams", "Share of an answer's runs of four tokens that stood in it before.", ".3~f"
+        "repetition", "Share of repeated 4-grams", "repetition",
+        "Share of an answer's runs of four tokens that stood in it before.", ".3~f",
     ),
-)
+)  # fmt: skip
 HELD_OUT = (
     Quantity(
-        "held_out.accuracy",
-        "Implicit-reward accuracy",
+        "held_out.accuracy", "Implicit-reward accuracy", "accuracy",
         "Share of held-out pairs that the policy ranks as their labels do; 0.5 is guessing.",
     ),
     Quantity(
-        "held_out.chosen_drift",
-        "Chosen drift (nats)",
-        "How far the log-probability of the chosen responses has moved from the reference's.",
-        ".2~f",
+        "held_out.chosen_drift", "Chosen drift (nats)", "drift of the chosen",
+        "How far the log-probability of the chosen responses has moved from the reference's.", ".2~f",
     ),
     Quantity(
-        "held_out.rejected_drift",
-        "Rejected drift (nats)",
-        "How far the log-probability of the rejected responses has moved from the reference's.",
-        ".2~f",
+        "held_out.rejected_drift", "Rejected drift (nats)", "drift of the rejected responses",
+        "How far the log-probability of the rejected responses has moved from the reference's.", ".2~f",
     ),
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,18 +132,36 @@ def _win_rates(found: Findings) -> list[Figure]:
             (f"win-rate-kl-{number}", f"Win rate as the policy moves away: {grid}", panels_of(lines))
             for number, (grid, lines) in enumerate(grids.items(), start=1)
         ]
-    several = any(len(line.runs) > 1 for line in found.lines)
-    how = CAPTIONS["path"] + CAPTIONS["path, seeds" if several else "path, one"].format(level=_level(found))
-    how += CAPTIONS["path, kept"] if keep else ""
 
     def drawing(panels: Sequence[Panel]) -> Callable[[int], Any]:
         return lambda width: panels_chart(panels, width=width, laws=found.laws, keep=keep, named=len(found.lines) > 1)
 
     return [
-        Figure(name, "win", title, how + _laws(found, panels) + _fragments(found), drawing(panels), len(panels))
+        Figure(
+            name,
+            "win",
+            title,
+            _marks_of(found, panels, keep) + _laws(found, panels) + _fragments(found),
+            drawing(panels),
+            len(panels),
+        )
         for name, title, panels in groups
         if any(run.wins is not None for panel in panels for line in panel.lines for run in line.runs)
     ]
+
+
+def _marks_of(found: Findings, panels: Sequence[Panel], keep: Mapping[str, int]) -> str:
+    """How to read the marks that these panels have."""
+    lines = [(line, runs) for panel in panels for line in panel.lines if (runs := [r for r in line.runs if r.wins is not None])]
+    told = CAPTIONS["path, start" if any(run.start is not None for _, runs in lines for run in runs) else "path"]
+    told += CAPTIONS["path, fall"]
+    several = [runs for _, runs in lines if len(runs) > 1]
+    if several:
+        told += CAPTIONS["path, means" if any(mean_path(runs) is not None for runs in several) else "path, seeds"]
+    alone = [(line.cell, runs[0]) for line, runs in lines if len(runs) == 1]
+    if any((entry.get("win_rate") or {}).get("low") is not None for _, run in alone for entry in run.metrics):
+        told += CAPTIONS["path, bars"].format(level=_level(found))
+    return told + CAPTIONS["path, kept"] * any(cell in keep for cell, _ in alone)
 
 
 def _laws(found: Findings, panels: Sequence[Panel]) -> str:
@@ -185,8 +210,9 @@ def _ends(found: Findings) -> list[Figure]:
     level = _level(found)
     opponent = "the chosen responses" if found.study.metrics.get("opponent") == "chosen" else "the reference"
 
-    discs = "final, seeds" if any(len(summary.runs) > 1 for summary in scored) else "final, one"
-    how = CAPTIONS["final"].format(discs=CAPTIONS[discs].format(level=level))
+    seeds = {len(summary.runs) > 1 for summary in scored}
+    discs = "final, both" if len(seeds) > 1 else "final, seeds" if True in seeds else "final, one"
+    how = CAPTIONS["final"].format(discs=CAPTIONS[discs].format(level=level)) + " Dashed: the reference." * (start is not None)
 
     def final(width: int) -> Any:
         return final_chart(scored, width=width, titles=titles, colours=colours, start=start, opponent=opponent)
@@ -196,7 +222,10 @@ def _ends(found: Findings) -> list[Figure]:
 
     figures = [Figure("final", "compare", "At the end of training", how + _fragments(found), final)] if len(scored) > 1 else []
     if groups:
-        caption = CAPTIONS["matched"].format(level=level) + _fragments(found)
+        bands = any(mean.low is not None for _, group in groups for means in group.cells.values() for mean in means)
+        caption = CAPTIONS["matched"] + CAPTIONS["matched, seeds" if bands else "matched, one"].format(level=level)
+        caption += CAPTIONS["matched, groups"] * (len(groups) > 1)
+        caption += CAPTIONS["matched, left"] * (len(groups) < len(drawn_groups(found.lines))) + _fragments(found)
         figures.append(Figure("matched-kl", "compare", "At matched KL", caption, matched, len(groups)))
     return figures
 
@@ -207,34 +236,36 @@ def _level(found: Findings) -> str:
 
 def _courses(found: Findings) -> list[Figure]:
     """Numbers of the checkpoints over training: side by side where there is one panel, a figure each where there are many."""
-    score = ", score" if has(found.panels, REWARD) else ""  # a judge model gives none
-    specifications: list[tuple[str, str, Sequence[Quantity]]] = [
-        ("training", (f"Win rate{score} and distance" if found.study.scored else "Distance"), (WIN, REWARD, KL)),
-        ("texts", "Length, truncation, repetition", TEXTS),
-        ("held_out", "Accuracy and drift on held-out pairs", HELD_OUT),
-    ]
+    sections = {"training": (WIN, REWARD, KL), "texts": TEXTS, "held_out": HELD_OUT}
     figures = []
-    for section, title, quantities in specifications:
-        groups: list[Sequence[Quantity]] = [quantities] if len(found.panels) == 1 else [(quantity,) for quantity in quantities]
+    for section, named in sections.items():
+        quantities = [quantity for quantity in named if has(found.panels, quantity)]
+        groups: list[Sequence[Quantity]] = [(quantity,) for quantity in quantities]
+        if len(found.panels) == 1 and len(quantities) > 1:
+            groups = [quantities]
         for group in groups:
-            if (draw := _course(found, group)) is None:
-                continue
             alone = len(groups) > 1
-            name = group[0].name if alone else section.replace("_", "-")
-            caption = (group[0].caption if alone else CAPTIONS[section]) + _marks(found, group)
+            title = group[0].title if len(group) == 1 else _and([quantity.short for quantity in group])
+            caption = " ".join(quantity.caption for quantity in group) + _marks(found, group)
             caption += _fragments(found) if WIN in group and found.study.scored else ""
-            figures.append(Figure(name, section, group[0].title if alone else title, caption, draw, len(found.panels)))
+            name = group[0].name if alone else section.replace("_", "-")
+            figures.append(Figure(name, section, title, caption, _course(found, group), len(found.panels)))
     return figures
 
 
-def _course(found: Findings, group: Sequence[Quantity]) -> Callable[[int], Any] | None:
-    """Draws the quantities over training; None where no checkpoint has any of them."""
-    step = "Training step" if found.steps_known else "Checkpoint, in the order of training"
+def _and(names: Sequence[str]) -> str:
+    told = ", ".join(names[:-1]) + " and " + names[-1]
+    return told[:1].upper() + told[1:]
+
+
+def _course(found: Findings, group: Sequence[Quantity]) -> Callable[[int], Any]:
+    """Draws the quantities over training."""
 
     def draw(width: int) -> Any:
+        step = STEP if found.steps_known else NUMBER
         return course_chart(found.panels, group, width=width, reference=found.reference, step=step)
 
-    return draw if any(has(found.panels, quantity) for quantity in group) else None
+    return draw
 
 
 def _marks(found: Findings, group: Sequence[Quantity]) -> str:
@@ -260,10 +291,15 @@ def _weights(found: Findings) -> list[Figure]:
     figures = []
     if quantiles:
         title = "Log-weights before the clip"
-        clip = CAPTIONS["quantiles, clip"] if any(limits[line.cell] is not None for line, _ in quantiles) else ""
+        spreads = [columns for _, columns in quantiles]
+        drawn = [limit for line, _ in quantiles if (limit := limits[line.cell]) is not None and in_sight(limit, spreads)]
+        clip = CAPTIONS["quantiles, clip"] if drawn else ""
         figures.append(Figure("log-weights", "weights", title, CAPTIONS["quantiles"] + clip, spread, len(quantiles)))
     if groups:
-        figures.append(Figure("weights", "weights", "Weights after the clip", CAPTIONS["weights"], after, 3 * len(groups)))
+        names = [key for key, _ in logged_weights(groups)]
+        caption = "; ".join(WEIGHTS[key] for key in names) + "."
+        caption = caption[:1].upper() + caption[1:]
+        figures.append(Figure("weights", "weights", "Weights after the clip", caption, after, len(names) * len(groups)))
     return figures
 
 

@@ -6,6 +6,7 @@ The page holds no script at all, and its policy forbids any: what a model wrote 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -15,6 +16,7 @@ from isdaa.data.conversation import turns_of
 from isdaa.errors import UserError, shown
 from isdaa.evaluation.trajectory import Study
 from isdaa.files import write_atomically, write_json
+from isdaa.report.answers import answer_turns
 from isdaa.report.content import Findings, find, report_of, table_of
 from isdaa.report.figures import FOLDED, Figure, figures_of
 from isdaa.report.pictures import PictureError
@@ -53,6 +55,7 @@ def write_report(study: Study, folder: Path) -> Path:
 def render(report: Mapping[str, Any], figures: list[Figure], drawings: Mapping[str, str], found: Findings) -> str:
     """The page."""
     filters = {"number": number, "interval": interval, "percent": percent, "plain": plain, "turns": turns_of}
+    filters |= {"answer": answer_turns, "options": options}
     by_section: dict[str, list[Figure]] = {}
     for figure in figures:
         by_section.setdefault(figure.section, []).append(figure)
@@ -64,7 +67,7 @@ def render(report: Mapping[str, Any], figures: list[Figure], drawings: Mapping[s
         sections=by_section,
         colours={line.cell: line.colour for line in found.lines},
         single=len(report["runs"]) == 1,
-        fallen=FROM_WORST,
+        seeds=any(run["seed"] is not None for run in report["runs"]) or len(report["cells"]) < len(report["runs"]),
         logged=found.histories,
         opponent="the data’s chosen responses" if report["opponent"] == "chosen" else "the reference",
     )
@@ -85,9 +88,17 @@ def fill(template: str, drawings: Mapping[str, str], filters: Mapping[str, Any],
         finalize=lambda value: shown(value, lines=True) if type(value) is str else value,
     )
     environment.filters |= filters
+    environment.tests["fallen"] = lambda why: why.startswith(FROM_WORST)
     style = (HERE / "page.css").read_text(encoding="utf-8") + dark_rules()
     marked = {name: Markup(drawing) for name, drawing in drawings.items()}
     return pruned(environment.get_template(template).render(style=Markup(style), drawings=marked, **values))
+
+
+def options(text: str) -> Any:
+    """A sentence whose options are set as code, and never broken after their dashes."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"(--[\w.]+(?: \d+)?)", r"<code>\1</code>", str(escape(shown(text, lines=True)))))
 
 
 def plain(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Texts side by side: what reference, best and last checkpoint answered to the same prompts, and how the prompts were chosen."""
+"""Texts side by side: what the reference and some checkpoints answered to the same prompts, and how the prompts were chosen."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ import numpy as np
 
 from isdaa.errors import UserError
 from isdaa.evaluation.collect import PLAN, SAMPLES
-from isdaa.evaluation.overoptimization import Verdict
-from isdaa.evaluation.records import blocks_of, read_plan
+from isdaa.evaluation.overoptimization import Verdict, places_of
+from isdaa.evaluation.records import Blocks, blocks_of, read_plan
 from isdaa.evaluation.scoring import SCORES, scores_key
 from isdaa.evaluation.trajectory import Trajectory
 
 FIRST = WORST = 3  # prompts of each kind
 FROM_FIRST = "first in the order of the data"
-FROM_WORST = "largest fall in score from peak to last"
+FROM_WORST = "largest fall in "
+PEAK, BEST, KEEP, LAST = "Peak", "Best checkpoint", "Checkpoint to keep", "Last checkpoint"
 
 
-def samples_of(run: Trajectory, verdict: Verdict | None) -> dict[str, Any] | None:
+def samples_of(run: Trajectory, verdict: Verdict | None, opponent: str = "reference") -> dict[str, Any] | None:
     """`{"columns": [{"role", "label"}], "prompts": [{"id", "prompt", "tools", "why", "responses": [{"text", …}]}], "total"}`.
 
     A prompt is text or a list of messages; tools: those that it offers, null where there are none.
-    The first prompts in the order of the data, then those whose score fell most from the peak to the last checkpoint. None where
-    the run's records are gone.
+    The first prompts in the order of the data, then those whose score fell most from the first shown checkpoint to the last. The
+    data's chosen responses stand beside them where they are the opponent. A response is raw text, a chosen one may be messages.
+    None where the run's records are gone.
     """
     if run.evaluation is None or not (run.evaluation / PLAN).is_file():
         return None
     try:
-        return _read(run, run.evaluation, verdict)
+        return _read(run, run.evaluation, verdict, opponent)
     except UserError:  # records that were moved away; all else of the report stands without them
         return None
 
 
-def _read(run: Trajectory, folder: Path, verdict: Verdict | None) -> dict[str, Any]:
+def _read(run: Trajectory, folder: Path, verdict: Verdict | None, opponent: str) -> dict[str, Any]:
     plan = read_plan(folder / PLAN)
     samples = blocks_of(folder, SAMPLES, plan)
     scores = blocks_of(folder, SCORES, plan) if run.rewards is not None else None  # a judge gives none
@@ -43,23 +45,18 @@ def _read(run: Trajectory, folder: Path, verdict: Verdict | None) -> dict[str, A
     keys = {model["path"]: model["samples"] for model in plan["models"]}
     chosen = _columns(run, verdict)
     columns = [{"role": "Reference", "label": "before training", "key": plan["reference"]["opponents"][0]}]
-    columns += [{"role": role, "label": run.labels[i], "key": keys[run.paths[i]]} for role, i in chosen]
+    names = places_of(run.labels, list(run.steps) if run.steps_known else None)
+    columns += [{"role": role, "label": names[i], "key": keys[run.paths[i]]} for role, i in chosen]
     texts = [samples[column["key"]] for column in columns]
-    points: list[list[float | None]] = [[None] * len(prompts) for _ in columns]
-    if scores is not None:
-        points = [
-            [record["score"] for record in scores[scores_key(column["key"], plan["prompts"], plan["scorer"]["digest"])]]
-            for column in columns
-        ]
+    points = [_points(scores, plan, column["key"], len(prompts)) for column in columns]
+    if opponent == "chosen":
+        columns.insert(0, {"role": "Chosen", "label": "from the data", "key": "chosen"})
+        texts.insert(0, [{"text": prompt["chosen"], "tokens": None, "finished": True} for prompt in prompts])
+        points.insert(0, _points(scores, plan, "chosen", len(prompts)))
     found = []
     for index, why in _choose(run, chosen, len(prompts)):
         responses = [
-            {
-                "text": text[index]["text"],
-                "tokens": text[index]["tokens"],
-                "finished": text[index]["finished"],
-                "score": value[index],
-            }
+            {"score": value[index]} | {key: text[index][key] for key in ("text", "tokens", "finished")}
             for text, value in zip(texts, points, strict=True)
         ]
         prompt = prompts[index]
@@ -68,23 +65,34 @@ def _read(run: Trajectory, folder: Path, verdict: Verdict | None) -> dict[str, A
     return {"columns": [{k: c[k] for k in ("role", "label")} for c in columns], "prompts": found, "total": len(prompts)}
 
 
+def _points(scores: Blocks | None, plan: Mapping[str, Any], key: str, count: int) -> list[float | None]:
+    """A block's scores; a judge that only compares gives none."""
+    name = scores_key(key, plan["prompts"], plan["scorer"]["digest"]) if scores is not None else ""
+    if scores is None or name not in scores:
+        return [None] * count
+    return [record.get("score") for record in scores[name]]
+
+
 def _columns(run: Trajectory, verdict: Verdict | None) -> list[tuple[str, int]]:
-    """(role, index) of the checkpoints beside the reference."""
+    """(role, index) of the checkpoints beside the reference: a peak is one only where the verdict finds a fall from it."""
     last = len(run.steps) - 1
     if verdict is None:
-        return [("First checkpoint", 0), ("Last checkpoint", last)] if last else [("Checkpoint", 0)]
-    if verdict.peak == last:
-        return [("Peak and last checkpoint", last)]
-    return [("Peak", verdict.peak), ("Last checkpoint", last)]
+        return [("First checkpoint", 0), (LAST, last)] if last else [("Checkpoint", 0)]
+    fell = verdict.finding in ("over-optimised", "worse") and not verdict.below_start
+    best = int(run.wins.mean(axis=1).argmax()) if run.wins is not None else verdict.peak
+    role, index = (PEAK, verdict.peak) if fell else (BEST, best) if verdict.keeps_reference else (KEEP, verdict.recommended)
+    return [(role, index), (LAST, last)] if index != last else [(f"{role}, the last" if role != PEAK else LAST, last)]
 
 
 def _choose(run: Trajectory, columns: Sequence[tuple[str, int]], total: int) -> list[tuple[int, str]]:
     first = [(i, FROM_FIRST) for i in range(min(FIRST, total))]
-    if run.rewards is None or len(columns) < 2:
+    judged, what = (run.rewards, "score") if run.rewards is not None else (run.wins, "win rate")
+    if judged is None or len(columns) < 2:
         return first
-    falls = run.rewards[columns[0][1]] - run.rewards[columns[-1][1]]
+    (role, one), (_, other) = columns
+    falls = judged[one] - judged[other]
     worst = [int(i) for i in np.argsort(-falls, kind="stable") if i >= len(first) and falls[i] > 0]
-    return first + [(i, FROM_WORST) for i in worst[:WORST]]
+    return first + [(i, f"{FROM_WORST}{what} from {role[:1].lower()}{role[1:]} to last") for i in worst[:WORST]]
 
 
 def representative(

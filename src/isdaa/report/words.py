@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from isdaa.evaluation.left_out import endings
@@ -70,14 +71,20 @@ def _headline(report: Mapping[str, Any]) -> dict[str, str]:
         return {"headline": " ".join(sentences), "tone": tone, "summary": basis}
     if len(runs) == 1:
         return {"headline": runs[0]["verdict"]["sentence"], "tone": tone, "summary": basis}
+    keeps = "" if nothing else f"; {_who_keeps(cells, report['confidence'])}"
     return {
-        "headline": f"{_who_fell(cells)}; {_who_keeps(cells, report['confidence'])}{_to_keep(report)}{_not_better(report)}.",
+        "headline": f"{_who_fell(cells, opponent_of(report))}{keeps}{_to_keep(report)}{_not_better(report)}.",
         "tone": "mixed" if len(found) > 1 else tone,
         "summary": basis,
     }
 
 
-def _who_fell(cells: Sequence[Mapping[str, Any]]) -> str:
+def opponent_of(report: Mapping[str, Any]) -> str:
+    """Whom the win rates are against, in words."""
+    return "the data's chosen responses" if report["opponent"] == "chosen" else "the reference"
+
+
+def _who_fell(cells: Sequence[Mapping[str, Any]], opponent: str) -> str:
     falling = [cell for cell in cells if cell["findings"].get(OVER)]
     falling.sort(key=lambda cell: -(cell["fall"]["mean"] or 0.0))
     judged = [cell for cell in cells if cell["findings"]]
@@ -88,15 +95,21 @@ def _who_fell(cells: Sequence[Mapping[str, Any]]) -> str:
         doubts = ", ".join(f"{count} of {seeds} {words}" for words, count in counts.items() if count)
         return f"No run over-optimised beyond doubt ({doubts})" if doubts else "No run over-optimised"
     if len(judged) <= MOST_NAMED:
-        parts = [f"{cell['label']} over-optimised on {_count(cell)}{_worse(cell)}" for cell in falling]
-        parts += [f"{cell['label']} on none{_worse(cell)}" for cell in judged if cell not in falling and _worse(cell)]
-        spared = [cell["label"] for cell in judged if cell not in falling and not _worse(cell)]
-        return ", ".join(parts) + (f", {_and(spared)} on none" if spared else "")
+        seeds = any(sum(cell["findings"].values()) > 1 for cell in judged)
+        parts = [
+            f"{cell['label']} over-optimised{f' on {_count(cell)}' if seeds else ''} "
+            f"({f'win rate against {opponent} ' * (cell is falling[0])}down {number(cell['fall']['mean'])}){_worse(cell)}"
+            for cell in falling
+        ]
+        worse = [cell for cell in judged if cell not in falling and _worse(cell)]
+        parts += [f"{cell['label']}{f' on none{_worse(cell)}' if seeds else ' is worse at the end'}" for cell in worse]
+        spared = [cell["label"] for cell in judged if cell not in falling and cell not in worse]
+        return ", ".join(parts) + (f", {_and(spared)} {'on none' if seeds else 'did not'}" if spared else "")
     always = [cell for cell in falling if cell["findings"][OVER] == sum(cell["findings"].values())]
     worst = falling[0]
     return (
         f"{len(falling)} of {len(judged)} cells over-optimised on some seed, {len(always) or 'none'} on every seed, "
-        f"worst {worst['label']} ({_count(worst)}, win rate down {number(worst['fall']['mean'])})"
+        f"worst {worst['label']} ({_count(worst)}, win rate against {opponent} down {number(worst['fall']['mean'])})"
     )
 
 
@@ -148,7 +161,7 @@ def _to_keep(report: Mapping[str, Any]) -> str:
 
 
 def _name(checkpoint: Mapping[str, Any]) -> str:
-    return checkpoint["label"] if checkpoint["step"] is None else f"step {checkpoint['step']}"
+    return PurePath(checkpoint["label"]).name if checkpoint["step"] is None else f"step {checkpoint['step']}"
 
 
 def _kept(run: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -172,15 +185,18 @@ def _not_better(report: Mapping[str, Any]) -> str:
 def _basis(report: Mapping[str, Any]) -> str:
     runs = report["runs"]
     checkpoints = sum(len(run["checkpoints"]) for run in runs)
-    words = [f"{len(runs)} run{'s' * (len(runs) != 1)}", f"{checkpoints} checkpoints", f"{report['prompts']} held-out prompts"]
+    counts = [(len(runs), "run"), (checkpoints, "checkpoint"), (report["prompts"], "held-out prompt")]
     if len(report["cells"]) != len(runs):
-        words.insert(0, f"{len(report['cells'])} cells")
-    if report["scored"]:
-        opponent = "the data's chosen responses" if report["opponent"] == "chosen" else "the reference"
-        how = "judged" if report["scorer"].get("kind") == "judge" else "scored"
-        words.append(f"win rate against {opponent}, {how} by {report['scorer']['name']}")
-        words[-1] += f" ({report['scorer']['about'][1]})" if len(report["scorer"].get("about", ())) > 1 else ""
-    return ", ".join(words) + "."
+        counts.insert(0, (len(report["cells"]), "cell"))
+    words = ", ".join(f"{count} {what}{'s' * (count != 1)}" for count, what in counts)
+    if not report["scored"]:
+        return f"{words}."
+    scorer = report["scorer"]
+    about = f" ({scorer['about'][1]})" if len(scorer.get("about", ())) > 1 else ""
+    how = "judged" if scorer.get("kind") == "judge" else "scored"
+    words += f", win rate against {opponent_of(report)}, {how} by {scorer['name']}{about}."
+    theirs = "the chosen one" if report["opponent"] == "chosen" else "the reference's"
+    return f"{words} Win rate: how often a checkpoint's answer is preferred to {theirs}."
 
 
 def _and(names: Sequence[str]) -> str:
