@@ -12,7 +12,7 @@ weights, prompts and settings, so a second call reuses what is finished and a ki
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -32,6 +32,7 @@ from isdaa.evaluation.records import locked, read_metrics, read_plan
 from isdaa.evaluation.requests import Checkpoint, Request, checkpoints
 from isdaa.evaluation.scorers import Scorer, about, load_scorer
 from isdaa.evaluation.scoring import score
+from isdaa.evaluation.steps import ordered
 from isdaa.evaluation.vocabulary import base_remarks, check_ids, choose, vocabulary_of
 from isdaa.files import write_json
 from isdaa.record import read_record, run_folder
@@ -96,7 +97,9 @@ def evaluate(
     if not models:
         raise UserError("no model to evaluate: give --model_path")
     described = checkpoints([model for model in models if not isinstance(model, Checkpoint)])
-    known = {checkpoint.path: checkpoint for checkpoint in described}
+    foreign = [model.path for model in described if Path(model.path).is_dir() and read_record(model.path) is None]
+    steps = ordered(foreign, foreign, as_one_run=False, given_order=one_run).steps
+    known = {model.path: replace(model, step=steps.get(model.path, model.step)) for model in described}
     entries = [model if isinstance(model, Checkpoint) else known[str(model)] for model in models]
     judge = scorer
     if isinstance(scorer, str):
