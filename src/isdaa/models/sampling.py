@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -168,10 +169,11 @@ def sample(
             if progress is not None:
                 progress.within = f"reading {len(batch)} prompts"
             randoms = np.stack([uniforms(seed, keys[i], settings.max_new_tokens) for i in rows])
+            began = time.monotonic()
             run = kind(model, batch, pad_id, with_states) if lean is None else LeanRun(lean, batch, with_states)
             # How long answers are, those of earlier batches tell.
             usual = float(np.mean([len(done.ids) for done in results.values()])) if results else settings.max_new_tokens
-            samples = _decode(run, settings, stop_ids, randoms, [keys[i] for i in rows], progress, usual)
+            samples = _decode(run, settings, stop_ids, randoms, [keys[i] for i in rows], progress, usual, began)
             results.update(zip(rows, samples, strict=True))
     return [results[index] for index in range(len(keys))]
 
@@ -207,7 +209,10 @@ def _decode(
     keys: Sequence[str],
     progress: Progress | None = None,
     usual: float = math.inf,
+    began: float = 0.0,
 ) -> list[Sample]:
+    """began: when the prompts began to be read; usual: how many tokens answers have. Both only for `progress`."""
+    read = time.monotonic()
     rows, steps = randoms.shape
     stops = np.zeros(run.logits.shape[1], dtype=bool)
     stops[[stop for stop in stop_ids if 0 <= stop < len(stops)]] = True
@@ -228,7 +233,9 @@ def _decode(
             progress.within = "" if last else f"token {step + 1} of at most {steps}"
             if count := int(ended.sum()) + (int(going.sum()) if last else 0):
                 progress.update(count)
-            progress.ahead = 0.0 if last else int(going.sum()) * min((step + 1) / usual, 1.0)
+            elapsed = time.monotonic() - read
+            expected = read - began + elapsed * usual / (step + 1)  # seconds that the batch takes, its prompts included
+            progress.ahead = 0.0 if last else int(going.sum()) * min((read - began + elapsed) / expected, 1.0)
         if last:
             break
         if going.sum() <= (1 - _FINISHED_SHARE) * len(flight):
