@@ -376,12 +376,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         for page in renew_benchmark_reports(folder):
             print(f"report: {shown(page)}")
         return 0
+    from isdaa.evaluation.requests import requests
+
+    request = once(partial(requests, arguments.model_path, overrides))  # before what takes seconds to import
     from isdaa.evaluation.evaluate import evaluate_request
     from isdaa.evaluation.left_out import check_done
-    from isdaa.evaluation.requests import requests
     from isdaa.evaluation.table import print_table
 
-    request = once(partial(requests, arguments.model_path, overrides))
     metrics = evaluate_request(request)
     if is_main():
         print_table(metrics)

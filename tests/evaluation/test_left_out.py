@@ -126,7 +126,7 @@ def test_report_and_evaluate_say_it_first_and_end_with_status_3(run: Path, monke
     told = capsys.readouterr()
     report = json.loads((run / "page/report.json").read_text())
     assert report["headline"].startswith(
-        "The run ended in weights that are not finite (checkpoint-40). No verdict: the run ended"
+        "No verdict: the run ended in weights that are not finite (checkpoint-40); of the checkpoints before"
     )
     assert report["headline"] in told.out and report["ended"] == {"checkpoints": "checkpoint-40"}
     assert f"1 checkpoint was left out: checkpoint-40: weights are not finite ({NAN})" in told.err

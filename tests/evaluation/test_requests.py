@@ -162,7 +162,7 @@ def test_what_is_gone_or_mistyped_is_named(tmp_path, monkeypatch):
         requests(["runs/minni"])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "mini").mkdir(parents=True)
-    with pytest.raises(UserError, match=r'^runs/minni: no such model folder \(did you mean "runs/mini"\?\); --model_path names'):
+    with pytest.raises(UserError, match=r'^runs/minni: no such model folder \(did you mean "runs/mini"\?\); a path names'):
         requests(["runs/minni"])
 
 

@@ -66,7 +66,11 @@ def test_a_shells_order_is_not_that_of_training(tmp_path: Path) -> None:
         (["global_step90", "global_step9"], ["global_step9", "global_step90"], [9, 90]),
         (["iter_0000200", "iter_0000100"], ["iter_0000100", "iter_0000200"], [100, 200]),
         (["epoch-10", "epoch-2"], ["epoch-2", "epoch-10"], [None, None]),  # ordered, but no steps
+        (["epoch_1.5", "epoch_1.25", "epoch_10.0"], ["epoch_1.25", "epoch_1.5", "epoch_10.0"], [None, None, None]),
         (["checkpoint-9/model", "checkpoint-10/model"], ["model", "model"], [9, 10]),
+        (["checkpoint-10/merged", "checkpoint-9/merged"], ["merged", "merged"], [9, 10]),
+        (["checkpoint-10-merged", "checkpoint-9-merged"], ["checkpoint-9-merged", "checkpoint-10-merged"], [9, 10]),
+        (["step20_bf16", "step3_bf16"], ["step3_bf16", "step20_bf16"], [3, 20]),
     ],
 )
 def test_names_alone_say_the_order(tmp_path: Path, members: list[str], expected: list[str], steps: list[int | None]) -> None:
@@ -101,6 +105,14 @@ def test_names_that_say_nothing_stay_as_given_with_a_warning(tmp_path: Path) -> 
         model(tmp_path / name, name, {"global_step": step})
     found = order_of(tmp_path, "late", "early", "middle")
     assert names(found) == ["early", "middle", "late"] and not found.doubts
+
+
+def test_decimals_in_names_are_settings_and_no_steps(tmp_path: Path) -> None:
+    members = ["dpo-beta-0.5", "dpo-beta-0.05", "dpo-beta-0.1"]
+    for name in members:
+        model(tmp_path / name)
+    found = order_of(tmp_path, *members)
+    assert names(found) == members and found.steps == {} and "in the order given" in found.doubts[0]
 
 
 def test_two_models_of_one_step_are_a_warning(tmp_path: Path) -> None:

@@ -165,8 +165,6 @@ class Collection:
     ) -> None:
         self.left_out = list(left_out)  # of the models that were asked for, with why
         self.more = dict(more or {})  # what else the plan says
-        self.kept: Sequence[Record] = ()  # models of the folder's earlier evaluation that stay, as its plan has them
-        self.before: Sequence[str] = ()  # paths of all its models, in whose order they stay
         self.checkpoints, self.prompts, self.settings, self.folder = models, prompts, settings, folder
         self.shared = relative_to(folder, str(shared)) if shared is not None else None
         self.held_out, self.dtype = held_out, dtype
@@ -224,10 +222,10 @@ class Collection:
     def plan(self) -> Record:
         """Which blocks belong to this evaluation: what steps two and three read."""
         opponents = [self.sample_key(self.reference, f"opponent/{k}") for k in range(self.opponents)]
-        places = {path: place for place, path in enumerate(self.before)}
         models: list[Record] = [
             {
                 **model.to_json(),
+                "place": relative_to(self.folder, model.path),
                 "digest": self.digests[model.path],
                 "samples": self.sample_key(model.path, "policy/0"),
                 "kl": self.sample_key(model.path, "kl/0"),
@@ -245,20 +243,17 @@ class Collection:
                 "opponents": opponents,
                 "pairs": self.pairs_key(self.reference),
             },
-            "models": sorted([*models, *self.kept], key=lambda model: places.get(model["path"], len(places))),
+            "models": models,
             "scorer": None,
             "shared": self.shared,
-            **({"left_out": self.left_out} if self.left_out else {}),
+            **(
+                {"left_out": [left | {"place": relative_to(self.folder, left["path"])} for left in self.left_out]}
+                if self.left_out
+                else {}
+            ),
             **self.prompts.shared,
             **self.more,
         }
-
-    def keep_left_out(self, before: Sequence[Record]) -> None:
-        """Of the folder's earlier evaluation, what was left out stays so, unless it is asked for again."""
-        asked = [*(model.path for model in self.checkpoints), *(entry["path"] for entry in self.left_out)]
-        places = {Path(path).absolute() for path in asked}
-        self.kept = [model for model in self.kept if Path(model["path"]).absolute() not in places]
-        self.left_out += [entry for entry in before if Path(entry["path"]).absolute() not in places]
 
     def run(self) -> Record:
         """Do what is not on disk yet; returns the plan, which is written last."""

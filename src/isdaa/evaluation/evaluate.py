@@ -25,7 +25,7 @@ from isdaa.evaluation.analysis import METRICS, analyse, check_opponent
 from isdaa.evaluation.collect import PLAN, Collection, tokenize
 from isdaa.evaluation.held_out import common_pairs, tokenize_held_out
 from isdaa.evaluation.identity import model_digest
-from isdaa.evaluation.kept import kept_models
+from isdaa.evaluation.kept import merged
 from isdaa.evaluation.left_out import check_weights
 from isdaa.evaluation.own_scores import OwnScores, check_drawn
 from isdaa.evaluation.records import locked, read_metrics, read_plan
@@ -167,9 +167,11 @@ def evaluate(
     with locked(output_dir) as folder:
         once(lambda: _check_replaced(folder, entries))
         if keep:
-            name = next((one.name for one in (judge, judge_model) if one is not None), None)
-            collection.kept, collection.before = once(lambda: kept_models(folder, collection.plan(), rows.rows, name))
-            collection.keep_left_out(once(lambda: _plan_before(folder).get("left_out") or []))
+            one = judge if judge is not None else judge_model
+            name, own = (
+                (one.name, one.digest if judge_model is not None or isinstance(one, OwnScores) else None) if one else (None, None)
+            )
+            collection.more |= once(lambda: merged(folder, collection.plan(), rows.rows, name, own))
         if isinstance(judge, OwnScores):
             judge.bind(folder, collection.plan(), collection.samples)
         if judge_model is not None:

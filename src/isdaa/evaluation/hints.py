@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +22,8 @@ def base_hint(paths: Sequence[str]) -> tuple[str, str] | None:
             with suppress(UserError, OSError):
                 found = read_object(folder / file).get(key)
                 if isinstance(found, str) and found and Path(found).absolute() not in _folders(paths):
-                    return found, f"{folder / file} ({key})"
+                    here = next((str(p) for p in (Path(found), folder / found, folder.parent / found) if p.is_dir()), found)
+                    return os.path.normpath(here) if here != found else found, f"{folder / file} ({key})"
     return _of_card(paths, "base_model")
 
 

@@ -73,3 +73,9 @@ def same_weights(one: str | Path, other: str | Path) -> bool:
     return all(a.stat().st_size == b.stat().st_size for a, b in pairs) and all(
         _file_digest(a) == _file_digest(b) for a, b in pairs
     )
+
+
+def is_newer(path: str | Path, time_of: float) -> bool:
+    """Whether a file of a model's folder that decides its numbers was written after a time."""
+    files = [file for pattern in DECIDING for file in Path(path).glob(pattern) if file.name not in NO_WEIGHTS]
+    return any(max(file.stat().st_mtime, file.stat().st_ctime) > time_of for file in files)

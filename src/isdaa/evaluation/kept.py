@@ -10,7 +10,8 @@ from isdaa.errors import UserError
 from isdaa.evaluation.analysis import METRICS
 from isdaa.evaluation.collect import PLAN, SAMPLES
 from isdaa.evaluation.identity import model_digest
-from isdaa.evaluation.records import Record, blocks_of, read_metrics, read_plan
+from isdaa.evaluation.records import Record, blocks_of, path_here, read_metrics, read_plan
+from isdaa.evaluation.requests import labels_of
 from isdaa.ownership import completed
 from isdaa.terminal import say
 
@@ -21,25 +22,23 @@ class Replaces(UserError):
     """The evaluation in the folder would be replaced by another one, or by less of it."""
 
 
-def kept_models(folder: Path, plan: Record, prompts: Sequence[Record], scorer: str | None) -> tuple[list[Record], list[str]]:
-    """The models of the evaluation in `folder` that `plan` does not name, as they were planned: they stay beside those of it; and
-    the paths of all of that evaluation's.
+def merged(folder: Path, plan: Record, prompts: Sequence[Record], scorer: str | None, digest: str | None = None) -> Record:
+    """What becomes of `plan` where the evaluation in `folder` has other models, too: `models`, with those, `left_out`, and
+    `doubts`; nothing where it has none.
 
+    scorer: name of the scorer, judge model or file of scores; digest: of the last two, whose name says less than that of a model.
     Raises Replaces where the folder's evaluation has other or more prompts, another reference or scorer, or, if some models would
     be lost, other settings.
     """
     if not (folder / PLAN).is_file() or not (folder / METRICS).is_file():
-        return [], []
+        return {}
     before, scored = read_plan(folder / PLAN), read_metrics(folder / METRICS)["scorer"]
-    new = {Path(model["path"]).absolute() for model in plan["models"]}
-    others = [model for model in before["models"] if Path(model["path"]).absolute() not in new]
-    alike = [_shared(before), scored["name"] if scored else None] == [_shared(plan), scorer]
-    lost = _differences(folder, before, plan, prompts, scored, scorer)
-    if others and not alike and not lost:
-        lost = ["other settings"]
-    changed = next((m["path"] for m in others if Path(m["path"]).is_dir() and model_digest(m["path"]) != m["digest"]), None)
-    if others and changed is not None and not lost:
-        lost = [f"{Path(changed).name} as it was before its files changed"]
+    asked = {Path(model["path"]).resolve() for model in [*plan["models"], *plan.get("left_out", [])]}
+    others = [model for model in before["models"] if _place(folder, model) not in asked]
+    left_out = [model for model in before.get("left_out", []) if _place(folder, model) not in asked]
+    lost = _lost(folder, before, plan, prompts, scored, scorer, digest)
+    if others and not lost:
+        lost = _unlike(folder, before, plan, scored["name"] if scored else None, scorer, others)
     if lost:
         number = len(before["models"])
         raise Replaces(
@@ -47,19 +46,69 @@ def kept_models(folder: Path, plan: Record, prompts: Sequence[Record], scorer: s
             "not replaced; name another folder:",
             completed(["isdaa", "evaluate"], {"--output": f"{folder.parent / 'other-evaluation'}"}),
         )
+    found: Record = {}
     if others:
         say(f"{folder}: its evaluation of {len(others)} other checkpoint{'s' * (len(others) != 1)} stays; these are added to it")
-    return others, [model["path"] for model in before["models"]]
+        models = _inserted(folder, plan["models"], others, before["models"])
+        labels = labels_of([model["path"] for model in models])
+        found["models"] = [model | {"label": label} for model, label in zip(models, labels, strict=True)]
+    if left_out:
+        found["left_out"] = [*plan.get("left_out", []), *left_out]
+    names = [str(model[key]) for model in [*others, *left_out] for key in ("path", "label")]
+    doubts = [line for line in before.get("doubts", []) if any(name in line for name in names)]
+    if doubts:
+        found["doubts"] = list(dict.fromkeys([*plan.get("doubts", []), *doubts]))
+    return found
 
 
-def _shared(plan: Record) -> list[Any]:
-    """What all models of an evaluation have in common."""
-    settings = {key: value for key, value in plan["settings"].items() if key != "scorer"}
-    return [settings, [plan.get(key) for key in SAME], {key: v for key, v in plan["reference"].items() if key != "path"}]
+def _place(folder: Path, model: Record) -> Path:
+    return Path(path_here(folder, model)).resolve()
 
 
-def _differences(
-    folder: Path, before: Record, plan: Record, prompts: Sequence[Record], scored: Mapping[str, Any] | None, scorer: str | None
+def _inserted(folder: Path, new: Sequence[Record], others: Sequence[Record], before: Sequence[Record]) -> list[Record]:
+    """The new models in their order, each other one behind the one that it stood behind."""
+    found, place = list(new), {Path(model["path"]).resolve(): model for model in new}
+    last: Record | None = None
+    for model in before:
+        if model in others:
+            found.insert(0 if last is None else found.index(last) + 1, model | {"path": path_here(folder, model)})
+            last = found[0 if last is None else found.index(last) + 1]
+        else:
+            last = place.get(_place(folder, model), last)
+    return found
+
+
+def _unlike(
+    folder: Path, before: Record, plan: Record, scored: str | None, scorer: str | None, others: Sequence[Record]
+) -> list[str]:
+    """Why the other models cannot stand beside those of the plan; nothing where they can."""
+    if plan.get("one_run") or before.get("one_run"):
+        return ["other checkpoints of one run, whose order only a call with all of them can give"]
+    settings = [{key: value for key, value in one["settings"].items() if key != "scorer"} for one in (before, plan)]
+    other = [f"{key} {value}" for key, value in settings[0].items() if value != settings[1].get(key)]
+    other += [key for key in SAME if before.get(key) != plan.get(key)]
+    if scored != scorer:
+        other.append(f"scorer {scored or 'none'}")
+    references = [
+        {key: value for key, value in one["reference"].items() if key not in ("path", "digest")} for one in (before, plan)
+    ]
+    if not other and references[0] != references[1]:
+        other.append("held-out pairs, dtype or rows of embeddings")
+    if other:
+        return [f"other settings ({', '.join(other)})"]
+    here = {path: model for model in others if Path(path := path_here(folder, model)).is_dir()}
+    changed = [Path(path).name for path, model in here.items() if model_digest(path) != model["digest"]]
+    return [f"{changed[0]} as it was before its files changed"] if changed else []
+
+
+def _lost(
+    folder: Path,
+    before: Record,
+    plan: Record,
+    prompts: Sequence[Record],
+    scored: Mapping[str, Any] | None,
+    scorer: str | None,
+    digest: str | None,
 ) -> list[str]:
     """What the evaluation in the folder has that the planned one has not."""
     found = []
@@ -67,6 +116,8 @@ def _differences(
         found.append(f"another reference ({before['reference']['path']})")
     if scored is not None and scored["name"] != scorer:
         found.append(f"a scorer ({scored['name']})" if scorer is None else f"another scorer ({scored['name']})")
+    elif scored is not None and digest is not None and scored["digest"] != digest:
+        found.append(f"{scored['name']} with other settings or scores ({' '.join(scored.get('options', []))})")
     if before["prompts"] != plan["prompts"]:
         texts = [row["prompt"] for row in prompts]
         gone = sum(row["prompt"] not in texts for row in blocks_of(folder, SAMPLES, before)[before["prompts"]])

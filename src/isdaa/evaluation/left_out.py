@@ -10,7 +10,6 @@ from isdaa.errors import DoneInPart, UserError
 from isdaa.evaluation.identity import model_digest
 from isdaa.evaluation.records import Record
 from isdaa.evaluation.requests import Checkpoint
-from isdaa.models.finite import NotFiniteError, listed, loaded_not_finite
 from isdaa.terminal import say, working
 
 NOT_FINITE = "weights are not finite"
@@ -21,6 +20,7 @@ def broken_weights(path: str, trust_remote_code: bool = False, revision: str | N
 
     Raises UserError, naming the file, where it is damaged or incomplete.
     """
+    from isdaa.models.finite import NotFiniteError, loaded_not_finite
     from isdaa.models.loading import check_complete
     from isdaa.models.places import adapter_config, base_of, local_folder
 
@@ -48,6 +48,8 @@ def check_weights(
 
     Raises UserError where the reference is one of them, or nothing else is left, or a model is damaged.
     """
+    from isdaa.models.finite import listed
+
     paths = list(dict.fromkeys([reference, *(model.path for model in models)]))
     with working("weights of the models' files"):
         broken = {path: broken_weights(path, trust_remote_code, revision if path == reference else None) for path in paths}

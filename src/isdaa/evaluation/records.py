@@ -30,7 +30,16 @@ FIGURES = {
     "path": str, "kl": INTERVAL, "length": INTERVAL, "truncated": float, "repetition": float, "tie_rate?": NUMBER,
     **dict.fromkeys(("win_rate", "win_rate_reference?", "win_rate_chosen?", "reward"), (INTERVAL, None)),
 }  # fmt: skip
-TOLD = {"label": str, "method?": TEXT, "beta?": NUMBER, "seed?": WHOLE, "step?": WHOLE, "weight_mean?": NUMBER, "ess?": NUMBER}
+TOLD = {
+    "place?": str,
+    "label": str,
+    "method?": TEXT,
+    "beta?": NUMBER,
+    "seed?": WHOLE,
+    "step?": WHOLE,
+    "weight_mean?": NUMBER,
+    "ess?": NUMBER,
+}
 LEFT_OUT = [{"path": str, "reason": str, "after": TEXT, **TOLD}]  # checkpoints that could not be evaluated
 PLAN = {
     "left_out?": LEFT_OUT,
@@ -58,6 +67,14 @@ LINES: dict[str, Record] = {
     "judged": {"prompt_id": str, "pair": int, "orders": [NUMBER], "state": str},
     "pairs": {"prompt": str, "chosen_logps": float, "rejected_logps": float},
 }
+
+
+def path_here(folder: Path, model: Record) -> str:
+    """The path of a model of the evaluation in `folder`, as it is reached from here: the plan's may be from another folder."""
+    path, place = Path(model["path"]), folder / model.get("place", "")
+    if "place" not in model or not place.is_dir() or (path.is_dir() and path.resolve() == place.resolve()):
+        return str(model["path"])
+    return str(place.resolve())
 
 
 def read_plan(path: Path) -> Record:

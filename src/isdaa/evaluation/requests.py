@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -114,14 +114,14 @@ def requests(
         raise UserError("no model to evaluate: give --model_path (a model folder, a run folder or a Hub name)")
     model_paths = [located(path) for path in model_paths]
     for option in ("reference", "scorer"):
-        check_place(given.get(option), option)
-    paths = list(dict.fromkeys(path for name in model_paths for path in expand(name, as_runs)))
+        check_place(given.get(option), f"--{option}")
+    paths = _once(path for name in model_paths for path in expand(name, as_runs))
     found_records = records_of(paths)
     found_records.require({option: option for option in OPTIONS.values() if option not in given})
     records, first = found_records.by_path, found_records.first()
     foreign = _foreign(records)
     _ask(model_paths, foreign if len(foreign) == len(paths) else [], given)
-    order = ordered(paths, foreign, as_one_run, one_run)
+    order, named_models = ordered(paths, foreign, as_one_run, one_run), paths
     paths = list(order.paths)
     older = [path for path, record in records.items() if record is not None and (record.tokens or 1) != VERSION]
     if older:
@@ -184,10 +184,15 @@ def requests(
         scores=given.get("scores"),
         all_opponents=bool(given.get("all_opponents", False)),
         told=(*found_records.told(list(given)), *order.told),
-        doubts=tuple(order.doubts),
+        doubts=(*order.doubts, *(line for name in model_paths if as_runs for line in _unread(Path(name), named_models))),
         one_run=one_run,
         tokenizer=str(given["tokenizer"]) if "tokenizer" in given else None,
     )
+
+
+def _once(paths: Iterable[str]) -> list[str]:
+    """Each model once, however it is spelled."""
+    return list({os.path.realpath(path) if Path(path).exists() else path: path for path in reversed(list(paths))}.values())[::-1]
 
 
 def models_of(run: str | Path) -> list[str]:
@@ -230,7 +235,7 @@ def check_place(name: Any, option: str) -> None:
     ]
     near = nearest(name, alike)
     if near or name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).name.startswith("checkpoint-"):
-        raise UserError(f"{name}: no such model folder{near}; --{option} names a folder that is here, or a model of the Hub")
+        raise UserError(f"{name}: no such model folder{near}; {option} names a folder that is here, or a model of the Hub")
 
 
 def _revision(reference: str, records: Mapping[str, ModelRecord | None]) -> str | None:
@@ -280,7 +285,7 @@ def expand(path: str | Path, as_run: bool = False) -> list[str]:
     text = located(path)
     folder = Path(text)
     if not folder.exists():
-        check_place(text, "model_path")
+        check_place(text, "a path")
         return [text]  # a Hub name; loading it says whether it exists
     refuse_gguf(folder)
     is_model = any((folder / name).exists() for name in MODEL)
@@ -288,11 +293,12 @@ def expand(path: str | Path, as_run: bool = False) -> list[str]:
         return [text]
     found = {int(p.name.split("-")[1]): p for p in (folder / "checkpoints").glob("checkpoint-*") if _is_checkpoint(p)}
     final = folder / "model"
-    if final.is_dir():
+    ours = final.is_dir() and (bool(found) or read_record(final) is not None or not _has_checkpoints(folder))
+    if ours:
         record = read_record(final)
         found.pop(record.step if record is not None and record.step is not None else -1, None)
-    models = [str(found[step]) for step in sorted(found)] + ([str(final)] if final.is_dir() else [])
-    models = models or [*_written_by_trainer(folder), *([text] if is_model else [])]
+    models = [str(found[step]) for step in sorted(found)] + ([str(final)] if ours else [])
+    models = models or [*_written_by_trainer(folder), *_last_models(folder), *([text] if is_model else [])]
     if not models:
         runs = sorted({str(inside.parent) for name in ("checkpoints", "model") for inside in folder.glob(f"*/{name}")})
         runs += sorted({str(inside.parent) for inside in folder.glob("*/checkpoint-*") if _is_checkpoint(inside)})
@@ -301,6 +307,29 @@ def expand(path: str | Path, as_run: bool = False) -> list[str]:
             f"{text}: neither a model folder (config.json) nor a run folder with checkpoints/, model/ or checkpoint-N/{hint}"
         )
     return models
+
+
+LAST = ("model", "best", "final", "final_model", "final_checkpoint")  # what scripts call a last model in their output folder
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    return any(_is_checkpoint(path) for path in folder.glob("checkpoint-*"))
+
+
+def _last_models(folder: Path) -> list[str]:
+    """Models beside a trainer's checkpoints."""
+    return [str(folder / name) for name in LAST if any((folder / name / file).exists() for file in MODEL)]
+
+
+def _unread(folder: Path, models: Sequence[str]) -> list[str]:
+    """Of a trainer's output folder, in words: models in it that are not taken for checkpoints of its run."""
+    known = {Path(path).resolve() for path in models}
+    others = sorted(
+        p for p in folder.glob("*") if p.is_dir() and any((p / name).exists() for name in MODEL) and p.resolve() not in known
+    )
+    if not others or not _has_checkpoints(folder):
+        return []
+    return [f"{folder}: not read: {', '.join(path.name for path in others)}; models by other names are named with --checkpoints"]
 
 
 def _written_by_trainer(folder: Path) -> list[str]:
@@ -322,7 +351,7 @@ def checkpoints(paths: Sequence[str | Path], records: Mapping[str, ModelRecord |
     """What the records beside some models say of them; labels are unique and as short as that allows."""
     texts = [str(path) for path in paths]
     found = records if records is not None else {text: read_record(text) for text in texts}
-    return [_checkpoint(text, label, found[text]) for text, label in zip(texts, _labels(texts), strict=True)]
+    return [_checkpoint(text, label, found[text]) for text, label in zip(texts, labels_of(texts), strict=True)]
 
 
 def _checkpoint(path: str, label: str, record: ModelRecord | None) -> Checkpoint:
@@ -368,7 +397,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _labels(paths: Sequence[str]) -> list[str]:
+def labels_of(paths: Sequence[str]) -> list[str]:
     """The last one or two telling parts of each path, or as many as are unique."""
     labels = []
     for path in paths:

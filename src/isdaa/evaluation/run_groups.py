@@ -12,11 +12,13 @@ from isdaa.record import run_folder
 LONE = "checkpoints"  # name of the only run, where isdaa did not train it
 # A checkpoint by its name: what stands before says whose it is, the number says when it was written.
 NUMBERED = re.compile(
-    r"(?P<run>.*?)[-_. ]*(?P<word>checkpoint|ckpt|global[-_]?step|step|iteration|iter|epoch)[-_. ]*(?P<number>\d+)", re.IGNORECASE
+    r"(?P<run>.*?)[-_. ]*(?P<word>checkpoint|ckpt|global[-_]?step|step|iteration|iter|epoch)[-_. ]*(?P<number>\d+)"
+    r"(?:[-_. ]*(?:merged|hf|model|adapter|bf16|fp16|fp32))?",
+    re.IGNORECASE,
 )
 SEED = re.compile(r"seed[-_.= ]*\d+", re.IGNORECASE)  # in a name: of another run, never of a later checkpoint
 NUMBER = re.compile(rf"({SEED.pattern})|\d+", re.IGNORECASE)
-FINAL = ("model", "best")  # folders of a run's, or a checkpoint's, that hold its weights
+FINAL = ("model", "best", "merged", "final")  # folders of a run's, or a checkpoint's, that hold its weights
 Identity = tuple[str | None, float | None, int | None]  # method, β and seed of a model's record
 UNKNOWN: Identity = (None, None, None)
 

@@ -16,7 +16,8 @@ from isdaa.evaluation.run_groups import FINAL, NUMBERED, UNKNOWN, homes_of
 from isdaa.foreign import read_json
 
 STATE = "trainer_state.json"  # of transformers' Trainer, and so of TRL, Axolotl and LLaMA-Factory
-TRAILING = re.compile(r"(?P<stem>.*?)[-_. ]*(?P<number>\d+)")
+TRAILING = re.compile(r"(?P<stem>.*?)[-_. ]*(?P<number>\d+(?:\.\d+)?)")
+EPOCH = re.compile(r"(?P<run>.*?)[-_. ]*epoch[-_. ]*(?P<number>\d+(?:\.\d+)?)", re.IGNORECASE)
 NAMED = 6  # checkpoints in a sentence
 
 
@@ -99,7 +100,7 @@ def _run(home: Path, members: Sequence[str], given_order: bool) -> Order:
         doubts.append(f"{without[0]}: nothing says the step of this last model, so it is taken to be the end of the run")
     order = sorted(members, key=lambda path: steps.get(path, float("inf")))
     same = [(a, b) for a, b in pairwise(order) if a in steps and steps[a] == steps.get(b)]
-    doubts += [f"{a} and {b} are both of step {steps[a]:,}; which was trained on is not known" for a, b in same]
+    doubts += [f"{a} and {b} are both of step {steps[a]:,}: they stand in the order given" for a, b in same]
     if len(order) > 1:
         by = STATE if any(state is not None for state in states.values()) else "the numbers in their names"
         told.append(f"{home}: one run, by {by}: step{'s' * (len(lines) > 1)} {_listed(sorted(lines.values()))}")
@@ -142,16 +143,15 @@ def _named(members: Sequence[str]) -> dict[str, int]:
         return {path: int(match["number"]) for path, match in found.items() if match is not None and one}
     bare = {path: TRAILING.fullmatch(_folder(path).name) for path in members}
     stems = {match["stem"] for match in bare.values() if match is not None}
-    return {path: int(match["number"]) for path, match in bare.items() if match is not None} if len(stems) == 1 else {}
+    whole = all(match["number"].isdecimal() for match in bare.values() if match is not None)  # others are settings, or epochs
+    return {path: int(match["number"]) for path, match in bare.items() if match is not None} if len(stems) == 1 and whole else {}
 
 
 def _epochs(members: Sequence[str]) -> list[str] | None:
     """Models in the order of their epochs, a last one without a number behind them; None where they have none."""
-    numbers = {path: match for path in members if (match := NUMBERED.fullmatch(_folder(path).name)) is not None}
+    numbers = {path: float(match["number"]) for path in members if (match := EPOCH.fullmatch(_folder(path).name)) is not None}
     without = [path for path in members if path not in numbers]
-    if len({match["word"].lower() for match in numbers.values()}) != 1 or len(without) > 1:
-        return None
-    return [*sorted(numbers, key=lambda path: int(numbers[path]["number"])), *without]
+    return None if not numbers or len(without) > 1 else [*sorted(numbers, key=lambda path: numbers[path]), *without]
 
 
 def _without_copies(members: Sequence[str]) -> tuple[list[str], list[str]]:

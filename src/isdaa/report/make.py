@@ -9,12 +9,14 @@ from typing import Any
 
 from isdaa.errors import UserError
 from isdaa.evaluation.analysis import METRICS
+from isdaa.evaluation.identity import is_newer, model_digest
 from isdaa.evaluation.provenance import check_stays
-from isdaa.evaluation.records import read_metrics
+from isdaa.evaluation.records import path_here, read_metrics
 from isdaa.evaluation.trajectory import SWEEP, read_study
 from isdaa.files import located
 from isdaa.foreign import read_json
 from isdaa.manifest import check_manifest
+from isdaa.ownership import completed
 from isdaa.terminal import say
 
 
@@ -44,19 +46,23 @@ def report_on(
             raise UserError(f"{first}: a sweep's report takes neither other paths nor evaluation options; give its folder alone")
         study, home = read_study(first), first
     else:
-        from isdaa.evaluation.evaluate import evaluate_request
-        from isdaa.evaluation.kept import Replaces
         from isdaa.evaluation.requests import requests
 
         folder = first / "evaluation"
+        if output is not None and (Path(located(output)) / "evaluation" / METRICS).is_file():
+            folder = Path(located(output)) / "evaluation"  # an earlier call's, which could not go beside the models
+            given = {"output_dir": str(folder)} | given if given.keys() - {"trust_remote_code"} else given
         if given.keys() - {"trust_remote_code"} or len(paths) > 1 or one_run or not _is_evaluated(first, folder):
             request = requests(paths, given, as_runs=not as_one_run, as_one_run=as_one_run, one_run=one_run)
             if output is not None:
                 _check_page(Path(located(output)), [model.path for model in request.models])
+            from isdaa.evaluation.evaluate import evaluate_request
+            from isdaa.evaluation.kept import Replaces
+
             try:
                 evaluate_request(request)
             except Replaces:
-                if output is None:
+                if output is None or Path(request.output_dir) == folder != first / "evaluation":
                     raise
                 own = Path(located(output)) / "evaluation"
                 say(f"{request.output_dir}: holds another evaluation, which stays; this one goes into {own}")
@@ -70,14 +76,15 @@ def report_on(
         notes = [several] if as_one_run and len(study.runs) > 1 else []
         study = replace(study, title=home.resolve().name, notes=[*notes, *study.notes])
     if output is not None:
-        _check_page(Path(located(output)), [str(path) for run in study.runs for path in run.paths])
+        _check_page(Path(located(output)), [str(path) for run in study.runs for path in run.paths], study.metrics)
     else:
         check_stays(home / "report")
     from isdaa.report.page import write_report  # libraries for charts, which a mistyped path does not wait for
 
     page = write_report(study, Path(located(output)) if output is not None else home / "report")
     said = written(page)
-    return page, [*said["notes"], *said["warnings"], said["headline"]]
+    rest = [*said["notes"], *said["warnings"]]
+    return page, [said["headline"], *rest] if said.get("ended") else [*rest, said["headline"]]
 
 
 def written(page: Path) -> dict[str, Any]:
@@ -88,18 +95,22 @@ def written(page: Path) -> dict[str, Any]:
     return found
 
 
-def _check_page(folder: Path, models: Sequence[str]) -> None:
-    """Raises UserError where a report of models that the new one does not have lies in the folder."""
+def _check_page(folder: Path, models: Sequence[str], metrics: Mapping[str, Any] | None = None) -> None:
+    """Raises UserError where a report of models that the new one does not have, or by another scorer, lies in the folder."""
     from isdaa.report.page import DATA
 
     if not (folder / DATA).is_file():
         return
-    before = [row["path"] for run in read_json(folder / DATA)["runs"] for row in run["checkpoints"]]
-    gone = {Path(path).absolute() for path in before} - {Path(path).absolute() for path in models}
-    if gone:
+    report = read_json(folder / DATA)
+    before = [row["path"] for run in report["runs"] for row in run["checkpoints"]]
+    gone = {Path(path).resolve() for path in before} - {Path(path).resolve() for path in models}
+    what = f"of which {len(gone)} (such as {min(gone).name}) are not in this one" if gone else ""
+    if metrics is not None and not gone:
+        names = [(one.get("scorer") or {}).get("name") for one in (report, metrics)]
+        what = f"scored by {names[0]} and not by {names[1]}" if names[0] not in (None, names[1]) else ""
+    if what:
         raise UserError(
-            f"{folder}: holds a report on {len(before)} checkpoints, of which {len(gone)} (such as {min(gone).name}) are not in "
-            "this one; it is not replaced: choose another folder with --output"
+            f"{folder}: holds a report on {len(before)} checkpoints, {what}; it is not replaced: choose another folder with --output"
         )
 
 
@@ -111,7 +122,27 @@ def _is_evaluated(run: Path, evaluation: Path) -> bool:
         return False
     metrics = read_metrics(evaluation / METRICS)
     named = [*metrics["models"], *metrics.get("left_out", [])]
-    covered, here = {Path(model["path"]).resolve() for model in named}, models_of(run)
+    covered, here = {Path(path_here(evaluation, model)).resolve(): model for model in named}, models_of(run)
     for path in here:
         check_manifest(Path(path))  # of which the page would speak as it was
-    return "verdicts" in metrics and {Path(path).resolve() for path in here} <= covered
+    if "verdicts" not in metrics or not {Path(path).resolve() for path in here} <= covered.keys():
+        return False
+    written = (evaluation / METRICS).stat().st_mtime
+    models = [(path, covered[Path(path).resolve()]) for path in here if is_newer(path, written)]
+    changed = [path for path, model in models if model.get("digest") is None or model_digest(path) != model["digest"]]
+    if changed:
+        options = {"--reference": metrics["reference"]["path"], "--data": metrics.get("data"), **_scorer_of(metrics)}
+        raise UserError(
+            f"{changed[0]}: has changed since it was evaluated, so the numbers in {evaluation} are of other weights; evaluate again:",
+            completed(["isdaa", "report", str(run)], {option: str(value) for option, value in options.items() if value}),
+        )
+    return True
+
+
+def _scorer_of(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """The options that named an evaluation's scorer, judge model or scores."""
+    scorer = metrics["scorer"]
+    if scorer is None:
+        return {}
+    words = scorer.get("options") or ["--scorer", scorer["name"]]
+    return dict(zip(words[::2], words[1::2], strict=True))

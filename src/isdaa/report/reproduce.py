@@ -38,7 +38,7 @@ def _sweep(study: Study) -> list[str]:
 
 def _evaluation(study: Study) -> list[str]:
     metrics = study.metrics
-    models = [str(path) for run in study.runs for path in run.paths]
+    models = [str(path) for run in study.runs for path in run.paths] + [left["path"] for left in metrics.get("left_out") or []]
     names = _names(models, study)
     options = _options(names, metrics)
     note = [f"# {PROMPTS}: the held-out prompts that were evaluated; the evaluation does not record their name"]
@@ -49,7 +49,8 @@ def _evaluation(study: Study) -> list[str]:
             shlex.join(["isdaa", "evaluate", "--model_path", *names, *options]),
             shlex.join(["isdaa", "report", *names]),
         ]
-    return [*note, shlex.join(["isdaa", "report", "--checkpoints", *names, *options])]
+    joined = ["--one_run"] if metrics.get("one_run") else []
+    return [*note, shlex.join(["isdaa", "report", "--checkpoints", *names, *joined, *options])]
 
 
 def _names(models: Sequence[str], study: Study) -> list[str]:

@@ -51,7 +51,9 @@ def headline(report: Mapping[str, Any]) -> dict[str, str]:
     if not ended:
         return found
     more = len(ended.keys() - {run["name"] for run in report["runs"]})  # of which nothing is left
-    return found | {"headline": " ".join([*endings(ended, len(report["runs"]) + more), found["headline"]]), "tone": "over"}
+    alone = len(report["runs"]) + more == 1 and (report["runs"][0]["verdict"] or {}).get("finding") == DIVERGED
+    first = [] if alone else endings(ended, len(report["runs"]) + more)  # a lone run's verdict says it itself
+    return found | {"headline": " ".join([*first, found["headline"]]), "tone": "over"}
 
 
 def _headline(report: Mapping[str, Any]) -> dict[str, str]:
