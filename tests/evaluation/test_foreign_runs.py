@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +129,96 @@ def test_one_run_keeps_the_given_order_wherever_its_models_lie(out: Path, capsys
     )
     assert report("--checkpoints", *paths, output="apart") == 0
     assert len(read(Path("apart/report.json"))["runs"]) == 2
+
+
+def test_the_order_of_the_last_call_counts(out: Path) -> None:
+    for index, name in enumerate(("late", "early", "middle")):
+        save(moved(tiny(0), 0.2 + index / 10), Path("named") / name)
+    paths = ["named/late", "named/early", "named/middle"]
+    assert report("--checkpoints", *paths) == 0
+    assert report("--checkpoints", paths[1], paths[2], paths[0]) == 0
+    (run,) = read(Path("named/report/report.json"))["runs"]
+    assert [row["label"] for row in run["checkpoints"]] == ["early", "middle", "late"]
+    assert report("--checkpoints", paths[2], paths[0], paths[1], "--one_run") == 0
+    (run,) = read(Path("named/report/report.json"))["runs"]
+    assert [row["label"] for row in run["checkpoints"]] == ["middle", "late", "early"]
+
+
+def test_a_part_of_one_run_is_not_put_into_the_whole(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [f"out/checkpoint-{step}" for step in (100, 20, 5)]
+    assert report("--checkpoints", *paths, "--one_run") == 0
+    assert any("--one_run" in line for line in read(out / "report/report.json")["reproduce"])
+    refused(capsys, ["report", "--checkpoints", *paths[:2], "--one_run", *options()], "only a call with all of them can give")
+
+
+def test_an_evaluation_knows_its_models_from_any_folder(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report("out") == 0
+    monkeypatch.chdir("/")
+    assert main(["report", str(out)]) == 0, "nothing is asked for: it is all there"
+    paths = [str(out / f"checkpoint-{step}") for step in (20, 5)]
+    where = {"reference": str(tmp_path / "base"), "data": str(tmp_path / "prompts.jsonl")}
+    assert report("--checkpoints", *paths, **where) == 0
+    assert steps_in(out / "report/report.json") == [5, 20, 100]
+
+
+def test_weights_that_changed_are_evaluated_again(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report("out") == 0
+    folder = out / "checkpoint-20"
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())  # written anew, the same
+    assert main(["report", "out"]) == 0
+    save(moved(tiny(0), 0.9), folder)
+    told = refused(capsys, ["report", "out"], "checkpoint-20: has changed since it was evaluated")
+    assert told.endswith("isdaa report out --reference base --data prompts.jsonl --scorer gold")
+    assert report("out") == 0 and main(["report", "out"]) == 0
+
+
+@pytest.mark.parametrize("name", ["model", "final_checkpoint"])
+def test_a_last_model_in_the_folder_hides_no_checkpoint(out: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in out.glob("*.*"):
+        file.unlink()
+    save(moved(tiny(0), 0.6), out / name)
+    save(moved(tiny(0), 0.7), out / "ema")
+    assert report("out") == 0
+    (run,) = read(out / "report/report.json")["runs"]
+    assert [row["label"].split("/")[-1] for row in run["checkpoints"]] == [
+        "checkpoint-5",
+        "checkpoint-20",
+        "checkpoint-100",
+        name,
+    ]
+    assert "not read: ema" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_what_is_said_of_a_kept_model_stays_said(out: Path) -> None:
+    save(moved(tiny(0), 0.6), out)  # a last model of its own, whose step nothing says
+    assert report("out") == 0
+    before = read(out / "report/report.json")["notes"]
+    assert any("last model" in line for line in before)
+    assert report("--checkpoints", "out/checkpoint-20", "out/checkpoint-5") == 0
+    assert read(out / "report/report.json")["notes"] == before
+
+
+def test_labels_stay_apart_when_models_are_added(out: Path) -> None:
+    save(moved(tiny(0), 0.4), Path("more/checkpoint-5"))
+    assert main(["evaluate", "--model_path", "out/checkpoint-5", *options(output="both")]) == 0
+    assert main(["evaluate", "--model_path", "more/checkpoint-5", *options(output="both")]) == 0
+    labels = [model["label"] for model in read(Path("both/metrics.json"))["models"]]
+    assert sorted(labels) == ["more/checkpoint-5", "out/checkpoint-5"]
+
+
+def test_a_mistyped_path_answers_before_anything_large_is_imported(out: Path) -> None:
+    program = (
+        "import sys; from isdaa.cli import main\n"
+        "status = main({argv!r})\n"
+        "print(status, sorted({{'torch', 'transformers', 'altair'}} & set(sys.modules)))"
+    )
+    calls = (
+        ["report", "--checkpoints", "out/checkpoint-11", *options()],
+        ["report", "out", *options(reference="bsae")],
+        ["evaluate", "--model_path", "out/checkpoint-5", *options(scorer="./gould")],
+    )
+    for argv in calls:
+        done = subprocess.run([sys.executable, "-c", program.format(argv=argv)], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "2 []", done

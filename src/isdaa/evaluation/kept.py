@@ -10,7 +10,7 @@ from isdaa.errors import UserError
 from isdaa.evaluation.analysis import METRICS
 from isdaa.evaluation.collect import PLAN, SAMPLES
 from isdaa.evaluation.identity import model_digest
-from isdaa.evaluation.records import Record, blocks_of, path_here, read_metrics, read_plan
+from isdaa.evaluation.records import Record, blocks_of, read_metrics, read_plan
 from isdaa.evaluation.requests import labels_of
 from isdaa.ownership import completed
 from isdaa.terminal import say
@@ -34,11 +34,11 @@ def merged(folder: Path, plan: Record, prompts: Sequence[Record], scorer: str | 
         return {}
     before, scored = read_plan(folder / PLAN), read_metrics(folder / METRICS)["scorer"]
     asked = {Path(model["path"]).resolve() for model in [*plan["models"], *plan.get("left_out", [])]}
-    others = [model for model in before["models"] if _place(folder, model) not in asked]
-    left_out = [model for model in before.get("left_out", []) if _place(folder, model) not in asked]
+    others = [model for model in before["models"] if _place(model) not in asked]
+    left_out = [model for model in before.get("left_out", []) if _place(model) not in asked]
     lost = _lost(folder, before, plan, prompts, scored, scorer, digest)
     if others and not lost:
-        lost = _unlike(folder, before, plan, scored["name"] if scored else None, scorer, others)
+        lost = _unlike(before, plan, scored["name"] if scored else None, scorer, others)
     if lost:
         number = len(before["models"])
         raise Replaces(
@@ -49,7 +49,7 @@ def merged(folder: Path, plan: Record, prompts: Sequence[Record], scorer: str | 
     found: Record = {}
     if others:
         say(f"{folder}: its evaluation of {len(others)} other checkpoint{'s' * (len(others) != 1)} stays; these are added to it")
-        models = _inserted(folder, plan["models"], others, before["models"])
+        models = _inserted(plan["models"], others, before["models"])
         labels = labels_of([model["path"] for model in models])
         found["models"] = [model | {"label": label} for model, label in zip(models, labels, strict=True)]
     if left_out:
@@ -61,26 +61,24 @@ def merged(folder: Path, plan: Record, prompts: Sequence[Record], scorer: str | 
     return found
 
 
-def _place(folder: Path, model: Record) -> Path:
-    return Path(path_here(folder, model)).resolve()
+def _place(model: Record) -> Path:
+    return Path(model["path"]).resolve()
 
 
-def _inserted(folder: Path, new: Sequence[Record], others: Sequence[Record], before: Sequence[Record]) -> list[Record]:
+def _inserted(new: Sequence[Record], others: Sequence[Record], before: Sequence[Record]) -> list[Record]:
     """The new models in their order, each other one behind the one that it stood behind."""
     found, place = list(new), {Path(model["path"]).resolve(): model for model in new}
     last: Record | None = None
     for model in before:
         if model in others:
-            found.insert(0 if last is None else found.index(last) + 1, model | {"path": path_here(folder, model)})
-            last = found[0 if last is None else found.index(last) + 1]
+            found.insert(0 if last is None else found.index(last) + 1, model)
+            last = model
         else:
-            last = place.get(_place(folder, model), last)
+            last = place.get(_place(model), last)
     return found
 
 
-def _unlike(
-    folder: Path, before: Record, plan: Record, scored: str | None, scorer: str | None, others: Sequence[Record]
-) -> list[str]:
+def _unlike(before: Record, plan: Record, scored: str | None, scorer: str | None, others: Sequence[Record]) -> list[str]:
     """Why the other models cannot stand beside those of the plan; nothing where they can."""
     if plan.get("one_run") or before.get("one_run"):
         return ["other checkpoints of one run, whose order only a call with all of them can give"]
@@ -96,8 +94,8 @@ def _unlike(
         other.append("held-out pairs, dtype or rows of embeddings")
     if other:
         return [f"other settings ({', '.join(other)})"]
-    here = {path: model for model in others if Path(path := path_here(folder, model)).is_dir()}
-    changed = [Path(path).name for path, model in here.items() if model_digest(path) != model["digest"]]
+    here = [model for model in others if Path(model["path"]).is_dir()]
+    changed = [Path(model["path"]).name for model in here if model_digest(model["path"]) != model["digest"]]
     return [f"{changed[0]} as it was before its files changed"] if changed else []
 
 

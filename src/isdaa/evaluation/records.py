@@ -90,6 +90,10 @@ def read_metrics(path: Path) -> Record:
 def _checked(path: Path, shape: Record) -> Record:
     found: Record = read_json(path)
     check_shape(found, shape, str(path))
+    models = [*found["models"], *found.get("left_out", [])]
+    here = {model["path"]: path_here(path.parent, model) for model in models}
+    for model in models:
+        model |= {key: here.get(model[key], model[key]) for key in ("path", "after") if model.get(key) is not None}
     return found
 
 

@@ -17,7 +17,7 @@ from isdaa.config import EvaluationConfig
 from isdaa.errors import UserError
 from isdaa.evaluation.analysis import METRICS, win_table
 from isdaa.evaluation.collect import PLAN, SAMPLES
-from isdaa.evaluation.records import Record, blocks_of, fitting, path_here, read_metrics, read_plan
+from isdaa.evaluation.records import Record, blocks_of, fitting, read_metrics, read_plan
 from isdaa.evaluation.requests import METRICS as HISTORY
 from isdaa.evaluation.run_groups import UNKNOWN, Identity, homes_of, in_order, names_of
 from isdaa.foreign import check_shape, read_json
@@ -188,8 +188,6 @@ def _trajectories(folder: Path, as_one_run: bool) -> tuple[list[Trajectory], dic
     kept = slice(None) if table is None else table.kept
     start, start_wins = metrics["reference"]["win_rate"], table.reference_rows() if table is not None else None
     models = with_left_out(list(zip(plan["models"], metrics["models"], strict=True)), metrics.get("left_out") or [])
-    here = [path_here(folder, planned) for planned, _ in models]
-    models = [(planned | {"path": path}, entry | {"path": path}) for path, (planned, entry) in zip(here, models, strict=True)]
     identities: list[Identity] = [(e.get("method"), e.get("beta"), e.get("seed")) for _, e in models]
     given_order = bool(plan.get("one_run"))
     if given_order:

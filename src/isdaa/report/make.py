@@ -11,7 +11,7 @@ from isdaa.errors import UserError
 from isdaa.evaluation.analysis import METRICS
 from isdaa.evaluation.identity import is_newer, model_digest
 from isdaa.evaluation.provenance import check_stays
-from isdaa.evaluation.records import path_here, read_metrics
+from isdaa.evaluation.records import read_metrics
 from isdaa.evaluation.trajectory import SWEEP, read_study
 from isdaa.files import located
 from isdaa.foreign import read_json
@@ -110,7 +110,8 @@ def _check_page(folder: Path, models: Sequence[str], metrics: Mapping[str, Any] 
         what = f"scored by {names[0]} and not by {names[1]}" if names[0] not in (None, names[1]) else ""
     if what:
         raise UserError(
-            f"{folder}: holds a report on {len(before)} checkpoints, {what}; it is not replaced: choose another folder with --output"
+            f"{folder}: holds a report on {len(before)} checkpoints, {what}; it is not replaced: choose another folder with "
+            "--output"
         )
 
 
@@ -122,7 +123,7 @@ def _is_evaluated(run: Path, evaluation: Path) -> bool:
         return False
     metrics = read_metrics(evaluation / METRICS)
     named = [*metrics["models"], *metrics.get("left_out", [])]
-    covered, here = {Path(path_here(evaluation, model)).resolve(): model for model in named}, models_of(run)
+    covered, here = {Path(model["path"]).resolve(): model for model in named}, models_of(run)
     for path in here:
         check_manifest(Path(path))  # of which the page would speak as it was
     if "verdicts" not in metrics or not {Path(path).resolve() for path in here} <= covered.keys():
@@ -133,7 +134,8 @@ def _is_evaluated(run: Path, evaluation: Path) -> bool:
     if changed:
         options = {"--reference": metrics["reference"]["path"], "--data": metrics.get("data"), **_scorer_of(metrics)}
         raise UserError(
-            f"{changed[0]}: has changed since it was evaluated, so the numbers in {evaluation} are of other weights; evaluate again:",
+            f"{changed[0]}: has changed since it was evaluated, so the numbers in {evaluation} are of other weights; evaluate "
+            "again:",
             completed(["isdaa", "report", str(run)], {option: str(value) for option, value in options.items() if value}),
         )
     return True
