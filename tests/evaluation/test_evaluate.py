@@ -381,6 +381,13 @@ def test_a_call_that_fails_on_its_input_leaves_nothing_behind(models, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+def test_gold_refuses_data_without_facts_before_the_first_sample(models, tmp_path, no_models):
+    for prompts in ([row | {"facts": None} for row in world_rows()], [*world_rows()[:7], world_rows()[7] | {"facts": None}]):
+        with pytest.raises(UserError, match="scorer `gold` needs the column `facts`"):
+            run(models, tmp_path / "out", prompts=prompts, scorer="gold")
+    assert not (tmp_path / "out").exists()
+
+
 def test_progress_counts_samples(models, tmp_path, monkeypatch):
     sizes = {}
 

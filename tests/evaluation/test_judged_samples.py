@@ -370,3 +370,34 @@ def test_the_key_is_in_no_file_and_no_line(
     told = capfd.readouterr()
     files = [file.read_text(encoding="utf-8") for file in tmp_path.rglob("*") if file.is_file()]
     assert all("sk-quite-a" not in text for text in [told.out, told.err, *files])
+
+
+def test_a_spent_budget_leaves_the_former_evaluation_as_it_was(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(shorter) as server:
+        before, _ = run(models, tmp_path, server)
+        with pytest.raises(DoneInPart, match="no prompt is judged"):
+            run(models, tmp_path, server, seed=3, max_requests=1)
+        assert "the evaluation that was here before stays as it was" in " ".join(capsys.readouterr().err.split())
+        assert read_json(tmp_path / "metrics.json") == before and len(trajectories(tmp_path)) == 1
+        asked = len(server.asked)
+        after, _ = run(models, tmp_path, server, seed=3)  # goes on: the reply that was had is not asked for again
+        assert after["scorer"]["digest"] != before["scorer"]["digest"] and len(server.asked) > asked
+        bodies = [json.dumps(body, sort_keys=True) for body in server.asked]
+        assert len(set(bodies)) == len(bodies)
+
+
+def test_so_does_a_scorer_that_fails(models: dict[str, str], tmp_path: Path) -> None:
+    class Broken:
+        name, digest = "broken", "broken-1"
+
+        def score(self, rows, progress=None):
+            raise UserError("no")
+
+    with serving(shorter) as server:
+        before, _ = run(models, tmp_path, server)
+    given = {"prompts": world_rows(), "settings": settings(opponent_samples=1, max_new_tokens=12), "tokenization": TOKENIZATION}
+    with pytest.raises(UserError, match="no"):
+        evaluate([models["checkpoint-20"]], reference=models["reference"], output_dir=tmp_path, scorer=Broken(), **given)
+    assert read_json(tmp_path / "metrics.json") == before and len(trajectories(tmp_path)[0].labels) == 2

@@ -182,3 +182,61 @@ def test_the_example_of_the_docs_scores_a_run(
     assert "--scores nowhere.jsonl: no such file" in capsys.readouterr().err
     assert main([*evaluated, "--scores", "scores.jsonl", "--scorer", "gold"]) == 2
     assert "--scores and --scorer both say who judges" in capsys.readouterr().err
+
+
+def test_a_second_file_goes_into_a_folder_of_its_own(
+    models: dict[str, str], drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its samples are those of the evaluation whose records are shared."""
+    rows = rows_of(drawn, lambda model: model["label"])
+    first = draw(models, drawn, written(tmp_path / "a.jsonl", rows))
+    monkeypatch.setattr("isdaa.evaluation.collect.Models.get", lambda *_: pytest.fail("a model was loaded"))
+    other = written(tmp_path / "b.jsonl", [row | {"score": -row["score"]} for row in rows])
+    second = draw(models, tmp_path / "page/evaluation", other, shared=drawn)
+    for one, two in zip(first["models"], second["models"], strict=True):
+        assert one["win_rate"]["mean"] == pytest.approx(1 - two["win_rate"]["mean"])
+    with pytest.raises(UserError, match="no evaluation here whose samples"):
+        draw(models, tmp_path / "else", other, shared=tmp_path)
+
+
+def test_a_second_file_on_the_command_line(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Path(shutil.copytree(Path(models["10"]).parent, tmp_path / "run"))
+    Path("prompts.jsonl").write_text(
+        "".join(json.dumps({"id": p["id"], "prompt": p["prompt"]}) + "\n" for p in make_posts("small", 8, split="eval"))
+    )
+    steps = sorted(map(str, run.glob("checkpoint-*")))
+    common = ["--model_path", *steps, "--reference", models["reference"], "--data", "prompts.jsonl", *SMALL]
+    assert main(["evaluate", *common, "--scorer", "none"]) == 0
+    rows = rows_of(run / "evaluation", lambda model: model["path"])
+    for name in ("a", "b"):
+        written(tmp_path / f"{name}.jsonl", rows)
+    assert main(["evaluate", *common, "--scores", "a.jsonl"]) == 0
+    assert main(["evaluate", *common, "--scores", "b.jsonl"]) == 2
+    assert "name another folder" in " ".join(capsys.readouterr().err.split())
+    assert main(["evaluate", *common, "--scores", "b.jsonl", "--output", "other"]) == 0
+    page = ["report", "--checkpoints", *steps, *common[common.index("--reference") :], "--scores", "b.jsonl", "--output", "page"]
+    assert main(page) == 0
+    one, two = (read_json(tmp_path / folder / "metrics.json")["models"] for folder in ("other", "page/evaluation"))
+    assert [model["win_rate"] for model in one] == [model["win_rate"] for model in two]
+
+
+def test_models_with_the_same_weights_share_their_scores(models: dict[str, str], tmp_path: Path) -> None:
+    twin = shutil.copytree(models["20"], tmp_path / "run" / "checkpoint-25")
+    paths = {**models, "30": str(twin)}
+    draw(paths, tmp_path / "out")
+    rows = rows_of(tmp_path / "out", lambda model: model["path"])  # as the example of the docs: one name a block
+    assert {row["model"] for row in rows} == {"reference", models["10"], str(twin)}
+    found = draw(paths, tmp_path / "out", written(tmp_path / "s.jsonl", rows))
+    assert found["models"][1]["win_rate"] == found["models"][2]["win_rate"] is not None
+    both = [*rows, *({**row, "model": models["20"]} for row in rows if row["model"] == str(twin))]
+    assert draw(paths, tmp_path / "out", written(tmp_path / "s.jsonl", both))["models"] == found["models"]
+    both[-1]["score"] += 1
+    with pytest.raises(
+        UserError, match=r"s\.jsonl:\d+: sample 0 of .* is that of .*, a model with the same weights, and has another"
+    ):
+        draw(paths, tmp_path / "out", written(tmp_path / "s.jsonl", both))
+    with pytest.raises(UserError, match="no score of sample 0 of"):
+        draw(paths, tmp_path / "out", written(tmp_path / "s.jsonl", rows[:-1]))

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from isdaa.data.chat import pad_apart
 from isdaa.errors import UserError
 from isdaa.evaluation.reading import Reading
-from isdaa.evaluation.scorers import RewardModelScorer, about, facts, load_scorer
+from isdaa.evaluation.scorers import RewardModelScorer, about, doubts_of, facts, load_scorer
 from isdaa.models.adapters import add_lora
 from isdaa.models.loading import load_sequence_classifier
 from isdaa.record import ModelRecord, record_text
@@ -227,6 +227,7 @@ def test_what_does_not_fit_is_cut_before_the_templates_end(tmp_path: Path, caplo
         (ids,) = scorer.token_ids(rows([([{"role": "user", "content": "Why? " * 30}], "Because it is. " * 40)]))
     assert len(ids) == 60 and tokenizer.decode(ids[-2:]) == "<|im_end|>\n"
     assert "1 of 1 responses do not fit its 60 positions" in caplog.text
+    assert "1 of 1 prompts do not fit its 60 positions beside their responses" in caplog.text
     assert "1 of 1 prompts have more than 20 tokens and were cut" in caplog.text
 
 
@@ -247,6 +248,29 @@ def test_a_run_says_which_token_is_read(tmp_path: Path) -> None:
         "about": about(scorer),
     }
     assert about(load_scorer("gold")) == [] and set(facts(load_scorer("gold"))) == {"name", "digest"}
+
+
+def test_of_plain_texts_it_says_where_those_are_read(tmp_path: Path) -> None:
+    """A chat template is not applied to them, so its end is not read."""
+    texts, chats = ([{"prompt": prompt} for prompt, _ in examples] for examples in (TEXTS, CHATS))
+    folder = saved(tmp_path / "qwen2", build("qwen2"))
+    for prompts, said in (
+        (texts, ["read at the last token of the text, '<|im_end|>' where it ended, as in plain transformers"]),
+        (chats, ["read at '\\n' behind '<|im_end|>', the end of its chat template's output, as in plain transformers"]),
+    ):
+        scorer = load_scorer(folder)
+        assert about(scorer, prompts) == said == facts(scorer)["about"]
+        assert bool(doubts_of(scorer)) == (prompts is texts)
+    both = load_scorer(folder)
+    assert about(both, [*texts, *chats])[0].endswith(
+        "; of plain-text prompts at the last token of the text, '<|im_end|>' where it ended"
+    )
+    assert "has a chat template, but the prompts are plain text" in doubts_of(both)[0]
+    roberta = load_scorer(saved(tmp_path / "roberta", byte_level("chatml"), "roberta"))
+    assert "here through the end of the response" in about(roberta, texts)[0] and doubts_of(roberta)
+    own(tmp_path / "qwen2", "template_end")  # isdaa's own: nobody knows but its maker
+    assert "the last token of the text" in about(ours := load_scorer(folder), texts)[0] and doubts_of(ours) == []
+    assert doubts_of(load_scorer("gold")) == []
 
 
 def test_a_template_that_does_not_work_is_no_matter_for_texts(tmp_path: Path) -> None:

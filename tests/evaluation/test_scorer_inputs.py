@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_helpers import TOKENIZATION, save, settings, tiny
+from evaluation_helpers import TOKENIZATION, save, settings, tiny, world_rows
 from real_tokenizers import build, corpus
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
@@ -151,6 +151,58 @@ def test_what_does_not_fit_an_encoder_is_cut_and_said(kind: str, tmp_path: Path,
         scorer.score(rows([("why is it so " * 30, "because " * 80)]))
     assert len(ids[0]) == (38 if kind == "roberta" else 40) and ids[0][-1] == scorer.tokenizer.sep_token_id
     assert "responses do not fit" in caplog.text and "prompts have more than 10 tokens" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_long_prompt_leaves_an_encoder_the_whole_answer(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    scorer = RewardModelScorer(encoder(tmp_path, kind, max_position_embeddings=64))
+    prompt, answer = "why is it so " * 40, "because it is so."
+    with caplog.at_level("WARNING"):
+        scorer.score(rows([(prompt, answer), ("why", answer)]))
+    (fed, short) = scorer.inputs(rows([(prompt, answer), ("why", answer)]))
+    asked, answered = (scorer.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer))
+    frame = len(scorer.tokenizer("a", "b")["input_ids"]) - 2
+    kept = len(fed.ids) - frame - len(answered)
+    assert len(fed.ids) == (62 if kind == "roberta" else 64) and kept > 20
+    assert fed.ids[1 : 1 + kept] == asked[-kept:] and fed.ids[-1 - len(answered) : -1] == answered
+    assert fed.lacking == ("prompt",) and short.lacking == () and scorer.lacking == [("prompt",), ()]
+    assert "1 of 2 prompts do not fit its" in caplog.text and "responses" not in caplog.text.replace("their responses", "")
+
+
+@pytest.mark.parametrize("position", ["template_end", "response_end"])
+@pytest.mark.parametrize("chat", [True, False])
+def test_so_does_a_decoder(position: Any, chat: bool, tmp_path: Path) -> None:
+    folder = saved(tmp_path, "llama", build("qwen2"), max_position_embeddings=64)
+    roomy = RewardModelScorer(saved(tmp_path / "roomy", "llama", build("qwen2"), max_position_embeddings=4096), position=position)
+    words = "Why is it so? " * 40
+    row = rows([([{"role": "user", "content": words}] if chat else words, " Because it is so.")])
+    for limit, whole in ((512, False), (20, True)):
+        scorer = RewardModelScorer(folder, position=position, max_prompt_length=limit)
+        roomy.max_prompt_length = limit
+        (fed,), (all_of_it,) = scorer.inputs(row), roomy.inputs(row)
+        assert fed.ids[1:] == all_of_it.ids[-len(fed.ids) + 1 :] and (len(fed.ids) == 64) != whole
+        assert fed.lacking == (() if whole else ("prompt",)) and all_of_it.lacking == ()
+    assert " ".join(scorer.tokenizer.decode(fed.ids).split()).count("Because it is so.") == 1
+
+
+def test_only_models_with_few_positions_have_a_new_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for fits in (2, 3):
+        monkeypatch.setattr("isdaa.evaluation.scorers.FITS", fits)
+        for positions in (128, 8192):
+            folder = saved(tmp_path / str(positions), "llama", build("qwen2"), max_position_embeddings=positions)
+            found[fits, positions] = RewardModelScorer(folder).digest
+    assert found[2, 8192] == found[3, 8192] and found[2, 128] != found[3, 128]
+
+
+def test_the_shares_that_were_cut_stand_in_the_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scorer = encoder(tmp_path / "bert", "bert", max_position_embeddings=24)
+    policy = save(tiny(), tmp_path / "policy")
+    given = {"reference": policy, "prompts": world_rows(), "settings": settings(), "tokenization": TOKENIZATION}
+    for _ in range(2):  # the second time from the records
+        metrics = evaluate([policy], scorer=scorer, output_dir=tmp_path / "out", **given)
+        (line,) = metrics["doubts"]
+        assert line.startswith(f"scorer {scorer}: ") and "% of the prompts lost their beginning" in line
 
 
 def test_texts_of_a_decoder_are_tokenised_as_one(tmp_path: Path) -> None:

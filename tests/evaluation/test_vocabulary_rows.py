@@ -18,7 +18,9 @@ from isdaa.config import TokenizationConfig
 from isdaa.errors import UserError
 from isdaa.evaluation.evaluate import evaluate
 from isdaa.evaluation.records import Blocks
+from isdaa.evaluation.vocabulary import REFERENCE, Vocabulary
 from isdaa.foreign import read_json
+from isdaa.models.loading import load_model
 from isdaa.models.vocabulary import cut_vocabulary, vocabulary_rows
 
 TOKENS = len(QWEN)
@@ -171,6 +173,32 @@ def test_an_adapter_without_rows_of_its_own_has_its_bases(tmp_path):
     reference = save(language_model(TOKENS + 3), tmp_path / "base")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(reference), LoraConfig(task_type="CAUSAL_LM", r=2))
     assert vocabulary_rows(save(model, tmp_path / "adapter")) == TOKENS + 3
+
+
+def test_an_adapter_without_its_weights_is_said_to_lack_them(tmp_path):
+    reference = save(language_model(TOKENS), tmp_path / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(reference), LoraConfig(task_type="CAUSAL_LM", r=2))
+    adapter = save(model, tmp_path / "adapter")
+    (tmp_path / "adapter/adapter_model.safetensors").unlink()
+    for use in (vocabulary_rows, load_model, lambda path: run(tmp_path / "out", [path], reference)):
+        with pytest.raises(UserError) as caught:
+            use(adapter)
+        assert str(caught.value) == (
+            f"{adapter}: an adapter (adapter_config.json) whose weights are missing: there is neither adapter_model.safetensors "
+            "nor adapter_model.bin; copy it there from where the adapter was saved"
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_name_the_reference_among_others():
+    rows = {"a": 9, "b": 9, "c": 9, "d": 7, "base": 9}
+    names = {path: path for path in rows} | {"base": REFERENCE}
+    (line,) = Vocabulary(rows).told(names)
+    assert line.startswith("rows of the embeddings: a, 2 more and the reference 9, d 7; ids from 7 on")
+    (line,) = Vocabulary({"a": 9, "d": 7, "base": 9}).told(names)
+    assert line.startswith("rows of the embeddings: a and the reference 9, d 7;")
+    (line,) = Vocabulary({"a": 9, "b": 9, "base": 7}).told(names)
+    assert line.startswith("rows of the embeddings: a and 1 more 9, the reference 7;")
 
 
 def chatml_on(family: str, *, tokens: dict[str, Any]) -> Any:

@@ -11,7 +11,8 @@ weights, prompts and settings, so a second call reuses what is finished and a ki
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
@@ -19,22 +20,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isdaa.config import EvaluationConfig, Position, TokenizationConfig
-from isdaa.distributed import once
+from isdaa.distributed import is_main, once
 from isdaa.errors import UserError
 from isdaa.evaluation.analysis import METRICS, analyse, check_opponent
-from isdaa.evaluation.collect import PLAN, Collection, tokenize
+from isdaa.evaluation.collect import PLAN, SAMPLES, Collection, tokenize
 from isdaa.evaluation.held_out import common_pairs, tokenize_held_out
 from isdaa.evaluation.identity import model_digest
 from isdaa.evaluation.kept import merged
 from isdaa.evaluation.left_out import check_weights
 from isdaa.evaluation.own_scores import OwnScores, check_drawn
 from isdaa.evaluation.records import locked, read_metrics, read_plan
-from isdaa.evaluation.requests import Checkpoint, Request, checkpoints
-from isdaa.evaluation.scorers import Scorer, about, load_scorer
+from isdaa.evaluation.requests import Checkpoint, Request, checkpoints, home_of
+from isdaa.evaluation.scorers import Scorer, about, doubts_of, load_scorer
 from isdaa.evaluation.scoring import score
 from isdaa.evaluation.steps import ordered
-from isdaa.evaluation.vocabulary import base_remarks, check_ids, choose, vocabulary_of
-from isdaa.files import write_json
+from isdaa.evaluation.vocabulary import REFERENCE, base_remarks, check_ids, choose, vocabulary_of
+from isdaa.files import write_atomically, write_json
 from isdaa.record import read_record, run_folder
 from isdaa.terminal import say
 
@@ -101,20 +102,22 @@ def evaluate(
     steps = ordered(foreign, foreign, as_one_run=False, given_order=one_run).steps
     known = {model.path: replace(model, step=steps.get(model.path, model.step)) for model in described}
     entries = [model if isinstance(model, Checkpoint) else known[str(model)] for model in models]
+    shared = shared if shared is not None else _shared_before(Path(output_dir))
+    prompts = list(islice(prompts, settings.prompts))
     judge = scorer
     if isinstance(scorer, str):
         judge = load_scorer(scorer, max_prompt_length=tokenization.max_prompt_length, position=position, label=label)
-        for line in about(judge):
-            say(f"scorer {judge.name}: {line}")
     assert not isinstance(judge, str)
+    if judge is not None:
+        for line in about(judge, prompts):
+            say(f"scorer {judge.name}: {line}")
     if judge is not None and judge_model is not None:
         raise UserError(f"a scorer ({judge.name}) and a judge model ({judge_model.name}) are named; give one of the two")
     if isinstance(judge, OwnScores):
         settings = settings.model_copy(update={"opponent_samples": judge.opponents})
-        check_drawn(Path(output_dir), judge)
+        check_drawn([Path(folder) for folder in (output_dir, shared) if folder is not None], judge)
     # All input is looked at before there is a folder: a call that fails on it leaves nothing behind.
     paths, reference = [entry.path for entry in entries], str(reference)
-    prompts = list(islice(prompts, settings.prompts))
     pairs = list(held_out) if held_out is not None else []
     chosen = choose(
         paths,
@@ -137,7 +140,6 @@ def evaluate(
             say(line)
     left_out = once(lambda: check_weights(entries, str(reference), trust_remote_code, revision))
     entries = [model for model in entries if model.path not in {left["path"] for left in left_out}]
-    shared = shared if shared is not None else _shared_before(Path(output_dir))
     collection = Collection(
         entries,
         reference,
@@ -156,8 +158,9 @@ def evaluate(
     )
     recorded = {path: record.reference for path in paths if (record := read_record(path)) is not None}
     remarks = [
-        *vocabulary.told({reference: "reference"} | {entry.path: entry.label for entry in entries}),
+        *vocabulary.told({reference: REFERENCE} | {entry.path: entry.label for entry in entries}),
         *base_remarks(paths, reference, recorded, lambda path: collection.digests.get(path) or model_digest(path)),
+        *doubts_of(judge),
     ]
     for line in remarks:
         say(line)
@@ -176,13 +179,31 @@ def evaluate(
             judge.bind(folder, collection.plan(), collection.samples)
         if judge_model is not None:
             once(partial(judge_model.announce, folder, collection.plan(), rows.rows))
-        collection.run()
-        if judge_model is not None:
-            judge_model.judge(folder)
-        if judge is not None:
-            score(folder, judge)
-        once(lambda: analyse(folder, settings))
-        return once(lambda: with_verdicts(folder))
+        with _former_stays(folder):
+            collection.run()
+            if judge_model is not None:
+                judge_model.judge(folder)
+            if judge is not None:
+                score(folder, judge)
+            once(lambda: analyse(folder, settings))
+            return once(lambda: with_verdicts(folder))
+
+
+@contextmanager
+def _former_stays(folder: Path) -> Iterator[None]:
+    """Where an evaluation ends without a result, the finished one that lay in the folder can still be read; the records that
+    were made stay beside it."""
+    files = [folder / PLAN, folder / METRICS]
+    before = {file: file.read_bytes() for file in files if file.is_file()}
+    try:
+        yield
+    except BaseException:
+        changed = [file for file in before if not file.is_file() or file.read_bytes() != before[file]]
+        if is_main() and len(before) == len(files) and changed:
+            for file in changed:
+                write_atomically(file, before[file].decode("utf-8"))
+            say(f"{folder}: the evaluation that was here before stays as it was")
+        raise
 
 
 def _plan_before(folder: Path) -> dict[str, Any]:
@@ -247,7 +268,7 @@ def evaluate_request(request: Request, keep: bool = True) -> dict[str, Any]:
         held_out=held_out,
         dtype=request.dtype,
         trust_remote_code=request.trust_remote_code,
-        shared=request.shared,
+        shared=request.shared if request.shared is not None else _drawn_at_home(request),
         position=request.position,
         label=request.label,
         show_scorer_input=request.show_scorer_input,
@@ -263,6 +284,14 @@ def evaluate_request(request: Request, keep: bool = True) -> dict[str, Any]:
     metrics |= {"tokenizer_path": request.tokenizer} if request.tokenizer is not None else {}
     once(lambda: write_json(Path(request.output_dir) / METRICS, metrics))
     return metrics
+
+
+def _drawn_at_home(request: Request) -> str | None:
+    """Where a file of scores goes into another folder than the models' own: theirs, which holds the samples."""
+    if request.scores is None or (Path(request.output_dir) / SAMPLES).is_file():
+        return None
+    home = home_of([model.path for model in request.models])
+    return str(home) if (Path(home) / SAMPLES).is_file() else None
 
 
 def _pairs_of(request: Request, prompts: Iterable[Row]) -> list[Row] | None:

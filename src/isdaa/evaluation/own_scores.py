@@ -67,7 +67,9 @@ class OwnScores:
             names.setdefault(CHOSEN, CHOSEN)
             known[CHOSEN] = [(CHOSEN, 0)]
             wanted |= {(CHOSEN, prompt, 0) for prompt, row in prompts.items() if row["chosen"] is not None}
-        scores: dict[Place, tuple[float, str]] = {}
+        block_of = {(model, k): key for model, blocks in known.items() for key, k in blocks}
+        scores: dict[Place, tuple[float, str]] = {}  # by model
+        found: dict[Place, tuple[float, str, str]] = {}  # by block, which models with the same weights have in common
         for named, prompt, sample, score, where in self.rows:
             if named not in names:
                 raise UserError(f"{where}: no model {named!r} in this evaluation{nearest(named, names)}; it has {_some(names)}")
@@ -81,12 +83,18 @@ class OwnScores:
                     f"{where}: a second score of sample {sample} of {named} for prompt {prompt!r}: see {scores[place][1]}"
                 )
             scores[place] = score, where
+            block = block_of[place[0], sample], prompt, sample
+            other, at, whose = found.setdefault(block, (score, where, named))
+            if other != score:
+                raise UserError(
+                    f"{where}: sample {sample} of {named} for prompt {prompt!r} is that of {whose}, a model with the same "
+                    f"weights, and has another score there: see {at}"
+                )
         order = [(model, prompt, k) for model, blocks in known.items() for _, k in blocks for prompt in prompts]
-        missing = next((place for place in order if place in wanted and place not in scores), None)
+        missing = next((p for p in order if p in wanted and (block_of[p[0], p[2]], *p[1:]) not in found), None)
         if missing is not None:
             raise UserError(f"{self.name}: no score of sample {missing[2]} of {missing[0]} for prompt {missing[1]!r}")
-        blocks_of = {(model, k): key for model, blocks in known.items() for key, k in blocks}
-        self._found = {(blocks_of[model, k], prompt, k): score for (model, prompt, k), (score, _) in scores.items()}
+        self._found = {block: score for block, (score, _, _) in found.items()}
 
     def score(self, rows: Sequence[ScorerRow], progress: Bar | None = None) -> list[float]:
         """The file's scores of recorded samples, which name their block (`of`) and place."""
@@ -96,11 +104,14 @@ class OwnScores:
         return found
 
 
-def check_drawn(folder: Path, scores: OwnScores) -> None:
-    """Raises UserError where there is no evaluation whose samples the file could be of."""
-    if not (folder / SAMPLES).is_file():
+def check_drawn(folders: Sequence[Path], scores: OwnScores) -> None:
+    """Raises UserError where there is no evaluation whose samples the file could be of.
+
+    folders: the evaluation's own, and that whose records it shares.
+    """
+    if not any((folder / SAMPLES).is_file() for folder in folders):
         raise UserError(
-            f"{folder}: no evaluation here whose samples {scores.name} could score; draw them first: the same command with "
+            f"{folders[0]}: no evaluation here whose samples {scores.name} could score; draw them first: the same command with "
             "--scorer none in place of --scores"
         )
 

@@ -7,7 +7,7 @@ same place, but for the first versions, which read the end of the turn, whatever
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -216,8 +216,13 @@ class Reading:
 
         return type(model_config(self.path)) in MODEL_FOR_MASKED_LM_MAPPING
 
-    def described(self, tokenizer: Any) -> str:
-        """Which token is read, in words."""
+    def bare(self, asked: Collection[type]) -> bool:
+        """Whether a model with a chat template gets plain texts, to which it is not applied. asked: as for `described`."""
+        return str in asked and bool(self.tokenizer.chat_template)
+
+    def described(self, tokenizer: Any, asked: Collection[type] = ()) -> str:
+        """Which token is read, in words. asked: kinds of the prompts (list: conversations, str: texts); none: not known yet."""
+        chats, texts = list in asked or str not in asked, str in asked
         eos = repr(str(tokenizer.eos_token))
         if self.pair:
             return (
@@ -225,19 +230,20 @@ class Reading:
                 "tokenizer(prompt, answer) writes them; a conversation's turns are joined by blank lines, without their roles"
             )
         if self.encoder:
-            through = "the end of its chat template's output" if self.template_end else "the end of the response"
+            through = "the end of its chat template's output" if self.template_end and chats else "the end of the response"
             return f"an encoder, which reads the whole text, here through {through}, as its class does in plain transformers"
         if not self.template_end:
             whose = "" if self.position != "auto" else ", as its record has it"
             return f"read at the end of the response (the token that ends the turn, or {eos}){whose}"
         chat = None
-        if tokenizer.chat_template:
+        if tokenizer.chat_template and chats:
             with suppress(UserError):  # no conversation may come, and if one does, its row is named
                 chat = ChatFormat(tokenizer)
+        of_texts = f"the last token of the text, {eos} where it ended"
+        if self.pad_id == tokenizer.eos_token_id:
+            of_texts = f"the last token before {eos}, which also pads and is passed over"
         if chat is None:
-            if self.pad_id == tokenizer.eos_token_id:
-                return f"read at the last token before {eos}, which also pads and is passed over, as in plain transformers"
-            return f"read at the last token of the text, {eos} where it ended, as in plain transformers"
+            return f"read at {of_texts}, as in plain transformers"
         text = chat.render([QUESTION, {"role": "assistant", "content": PROBE}], None, opening=False)
         ids = tokenize_text(tokenizer, [text])[0]
         while ids and ids[-1] == self.pad_id:
@@ -249,7 +255,8 @@ class Reading:
             last = repr(last) + (f" behind {chat.turn_end!r}" if chat.turn_end and chat.turn_end not in last else "")
         skipped = tokenize_text(tokenizer, [text])[0][len(ids) :]
         passed = f"; {tokenizer.decode(skipped[:1])!r}, which also pads, is passed over" if skipped else ""
-        return f"read at {last}, the end of its chat template's output, as in plain transformers{passed}"
+        apart = f"; of plain-text prompts at {of_texts}" if texts else ""
+        return f"read at {last}, the end of its chat template's output, as in plain transformers{passed}{apart}"
 
     def agreement(self) -> str | None:
         """How often it agrees with the pairs that its training held out, in words; None where its record does not say."""

@@ -29,15 +29,20 @@ ScorerRow = Mapping[str, Any]
 log = logging.getLogger(__name__)
 
 GOLD = "gold"
+FITS = 2  # of how prompt and response share a model's positions; raise it when that changes
+USUAL = 4096  # tokens of a response, which leave a model that has as many positions beside the prompt as it was
+CUT = {"prompt": "beginning", "response": "end"}
 PLACEHOLDER = "This is an answer."  # where input is looked at before there are answers, and the data has none
 OFFSET = ("roberta", "camembert", "longformer", "mpnet", "data2vec-text", "xmod", "ernie_m")  # positions begin behind the pad's
 
 
 class Fed(NamedTuple):
-    """What a reward model is fed for one row. types: None where its tokenizer gives none."""
+    """What a reward model is fed for one row. types: None where its tokenizer gives none. lacking: of prompt and response, those
+    that its positions do not hold whole."""
 
     ids: list[int]
     types: list[int] | None
+    lacking: tuple[str, ...] = ()
 
 
 class Scorer(Protocol):
@@ -61,9 +66,35 @@ class OwnFacts(Protocol):
     def facts(self) -> dict[str, Any]: ...
 
 
-def about(scorer: Scorer | None) -> list[str]:
-    """What a run says of a scorer before it goes by its scores, a line each: where a reward model is read, what it is worth."""
-    return scorer.about() if isinstance(scorer, RewardModelScorer) else []
+def about(scorer: Scorer | None, prompts: Sequence[Mapping[str, Any]] = ()) -> list[str]:
+    """What a run says of a scorer before it goes by its scores, a line each: where a reward model is read, what it is worth.
+
+    prompts: rows with `prompt`, where they are known: of conversations and of texts other things are true.
+    """
+    if not isinstance(scorer, RewardModelScorer):
+        return []
+    scorer.asked |= {type(row["prompt"]) for row in prompts if row.get("prompt")}
+    return scorer.about()
+
+
+def doubts_of(scorer: Scorer | None) -> list[str]:
+    """What speaks against its scores of the prompts that `about` got, for the report, too."""
+    if not isinstance(scorer, RewardModelScorer) or scorer.reading.record is not None or not scorer.reading.bare(scorer.asked):
+        return []
+    return [
+        f"scorer {scorer.name}: its tokenizer has a chat template, but the prompts are plain text, to which it is not applied: a "
+        "reward model that was trained on conversations is fed raw text, of which its scores may mean nothing; give prompts as "
+        "messages"
+    ]
+
+
+def cut_by_positions(scorer: Scorer, lacking: Sequence[Sequence[str]]) -> list[str]:
+    """A line for rows that a reward model cannot read whole. lacking: `Fed.lacking` of each row that was scored."""
+    counts = [(sum(what in row for row in lacking), f"{what}s lost their {end}") for what, end in CUT.items()]
+    shares = " and ".join(f"{100 * count / len(lacking):.2g} % of the {words}" for count, words in counts if count)
+    if not shares:
+        return []
+    return [f"scorer {scorer.name}: {shares}, for prompt and response together do not fit into what it can read at once"]
 
 
 def facts(scorer: Scorer) -> dict[str, Any]:
@@ -115,6 +146,10 @@ class GoldScorer:
         # The judge is code: another version of it is another scorer.
         self.digest = digest([file_digest(str(module.__file__)) for module in (lexicon, reward)])
 
+    def check(self, prompts: Sequence[Mapping[str, Any]]) -> None:
+        """Raises UserError where answers to these prompts could not be judged, before there are any."""
+        self.score([example(prompt) for prompt in prompts])
+
     def score(self, rows: Sequence[ScorerRow], progress: Bar | None = None) -> list[float]:
         """Points by `isdaa.world.gold_reward`. Raises UserError where a row carries no facts."""
         from isdaa.world import gold_reward
@@ -154,6 +189,8 @@ class RewardModelScorer:
         self.name = str(path)
         self.reading = Reading(self.name, position, label)
         self._warned: set[str] = set()
+        self.asked: set[type] = set()  # kinds of prompts: lists of messages, texts
+        self.lacking: list[tuple[str, ...]] = []  # of each row of the last call of `score`, what was cut by a lack of positions
         self.batch_size, self.max_prompt_length, self.device = batch_size, max_prompt_length, device
         self._model: Any = None
         self._digest: str | None = None
@@ -169,6 +206,8 @@ class RewardModelScorer:
                 how.append(["template_end", self.reading.pad_id, self.reading.close_cut])
             if self.reading.pair:
                 how.append("pair")
+            if self._positions() < self.max_prompt_length + USUAL:
+                how.append(["fits", FITS])
             if self.reading.head.bad is not None:
                 how.append(["less", self.reading.head.good, self.reading.head.bad])
             self._digest = digest([self._weights(), tokenizer_digest(self.tokenizer), *how])
@@ -190,7 +229,7 @@ class RewardModelScorer:
     def about(self) -> list[str]:
         """Where it is read, and how often it agrees with pairs that its training held out, where its record says so."""
         agreement = self.reading.agreement()
-        words = [self.reading.described(self.tokenizer), *filter(None, [self.reading.head.words])]
+        words = [self.reading.described(self.tokenizer, self.asked), *filter(None, [self.reading.head.words])]
         return ["; ".join(words), *([agreement] if agreement else [])]
 
     def check(self, prompts: Sequence[Mapping[str, Any]]) -> None:
@@ -210,7 +249,7 @@ class RewardModelScorer:
             broken = error.names
         if broken:
             raise UserError(f"scorer {self.name}: its {NOT_FINITE} ({listed(broken)}); take another one")
-        ids = [token for row in self.inputs([self.example(prompt) for prompt in prompts]) for token in row.ids]
+        ids = [token for row in self.inputs([example(prompt) for prompt in prompts]) for token in row.ids]
         vocabulary = getattr(self.config, "vocab_size", None)
         if vocabulary is not None and max(ids, default=0) >= vocabulary:
             raise UserError(
@@ -218,21 +257,15 @@ class RewardModelScorer:
                 "put the tokenizer into its folder that it was trained with"
             )
 
-    @staticmethod
-    def example(prompt: Mapping[str, Any]) -> dict[str, Any]:
-        """A row to be scored, for a prompt: with the data's chosen response, else with `PLACEHOLDER`."""
-        answer = prompt.get("chosen") or PLACEHOLDER
-        return {**prompt, "id": prompt.get("prompt_id", prompt.get("id")), "response": answer, "finished": True}
-
     def shown_input(self, prompt: Mapping[str, Any]) -> list[str]:
         """What the model is fed for a prompt and an answer, token by token: lines for people."""
-        (fed,) = self.inputs([self.example(prompt)])
+        (fed,) = self.inputs([example(prompt)])
         whose = "the data's chosen response" if prompt.get("chosen") else f"the placeholder {PLACEHOLDER!r}"
         read = None
         if not self.reading.encoder:
             skipped = self.reading.pad_id if self.reading.template_end else None
             read = max((i for i, token in enumerate(fed.ids) if token != skipped), default=len(fed.ids) - 1)
-        lines = [f"scorer {self.name}: its input for prompt {_place(self.example(prompt))} and {whose}, {len(fed.ids)} tokens:"]
+        lines = [f"scorer {self.name}: its input for prompt {_place(example(prompt))} and {whose}, {len(fed.ids)} tokens:"]
         for i, token in enumerate(fed.ids):
             kind = "" if fed.types is None else f"  type {fed.types[i]}"
             here = "  <- read here" if i == read else ""
@@ -288,6 +321,7 @@ class RewardModelScorer:
         import torch
 
         fed = self.inputs(rows)
+        self.lacking = [row.lacking for row in fed]
         sequences, head = [row.ids for row in fed], self.reading.head
         order = sorted(range(len(rows)), key=lambda i: len(sequences[i]))
         pad = self._pad
@@ -318,7 +352,8 @@ class RewardModelScorer:
         return checked(scores, rows, self.name)
 
     def token_ids(self, rows: Sequence[ScorerRow]) -> list[list[int]]:
-        """Ids of each row's prompt and response. Only a lack of positions cuts a response."""
+        """Ids of each row's prompt and response. A lack of positions cuts the prompt's beginning, and a response that has not
+        room alone."""
         return [fed.ids for fed in self.inputs(rows)]
 
     def inputs(self, rows: Sequence[ScorerRow]) -> list[Fed]:
@@ -332,7 +367,7 @@ class RewardModelScorer:
                 "`chat_template` in the tokenizer_config.json of its folder (or a chat_template.jinja beside it) to the one that "
                 "it was trained with, or give plain-text prompts"
             )
-        return [Fed(ids, None) for ids in self._ids(rows)]
+        return self._ids(rows)
 
     def _pairs(self, rows: Sequence[ScorerRow]) -> list[Fed]:
         """Prompt and answer as two texts, as `tokenizer(prompt, answer)` writes them."""
@@ -340,19 +375,21 @@ class RewardModelScorer:
         positions = self._positions() - frame.size
         asked, answers = zip(*map(_two_texts, rows), strict=True)
         ones, twos = ([*tokenize_text(self.tokenizer, texts)] for texts in (asked, answers))
-        limit = min(self.max_prompt_length, positions - 1)
-        kept = [ids[len(ids) - limit :] if len(ids) > limit else ids for ids in ones]
-        found = [frame.around(one, two[: positions - len(one)]) for one, two in zip(kept, twos, strict=True)]
-        cut = sum(len(one) + len(two) > positions for one, two in zip(kept, twos, strict=True))
+        limit = self.max_prompt_length
+        found = []
+        for one, two in zip(ones, twos, strict=True):
+            room = max(positions - len(two), 0)
+            ids, types = frame.around(one[max(len(one) - min(limit, room), 0) :], two[:positions])
+            lacking = _lacking(min(len(one), limit) > room, len(two) > positions)
+            found.append(Fed(ids, types if typed else None, lacking))
         several = sum(isinstance(row["prompt"], list) and len(row["prompt"]) > 1 for row in rows)
-        self._warn(cut, len(rows), f"responses do not fit its {positions + frame.size} positions and were cut")
-        self._warn(sum(len(ids) > limit for ids in ones), len(rows), f"prompts have more than {limit} tokens and were cut")
+        self._warn_of_cuts(found, positions + frame.size, sum(len(ids) > limit for ids in ones))
         self._warn(several, len(rows), "prompts have several turns: their texts are joined by blank lines, without their roles")
         self._warn(
             sum(not row["finished"] for row in rows), len(rows), "responses did not end (a limit cut them): it cannot tell, for "
             "what it is fed has no end of an answer"
         )  # fmt: skip
-        return [Fed(ids, types if typed else None) for ids, types in found]
+        return found
 
     def _positions(self) -> int:
         """Tokens that fit into a row."""
@@ -363,16 +400,25 @@ class RewardModelScorer:
             return min(positions - first, int(min(self.tokenizer.model_max_length, 1_000_000)))
         return int(positions)
 
-    def _ids(self, rows: Sequence[ScorerRow]) -> list[list[int]]:
+    def _ids(self, rows: Sequence[ScorerRow]) -> list[Fed]:
         from isdaa.data.context import as_read
         from isdaa.data.encoding import Encoder, TokenizationSettings, Whole
         from isdaa.data.pairs import TEMPLATE_COLUMNS
 
         positions = self._positions()
-        prompt_length = min(self.max_prompt_length, positions - 1)
-        settings = TokenizationSettings(positions, prompt_length, "keep_end", self.template_kwargs)
         reading = self.reading
-        encoder = Encoder(self.tokenizer, settings, whole=reading.template_end, close_cut=reading.close_cut)
+
+        def encoder(length: int, limit: int) -> Encoder:
+            """For rows of so many tokens, of which prompts have at most `limit`."""
+            settings = TokenizationSettings(length, limit, "keep_end", self.template_kwargs)
+            return Encoder(self.tokenizer, settings, whole=reading.template_end, close_cut=reading.close_cut)
+
+        def read(encoder: Encoder, rows: Sequence[Mapping[str, Any]]) -> list[Whole]:
+            if reading.template_end:
+                return encoder.read(rows, "response")
+            answered = [(prompt, response) for prompt, (response,) in encoder.answered(rows, ("response",))]
+            return [Whole(prompt.ids + as_read(response.ids), prompt.cut, response.cut) for prompt, response in answered]
+
         plain = [
             # An empty response that never ended has no token at all: EOS stands for it.
             {
@@ -383,28 +429,43 @@ class RewardModelScorer:
             for row in rows
         ]
         closed = sum(not row["response_finished"] and isinstance(row["prompt"], list) for row in plain)
-        if reading.template_end:
-            found = encoder.read(plain, "response")
-        else:
-            answered = [(prompt, response) for prompt, (response,) in encoder.answered(plain, ("response",))]
-            found = [Whole(prompt.ids + as_read(response.ids), prompt.cut, response.cut) for prompt, response in answered]
-        self._warn(
-            sum(one.response_cut for one in found), len(rows), f"responses do not fit its {positions} positions and were cut"
-        )
-        self._warn(sum(one.prompt_cut for one in found), len(rows), f"prompts have more than {prompt_length} tokens and were cut")
+        roomy = encoder(self.max_prompt_length + 1_000_000_000, self.max_prompt_length)
+        whole, found = read(roomy, plain), []
+        for row, one in zip(plain, whole, strict=True):
+            lacks = len(one.ids) - positions
+            if lacks <= 0:
+                found.append(Fed(one.ids, None))
+                continue
+            # The prompt gives way, down to one token; then the response.
+            (prompt,) = roomy.prompts([row])
+            room = min(max(len(prompt.ids) - lacks, 1), positions - 1)
+            (fitted,) = read(encoder(positions, room), [row])
+            found.append(Fed(fitted.ids, None, _lacking(room < len(prompt.ids), fitted.response_cut)))
+        self._warn_of_cuts(found, positions, sum(one.prompt_cut for one in whole))
         self._warn(
             closed if reading.close_cut else 0,
             len(rows),
             "responses did not end (a limit cut them); its chat template closes them all the same, for it knows no other rows: "
             "it cannot tell",
         )
-        return [one.ids for one in found]
+        return found
+
+    def _warn_of_cuts(self, found: Sequence[Fed], positions: int, long: int) -> None:
+        """Say what is not read. long: prompts of more than `max_prompt_length` tokens."""
+        beside = f"prompts do not fit its {positions} positions beside their responses and lost their beginnings"
+        for what, words in (("prompt", beside), ("response", f"responses do not fit its {positions} positions and were cut")):
+            self._warn(sum(what in fed.lacking for fed in found), len(found), words)
+        self._warn(long, len(found), f"prompts have more than {self.max_prompt_length} tokens and were cut")
 
     def _warn(self, count: int, rows: int, what: str) -> None:
         """Say once what happens to rows, with its figures in the first call where it does."""
         if count and what not in self._warned:
             self._warned.add(what)
             log.warning("scorer %s: %d of %d %s", self.name, count, rows, what)
+
+
+def _lacking(prompt: bool, response: bool) -> tuple[str, ...]:
+    return tuple(what for what, cut in zip(CUT, (prompt, response), strict=True) if cut)
 
 
 def _two_texts(row: ScorerRow) -> tuple[str, str]:
@@ -417,6 +478,12 @@ def _two_texts(row: ScorerRow) -> tuple[str, str]:
     asked, answered = turns[: len(turns) - len(answers)], turns[len(turns) - len(answers) :]
     texts = ["\n\n".join(words for _, words in turns_of(part) if words) for part in (asked, answered)]
     return texts[0], texts[1]
+
+
+def example(prompt: Mapping[str, Any]) -> dict[str, Any]:
+    """A row to be scored, for a prompt: with the data's chosen response, else with `PLACEHOLDER`."""
+    answer = prompt.get("chosen") or PLACEHOLDER
+    return {**prompt, "id": prompt.get("prompt_id", prompt.get("id")), "response": answer, "finished": True}
 
 
 def response_text(row: ScorerRow) -> str:

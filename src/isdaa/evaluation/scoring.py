@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from isdaa.distributed import dealt, once, world_size
 from isdaa.evaluation.collect import PLAN, SAMPLES
 from isdaa.evaluation.records import Blocks, Record, blocks_of, read_plan
-from isdaa.evaluation.scorers import Scorer, facts
+from isdaa.evaluation.scorers import RewardModelScorer, Scorer, cut_by_positions, facts
 from isdaa.files import digest, write_json
 from isdaa.record import git_revision, versions
-from isdaa.terminal import progress
+from isdaa.terminal import Bar, progress
 
 SCORES = "scores.jsonl"
 
@@ -55,13 +56,22 @@ def score(folder: str | Path, scorer: Scorer) -> None:
                     | {"of": of, "sample": r["sample"]}
                     for r in records
                 ]
-                values = dealt(rows, partial(scorer.score, progress=bar))
+                values = dealt(rows, partial(_scored, scorer, bar))
                 scored = [
-                    {"prompt_id": r["prompt_id"], "sample": r["sample"], "score": value}
-                    for r, value in zip(records, values, strict=True)
+                    {"prompt_id": r["prompt_id"], "sample": r["sample"], "score": value} | more
+                    for r, (value, more) in zip(records, values, strict=True)
                 ]
                 scores.add("scores", key, {"of": of, **shared}, scored)
-    once(lambda: write_json(folder / PLAN, plan | {"scorer": facts(scorer)}))
+    lacking = [record.get("lacking") or () for key in work for record in scores[key]]
+    doubts = list(dict.fromkeys([*(plan.get("doubts") or []), *cut_by_positions(scorer, lacking)]))
+    once(lambda: write_json(folder / PLAN, plan | {"scorer": facts(scorer)} | ({"doubts": doubts} if doubts else {})))
+
+
+def _scored(scorer: Scorer, bar: Bar, rows: Sequence[Record]) -> list[tuple[float, Record]]:
+    """Each row's score, and `lacking`: which of prompt and response the scorer could not read whole."""
+    values = scorer.score(rows, progress=bar)
+    lacking = scorer.lacking if isinstance(scorer, RewardModelScorer) else [()] * len(values)
+    return [(value, {"lacking": list(parts)} if parts else {}) for value, parts in zip(values, lacking, strict=True)]
 
 
 def _records(folder: Path) -> tuple[Record, Blocks, Blocks]:

@@ -11,6 +11,7 @@ from isdaa.errors import UserError
 from isdaa.models.places import TOKENIZER_CONFIG, adapter_base, adapter_config, base_named, local_folder, tokenizer_places
 from isdaa.terminal import say
 
+REFERENCE = "the reference"
 Place = tuple[str, str | None]  # a folder or Hub name, and its revision
 
 
@@ -30,11 +31,11 @@ class Vocabulary:
         return self.common if self.rows.get(path, self.common) != self.common else None
 
     def told(self, labels: Mapping[str, str]) -> Iterator[str]:
-        """A line where the models have not equally many rows. labels: what people call each path."""
+        """A line where the models have not equally many rows. labels: what people call each path, one of them `REFERENCE`."""
         if self.common is None or not any(map(self.cut, self.rows)):
             return
         names = {rows: [labels[path] for path in self.rows if self.rows[path] == rows] for rows in self.rows.values()}
-        counts = ", ".join(f"{_several(names[rows])} {rows}" for rows in sorted(names, reverse=True))
+        counts = ", ".join(f"{_and_reference(names[rows])} {rows}" for rows in sorted(names, reverse=True))
         yield (
             f"rows of the embeddings: {counts}; ids from {self.common} on, which not all models have, are left out of samples, "
             "KL and logps of every model"
@@ -226,6 +227,15 @@ def base_remarks(
 
 def _same(one: str, other: str) -> bool:
     return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
+def _and_reference(names: Sequence[str]) -> str:
+    """Of many names, the first and the reference's are told."""
+    others = [name for name in names if name != REFERENCE]
+    if len(others) == len(names):
+        return _several(names)
+    more = [f"{len(others) - 1} more"] if len(others) > 1 else []
+    return " and ".join(filter(None, [", ".join([*others[:1], *more]), REFERENCE]))
 
 
 def _several(names: Sequence[str]) -> str:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from isdaa.errors import UserError
 from isdaa.foreign import read_object, readable
+from isdaa.models.places import ADAPTER_FILES
 
 HALF = (torch.float16, torch.bfloat16)
-# What transformers and peft load of a folder: the first of these that it has.
+# What transformers loads of a folder: the first of these that it has.
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 TRAINED = (".weight", ".bias")  # how names of what is trained end: no mask, no limit
 
 

@@ -28,6 +28,7 @@ from isdaa.models.places import (
     adapter_settings,
     base_named,
     base_of,
+    check_adapter_weights,
     has,
     local_folder,
     readable,
@@ -405,6 +406,7 @@ def _with_adapter(base: Any, name: str, folder: Path | None, revision: str | Non
     from peft import PeftConfig, PeftModel
     from peft.utils import load_peft_weights
 
+    check_adapter_weights(name, folder)
     merge = merge and not getattr(base, "is_quantized", False)  # which would be quantised anew, with a loss
     try:
         with quiet(downloads=folder is None):

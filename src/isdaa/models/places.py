@@ -20,6 +20,7 @@ from isdaa.models.hub import offline, quiet
 logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 TOKENIZER_CONFIG = "tokenizer_config.json"
 VOCABULARY = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken")  # without one of them a tokenizer is empty
 WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
@@ -68,6 +69,15 @@ def adapter_config(name: str, folder: Path | None, revision: str | None) -> Path
         )
     adapter = hub_file(name, ADAPTER_CONFIG, revision)
     return adapter if adapter is not None and hub_file(name, "config.json", revision) is None else None
+
+
+def check_adapter_weights(name: str, folder: Path | None) -> None:
+    """Raises UserError for an adapter's folder without its weights; peft would ask the Hub for them."""
+    if folder is not None and not has(folder, *ADAPTER_FILES):
+        raise UserError(
+            f"{name}: an adapter ({ADAPTER_CONFIG}) whose weights are missing: there is neither {' nor '.join(ADAPTER_FILES)}; "
+            "copy it there from where the adapter was saved"
+        )
 
 
 def adapter_settings(adapter: Path) -> dict[str, Any]:

@@ -12,7 +12,16 @@ from isdaa.models.adapters import vocabulary_brought
 from isdaa.models.hub import quiet
 from isdaa.models.inner import inner_model
 from isdaa.models.loading import model_config
-from isdaa.models.places import adapter_config, adapter_settings, base_named, base_of, hub_file, local_folder, short
+from isdaa.models.places import (
+    adapter_config,
+    adapter_settings,
+    base_named,
+    base_of,
+    check_adapter_weights,
+    hub_file,
+    local_folder,
+    short,
+)
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -49,6 +58,7 @@ def _shapes(name: str, folder: Path | None, revision: str | None) -> dict[str, t
     from peft.utils import load_peft_weights
     from safetensors import safe_open
 
+    check_adapter_weights(name, folder)
     file = folder / ADAPTER_WEIGHTS if folder is not None else hub_file(name, ADAPTER_WEIGHTS, revision)
     try:
         if file is None or not file.is_file():
