@@ -247,3 +247,19 @@ def test_a_clip_out_of_sight_is_not_spoken_of(tmp_path):
     captions = {figure.name: figure.caption for figure in figures_of(find(read_study(run)))}
     assert "Dashed" not in captions["log-weights"]
     assert captions["weights"] == "Mean weight of the pairs of a batch."  # of no other number is there a panel
+
+
+@pytest.mark.parametrize(("line", "shown"), [("One is left out.", "One is left out.</p>"), ("Two were cut", "Two were cut.</p>")])
+def test_a_note_ends_with_one_full_stop(tmp_path, line, shown):
+    made = replace(study([foreign()]), notes=[line])
+    html = page.write_report(made, tmp_path / "report").read_text(encoding="utf-8")
+    assert shown in html and "..</p>" not in html
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+@pytest.mark.parametrize("measured", [True, False])
+def test_without_a_scorer_the_page_speaks_of_what_there_is(runs, measured):
+    made = [trajectory(None, None, None, name=f"run{i}", scored=False, held_out=measured) for i in range(runs)]
+    said = report_of(find(study(made)))["headline"]
+    assert said.startswith(f"No verdict: {'this run was' if runs == 1 else 'these runs were'} evaluated without a scorer, and KL")
+    assert ("KL, drift and held-out accuracy do not tell better" in said) == measured == ("KL does not tell better" not in said)

@@ -22,13 +22,18 @@ from isdaa.files import write_json
 from isdaa.record import versions
 
 METRICS = "metrics.json"
-NO_SCORER = (
-    "No scorer was given, so there is no win rate and no verdict: KL, drift and held-out accuracy do not tell better "
-    "from worse. Name a reward model with --scorer, a judge with --judge-model … --judge-base-url …, or your own scores with "
-    "--scores FILE."
-)
+NO_SCORER = "No scorer was given, so there is no win rate and no verdict: {no_measure}"
 WITH_SCORER = "What a run's checkpoints together say of it stands in the verdict; one checkpoint's interval says less."
 N_GRAM = 4
+
+
+def no_measure(held_out: bool) -> str:
+    """What the numbers that need no scorer do not say, and what would. held_out: whether pairs were measured."""
+    what = "KL, drift and held-out accuracy do not tell" if held_out else "KL does not tell"
+    return (
+        f"{what} better from worse. Name a reward model with --scorer, a judge with --judge-model … --judge-base-url …, or your "
+        "own scores with --scores FILE."
+    )
 
 
 def analyse(folder: str | Path, settings: EvaluationConfig | None = None) -> dict[str, Any]:
@@ -71,11 +76,12 @@ def _metrics(folder: Path, settings: EvaluationConfig | None) -> dict[str, Any]:
         if model["pairs"] is not None:
             entry["held_out"] = held_out_summary(pairs[model["pairs"]], pairs[reference["pairs"]], **bootstrap)
         models.append(entry)
+    note = NO_SCORER.format(no_measure=no_measure(any("held_out" in entry for entry in models)))
     told = {"judged": judged.counts() | {"notes": judged.notes()}} if isinstance(judged, JudgedTable) else {}
     return {
         "format": plan["format"],
         "scorer": plan["scorer"],
-        "note": NO_SCORER if plan["scorer"] is None else WITH_SCORER,
+        "note": note if plan["scorer"] is None else WITH_SCORER,
         "opponent": settings.opponent,
         "prompts": len(judged.kept),
         **told,

@@ -87,11 +87,16 @@ def fill(template: str, drawings: Mapping[str, str], filters: Mapping[str, Any],
         lstrip_blocks=True,
         finalize=lambda value: shown(value, lines=True) if type(value) is str else value,
     )
-    environment.filters |= filters
+    environment.filters |= {"sentence": sentence} | dict(filters)
     environment.tests["fallen"] = lambda why: why.startswith(FROM_WORST)
     style = (HERE / "page.css").read_text(encoding="utf-8") + dark_rules()
     marked = {name: Markup(drawing) for name, drawing in drawings.items()}
     return pruned(environment.get_template(template).render(style=Markup(style), drawings=marked, **values))
+
+
+def sentence(text: str) -> str:
+    """A line with a full stop at its end, once."""
+    return text if text.rstrip().endswith((".", "!", "?")) else f"{text}."
 
 
 def options(text: str) -> Any:

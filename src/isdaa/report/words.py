@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from isdaa.evaluation.analysis import no_measure
 from isdaa.evaluation.left_out import endings
 from isdaa.evaluation.overoptimization import NONE_BETTER
 
@@ -13,10 +14,6 @@ MINUS = str.maketrans("-", "−")  # of a number
 MOST_NAMED = 4  # cells in a sentence
 REFERENCE = "the reference"  # what is kept where no checkpoint is
 OVER, WORSE, UNDER, DIVERGED = "over-optimised", "worse", "underpowered", "diverged"
-NO_SCORER = (
-    "No verdict: these runs were evaluated without a scorer, and KL, drift and held-out accuracy do not tell better from worse. "
-    "Name a reward model with --scorer, a judge with --judge-model … --judge-base-url …, or your own scores with --scores FILE."
-)
 TOO_FEW = "No verdict: it takes at least three checkpoints of a run to tell a fall from noise."
 
 
@@ -61,7 +58,10 @@ def _headline(report: Mapping[str, Any]) -> dict[str, str]:
     judged = [run for run in runs if run["verdict"] is not None]
     basis = _basis(report)
     if not report["scored"]:
-        return {"headline": NO_SCORER, "tone": "none", "summary": basis}
+        which = "this run was" if len(runs) == 1 else "these runs were"
+        measured = any(row["accuracy"] is not None for run in runs for row in run["checkpoints"])
+        words = f"No verdict: {which} evaluated without a scorer, and {no_measure(measured)}"
+        return {"headline": words, "tone": "none", "summary": basis}
     nothing = all(run["better"] is False for run in runs)  # a run that gained nothing is no good news
     if not judged:
         none = f" {NONE_BETTER[:1].upper()}{NONE_BETTER[1:]}." if nothing else ""
