@@ -15,7 +15,7 @@ from scipy import stats
 from transformers import GenerationConfig
 
 from isdaa.errors import UserError
-from isdaa.models import decoding, kv_cache
+from isdaa.models import decoding, kv_cache, sampling
 from isdaa.models.forward import prepare
 from isdaa.models.kv_cache import RoomyLayer
 from isdaa.models.loading import add_lora, random_model
@@ -553,3 +553,33 @@ def test_progress_moves_while_samples_are_in_flight() -> None:
     assert {"reading 4 prompts", "reading 2 prompts", "token 1 of at most 9"} <= set(seen) and told[-1][1] == ""
     early = [n for n, within in told if within]
     assert sum(early) <= sum(sample.finished for sample in drawn) < 6
+
+
+def test_progress_goes_through_a_batch_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second for the prompts, a tenth of one for each token: how much of the batch is done follows the time."""
+    now = [0.0]
+    monkeypatch.setattr(sampling.time, "monotonic", lambda: now[0])
+    read, step = decoding.CachedRun.__init__, decoding.CachedRun.step
+
+    def slowly(seconds: float, do: Any) -> Any:
+        return lambda *args, **kwargs: (now.__setitem__(0, now[0] + seconds), do(*args, **kwargs))[1]
+
+    monkeypatch.setattr(decoding.CachedRun, "__init__", slowly(1.0, read))
+    monkeypatch.setattr(decoding.CachedRun, "step", slowly(0.1, step))
+    monkeypatch.setattr(sampling, "lean_sampler", lambda *_: None)
+
+    class Bar:
+        within, ahead = "", 0.0
+
+        def update(self, n: float = 1) -> None:
+            pass
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "ahead":
+                seen.append((now[0], value))
+
+    seen: list[tuple[float, float]] = []
+    sample(tiny(), [[3, 4, 5], [4, 5, 6]], SamplingSettings(max_new_tokens=21), {-1}, 0, 3, list("ab"), 2, Bar())
+    start = seen[0][0] - 1.1
+    assert len(seen) == 20 and seen[-1][1] == 0.0
+    assert all(value == pytest.approx(2 * (when - start) / 3.0) for when, value in seen[:-1])

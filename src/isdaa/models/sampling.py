@@ -233,9 +233,10 @@ def _decode(
             progress.within = "" if last else f"token {step + 1} of at most {steps}"
             if count := int(ended.sum()) + (int(going.sum()) if last else 0):
                 progress.update(count)
-            elapsed = time.monotonic() - read
-            expected = read - began + elapsed * usual / (step + 1)  # seconds that the batch takes, its prompts included
-            progress.ahead = 0.0 if last else int(going.sum()) * min((read - began + elapsed) / expected, 1.0)
+            if last or step:  # the first token came with the prompts
+                elapsed = time.monotonic() - read
+                expected = read - began + elapsed * max(usual - 1, 1) / max(step, 1)  # seconds of the batch, prompts included
+                progress.ahead = 0.0 if last else int(going.sum()) * min((read - began + elapsed) / expected, 1.0)
         if last:
             break
         if going.sum() <= (1 - _FINISHED_SHARE) * len(flight):
