@@ -21,7 +21,7 @@ def base_hint(paths: Sequence[str]) -> tuple[str, str] | None:
         for folder in _folders(paths):
             with suppress(UserError, OSError):
                 found = read_object(folder / file).get(key)
-                if isinstance(found, str) and found and Path(found).absolute() not in _folders(paths):
+                if isinstance(found, str) and found and Path(found).resolve() not in {one.resolve() for one in _folders(paths)}:
                     here = next((str(p) for p in (Path(found), folder / found, folder.parent / found) if p.is_dir()), found)
                     return os.path.normpath(here) if here != found else found, f"{folder / file} ({key})"
     return _of_card(paths, "base_model")
@@ -43,7 +43,7 @@ def _of_card(paths: Sequence[str], key: str) -> tuple[str, str] | None:
 
 def _folders(paths: Sequence[str]) -> list[Path]:
     """The models' folders, each after the output folder around it: a card stands there."""
-    folders = [Path(path).absolute() for path in paths]
+    folders = [Path(path) for path in paths]
     return list(
         dict.fromkeys(f for folder in folders for f in ([folder.parent] * folder.name.startswith("checkpoint") + [folder]))
     )
