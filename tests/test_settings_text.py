@@ -74,6 +74,7 @@ HOSTILE = [
 ]
 FREE = (
     "output_dir",
+    "scorer.label",
     "model.path",
     "model.tokenizer",
     "model.revision",
@@ -95,7 +96,7 @@ FREE = (
     "evaluation.scorer",
     "guard.scorer",
 )
-PATHS = tuple(key for key in FREE if not key.endswith(("split", "revision")))
+PATHS = tuple(key for key in FREE if not key.endswith(("split", "revision", "label")))
 
 
 def is_free_text(annotation: Any) -> bool:
@@ -394,7 +395,8 @@ def test_home_is_expanded_for_callers_in_python(tmp_path: Path, monkeypatch: pyt
     from isdaa.evaluation.requests import requests
 
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "m").mkdir()
+    for name in ("m", "r", "s"):
+        (tmp_path / name).mkdir()
     (tmp_path / "m" / "config.json").write_text("{}")
     request = requests(["~/m"], {"reference": "~/r", "data": "~/d.jsonl", "scorer": "~/s", "output_dir": "~/o"})
     assert [model.path for model in request.models] == [f"{tmp_path}/m"]

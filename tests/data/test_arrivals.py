@@ -451,7 +451,7 @@ def test_thinking_before_a_begun_answer() -> None:
     assert prompt.endswith(THOUGHT) and chosen == " Goodbye.<|im_end|>"
     assert "leaves out the thinking of message 1" in refusal("deepseek_r1_distill", pair(begun, " Goodbye."))
     taker = encoder("deepseek_r1_distill")
-    taker.prompts([canonical_prompt({"prompt": begun}, "f:1")])
+    taker.prompts([canonical_prompt({"prompt": [QUESTION, begun[1] | {"prefix": True}]}, "f:1")])
     assert taker.counts.thinking_left_out == 1
 
 
