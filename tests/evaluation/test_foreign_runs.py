@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,7 +98,9 @@ def test_another_evaluation_goes_elsewhere_or_is_refused(
     assert report("out", output="mine", **more) == 0, "the same again is read"
     save(moved(tiny(0), 0.2), Path("other/checkpoint-9"))
     refused(
-        capsys, ["report", "--checkpoints", "other/checkpoint-9", *options(output="mine", **more)], "mine: holds a report on 3"
+        capsys,
+        ["report", "--checkpoints", "other/checkpoint-9", *options(output="mine", **more)],
+        "mine/evaluation: holds an evaluation of other models",
     )
 
 
@@ -170,8 +174,41 @@ def test_weights_that_changed_are_evaluated_again(out: Path, capsys: pytest.Capt
     assert main(["report", "out"]) == 0
     save(moved(tiny(0), 0.9), folder)
     told = refused(capsys, ["report", "out"], "checkpoint-20: has changed since it was evaluated")
-    assert told.endswith("isdaa report out --reference base --data prompts.jsonl --scorer gold")
-    assert report("out") == 0 and main(["report", "out"]) == 0
+    call = shlex.split(told.partition("again: isdaa ")[2])
+    assert call[:2] == ["report", "--checkpoints"] and "--evaluation.max_new_tokens" in call
+    assert main(call) == 0 and main(["report", "out"]) == 0
+
+
+def test_weights_that_changed_places_are_noticed(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report("out") == 0
+    shutil.copytree("out/evaluation", "other/evaluation")
+    for name in ("checkpoint-5", "checkpoint-20"):
+        (out / name).rename(out / f"{name}-away")
+    (out / "checkpoint-5-away").rename(out / "checkpoint-20")
+    (out / "checkpoint-20-away").rename(out / "checkpoint-5")
+    refused(capsys, ["report", "out"], "has changed since it was evaluated")
+    for step in (5, 20, 100):
+        save(moved(tiny(0), 1 / step), Path(f"other/checkpoint-{step}"))
+    refused(capsys, ["report", "other"], "has changed since it was evaluated")
+
+
+def test_a_run_is_one_by_any_of_its_names(out: Path) -> None:
+    assert report("out") == 0
+    Path("link").symlink_to("out")
+    assert report("--checkpoints", "link/checkpoint-20", "link/checkpoint-5") == 0
+    assert steps_in(out / "report/report.json") == [5, 20, 100]
+    for index, name in enumerate(("late", "early")):
+        save(moved(tiny(0), 0.2 + index / 10), Path("named") / name)
+    assert report("--checkpoints", "named/late", "named/early", "named/late") == 0
+    (run,) = read(Path("named/report/report.json"))["runs"]
+    assert [row["label"] for row in run["checkpoints"]] == ["late", "early"]
+
+
+def test_the_folder_of_another_run_is_no_place_for_a_report(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (5, 10, 20):
+        save(moved(tiny(0), 1 / step), Path(f"other/checkpoint-{step}"))
+    assert report("other") == 0
+    refused(capsys, ["report", "out", *options(output="other")], "holds an evaluation of other models")
 
 
 @pytest.mark.parametrize("name", ["model", "final_checkpoint"])

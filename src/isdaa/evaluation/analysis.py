@@ -70,7 +70,7 @@ def _metrics(folder: Path, settings: EvaluationConfig | None) -> dict[str, Any]:
     origin |= judged.reference() | text_summary([r for key in reference["opponents"] for r in kept(key)], bootstrap)
     models = []
     for model in plan["models"]:
-        entry = {key: value for key, value in model.items() if key not in ("samples", "kl", "pairs")}
+        entry = {key: value for key, value in model.items() if key not in ("samples", "kl", "pairs", "stat")}
         entry["kl"] = kl_summary(kept(model["kl"]), **bootstrap)
         entry |= judged.policy(model["samples"]) | text_summary(kept(model["samples"]), bootstrap)
         if model["pairs"] is not None:

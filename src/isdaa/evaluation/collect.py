@@ -12,7 +12,7 @@ from typing import Any
 from isdaa.config import EvaluationConfig, TokenizationConfig
 from isdaa.distributed import dealt, once, world_size
 from isdaa.errors import UserError
-from isdaa.evaluation.identity import model_digest
+from isdaa.evaluation.identity import model_digest, stat_of
 from isdaa.evaluation.kl import KL_SETTINGS, divergences
 from isdaa.evaluation.records import Blocks, Record, blocks_of
 from isdaa.evaluation.requests import Checkpoint
@@ -226,6 +226,7 @@ class Collection:
             {
                 **model.to_json(),
                 "place": relative_to(self.folder, model.path),
+                "stat": stat_of(model.path),
                 "digest": self.digests[model.path],
                 "samples": self.sample_key(model.path, "policy/0"),
                 "kl": self.sample_key(model.path, "kl/0"),
@@ -246,14 +247,14 @@ class Collection:
             "models": models,
             "scorer": None,
             "shared": self.shared,
-            **(
-                {"left_out": [left | {"place": relative_to(self.folder, left["path"])} for left in self.left_out]}
-                if self.left_out
-                else {}
-            ),
+            **({"left_out": [self._left(left) for left in self.left_out]} if self.left_out else {}),
             **self.prompts.shared,
             **self.more,
         }
+
+    def _left(self, left: Record) -> Record:
+        path = left["path"]
+        return left | {"place": relative_to(self.folder, path), "stat": stat_of(path), "digest": model_digest(path)}
 
     def run(self) -> Record:
         """Do what is not on disk yet; returns the plan, which is written last."""

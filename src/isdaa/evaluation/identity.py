@@ -75,7 +75,7 @@ def same_weights(one: str | Path, other: str | Path) -> bool:
     )
 
 
-def is_newer(path: str | Path, time_of: float) -> bool:
-    """Whether a file of a model's folder that decides its numbers was written after a time."""
-    files = [file for pattern in DECIDING for file in Path(path).glob(pattern) if file.name not in NO_WEIGHTS]
-    return any(max(file.stat().st_mtime, file.stat().st_ctime) > time_of for file in files)
+def stat_of(path: str | Path) -> list[list[Any]]:
+    """What the system says of the files that decide a model's numbers: name, bytes, time of the last change."""
+    files = sorted({file for pattern in DECIDING for file in Path(path).glob(pattern) if file.name not in NO_WEIGHTS})
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

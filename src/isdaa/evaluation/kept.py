@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,15 +51,28 @@ def merged(folder: Path, plan: Record, prompts: Sequence[Record], scorer: str | 
     if others:
         say(f"{folder}: its evaluation of {len(others)} other checkpoint{'s' * (len(others) != 1)} stays; these are added to it")
         models = _inserted(plan["models"], others, before["models"])
+        spelled = [Path(model["path"]) for model in plan["models"]]
+        models = [model | {"path": _alike(Path(model["path"]), spelled)} if model in others else model for model in models]
         labels = labels_of([model["path"] for model in models])
         found["models"] = [model | {"label": label} for model, label in zip(models, labels, strict=True)]
     if left_out:
         found["left_out"] = [*plan.get("left_out", []), *left_out]
-    names = [str(model[key]) for model in [*others, *left_out] for key in ("path", "label")]
-    doubts = [line for line in before.get("doubts", []) if any(name in line for name in names)]
+    names = {word for model in [*others, *left_out] for word in (model["path"], model["label"], Path(model["path"]).name)}
+    told = re.compile(rf"(?<![\w/.-])(?:{'|'.join(map(re.escape, names))})(?![\w/-])")
+    doubts = [line for line in before.get("doubts", []) if names and told.search(line)]
     if doubts:
         found["doubts"] = list(dict.fromkeys([*plan.get("doubts", []), *doubts]))
     return found
+
+
+def _alike(path: Path, others: Sequence[Path]) -> str:
+    """A path as others are spelled that lie in the same run, which a link may lead to under another name."""
+    for other in others:
+        for mine in list(path.parents)[:2]:
+            for theirs in list(other.parents)[:2]:
+                if mine.absolute() != theirs.absolute() and mine.resolve() == theirs.resolve():
+                    return str(theirs / path.relative_to(mine))
+    return str(path)
 
 
 def _place(model: Record) -> Path:

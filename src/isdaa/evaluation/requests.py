@@ -192,7 +192,10 @@ def requests(
 
 def _once(paths: Iterable[str]) -> list[str]:
     """Each model once, however it is spelled."""
-    return list({os.path.realpath(path) if Path(path).exists() else path: path for path in reversed(list(paths))}.values())[::-1]
+    found: dict[str, str] = {}
+    for path in paths:
+        found.setdefault(os.path.realpath(path) if Path(path).exists() else path, path)
+    return list(found.values())
 
 
 def models_of(run: str | Path) -> list[str]:

@@ -9,14 +9,14 @@ from typing import Any
 
 from isdaa.errors import UserError
 from isdaa.evaluation.analysis import METRICS
-from isdaa.evaluation.identity import is_newer, model_digest
+from isdaa.evaluation.collect import PLAN
+from isdaa.evaluation.identity import model_digest, stat_of
 from isdaa.evaluation.provenance import check_stays
-from isdaa.evaluation.records import read_metrics
+from isdaa.evaluation.records import read_metrics, read_plan
 from isdaa.evaluation.trajectory import SWEEP, read_study
 from isdaa.files import located
 from isdaa.foreign import read_json
 from isdaa.manifest import check_manifest
-from isdaa.ownership import completed
 from isdaa.terminal import say
 
 
@@ -51,6 +51,7 @@ def report_on(
         folder = first / "evaluation"
         if output is not None and (Path(located(output)) / "evaluation" / METRICS).is_file():
             folder = Path(located(output)) / "evaluation"  # an earlier call's, which could not go beside the models
+            _check_own(folder, [Path(located(path)) for path in paths])
             given = {"output_dir": str(folder)} | given if given.keys() - {"trust_remote_code"} else given
         if given.keys() - {"trust_remote_code"} or len(paths) > 1 or one_run or not _is_evaluated(first, folder):
             request = requests(paths, given, as_runs=not as_one_run, as_one_run=as_one_run, one_run=one_run)
@@ -121,30 +122,41 @@ def _is_evaluated(run: Path, evaluation: Path) -> bool:
 
     if not (evaluation / METRICS).is_file():
         return False
-    metrics = read_metrics(evaluation / METRICS)
-    named = [*metrics["models"], *metrics.get("left_out", [])]
+    metrics, plan = read_metrics(evaluation / METRICS), read_plan(evaluation / PLAN)
+    named = [*plan["models"], *plan.get("left_out", [])]
     covered, here = {Path(model["path"]).resolve(): model for model in named}, models_of(run)
     for path in here:
         check_manifest(Path(path))  # of which the page would speak as it was
-    if "verdicts" not in metrics or not {Path(path).resolve() for path in here} <= covered.keys():
+    missing = [path for path in here if Path(path).resolve() not in covered]
+    if missing and evaluation.parent != run:
+        raise UserError(f"{evaluation}: does not have {missing[0]}; evaluate it, too, as the others were:", _again(evaluation))
+    if "verdicts" not in metrics or missing:
         return False
-    written = (evaluation / METRICS).stat().st_mtime
-    models = [(path, covered[Path(path).resolve()]) for path in here if is_newer(path, written)]
-    changed = [path for path, model in models if model.get("digest") is None or model_digest(path) != model["digest"]]
+    changed = [path for path in here if not _as_it_was(path, covered[Path(path).resolve()])]
     if changed:
-        options = {"--reference": metrics["reference"]["path"], "--data": metrics.get("data"), **_scorer_of(metrics)}
         raise UserError(
             f"{changed[0]}: has changed since it was evaluated, so the numbers in {evaluation} are of other weights; evaluate "
             "again:",
-            completed(["isdaa", "report", str(run)], {option: str(value) for option, value in options.items() if value}),
+            _again(evaluation),
         )
     return True
 
 
-def _scorer_of(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """The options that named an evaluation's scorer, judge model or scores."""
-    scorer = metrics["scorer"]
-    if scorer is None:
-        return {}
-    words = scorer.get("options") or ["--scorer", scorer["name"]]
-    return dict(zip(words[::2], words[1::2], strict=True))
+def _as_it_was(path: str, model: Mapping[str, Any]) -> bool:
+    """Whether a model's files are those that were evaluated."""
+    return stat_of(path) == model.get("stat") or model_digest(path) == model.get("digest")
+
+
+def _again(evaluation: Path) -> str:
+    """The command that makes an evaluation again."""
+    from isdaa.report.reproduce import commands
+
+    return next(line for line in commands(read_study(evaluation)) if not line.startswith("#"))
+
+
+def _check_own(folder: Path, paths: Sequence[Path]) -> None:
+    """Raises UserError where an evaluation in `--output` is of none of the models."""
+    given = {path.resolve() for path in paths}
+    models = [Path(model["path"]).resolve() for model in read_plan(folder / PLAN)["models"]]
+    if not any(given & {model, *model.parents} for model in models):
+        raise UserError(f"{folder}: holds an evaluation of other models; choose another folder with --output")
