@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -143,3 +144,11 @@ def ask(text: str, **overrides: Any) -> Question:
 
 def asks(n: int, start: int = 0) -> list[Question]:
     return [ask(f"question {i}") for i in range(start, start + n)]
+
+
+def sides(body: dict[str, Any]) -> tuple[str, str]:
+    """What a question about a pair has between the markers of A and of B."""
+    words = body["messages"][-1]["content"]
+    found = [re.search(rf"<<<(\w+ {letter})\n(.*)\n\1>>>", words, re.DOTALL) for letter in "AB"]
+    assert found[0] and found[1]
+    return found[0][2], found[1][2]

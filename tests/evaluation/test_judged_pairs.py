@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import pytest
 from judge_server import Answer as Response
-from judge_server import judge, replying, serving
+from judge_server import judge, replying, serving, sides
 
 from isdaa.evaluation.benchmarks import BENCHMARKS, HH, TLDR, games
 from isdaa.evaluation.benchmarks.benchmark import Answer, Benchmark, Judged, Question, Score, Scoring
@@ -46,14 +45,6 @@ def judged(behaviour: Any, bench: Benchmark, ours: str = "good {}", theirs: str 
 
 def scored(cases: list[Judged], bench: Benchmark) -> Score:
     return bench.score({"model": cases}, Scoring(resamples=100))["model"]
-
-
-def sides(body: dict[str, Any]) -> tuple[str, str]:
-    """What stands between the markers of A and of B."""
-    words = body["messages"][-1]["content"]
-    found = [re.search(rf"<<<(\w+ {letter})\n(.*)\n\1>>>", words, re.DOTALL) for letter in "AB"]
-    assert found[0] and found[1]
-    return found[0][2], found[1][2]
 
 
 def honest(number: int, body: dict[str, Any]) -> Response:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from evaluation_helpers import TOKENIZATION, TOKENIZER, moved, save, settings, tiny, world_rows
-from judge_server import Answer, JudgeServer, replying, serving
+from judge_server import Answer, JudgeServer, replying, serving, sides
 
 from isdaa.cli import main
 from isdaa.errors import DoneInPart, UserError
@@ -76,14 +75,6 @@ def command(models: dict[str, str], prompts: str, out: Path, url: str, *more: st
     words += ["--evaluation.temperature", "1", "--evaluation.top_p", "1", "--output", str(out)]
     words += ["--tokenization.max_length", "128", "--tokenization.max_prompt_length", "96"]
     return [*words, "--judge-model", "judge", "--judge-base-url", url, *more]
-
-
-def sides(body: dict[str, Any]) -> tuple[str, str]:
-    """What stands between the markers of A and of B."""
-    words = body["messages"][-1]["content"]
-    found = [re.search(rf"<<<(\w+ {letter})\n(.*)\n\1>>>", words, re.DOTALL) for letter in "AB"]
-    assert found[0] and found[1]
-    return found[0][2], found[1][2]
 
 
 def shorter(number: int, body: dict[str, Any]) -> Answer:
