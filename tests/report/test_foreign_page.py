@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from report_studies import FALLS, RISES, cells, study, trajectory, write_evaluation
+from report_studies import FALLS, RISES, cells, study, sweep, trajectory, write_evaluation
 
 from isdaa.evaluation.records import Blocks
 from isdaa.evaluation.scoring import SCORES, scores_key
@@ -263,3 +263,12 @@ def test_without_a_scorer_the_page_speaks_of_what_there_is(runs, measured):
     said = report_of(find(study(made)))["headline"]
     assert said.startswith(f"No verdict: {'this run was' if runs == 1 else 'these runs were'} evaluated without a scorer, and KL")
     assert ("KL, drift and held-out accuracy do not tell better" in said) == measured == ("KL does not tell better" not in said)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_intervals_over_seeds_are_spoken_of_where_there_are_several(seeds: int) -> None:
+    found = find(sweep(betas=(0.01,), seeds=seeds))
+    figures = figures_of(found)
+    text = page.render(report_of(found), figures, {figure.name: "" for figure in figures}, found)
+    assert "What the weights change" in text
+    assert ("means over seeds" in text) == ("t-intervals over seeds" in text) == (seeds > 1)
