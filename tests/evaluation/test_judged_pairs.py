@@ -38,7 +38,9 @@ def judged(behaviour: Any, bench: Benchmark, ours: str = "good {}", theirs: str 
         verdicts = []
         for one in pair:
             reply = next(replies)
-            verdicts.append(games.no_reply(one, reply.reason) if isinstance(reply, NoReply) else bench.parse(one, reply))
+            verdicts.append(
+                games.no_reply(one, reply.reason, reply.kind) if isinstance(reply, NoReply) else bench.parse(one, reply)
+            )
         found.append(Judged(question, answer, opponents[question.id], tuple(verdicts), "judge"))
     return found
 

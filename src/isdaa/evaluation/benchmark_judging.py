@@ -117,7 +117,7 @@ class ModelJudge:
                 continue
             found.append(
                 tuple(
-                    no_reply(question, reply.reason) if isinstance(reply, NoReply) else bench.parse(question, reply)
+                    no_reply(question, reply.reason, reply.kind) if isinstance(reply, NoReply) else bench.parse(question, reply)
                     for question, reply in pairs
                 )
             )

@@ -6,12 +6,15 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from isdaa.errors import UserError
 from isdaa.files import digest
 
 KEY_VARIABLE = "OPENAI_API_KEY"
+# Why a question has no verdict. Those in MOMENTARY go away by asking again; `cut` by a higher limit.
+Lack = Literal["refused", "too long", "rate-limited", "no answer", "broken off", "cut", "thought only", "unreadable", "no text"]
+MOMENTARY: tuple[Lack, ...] = ("rate-limited", "no answer", "broken off")
 MOST_LOGPROBS = 20  # more alternatives than this no endpoint gives
 # Field of `JudgeSettings` -> the least and the most that makes sense.
 LIMITS: dict[str, tuple[float, float]] = {
@@ -98,10 +101,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the judge said. `text` is never empty.
+    """What the judge said. `text` is empty only where `thinking` is not.
 
-    first_token_logprobs: natural logarithms by token, of the reply's first position; None where the endpoint gave none
-    (or none were wanted). cached: this reply cost no request. model: what the endpoint said it is.
+    text: as it came, with what it thought aloud (`evaluation.replies` takes that out); thinking: what the endpoint gave
+    apart. first_token_logprobs: natural logarithms by token, of the reply's first position; None where the endpoint gave
+    none (or none were wanted). cached: this reply cost no request. finish_reason: `stop`, `length`, or None where the
+    endpoint does not say. model: what the endpoint said it is.
     """
 
     text: str
@@ -111,6 +116,7 @@ class Reply:
     cached: bool = False
     finish_reason: str | None = None
     model: str | None = None
+    thinking: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,11 +124,12 @@ class NoReply:
     """Why a question has no reply: every retry failed, the judge refused, or the budget of requests is spent.
 
     unasked: the question was never sent, or its retries were cut short, by the budget alone. It is never cached: the
-    next `ask` asks again.
+    next `ask` asks again. kind: the reason's, for a count.
     """
 
     reason: str
     unasked: bool = False
+    kind: Lack = "no answer"
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ class Said:
 
     text: str
     first_token_logprobs: Mapping[str, float] | None = None
+    finish_reason: str | None = "stop"
+    thinking: str = ""
 
 
 def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:

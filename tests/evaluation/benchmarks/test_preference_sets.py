@@ -127,6 +127,6 @@ def test_no_reply_counts_as_unread(questions: list) -> None:
     bench = benchmark("hh")
     answer, opponent = Answer("x", "mine", ("ours",)), Answer("x", "data", ("theirs",))
     asked = bench.judge_questions(questions[0], answer, opponent)
-    verdicts = (bench.parse(asked[0], Said("Better: B")), games.no_reply(asked[1], "timed out"))
+    verdicts = (bench.parse(asked[0], Said("Better: B")), games.no_reply(asked[1], "timed out", "no answer"))
     score = bench.score({"mine": [Judged(questions[0], answer, opponent, verdicts)]}, Scoring(resamples=10))["mine"]
     assert score.counts["unparsed"] == 1 and score.counts["left_out"] == 1 and not score.figures

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 from isdaa.data.checks import Text
 from isdaa.data.conversation import conversation_text, turns_of
 from isdaa.errors import UserError
+from isdaa.evaluation.judge_types import Lack
 from isdaa.evaluation.statistics import Figure
 
 Row = Mapping[str, Any]
@@ -86,10 +87,19 @@ class ReadQuestions(Protocol):
 
 
 class Reply(Protocol):
-    """What a judge says. first_token_logprobs: log-probability of each first token that the endpoint names, or None."""
+    """What a judge says (`judge_types.Reply`).
+
+    first_token_logprobs: log-probability of each first token that the endpoint names, or None.
+    """
 
     @property
     def text(self) -> str: ...
+
+    @property
+    def thinking(self) -> str: ...
+
+    @property
+    def finish_reason(self) -> str | None: ...
 
     @property
     def first_token_logprobs(self) -> Mapping[str, float] | None: ...
@@ -97,7 +107,9 @@ class Reply(Protocol):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a reply says: a preference for the model in [0, 1], or a grade. `value` is None where it cannot be read.
+    """What a reply says: a preference for the model in [0, 1], or a grade. `value` is None where there is none.
+
+    lack: why there is none; empty where there is one, or where a file does not say.
 
     kind: `soft` from log-probabilities, `hard` from a sampled word, `grade`; weight: how many votes it counts; messages
     and template: what was asked, for the original tool's files; row: of the file it was read from.
@@ -112,6 +124,7 @@ class Verdict:
     messages: tuple[ChatMessage, ...] = ()
     template: str = ""
     row: Row = field(default_factory=dict)
+    lack: Lack | Literal[""] = ""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from isdaa.errors import UserError
 from isdaa.evaluation.benchmarks.benchmark import Judged, JudgeQuestion, Verdict, counted
+from isdaa.evaluation.judge_types import Lack
 
 _ENDS = re.compile(r"([\n\r\v\f\x1c-\x1e\x85\u2028\u2029])")
 _BLANK = r"[\s\u200b-\u200d\u2060\ufeff]*"  # white space, and characters that take no room
@@ -84,14 +85,14 @@ def oriented(share_of_second: float, game: str) -> float:
     return share_of_second if game == OPPONENT_FIRST else 1 - share_of_second
 
 
-def no_reply(asked: JudgeQuestion, reason: str) -> Verdict:
+def no_reply(asked: JudgeQuestion, reason: str, lack: Lack) -> Verdict:
     """The verdict on a question that the judge never answered: counted with the replies that could not be read."""
-    return Verdict(asked.game, None, "unparsed", reply=reason, messages=asked.messages, template=asked.template)
+    return Verdict(asked.game, None, "unparsed", reply=reason, messages=asked.messages, template=asked.template, lack=lack)
 
 
-def unparsed(game: str, reply: str) -> Verdict:
+def unparsed(game: str, reply: str, lack: Lack = "unreadable") -> Verdict:
     """A reply that says nothing that counts."""
-    return Verdict(game, None, "unparsed", reply=reply)
+    return Verdict(game, None, "unparsed", reply=reply, lack=lack)
 
 
 GAME_KEYS = ("game", "value", "kind", "label", "reply", "template")
