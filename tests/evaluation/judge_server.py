@@ -48,6 +48,7 @@ class JudgeServer:
         self.models: list[str] = ["judge", "other-judge"]
         self.asked: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
         self.in_flight = self.most_in_flight = 0
         self.lock = threading.Lock()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -71,6 +72,7 @@ class JudgeServer:
                 with server.lock:
                     number = len(server.asked)
                     server.asked.append(body)
+                    server.paths.append(self.path)
                     server.headers.append({name.lower(): value for name, value in self.headers.items()})
                     server.in_flight += 1
                     server.most_in_flight = max(server.most_in_flight, server.in_flight)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judge_server import Answer, ask, asks, judge, replying, serving
+from judge_server import Answer, ask, asks, completion, judge, replying, serving
 
 from isdaa.errors import UserError
 from isdaa.evaluation.judge_cache import ReplyCache
+from isdaa.evaluation.judge_types import request_key
 from isdaa.evaluation.judges import Reply
 
 CHILD = """
@@ -96,37 +97,77 @@ def test_another_model_message_or_setting_is_another_question(tmp_path: Path) ->
     cache = tmp_path / "replies.jsonl"
     with serving(replying()) as server:
         judge(server, cache).ask(asks(1))
-        for changes in ({"model": "other-judge"}, {"temperature": 1.0}, {"max_tokens": 3}, {"logprobs": 2}, {"seed": 1}):
+        for changes in ({"model": "other-judge"}, {"temperature": 1.0}, {"logprobs": 2}, {"seed": 1}):
             judge(server, cache, **changes).ask(asks(1))
         judge(server, cache).ask([ask("another")])
-        assert len(server.asked) == 7
-        # What does not change the reply does not change the key.
+        assert len(server.asked) == 6
+        # What does not change the reply does not change the key; a reply that ended by itself is the same at any limit.
         judge(server, cache, concurrency=1, retries=0, timeout_s=3, max_requests=9, price_in=1, price_out=1).ask(asks(1))
-        assert len(server.asked) == 7
+        for limit in (3, 3000):
+            judge(server, cache, max_tokens=limit).ask(asks(1))
+        assert len(server.asked) == 6
     with serving(replying("never asked")) as elsewhere:
         (reply,) = judge(elsewhere, cache).ask(asks(1))
         assert reply == Reply("A", None, 10, 2, True, "stop", "served-name") and not elsewhere.asked
 
 
+def test_cut_replies_alone_are_asked_again_when_the_limit_is_raised(tmp_path: Path) -> None:
+    cache = tmp_path / "replies.jsonl"
+
+    def behaviour(number: int, body: dict[str, Any]) -> Answer:
+        cut = "question 1" in str(body) and body["max_tokens"] < 100
+        return Answer(body=completion("first of all", finish_reason="length")) if cut else Answer("B")
+
+    def reasons(limit: int) -> list[str | None]:
+        return [reply.finish_reason for reply in judge(server, cache, max_tokens=limit).ask(asks(3)) if isinstance(reply, Reply)]
+
+    with serving(behaviour) as server:
+        assert reasons(50) == reasons(50) == reasons(40) == ["stop", "length", "stop"]
+        assert len(server.asked) == 3
+        assert reasons(60) == ["stop", "length", "stop"] and len(server.asked) == 4
+        assert reasons(200) == reasons(200) == ["stop"] * 3 and len(server.asked) == 5
+        assert reasons(50) == ["stop"] * 3 and len(server.asked) == 5  # what was paid for and is whole stays
+
+
+def test_replies_of_an_earlier_version_are_found(tmp_path: Path) -> None:
+    """Their keys had the limit in them, and their lines neither endpoint nor ways."""
+    cache = tmp_path / "replies.jsonl"
+    with serving(replying("B")) as server:
+        judge(server, cache).ask(asks(2))
+        records = [json.loads(line) for line in cache.read_text().splitlines()]
+        for record in records:
+            record["judge_reply"] = "0" * 24
+            for name in ("endpoint", "ways"):
+                del record[name]
+            for name in ("thinking", "limit"):
+                del record["reply"][name]
+        cache.write_text("".join(json.dumps(record) + "\n" for record in records))
+        judge(server, cache).ask(asks(2))
+    assert len(server.asked) == 2
+
+
 def test_a_cached_reply_is_the_reply_and_names_its_request(tmp_path: Path) -> None:
     cache = tmp_path / "replies.jsonl"
     reply = Reply("Überraschung\u2028\n\x00", {"m": -0.25, "M": -9999.0}, 3, None, False, "stop", None)
-    ReplyCache(cache).add("abcdef0123456789", {"model": "judge"}, reply)
-    read = ReplyCache(cache).get("abcdef0123456789")
+    request = {"model": "judge", "messages": [], "max_tokens": 4}
+    ReplyCache(cache).add(request, reply)
+    read = ReplyCache(cache).get(request_key(request), 4)
     assert read == Reply(**{**vars(reply), "cached": True})
     (line,) = cache.read_text(encoding="utf-8").split("\n")[:-1]
-    assert json.loads(line)["request"] == {"model": "judge"}
+    assert json.loads(line)["request"] == request
 
 
 def test_damaged_lines_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = tmp_path / "replies.jsonl"
-    for key in ("a1" * 8, "b2" * 8):
-        ReplyCache(cache).add(key, {}, Reply("A"))
+    requests = [{"model": name, "messages": [], "max_tokens": 4} for name in "ab"]
+    for request in requests:
+        ReplyCache(cache).add(request, Reply("A"))
     first, second = cache.read_bytes().splitlines(keepends=True)
     odd = b'{"judge_reply": "c3", "reply": {"text": 3}}\n{"judge_reply": 1, "reply": {"text": ""}}\n[1]\n\n'
     cache.write_bytes(first[:30] + b"\n" + odd + second)
     again = ReplyCache(cache)
-    assert len(again) == 1 and again.get("b2" * 8) is not None and again.get("a1" * 8) is None
+    found = [again.get(request_key(request), 4) for request in requests]
+    assert len(again) == 1 and found[0] is None and found[1] is not None
     assert "passed over 4 lines" in caplog.text
 
 

@@ -165,7 +165,7 @@ def test_a_secret_shows_nothing_and_takes_out_its_fragments() -> None:
 def test_a_program_that_dies_of_the_error_prints_no_key(tmp_path: Path) -> None:
     program = (
         "import logging, sys; logging.basicConfig(level=logging.DEBUG)\n"
-        "from judge_server import asks, judge\njudge(sys.argv[1], 'replies.jsonl').ask(asks(2))\n"
+        "from judge_server import asks, judge\njudge(sys.argv[1], 'replies.jsonl').ask(asks(3))\n"
     )
     body: dict[str, Any] = {"error": {"message": f"unknown setting for {KEY}"}}
     with serving(scripted(Answer(status=400, body=body, headers={"x-key": KEY}))) as server:

@@ -11,7 +11,7 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from isdaa.disk import disk_error
 from isdaa.errors import UserError
-from isdaa.evaluation.judge_types import Reply
+from isdaa.evaluation.judge_types import Reply, request_key
 from isdaa.files import own_file
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ class ReplyCache:
 
     def __init__(self, path: str | Path | None) -> None:
         self.path = Path(path) if path is not None else None
-        self._replies: dict[str, Reply] = {}
+        self._replies: dict[str, tuple[int, Reply]] = {}  # the limit that was wanted, and the reply
+        self.learnt: dict[str, list[str]] = {}  # address of an endpoint -> what it does not take
         self._read_to = 0  # bytes of the file that are in memory
         self._claims: BinaryIO | None = None
         self._load()
@@ -44,20 +45,37 @@ class ReplyCache:
     def __len__(self) -> int:
         return len(self._replies)
 
-    def get(self, key: str) -> Reply | None:
-        """The reply of that key, also where another process wrote it a moment ago; marked as cached."""
-        if key not in self._replies:
-            self._refresh()
-        reply = self._replies.get(key)
-        return replace(reply, cached=True) if reply is not None else None
+    def get(self, key: str, limit: int) -> Reply | None:
+        """The reply of that key, also where another process wrote it a moment ago; marked as cached.
 
-    def add(self, key: str, request: dict[str, Any], reply: Reply) -> None:
-        """Write and sync a reply, with the request that it answers."""
+        One that ended at its own limit counts where `limit` is no higher.
+        """
+        if not self._serves(key, limit):
+            self._refresh()
+        return replace(self._replies[key][1], cached=True) if self._serves(key, limit) else None
+
+    def _serves(self, key: str, limit: int) -> bool:
+        """Whether the reply would be no other at that limit."""
+        if key not in self._replies:
+            return False
+        given, reply = self._replies[key]
+        return reply.finish_reason != "length" or limit <= given
+
+    def add(self, request: dict[str, Any], reply: Reply, place: str = "", ways: Collection[str] = ()) -> None:
+        """Write and sync a reply, with the request as it was meant. place: the endpoint; ways: what that does not take."""
+        key = request_key(request)
         if self.path is not None:
             answer = {name: value for name, value in asdict(reply).items() if name != "cached"}
             record = {"judge_reply": key, "request": request, "reply": answer, "at": datetime.now(UTC).isoformat()}
+            record |= {"endpoint": place, "ways": sorted(ways)}
             self._append((json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode())
-        self._replies[key] = reply
+        self._keep(request, reply)
+
+    def _keep(self, request: dict[str, Any], reply: Reply) -> None:
+        """Of two replies to the same question the later counts, but no cut one for one that ended by itself."""
+        key, limit = request_key(request), int(request["max_tokens"])
+        if reply.finish_reason != "length" or not self._serves(key, limit):
+            self._replies[key] = limit, reply
 
     @contextmanager
     def claim(self, key: str) -> Iterator[bool]:
@@ -114,12 +132,22 @@ class ReplyCache:
         self._read_to += end
         broken = 0
         for line in data[:end].split(b"\n"):
-            found = _read(line) if line.strip() else None
-            if found is not None:
-                self._replies[found[0]] = found[1]
-            elif line.strip():
+            if line.strip() and not self._read(line):
                 broken += 1
         return broken
+
+    def _read(self, line: bytes) -> bool:
+        """Whether a line is a reply. Its key comes from its request: earlier versions had the limit in theirs."""
+        try:
+            record = json.loads(line)
+            if not isinstance(record["reply"]["text"], str) or not isinstance(record["judge_reply"], str):
+                return False
+            self._keep(record["request"], Reply(**record["reply"]))
+            if record.get("endpoint"):
+                self.learnt[record["endpoint"]] = list(record["ways"])
+        except (ValueError, KeyError, TypeError):
+            return False
+        return True
 
     def _append(self, line: bytes) -> None:
         assert self.path is not None
@@ -136,14 +164,3 @@ class ReplyCache:
             raise disk_error(error, self.path, len(line)) or UserError(
                 f"{self.path}: a reply could not be written ({error.strerror}); mend it and run the same command again"
             ) from None
-
-
-def _read(line: bytes) -> tuple[str, Reply] | None:
-    try:
-        record = json.loads(line)
-        key, answer = record["judge_reply"], record["reply"]
-        if not isinstance(key, str) or not isinstance(answer["text"], str):
-            return None
-        return key, Reply(**answer)
-    except (ValueError, KeyError, TypeError):
-        return None

@@ -23,6 +23,13 @@ SETTINGS = {
     "judge_price_in": "price_in",
     "judge_price_out": "price_out",
     "judge_key_variable": "key_variable",
+    "judge_api_version": "api_version",
+}
+# Option -> what an endpoint does not take (`judge_wording.WAYS`); the first complaint teaches the same.
+WAYS = {
+    "judge_max_completion_tokens": "max_completion_tokens",
+    "judge_no_system": "no system",
+    "judge_stream": "stream",
 }
 
 
@@ -44,6 +51,10 @@ def add_judge_options(parser: argparse.ArgumentParser, title: str) -> Any:
     who.add_argument("--max_requests", type=int, metavar="N", help="at most so many HTTP requests in this call")
     who.add_argument("--judge_price_in", type=float, metavar="PRICE", help="of a million tokens read")
     who.add_argument("--judge_price_out", type=float, metavar="PRICE", help="of a million tokens written")
+    who.add_argument("--judge_max_completion_tokens", action="store_true", default=None, help="it knows the limit by this name")
+    who.add_argument("--judge_no_system", action="store_true", default=None, help="it takes no system message")
+    who.add_argument("--judge_stream", action="store_true", default=None, help="it answers in a stream alone")
+    who.add_argument("--judge_api_version", metavar="DATE", help="api-version of a classic Azure endpoint")
     who.add_argument("--judge_key_variable", metavar="NAME", help="environment variable of the key (default: OPENAI_API_KEY)")
     return who
 
@@ -63,9 +74,10 @@ def sample_judge_of(arguments: argparse.Namespace) -> SampleJudge | None:
 def asking_of(arguments: argparse.Namespace) -> Asking | None:
     """The judge model, or None where none is named."""
     given = {field: value for name, field in SETTINGS.items() if (value := getattr(arguments, name)) is not None}
+    ways = tuple(way for name, way in WAYS.items() if getattr(arguments, name))
     temperature, logprobs = arguments.judge_temperature, not getattr(arguments, "judge_no_logprobs", None)
     if arguments.judge_model is None:
-        if given or temperature is not None or not logprobs:
+        if given or ways or temperature is not None or not logprobs:
             raise UserError("options of a judge model are given, and no judge model; name it with --judge-model")
         return None
     from isdaa.evaluation.benchmark_request import Asking
@@ -85,7 +97,7 @@ def asking_of(arguments: argparse.Namespace) -> Asking | None:
             "--judge-price-in and --judge-price-out: give both prices, of a million tokens read and of a million written, or "
             "neither"
         )
-    settings = JudgeSettings(arguments.judge_model, **given)
+    settings = JudgeSettings(arguments.judge_model, ways=ways, **given)
     return Asking(settings, temperature is not None, "max_tokens" in given, logprobs)
 
 

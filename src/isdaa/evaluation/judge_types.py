@@ -40,7 +40,8 @@ class JudgeSettings:
     concurrency: requests in flight at once. timeout_s: seconds a whole request may take. retries: after the first try of
     a question. max_requests: HTTP requests that one `Judge` may send, retries included; None: no limit.
     price_in, price_out: per million tokens, in any currency; None: no cost is told. key_variable: the environment
-    variable that holds the key; the key itself is in no setting.
+    variable that holds the key; the key itself is in no setting. ways: what the endpoint does not take
+    (`judge_wording.WAYS`), for those it would else be asked to find out. api_version: of a classic Azure endpoint.
 
     Raises UserError where a value makes no sense.
     """
@@ -58,6 +59,8 @@ class JudgeSettings:
     price_in: float | None = None
     price_out: float | None = None
     key_variable: str = KEY_VARIABLE
+    ways: tuple[str, ...] = ()
+    api_version: str | None = None
 
     def __post_init__(self) -> None:
         if not self.model.strip():
@@ -101,12 +104,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the judge said. `text` is empty only where `thinking` is not.
+    """What the judge said. `text` is empty only where `thinking` is not, or where it was cut before its first word.
 
     text: as it came, with what it thought aloud (`evaluation.replies` takes that out); thinking: what the endpoint gave
     apart. first_token_logprobs: natural logarithms by token, of the reply's first position; None where the endpoint gave
     none (or none were wanted). cached: this reply cost no request. finish_reason: `stop`, `length`, or None where the
-    endpoint does not say. model: what the endpoint said it is.
+    endpoint does not say. model: what the endpoint said it is. limit: tokens that it was given, where the judge's context
+    left fewer than were wanted.
     """
 
     text: str
@@ -117,6 +121,7 @@ class Reply:
     finish_reason: str | None = None
     model: str | None = None
     thinking: str = ""
+    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -180,8 +185,10 @@ def request_body(settings: JudgeSettings, question: Question) -> dict[str, Any]:
 def request_key(body: dict[str, Any]) -> str:
     """The cache key: a digest of judge model, messages (the template's words are in them) and settings.
 
-    The endpoint's address is no part of it: the same model under another address or port is the same judge.
+    The endpoint's address is no part of it: the same model under another address or port is the same judge. Nor is
+    `max_tokens`: a reply that ended by itself is the same under a higher limit.
     Raises UnicodeEncodeError where a message is no valid Unicode, which no endpoint can be sent.
     """
-    json.dumps(body, ensure_ascii=False).encode()
-    return digest(body)
+    told = {name: value for name, value in body.items() if name != "max_tokens"}
+    json.dumps(told, ensure_ascii=False).encode()
+    return digest(told)

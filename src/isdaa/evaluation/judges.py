@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from isdaa.evaluation.judge_cache import ReplyCache
 from isdaa.evaluation.judge_client import Endpoint, Failure, unknown_model
 from isdaa.evaluation.judge_types import (
     JudgeSettings,
+    Lack,
     NoReply,
     Question,
     Reply,
@@ -28,6 +30,7 @@ from isdaa.evaluation.judge_types import (
     request_body,
     request_key,
 )
+from isdaa.evaluation.judge_wording import WAYS
 from isdaa.files import digest
 from isdaa.terminal import Bar, say
 
@@ -37,6 +40,7 @@ FIRST_PAUSE = 1.0  # seconds after the first failure; twice as long after each f
 LONGEST_PAUSE = 60.0
 POLL = 0.02  # seconds until the next question is looked at, where another process is asking this one
 PATIENCE = 3  # questions that fail before any went well, or for each of `concurrency` later, until the judge is given up
+ODD = 3  # questions in a row that are complained of, each in the endpoint's own words, until it is no fault of theirs
 
 
 class Judge:
@@ -57,11 +61,14 @@ class Judge:
         self.settings = settings
         self.cache = ReplyCache(cache)
         self._endpoint = Endpoint(settings)
+        self._endpoint.ways |= WAYS.keys() & self.cache.learnt.get(self._endpoint.address, [])
         self._sleep, self._clock = sleep, clock
         self._random = random.Random(settings.seed or 0)
         self._quiet_until = 0.0  # an endpoint's Retry-After holds for every request
         self._answered = False
-        self._failed_in_a_row = 0
+        self._failed_in_a_row = self._odd_in_a_row = self._wordless = 0
+        self._worded = False
+        self.stopped = ""  # why the rest is left unasked, where something beside the budget ended the asking
         self._count = dict.fromkeys(
             ("requests", "cached", "retries", "failures", "unasked", "prompt_tokens", "completion_tokens", "uncounted"), 0
         )
@@ -75,6 +82,11 @@ class Judge:
     def digest(self) -> str:
         """Changes whenever the replies may: of the model and the settings that are sent."""
         return digest(request_body(self.settings, Question(())))
+
+    @property
+    def about(self) -> list[str]:
+        """What the endpoint does not take, each a line."""
+        return self._endpoint.about
 
     @property
     def usage(self) -> Usage:
@@ -92,8 +104,8 @@ class Judge:
         """The reply to every question, in order; equal questions are asked once.
 
         A question that has no reply after all retries gets a `NoReply`; so do, at once, those that are left when the
-        budget of requests is spent (one line says how many). Raises UserError where the endpoint refuses key, model,
-        address or settings, or stops answering: what was answered by then is in the cache.
+        budget of requests is spent or the endpoint stops answering (one line says how many, and why). Raises UserError
+        where the endpoint refuses key, model, address or settings, or never answers: what was answered is in the cache.
         """
         results: dict[str, Reply | NoReply] = {}
         keys: list[str] = []
@@ -104,13 +116,13 @@ class Judge:
                 key = request_key(body)
             except UnicodeEncodeError:
                 key = f"question {number}"
-                results[key] = self._without("the question is no valid Unicode text")
+                results[key] = self._without("the question is no valid Unicode text", "unreadable")
             keys.append(key)
             if key in results or key in waiting:
                 continue
-            reply = self.cache.get(key)
+            reply = self.cache.get(key, body["max_tokens"])
             if reply is not None:
-                results[key] = reply
+                results[key] = self._roomy(reply)
             else:
                 waiting[key] = body
         known = sum(key not in waiting for key in keys)
@@ -135,16 +147,16 @@ class Judge:
             seen.add(key)
         self._count["unasked"] += left
         if left:
-            budget = self.settings.max_requests
-            say(
-                f"{left} of {len(seen)} questions to the judge are left: "
-                + (
-                    f"the budget of {budget} requests (--max-requests) is spent. The same command goes on with them; "
-                    if budget
-                    else "a budget of 0 requests (--max-requests) lets none be sent. A higher one goes on with them; "
-                )
-                + "what is answered is not asked again."
-            )
+            say(f"{left} of {len(seen)} questions to the judge are left: {self.why_left()}; what is answered is not asked again")
+
+    def why_left(self) -> str:
+        """Why questions were left unasked, and what goes on with them."""
+        budget = self.settings.max_requests
+        if self.stopped:
+            return f"{self.stopped}. The same command goes on with them"
+        if not budget:
+            return "a budget of 0 requests (--max-requests) lets none be sent. A higher one goes on with them"
+        return f"the budget of {budget} requests (--max-requests) is spent. The same command goes on with them"
 
     async def _ask_all(
         self, waiting: dict[str, dict[str, Any]], results: dict[str, Reply | NoReply], shares: dict[str, int], bar: Bar | None
@@ -178,53 +190,83 @@ class Judge:
     async def _answer(self, client: Any, key: str, body: dict[str, Any]) -> Reply | NoReply | None:
         """By asking, or what another process that shares the cache has written; None while that one is asking."""
         with self.cache.claim(key) as mine:
-            reply = self.cache.get(key)
-            return reply if reply is not None or not mine else await self._request(client, key, body)
+            reply = self.cache.get(key, body["max_tokens"])
+            if reply is not None:
+                return self._roomy(reply)
+            return await self._request(client, body) if mine else None
 
-    async def _request(self, client: Any, key: str, body: dict[str, Any]) -> Reply | NoReply:
-        attempt = 0
+    async def _request(self, client: Any, body: dict[str, Any]) -> Reply | NoReply:
+        attempt, limit = 0, body["max_tokens"]
         while True:
             if not self._spent():
                 await self._pause(self._back_off(attempt) if attempt else 0)
                 await self._pause(self._quiet_until - self._clock())
             if self._spent():
-                return NoReply(f"the budget of {self.settings.max_requests} requests is spent", unasked=True)
+                return NoReply(self.why_left(), unasked=True)
             self._count["retries"] += attempt > 0
             self._count["requests"] += 1
-            outcome = await self._endpoint.ask(client, body)
+            outcome = await self._endpoint.ask(client, {**body, "max_tokens": limit})
             if isinstance(outcome, Reply):
                 self._bill((outcome.prompt_tokens, outcome.completion_tokens))
-                self.cache.add(key, body, outcome)
-                self._answered, self._failed_in_a_row = True, 0
-                return outcome
+                reply = replace(outcome, limit=limit if limit < body["max_tokens"] else None)
+                self.cache.add(body, reply, self._endpoint.address, self._endpoint.ways)
+                self._answered, self._failed_in_a_row, self._odd_in_a_row = True, 0, 0
+                self._check_words(reply, limit)
+                return self._roomy(reply)
             if outcome.tokens is not None:
                 self._bill(outcome.tokens)
             if outcome.wait is not None:
                 self._quiet_until = max(self._quiet_until, self._clock() + outcome.wait)
-            # Settings that were good for other questions are good: then a 400 is about this one.
-            if outcome.kind == "fatal" and not (self._answered and outcome.complaint in (400, 422)):
+            if outcome.kind == "again":
+                limit = outcome.limit or limit
+                continue
+            self._odd_in_a_row += outcome.kind == "odd"
+            if outcome.kind == "fatal" or self._odd_in_a_row == ODD:
                 raise UserError(await self._explained(client, outcome))
+            if outcome.kind == "pause":
+                self._stop(outcome.reason)
             if outcome.kind != "retry" or attempt == self.settings.retries:
                 return self._gave_up(outcome)
             attempt += 1
 
     def _gave_up(self, outcome: Failure) -> NoReply:
-        """A question without a reply; UserError where that has become the rule."""
-        if outcome.kind != "question":
+        """A question without a reply; where that has become the rule, the rest is left, or UserError if none ever came."""
+        if outcome.kind == "retry":
             self._failed_in_a_row += 1
             place = self._endpoint.address
             if not self._answered and (outcome.unreached or self._failed_in_a_row >= PATIENCE):
                 raise UserError(f"no reply from the judge at {place}: {outcome.reason}; is {self.name} served there?")
             if self._failed_in_a_row >= PATIENCE * max(self.settings.concurrency, PATIENCE):
-                raise UserError(
-                    f"the judge at {place} left {self._failed_in_a_row} questions in a row without a reply; the last reason: "
-                    f"{outcome.reason}. What it answered is kept; run the same command again when it is well"
+                self._stop(
+                    f"the judge at {place} left {self._failed_in_a_row} questions in a row without a reply "
+                    f"(the last reason: {outcome.reason})"
                 )
-        return self._without(outcome.reason)
+        return self._without(outcome.reason, outcome.lack)
 
-    def _without(self, reason: str) -> NoReply:
+    def _stop(self, reason: str) -> None:
+        """Ask nothing more in this call; what is left is for the next."""
+        self.stopped = self.stopped or reason
+
+    def _check_words(self, reply: Reply, limit: int) -> None:
+        """Raises UserError where all first replies were cut before a word of an answer: more would cost, and say nothing."""
+        self._worded |= reply.finish_reason != "length" or bool(reply.text.strip())
+        self._wordless += 1
+        if not self._worded and self._wordless == PATIENCE:
+            raise UserError(
+                f"the first {PATIENCE} replies of {self.name} were cut at {limit} tokens, before a word of an answer; give it "
+                "more room with --judge-max-tokens: these questions alone are asked again"
+            )
+
+    @staticmethod
+    def _roomy(reply: Reply) -> Reply | NoReply:
+        """The reply, but for one that was cut where the question left it too little of the judge's context."""
+        if reply.limit is None or reply.finish_reason != "length":
+            return reply
+        return NoReply(f"too long for the judge: {reply.limit} tokens were left for its reply, which was cut", kind="too long")
+
+    def _without(self, reason: str, lack: Lack) -> NoReply:
         self._count["failures"] += 1
-        return NoReply(reason)
+        return NoReply(reason, kind=lack)
 
     async def _explained(self, client: Any, outcome: Failure) -> str:
         """The failure's reason, with the names that the endpoint serves where the model's may be wrong."""
@@ -238,7 +280,8 @@ class Judge:
         return f"{outcome.reason}; check the judge's model and settings" if outcome.complaint else outcome.reason
 
     def _spent(self) -> bool:
-        return self.settings.max_requests is not None and self._count["requests"] >= self.settings.max_requests
+        budget = self.settings.max_requests
+        return bool(self.stopped) or (budget is not None and self._count["requests"] >= budget)
 
     def _bill(self, tokens: tuple[int | None, int | None]) -> None:
         self._count["prompt_tokens"] += tokens[0] or 0
