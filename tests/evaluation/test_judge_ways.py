@@ -178,6 +178,23 @@ def test_the_limit_shrinks_before_a_question_is_given_up(tmp_path: Path) -> None
         assert server.contents().count("question 2") == 2 and len(server.asked) == 7
 
 
+def test_a_server_that_reads_a_part_of_a_long_question_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    def counting(tokens: int) -> Callable[[int, dict[str, Any]], Answer]:
+        return lambda number, body: Answer(body={**completion("B"), "usage": {"prompt_tokens": tokens, "completion_tokens": 1}})
+
+    long = [ask(f"{i} " + "word " * 2000) for i in range(3)]
+    with serving(counting(500)) as server:
+        asking = judge(server)
+        asking.ask([*long, ask("short")])
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("counted 500 tokens in a question of 10,002 characters") == 1 and "3 questions" in asking.about[-1]
+    for tokens in (2500, 0):  # 4 characters a token; not counted
+        with serving(counting(tokens)) as server:
+            asking = judge(server)
+            asking.ask(long)
+        assert not asking.about
+
+
 # --- streams and answers within answers
 
 

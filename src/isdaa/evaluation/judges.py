@@ -40,6 +40,8 @@ FIRST_PAUSE = 1.0  # seconds after the first failure; twice as long after each f
 LONGEST_PAUSE = 60.0
 POLL = 0.02  # seconds until the next question is looked at, where another process is asking this one
 PATIENCE = 3  # questions that fail before any went well, or for each of `concurrency` later, until the judge is given up
+LONGEST_TOKEN = 12  # characters a token, of a long question, beyond which a judge can have read only a part of it
+LONG_QUESTION = 2000  # characters
 ODD = 3  # questions in a row that are complained of, each in the endpoint's own words, until it is no fault of theirs
 
 
@@ -68,6 +70,7 @@ class Judge:
         self._answered = False
         self._failed_in_a_row = self._odd_in_a_row = self._wordless = 0
         self._worded = False
+        self._shortened = 0  # questions that the endpoint counted far fewer tokens of than they can have
         self.stopped = ""  # why the rest is left unasked, where something beside the budget ended the asking
         self._count = dict.fromkeys(
             ("requests", "cached", "retries", "failures", "unasked", "prompt_tokens", "completion_tokens", "uncounted"), 0
@@ -85,8 +88,14 @@ class Judge:
 
     @property
     def about(self) -> list[str]:
-        """What the endpoint does not take, each a line."""
-        return self._endpoint.about
+        """What the endpoint does not take, and what it may not have read, each a line."""
+        if not self._shortened:
+            return self._endpoint.about
+        questions = f"{self._shortened} question{'s' * (self._shortened > 1)}"
+        short = (
+            f"counted far fewer tokens of {questions} than they can have: it may have read a part alone; give it a longer context"
+        )
+        return [*self._endpoint.about, short]
 
     @property
     def usage(self) -> Usage:
@@ -212,6 +221,7 @@ class Judge:
                 self.cache.add(body, reply, self._endpoint.address, self._endpoint.ways)
                 self._answered, self._failed_in_a_row, self._odd_in_a_row = True, 0, 0
                 self._check_words(reply, limit)
+                self._check_length(body, reply)
                 return self._roomy(reply)
             if outcome.tokens is not None:
                 self._bill(outcome.tokens)
@@ -256,6 +266,17 @@ class Judge:
                 f"the first {PATIENCE} replies of {self.name} were cut at {limit} tokens, before a word of an answer; give it "
                 "more room with --judge-max-tokens: these questions alone are asked again"
             )
+
+    def _check_length(self, body: dict[str, Any], reply: Reply) -> None:
+        """Notices a server that shortens a long prompt without a word, as some do beyond the context that they were started with."""
+        characters = sum(len(message["content"]) for message in body["messages"])
+        if reply.prompt_tokens and characters > max(LONG_QUESTION, LONGEST_TOKEN * reply.prompt_tokens):
+            self._shortened += 1
+            if self._shortened == 1:
+                say(
+                    f"the judge at {self._endpoint.address} counted {reply.prompt_tokens} tokens in a question of {characters:,} "
+                    "characters: it may have read a part of it alone; start it with a longer context (Ollama: num_ctx)"
+                )
 
     @staticmethod
     def _roomy(reply: Reply) -> Reply | NoReply:
