@@ -268,7 +268,7 @@ class Judge:
             )
 
     def _check_length(self, body: dict[str, Any], reply: Reply) -> None:
-        """Notices a server that shortens a long prompt without a word, as some do beyond the context that they were started with."""
+        """Notices a server that shortens a long prompt without a word, as some do beyond their context."""
         characters = sum(len(message["content"]) for message in body["messages"])
         if reply.prompt_tokens and characters > max(LONG_QUESTION, LONGEST_TOKEN * reply.prompt_tokens):
             self._shortened += 1
