@@ -38,7 +38,12 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--baseline", metavar="PATH", help="model whose answers are compared with, instead of a file")
     what.add_argument("--references", metavar="FILE", help="mt_bench: right answers to math, reasoning and coding")
-    what.add_argument("--difficulty", metavar="FILE", help="alpaca_eval: difficulty of each instruction")
+    what.add_argument("--gamed", metavar="FILE", help="alpaca_eval: the official df_gamed.csv (default: from the Hub)")
+    what.add_argument("--difficulty", help=argparse.SUPPRESS)
+    what.add_argument(
+        "--missing", choices=("error", "skip", "loss"),
+        help="questions that a file of answers or judgments lacks: an error (default), left out, or lost",
+    )  # fmt: skip
     who = add_judge_options(parser, "judge of a benchmark, or of the samples of checkpoints")
     who.add_argument("--judge", metavar="NAME", help="of a benchmark, instead of a judge model: `gold` or a reward model's path")
     who.add_argument("--judge_no_logprobs", action="store_true", default=None, help="do not ask for log-probabilities")
@@ -46,7 +51,7 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
 
 OPTIONS = (
     "questions", "limit", "max_new_tokens", "chat_template", "answers", "judgments", "opponent", "baseline", "references",
-    "difficulty", "judge", "judge_no_logprobs",
+    "gamed", "difficulty", "missing", "judge", "judge_no_logprobs",
 )  # fmt: skip
 
 
@@ -67,6 +72,8 @@ def request_of(arguments: argparse.Namespace, overrides: dict[str, Any]) -> Benc
     for name, instead in NOT_HERE.items():
         if getattr(arguments, name) is not None:
             raise UserError(f"--{name}: has no effect with --benchmark; {instead} does what you may have meant")
+    if arguments.difficulty is not None:
+        raise UserError("--difficulty: is gone; --gamed FILE takes the official df_gamed.csv, which holds the difficulties, too")
     if arguments.tokenizer is not None:
         raise UserError(
             "--tokenizer: has no effect with --benchmark, where each model has its own; copy it into the model's folder"
@@ -82,7 +89,8 @@ def request_of(arguments: argparse.Namespace, overrides: dict[str, Any]) -> Benc
         opponent=arguments.opponent,
         baseline=arguments.baseline,
         references=arguments.references,
-        difficulty=arguments.difficulty,
+        gamed=arguments.gamed,
+        missing=arguments.missing,
     )
     return benchmark_request(
         arguments.benchmark,

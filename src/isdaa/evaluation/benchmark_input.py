@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import importlib.util
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,27 @@ from isdaa.errors import UserError
 from isdaa.evaluation.benchmark_answers import Answering, Drawn
 from isdaa.evaluation.benchmark_judging import check_judge
 from isdaa.evaluation.benchmark_request import BenchmarkRequest
-from isdaa.evaluation.benchmarks.alpaca_eval import ALPACA_EVAL
-from isdaa.evaluation.benchmarks.benchmark import Answer, Benchmark, Question
+from isdaa.evaluation.benchmarks.alpaca_eval import ALPACA_EVAL, BASELINE, QUESTIONS, gamed, is_official
+from isdaa.evaluation.benchmarks.benchmark import Answer, Benchmark, Question, counted, prompt_text
 from isdaa.evaluation.benchmarks.mt_bench import MT_BENCH, with_references
-from isdaa.evaluation.benchmarks.rows import without_repeats
+from isdaa.evaluation.benchmarks.rows import shortened, without_repeats
+from isdaa.evaluation.length_control import Gamed
 from isdaa.evaluation.scorers import load_scorer
 
 
 @dataclass(frozen=True)
 class Side:
-    """Somebody's answers. drawn: where they were generated here; path, digest: of the model and of its weights."""
+    """Somebody's answers. drawn: where they were generated here; path, digest: of the model and of its weights.
+
+    missing: ids of questions that their file lacks.
+    """
 
     label: str
     answers: Mapping[str, Answer]
     drawn: Mapping[str, Drawn] | None = None
     path: str | None = None
     digest: str | None = None
+    missing: tuple[str, ...] = ()
 
     def finished(self, question: str) -> bool:
         """Whether the model itself ended its answer, as far as anybody knows."""
@@ -35,13 +41,26 @@ class Side:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is read before any model. given: answers of files; baseline: the model that has yet to give the opponent's."""
+    """What is read before any model. given: answers of files; baseline: the model that has yet to give the opponent's.
+
+    control: of length (AlpacaEval), where there is a judge. notes: what is to be said of the questions.
+    """
 
     questions: list[Question]
     given: list[Side]
     answering: Answering
     opponents: dict[str, Any]
     baseline: Any
+    control: Control
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Control:
+    """What AlpacaEval's length control needs, or why it is not to be had; neither for other benchmarks."""
+
+    gamed: Gamed | None = None
+    why: str = ""
 
 
 def plan_of(bench: Benchmark, request: BenchmarkRequest) -> Plan:
@@ -63,15 +82,61 @@ def plan_of(bench: Benchmark, request: BenchmarkRequest) -> Plan:
     )
     wants_judge = request.asking is not None or request.judge is not None
     opponents, baseline = _opponents(bench, request, questions) if wants_judge else ({}, request.baseline)
-    return Plan(questions, given, settings, opponents, baseline)
+    notes = []
+    if baseline is None and wants_judge and (left := len(questions) - len(opponents)):
+        notes.append(f"{request.sources.opponent} has no answer to {left} of {counted(len(questions), 'question')}: left out")
+        questions = [question for question in questions if question.id in opponents]
+    names = {baseline.label} if baseline is not None else {one.model for one in opponents.values() if one is not None}
+    control = length_control(bench, request, names) if wants_judge else Control()
+    return Plan(questions, given, settings, opponents, baseline, control, tuple(notes))
+
+
+def length_control(bench: Benchmark, request: BenchmarkRequest, opponents: Collection[str]) -> Control:
+    """What the leaderboard's length control needs, where questions and opponent are its own; `df_gamed.csv` is got last."""
+    sources = request.sources
+    if bench is not ALPACA_EVAL:
+        return Control()
+    source = sources.questions or bench.source
+    if not is_official(source, sources.split):
+        return Control(why=f"the questions of {source} are not AlpacaEval's own {QUESTIONS} in their order")
+    if BASELINE not in opponents:
+        return Control(why=f"the opponent is {' and '.join(sorted(opponents))}, not {BASELINE}")
+    if importlib.util.find_spec("sklearn") is None:
+        return Control(why="it needs scikit-learn: pip install 'isdaa[judge]'")
+    if sources.gamed is not None:
+        return Control(gamed(sources.gamed))
+    try:
+        return Control(gamed(None))
+    except UserError as error:
+        return Control(why=str(error))
+
+
+def lacking(
+    bench: Benchmark, request: BenchmarkRequest, file: str, label: str, asked: Sequence[Question], had: Collection[str], what: str
+) -> tuple[str, ...]:
+    """Ids of the questions that a file has no answer (or judgment) of a model to. Raises UserError unless that is allowed."""
+    gone = tuple(question.id for question in asked if question.id not in had)
+    if gone and request.sources.lacking == "error":
+        shown = next(question for question in asked if question.id == gone[0])
+        more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
+        loss = "" if bench.opponent is None else ", --missing loss counts them as lost"
+        raise UserError(
+            f"{file}: no {what} of {label} to question {gone[0]} ({shortened(prompt_text(shown))!r}){more} of "
+            f"{counted(len(asked), 'question')}; --missing skip leaves them out{loss}"
+        )
+    return gone
 
 
 def check(bench: Benchmark, request: BenchmarkRequest) -> None:
     """Raises UserError for options that the benchmark has no use for, before anything is read."""
     if request.sources.references is not None and bench is not MT_BENCH:
         raise UserError(f"--references: only mt_bench grades against right answers, {bench.name} has no use for them")
-    if request.sources.difficulty is not None and bench is not ALPACA_EVAL:
-        raise UserError(f"--difficulty: only alpaca_eval has instruction difficulties, {bench.name} has no use for them")
+    if request.sources.gamed is not None and bench is not ALPACA_EVAL:
+        raise UserError(f"--gamed: only alpaca_eval controls for length, {bench.name} has no use for it")
+    if request.sources.lacking == "loss" and bench.opponent is None:
+        raise UserError(
+            f"--missing loss: {bench.name} grades every answer by itself, so that nothing is lost; say --missing skip"
+        )
     if request.judge is not None:
         load_scorer(request.judge)  # is there such a thing?
     if bench.opponent is None and (request.sources.opponent or request.sources.baseline):
@@ -89,6 +154,7 @@ def questions_of(bench: Benchmark, request: BenchmarkRequest) -> list[Question]:
 def _given(bench: Benchmark, request: BenchmarkRequest, questions: Sequence[Question]) -> list[Side]:
     """The models whose answers another tool wrote."""
     sides: dict[str, dict[str, Answer]] = {}
+    gone: dict[str, tuple[str, ...]] = {}
     for file in request.sources.answers:
         read: dict[str, dict[str, Answer]] = {}
         for one in bench.read_answers(Path(file).expanduser(), questions):
@@ -97,7 +163,9 @@ def _given(bench: Benchmark, request: BenchmarkRequest, questions: Sequence[Ques
             if label in sides or label in [model.label for model in request.models]:
                 raise UserError(f"{file}: answers of {label} are there already; rename the model in one of the files")
         sides |= read
-    return [Side(label, answers) for label, answers in sides.items()]
+        for label, answers in read.items():
+            gone[label] = lacking(bench, request, file, label, questions, answers, "answer")
+    return [Side(label, answers, missing=gone[label]) for label, answers in sides.items()]
 
 
 def _opponents(bench: Benchmark, request: BenchmarkRequest, questions: Sequence[Question]) -> tuple[dict[str, Any], Any]:
@@ -109,7 +177,8 @@ def _opponents(bench: Benchmark, request: BenchmarkRequest, questions: Sequence[
     if bench.opponent is None:
         return dict.fromkeys(question.id for question in questions), None
     if sources.opponent is not None:
-        return bench.opponents(questions, bench.read_answers(Path(sources.opponent).expanduser(), questions)), None
+        answers = bench.read_answers(Path(sources.opponent).expanduser(), questions)
+        return bench.opponents(questions, answers, skip=sources.lacking == "skip"), None
     if request.baseline is not None:
         return {}, request.baseline
     if bench.opponent == "data" and all(question.response is not None for question in questions):

@@ -12,10 +12,14 @@ from isdaa.evaluation.benchmarks.benchmark import Benchmark, Judged, Score, Scor
 from isdaa.evaluation.statistics import difference_interval, fewest
 from isdaa.files import csv_text
 
+LENGTH_CONTROLLED, LENGTH_ADJUSTED = "length_controlled_win_rate", "length_adjusted_win_rate"
+# The annotator of the leaderboard of AlpacaEval 2: its judge and template.
+LEADERBOARDS_JUDGE = "weighted_alpaca_eval_gpt4_turbo"
 WORDS = {
     "win_rate": "win rate",
     "discrete_win_rate": "discrete win rate",
-    "length_controlled_win_rate": "length-controlled win rate",
+    LENGTH_CONTROLLED: "length-controlled win rate",
+    LENGTH_ADJUSTED: "length-adjusted (no difficulty; not comparable with the leaderboard)",
     "style_controlled_win_rate": "style-controlled win rate",
     "equal_style_win_rate": "win rate at equal style",
     "score": "mean grade",
@@ -28,6 +32,35 @@ EXAMPLES = 8
 def is_share(headline: str) -> bool:
     """Whether the figure is a share of comparisons won, and no grade."""
     return headline.endswith("win_rate")
+
+
+def name_of(figure: str, metrics: Mapping[str, Any]) -> str:
+    """A figure's name in words; the length-controlled win rate with the count where it is not of all its questions."""
+    name = WORDS.get(figure, figure)
+    of = (metrics.get("length_control") or {}).get("of")
+    if figure != LENGTH_CONTROLLED or of is None:
+        return name
+    counts = sorted({model["figures"][figure]["n"] for model in metrics["models"] if figure in model["figures"]})
+    if counts in ([], [of]):
+        return name
+    return f"{name} on {counts[0]}{f' to {counts[-1]}' if len(counts) > 1 else ''} of {of}"
+
+
+def judged_by(judge: Mapping[str, Any]) -> str:
+    """The judge's name and its templates."""
+    templates = judge.get("templates") or []
+    return str(judge["name"]) + (f", template{'s' if len(templates) > 1 else ''} {', '.join(templates)}" if templates else "")
+
+
+def unlike_the_leaderboard(judge: Mapping[str, Any]) -> list[str]:
+    """That a length-controlled win rate is another judge's than the leaderboard's, where it is."""
+    if judge["name"] == LEADERBOARDS_JUDGE and not judge.get("templates"):
+        return []
+    own = "isdaa's words, not the leaderboard's" if judge.get("templates") else "not the leaderboard's"
+    return [
+        f"judged by {judged_by(judge)}: {own} ({LEADERBOARDS_JUDGE}), so that no length-controlled win rate compares with "
+        "the leaderboard"
+    ]
 
 
 def shown(value: float, share: bool) -> str:
@@ -80,7 +113,8 @@ def comparisons(judged: Mapping[str, Sequence[Judged]], scores: Mapping[str, Sco
         }
         same = [one.question.id for one in judged[first]] == [one.question.id for one in judged[second]]
         figures = [scores[name].figures.get(headline) for name in (first, second)]
-        if same and figures[0] is not None and figures[1] is not None and figures[0].draws.shape == figures[1].draws.shape:
+        drawn = [figure.draws.size for figure in figures if figure is not None]
+        if same and figures[0] is not None and figures[1] is not None and drawn[0] == drawn[1] > 0:
             row["headline_difference"] = figures[0].minus(figures[1], scoring.confidence).to_json()
         found.append(row)
     return found
@@ -98,7 +132,7 @@ def sentence(bench: Benchmark, metrics: Mapping[str, Any]) -> str:
     figure = best["figures"][headline]
     told = shown(figure["mean"], share) + _range(figure, share)
     scale = "" if share else " of 10"
-    name = WORDS.get(headline, headline)
+    name = name_of(headline, metrics)
     if len(order) == 1:
         if not share:
             return f"{start}{best['model']} has a {name} of {told}{scale} on {bench.title}."
@@ -138,6 +172,8 @@ def decided_of(model: Mapping[str, Any], figure: Mapping[str, Any]) -> int:
 def _against(model: Mapping[str, Any], figure: Mapping[str, Any], confidence: float) -> str:
     if figure["n"] < fewest(confidence):
         return f"{counted(figure['n'], 'question')} cannot tell two models apart"
+    if figure["low"] is None:  # votes too one-sided for an interval of the headline: the raw rate says who is better
+        figure = model["figures"]["win_rate"]
     apart = ("the two cannot be told apart on these questions", "better than its opponent", "worse than its opponent")
     return apart[told_apart(figure, 0.5, confidence, decided_of(model, figure))]
 
@@ -203,15 +239,18 @@ def gap_between(rows: Sequence[Mapping[str, Any]], first: str, second: str) -> d
 def table_csv(metrics: Mapping[str, Any]) -> str:
     """One row a model and figure: mean and interval; then one a pair of models."""
     rows: list[list[Any]] = []
+    judge = [metrics["judge"]["name"], " ".join(metrics["judge"].get("templates") or [])]
     for model in metrics["models"]:
         for name, figure in model["figures"].items():
             values = (figure[key] for key in ("mean", "low", "high", "n"))
-            rows.append([model["model"], metrics["opponent"] or "", name, *values])
+            rows.append([model["model"], metrics["opponent"] or "", name, *values, *judge])
     for row in metrics["comparisons"]:
         for name in ("difference", "headline_difference"):
             if row[name] is not None:
-                rows.append([row["first"], row["second"], name, *(row[name][key] for key in ("mean", "low", "high", "n"))])
-    return csv_text(["model", "against", "figure", "mean", "low", "high", "questions"], rows)
+                rows.append(
+                    [row["first"], row["second"], name, *(row[name][key] for key in ("mean", "low", "high", "n")), *judge]
+                )
+    return csv_text(["model", "against", "figure", "mean", "low", "high", "questions", "judge", "templates"], rows)
 
 
 def examples(judged: Mapping[str, Sequence[Judged]], scores: Mapping[str, Score], most: int = EXAMPLES) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from isdaa.evaluation.provenance import Records, records_of
 from isdaa.evaluation.requests import Checkpoint, checkpoints, expand, home_of, sections_of
 from isdaa.files import located
 
+MISSING = ("error", "skip", "loss")
 # Keys of the section `evaluation` that mean the same for a benchmark; the others are the benchmark's own.
 SHARED_KEYS = ("seed", "bootstrap", "confidence", "batch_size")
 
@@ -38,7 +39,8 @@ class Sources:
 
     questions: path, Hub name or `project`. answers: files of models that another tool asked. judgments: files of what a
     judge said already. opponent: a file of answers; baseline: a model that gives them. references: right answers
-    (MT-Bench); difficulty: of each question (AlpacaEval).
+    (MT-Bench); gamed: `df_gamed.csv` (AlpacaEval). missing: what becomes of questions that a file of answers or judgments
+    lacks (`MISSING`).
     """
 
     questions: str | None = None
@@ -49,7 +51,13 @@ class Sources:
     opponent: str | None = None
     baseline: str | None = None
     references: str | None = None
-    difficulty: str | None = None
+    gamed: str | None = None
+    missing: str | None = None
+
+    @property
+    def lacking(self) -> str:
+        """One of `MISSING`."""
+        return self.missing or MISSING[0]
 
 
 @dataclass(frozen=True)
@@ -158,6 +166,8 @@ def _check(
         raise UserError("nothing to evaluate: give models with --model_path, or what another tool wrote with --answers")
     if sources.opponent is not None and sources.baseline is not None:
         raise UserError("--opponent is a file of answers and --baseline a model that gives them; give one of the two")
+    if sources.missing is not None and not (sources.answers or sources.judgments or sources.opponent):
+        raise UserError("--missing: has no effect without a file of --answers, --judgments or --opponent that may lack questions")
     if sources.limit is not None and sources.limit < 1:
         raise UserError(f"--limit is {sources.limit}; it must be 1 or more")
     for key in given:
@@ -165,7 +175,7 @@ def _check(
         if section == "evaluation" and name not in SHARED_KEYS:
             hint = {"prompts": "; --limit says how many questions", "max_new_tokens": "; --max_new_tokens does it"}.get(name, "")
             raise UserError(f"--{key}: has no effect with --benchmark, which has settings of its own{hint}")
-    for file in (*sources.answers, *sources.judgments, sources.opponent, sources.references, sources.difficulty):
+    for file in (*sources.answers, *sources.judgments, sources.opponent, sources.references, sources.gamed):
         if file is not None and not Path(file).expanduser().exists():
             raise UserError(f"{file}: no such file or folder")
 

@@ -10,7 +10,7 @@ metrics.json, .csv       figures with intervals, models compared; examples.json:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,23 @@ from typing import Any
 from isdaa.distributed import once
 from isdaa.errors import DoneInPart, UserError
 from isdaa.evaluation.benchmark_answers import Answering, Respondent, answer
-from isdaa.evaluation.benchmark_input import Plan, Side, check, plan_of, questions_of
+from isdaa.evaluation.benchmark_input import Control, Plan, Side, check, lacking, length_control, plan_of, questions_of
 from isdaa.evaluation.benchmark_judging import BenchmarkJudge, Case, judge_of, judged
-from isdaa.evaluation.benchmark_outcome import comparisons, examples, headline_of, sentence, table_csv
+from isdaa.evaluation.benchmark_outcome import (
+    LENGTH_CONTROLLED,
+    comparisons,
+    examples,
+    headline_of,
+    sentence,
+    table_csv,
+    unlike_the_leaderboard,
+)
 from isdaa.evaluation.benchmark_request import BenchmarkRequest, file_name
 from isdaa.evaluation.benchmarks import benchmark
-from isdaa.evaluation.benchmarks.alpaca_eval import ALPACA_EVAL, read_difficulty
-from isdaa.evaluation.benchmarks.benchmark import Answer, Benchmark, Judged, Question, Scoring, counted
+from isdaa.evaluation.benchmarks.alpaca_eval import ALPACA_EVAL, BASELINE, QUESTIONS
+from isdaa.evaluation.benchmarks.arena_hard import ARENA_HARD
+from isdaa.evaluation.benchmarks.benchmark import Answer, Benchmark, Judged, Question, Score, Scoring, counted
+from isdaa.evaluation.benchmarks.games import lost
 from isdaa.evaluation.benchmarks.mt_bench import MT_BENCH
 from isdaa.evaluation.benchmarks.rows import PROJECT
 from isdaa.evaluation.records import Lines, locked
@@ -33,7 +43,8 @@ from isdaa.foreign import read_object
 from isdaa.record import git_revision, versions
 from isdaa.terminal import say
 
-FORMAT = 1
+FORMAT = 2
+NO_CONTROL = "no length-controlled win rate"
 GENERATIONS, ANSWERS, JUDGMENTS = "generations.jsonl", "answers", "judgments"
 METRICS, TABLE, EXAMPLES = "metrics.json", "metrics.csv", "examples.json"
 QUOTED = 80  # characters of a judge's reply in an error
@@ -62,6 +73,8 @@ def run_benchmark(request: BenchmarkRequest) -> Outcome:
     plan = once(lambda: plan_of(bench, request))
     for line in request.told:
         say(line)
+    if plan.control.why and (request.judge is not None or request.asking is not None):
+        say(f"{NO_CONTROL}: {plan.control.why}")
     models = [Respondent(model, plan.answering, plan.questions, "policy") for model in request.models]
     if plan.baseline is not None:
         models.append(Respondent(plan.baseline, plan.answering, plan.questions, "opponent"))
@@ -101,17 +114,40 @@ def _concluded(
         opponents = dict(other.answers)
     cases = {side.label: partial(_case, side, opponents, other) for side in sides}
     found, left = judged(bench, judge, questions, cases)
-    metrics["questions"]["judged"] = len(questions) - left
-    metrics |= {"judge": judge.to_json(), "partial": left > 0}
+    if request.sources.lacking == "loss":
+        found = {side.label: _with_losses(bench, side, found, sides, opponents, questions) for side in sides}
+    metrics["questions"]["judged"] = len({one.question.id for answers in found.values() for one in answers})
+    metrics |= {"judge": judge.to_json(), "partial": left > 0, "notes": list(plan.notes)}
     stopped = _stopped(request, len(questions), left) if left else None
     if left == len(questions):
         raise DoneInPart(f"{stopped}; no question is judged yet")
     _write_judgments(bench, folder, judge.name, found)
-    metrics = _scored(bench, request, metrics, found, {side.label: side for side in sides}, judge.both_orders, folder)
+    by_label = {side.label: side for side in sides}
+    gone = {side.label: len({q.id for q in questions}.intersection(side.missing)) for side in sides}
+    metrics = _scored(bench, request, metrics, found, by_label, judge.both_orders, folder, plan.control, gone)
     if not metrics["headline"]:
         way = f"name another judge, or give it room with --judge-max-tokens; all is kept in {folder}"
         stopped = "; ".join([_unread(found, f"replies of {judge.name}"), way, *([stopped] if stopped else [])])
     return Outcome(metrics, folder, stopped)
+
+
+def _with_losses(
+    bench: Benchmark,
+    side: Side,
+    found: Mapping[str, Sequence[Judged]],
+    sides: Sequence[Side],
+    opponents: Mapping[str, Answer | None],
+    questions: Sequence[Question],
+) -> list[Judged]:
+    """A model's judged answers, and lost comparisons on what its file lacks; not on questions that a budget left unasked."""
+    asked = {one.question.id for answers in found.values() for one in answers}
+    asked |= {question.id for question in questions if not any(question.id in one.answers for one in sides)}
+    own = {one.question.id: one for one in found[side.label]}
+    for question in questions:
+        if question.id in side.missing and question.id in asked:
+            empty = Judged(question, Answer(question.id, side.label, ("",)), opponents[question.id], ())
+            own[question.id] = lost(empty, bench is ARENA_HARD)
+    return [own[question.id] for question in questions if question.id in own]
 
 
 def _judged_before(folder: Path) -> bool:
@@ -180,13 +216,13 @@ def _score_again(bench: Benchmark, request: BenchmarkRequest) -> Outcome:
     questions = questions_of(bench, request) if wanted else []
     files = [file for file in (*sources.answers, sources.opponent) if file is not None]
     answers = [one for file in files for one in bench.read_answers(Path(file).expanduser(), questions)]
-    found: dict[str, list[Judged]] = {}
-    for file in sources.judgments:
-        read = bench.read_judgments(Path(file).expanduser(), questions, answers)
-        again = next((label for label in read if label in found), None)
-        if again is not None:
-            raise UserError(f"{file}: {again} is judged in another of the files already; give one of them")
-        found |= read
+    found, gone = _judgments(bench, request, questions, answers)
+    opponents = {one.opponent.model for answers in found.values() for one in answers if one.opponent is not None}
+    control = Control()
+    if wanted:
+        control = length_control(bench, request, opponents)
+    elif bench is ALPACA_EVAL:
+        questions, found, control = _among_the_official(bench, request, found, opponents)
     names = sorted({one.judge for answers in found.values() for one in answers if one.judge})
     count = len({one.question.id for answers in found.values() for one in answers})
     with locked(request.output_dir) as folder:
@@ -194,8 +230,72 @@ def _score_again(bench: Benchmark, request: BenchmarkRequest) -> Outcome:
         metrics["questions"] |= {"count": len(questions) or count, "judged": count}
         metrics |= {"judge": {"kind": "file", "name": ", ".join(names) or "unknown"}, "partial": count < len(questions)}
         both = any(verdict.game for answers in found.values() for one in answers for verdict in one.verdicts)
-        metrics = _scored(bench, request, metrics, found, {}, both, folder)
+        metrics = _scored(bench, request, metrics, found, {}, both, folder, control, gone)
         return Outcome(metrics, folder, None if metrics["headline"] else _unread(found, "verdicts of the files"))
+
+
+def _judgments(
+    bench: Benchmark, request: BenchmarkRequest, questions: Sequence[Question], answers: Sequence[Answer]
+) -> tuple[dict[str, list[Judged]], dict[str, int]]:
+    """Judged answers by model, all in one order: that of the questions, else that in which they are first met; how many lack."""
+    found: dict[str, list[Judged]] = {}
+    gone: dict[str, int] = {}
+    for file in request.sources.judgments:
+        read = bench.read_judgments(Path(file).expanduser(), questions, answers)
+        again = next((label for label in read if label in found), None)
+        if again is not None:
+            raise UserError(f"{file}: {again} is judged in another of the files already; give one of them")
+        for label, own in read.items():
+            had = {one.question.id: one for one in own if len(one.verdicts) > len(one.question.follow_ups)}
+            missing = set(lacking(bench, request, file, label, questions, had, "judgment"))
+            gone[label] = len(missing)
+            read[label] = [one for one in own if one.question.id not in missing]
+            if request.sources.lacking == "loss":
+                for question in questions:
+                    if question.id in missing:
+                        opponent = _opponent_of(bench, file, question, own, answers)
+                        empty = Judged(question, Answer(question.id, label, ("",)), opponent, (), own[0].judge)
+                        read[label].append(lost(empty, bench is ARENA_HARD))
+        found |= read
+    met = [one.question.id for answers in found.values() for one in answers]
+    place = {identifier: row for row, identifier in enumerate(dict.fromkeys([*(q.id for q in questions), *met]))}
+    return {label: sorted(own, key=lambda one: place[one.question.id]) for label, own in found.items()}, gone
+
+
+def _opponent_of(bench: Benchmark, file: str, question: Question, judged: Sequence[Judged], answers: Sequence[Answer]) -> Answer:
+    """The opponent's answer to a question that is not among a model's judged ones; its text may be unknown but for AlpacaEval."""
+    names = dict.fromkeys(one.opponent.model for one in judged if one.opponent is not None)
+    name = next(iter(names)) if len(names) == 1 else bench.baselines.get(question.category, "")
+    known = next((one for one in answers if (one.model, one.question) == (name, question.id)), None)
+    if known is not None:
+        return known
+    if question.response is not None and question.responder == name:
+        return Answer(question.id, name, (question.response,))
+    if bench is ALPACA_EVAL:
+        raise UserError(
+            f"{file}: --missing loss needs the length of {name}'s answer to question {question.id}; give its answers with "
+            "--opponent FILE"
+        )
+    return Answer(question.id, name, ())
+
+
+def _among_the_official(
+    bench: Benchmark, request: BenchmarkRequest, found: dict[str, list[Judged]], opponents: set[str]
+) -> tuple[list[Question], dict[str, list[Judged]], Control]:
+    """AlpacaEval's annotations as those of its own questions, where no others are named and the Hub's are to be had."""
+    if opponents != {BASELINE}:
+        return [], found, Control(why=f"the opponent is {' and '.join(sorted(opponents))}, not {BASELINE}")
+    try:
+        questions = bench.read_questions(bench.source)
+    except UserError as error:
+        why = f"{str(error).partition('; ')[0]}; give it with --questions FILE, and df_gamed.csv with --gamed FILE"
+        return [], found, Control(why=why)
+    lenient = replace(request, sources=replace(request.sources, missing="skip"))
+    again, _ = _judgments(bench, lenient, questions, [])
+    if sum(map(len, again.values())) < sum(map(len, found.values())):
+        return [], found, Control(why=f"some of the instructions are not among AlpacaEval's own {QUESTIONS}")
+    judged = {one.question.id for answers in again.values() for one in answers}
+    return [question for question in questions if question.id in judged], again, length_control(bench, request, opponents)
 
 
 def _described(
@@ -276,10 +376,11 @@ def _scored(
     sides: Mapping[str, Side],
     both_orders: bool,
     folder: Path,
+    control: Control,
+    gone: Mapping[str, int],
 ) -> dict[str, Any]:
     """The metrics with figures, comparisons and the sentence; written with their table and some answers to read."""
-    difficulty = read_difficulty(request.sources.difficulty) if request.sources.difficulty is not None else None
-    scoring = Scoring(request.resamples, request.confidence, request.seed, difficulty)
+    scoring = Scoring(request.resamples, request.confidence, request.seed, control.gamed)
     scores = bench.score(found, scoring)
     models = []
     asked = len({one.question.id for answers in found.values() for one in answers})
@@ -289,24 +390,49 @@ def _scored(
             plain["details"].pop("flip_rate", None)
         entry = _entry(sides[label]) if label in sides else {"model": label, "path": None, "answers": None}
         notes = [*plain["notes"], *_remarks(entry)]
+        if gone.get(label):
+            kind = "judgment of" if request.sources.judgments else "answer to"
+            fate = "counted as lost" if request.sources.lacking == "loss" else "left out"
+            notes.insert(0, f"no {kind} {counted(gone[label], 'question')}: {fate}")
         if len(found[label]) < asked:
             notes.append(
                 f"judged on {len(found[label])} of {counted(asked, 'question')}: compare it by the paired differences alone"
             )
         models.append(entry | plain | {"notes": notes})
-    opponents = sorted({one.opponent.model for answers in found.values() for one in answers if one.opponent is not None})
+    judgments = [one for answers in found.values() for one in answers]
+    opponents = sorted({one.opponent.model for one in judgments if one.opponent is not None})
+    templates = sorted({verdict.template for one in judgments for verdict in one.verdicts if verdict.template})
+    metrics["judge"] |= {"templates": templates}
+    remarks = [remark for score in scores.values() for remark in score.remarks]
+    metrics |= {
+        "notes": [*metrics.get("notes", []), *dict.fromkeys(remarks), *([f"{NO_CONTROL}: {control.why}"] if control.why else [])],
+        "length_control": _length_control(control, scores) if bench is ALPACA_EVAL else None,
+    }
+    if any(LENGTH_CONTROLLED in score.figures for score in scores.values()):
+        metrics["notes"] += unlike_the_leaderboard(metrics["judge"])
     metrics |= {
         "headline": headline_of(scores),
         "opponent": " and ".join(opponents) or None,
         "models": models,
         "comparisons": comparisons(found, scores, scoring),
-        "difficulty": request.sources.difficulty,
     }
     metrics["sentence"] = sentence(bench, metrics)
     write_json(folder / METRICS, metrics)
     write_atomically(folder / TABLE, table_csv(metrics))
     write_json(folder / EXAMPLES, examples(found, scores))
     return metrics
+
+
+def _length_control(control: Control, scores: Mapping[str, Score]) -> dict[str, Any]:
+    """What `metrics.json` says of AlpacaEval's length control."""
+    given = any(LENGTH_CONTROLLED in score.figures for score in scores.values())
+    return {
+        "recipe": "length_controlled_v1" if given else None,
+        "of": QUESTIONS,
+        "gamed": control.gamed.source if control.gamed is not None else None,
+        "not_given": None if given else control.why,
+        "interval": "bootstrap over questions by unpenalised refits, moved to the figure" if given else None,
+    }
 
 
 def _remarks(entry: Mapping[str, Any]) -> list[str]:

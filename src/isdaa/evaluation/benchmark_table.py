@@ -9,18 +9,18 @@ from rich import box
 from rich.table import Table
 
 from isdaa.errors import shown
-from isdaa.evaluation.benchmark_outcome import WORDS, is_share, ranked
+from isdaa.evaluation.benchmark_outcome import LENGTH_ADJUSTED, LENGTH_CONTROLLED, WORDS, is_share, judged_by, name_of, ranked
 from isdaa.evaluation.benchmarks.benchmark import counted
 from isdaa.evaluation.fragments import many, percent, warning
 from isdaa.evaluation.table import FRAGMENTS, Column, filled, number
 from isdaa.terminal import terminal_for
 
 # Figures that the table has room for, in this order; the others are in the report and in metrics.json.
-SHOWN = ("length_controlled_win_rate", "equal_style_win_rate", "win_rate", "score", "turn_1", "turn_2")
+SHOWN = (LENGTH_CONTROLLED, "equal_style_win_rate", "win_rate", LENGTH_ADJUSTED, "score", "turn_1", "turn_2")
 ENOUGH = 50  # questions from which on a bootstrap interval covers about as often as it says
 RAW = ("win_rate", "score")
 EVERY_PAIR = 3  # models of which every two are compared in the terminal
-HEADERS = {"length_controlled_win_rate": "LC win rate", "equal_style_win_rate": "at equal style"}
+HEADERS = {LENGTH_CONTROLLED: "LC win rate", "equal_style_win_rate": "at equal style", LENGTH_ADJUSTED: "length-adjusted"}
 
 
 def print_outcome(metrics: Mapping[str, Any], file: IO[str] | None = None, width: int | None = None) -> None:
@@ -61,11 +61,16 @@ def columns_of(metrics: Mapping[str, Any]) -> list[Column]:
         columns.append(("flips", lambda m: percent(m["details"]["flip_rate"]) if "flip_rate" in m["details"] else ""))
     if any(model.get("counts", {}).get("unparsed") for model in models):
         columns.append(("unread", lambda m: str(m["counts"]["unparsed"])))
-    if any(model["answers"] for model in models):
-        columns.append(("characters", lambda m: number(m["answers"]["mean_characters"] if m["answers"] else None, 0)))
+    if any(characters(model) is not None for model in models):
+        columns.append(("characters", lambda m: number(characters(m), 0)))
     if any((model["answers"] or {}).get("truncated") is not None for model in models):
         columns.append(("cut", lambda m: _cut(m["answers"])))
     return columns
+
+
+def characters(model: Mapping[str, Any]) -> float | None:
+    """Mean length of a model's answers, as the benchmark counts it where it does."""
+    return model.get("details", {}).get("length", (model["answers"] or {}).get("mean_characters"))
 
 
 def _marked(metrics: Mapping[str, Any], model: Mapping[str, Any], name: str) -> str:
@@ -158,7 +163,12 @@ def legend(metrics: Mapping[str, Any]) -> list[str]:
     count = questions["judged"]
     lines = [f"{counted(count, 'question')}; ± is half of a {level} bootstrap interval over questions{few(count)}."]
     against = f" against {metrics['opponent']}" if metrics["opponent"] else ""
-    lines.append(f"{metrics['title']}{against}, judged by {judge['name']}{_cost(judge)}.")
+    lines.append(f"{metrics['title']}{against}, judged by {judged_by(judge)}{_cost(judge)}.")
+    named = [
+        name for name in (LENGTH_CONTROLLED, LENGTH_ADJUSTED) if any(name in model["figures"] for model in metrics["models"])
+    ]
+    lines += [f"{HEADERS[name].partition(' ')[0]}: {name_of(name, metrics).removeprefix('length-adjusted ')}." for name in named]
+    lines += [f"{note}." for note in metrics.get("notes", ())]
     lines += [f"{judge['name']}: {line}." for line in judge.get("about", ())]
     lines += [f"{model['model']}: {note}." for model in metrics["models"] for note in model["notes"]]
     return lines + cut

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from isdaa.evaluation.benchmark_outcome import gap_between, is_share, ranked
+from isdaa.evaluation.benchmark_outcome import LENGTH_CONTROLLED, gap_between, is_share, name_of, ranked
 from isdaa.evaluation.statistics import fewest
 from isdaa.report.figures import Figure
 from isdaa.report.style import INK, LETTER, MUTED, PALETTE, PAPER, Drawing, configured, frame, layer
@@ -31,7 +31,7 @@ def benchmark_figures(metrics: Mapping[str, Any]) -> list[Figure]:
         caption += " Dashed: even with the opponent."
     if hollow:
         caption += " The hollow dot is the raw win rate, before any control."
-    figures = [Figure("models", "result", title_of(headline) + against, caption, lambda width: models_chart(metrics, width), 1)]
+    figures = [Figure("models", "result", title_of(metrics) + against, caption, lambda width: models_chart(metrics, width), 1)]
     if len(ranked(metrics)) > 1 and metrics["comparisons"]:
         best = leader(metrics)
         caption = f"Each model minus {best}, on the same questions, with {level} intervals over questions."
@@ -51,10 +51,10 @@ def benchmark_figures(metrics: Mapping[str, Any]) -> list[Figure]:
     return figures
 
 
-def title_of(headline: str) -> str:
+def title_of(metrics: Mapping[str, Any]) -> str:
     """The headline's name as a title."""
-    names = {"length_controlled_win_rate": "Length-controlled win rate", "score": "Mean grade"}
-    return names.get(headline, "Win rate")
+    name = name_of(metrics["headline"], metrics) if metrics["headline"] in (LENGTH_CONTROLLED, "score") else "win rate"
+    return name[:1].upper() + name[1:]
 
 
 def leader(metrics: Mapping[str, Any]) -> str:
@@ -88,7 +88,7 @@ def models_chart(metrics: Mapping[str, Any], width: int) -> Drawing:
     if share and headline != PLAIN:
         for row, model in zip(rows, ranked(metrics), strict=True):
             row["plain"] = model["figures"][PLAIN]["mean"] if PLAIN in model["figures"] else None
-    title = f"{title_of(headline)} ({'%' if share else '1 to 10'})"
+    title = f"{title_of(metrics)} ({'%' if share else '1 to 10'})"
     return dots(rows, width, title, share, even=50.0 if share else None)
 
 

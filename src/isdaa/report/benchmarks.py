@@ -7,9 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.errors import UserError
-from isdaa.evaluation.benchmark_outcome import WORDS, decided_of, gap_between, is_share, ranked, told_apart
+from isdaa.evaluation.benchmark_outcome import (
+    LENGTH_CONTROLLED,
+    decided_of,
+    gap_between,
+    is_share,
+    judged_by,
+    name_of,
+    ranked,
+    told_apart,
+)
 from isdaa.evaluation.benchmark_run import EXAMPLES, METRICS
-from isdaa.evaluation.benchmark_table import cut_notes, few, raw_mark, signed
+from isdaa.evaluation.benchmark_table import characters, cut_notes, few, raw_mark, signed
 from isdaa.evaluation.fragments import percent
 from isdaa.files import write_atomically
 from isdaa.foreign import read_json, read_object, readable
@@ -30,6 +39,11 @@ def write_benchmark_report(folder: str | Path) -> Path:
     if not (folder / METRICS).is_file():
         raise UserError(f"{folder}: no {METRICS} of a benchmark there; run `isdaa evaluate --benchmark` first")
     metrics = read_object(folder / METRICS)
+    if not _current(metrics):
+        raise UserError(
+            f"{folder / METRICS}: its length-controlled win rate is an older isdaa's, and not the leaderboard's figure; run "
+            "`isdaa evaluate --benchmark` again, which asks nothing anew"
+        )
     read = read_json(folder / EXAMPLES) if (folder / EXAMPLES).is_file() else []
     with readable(
         folder, "its records are not those of a benchmark or tax of this isdaa", "run `isdaa evaluate --benchmark` again"
@@ -44,13 +58,20 @@ def write_benchmark_report(folder: str | Path) -> Path:
     return folder / PAGE
 
 
+def _current(metrics: Mapping[str, Any]) -> bool:
+    """Whether figures mean what they are called: before format 2 another fit had the name of AlpacaEval's own."""
+    old = metrics.get("format", 1) == 1
+    return not (old and any(LENGTH_CONTROLLED in model.get("figures", ()) for model in metrics.get("models", ())))
+
+
 def renew_benchmark_reports(folder: Path) -> list[Path]:
     """Write those benchmarks' pages again, in a folder and directly below it, that show the tax which it holds now."""
     pages = []
     for place in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
         if (place / METRICS).is_file() and (place / PAGE).is_file():
             metrics = read_object(place / METRICS)
-            if metrics.get("benchmark") and metrics.get("judge") is not None and tax_of(place, metrics) is not None:
+            judged = metrics.get("benchmark") and metrics.get("judge") is not None and _current(metrics)
+            if judged and tax_of(place, metrics) is not None:
                 pages.append(write_benchmark_report(place))
     return pages
 
@@ -81,10 +102,12 @@ def render(
         pairs=_pairs(metrics, order),
         examples=read,
         share=share,
-        headline=WORDS.get(metrics["headline"], metrics["headline"]),
+        headline=name_of(metrics["headline"], metrics),
+        judge=judged_by(metrics["judge"]),
+        characters={model["model"]: characters(model) for model in models},
         tone=tone(metrics),
         few=few(metrics["questions"]["judged"]),
-        notes=[f"{model['model']}: {note}" for model in models for note in model["notes"]],
+        notes=[*metrics.get("notes", ()), *(f"{model['model']}: {note}" for model in models for note in model["notes"])],
         cut=cut_notes(metrics),
         colours=colours_of(metrics),
         figures=figures,
@@ -104,7 +127,11 @@ def figure(value: Mapping[str, Any] | None, share: bool) -> dict[str, str] | Non
 def columns_of(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(figure, header) of the table: all but those by category."""
     names = dict.fromkeys(name for model in metrics["models"] for name in model["figures"] if "/" not in name)
-    return [(name, WORDS.get(name, name).capitalize()) for name in names]
+    return [(name, _capital(name_of(name, metrics))) for name in names]
+
+
+def _capital(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def tone(metrics: Mapping[str, Any]) -> str:

@@ -2,14 +2,13 @@
 
 Files: outputs `[{instruction, output, generator, dataset}]`; annotations, the same rows with both outputs and a
 `preference` from 1 (the baseline is better) to 2 (the model is). A question's id is its place in the file, from 0: that
-is the `index` of the original's difficulty file.
+is the `index` of the original's `df_gamed.csv`. Rows of other files find their question by its instruction.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from isdaa.data.checks import number
+from isdaa.data.checks import kind, number
 from isdaa.data.readers import iterate_rows
 from isdaa.errors import UserError
 from isdaa.evaluation.benchmarks import games
@@ -34,13 +33,16 @@ from isdaa.evaluation.benchmarks.benchmark import (
     Verdict,
     prompt_text,
 )
-from isdaa.evaluation.benchmarks.rows import PROJECT, key_of, matched, objects, question_rows, text
-from isdaa.evaluation.length_control import discrete, length_controlled, win_rate
-from isdaa.evaluation.statistics import Figure
-from isdaa.files import write_json
+from isdaa.evaluation.benchmarks.rows import PROJECT, Texts, downloaded, key_of, matched, objects, question_rows, text
+from isdaa.evaluation.length_control import Gamed, LengthControlled, discrete, length_adjusted, length_controlled, win_rate
+from isdaa.evaluation.statistics import Figure, Interval
+from isdaa.files import digest, write_json
 
 SOURCE = "tatsu-lab/alpaca_eval"
 HUB_FILE = "alpaca_eval_gpt4_baseline.json"
+# The leaderboard's opponent, its questions (`digest` of the instructions in their order) and what controls for length.
+BASELINE, QUESTIONS, INSTRUCTIONS = "gpt4_1106_preview", 805, "e4356cd997a280afd66c7dd3"
+GAMED_FILE = "df_gamed.csv"
 TEMPLATE = "isdaa-alpaca-1"
 LOGPROBS = 5  # alternatives of the first token: as many as the original asks for, as every endpoint gives
 # Less than this share of the judge's first token on `m` and `M` together is no vote.
@@ -73,11 +75,21 @@ def read_questions(source: str, split: str | None = None, limit: int | None = No
 
     Where rows have an `output`, as the original's have, it is the baseline that answers are compared with.
     """
-    columns = frozenset({"instruction", "output", "generator", "dataset"})
-    located = question_rows(source, split, limit, hub_file=HUB_FILE if source == SOURCE else None, columns=columns)
+    located = _located(source, split, limit)
     if source == PROJECT:
         located = [({"instruction": row["turns"][0], "dataset": row["category"]}, where) for row, where in located]
     return [_question(str(index), row, where) for index, (row, where) in enumerate(located)]
+
+
+def _located(source: str, split: str | None, limit: int | None) -> list[tuple[Mapping[str, Any], str]]:
+    columns = frozenset({"instruction", "output", "generator", "dataset"})
+    return question_rows(source, split, limit, hub_file=HUB_FILE if source == SOURCE else None, columns=columns)
+
+
+def is_official(source: str, split: str | None = None) -> bool:
+    """Whether the source holds AlpacaEval's own instructions, all of them in their order: their places are difficulty's."""
+    rows = _located(source, split, QUESTIONS + 1)
+    return digest([row.get("instruction") for row, _ in rows]) == INSTRUCTIONS
 
 
 def _question(identifier: str, row: Mapping[str, Any], where: str) -> Question:
@@ -101,35 +113,13 @@ def read_answers(path: str | Path, questions: Sequence[Question]) -> list[Answer
 
 
 def _answers(path: str | Path, output: str, generator: str, questions: Sequence[Question]) -> Iterable[Answer]:
-    identify = _identifier(questions)
+    texts = Texts(questions)
     for row, where in iterate_rows(str(path)):
         instruction = text(row, "instruction", where, "the instruction")
         model = text(row, generator, where, "the model's name")
         answer = text(row, output, where, "the model's output", empty=True)
-        yield Answer(identify(instruction, model), model, (answer,), where=where, row=row)
-
-
-def _identifier(questions: Sequence[Question]) -> Any:
-    """What names a question of an instruction: its id; an instruction that comes again is the next of its kind.
-
-    Without questions, the place among a model's rows.
-    """
-    places: dict[str, list[str]] = {}
-    for question in questions:
-        places.setdefault(prompt_text(question), []).append(question.id)
-    seen: Counter[tuple[str, str]] = Counter()
-    rows: Counter[str] = Counter()
-
-    def identify(instruction: str, model: str) -> str:
-        place = seen[instruction, model]
-        seen[instruction, model] += 1
-        rows[model] += 1
-        if not questions:
-            return str(rows[model] - 1)
-        known = places.get(instruction, [])
-        return known[place] if place < len(known) else f"unknown {instruction!r} {place}"
-
-    return identify
+        yield Answer(texts.identify(instruction, model), model, (answer,), where=where, row=row)
+    texts.check(path)
 
 
 def write_answers(path: str | Path, questions: Sequence[Question], answers: Sequence[Answer]) -> None:
@@ -194,7 +184,11 @@ def _verdict(game: str, reply: Reply) -> Verdict:
 
 
 def score(judged: Mapping[str, Sequence[Judged]], scoring: Scoring) -> dict[str, Score]:
-    """Win rates in [0, 1]: raw, discrete and length-controlled (`isdaa.evaluation.length_control`)."""
+    """Win rates in [0, 1]: raw, discrete, and controlled for length (`isdaa.evaluation.length_control`).
+
+    The length-controlled one against the leaderboard's baseline alone, where `scoring.gamed` is given: question ids are
+    then places among the official questions. Otherwise the raw one is the headline, and the length-adjusted one is below.
+    """
     return {model: _score(list(answers), scoring) for model, answers in judged.items()}
 
 
@@ -206,38 +200,69 @@ def _score(judged: list[Judged], scoring: Scoring) -> Score:
     lines = games.notes(count, flips)
     raw = win_rate(preferences, **drawn)
     figures: dict[str, Figure | None] = {"win_rate": raw, "discrete_win_rate": win_rate(discrete(preferences), **drawn)}
-    difficulty = _difficulty(judged, scoring.difficulty)
-    controlled = length_controlled(preferences, lengths[:, 0], lengths[:, 1], difficulty, **drawn)
-    figures = {"length_controlled_win_rate": controlled.rate, **figures}
+    if scoring.gamed is not None and {one.opponent.model for one in judged if one.opponent} == {BASELINE}:
+        if judged[0].answer.model == BASELINE:
+            half = Figure(Interval(0.5, 0.5, 0.5, len(judged)), np.full(scoring.resamples, 0.5))
+            controlled = LengthControlled(half, note="the baseline itself: its length-controlled win rate is 50 % by definition")
+        else:
+            places = [int(one.question.id) for one in judged]
+            controlled = length_controlled(preferences, lengths[:, 0], lengths[:, 1], places, scoring.gamed, **drawn)
+        figures = {"length_controlled_win_rate": controlled.rate, **figures}
+    else:
+        if scoring.gamed is not None:
+            lines.append(f"no length-controlled win rate: not all of it is compared with {BASELINE}")
+        controlled = length_adjusted(preferences, lengths[:, 0], lengths[:, 1], **drawn)
+        figures["length_adjusted_win_rate"] = controlled.rate
     if controlled.note:
         lines.append(controlled.note)
     known = {name: figure for name, figure in figures.items() if figure is not None}
-    details = {"length": float(lengths[:, 0].mean()), "opponent_length": float(lengths[:, 1].mean()), **controlled.coefficients}
+    given = np.array([not games.missing(one) for one in judged])  # what a file lacks has no length, and counts as empty above
+    means = (side[given].mean() if given.any() else 0.0 for side in lengths.T)
+    details: dict[str, float] = dict(zip(("length", "opponent_length"), map(int, means), strict=True))
+    details |= controlled.coefficients
     if flips is not None:
         details["flip_rate"] = flips
     by_question = {one.question.id: p for one, p in zip(judged, preferences.tolist(), strict=True) if not math.isnan(p)}
     return Score(next(iter(known), ""), known, count, by_question, details, tuple(lines))
 
 
-def _difficulty(judged: Sequence[Judged], difficulty: Mapping[str, float] | None) -> list[float] | None:
-    if difficulty is None:
-        return None
-    missing = next((one.question for one in judged if one.question.id not in difficulty), None)
-    if missing is not None:
-        raise UserError(f"{missing.where}: no difficulty for question {missing.id}; give it a row in the difficulty file")
-    return [difficulty[one.question.id] for one in judged]
+def read_gamed(path: str | Path) -> Gamed:
+    """`df_gamed.csv`: rows `{index, preference, std_delta_len, instruction_difficulty, not_gamed_baseline}`, other keys unread.
 
-
-def read_difficulty(path: str | Path) -> dict[str, float]:
-    """Difficulty by question id, of the original's `instruction_difficulty.csv` or `df_gamed.csv` (a question's first row)."""
-    result: dict[str, float] = {}
+    A question's difficulty is that of its first row. Raises UserError for a bad row, and where a question has no difficulty.
+    """
+    columns: dict[str, list[float]] = {name: [] for name in ("index", "std_delta_len", "instruction_difficulty", "preference")}
+    honest: list[float] = []
+    by_place: dict[int, float] = {}
     for row, where in iterate_rows(str(path)):
-        place = row[key_of(row, ("index", "", "id"), where, "the question's place in the file, from 0")]
-        value = number(row, "instruction_difficulty", where)
-        if value is None:
-            raise UserError(f"{where}: key 'instruction_difficulty' is missing; give the question's difficulty, a number")
-        result.setdefault(str(place).removesuffix(".0"), value)
-    return result
+        for name, values in columns.items():
+            key_of(row, (name,), where, f"the `{name}` of the original's {GAMED_FILE}")
+            value = number(row, name, where)
+            if value is None and name != "preference":
+                raise UserError(f"{where}: column '{name}' is empty; give the original's {GAMED_FILE}")
+            values.append(math.nan if value is None else value)
+        if columns["index"][-1] not in range(QUESTIONS):
+            raise UserError(f"{where}: column 'index' is {row['index']}; it must be a question's place, 0 to {QUESTIONS - 1}")
+        preference = columns["preference"][-1]
+        if not (math.isnan(preference) or 0 <= preference <= 1):
+            raise UserError(f"{where}: column 'preference' is {preference:g}; it must lie between 0 and 1")
+        flag = str(row.get("not_gamed_baseline")).strip().lower()
+        if flag not in ("true", "false", "1", "0", "1.0", "0.0"):
+            raise UserError(
+                f"{where}: column 'not_gamed_baseline' must be True or False, not {kind(row.get('not_gamed_baseline'))}"
+            )
+        honest.append(float(flag in ("true", "1", "1.0")))
+        by_place.setdefault(int(columns["index"][-1]), columns["instruction_difficulty"][-1])
+    bare = next((place for place in range(QUESTIONS) if place not in by_place), None)
+    if bare is not None:
+        raise UserError(f"{path}: no difficulty for question {bare} (column 'index'); give the original's {GAMED_FILE}")
+    index, gaps, difficulty, preferences = (np.array(values) for values in columns.values())
+    return Gamed(index.astype(np.int64), gaps, difficulty, preferences, np.array(honest), by_place, str(path))
+
+
+def gamed(file: str | None) -> Gamed:
+    """The rows of the user's file, or of the Hub's. Raises UserError where there are none to be had."""
+    return read_gamed(file or downloaded(SOURCE, GAMED_FILE, "dataset", "give it with --gamed FILE"))
 
 
 def write_judgments(path: str | Path, judged: Sequence[Judged]) -> None:
@@ -264,36 +289,47 @@ def _annotation(one: Judged) -> dict[str, Any]:
 def read_judgments(path: str | Path, questions: Sequence[Question], answers: Sequence[Answer] = ()) -> dict[str, list[Judged]]:
     """Annotated comparisons by model (`generator_2`), matched to the questions by instruction; all rows where none is given."""
     by_id = {question.id: question for question in questions}
-    identify = _identifier(questions)
+    texts = Texts(questions)
+    rows = list(iterate_rows(str(path)))
+    preferences = [_preference(row, where) for row, where in rows]
+    # An annotator that gives fractions gives probabilities: one of exactly 0 or 1 among them is no vote.
+    soft = {_annotator(row) for (row, _), value in zip(rows, preferences, strict=True) if value not in (None, 0, 0.5, 1)}
     result: dict[str, list[Judged]] = {}
-    for row, where in iterate_rows(str(path)):
+    for (row, where), value in zip(rows, preferences, strict=True):
         instruction = text(row, "instruction", where, "the instruction")
         names = [text(row, f"generator_{side}", where, "the model's name") for side in (1, 2)]
         outputs = [text(row, f"output_{side}", where, "the output", empty=True) for side in (1, 2)]
-        identifier = identify(instruction, names[1])
+        identifier = texts.identify(instruction, names[1])
         question = by_id.get(identifier) or _question(identifier, row, where)
         if questions and identifier not in by_id:
             continue
         sides = [Answer(identifier, name, (output,), where=where) for name, output in zip(names, outputs, strict=True)]
         orders = objects(row, "orders", where, "what each order gave, as isdaa writes it") if row.get("orders") else ()
-        verdicts = tuple(games.read_game(order, where) for order in orders) or (_annotated(row, where),)
-        judge = str(row.get("annotator") or "")
+        judge = _annotator(row)
+        told = games.unparsed("", "") if value is None else Verdict("", value, "soft" if judge in soft else "hard")
+        verdicts = tuple(games.read_game(order, where) for order in orders) or (told,)
         result.setdefault(names[1], []).append(Judged(question, sides[1], sides[0], verdicts, judge, row))
+    texts.check(path)
     if not result:
         raise UserError(f"{path}: no annotation of any of the questions; give the annotations that belong to these questions")
     return result
 
 
-def _annotated(row: Mapping[str, Any], where: str) -> Verdict:
+def _annotator(row: Mapping[str, Any]) -> str:
+    return str(row.get("annotator") or "")
+
+
+def _preference(row: Mapping[str, Any], where: str) -> float | None:
+    """For the model, in [0, 1]; None where it could not be read."""
     value = row.get("preference")
     if value is None or (isinstance(value, float) and math.isnan(value)):
-        return games.unparsed("", "")
+        return None
     preference = number(row, "preference", where)
     if preference == 0:  # an older spelling of a tie
         preference = 1.5
     if preference is None or not 1 <= preference <= 2:
         raise UserError(f"{where}: key 'preference' is {value}; it must lie between 1 (output_1 is better) and 2, or be null")
-    return Verdict("", preference - 1, "hard" if preference in (1, 1.5, 2) else "soft")
+    return preference - 1
 
 
 ALPACA_EVAL = Benchmark(

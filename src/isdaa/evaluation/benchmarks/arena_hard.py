@@ -34,7 +34,16 @@ from isdaa.evaluation.benchmarks.benchmark import (
     Verdict,
     prompt_text,
 )
-from isdaa.evaluation.benchmarks.rows import PROJECT, identity, matched, objects, question_rows, text, without_repeats
+from isdaa.evaluation.benchmarks.rows import (
+    PROJECT,
+    check_asked,
+    identity,
+    matched,
+    objects,
+    question_rows,
+    text,
+    without_repeats,
+)
 from isdaa.evaluation.benchmarks.style import (
     FEATURES,
     StyleControl,
@@ -113,7 +122,14 @@ def _question(row: Mapping[str, Any], where: str) -> Question:
 
 def read_answers(path: str | Path, questions: Sequence[Question]) -> list[Answer]:
     """A model's answers, or a folder of several models' (`model_answer/`)."""
-    return matched([_answer(row, where) for row, where in iterate_rows(str(path))], questions, path)
+    known = {question.id: question for question in questions}
+    answers = []
+    for row, where in iterate_rows(str(path)):
+        answers.append(_answer(row, where))
+        question, asked = known.get(answers[-1].question), row.get("messages")
+        if question is not None and isinstance(asked, list):
+            check_asked(asked[:-1], [prompt_text(question)], question, where)
+    return matched(answers, questions, path)
 
 
 def _answer(row: Mapping[str, Any], where: str) -> Answer:
@@ -312,6 +328,9 @@ def read_judgments(path: str | Path, questions: Sequence[Question], answers: Seq
         baseline = str(row.get("baseline") or BASELINES.get(question.category, "baseline"))
         sides = [known.get((name, identifier), Answer(identifier, name, ())) for name in (model, baseline)]
         verdicts = _played(row, where)
+        for played in row["games"] if identifier in by_id else ():
+            asked = (played or {}).get("prompt") or (played or {}).get("user_prompt")
+            check_asked(asked, [prompt_text(question), games.inside(prompt_text(question))], question, where)
         judge = str(row.get("judge") or "")
         result[model][identifier] = Judged(question, sides[0], sides[1], verdicts, judge, row)
     if not any(result.values()):

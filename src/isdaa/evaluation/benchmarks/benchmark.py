@@ -17,6 +17,7 @@ from isdaa.data.checks import Text
 from isdaa.data.conversation import conversation_text, turns_of
 from isdaa.errors import UserError
 from isdaa.evaluation.judge_types import Lack
+from isdaa.evaluation.length_control import Gamed
 from isdaa.evaluation.statistics import Figure
 
 Row = Mapping[str, Any]
@@ -141,12 +142,12 @@ class Judged:
 
 @dataclass(frozen=True)
 class Scoring:
-    """How verdicts become figures. difficulty: AlpacaEval's, by question id. Intervals resample questions, by the seed."""
+    """How verdicts become figures. gamed: what AlpacaEval's length control needs. Intervals resample questions, by the seed."""
 
     resamples: int = 1000
     confidence: float = 0.95
     seed: int = 0
-    difficulty: Mapping[str, float] | None = None
+    gamed: Gamed | None = None
 
     def drawn(self) -> dict[str, Any]:
         """The arguments that every figure's function takes."""
@@ -157,6 +158,7 @@ class Scoring:
 class Score:
     """One model's result: figures by name, of which `headline` is the benchmark's own; counts; notes a reader must see.
 
+    remarks: notes on the result as a whole, said once however many models there are.
     by_question: each question's share of the headline's uncontrolled form, by id: the unit that intervals resample.
     """
 
@@ -166,6 +168,7 @@ class Score:
     by_question: Mapping[str, float]
     details: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def decided(self) -> int:
@@ -209,10 +212,12 @@ class Benchmark:
     read_judgments: Callable[[str | Path, Sequence[Question], Sequence[Answer]], dict[str, list[Judged]]]
     baselines: Mapping[str, str] = field(default_factory=dict)
 
-    def opponents(self, questions: Sequence[Question], answers: Sequence[Answer] = ()) -> dict[str, Answer | None]:
+    def opponents(
+        self, questions: Sequence[Question], answers: Sequence[Answer] = (), skip: bool = False
+    ) -> dict[str, Answer | None]:
         """What each question's answer is compared with, by question id; `answers`: of the opponents' file, where there is one.
 
-        Raises UserError where a question has no opponent.
+        skip: leave out questions that have no opponent. Raises UserError where one has none otherwise.
         """
         if self.opponent is None:
             return {question.id: None for question in questions}
@@ -224,6 +229,8 @@ class Benchmark:
             opponent = by_key.get((question.id, wanted))
             if not answers and self.opponent == "data" and question.response is not None:
                 opponent = Answer(question.id, question.responder, (question.response,))
+            if opponent is None and skip and (wanted in models or question.category in self.baselines):
+                continue
             if opponent is None:
                 raise UserError(
                     f"{question.where}: nothing to compare an answer to question {question.id} with; "
@@ -237,7 +244,9 @@ class Benchmark:
         if len(models) > 1 and not opponent:
             return f"the answers are of {', '.join(models)}: give those of one model alone"
         known = f"its opponent is {opponent}, the answers are of {', '.join(models)}; " if len(models) > 1 else ""
-        return f"{known}give answers of the opponent to every question of {self.name}"
+        return (
+            f"{known}give answers of the opponent to every question of {self.name}, or leave such questions out: --missing skip"
+        )
 
 
 def counted(number: int, one: str, more: str | None = None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from isdaa.errors import UserError
@@ -52,7 +53,7 @@ def flip_rate(judged: Sequence[Judged]) -> float | None:
 
 def counts(judged: Sequence[Judged]) -> dict[str, int]:
     """How many questions, replies, unread replies, questions left out for these, soft and hard votes."""
-    verdicts = [verdict for one in judged for verdict in one.verdicts]
+    verdicts = [verdict for one in judged if not missing(one) for verdict in one.verdicts]
     return {
         "questions": len(judged),
         "replies": len(verdicts),
@@ -93,6 +94,21 @@ def no_reply(asked: JudgeQuestion, reason: str, lack: Lack) -> Verdict:
 def unparsed(game: str, reply: str, lack: Lack = "unreadable") -> Verdict:
     """A reply that says nothing that counts."""
     return Verdict(game, None, "unparsed", reply=reply, lack=lack)
+
+
+NO_ANSWER = "no answer in the file: counted as lost"
+
+
+def lost(judged: Judged, both: bool) -> Judged:
+    """An answer that a file lacks, where that counts as lost. both: whether files of the benchmark hold two games."""
+    orders = ((OPPONENT_FIRST, "A>B"), (MODEL_FIRST, "B>A")) if both else (("", ""),)
+    verdicts = tuple(Verdict(game, 0.0, "hard", label, reply=NO_ANSWER) for game, label in orders)
+    return replace(judged, verdicts=verdicts)
+
+
+def missing(judged: Judged) -> bool:
+    """Whether there was no answer to judge."""
+    return any(verdict.reply == NO_ANSWER for verdict in judged.verdicts)
 
 
 GAME_KEYS = ("game", "value", "kind", "label", "reply", "template")

@@ -30,10 +30,19 @@ from isdaa.evaluation.benchmarks.benchmark import (
     Score,
     Scoring,
     Verdict,
-    counted,
     prompt_text,
 )
-from isdaa.evaluation.benchmarks.rows import identity, matched, objects, question_rows, text, texts, without_repeats
+from isdaa.evaluation.benchmarks.rows import (
+    PROJECT,
+    check_asked,
+    identity,
+    matched,
+    objects,
+    question_rows,
+    text,
+    texts,
+    without_repeats,
+)
 from isdaa.evaluation.statistics import Figure, mean_figure
 from isdaa.files import write_jsonl
 
@@ -42,6 +51,10 @@ SOURCE, HUB_FILE = "lmsys/mt-bench", "data/mt_bench/question.jsonl"
 WITH_REFERENCE = ("math", "reasoning", "coding")
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1} | dict.fromkeys(
     ("extraction", "math", "coding", "reasoning"), 0.0
+)
+NO_REFERENCES = (
+    f"{', '.join(WITH_REFERENCE[:-1])} and {WITH_REFERENCE[-1]} were graded without right answers: give the official ones "
+    "(reference_answer/gpt-4.jsonl) with --references"
 )
 FAILED = -1
 TURNS = ("turn 1", "turn 2")
@@ -63,7 +76,7 @@ def read_questions(source: str, split: str | None = None, limit: int | None = No
     """Questions of `question.jsonl`, of a Hub data set with the columns `prompt`, `prompt_id`, or the project's own."""
     columns = frozenset({"category", "turns", "reference", "question_id", "prompt_id"})
     located = question_rows(source, split, limit, hub_file=_hub_file(source), repo_type="space", columns=columns)
-    return without_repeats([_question(row, where) for row, where in located])
+    return without_repeats([_question(row, where, source == PROJECT) for row, where in located])
 
 
 def _hub_file(source: str) -> str | None:
@@ -71,11 +84,10 @@ def _hub_file(source: str) -> str | None:
     return HUB_FILE if source == SOURCE else None
 
 
-def _question(row: Mapping[str, Any], where: str) -> Question:
+def _question(row: Mapping[str, Any], where: str, own: bool) -> Question:
+    """own: whether the row is isdaa's, whose `reference` is a right answer; others' are hints that no judge was to see."""
     turns = texts(row, ("turns", "prompt"), where, "what the user says, a text a turn")
-    references = texts(row, "reference", where, "a right answer a turn", empty=True) if row.get("reference") else ()
-    if references and len(references) < len(turns):
-        raise UserError(f"{where}: key 'reference' has {len(references)} texts for {len(turns)} turns; give one a turn")
+    references = tuple(row["reference"]) if own and row.get("reference") else ()
     messages: list[dict[str, Any]] = [{"role": "user", "content": turns[0]}]
     identifier = identity(row, ("question_id", "prompt_id"), where)
     category = text(row, "category", where, "the question's category")
@@ -103,11 +115,20 @@ def _answer(row: Mapping[str, Any], where: str) -> Answer:
 
 
 def with_references(questions: Sequence[Question], path: str | Path) -> list[Question]:
-    """The questions with right answers from a file of answers (`reference_answer/…`), where it has one."""
-    references = {answer.question: answer.turns for answer in (_answer(row, where) for row, where in iterate_rows(str(path)))}
+    """The questions with right answers from a file of answers (`reference_answer/…`), where it has one of every turn."""
+    references = {one.question: one for one in (_answer(row, where) for row, where in iterate_rows(str(path)))}
     if not any(question.id in references for question in questions):
         raise UserError(f"{path}: no right answer to any of the questions; give the references that belong to them")
-    return [replace(q, references=references.get(q.id, q.references)) for q in questions]
+    for question in questions:
+        one = references.get(question.id)
+        if one is not None and not all(turn.strip() for turn in one.turns[: len(question.follow_ups) + 1]):
+            raise UserError(f"{one.where}: the right answer to question {question.id} is empty; give it or remove the row")
+        if one is not None and len(one.turns) <= len(question.follow_ups):
+            raise UserError(
+                f"{one.where}: {len(one.turns)} right answers to the {len(question.follow_ups) + 1} turns of question "
+                f"{question.id}; give one a turn"
+            )
+    return [replace(q, references=references[q.id].turns if q.id in references else q.references) for q in questions]
 
 
 def write_answers(path: str | Path, questions: Sequence[Question], answers: Sequence[Answer]) -> None:
@@ -179,16 +200,22 @@ def _score(judged: list[Judged], scoring: Scoring) -> Score:
     failed = [(one, verdict) for one in judged for verdict in one.verdicts if verdict.value is None]
     count = {"questions": len(judged), "replies": len(verdicts), "unparsed": len(failed)}
     count |= {f"unparsed/{name}": sum(one.question.category == name for one, _ in failed) for name in categories if failed}
-    bare = sum(one.question.category in WITH_REFERENCE and not one.question.references for one in judged)
-    lines = []
+    bare = sum(one.question.category in WITH_REFERENCE and _without_reference(one) for one in judged)
+    lines, remarks = [], []
     if failed:
         lines.append(f"{len(failed)} of {len(verdicts)} grades could not be read; the means are of the others")
     if bare:
-        lines.append(f"no right answer to grade against: {counted(bare, 'question')} of {', '.join(WITH_REFERENCE)}")
+        remarks.append(NO_REFERENCES)
         count["without_reference"] = bare
     means = {one.question.id: _grades(one, TURNS) for one in judged}
     by_question = {identifier: sum(grades) / len(grades) for identifier, grades in means.items() if grades}
-    return Score("score" if "score" in known else "", known, count, by_question, notes=tuple(lines))
+    headline = "score" if "score" in known else ""
+    return Score(headline, known, count, by_question, notes=tuple(lines), remarks=tuple(remarks))
+
+
+def _without_reference(one: Judged) -> bool:
+    """Whether the judge was shown no right answer, as far as the templates of its verdicts tell: ours, and the original's."""
+    return any(verdict.template and not re.search("reference|math", verdict.template) for verdict in one.verdicts)
 
 
 def _grades(one: Judged, turns: Sequence[str]) -> list[float]:
@@ -242,6 +269,9 @@ def read_judgments(path: str | Path, questions: Sequence[Question], answers: Seq
         if key[1] not in by_id:
             continue
         verdict = _read_verdict(row, where)
+        question = by_id[key[1]]
+        said = (prompt_text(question), *question.follow_ups)
+        check_asked(row.get("user_prompt"), [*said, *map(games.inside, said)], question, where)
         turns = verdicts.setdefault(key, {})
         if verdict.game in turns:
             raise UserError(f"{where}: {verdict.game} of question {key[1]} is graded again for {key[0]}; keep one of the two")
@@ -264,10 +294,11 @@ def _read_verdict(row: Mapping[str, Any], where: str) -> Verdict:
         raise UserError(f"{where}: key 'turn' is {turn!r}; it must be 1 or 2")
     if value is None or (value != FAILED and not 1 <= value <= 10):
         raise UserError(f"{where}: key 'score' is {row.get('score')!r}; a grade lies between 1 and 10, -1 stands for none")
-    reply = str(row.get("judgment") or "")
+    reply, judge = str(row.get("judgment") or ""), row.get("judge")
+    template = str(judge[1]) if isinstance(judge, list) and len(judge) > 1 else ""
     if value == FAILED:
-        return replace(games.unparsed(TURNS[turn - 1], reply), row=row)
-    return Verdict(TURNS[turn - 1], value, "grade", f"{value:g}", reply=reply, row=row)
+        return replace(games.unparsed(TURNS[turn - 1], reply), row=row, template=template)
+    return Verdict(TURNS[turn - 1], value, "grade", f"{value:g}", reply=reply, row=row, template=template)
 
 
 MT_BENCH = Benchmark(

@@ -2,7 +2,7 @@
 
 The question is that of Rafailov et al. 2023 (arXiv 2305.18290, app. C) in our own words: compare in one sentence, then
 name A or B. Files of responses and judgments are JSON Lines of isdaa's own, for there is no original tool:
-`{id, prompt, response, model}` and `{id, model, opponent, judge, games: [{game, value, kind, label, reply}]}`.
+`{id, prompt, response, model}` and `{id, prompt, model, opponent, judge, games: [{game, value, kind, label, reply}]}`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from isdaa.data.checks import kind
 from isdaa.data.readers import iterate_rows
 from isdaa.errors import UserError
 from isdaa.evaluation.benchmarks import games
@@ -32,7 +33,7 @@ from isdaa.evaluation.benchmarks.benchmark import (
     Verdict,
     prompt_text,
 )
-from isdaa.evaluation.benchmarks.rows import PROJECT, check_split, identity, matched, objects, project_rows, text
+from isdaa.evaluation.benchmarks.rows import PROJECT, Texts, check_split, identity, matched, objects, project_rows, text
 from isdaa.evaluation.length_control import win_rate
 from isdaa.files import write_jsonl
 
@@ -118,21 +119,50 @@ def _words(response: Any) -> str | None:
 
 
 def read_answers(path: str | Path, questions: Sequence[Question]) -> list[Answer]:
-    """Responses by id, or where rows have none by prompt."""
+    """Responses by prompt, or where rows have none by id."""
     return matched(_answers(path, questions), questions, path)
 
 
 def _answers(path: str | Path, questions: Sequence[Question]) -> Iterable[Answer]:
-    by_prompt = {prompt_text(question): question.id for question in questions}
+    identify = _Identity(questions)
     for row, where in iterate_rows(str(path)):
-        if row.get("id") is None:
-            prompt = text(row, "prompt", where, "the question's id, or its prompt")
-            identifier = by_prompt.get(prompt, f"unknown {prompt!r}" if questions else where)
-        else:
-            identifier = identity(row, ("id",), where)
-        response = text(row, ("response", "output", "completion"), where, "the response", empty=True)
         model = str(row.get("model") or row.get("generator") or Path(path).stem)
+        identifier = identify(row, where, model)
+        response = text(row, ("response", "output", "completion"), where, "the response", empty=True)
         yield Answer(identifier, model, (response,), where=where, row=row)
+    identify.texts.check(path)
+
+
+class _Identity:
+    """Which question a row belongs to: its prompt tells, for ids may stand for places in a file; its id where it has none."""
+
+    def __init__(self, questions: Sequence[Question]) -> None:
+        self.texts = Texts(questions)
+        self.by_id = {question.id: question for question in questions}
+
+    def __call__(self, row: Mapping[str, Any], where: str, model: str) -> str:
+        """Raises UserError where prompt and id mean two questions, and where a row has neither."""
+        prompt = row.get("prompt")
+        if prompt is None or prompt == "":
+            return identity(row, ("id",), where)
+        words = prompt_text(Question("", prompt)) if _is_prompt(prompt) else None
+        if words is None or not words.strip():
+            raise UserError(f"{where}: key 'prompt' must be text or messages, not {kind(prompt)}; give the question's prompt")
+        named = self.by_id.get(str(row.get("id")))
+        if named is not None and prompt_text(named) == words:
+            self.texts.seen[words, model] += 1
+            return named.id
+        if named is not None:
+            raise UserError(
+                f"{where}: id {named.id} stands for another prompt among the questions ({named.where}); give the file that "
+                "belongs to them, or take the ids out of it"
+            )
+        return self.texts.identify(words, model)
+
+
+def _is_prompt(value: Any) -> bool:
+    turns = isinstance(value, list) and all(isinstance(turn, Mapping) and isinstance(turn.get("role"), str) for turn in value)
+    return isinstance(value, str) or (turns and len(value) > 0)
 
 
 def write_answers(path: str | Path, questions: Sequence[Question], answers: Sequence[Answer]) -> None:
@@ -195,6 +225,7 @@ def write_judgments(path: str | Path, judged: Sequence[Judged]) -> None:
 def _judgment_row(one: Judged) -> dict[str, Any]:
     return {
         "id": one.question.id,
+        **({"prompt": one.question.prompt} if one.question.prompt else {}),
         "model": one.answer.model,
         "opponent": one.opponent.model if one.opponent is not None else "",
         "judge": one.judge,
@@ -204,17 +235,19 @@ def _judgment_row(one: Judged) -> dict[str, Any]:
 
 def read_judgments(path: str | Path, questions: Sequence[Question], answers: Sequence[Answer] = ()) -> dict[str, list[Judged]]:
     """Judged responses by model, of the given questions, or of all rows where none is given."""
-    by_id = {question.id: question for question in questions}
+    identify = _Identity(questions)
     known = {(answer.model, answer.question): answer for answer in answers}
     result: dict[str, list[Judged]] = {}
     for row, where in iterate_rows(str(path)):
-        identifier, model = identity(row, ("id",), where), text(row, "model", where, "the model's name")
-        if by_id and identifier not in by_id:
+        model = text(row, "model", where, "the model's name")
+        identifier = identify(row, where, model)
+        if questions and identifier not in identify.by_id:
             continue
-        question = by_id.get(identifier) or Question(identifier, "", where=where)
+        question = identify.by_id.get(identifier) or Question(identifier, row.get("prompt") or "", where=where)
         sides = [known.get((name, identifier), Answer(identifier, name, ())) for name in (model, str(row.get("opponent")))]
         verdicts = tuple(games.read_game(game, where) for game in objects(row, "games", where, "what each order gave"))
         result.setdefault(model, []).append(Judged(question, sides[0], sides[1], verdicts, str(row.get("judge") or ""), row))
+    identify.texts.check(path)
     if not result:
         raise UserError(f"{path}: no judgment of any of the questions; give the questions that were judged")
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 from isdaa.data.checks import kind
 from isdaa.data.readers import iterate_rows
 from isdaa.errors import UserError, nearest
-from isdaa.evaluation.benchmarks.benchmark import Answer, Question, Row
+from isdaa.evaluation.benchmarks.benchmark import Answer, Question, Row, prompt_text
+from isdaa.files import digest
 
 PROJECT = "project"
 Located = tuple[Row, str]
@@ -35,7 +37,7 @@ def question_rows(
     if source == PROJECT:  # a folder of that name is `./project`
         return project_rows()[:limit]
     if single is not None:
-        source = _downloaded(source, single, repo_type)
+        source = downloaded(source, single, repo_type, "give its path, or `project` for isdaa's own questions")
     rows = list(iterate_rows(source, split, limit=limit, columns=columns))
     if not rows:
         raise UserError(f"{source}: no question in it")
@@ -59,17 +61,15 @@ def project_rows() -> list[Located]:
     return [(json.loads(line), f"project.jsonl:{number}") for number, line in enumerate(text.splitlines(), start=1)]
 
 
-def _downloaded(repo: str, file: str, repo_type: str) -> str:
+def downloaded(repo: str, file: str, repo_type: str, instead: str) -> str:
+    """Path of a Hub repository's file. Raises UserError that ends with what to do `instead`."""
     from huggingface_hub import hf_hub_download
 
     try:
         return hf_hub_download(repo, file, repo_type=repo_type)
     except Exception as error:  # network, permissions, unknown names: each has its own class
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{repo}: {file} cannot be had from the Hub ({reason}); download it and give its path, or `project` for isdaa's own "
-            "questions"
-        ) from None
+        raise UserError(f"{repo}: {file} cannot be had from the Hub ({reason}); download it and {instead}") from None
 
 
 def key_of(row: Row, names: Sequence[str], where: str, what: str) -> str:
@@ -137,7 +137,7 @@ def without_repeats(questions: Sequence[Question]) -> list[Question]:
 def matched(answers: Iterable[Answer], questions: Sequence[Question], path: str | Path) -> list[Answer]:
     """Those answers that belong to the questions, model by model; all of them where no question is given.
 
-    Raises UserError where one model answers a question twice, or some question not at all.
+    Raises UserError where one model answers a question twice, or nothing is answered at all.
     """
     wanted = {question.id: question for question in questions}
     found: dict[tuple[str, str], Answer] = {}
@@ -154,12 +154,61 @@ def matched(answers: Iterable[Answer], questions: Sequence[Question], path: str 
     models = dict.fromkeys(model for model, _ in found)
     if not models:
         raise UserError(f"{path}: no answer to any of the questions; give the answers that belong to these questions")
-    answered = {question for _, question in found}
-    missing = [identifier for identifier in wanted if identifier not in answered]
-    if missing:
-        raise UserError(
-            f"{path}: no answer to question {missing[0]}"
-            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-            + "; generate them or give fewer questions"
-        )
+    answered = dict.fromkeys(question for _, question in found)
     return [found[model, question] for model in models for question in wanted or answered if (model, question) in found]
+
+
+class Texts:
+    """Which question a text is: a text that comes again is the next of its kind, model by model.
+
+    Without questions a text names itself, so that two files pair whatever rows either lacks.
+    """
+
+    def __init__(self, questions: Sequence[Question]) -> None:
+        self.known: dict[str, list[str]] = {}
+        for question in questions:
+            self.known.setdefault(prompt_text(question), []).append(question.id)
+        self.any = bool(questions)
+        self.seen: Counter[tuple[str, str]] = Counter()
+
+    def identify(self, text: str, model: str) -> str:
+        """The id of the question; one that no question has where the text is none of theirs."""
+        place = self.seen[text, model]
+        self.seen[text, model] += 1
+        known = self.known.get(text, [])
+        if place < len(known):
+            return known[place]
+        return f"{digest(text)}{f'-{place + 1}' if place else ''}"
+
+    def check(self, path: str | Path) -> None:
+        """Raises UserError where a text stands several times among the questions, and fewer times in the file: which is it?"""
+        for (text, model), count in self.seen.items():
+            among = len(self.known.get(text, []))
+            if count < among:
+                raise UserError(
+                    f"{path}: {model} has {count} of the {among} questions {shortened(text)!r}, and nothing tells which; give "
+                    "all of them or none"
+                )
+
+
+def shortened(text: str, most: int = 40) -> str:
+    """The beginning of a text, on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def check_asked(asked: Any, turns: Sequence[str], question: Question, where: str) -> None:
+    """Raises UserError where what a row says was asked holds none of the texts `turns`: its id means another question here.
+
+    asked: text, or messages; anything else says nothing.
+    """
+    if isinstance(asked, list):
+        asked = "\n".join(str(message.get("content")) for message in asked if isinstance(message, Mapping))
+    if not isinstance(asked, str) or not asked.strip():
+        return
+    said = "".join(asked.split())
+    if not any("".join(turn.split()) in said for turn in turns):
+        raise UserError(
+            f"{where}: question {question.id} asks something else here than at {question.where}; give the questions that "
+            "belong to this file"
+        )

@@ -42,13 +42,12 @@ def pieces(answer: str) -> int:
 def style_differences(model: np.ndarray, baseline: np.ndarray) -> np.ndarray:
     """(N, 4) features of each comparison from (N, 4) counts: token_len, headers, list items, bold spans.
 
-    Lengths: (a − b)/(a + b). Others as densities a token: (a − b)/(a + b + 1). An empty answer has density 0 (in the
-    original, no number).
+    Lengths: (a − b)/(a + b). Others as densities, counts over tokens + 1: (a − b)/(a + b + 1).
     """
     model, baseline = np.asarray(model, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
     total = model[:, :1] + baseline[:, :1]
     lengths = np.divide(model[:, :1] - baseline[:, :1], total, out=np.zeros_like(total), where=total > 0)
-    ours, theirs = (np.divide(c[:, 1:], c[:, :1], out=np.zeros_like(c[:, 1:]), where=c[:, :1] > 0) for c in (model, baseline))
+    ours, theirs = (counts[:, 1:] / (counts[:, :1] + 1) for counts in (model, baseline))
     return np.concatenate([lengths, (ours - theirs) / (ours + theirs + 1)], axis=1)
 
 
