@@ -367,7 +367,7 @@ def test_home_is_expanded_everywhere_alike(tmp_path: Path, monkeypatch: pytest.M
             (["evaluate", "--model_path", "a", f"--{n}", "~/x"], n)
             for n in ("answers", "judgments", "opponent", "baseline", "judge")
         ),
-        *((["evaluate", "--model_path", "a", f"--{n}", "~/x"], n) for n in ("references", "difficulty", "chat_template")),
+        *((["evaluate", "--model_path", "a", f"--{n}", "~/x"], n) for n in ("references", "gamed", "chat_template")),
         (["evaluate", "--model_path", "a", "--tax_include_path", "~/x"], "tax_include_path"),
         (["report", "~/x"], "path"),
         (["report", "--checkpoints", "~/x"], "checkpoints"),

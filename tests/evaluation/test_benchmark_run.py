@@ -204,7 +204,8 @@ def test_judgments_are_scored_again_without_judge_or_model(name, finished, tmp_p
     first, second = (read_json(where / "metrics.json") for where in (folder, tmp_path / "again"))
     assert [model["figures"] for model in second["models"]] == [model["figures"] for model in first["models"]]
     assert second["comparisons"] == first["comparisons"]
-    assert second["judge"] == {"kind": "file", "name": "toy"}
+    templates = [] if name == "arena_hard" else first["judge"]["templates"]  # its files have no place for them
+    assert second["judge"] == {"kind": "file", "name": "toy", "templates": templates}
 
 
 def test_gold_judges_the_worlds_summaries(tmp_path, capsys):
@@ -280,7 +281,12 @@ def test_models_judged_on_different_questions_are_told(tmp_path, capsys):
     questions, file = tmp_path / "questions.jsonl", tmp_path / "judgments.jsonl"
     write_jsonl(questions, [{"question_id": 81 + i, "category": "writing", "turns": ["Hi", "And?"]} for i in range(4)])
     write_jsonl(file, rows[:-2])  # B lacks the last question
-    assert evaluate("mt_bench", tmp_path / "out", "--questions", questions, "--judgments", file, limit=None) == 0
+    options = ["--questions", questions, "--judgments", file]
+    assert evaluate("mt_bench", tmp_path / "out", *options, limit=None) == 2
+    assert "judgments.jsonl: no judgment of B to question 84 ('Hi') of 4 questions; --missing skip" in capsys.readouterr().err
+    assert evaluate("mt_bench", tmp_path / "out", *options, "--missing", "loss", limit=None) == 2
+    assert "--missing loss: mt_bench grades every answer by itself" in capsys.readouterr().err
+    assert evaluate("mt_bench", tmp_path / "out", *options, "--missing", "skip", limit=None) == 0
     words = "judged on 3 of 4 questions: compare it by the paired differences alone"
     assert f"B: {words}" in " ".join(capsys.readouterr().out.split())
     assert [words in model["notes"] for model in read_json(tmp_path / "out/metrics.json")["models"]] == [False, True]
@@ -454,17 +460,8 @@ def test_a_question_without_a_reply_is_counted_and_asked_again(models, tmp_path)
     assert read_json(tmp_path / "out/metrics.json")["models"][0]["counts"]["left_out"] == 0
 
 
-def test_difficulties_and_right_answers_of_files_are_used(tmp_path, no_models):
-    rows = [{"instruction": f"Task {i}", "output": "plain", "generator": "base"} for i in range(8)]
-    (questions := tmp_path / "q.json").write_text(json.dumps(rows))
-    (answers := tmp_path / "a.json").write_text(
-        json.dumps([row | {"generator": "m", "output": "x" * (i + 1)} for i, row in enumerate(rows)])
-    )
-    (hard := tmp_path / "hard.csv").write_text("index,instruction_difficulty\n" + "".join(f"{i},{i % 3 - 1}\n" for i in range(8)))
+def test_right_answers_of_a_file_are_used(tmp_path, no_models):
     with judge_server(fair) as (judge, url):
-        options = ["--questions", questions, "--answers", answers, "--difficulty", hard, *judge_options(url)]
-        assert evaluate("alpaca_eval", tmp_path / "alpaca", *options, limit=None) == 0
-        assert "difficulty" in read_json(tmp_path / "alpaca/metrics.json")
         (turns := tmp_path / "mt.jsonl").write_text(json.dumps({"question_id": 1, "category": "math", "turns": ["1+1?"]}) + "\n")
         row = {"question_id": 1, "model_id": "m", "choices": [{"index": 0, "turns": ["3"]}]}
         for name, model, said in (("given", "m", "3"), ("right", "teacher", "It is two, of course.")):
@@ -553,7 +550,10 @@ def test_a_script_in_an_answer_stays_text(tmp_path, no_models):
         (["--benchmark", "arena_hard", "--evaluation.prompts", "3"], ["--evaluation.prompts", "--limit"]),
         (["--benchmark", "arena_hard", "--answers", "{here}/nothing.jsonl"], ["nothing.jsonl", "no such file"]),
         (["--benchmark", "arena_hard", "--limit", "0"], ["--limit", "1 or more"]),
-        (["--benchmark", "tldr", "--difficulty", "{here}/a.json", "--questions", "project"], ["--difficulty", "alpaca_eval"]),
+        (["--benchmark", "tldr", "--gamed", "{here}/a.json", "--questions", "project"], ["--gamed", "alpaca_eval"]),
+        (["--benchmark", "alpaca_eval", "--gamed", "{here}/no.csv", "--questions", "project"], ["no.csv: no such file"]),
+        (["--benchmark", "alpaca_eval", "--difficulty", "x", "--questions", "project"], ["--difficulty", "--gamed FILE"]),
+        (["--benchmark", "tldr", "--missing", "skip", "--questions", "project"], ["--missing", "--answers", "--judgments"]),
         (["--benchmark", "alpaca_eval", "--chat_template", "{here}/none.jinja"], ["none.jinja"]),
         (["--benchmark", "alpaca_eval", "--judgments", "{here}/a.json"], ["--judgments", "--model_path"]),
     ],

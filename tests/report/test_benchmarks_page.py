@@ -9,6 +9,7 @@ from test_browser import BROWSER, PROBE, dump
 from isdaa.errors import UserError
 from isdaa.evaluation.tax_scores import Answers, scores
 from isdaa.files import write_json
+from isdaa.foreign import read_object
 from isdaa.report.benchmarks import write_benchmark_report
 
 LONG = "a-model-with-a-very-long-name/that-nobody-would-have-chosen-by-hand"
@@ -31,10 +32,13 @@ def write(folder: Path, share: bool = True, models: int = 2) -> Path:
         entries.append(entry | {"digest": f"weights {place}"})
     counts = {"better": 20, "equal": 5, "worse": 15, "headline_difference": None}
     pairs = [{"first": "first", "second": name, "difference": figure(0.05), **counts} for name in names[1:]]
+    control = {"of": 805, "recipe": "length_controlled_v1", "gamed": "g.csv", "interval": "by refits"}
     metrics = {
+        "format": 2, "length_control": control if share else None,
         "title": "AlpacaEval 2", "sentence": "first <b>leads</b>.", "headline": headline, "confidence": 0.95, "resamples": 1000,
         "partial": False, "questions": {"source": "q.json", "project": False, "limit": None, "count": 40, "judged": 40},
-        "opponent": "base" if share else None, "judge": {"kind": "model", "name": "judge", "base_url": None}, "models": entries,
+        "opponent": "base" if share else None, "models": entries, "notes": ["a note on all models"],
+        "judge": {"kind": "model", "name": "judge", "base_url": None, "templates": ["isdaa-1"]},
         "comparisons": pairs, "generation": None, "git_revision": None, "versions": {"isdaa": "0"},
     }  # fmt: skip
     write_json(folder / "metrics.json", metrics)
@@ -89,6 +93,8 @@ def test_the_page_says_what_the_metrics_say(share, tmp_path):
     assert "first &lt;b&gt;leads&lt;/b&gt;." in page and "<script" not in page
     assert ("60.0 %" if share else "6.50") in page and ("[50.0, 70.0]" if share else "[6.40, 6.60]") in page
     assert not re.search(r'(?:src|href)="(?!data:)', page)
+    assert ("Length-controlled win rate on 40 of 805" in page) == share == ("as the leaderboard’s, with g.csv" in page)
+    assert "judged by judge, template isdaa-1." in page and "a note on all models." in page
     assert all((tmp_path / f"charts/{name}.{kind}").is_file() for name in ("models", "differences") for kind in ("png", "svg"))
     assert (tmp_path / "charts/categories.svg").is_file()
 
@@ -96,6 +102,21 @@ def test_the_page_says_what_the_metrics_say(share, tmp_path):
 def test_a_folder_without_metrics_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no metrics\.json of a benchmark there"):
         write_benchmark_report(tmp_path)
+
+
+def test_an_older_isdaas_length_controlled_rate_is_refused_and_its_other_figures_are_not(tmp_path):
+    for share in (True, False):
+        write(tmp_path, share)
+        metrics = read_object(tmp_path / "metrics.json")
+        for name in ("length_control", "notes"):
+            del metrics[name]
+        del metrics["judge"]["templates"]
+        write_json(tmp_path / "metrics.json", metrics | {"format": 1})
+        if not share:
+            assert write_benchmark_report(tmp_path).is_file()
+            continue
+        with pytest.raises(UserError, match=r"metrics\.json: its length-controlled win rate is an older isdaa's, and not the"):
+            write_benchmark_report(tmp_path)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")

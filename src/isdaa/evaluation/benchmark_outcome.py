@@ -34,16 +34,19 @@ def is_share(headline: str) -> bool:
     return headline.endswith("win_rate")
 
 
-def name_of(figure: str, metrics: Mapping[str, Any]) -> str:
-    """A figure's name in words; the length-controlled win rate with the count where it is not of all its questions."""
+def name_of(figure: str, metrics: Mapping[str, Any], models: Sequence[Mapping[str, Any]] = ()) -> str:
+    """A figure's name in words; the length-controlled win rate with the count where it is not of all its questions.
+
+    models: whose figure it is; by default all.
+    """
     name = WORDS.get(figure, figure)
     of = (metrics.get("length_control") or {}).get("of")
     if figure != LENGTH_CONTROLLED or of is None:
         return name
-    counts = sorted({model["figures"][figure]["n"] for model in metrics["models"] if figure in model["figures"]})
+    counts = sorted({model["figures"][figure]["n"] for model in models or metrics["models"] if figure in model["figures"]})
     if counts in ([], [of]):
         return name
-    return f"{name} on {counts[0]}{f' to {counts[-1]}' if len(counts) > 1 else ''} of {of}"
+    return f"{name} on {counts[0]}{f' to {counts[-1]}' if len(counts) > 1 else ''} of {of} questions"
 
 
 def judged_by(judge: Mapping[str, Any]) -> str:
@@ -132,7 +135,7 @@ def sentence(bench: Benchmark, metrics: Mapping[str, Any]) -> str:
     figure = best["figures"][headline]
     told = shown(figure["mean"], share) + _range(figure, share)
     scale = "" if share else " of 10"
-    name = name_of(headline, metrics)
+    name = name_of(headline, metrics, [best])
     if len(order) == 1:
         if not share:
             return f"{start}{best['model']} has a {name} of {told}{scale} on {bench.title}."
@@ -164,6 +167,11 @@ def told_apart(interval: Mapping[str, Any], even: float, confidence: float, deci
     return int(interval["low"] > even) - int(interval["high"] < even)
 
 
+def bounded(model: Mapping[str, Any], figure: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The figure, or the raw win rate where votes are too one-sided for an interval of it."""
+    return model["figures"].get("win_rate", figure) if figure["low"] is None else figure
+
+
 def decided_of(model: Mapping[str, Any], figure: Mapping[str, Any]) -> int:
     """How many of a model's questions have a verdict that is no draw; metrics of an older isdaa do not say, and all count."""
     return int(model.get("decided", figure["n"]))
@@ -172,8 +180,7 @@ def decided_of(model: Mapping[str, Any], figure: Mapping[str, Any]) -> int:
 def _against(model: Mapping[str, Any], figure: Mapping[str, Any], confidence: float) -> str:
     if figure["n"] < fewest(confidence):
         return f"{counted(figure['n'], 'question')} cannot tell two models apart"
-    if figure["low"] is None:  # votes too one-sided for an interval of the headline: the raw rate says who is better
-        figure = model["figures"]["win_rate"]
+    figure = bounded(model, figure)
     apart = ("the two cannot be told apart on these questions", "better than its opponent", "worse than its opponent")
     return apart[told_apart(figure, 0.5, confidence, decided_of(model, figure))]
 

@@ -9,6 +9,7 @@ from typing import Any
 from isdaa.errors import UserError
 from isdaa.evaluation.benchmark_outcome import (
     LENGTH_CONTROLLED,
+    bounded,
     decided_of,
     gap_between,
     is_share,
@@ -148,7 +149,7 @@ def tone(metrics: Mapping[str, Any]) -> str:
         return "none"
     model = ranked(metrics)[0]
     figure = model["figures"][metrics["headline"]]
-    return ("under", "not", "over")[told_apart(figure, 0.5, confidence, decided_of(model, figure))]
+    return ("under", "not", "over")[told_apart(bounded(model, figure), 0.5, confidence, decided_of(model, figure))]
 
 
 def _pairs(metrics: Mapping[str, Any], order: Sequence[str]) -> list[dict[str, Any]]:

@@ -8,10 +8,11 @@ import pytest
 from benchmark_helpers import Said
 
 from isdaa.errors import UserError
-from isdaa.evaluation.benchmarks import games
+from isdaa.evaluation.benchmarks import alpaca_eval, games
 from isdaa.evaluation.benchmarks.alpaca_eval import ALPACA_EVAL as BENCH
-from isdaa.evaluation.benchmarks.alpaca_eval import read_difficulty
+from isdaa.evaluation.benchmarks.alpaca_eval import BASELINE, is_official, read_gamed
 from isdaa.evaluation.benchmarks.benchmark import Answer, Judged, Scoring, Verdict
+from isdaa.files import digest
 
 ROWS = [
     {"instruction": "Name a river.", "output": "The Oder.", "generator": "base", "dataset": "helpful_base", "extra": [1, None]},
@@ -67,9 +68,8 @@ def test_a_misspelt_key_names_the_nearest_and_missing_answers_are_counted(output
     outputs.write_text(json.dumps([{"instruction": "Name a river.", "ouput": "x", "generator": "base"}]))
     with pytest.raises(UserError, match=r'key \'output\' is missing \(did you mean "ouput"\?\)'):
         BENCH.read_answers(outputs, questions)
-    outputs.write_text(json.dumps([ROWS[0]]))
-    with pytest.raises(UserError, match="no answer to question 1 and 1 more"):
-        BENCH.read_answers(outputs, questions)
+    outputs.write_text(json.dumps(ROWS[1:2]))
+    assert [answer.question for answer in BENCH.read_answers(outputs, questions)] == ["1"]
     outputs.write_text(json.dumps([{"instruction": "Another.", "output": "x", "generator": "base"}]))
     with pytest.raises(UserError, match="no answer to any of the questions"):
         BENCH.read_answers(outputs, questions)
@@ -143,9 +143,10 @@ def test_scores_by_hand() -> None:
     score = BENCH.score({"mine": rows}, Scoring(resamples=50))["mine"]
     assert score.figures["win_rate"].value == pytest.approx(0.5)
     assert score.figures["discrete_win_rate"].value == pytest.approx(0.5)
-    assert score.headline == "length_controlled_win_rate" and 0 < score.figures[score.headline].value < 1
+    assert score.headline == "win_rate" and list(score.figures)[-1] == "length_adjusted_win_rate"
+    assert 0 < score.figures["length_adjusted_win_rate"].value < 1
     assert score.details["flip_rate"] == pytest.approx(1 / 3)
-    assert score.details["length"] == pytest.approx((10 + 30 + 7 + 40) / 4)
+    assert score.details["length"] == (10 + 30 + 7 + 40) // 4 == 21  # of 21.75: the leaderboard cuts it off
     assert score.counts == {"questions": 4, "replies": 8, "unparsed": 1, "left_out": 1, "soft": 7, "hard": 0}
     assert score.by_question == pytest.approx({"0": 0.8, "1": 0.5, "2": 0.2})
     assert any("1 of 8 replies could not be read; 1 of 4 questions" in note for note in score.notes)
@@ -208,16 +209,110 @@ def test_the_originals_annotations_are_read_without_questions(tmp_path: Path) ->
         BENCH.read_judgments(path, [], [])
 
 
-@pytest.mark.parametrize("text", ["index,instruction_difficulty\n0,0.5\n1,-1.25\n", ",instruction_difficulty\n0,0.5\n1,-1.25\n"])
-def test_the_originals_difficulty_file(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "instruction_difficulty.csv"
-    path.write_text(text)
-    assert read_difficulty(path) == {"0": 0.5, "1": -1.25}
-    rows = judged([(0.9, 0.7), (0.75, 0.25), (0.1, 0.3)], [(10, 12), (30, 15), (7, 9)])
-    with pytest.raises(UserError, match="no difficulty for question 2"):
-        BENCH.score({"mine": rows}, Scoring(resamples=5, difficulty=read_difficulty(path)))
-    full = {**read_difficulty(path), "2": 0.1}
-    assert "w_d" in BENCH.score({"mine": rows}, Scoring(resamples=5, difficulty=full))["mine"].details
-    path.write_text("index,instruction_difficulty\n0,hard\n")
-    with pytest.raises(UserError, match="'instruction_difficulty' must be a number"):
-        read_difficulty(path)
+def annotation(instruction: str, model: str, preference: float | None, **more: object) -> dict:
+    sides = {"output_1": "base says", "generator_1": BASELINE, "output_2": f"{model} says", "generator_2": model}
+    return {"instruction": instruction, **sides, "annotator": "judge", "preference": preference, **more}
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_files_that_lack_a_row_still_pair_without_questions(tmp_path: Path) -> None:
+    """By the instruction, wherever the row stands; the second of two equal ones is the second."""
+    rows = [annotation(text, "one", 1.2) for text in ("A", "B", "C", "B", "D")]
+    other = [annotation(text, "two", 1.7) for text in ("D", "B", "B", "C")]
+    first = BENCH.read_judgments(write(tmp_path / "one.json", rows), [])["one"]
+    second = BENCH.read_judgments(write(tmp_path / "two.json", other), [])["two"]
+    names = {judged.question.id: judged.row["instruction"] for judged in first}
+    assert [names[judged.question.id] for judged in second] == ["D", "B", "B", "C"] and len(names) == 5
+    answers = BENCH.read_answers(write(tmp_path / "three.json", [{**ROWS[1], "instruction": "C"}]), [])
+    assert names[answers[0].question] == "C"
+
+
+def test_one_of_two_equal_questions_could_be_either(outputs: Path, tmp_path: Path) -> None:
+    questions = BENCH.read_questions(str(outputs))
+    with pytest.raises(UserError, match=r"has 1 of the 2 questions 'Name a river.', and nothing tells which"):
+        BENCH.read_answers(write(tmp_path / "a.json", ROWS[:2]), questions)
+    with pytest.raises(UserError, match=r"has 1 of the 2 questions 'Name a river.'"):
+        BENCH.read_judgments(write(tmp_path / "j.json", [annotation("Name a river.", "m", 1.5)]), questions)
+    # Of a part of the questions, what is asked is there.
+    few = BENCH.read_questions(str(outputs), limit=2)
+    assert [answer.turns[0] for answer in BENCH.read_answers(outputs, few)] == ["The Oder.", "1 2 3"]
+
+
+def test_an_annotator_that_gives_fractions_has_no_hard_votes(tmp_path: Path) -> None:
+    def kinds(*preferences: float | None, annotator: str = "judge") -> list[str]:
+        rows = [annotation(str(i), "m", value, annotator=annotator) for i, value in enumerate(preferences)]
+        rows.append(annotation("x", "m", 2, annotator="voter"))
+        return [one.verdicts[0].kind for one in BENCH.read_judgments(write(tmp_path / "j.json", rows), [])["m"]]
+
+    assert kinds(1, 2, 1.99999, 1.5, 0, None) == ["soft"] * 5 + ["unparsed", "hard"]
+    assert kinds(1, 2, 1.5, 0) == ["hard"] * 5
+    assert kinds(1.3, 2, annotator="voter") == ["soft"] * 3
+
+
+@pytest.fixture
+def official(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[str, str]:
+    """(questions, gamed): files of eight questions that stand in for the official ones."""
+    instructions = [f"Task {i}" for i in range(8)]
+    monkeypatch.setattr(alpaca_eval, "QUESTIONS", 8)
+    monkeypatch.setattr(alpaca_eval, "INSTRUCTIONS", digest(instructions))
+    rows = [{"instruction": text, "output": "x" * 9 * (i + 1), "generator": BASELINE} for i, text in enumerate(instructions)]
+    header = "model,index,preference,std_delta_len,instruction_difficulty,not_gamed_baseline\n"
+    lines = [
+        f"{name},{i},{(3 * i + place) % 10 / 10},{i / 4 - 1},{i / 3 - 1 + place},False\n"
+        for place, name in enumerate("cv")
+        for i in range(8)
+    ]
+    (tmp_path / "gamed.csv").write_text(header + "".join(lines))
+    return str(write(tmp_path / "questions.json", rows)), str(tmp_path / "gamed.csv")
+
+
+def test_the_official_questions_are_known_by_all_their_texts_in_order(official: tuple[str, str], tmp_path: Path) -> None:
+    questions, _ = official
+    rows = json.loads(Path(questions).read_text())
+    assert is_official(questions) and not is_official("project")
+    for changed in (rows[:-1], [*rows, rows[0]], rows[::-1], [{**rows[0], "instruction": "Task 0 "}, *rows[1:]]):
+        assert not is_official(str(write(tmp_path / "changed.json", changed)))
+
+
+def test_the_gamed_file(official: tuple[str, str], tmp_path: Path) -> None:
+    _, path = official
+    gamed = read_gamed(path)
+    assert gamed.places.tolist() == [*range(8), *range(8)] and gamed.by_place[2] == pytest.approx(2 / 3 - 1)
+    assert gamed.preferences[:3].tolist() == [0.0, 0.3, 0.6] and gamed.gaps[3] == -0.25 and not gamed.honest.any()
+    lines = Path(path).read_text().splitlines()
+
+    def refused(changed: list[str], message: str) -> None:
+        (bad := tmp_path / "bad.csv").write_text("\n".join(changed))
+        with pytest.raises(UserError, match=message):
+            read_gamed(bad)
+
+    refused(lines[:5], r"bad.csv: no difficulty for question 4 \(column 'index'\)")
+    refused([lines[0], "c,0,1.7,0,0,False"], r"bad.csv:\d: column 'preference' is 1.7; it must lie between 0 and 1")
+    refused([lines[0], "c,8,0.7,0,0,False"], r"column 'index' is 8; it must be a question's place, 0 to 7")
+    refused([lines[0], "c,0,0.7,,0,False"], r"column 'std_delta_len' is empty")
+    refused([lines[0], "c,0,0.7,0,hard,False"], r"'instruction_difficulty' must be a number")
+    refused([lines[0], "c,0,0.7,0,0,maybe"], r"'not_gamed_baseline' must be True or False")
+    refused(["index,instruction_difficulty", "0,0.5"], r"key 'std_delta_len' is missing")
+
+
+def test_the_length_controlled_rate_is_against_the_leaderboards_baseline_alone(official: tuple[str, str], tmp_path: Path) -> None:
+    source, path = official
+    questions = BENCH.read_questions(source)
+    rows = [annotation(f"Task {i}", "m", 1 + i % 3 / 3, output_2="y" * (50 - i)) for i in range(8)]
+    judged = BENCH.read_judgments(write(tmp_path / "j.json", rows), questions)
+    scoring = Scoring(resamples=20, gamed=read_gamed(path))
+    score = BENCH.score(judged, scoring)["m"]
+    assert score.headline == "length_controlled_win_rate" and "length_adjusted_win_rate" not in score.figures
+    assert {"w_l", "w_d", "w_m", "sd", "C"} < set(score.details) and score.figures[score.headline].interval.n == 8
+    without = BENCH.score(judged, Scoring(resamples=20))["m"]
+    assert without.headline == "win_rate" and "length_controlled_win_rate" not in without.figures
+    other = BENCH.read_judgments(write(tmp_path / "j.json", [{**row, "generator_1": "davinci"} for row in rows]), questions)
+    score = BENCH.score(other, scoring)["m"]
+    assert score.headline == "win_rate" and any(BASELINE in note for note in score.notes)
+    itself = BENCH.read_judgments(write(tmp_path / "j.json", [{**row, "generator_2": BASELINE} for row in rows]), questions)
+    score = BENCH.score(itself, scoring)[BASELINE]
+    assert score.figures["length_controlled_win_rate"].value == 0.5 and any("by definition" in note for note in score.notes)

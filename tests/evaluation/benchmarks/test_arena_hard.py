@@ -23,11 +23,12 @@ OLD = [{"question_id": "c3", "category": "arena-hard-v1", "cluster": "ABC", "tur
 
 
 def answer_row(uid: str, model: str, text: str, tokens: int = 10) -> dict:
+    asked = {row["uid"]: row["prompt"] for row in (*V2, *V01)}.get(uid, uid)
     return {
         "uid": uid,
         "ans_id": f"{uid}{model}",
         "model": model,
-        "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": {"answer": text, "thought": None}}],
+        "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": {"answer": text, "thought": None}}],
         "tstamp": 1.0,
         "metadata": {"token_len": tokens, **markdown_counts(text)},
     }
@@ -214,7 +215,8 @@ def test_markdown_is_counted_as_the_original_does() -> None:
 
 def test_style_differences_by_hand() -> None:
     model, baseline = np.array([[30.0, 3, 6, 0]]), np.array([[10.0, 1, 0, 2]])
-    expected = [20 / 40, 0.0, (0.2 - 0) / (0.2 + 0 + 1), (0 - 0.2) / (0 + 0.2 + 1)]
+    ours, theirs = (3 / 31, 6 / 31, 0), (1 / 11, 0, 2 / 11)  # over tokens + 1
+    expected = [20 / 40, *((a - b) / (a + b + 1) for a, b in zip(ours, theirs, strict=True))]
     assert style_differences(model, baseline)[0] == pytest.approx(expected)
     assert style_differences(np.zeros((1, 4)), np.zeros((1, 4))).tolist() == [[0.0, 0.0, 0.0, 0.0]]
 
@@ -384,3 +386,23 @@ def test_judgments_written_by_isdaa_and_the_first_editions(tmp_path: Path) -> No
     refused({**written[0], "games": written[0]["games"][:1]}, "j.jsonl:1: key 'games' has 1 games; it must have two")
     bad = [{**written[0]["games"][0], "score": "A"}, None]
     refused({**written[0], "games": bad}, r"key 'games\[0\].score' is 'A'; it must be one of A>>B")
+
+
+def test_an_id_that_asks_something_else_is_refused(tmp_path: Path) -> None:
+    questions = BENCH.read_questions(str(jsonl(tmp_path / "q.jsonl", V2)))
+    row = answer_row("a1", "mine", "x")
+    row["messages"][0]["content"] = "  Sort\n{it}. "  # white space is no other question
+    assert BENCH.read_answers(jsonl(tmp_path / "a.jsonl", [row]), questions)
+    row["messages"][0]["content"] = "Something else."
+    with pytest.raises(
+        UserError, match=r"a\.jsonl:1: question a1 asks something else here than at .*q\.jsonl:1; give the questions"
+    ):
+        BENCH.read_answers(jsonl(tmp_path / "a.jsonl", [row]), questions)
+    played = {"score": "A>B", "judgment": {"answer": "[[A>B]]"}, "prompt": [{"role": "user", "content": "<|prompt|>\nA poem.\n"}]}
+    judged = {"uid": "b2", "category": "creative_writing", "model": "m", "baseline": "b", "games": [played, played]}
+    assert BENCH.read_judgments(jsonl(tmp_path / "j.jsonl", [judged]), questions)
+    with pytest.raises(UserError, match=r"j\.jsonl:1: question a1 asks something else here"):
+        BENCH.read_judgments(jsonl(tmp_path / "j.jsonl", [{**judged, "uid": "a1"}]), questions)
+    with pytest.raises(UserError, match=r"j\.jsonl:1: question a1 asks something else here"):
+        old = {"score": "A>B", "judgment": "[[A>B]]", "user_prompt": "<|User Prompt|>\nA poem."}
+        BENCH.read_judgments(jsonl(tmp_path / "j.jsonl", [{**judged, "uid": "a1", "games": [old, old]}]), questions)

@@ -1,5 +1,6 @@
 """MT-Bench: the original's files there and back, what the judge sees, grades by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,6 @@ def test_the_hubs_column_names_are_read(tmp_path: Path) -> None:
         ({"question_id": 81}, r"question.jsonl:2: question 81 is there already \(.*question.jsonl:1\)"),
         ({"question_id": 1.5}, "key 'question_id' must be an id"),
         ({"category": None}, "key 'category' is null"),
-        ({"reference": ["4"]}, "key 'reference' has 1 texts for 2 turns"),
     ],
 )
 def test_a_bad_question_is_one_line(tmp_path: Path, change: dict, message: str) -> None:
@@ -99,7 +99,9 @@ def test_temperatures_and_turns(questions: list) -> None:
 
 
 def test_what_the_judge_sees(questions: list, tmp_path: Path) -> None:
-    first, second = BENCH.judge_questions(questions[1], Answer("111", "mine", ("four {x}", "twelve")), None)
+    right = jsonl(tmp_path / "right.jsonl", [{**ANSWERS[1], "choices": [{"index": 0, "turns": ["4", "12"]}]}])
+    question = with_references(questions, right)[1]
+    first, second = BENCH.judge_questions(question, Answer("111", "mine", ("four {x}", "twelve")), None)
     assert (first.game, second.game) == ("turn 1", "turn 2") and "reference" in first.template
     user = first.messages[-1]["content"]
     assert "What is 2 + 2?" in user and "four {x}" in user and "right answer, turn 1\n4\n" in user
@@ -185,10 +187,41 @@ def test_intervals_resample_questions_not_grades(questions: list) -> None:
     assert figure.draws == pytest.approx(expected)
 
 
-def test_math_without_a_right_answer_is_said(questions: list) -> None:
-    bare = [question.__class__(question.id, question.prompt, question.follow_ups, question.category) for question in questions]
-    score = BENCH.score({"mine": graded(bare, [(8, 6), (10, 9), (3, 5)])}, Scoring(resamples=20))["mine"]
-    assert score.counts["without_reference"] == 1 and any("no right answer" in note for note in score.notes)
+def test_a_rows_own_reference_is_no_right_answer_but_the_projects(questions: list, tmp_path: Path) -> None:
+    assert [question.references for question in questions] == [(), (), ()]
+    odd = [{**QUESTIONS[1], "reference": reference} for reference in (["4"], "4", ["", ""], None, 4)]
+    for row in odd:
+        (question,) = BENCH.read_questions(str(jsonl(tmp_path / "q.jsonl", [row])))
+        asked = BENCH.judge_questions(question, Answer("111", "mine", ("a", "b")), None)
+        assert "right answer" not in asked[1].messages[-1]["content"] and asked[0].template == "isdaa-single-1"
+    own = [question for question in BENCH.read_questions("project") if question.references]
+    assert (
+        len(own) == 9
+        and "right answer" in BENCH.judge_questions(own[0], Answer("x", "m", ("a", "b")), None)[0].messages[-1]["content"]
+    )
+
+
+def test_right_answers_that_are_none_are_one_line(questions: list, tmp_path: Path) -> None:
+    for turns, message in (
+        (["4", " "], "right.jsonl:1: the right answer to question 111 is empty"),
+        (["4"], "1 right answers to the 2 turns"),
+    ):
+        rows = [{**ANSWERS[1], "choices": [{"index": 0, "turns": turns}]}]
+        with pytest.raises(UserError, match=message):
+            with_references(questions, jsonl(tmp_path / "right.jsonl", rows))
+
+
+@pytest.mark.parametrize(
+    ("template", "bare"),
+    [("isdaa-single-1", 1), ("single-v1", 1), ("single-math-v1", 0), ("isdaa-single-reference-1", 0), ("", 0)],
+)
+def test_math_without_a_right_answer_is_said_once(questions: list, template: str, bare: int) -> None:
+    """As the templates tell: judgments of files were made with references or without."""
+    judged = graded(questions, [(8, 6), (10, 9), (3, 5)])
+    judged = [replace(one, verdicts=tuple(replace(verdict, template=template) for verdict in one.verdicts)) for one in judged]
+    score = BENCH.score({"mine": judged}, Scoring(resamples=20))["mine"]
+    assert score.counts.get("without_reference", 0) == bare and len(score.remarks) == bare and not score.notes
+    assert not bare or "reference_answer/gpt-4.jsonl" in score.remarks[0]
 
 
 def test_judgments_there_and_back(questions: list, tmp_path: Path) -> None:
@@ -222,3 +255,9 @@ def test_a_bad_judgment_is_one_line(questions: list, tmp_path: Path) -> None:
     refused([{**rows[0], "turn": 3}], "key 'turn' is 3; it must be 1 or 2")
     refused([*rows, rows[0]], "j.jsonl:3: turn 1 of question 81 is graded again for mine")
     refused(rows, "no grade for any of the questions", questions[1:])
+    asked = [{**row, "user_prompt": "[Question]\nWrite a\u00a0 verse. \n[Answer] ..."} for row in rows]
+    assert BENCH.read_judgments(jsonl(tmp_path / "j.jsonl", asked), questions, [])
+    refused(
+        [{**rows[0], "user_prompt": "[Question]\nWhat is 2 + 2?"}],
+        "j.jsonl:1: question 81 asks something else here than at .*:1;",
+    )

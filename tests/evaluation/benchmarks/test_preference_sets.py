@@ -130,3 +130,40 @@ def test_no_reply_counts_as_unread(questions: list) -> None:
     verdicts = (bench.parse(asked[0], Said("Better: B")), games.no_reply(asked[1], "timed out", "no answer"))
     score = bench.score({"mine": [Judged(questions[0], answer, opponent, verdicts)]}, Scoring(resamples=10))["mine"]
     assert score.counts["unparsed"] == 1 and score.counts["left_out"] == 1 and not score.figures
+
+
+def test_a_row_is_known_by_its_prompt_not_by_its_place(questions: list, tmp_path: Path) -> None:
+    """Ids that nobody gave are places in a file, and a file that lacks a row has others."""
+    bench = benchmark("hh")
+    rows = [{"id": f"other.jsonl:{i}", "prompt": q.prompt, "response": f"to {q.id}"} for i, q in enumerate(questions[::-1])]
+    read = bench.read_answers(jsonl(tmp_path / "a.jsonl", rows), questions)
+    assert [answer.turns[0] for answer in read] == [f"to {q.id}" for q in questions]
+    first, second = questions
+    with pytest.raises(UserError, match=rf"a\.jsonl:1: id {first.id} stands for another prompt among the questions"):
+        bench.read_answers(jsonl(tmp_path / "a.jsonl", [{"id": first.id, "prompt": second.prompt, "response": "x"}]), questions)
+    games_of = [{"game": "", "value": 1.0, "kind": "hard", "label": "A", "reply": "A", "template": ""}]
+    judged = {"id": first.id, "prompt": second.prompt, "model": "m", "opponent": "o", "judge": "j", "games": games_of}
+    with pytest.raises(UserError, match=rf"j\.jsonl:1: id {first.id} stands for another prompt"):
+        bench.read_judgments(jsonl(tmp_path / "j.jsonl", [judged]), questions)
+    (one,) = bench.read_judgments(jsonl(tmp_path / "j.jsonl", [{**judged, "id": "elsewhere:7"}]), questions)["m"]
+    assert one.question is second
+    with pytest.raises(UserError, match=r"a\.jsonl:1: key 'prompt' must be text or messages, not 3"):
+        bench.read_answers(jsonl(tmp_path / "a.jsonl", [{"id": first.id, "prompt": 3, "response": "x"}]), questions)
+
+
+def test_conversations_are_known_by_their_words(tmp_path: Path) -> None:
+    bench = benchmark("hh")
+    talks = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Go on."}]
+        for text in "ab"
+    ]
+    rows = [
+        {"prompt": talk, "chosen": [{"role": "assistant", "content": "c"}], "rejected": [{"role": "assistant", "content": "r"}]}
+        for talk in talks
+    ]
+    questions = bench.read_questions(str(jsonl(tmp_path / "q.jsonl", rows)))
+    answers = jsonl(tmp_path / "a.jsonl", [{"id": "x", "prompt": talks[1], "response": "second"}])
+    assert [answer.question for answer in bench.read_answers(answers, questions)] == [questions[1].id]
+    without = bench.read_answers(answers, [])
+    again = bench.read_answers(jsonl(tmp_path / "b.jsonl", [{"id": "y", "prompt": talks[1], "response": "third"}]), [])
+    assert without[0].question == again[0].question
