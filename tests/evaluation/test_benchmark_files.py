@@ -89,7 +89,7 @@ def test_the_name_is_given_for_the_official_questions_against_the_baseline(tmp_p
     assert metrics["models"][0]["figures"] == whole  # the order of the rows says nothing
 
     metrics, printed = scored(tmp_path / "few", capsys, "--judgments", file, *questions, *gamed, "--limit", "9")
-    assert "a length-controlled win rate on 9 of 12 of" in printed and metrics["models"][0]["figures"][LC]["n"] == 9
+    assert "a length-controlled win rate on 9 of 12 questions of" in printed and metrics["models"][0]["figures"][LC]["n"] == 9
     assert "Length-controlled win rate on 9 of 12" in (tmp_path / "few/out/report.html").read_text()
 
 
@@ -177,8 +177,7 @@ def test_a_deleted_row_is_an_error_left_out_or_lost(tmp_path, capsys):
     (model,) = metrics["models"]
     assert model["figures"]["win_rate"]["mean"] == pytest.approx(sum(kept) / 12) and model["figures"][LC]["n"] == 12
     assert "no judgment of 1 question: counted as lost" in printed and model["counts"]["hard"] == 0
-    lengths = [90 - 6 * i for i in range(12) if i != 4]
-    assert model["details"]["length"] == sum(lengths) // 11  # what is not there has no length
+    assert model["details"]["length"] == sum(90 - 6 * i for i in range(12) if i != 4) // 12  # the lost one is empty
 
     rows[4]["preference"] = None  # unread, not missing
     metrics, _ = scored(tmp_path, capsys, "--judgments", write(file, rows), *questions)

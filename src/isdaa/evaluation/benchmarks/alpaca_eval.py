@@ -216,9 +216,7 @@ def _score(judged: list[Judged], scoring: Scoring) -> Score:
     if controlled.note:
         lines.append(controlled.note)
     known = {name: figure for name, figure in figures.items() if figure is not None}
-    given = np.array([not games.missing(one) for one in judged])  # what a file lacks has no length, and counts as empty above
-    means = (side[given].mean() if given.any() else 0.0 for side in lengths.T)
-    details: dict[str, float] = dict(zip(("length", "opponent_length"), map(int, means), strict=True))
+    details: dict[str, float] = dict(zip(("length", "opponent_length"), map(int, lengths.mean(axis=0)), strict=True))
     details |= controlled.coefficients
     if flips is not None:
         details["flip_rate"] = flips
