@@ -10,7 +10,7 @@ metrics.json, .csv       figures with intervals, models compared; examples.json:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from typing import Any
 from isdaa.distributed import once
 from isdaa.errors import DoneInPart, UserError
 from isdaa.evaluation.benchmark_answers import Answering, Respondent, answer
-from isdaa.evaluation.benchmark_input import Control, Plan, Side, check, lacking, length_control, plan_of, questions_of
+from isdaa.evaluation.benchmark_input import Control, Plan, Side, check, length_control, plan_of, questions_of
 from isdaa.evaluation.benchmark_judging import BenchmarkJudge, Case, judge_of, judged
+from isdaa.evaluation.benchmark_judgments import among_the_official, judgments_of
 from isdaa.evaluation.benchmark_outcome import (
     LENGTH_CONTROLLED,
     comparisons,
@@ -31,7 +32,7 @@ from isdaa.evaluation.benchmark_outcome import (
 )
 from isdaa.evaluation.benchmark_request import BenchmarkRequest, file_name
 from isdaa.evaluation.benchmarks import benchmark
-from isdaa.evaluation.benchmarks.alpaca_eval import ALPACA_EVAL, BASELINE, QUESTIONS
+from isdaa.evaluation.benchmarks.alpaca_eval import ALPACA_EVAL, QUESTIONS
 from isdaa.evaluation.benchmarks.arena_hard import ARENA_HARD
 from isdaa.evaluation.benchmarks.benchmark import Answer, Benchmark, Judged, Question, Score, Scoring, counted
 from isdaa.evaluation.benchmarks.games import lost
@@ -216,13 +217,13 @@ def _score_again(bench: Benchmark, request: BenchmarkRequest) -> Outcome:
     questions = questions_of(bench, request) if wanted else []
     files = [file for file in (*sources.answers, sources.opponent) if file is not None]
     answers = [one for file in files for one in bench.read_answers(Path(file).expanduser(), questions)]
-    found, gone = _judgments(bench, request, questions, answers)
+    found, gone = judgments_of(bench, request, questions, answers)
     opponents = {one.opponent.model for answers in found.values() for one in answers if one.opponent is not None}
     control = Control()
     if wanted:
         control = length_control(bench, request, opponents)
     elif bench is ALPACA_EVAL:
-        questions, found, control = _among_the_official(bench, request, found, opponents)
+        questions, found, control = among_the_official(bench, request, found, opponents)
     names = sorted({one.judge for answers in found.values() for one in answers if one.judge})
     count = len({one.question.id for answers in found.values() for one in answers})
     with locked(request.output_dir) as folder:
@@ -232,70 +233,6 @@ def _score_again(bench: Benchmark, request: BenchmarkRequest) -> Outcome:
         both = any(verdict.game for answers in found.values() for one in answers for verdict in one.verdicts)
         metrics = _scored(bench, request, metrics, found, {}, both, folder, control, gone)
         return Outcome(metrics, folder, None if metrics["headline"] else _unread(found, "verdicts of the files"))
-
-
-def _judgments(
-    bench: Benchmark, request: BenchmarkRequest, questions: Sequence[Question], answers: Sequence[Answer]
-) -> tuple[dict[str, list[Judged]], dict[str, int]]:
-    """Judged answers by model, all in one order: that of the questions, else that in which they are first met; how many lack."""
-    found: dict[str, list[Judged]] = {}
-    gone: dict[str, int] = {}
-    for file in request.sources.judgments:
-        read = bench.read_judgments(Path(file).expanduser(), questions, answers)
-        again = next((label for label in read if label in found), None)
-        if again is not None:
-            raise UserError(f"{file}: {again} is judged in another of the files already; give one of them")
-        for label, own in read.items():
-            had = {one.question.id: one for one in own if len(one.verdicts) > len(one.question.follow_ups)}
-            missing = set(lacking(bench, request, file, label, questions, had, "judgment"))
-            gone[label] = len(missing)
-            read[label] = [one for one in own if one.question.id not in missing]
-            if request.sources.lacking == "loss":
-                for question in questions:
-                    if question.id in missing:
-                        opponent = _opponent_of(bench, file, question, own, answers)
-                        empty = Judged(question, Answer(question.id, label, ("",)), opponent, (), own[0].judge)
-                        read[label].append(lost(empty, bench is ARENA_HARD))
-        found |= read
-    met = [one.question.id for answers in found.values() for one in answers]
-    place = {identifier: row for row, identifier in enumerate(dict.fromkeys([*(q.id for q in questions), *met]))}
-    return {label: sorted(own, key=lambda one: place[one.question.id]) for label, own in found.items()}, gone
-
-
-def _opponent_of(bench: Benchmark, file: str, question: Question, judged: Sequence[Judged], answers: Sequence[Answer]) -> Answer:
-    """The opponent's answer to a question that is not among a model's judged ones; its text may be unknown but for AlpacaEval."""
-    names = dict.fromkeys(one.opponent.model for one in judged if one.opponent is not None)
-    name = next(iter(names)) if len(names) == 1 else bench.baselines.get(question.category, "")
-    known = next((one for one in answers if (one.model, one.question) == (name, question.id)), None)
-    if known is not None:
-        return known
-    if question.response is not None and question.responder == name:
-        return Answer(question.id, name, (question.response,))
-    if bench is ALPACA_EVAL:
-        raise UserError(
-            f"{file}: --missing loss needs the length of {name}'s answer to question {question.id}; give its answers with "
-            "--opponent FILE"
-        )
-    return Answer(question.id, name, ())
-
-
-def _among_the_official(
-    bench: Benchmark, request: BenchmarkRequest, found: dict[str, list[Judged]], opponents: set[str]
-) -> tuple[list[Question], dict[str, list[Judged]], Control]:
-    """AlpacaEval's annotations as those of its own questions, where no others are named and the Hub's are to be had."""
-    if opponents != {BASELINE}:
-        return [], found, Control(why=f"the opponent is {' and '.join(sorted(opponents))}, not {BASELINE}")
-    try:
-        questions = bench.read_questions(bench.source)
-    except UserError as error:
-        why = f"{str(error).partition('; ')[0]}; give it with --questions FILE, and df_gamed.csv with --gamed FILE"
-        return [], found, Control(why=why)
-    lenient = replace(request, sources=replace(request.sources, missing="skip"))
-    again, _ = _judgments(bench, lenient, questions, [])
-    if sum(map(len, again.values())) < sum(map(len, found.values())):
-        return [], found, Control(why=f"some of the instructions are not among AlpacaEval's own {QUESTIONS}")
-    judged = {one.question.id for answers in again.values() for one in answers}
-    return [question for question in questions if question.id in judged], again, length_control(bench, request, opponents)
 
 
 def _described(

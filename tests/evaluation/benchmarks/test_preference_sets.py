@@ -147,6 +147,14 @@ def test_a_row_is_known_by_its_prompt_not_by_its_place(questions: list, tmp_path
         bench.read_judgments(jsonl(tmp_path / "j.jsonl", [judged]), questions)
     (one,) = bench.read_judgments(jsonl(tmp_path / "j.jsonl", [{**judged, "id": "elsewhere:7"}]), questions)["m"]
     assert one.question is second
+    twice = [judged, {**judged, "id": second.id, "prompt": second.prompt}]
+    with pytest.raises(UserError, match=rf"j\.jsonl:2: question {second.id} is judged again for m; keep one of the two"):
+        bench.read_judgments(jsonl(tmp_path / "j.jsonl", [{**row, "id": second.id} for row in twice]), questions)
+    with pytest.raises(UserError, match=r"a\.jsonl:2: a has the question .* again; remove one"):
+        bench.read_answers(jsonl(tmp_path / "a.jsonl", [{"prompt": first.prompt, "response": "x"}] * 2), questions)
+    # Data sets have prompts twice, and questions once.
+    rows = [{"id": name, "prompt": first.prompt, "response": name, "model": "m"} for name in (first.id, "elsewhere:9")]
+    assert [answer.turns[0] for answer in bench.read_answers(jsonl(tmp_path / "a.jsonl", rows), questions)] == [first.id]
     with pytest.raises(UserError, match=r"a\.jsonl:1: key 'prompt' must be text or messages, not 3"):
         bench.read_answers(jsonl(tmp_path / "a.jsonl", [{"id": first.id, "prompt": 3, "response": "x"}]), questions)
 

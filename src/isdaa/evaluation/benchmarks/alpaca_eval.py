@@ -118,7 +118,7 @@ def _answers(path: str | Path, output: str, generator: str, questions: Sequence[
         instruction = text(row, "instruction", where, "the instruction")
         model = text(row, generator, where, "the model's name")
         answer = text(row, output, where, "the model's output", empty=True)
-        yield Answer(texts.identify(instruction, model), model, (answer,), where=where, row=row)
+        yield Answer(texts.identify(instruction, model, where), model, (answer,), where=where, row=row)
     texts.check(path)
 
 
@@ -297,7 +297,7 @@ def read_judgments(path: str | Path, questions: Sequence[Question], answers: Seq
         instruction = text(row, "instruction", where, "the instruction")
         names = [text(row, f"generator_{side}", where, "the model's name") for side in (1, 2)]
         outputs = [text(row, f"output_{side}", where, "the output", empty=True) for side in (1, 2)]
-        identifier = texts.identify(instruction, names[1])
+        identifier = texts.identify(instruction, names[1], where)
         question = by_id.get(identifier) or _question(identifier, row, where)
         if questions and identifier not in by_id:
             continue

@@ -148,7 +148,7 @@ class _Identity:
         words = prompt_text(Question("", prompt)) if _is_prompt(prompt) else None
         if words is None or not words.strip():
             raise UserError(f"{where}: key 'prompt' must be text or messages, not {kind(prompt)}; give the question's prompt")
-        named = self.by_id.get(str(row.get("id")))
+        named = None if row.get("id") is None else self.by_id.get(identity(row, ("id",), where))
         if named is not None and prompt_text(named) == words:
             self.texts.seen[words, model] += 1
             return named.id
@@ -157,7 +157,9 @@ class _Identity:
                 f"{where}: id {named.id} stands for another prompt among the questions ({named.where}); give the file that "
                 "belongs to them, or take the ids out of it"
             )
-        return self.texts.identify(words, model)
+        if row.get("id") is not None and 0 < len(self.texts.known.get(words, ())) <= self.texts.seen[words, model]:
+            return f"{row['id']} {where}"  # another row of a prompt that the questions have once
+        return self.texts.identify(words, model, where)
 
 
 def _is_prompt(value: Any) -> bool:
@@ -238,11 +240,15 @@ def read_judgments(path: str | Path, questions: Sequence[Question], answers: Seq
     identify = _Identity(questions)
     known = {(answer.model, answer.question): answer for answer in answers}
     result: dict[str, list[Judged]] = {}
+    judged: set[tuple[str, str]] = set()
     for row, where in iterate_rows(str(path)):
         model = text(row, "model", where, "the model's name")
         identifier = identify(row, where, model)
         if questions and identifier not in identify.by_id:
             continue
+        if (model, identifier) in judged:
+            raise UserError(f"{where}: question {identifier} is judged again for {model}; keep one of the two")
+        judged.add((model, identifier))
         question = identify.by_id.get(identifier) or Question(identifier, row.get("prompt") or "", where=where)
         sides = [known.get((name, identifier), Answer(identifier, name, ())) for name in (model, str(row.get("opponent")))]
         verdicts = tuple(games.read_game(game, where) for game in objects(row, "games", where, "what each order gave"))

@@ -171,13 +171,18 @@ class Texts:
         self.any = bool(questions)
         self.seen: Counter[tuple[str, str]] = Counter()
 
-    def identify(self, text: str, model: str) -> str:
-        """The id of the question; one that no question has where the text is none of theirs."""
+    def identify(self, text: str, model: str, where: str) -> str:
+        """The id of the question; one that no question has where the text is none of theirs.
+
+        Raises UserError where a model has more of a text than the questions have.
+        """
         place = self.seen[text, model]
         self.seen[text, model] += 1
         known = self.known.get(text, [])
         if place < len(known):
             return known[place]
+        if known:
+            raise UserError(f"{where}: {model} has the question {shortened(text)!r} again; remove one, or leave out --limit")
         return f"{digest(text)}{f'-{place + 1}' if place else ''}"
 
     def check(self, path: str | Path) -> None:
