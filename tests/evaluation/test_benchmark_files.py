@@ -251,3 +251,21 @@ def test_mt_bench_says_once_that_right_answers_are_missing(tmp_path, capsys):
     write_jsonl(tmp_path / "j.jsonl", rows[:3])  # a turn that nobody graded
     assert evaluate("mt_bench", tmp_path / "half", "--questions", tmp_path / "q.jsonl", "--judgments", tmp_path / "j.jsonl") == 2
     assert "no judgment of B to question 111" in capsys.readouterr().err
+
+
+def test_a_model_that_wins_everything_has_no_interval_and_is_better(tmp_path, capsys):
+    questions = ["--questions", tmp_path / "questions.json", "--gamed", tmp_path / "gamed.csv"]
+    rows = [row | {"preference": 2.0} for row in annotations("winner")]
+    file = write(tmp_path / "winner.json", rows)
+    metrics, printed = scored(tmp_path / "one", capsys, "--judgments", file, *questions)
+    figure = metrics["models"][0]["figures"][LC]
+    assert figure["low"] is None is figure["high"] and 0.5 < figure["mean"] <= 1
+    assert metrics["sentence"].endswith("against gpt4_1106_preview: better than its opponent.") and "no interval" in printed
+    assert 'class="verdict not"' in (tmp_path / "one/out/report.html").read_text()
+    other = write(tmp_path / "mine.json", annotations())
+    metrics, printed = scored(tmp_path / "two", capsys, "--judgments", file, other, *questions)
+    (pair,) = metrics["comparisons"]
+    assert pair["headline_difference"] is None and "] raw |" in printed  # two figures of which one has no resamples
+    again = write(tmp_path / "again.json", [row | {"generator_2": "again"} for row in rows])
+    metrics, printed = scored(tmp_path / "three", capsys, "--judgments", file, again, *questions)
+    assert metrics["comparisons"][0]["headline_difference"] is None and "winner and again are level on" in printed
