@@ -319,7 +319,7 @@ def test_an_option_given_twice_is_an_error_unless_it_says_the_same(capsys: pytes
         ["evaluate", "--model_path", "a", "--model-path", "b"],
         ["evaluate", "--model_path", "a", "--output", "b", "--output", "c"],
         ["sweep", "--config", "a", "--config", "b"],
-        ["evaluate", "--model_path", "a", "--limit", "1", "--limit", "2"],
+        ["benchmark", "hh", "--limit", "1", "--limit", "2"],
     ):
         assert main(argv) == 2
         assert "is given twice" in capsys.readouterr().err
@@ -359,16 +359,10 @@ def test_home_is_expanded_everywhere_alike(tmp_path: Path, monkeypatch: pytest.M
     parser = build_parser()
     for argv, name in (
         (["evaluate", "--model_path", "~/x"], "model_path"),
-        *(
-            (["evaluate", "--model_path", "a", f"--{n}", "~/x"], n)
-            for n in ("output", "reference", "data", "scorer", "questions")
-        ),
-        *(
-            (["evaluate", "--model_path", "a", f"--{n}", "~/x"], n)
-            for n in ("answers", "judgments", "opponent", "baseline", "judge")
-        ),
-        *((["evaluate", "--model_path", "a", f"--{n}", "~/x"], n) for n in ("references", "gamed", "chat_template")),
-        (["evaluate", "--model_path", "a", "--tax_include_path", "~/x"], "tax_include_path"),
+        *((["evaluate", "--model_path", "a", f"--{n}", "~/x"], n) for n in ("output", "reference", "data", "scorer", "scores")),
+        *((["benchmark", "hh", f"--{n}", "~/x"], n) for n in ("answers", "judgments", "opponent", "baseline", "judge")),
+        *((["benchmark", "hh", f"--{n}", "~/x"], n) for n in ("references", "gamed", "chat_template", "questions")),
+        (["tax", "--model_path", "a", "--include_path", "~/x"], "include_path"),
         (["report", "~/x"], "path"),
         (["report", "--checkpoints", "~/x"], "checkpoints"),
         (["report", "a", "--output", "~/x"], "output"),

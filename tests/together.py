@@ -125,9 +125,9 @@ def benchmark(run: Path, output: Path) -> int:
     from isdaa.cli import main
 
     settings = ["--evaluation.batch_size", "4", "--evaluation.bootstrap", "100", "--limit", "11", "--max_new_tokens", "12"]
-    words = ["--benchmark", "tldr", "--questions", "world:small", "--judge", "gold", *settings]
+    words = ["--questions", "world:small", "--judge", "gold", *settings]
     with patch("isdaa.cli.finish"):  # it ends what the program that calls goes on with
-        return main(["evaluate", "--model_path", str(run), "--output", str(output), *words])
+        return main(["benchmark", "tldr", "--model_path", str(run), "--output", str(output), *words])
 
 
 def trainer() -> None:

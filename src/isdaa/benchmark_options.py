@@ -1,4 +1,4 @@
-"""The command line's options of `isdaa evaluate --benchmark`, and the request that they make."""
+"""The command line's options of `isdaa benchmark`, and the request that they make."""
 
 from __future__ import annotations
 
@@ -11,21 +11,32 @@ from isdaa.evaluation.judge_options import add_judge_options, asking_of
 if TYPE_CHECKING:
     from isdaa.evaluation.benchmark_request import BenchmarkRequest
 
-# Options that mean something else, or nothing, for a benchmark, and what to say instead.
-NOT_HERE = {
-    "reference": "--baseline", "data": "--questions", "scorer": "--judge", "scores": "--judgments",
-    "judge_template": "another --benchmark (hh, tldr)",
-}  # fmt: skip
+KEYS = (
+    "evaluation.seed", "evaluation.bootstrap", "evaluation.confidence", "evaluation.batch_size",
+    "tokenization.max_prompt_length", "tokenization.chat_template_kwargs", "scorer.position", "scorer.label",
+)  # fmt: skip
+# Options that mean something else, or nothing, for a benchmark, and what to do instead.
+INSTEAD = {
+    "--reference": "--baseline names a model to compare with",
+    "--data": "--questions does what you may have meant",
+    "--scorer": "--judge does what you may have meant",
+    "--scores": "--judgments does what you may have meant",
+    "--judge_template": "a benchmark has its own question (try `isdaa benchmark hh` or `tldr`)",
+    "--tokenizer": "each model has its own; copy it into the model's folder",
+    "--difficulty": "--gamed FILE takes the official df_gamed.csv, which holds the difficulties, too",
+    "--evaluation.prompts": "--limit says how many questions",
+    "--evaluation.max_new_tokens": "--max_new_tokens does it",
+}
 
 
 def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
     """Every option is None unless it is given; the defaults stand with the benchmarks and in `JudgeSettings`."""
-    what = parser.add_argument_group("benchmark: instruction following, by a judge (see docs/benchmarks.md)")
-    what.add_argument("--benchmark", metavar="NAME", help="alpaca_eval, mt_bench, arena_hard, hh or tldr")
+    what = parser.add_argument_group("benchmark (see docs/benchmarks.md)")
     what.add_argument(
         "--questions", metavar="SOURCE",
         help="file, Hub name, or `project`: a small set that comes with isdaa (default: the benchmark's own, from the Hub)",
     )  # fmt: skip
+    what.add_argument("--split", metavar="NAME", help="split of --questions")
     what.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
     what.add_argument("--max_new_tokens", type=int, metavar="N", help="of an answer (default: the benchmark's)")
     what.add_argument("--chat_template", metavar="FILE", help="Jinja template instead of the tokenizers' own")
@@ -39,45 +50,19 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--baseline", metavar="PATH", help="model whose answers are compared with, instead of a file")
     what.add_argument("--references", metavar="FILE", help="mt_bench: right answers to math, reasoning and coding")
     what.add_argument("--gamed", metavar="FILE", help="alpaca_eval: the official df_gamed.csv (default: from the Hub)")
-    what.add_argument("--difficulty", help=argparse.SUPPRESS)
     what.add_argument(
         "--missing", choices=("error", "skip", "loss"),
         help="questions that a file of answers or judgments lacks: an error (default), left out, or lost",
     )  # fmt: skip
-    who = add_judge_options(parser, "judge of a benchmark, or of the samples of checkpoints")
-    who.add_argument("--judge", metavar="NAME", help="of a benchmark, instead of a judge model: `gold` or a reward model's path")
+    who = add_judge_options(parser, "judge (see docs/judging.md)", template=False)
+    who.add_argument("--judge", metavar="NAME", help="instead of a judge model: `gold` or a reward model's path")
     who.add_argument("--judge_no_logprobs", action="store_true", default=None, help="do not ask for log-probabilities")
-
-
-OPTIONS = (
-    "questions", "limit", "max_new_tokens", "chat_template", "answers", "judgments", "opponent", "baseline", "references",
-    "gamed", "difficulty", "missing", "judge", "judge_no_logprobs",
-)  # fmt: skip
-
-
-def check_without_benchmark(arguments: argparse.Namespace) -> None:
-    """Raises UserError where an option of benchmarks is given and no benchmark, or no model is."""
-    strange = next((name for name in OPTIONS if getattr(arguments, name) is not None), None)
-    if strange is not None:
-        hint = "; a reward model is named with --scorer" if strange == "judge" else ""
-        raise UserError(f"--{strange}: belongs to a benchmark; name one with --benchmark{hint}")
-    if not arguments.model_path:
-        raise UserError("the following arguments are required: --model_path; see `isdaa evaluate --help`")
 
 
 def request_of(arguments: argparse.Namespace, overrides: dict[str, Any]) -> BenchmarkRequest:
     """The request of a parsed command line. overrides: `dtype`, `trust_remote_code` and dotted keys."""
     from isdaa.evaluation.benchmark_request import Sources, benchmark_request
 
-    for name, instead in NOT_HERE.items():
-        if getattr(arguments, name) is not None:
-            raise UserError(f"--{name}: has no effect with --benchmark; {instead} does what you may have meant")
-    if arguments.difficulty is not None:
-        raise UserError("--difficulty: is gone; --gamed FILE takes the official df_gamed.csv, which holds the difficulties, too")
-    if arguments.tokenizer is not None:
-        raise UserError(
-            "--tokenizer: has no effect with --benchmark, where each model has its own; copy it into the model's folder"
-        )
     if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
         raise UserError(f"--max_new_tokens is {arguments.max_new_tokens}; it must be 1 or more")
     sources = Sources(
@@ -93,7 +78,7 @@ def request_of(arguments: argparse.Namespace, overrides: dict[str, Any]) -> Benc
         missing=arguments.missing,
     )
     return benchmark_request(
-        arguments.benchmark,
+        arguments.name,
         arguments.model_path or (),
         sources,
         judge=arguments.judge,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ EXAMPLES = """examples:
   isdaa train --config config.yaml --objective.beta 0.05
   isdaa inspect --config config.yaml
   isdaa evaluate --model_path runs/mini/model
-  isdaa evaluate --model_path runs/mini/model --benchmark mt_bench --judge-model NAME --judge-base-url URL
+  isdaa benchmark mt_bench --model_path runs/mini/model --judge-model NAME --judge-base-url URL
+  isdaa tax gsm8k hellaswag --model_path runs/mini/model
   isdaa report runs/mini
   isdaa sweep --config configs/mini/sweep.yaml --jobs 2
   isdaa methods
@@ -31,18 +33,29 @@ exit status: 0 done, 1 a fault of isdaa, 2 your input or a run that had to stop,
 """
 
 
+SAMPLES_JUDGE = "judge of the samples, in place of a scorer (see docs/judging.md)"
+
+
+class _CommandsHelp(argparse.RawDescriptionHelpFormatter):
+    """The longest command's help, too, stands beside its name."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog)
+        self._action_max_length = max(map(len, COMMANDS)) + 4
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command. Dashes and underscores in option names are the same."""
-    from isdaa.benchmark_options import add_benchmark_options
+    from isdaa import benchmark_options
+    from isdaa.evaluation import tax as tax_options
     from isdaa.evaluation.judge_options import add_judge_options
-    from isdaa.evaluation.tax import add_tax_options
-    from isdaa.options import OneLineParser, add_options
+    from isdaa.options import OneLineParser, add_options, point_to_each_other
 
     parser = OneLineParser(
         prog="isdaa",
         description="Offline preference alignment that does not over-optimise.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_CommandsHelp,
     )
     parser.add_argument("--version", action="version", version=f"isdaa {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=OneLineParser)
@@ -80,16 +93,38 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser(
         "evaluate",
-        help="KL, win rate and drift of one model, or of every checkpoint of a run; or a benchmark, or lm-eval's tasks",
-        usage="isdaa evaluate --model_path PATH [PATH ...] [options]\n"
-        "       isdaa evaluate --model_path PATH [PATH ...] --benchmark NAME [--judge_model NAME --judge_base_url URL] …\n"
-        "       isdaa evaluate --model_path PATH [PATH ...] --tax [TASK ...] [options]",
+        help="KL, win rate, drift and verdict of one model, or of every checkpoint of a run",
+        usage="isdaa evaluate --model_path PATH [PATH ...] [options]",
     )
-    evaluate.add_argument("--model_path", nargs="+", metavar="PATH", help="model, checkpoint or run folders")
-    evaluate.add_argument("--output", metavar="DIR", help="where records go (default: `evaluation` in the run's folder)")
-    add_benchmark_options(evaluate)
-    add_tax_options(evaluate)
+    _models_options(evaluate)
+    add_judge_options(evaluate, SAMPLES_JUDGE)
     _evaluation_options(evaluate)
+    evaluate.instead = {"--judge": "a reward model is named with --scorer"}
+
+    benchmark = commands.add_parser(
+        "benchmark",
+        help="AlpacaEval, MT-Bench, Arena-Hard, HH or TL;DR: a model answers, a judge judges",
+        usage="isdaa benchmark NAME --model_path PATH [PATH ...] [--judge_model NAME --judge_base_url URL] [options]",
+    )
+    benchmark.add_argument("name", metavar="NAME", help="alpaca_eval, mt_bench, arena_hard, hh or tldr")
+    _models_options(benchmark, required=False)
+    benchmark_options.add_benchmark_options(benchmark)
+    _loading_options(benchmark)
+    add_options(benchmark, only=benchmark_options.KEYS)
+    benchmark.instead = benchmark_options.INSTEAD
+
+    tax = commands.add_parser(
+        "tax",
+        help="alignment tax: what a model lost on tasks of lm-eval, such as MMLU and GSM8K",
+        usage="isdaa tax [TASK ...] --model_path PATH [PATH ...] [options]",
+    )
+    tax_options.add_tax_options(tax)
+    _models_options(tax)
+    _reference_options(tax)
+    _loading_options(tax)
+    add_options(tax, only=tax_options.KEYS)
+    tax.instead = tax_options.INSTEAD
+    point_to_each_other(evaluate, benchmark, tax)
 
     report = commands.add_parser(
         "report",
@@ -104,7 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--output", metavar="DIR", help="where the report goes (default: `report` in the run's or sweep's folder)"
     )
-    add_judge_options(report, "judge of the samples, in place of a scorer (see docs/judging.md)")
+    add_judge_options(report, SAMPLES_JUDGE)
     _evaluation_options(report)
 
     logps = commands.add_parser("logps", help="add behaviour logps under a model to a file of pairs")
@@ -163,19 +198,36 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _evaluation_options(parser: argparse.ArgumentParser) -> None:
-    from isdaa.options import add_options
+def _models_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument("--model_path", nargs="+", required=required, metavar="PATH", help="model, checkpoint or run folders")
+    parser.add_argument("--output", metavar="DIR", help="where records go (default: `evaluation` in the run's folder)")
 
+
+def _reference_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", metavar="PATH", help="reference model (default: from the record beside the model)")
     parser.add_argument(
         "--tokenizer", metavar="PATH", help="tokenizer of all models (default: the first model's, its base's or the reference's)"
     )
+
+
+def _evaluation_options(parser: argparse.ArgumentParser) -> None:
+    from isdaa.options import add_options
+
+    _reference_options(parser)
     parser.add_argument("--data", metavar="SOURCE", help="held-out prompts or pairs (default: from the record)")
-    parser.add_argument("--split", metavar="NAME", help="split of --data, or of --questions")
+    parser.add_argument("--split", metavar="NAME", help="split of --data")
     parser.add_argument("--scorer", metavar="NAME", help="`gold`, a reward model's path, or `none` (default: from the record)")
     parser.add_argument(
         "--scores", metavar="FILE", help="scores of your own of the samples that --scorer none drew (see docs/evaluation.md)"
     )
+    parser.add_argument(
+        "--show_scorer_input", action="store_true", default=None, help="show once, token by token, what the scorer is fed"
+    )
+    _loading_options(parser)
+    add_options(parser, only=("evaluation", "tokenization", "scorer"))
+
+
+def _loading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "auto"], help="of the policies in memory (default: the record's)"
     )
@@ -184,11 +236,7 @@ def _evaluation_options(parser: argparse.ArgumentParser) -> None:
     trust.add_argument(
         "--no_trust_remote_code", dest="trust_remote_code", action="store_false", default=None, help="run none (the default)"
     )
-    parser.add_argument(
-        "--show_scorer_input", action="store_true", default=None, help="show once, token by token, what the scorer is fed"
-    )
     _adopt_option(parser)
-    add_options(parser, only=("evaluation", "tokenization", "scorer"))
 
 
 def _denying_option(parser: argparse.ArgumentParser) -> None:
@@ -235,6 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    argv = _renamed(argv)
     ownership.command = ["isdaa", *argv]
     arguments = build_parser().parse_args(argv)
     if world_size() > 1 and arguments.command not in TOGETHER:
@@ -243,6 +292,29 @@ def _run(argv: list[str]) -> int:
         status = COMMANDS[arguments.command](arguments)
     finish()
     return status
+
+
+def _renamed(argv: list[str]) -> list[str]:
+    """`evaluate --benchmark NAME …` and `evaluate --tax …`, which work for one release more, as they are typed now."""
+    from isdaa.options import OneLineParser
+
+    if argv[:1] != ["evaluate"]:
+        return argv
+    former = OneLineParser(prog="isdaa evaluate", add_help=False)
+    former.add_argument("--benchmark")
+    former.add_argument("--tax", nargs="*")
+    known, rest = former.parse_known_args(argv[1:])
+    if known.benchmark is not None and known.tax is not None:
+        raise UserError("evaluate: --benchmark and --tax are two evaluations; call one after the other")
+    if known.benchmark is not None:
+        name, new = "--benchmark", ["benchmark", known.benchmark, *rest]
+    elif known.tax is not None:
+        name, new = "--tax", ["tax", *known.tax, *(re.sub("^--tax[-_]", "--", word) for word in rest)]
+    else:
+        return argv
+    if is_main():
+        tell(f"isdaa: `evaluate {name}` is gone in the next release; type: {shown(shlex.join(['isdaa', *new]))}")
+    return new
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -354,28 +426,10 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from isdaa.benchmark_options import check_without_benchmark
-
     if arguments.adopt:
-        _adopted(arguments.model_path or [])
-    if arguments.show_scorer_input and (arguments.benchmark is not None or arguments.tax is not None):
-        raise UserError("evaluate: --show_scorer_input is for an evaluation by a scorer; leave it out with --benchmark and --tax")
-    if arguments.benchmark is not None:
-        if any(value is not None for name, value in vars(arguments).items() if name.startswith("tax")):
-            raise UserError("evaluate: --benchmark and --tax are two evaluations; call one after the other")
-        return _benchmark(arguments)
-    check_without_benchmark(arguments)
+        _adopted(arguments.model_path)
     overrides = _evaluation_overrides(arguments) | {"output_dir": arguments.output}
     _quiet_libraries()
-    from isdaa.evaluation.tax import tax_command
-
-    folder = tax_command(arguments, overrides)
-    if folder is not None:
-        from isdaa.report.benchmarks import renew_benchmark_reports
-
-        for page in renew_benchmark_reports(folder):
-            print(f"report: {shown(page)}")
-        return 0
     from isdaa.evaluation.requests import requests
 
     request = once(partial(requests, arguments.model_path, overrides))  # before what takes seconds to import
@@ -392,11 +446,31 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _tax(arguments: argparse.Namespace) -> int:
+    from isdaa.options import overrides_of
+
+    if arguments.adopt:
+        _adopted(arguments.model_path)
+    names = ("reference", "tokenizer", "dtype", "trust_remote_code")
+    overrides = overrides_of(arguments) | {name: getattr(arguments, name) for name in names} | {"output_dir": arguments.output}
+    _quiet_libraries()
+    from isdaa.evaluation.tax import tax_command
+
+    folder = tax_command(arguments, overrides)
+    from isdaa.report.benchmarks import renew_benchmark_reports
+
+    for page in renew_benchmark_reports(folder):
+        print(f"report: {shown(page)}")
+    return 0
+
+
 def _benchmark(arguments: argparse.Namespace) -> int:
     """Status 3 where a budget ended the judging early, or no reply could be read: what is there is printed first."""
     from isdaa.benchmark_options import request_of
     from isdaa.options import overrides_of
 
+    if arguments.adopt:
+        _adopted(arguments.model_path or [])
     names = ("dtype", "trust_remote_code")
     overrides = overrides_of(arguments) | {name: getattr(arguments, name) for name in names}
     request = once(partial(request_of, arguments, overrides))
@@ -548,6 +622,8 @@ COMMANDS = {
     "train": _train,
     "inspect": _inspect,
     "evaluate": _evaluate,
+    "benchmark": _benchmark,
+    "tax": _tax,
     "report": _report,
     "logps": _logps,
     "get-model": _get_model,
@@ -556,8 +632,8 @@ COMMANDS = {
     "demo": _demo,
 }
 # Of whose every phase is told that it goes on; a sweep shows its runs.
-HEARD = ("get-model", "train", "inspect", "evaluate", "report", "logps")
-TOGETHER = ("train", "evaluate", "logps", "methods")  # what several processes can do
+HEARD = ("get-model", "train", "inspect", "evaluate", "benchmark", "tax", "report", "logps")
+TOGETHER = ("train", "evaluate", "benchmark", "logps", "methods")  # what several processes can do
 
 
 if __name__ == "__main__":

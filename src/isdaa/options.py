@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from isdaa.config import allowed, fields
@@ -16,6 +16,7 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are one line with the nearest option, as `UserError`; dashes and underscores are the same.
 
     An option that is given twice is an error, unless it says the same. `~` in front of any text of no other type is the home.
+    `instead`: of options that a user may look for here, what to do instead.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -25,6 +26,7 @@ class OneLineParser(argparse.ArgumentParser):
         for name in (None, "store"):
             self.register("action", name, _Once)
         self.given: dict[str, Any] = {}
+        self.instead: Mapping[str, str] = {}
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         self.given = {}
@@ -50,16 +52,32 @@ class OneLineParser(argparse.ArgumentParser):
         end = given.index("--") if "--" in given else len(given)
         known, unknown = self.parse_known_args([*map(_underscored, given[:end]), *given[end:]], namespace)
         if unknown:
-            options = [o for parser in self._with_subparsers(known) for o in parser._option_string_actions]
-            raise UserError(f"unknown option {unknown[0]}{nearest(unknown[0].split('=')[0], options)}")
+            self._refuse(unknown[0], known)
         return known
 
-    def _with_subparsers(self, namespace: argparse.Namespace) -> list[argparse.ArgumentParser]:
-        found: list[argparse.ArgumentParser] = [self]
+    def _refuse(self, word: str, namespace: argparse.Namespace) -> NoReturn:
+        found: list[Any] = [self]
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
                 found += [parser for name, parser in action.choices.items() if name == getattr(namespace, action.dest, None)]
-        return found
+        option, instead = word.split("=")[0], found[-1].instead
+        if option in instead:
+            raise UserError(f"{option}: has no effect with `{found[-1].prog}`; {instead[option]}")
+        if not word.startswith("-"):
+            raise UserError(f"{word!r} belongs to no option; see `{found[-1].prog} --help`")
+        raise UserError(f"unknown option {word}{nearest(option, [o for parser in found for o in parser._option_string_actions])}")
+
+
+def point_to_each_other(*parsers: OneLineParser) -> None:
+    """Let each say, of an option that it lacks, which of the others have it."""
+    for parser in parsers:
+        found: dict[str, list[str]] = {}
+        for other in parsers:
+            for option in other._option_string_actions.keys() - parser._option_string_actions.keys():
+                found.setdefault(option, []).append(f"`{other.prog}`")
+        parser.instead = {option: f"it belongs to {' and '.join(names)}" for option, names in found.items()} | dict(
+            parser.instead
+        )
 
 
 class _Once(argparse._StoreAction):
@@ -77,11 +95,11 @@ def _underscored(argument: str) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser, only: Sequence[str] = ()) -> None:
-    """One `--section.key` option for every key of the configuration, or of the sections in `only`."""
+    """One `--section.key` option for every key of the configuration, or of the sections and keys in `only`."""
     groups: dict[str, Any] = {}
     for dotted, field, default in fields():
         section = dotted.rpartition(".")[0]
-        if only and section not in only:
+        if only and section not in only and dotted not in only:
             continue
         if section not in groups:
             groups[section] = parser.add_argument_group(section or "run")

@@ -22,7 +22,7 @@ PATIENCE = 120  # seconds
 
 
 def command(models: list[str], output: Path, batch_size: int) -> list[str]:
-    words = ["evaluate", "--benchmark", "alpaca_eval", "--model_path", *models, "--questions", "project"]
+    words = ["benchmark", "alpaca_eval", "--model_path", *models, "--questions", "project"]
     return [*words, "--output", str(output), "--max-new-tokens", "32", "--evaluation.batch_size", str(batch_size)]
 
 

@@ -92,7 +92,7 @@ def evaluate(name: str, output: Path, *options: object, limit: int | None = 4) -
     words += ["--limit", str(limit)] if limit else []
     words += ["--max-new-tokens", "8"] if "--model_path" in words else []
     words += ["--judge-retries", "0"] if "--judge-model" in words else []
-    return main(["evaluate", "--benchmark", name, "--output", str(output), "--evaluation.bootstrap", "100", *words])
+    return main(["benchmark", name, "--output", str(output), "--evaluation.bootstrap", "100", *words])
 
 
 def judge_options(url: str) -> list[str]:
@@ -310,7 +310,7 @@ def test_what_does_not_fit_the_context_is_shorter_or_empty_and_said(tmp_path, ca
     with judge_server(fair) as (_, url):
         options = ["--model_path", model, "--questions", "project", *judge_options(url)]
         words = ["--output", str(tmp_path / "out"), "--limit", "3", "--max-new-tokens", "200", "--evaluation.bootstrap", "100"]
-        assert main(["evaluate", "--benchmark", "mt_bench", *words, *options]) == 0
+        assert main(["benchmark", "mt_bench", *words, *options]) == 0
     rows = read_jsonl(tmp_path / "out/generations.jsonl")
     assert all(row["prompt_tokens"] + row["room"] <= 260 or row["room"] == 0 for row in rows)
     empty = [row for row in rows if row["room"] == 0]
@@ -348,7 +348,7 @@ def test_an_interrupted_generation_loses_one_batch(models, tmp_path, monkeypatch
 
 
 def test_a_kill_while_judging_loses_no_reply(models, tmp_path):
-    program = [sys.executable, "-m", "isdaa.cli", "evaluate", "--benchmark", "tldr", "--output", str(tmp_path / "out")]
+    program = [sys.executable, "-m", "isdaa.cli", "benchmark", "tldr", "--output", str(tmp_path / "out")]
     program += ["--limit", "6", "--max-new-tokens", "8", "--evaluation.bootstrap", "100", "--judge-concurrency", "1"]
     processes: list[subprocess.Popen] = []
 
@@ -523,46 +523,45 @@ def test_a_script_in_an_answer_stays_text(tmp_path, no_models):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--benchmark", "alpaca"], ["alpaca_eval"]),
-        (["--limit", "3"], ["--limit", "--benchmark"]),
-        (["--benchmark", "mt_bench", "--judge", "gold", "--questions", "project"], ["mt_bench", "--judge-model"]),
-        (["--benchmark", "mt_bench", "--opponent", "{here}/a.json"], ["mt_bench", "--opponent"]),
-        (["--benchmark", "tldr", "--judge", "gold", "--questions", "project"], ["facts", "world:small"]),
-        (["--benchmark", "tldr", "--judge", "./absent"], ["absent", "no such folder"]),
-        (["--benchmark", "tldr", "--judge", "gold", "--judge-model", "toy"], ["--judge", "--judge-model"]),
-        (["--benchmark", "tldr", "--judge-base-url", "http://localhost:1/v1"], ["--judge-model"]),
-        (["--benchmark", "tldr", "--judge-model", "toy", "--judge-temperature", "warm"], ["warm", "none"]),
-        (["--benchmark", "tldr", "--judge-model", "toy", "--judge-price-in", "1"], ["both prices", "--judge-price-out"]),
-        (["--benchmark", "tldr", "--judge-model", "toy", "--judge-timeout", "0"], ["--judge-timeout must be at least 0.001"]),
-        (["--benchmark", "tldr", "--judge-model", "toy", "--judge_temperature", "nan"], ["--judge-temperature must be"]),
-        (["--benchmark", "tldr", "--judge-model", "toy", "--judge-concurrency", "0"], ["--judge-concurrency must be at least 1"]),
-        (["--benchmark", "tldr", "--judge-model", "toy", "--max-requests", "-1"], ["--max-requests must be at least 0, got -1"]),
-        (["--benchmark", "tldr", "--judge-model", " "], ["--judge-model is empty"]),
-        (["--benchmark", "mt_bench", "--questions", "project", "--split", "test"], ["--split test", "no splits", "isdaa"]),
-        (["--benchmark", "tldr", "--questions", "project", "--split", "test"], ["--split test", "no splits", "isdaa"]),
-        (["--benchmark", "alpaca_eval", "--split", "eval"], ["--split eval", "one file", "tatsu-lab/alpaca_eval"]),
-        (["--benchmark", "arena_hard", "--questions", "{here}/a.json", "--split", "test"], ["--split test", "a.json"]),
-        (["--benchmark", "hh", "--questions", "{here}/a.json", "--split", "test"], ["--split test", "a.json", "no splits"]),
-        (["--benchmark", "arena_hard", "--questions", "project", "--judge-model", "toy", "--judge-base-url", "http://localhost:1/v1"],
+        (["alpaca"], ["alpaca_eval"]),
+        (["mt_bench", "--judge", "gold", "--questions", "project"], ["mt_bench", "--judge-model"]),
+        (["mt_bench", "--opponent", "{here}/a.json"], ["mt_bench", "--opponent"]),
+        (["tldr", "--judge", "gold", "--questions", "project"], ["facts", "world:small"]),
+        (["tldr", "--judge", "./absent"], ["absent", "no such folder"]),
+        (["tldr", "--judge", "gold", "--judge-model", "toy"], ["--judge", "--judge-model"]),
+        (["tldr", "--judge-base-url", "http://localhost:1/v1"], ["--judge-model"]),
+        (["tldr", "--judge-model", "toy", "--judge-temperature", "warm"], ["warm", "none"]),
+        (["tldr", "--judge-model", "toy", "--judge-price-in", "1"], ["both prices", "--judge-price-out"]),
+        (["tldr", "--judge-model", "toy", "--judge-timeout", "0"], ["--judge-timeout must be at least 0.001"]),
+        (["tldr", "--judge-model", "toy", "--judge_temperature", "nan"], ["--judge-temperature must be"]),
+        (["tldr", "--judge-model", "toy", "--judge-concurrency", "0"], ["--judge-concurrency must be at least 1"]),
+        (["tldr", "--judge-model", "toy", "--max-requests", "-1"], ["--max-requests must be at least 0, got -1"]),
+        (["tldr", "--judge-model", " "], ["--judge-model is empty"]),
+        (["mt_bench", "--questions", "project", "--split", "test"], ["--split test", "no splits", "isdaa"]),
+        (["tldr", "--questions", "project", "--split", "test"], ["--split test", "no splits", "isdaa"]),
+        (["alpaca_eval", "--split", "eval"], ["--split eval", "one file", "tatsu-lab/alpaca_eval"]),
+        (["arena_hard", "--questions", "{here}/a.json", "--split", "test"], ["--split test", "a.json"]),
+        (["hh", "--questions", "{here}/a.json", "--split", "test"], ["--split test", "a.json", "no splits"]),
+        (["arena_hard", "--questions", "project", "--judge-model", "toy", "--judge-base-url", "http://localhost:1/v1"],
          ["--opponent", "--baseline"]),
-        (["--benchmark", "arena_hard", "--questions", "projekt"], ["projekt"]),
-        (["--benchmark", "arena_hard", "--reference", "x"], ["--reference", "--baseline"]),
-        (["--benchmark", "arena_hard", "--evaluation.prompts", "3"], ["--evaluation.prompts", "--limit"]),
-        (["--benchmark", "arena_hard", "--answers", "{here}/nothing.jsonl"], ["nothing.jsonl", "no such file"]),
-        (["--benchmark", "arena_hard", "--limit", "0"], ["--limit", "1 or more"]),
-        (["--benchmark", "tldr", "--gamed", "{here}/a.json", "--questions", "project"], ["--gamed", "alpaca_eval"]),
-        (["--benchmark", "alpaca_eval", "--gamed", "{here}/no.csv", "--questions", "project"], ["no.csv: no such file"]),
-        (["--benchmark", "alpaca_eval", "--difficulty", "x", "--questions", "project"], ["--difficulty", "--gamed FILE"]),
-        (["--benchmark", "tldr", "--missing", "skip", "--questions", "project"], ["--missing", "--answers", "--judgments"]),
-        (["--benchmark", "alpaca_eval", "--chat_template", "{here}/none.jinja"], ["none.jinja"]),
-        (["--benchmark", "alpaca_eval", "--judgments", "{here}/a.json"], ["--judgments", "--model_path"]),
+        (["arena_hard", "--questions", "projekt"], ["projekt"]),
+        (["arena_hard", "--reference", "x"], ["--reference", "--baseline"]),
+        (["arena_hard", "--evaluation.prompts", "3"], ["--evaluation.prompts", "--limit"]),
+        (["arena_hard", "--answers", "{here}/nothing.jsonl"], ["nothing.jsonl", "no such file"]),
+        (["arena_hard", "--limit", "0"], ["--limit", "1 or more"]),
+        (["tldr", "--gamed", "{here}/a.json", "--questions", "project"], ["--gamed", "alpaca_eval"]),
+        (["alpaca_eval", "--gamed", "{here}/no.csv", "--questions", "project"], ["no.csv: no such file"]),
+        (["alpaca_eval", "--difficulty", "x", "--questions", "project"], ["--difficulty", "--gamed FILE"]),
+        (["tldr", "--missing", "skip", "--questions", "project"], ["--missing", "--answers", "--judgments"]),
+        (["alpaca_eval", "--chat_template", "{here}/none.jinja"], ["none.jinja"]),
+        (["alpaca_eval", "--judgments", "{here}/a.json"], ["--judgments", "--model_path"]),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_leaves_nothing(options, words, models, tmp_path, capsys, no_models):
     (tmp_path / "a.json").write_text("[]")
     before = sorted(tmp_path.iterdir())
     given = [option.format(here=tmp_path) for option in options]
-    assert main(["evaluate", "--model_path", models["one"], "--output", str(tmp_path / "out"), *given]) == 2
+    assert main(["benchmark", *given, "--model_path", models["one"], "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("isdaa: error: ")
     assert all(word in error for word in words), error

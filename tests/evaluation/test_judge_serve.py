@@ -102,7 +102,7 @@ def test_transformers_serve_judges_a_whole_benchmark(
     policy = save(tiny(seed=1), tmp_path / "policy")
 
     def command(address: str) -> list[str]:
-        words = ["evaluate", "--benchmark", "tldr", "--model_path", policy, "--questions", "world:small", "--split", "test"]
+        words = ["benchmark", "tldr", "--model_path", policy, "--questions", "world:small", "--split", "test"]
         words += ["--limit", "4", "--max-new-tokens", "8", "--evaluation.bootstrap", "100", "--output", str(out)]
         return [*words, "--judge-model", model, "--judge-base-url", address, "--judge-concurrency", "2"]
 

@@ -344,8 +344,8 @@ def test_options_of_a_judge_need_a_judge(tmp_path: Path, capsys: pytest.CaptureF
         (["report", "x", "--judge-template", "hh"], "--judge-template is given, and no judge model"),
         (["evaluate", "--model_path", "x", "--max-requests", "3"], "options of a judge model are given, and no judge model"),
         (["evaluate", "--model_path", "x", "--judge", "gold"], "a reward model is named with --scorer"),
-        (["evaluate", "--model_path", "x", "--tax", "--judge-model", "j"], "--judge-model: has no effect with --tax"),
-        (["evaluate", "--model_path", "x", "--benchmark", "hh", "--judge-template", "hh"], "has no effect with --benchmark"),
+        (["tax", "--model_path", "x", "--judge-model", "j"], "--judge_model: has no effect with `isdaa tax`"),
+        (["benchmark", "hh", "--model_path", "x", "--judge-template", "hh"], "has no effect with `isdaa benchmark`"),
     ]:
         assert main(words) == 2
         assert said in capsys.readouterr().err

@@ -113,7 +113,7 @@ def test_a_benchmark_and_a_tax_run_no_code_of_a_folder(place: Path, tmp_path: Pa
     for name in ("config.json", "tokenizer_config.json"):
         content = read_json(tmp_path / "chat" / name) | {"auto_map": read_json(place / "run/model" / name)["auto_map"]}
         write_json(tmp_path / "chat" / name, content)
-    call = ["evaluate", "--model_path", "chat", "--benchmark", "alpaca_eval", "--questions", "project", "--limit", "1"]
+    call = ["benchmark", "alpaca_eval", "--model_path", "chat", "--questions", "project", "--limit", "1"]
     assert main([*call, "--max_new_tokens", "2"]) == 0
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (requirements-dev.txt has it)")
     jsonl(tmp_path / "rows.jsonl", [{"question": "a?", "choices": ["a", "b"], "answer": 0}] * 2)
@@ -122,7 +122,7 @@ def test_a_benchmark_and_a_tax_run_no_code_of_a_folder(place: Path, tmp_path: Pa
     task |= {"doc_to_choice": "{{choices}}", "doc_to_target": "answer", "metric_list": [{"metric": "acc"}]}
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "rows.yaml").write_text(json.dumps(task))
-    tax = ["evaluate", "--model_path", "chat", "--reference", "outside", "--tax", "rows", "--tax-include-path", "tasks"]
+    tax = ["tax", "rows", "--model_path", "chat", "--reference", "outside", "--include_path", "tasks"]
     assert main(tax) == 0
     assert not (place / "marker").exists()
 

@@ -91,8 +91,8 @@ def place(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def command(*tasks: str, models: list[str], output: str, more: tuple[str, ...] = ()) -> list[str]:
-    where = ["--reference", "before", "--output", output, "--tax-include-path", "tasks", "--evaluation.bootstrap", "200"]
-    return ["evaluate", "--model_path", *models, *where, *more, "--tax", *tasks]
+    where = ["--reference", "before", "--output", output, "--include-path", "tasks", "--evaluation.bootstrap", "200"]
+    return ["tax", *tasks, "--model_path", *models, *where, *more]
 
 
 def tax_of(folder: str) -> dict[str, Any]:
@@ -170,7 +170,14 @@ def test_differences_are_paired_by_item(place: Path) -> None:
 def test_the_table_and_its_rows(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     forbid(monkeypatch)
     capsys.readouterr()
-    assert main(command("baskets", "sums", models=["after", "twin"], output="first")) == 0
+    former = [
+        "--tax-include-path" if word == "--include-path" else word for word in command(models=["after", "twin"], output="first")
+    ]
+    for asked in (
+        ["evaluate", *former[1:], "--tax", "baskets", "sums"],
+        command("baskets", "sums", models=["after", "twin"], output="first"),
+    ):
+        assert main(asked) == 0
     shown = capsys.readouterr()
     for text in ("baskets (acc)", "sums (exact_match, strict)", MEAN, "+0.000 ± 0.000", "alignment tax of after: "):
         assert text in shown.out, shown.out
@@ -216,7 +223,7 @@ def test_a_killed_call_goes_on_and_a_changed_task_is_asked_again(
 
 
 def test_limit_shots_and_groups(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ("--tax-limit", "3", "--tax-shots", "both=2", "--tax-batch-size", "2")
+    more = ("--limit", "3", "--shots", "both=2", "--batch-size", "2")
     assert main(command("both", models=["after"], output="limited", more=more)) == 0
     tax = tax_of("limited")
     (found,) = tax["models"][0]["tasks"]
@@ -228,14 +235,14 @@ def test_limit_shots_and_groups(place: Path, capsys: pytest.CaptureFixture[str])
     assert {line["part"] for line in read_lines(Path("limited/tax.jsonl")) if "header" in line} == {"baskets", "few"}
     assert tax["models"][0]["mean"] is None
     shown = capsys.readouterr().out
-    assert "Not every item was asked (--tax-limit): both." in shown
+    assert "Not every item was asked (`isdaa tax --limit`): both." in shown
     assert "Under 50 items, where intervals are somewhat too narrow: both." in shown
 
 
 def test_a_task_and_a_group_that_holds_it_keep_their_own_numbers_of_examples(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(command("both", "baskets", "few", models=["after"], output="twice", more=("--tax-shots", "few=2"))) == 0
+    assert main(command("both", "baskets", "few", models=["after"], output="twice", more=("--shots", "few=2"))) == 0
     reference = tax_of("twice")["reference"]
     assert [found["shots"] for found in reference["tasks"]] == [[0, 1], 1, 2]
     assert "0 to 1" in capsys.readouterr().out
@@ -244,7 +251,7 @@ def test_a_task_and_a_group_that_holds_it_keep_their_own_numbers_of_examples(
 
 
 def test_a_chat_template_and_prompts_that_do_not_fit(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ("--tax-limit", "2", "--tax-chat-template", "--tax-shots", "baskets=10")
+    more = ("--limit", "2", "--chat-template", "--shots", "baskets=10")
     assert main(command("baskets", models=["after"], output="chat", more=more)) == 0
     assert "Prompts longer than a model's window lost their beginning: baskets" in capsys.readouterr().out
     assert entry(tax_of("chat")["reference"], "baskets")["truncated"]
@@ -255,7 +262,7 @@ def test_a_chat_template_that_cannot_be_used_is_named_by_its_file(
 ) -> None:
     shutil.copytree(place / "after", tmp_path / "broken")
     (tmp_path / "broken" / "chat_template.jinja").write_text("{% if")
-    argv = command("few", models=[str(tmp_path / "broken")], output=str(tmp_path / "out"), more=("--tax-chat-template",))
+    argv = command("few", models=[str(tmp_path / "broken")], output=str(tmp_path / "out"), more=("--chat_template",))
     refused(capsys, argv, "broken/chat_template.jinja: the chat template refuses", "TemplateSyntaxError")
     assert not (tmp_path / "out").exists()
 
@@ -265,7 +272,7 @@ def test_a_benchmarks_page_shows_the_tax_of_its_models(place: Path, tmp_path: Pa
     records.mkdir()
     shutil.copy("first/tax.jsonl", records)
     where = ["--output", str(records / "mt_bench"), "--limit", "2", "--max-new-tokens", "4", "--evaluation.bootstrap", "100"]
-    asked = ["evaluate", "--benchmark", "mt_bench", "--model_path", "after", "--questions", "project", *where]
+    asked = ["benchmark", "mt_bench", "--model_path", "after", "--questions", "project", *where]
     with judge_server(lambda talk: "[[5]]") as (_, url):
         assert main([*asked, "--judge-model", "toy", "--judge-base-url", url]) == 0
     page = records / "mt_bench" / "report.html"
@@ -297,20 +304,19 @@ def test_the_five_tasks_are_known_with_the_leaderboards_examples(place: Path) ->
 
 
 def test_bad_input_is_one_line(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    base = ["evaluate", "--model_path", "after", "--reference", "before", "--output", "refused"]
-    refused(capsys, [*base, "--tax", "gsm8kk"], "no task 'gsm8kk'", 'did you mean "gsm8k"?')
-    refused(capsys, [*base, "--tax-limit", "3"], "--tax-limit", "without --tax")
-    refused(capsys, [*base, "--tax", "gsm8k", "--benchmark", "mt_bench"], "--benchmark and --tax")
-    refused(capsys, [*base, "--tax", "gsm8k", "--tax-limit", "some"], "--tax-limit", "'some'")
-    refused(capsys, [*base, "--tax", "gsm8k", "--tax-shots", "5"], "--tax-shots", "TASK=N")
-    refused(capsys, [*base, "--tax", "gsm8k", "--tax-shots", "mmlu=5"], "mmlu is not among the tasks", "gsm8k")
-    refused(capsys, [*base, "--tax", "gsm8k", "--data", "rows.jsonl"], "--data", "no effect with --tax")
-    refused(capsys, [*base, "--tax", "gsm8k", "--tax-include-path", "nowhere"], "nowhere", "no such folder")
-    refused(capsys, ["evaluate", "--model_path", "after", "--tax", "gsm8k"], "--reference")
-    fixed = command("sums", models=["after"], output="refused", more=("--tax-shots", "sums=2"))
+    base = ["--model_path", "after", "--reference", "before", "--output", "refused"]
+    refused(capsys, ["tax", "gsm8kk", *base], "no task 'gsm8kk'", 'did you mean "gsm8k"?')
+    refused(capsys, ["tax", "gsm8k", *base, "--limit", "some"], "--limit", "'some'")
+    refused(capsys, ["tax", "gsm8k", *base, "--shots", "5"], "--shots", "TASK=N")
+    refused(capsys, ["tax", "gsm8k", *base, "--shots", "mmlu=5"], "mmlu is not among the tasks", "gsm8k")
+    refused(capsys, ["tax", "gsm8k", *base, "--data", "rows.jsonl"], "--data", "no effect with `isdaa tax`")
+    refused(capsys, ["tax", "gsm8k", *base, "--include_path", "nowhere"], "nowhere", "no such folder")
+    refused(capsys, ["tax", "gsm8k", "--model_path", "after"], "--reference")
+    refused(capsys, ["tax", "--model_path", "after", "gsm8k"], "gsm8k: is a task", "isdaa tax gsm8k --model_path")
+    fixed = command("sums", models=["after"], output="refused", more=("--shots", "sums=2"))
     refused(capsys, fixed, "sums fixes 0 examples", "leave sums=2 out")
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    refused(capsys, [*base, "--tax"], "lm-eval is not installed", "pip install 'isdaa[lm-eval]'")
+    refused(capsys, ["tax", *base], "lm-eval is not installed", "pip install 'isdaa[lm-eval]'")
     assert not Path("refused").exists()
 
 

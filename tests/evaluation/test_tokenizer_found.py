@@ -122,7 +122,7 @@ def test_the_option_wins_and_reaches_every_way_in(here, capsys):
     assert read_json(here / "records" / "metrics.json")["tokenizer_path"] == "words"
     refused(
         capsys,
-        ["evaluate", "--model_path", full, "--benchmark", "mt_bench", "--tokenizer", "words"],
+        ["benchmark", "mt_bench", "--model_path", full, "--tokenizer", "words"],
         "--tokenizer: has no effect",
     )
 

@@ -106,7 +106,7 @@ def data_trial(random: Random) -> Trial:
             f"train --config align.yaml --data.eval_pairs {path}{template}",
             f"logps --model_path model --data {path} --output logps.jsonl",
             f"evaluate --model_path model --reference run/sft --data {path} --scorer run/reward --output out {SHORT}",
-            f"evaluate --model_path model --benchmark {benchmark} {prompts}",
+            f"benchmark {benchmark} --model_path model {prompts}",
         )
     )
     return command.split(), f"{path}: {what}"
@@ -160,7 +160,7 @@ def options_trial(random: Random) -> Trial:
             "train --config align.yaml",
             "train --config config.yaml --output_dir new",
             "evaluate --model_path run --output out",
-            "evaluate --model_path model --benchmark tldr --questions pairs.jsonl --max_new_tokens 4 --output out",
+            "benchmark tldr --model_path model --questions pairs.jsonl --max_new_tokens 4 --output out",
             "report run --output out",
             f"report --checkpoints model --reference run/sft --data pairs.jsonl --scorer run/reward --output out {SHORT}",
             "logps --model_path model --data pairs.jsonl --output out.jsonl",
@@ -330,7 +330,7 @@ def models_trial(random: Random) -> Trial:
             f"logps --model_path {name} --data {pairs} --output logps.jsonl",
             f"evaluate --model_path {name} {judged} none",
             f"report --checkpoints {name} run/model {judged} run/reward",
-            f"evaluate --model_path {name} --benchmark tldr --questions {pairs} --max_new_tokens 4 --output out",
+            f"benchmark tldr --model_path {name} --questions {pairs} --max_new_tokens 4 --output out",
         )
     )
     command = f"evaluate --model_path model {judged} {name}" if name == "run/reward" else command

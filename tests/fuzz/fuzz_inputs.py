@@ -113,10 +113,7 @@ TEMPLATE = (
     "{% if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-BENCHMARK = (
-    "evaluate --model_path run/model --benchmark tldr --questions pairs.jsonl --max_new_tokens 4 --judge run/reward "
-    "--output bench"
-)
+BENCHMARK = "benchmark tldr --model_path run/model --questions pairs.jsonl --max_new_tokens 4 --judge run/reward --output bench"
 PACKED = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 
 

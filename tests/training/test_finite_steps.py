@@ -497,8 +497,8 @@ def test_a_folder_whose_weights_are_not_finite_is_said_to_be_that(
     )
     assert "not supported" not in refused(capsys, [*first, "--output", "one"], words)
     refused(capsys, [*second, "--output", "two"], words)
-    benchmark = ["--benchmark", "tldr", "--questions", "world:small", "--judge", "gold", "--limit", "2"]
-    refused(capsys, ["evaluate", "--model_path", "broken", "--output", "three", *benchmark], words)
+    benchmark = ["--questions", "world:small", "--judge", "gold", "--limit", "2"]
+    refused(capsys, ["benchmark", "tldr", "--model_path", "broken", "--output", "three", *benchmark], words)
     refused(capsys, ["report", "--checkpoints", "broken", "--reference", "my_model", *judged, "--output", "four"], words)
     for which in STAGES:
         assert train(f"run-{which}", stage(which) | {"model.path": "broken"}) == 2

@@ -87,9 +87,9 @@ def test_every_other_command_refuses_it(place: Path, capsys: pytest.CaptureFixtu
     spoilt, said = "run/checkpoints/checkpoint-1", "model.safetensors is damaged"
     refused(capsys, ["report", "run"], said)
     refused(capsys, [*REPORT, "--checkpoints", spoilt, "run/model"], said)
-    refused(capsys, ["evaluate", "--model_path", spoilt, "--reference", "my_model", "--tax", "arc_easy"], said)
-    refused(capsys, ["evaluate", "--model_path", "run/model", "--reference", spoilt, "--tax", "arc_easy"], said)
-    benchmark = ["evaluate", "--benchmark", "tldr", "--questions", "pairs.jsonl", "--judge", "run/reward", "--output", "b"]
+    refused(capsys, ["tax", "arc_easy", "--model_path", spoilt, "--reference", "my_model"], said)
+    refused(capsys, ["tax", "arc_easy", "--model_path", "run/model", "--reference", spoilt], said)
+    benchmark = ["benchmark", "tldr", "--questions", "pairs.jsonl", "--judge", "run/reward", "--output", "b"]
     refused(capsys, [*benchmark, "--model_path", spoilt], said)
     refused(capsys, ["logps", "--model_path", spoilt, "--data", "pairs.jsonl", "--output", "l.jsonl"], said)
     refused(capsys, ["evaluate", "--model_path", "run/model", "--reference", spoilt, "--data", "pairs.jsonl"], said)

@@ -82,7 +82,7 @@ def check_judge(bench: Benchmark, request: BenchmarkRequest, questions: Sequence
     if isinstance(scorer, GoldScorer) and bare is not None:
         raise UserError(
             f"{bare.where}: the gold judge needs the facts of the embedded world, as the questions of "
-            "`--benchmark tldr --questions world:small` have them; name a reward model's path or a judge model"
+            "`isdaa benchmark tldr --questions world:small` have them; name a reward model's path or a judge model"
         )
     chat = any(not isinstance(question.prompt, str) for question in questions)
     if isinstance(scorer, RewardModelScorer) and chat and not scorer.tokenizer.chat_template:

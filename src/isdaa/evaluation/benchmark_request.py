@@ -1,4 +1,4 @@
-"""What one call of `isdaa evaluate --benchmark` asks for, as plain values, checked against each other."""
+"""What one call of `isdaa benchmark` asks for, as plain values, checked against each other."""
 
 from __future__ import annotations
 
@@ -173,8 +173,7 @@ def _check(
     for key in given:
         section, _, name = key.partition(".")
         if section == "evaluation" and name not in SHARED_KEYS:
-            hint = {"prompts": "; --limit says how many questions", "max_new_tokens": "; --max_new_tokens does it"}.get(name, "")
-            raise UserError(f"--{key}: has no effect with --benchmark, which has settings of its own{hint}")
+            raise UserError(f"--{key}: has no effect on a benchmark, which has settings of its own")
     for file in (*sources.answers, *sources.judgments, sources.opponent, sources.references, sources.gamed):
         if file is not None and not Path(file).expanduser().exists():
             raise UserError(f"{file}: no such file or folder")

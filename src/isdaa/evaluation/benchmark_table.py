@@ -1,4 +1,4 @@
-"""What `isdaa evaluate --benchmark` prints."""
+"""What `isdaa benchmark` prints."""
 
 from __future__ import annotations
 

@@ -67,9 +67,9 @@ class Harness:
             import lm_eval
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise UserError(f"--tax: lm-eval is not installed ({error}); pip install 'isdaa[lm-eval]'") from None
+            raise UserError(f"tax: lm-eval is not installed ({error}); pip install 'isdaa[lm-eval]'") from None
         if not hasattr(TaskManager, "load"):
-            raise UserError(f"--tax: lm-eval {lm_eval.__version__} is too old; pip install 'isdaa[lm-eval]'")
+            raise UserError(f"tax: lm-eval {lm_eval.__version__} is too old; pip install 'isdaa[lm-eval]'")
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self.version: str = lm_eval.__version__
         home = Path(lm_eval.__file__).parent
@@ -83,10 +83,10 @@ class Harness:
         strange = next((name for name in [*names, *shots] if name not in self.index), None)
         if strange is not None:
             close = nearest(strange, SHOTS) or nearest(strange, self.index)
-            raise UserError(f"--tax: lm-eval {self.version} knows no task {strange!r}{close}; `lm-eval ls tasks` lists them all")
+            raise UserError(f"tax: lm-eval {self.version} knows no task {strange!r}{close}; `lm-eval ls tasks` lists them all")
         unused = next((name for name in shots if name not in names), None)
         if unused is not None:
-            raise UserError(f"--tax-shots: {unused} is not among the tasks of --tax ({', '.join(names)})")
+            raise UserError(f"--shots: {unused} is not among the tasks ({', '.join(names)})")
         self.asked = [self._ask(name, shots) for name in dict.fromkeys(names)]
 
     @property
@@ -101,7 +101,7 @@ class Harness:
         fixed = next((part.name for part in parts if (self.index[part.name].cfg or {}).get("num_fewshot") == 0), None)
         if name in shots and fixed is not None:
             raise UserError(
-                f"--tax-shots: the file of {fixed} fixes 0 examples (its prompt may hold some); leave {name}={number} out"
+                f"--shots: the file of {fixed} fixes 0 examples (its prompt may hold some); leave {name}={number} out"
             )
         config = self.index[name].cfg or {}
         metrics = config.get("aggregate_metric_list") or [{}]
@@ -178,7 +178,7 @@ class Harness:
                     lm, {"tasks": tasks}, limit=limit, bootstrap_iters=0, apply_chat_template=chat, fewshot_as_multiturn=True
                 )
         except torch.OutOfMemoryError:
-            raise UserError(f"{part.name}: the GPU's memory is full; choose a smaller --tax-batch-size") from None
+            raise UserError(f"{part.name}: the GPU's memory is full; choose a smaller --batch-size") from None
         except (ValueError, KeyError, AssertionError, TemplateError) as error:
             raise UserError(f"{part.name}: lm-eval cannot ask this task: {_said(error)}") from error
         results = {}

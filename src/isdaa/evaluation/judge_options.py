@@ -33,15 +33,19 @@ WAYS = {
 }
 
 
-def add_judge_options(parser: argparse.ArgumentParser, title: str) -> Any:
-    """Every option is None unless it is given; the defaults stand in `JudgeSettings`. Returns the group of options."""
+def add_judge_options(parser: argparse.ArgumentParser, title: str, template: bool = True) -> Any:
+    """Every option is None unless it is given; the defaults stand in `JudgeSettings`. Returns the group of options.
+
+    template: with the one that says what a judge of samples is asked.
+    """
     who = parser.add_argument_group(title)
     who.add_argument("--judge_model", type=str, metavar="NAME", help="judge model of any OpenAI-compatible endpoint")
     who.add_argument("--judge_base_url", metavar="URL", help="its address, up to /v1 (default: OPENAI_BASE_URL, else OpenAI)")
-    who.add_argument(
-        "--judge_template", metavar="NAME",
-        help="what it is asked of two samples: hh, tldr, or a file with {prompt}, {first} and {second} (default: hh)",
-    )  # fmt: skip
+    if template:
+        who.add_argument(
+            "--judge_template", metavar="NAME",
+            help="what it is asked of two samples: hh, tldr, or a file with {prompt}, {first} and {second} (default: hh)",
+        )  # fmt: skip
     who.add_argument("--judge_temperature", metavar="VALUE", help="a number, or `none` to send none (default: the question's)")
     who.add_argument("--judge_max_tokens", type=int, metavar="N", help="of a reply (default: the question's)")
     who.add_argument("--judge_seed", type=int, metavar="N", help="sent with every request (default: none is)")

@@ -1,4 +1,4 @@
-"""Alignment tax: what a model lost, or won, on tasks that it was not aligned for (`isdaa evaluate --tax`).
+"""Alignment tax: what a model lost, or won, on tasks that it was not aligned for (`isdaa tax`).
 
 lm-eval asks; this module decides what is asked of whom, keeps every answer, and compares models with their reference item by
 item. The options stand here too, and nothing heavy is imported before there is a tax to measure.
@@ -42,46 +42,49 @@ class TaxSettings:
     chat_template: bool = False
 
 
+KEYS = ("evaluation.bootstrap", "evaluation.confidence", "evaluation.seed")
+INSTEAD = dict.fromkeys(
+    ("--data", "--split", "--scorer", "--scores", "--judge", "--judge_model", "--questions"),
+    "its items come from lm-eval, which scores them, too; leave it out",
+)
+
+
 def add_tax_options(parser: argparse.ArgumentParser) -> None:
-    """The options of the alignment tax."""
-    group = parser.add_argument_group("alignment tax (needs lm-eval)", "instead of KL and win rate: tasks of lm-eval")
-    group.add_argument(
-        "--tax", nargs="*", metavar="TASK",
+    """The tasks, and how they are asked."""
+    parser.add_argument(
+        "tasks", nargs="*", metavar="TASK",
         help="lm-eval tasks, groups or tags (default: mmlu gsm8k arc_challenge hellaswag winogrande)",
     )  # fmt: skip
-    group.add_argument("--tax_limit", metavar="N", help="the first N items of each task (of each subject of MMLU)")
+    group = parser.add_argument_group("tasks (see docs/evaluation.md; needs lm-eval)")
+    group.add_argument("--limit", metavar="N", help="the first N items of each task (of each subject of MMLU)")
     group.add_argument(
-        "--tax_shots", nargs="+", metavar="TASK=N",
+        "--shots", nargs="+", metavar="TASK=N",
         help="examples in the prompt (default: mmlu 5, gsm8k 5, arc_challenge 25, hellaswag 10, winogrande 5, else the task's)",
     )  # fmt: skip
-    group.add_argument("--tax_include_path", metavar="DIR", help="folder of lm-eval task files of your own")
-    group.add_argument("--tax_batch_size", metavar="N", help=f"requests at a time, or `auto` (default: {BATCH})")
-    chat = "ask through the model's chat template (default: plain text)"
-    group.add_argument("--tax_chat_template", action="store_true", default=None, help=chat)
+    group.add_argument("--include_path", metavar="DIR", help="folder of lm-eval task files of your own")
+    group.add_argument("--batch_size", metavar="N", help=f"requests at a time, or `auto` (default: {BATCH})")
+    group.add_argument("--chat_template", action="store_true", help="ask through the model's chat template (default: plain text)")
 
 
-def tax_command(arguments: argparse.Namespace, overrides: Mapping[str, Any]) -> Path | None:
-    """Measure and print the alignment tax where the command line asks for it; returns its folder, None where it does not.
+def tax_command(arguments: argparse.Namespace, overrides: Mapping[str, Any]) -> Path:
+    """Measure and print the alignment tax that the command line asks for; returns the folder of its records.
 
     overrides: as `requests` takes them. Raises UserError.
     """
-    if arguments.tax is None:
-        given = next((name for name, value in vars(arguments).items() if name.startswith("tax_") and value is not None), None)
-        if given is not None:
-            raise UserError(f"--{given.replace('_', '-')}: has no effect without --tax")
-        return None
-    idle = next((name for name in ("data", "split", "scorer", "scores", "judge_model") if overrides.get(name) is not None), None)
-    if idle is not None:
+    from isdaa.evaluation.harness import SHOTS
+
+    swallowed = next((name for name in arguments.model_path if name in SHOTS and not Path(name).exists()), None)
+    if swallowed is not None:
         raise UserError(
-            f"--{idle.replace('_', '-')}: has no effect with --tax, whose items come from lm-eval; leave one of the two out"
+            f"{swallowed}: is a task, and stands among the models; tasks come first: isdaa tax {swallowed} --model_path …"
         )
     settings = TaxSettings(
-        tasks=tuple(arguments.tax),
-        shots=_shots(arguments.tax_shots or []),
-        limit=_whole("--tax-limit", arguments.tax_limit),
-        include_path=arguments.tax_include_path,
-        batch_size=_batch_size(arguments.tax_batch_size),
-        chat_template=bool(arguments.tax_chat_template),
+        tasks=tuple(arguments.tasks),
+        shots=_shots(arguments.shots or []),
+        limit=_whole("--limit", arguments.limit),
+        include_path=arguments.include_path,
+        batch_size=_batch_size(arguments.batch_size),
+        chat_template=arguments.chat_template,
     )
     from isdaa.evaluation.requests import requests
     from isdaa.evaluation.tax_table import print_tax
@@ -108,9 +111,9 @@ def measure_tax(request: Request, settings: TaxSettings) -> dict[str, Any]:
     from isdaa.record import git_revision, versions
 
     if world_size() > 1:
-        raise UserError("--tax: works in one process; start it without torchrun or accelerate launch")
+        raise UserError("tax: works in one process; start it without torchrun or accelerate launch")
     if settings.include_path is not None and not Path(settings.include_path).is_dir():
-        raise UserError(f"--tax-include-path {settings.include_path}: no such folder")
+        raise UserError(f"--include-path {settings.include_path}: no such folder")
     harness = Harness(settings.tasks or tuple(SHOTS), settings.shots or {}, settings.include_path)
     paths = list(dict.fromkeys([request.reference, *(model.path for model in request.models)]))
     digests = {path: model_digest(path, request.trust_remote_code, request.revision_of(path)) for path in paths}
@@ -138,7 +141,7 @@ def _keys(path: str, weights: str, request: Request, harness: Harness, settings:
     place = request.tokenizer or path
     tokenizer = load_tokenizer(place, trust_remote_code=request.trust_remote_code, revision=request.revision_of(place))
     if settings.chat_template and not tokenizer.chat_template:
-        raise UserError(f"{path}: its tokenizer has no chat template; leave --tax-chat-template out")
+        raise UserError(f"{path}: its tokenizer has no chat template; leave --chat-template out")
     if settings.chat_template:
         ChatFormat(tokenizer)  # can it be used?
     who = [weights, tokenizer_digest(tokenizer), request.dtype]
@@ -253,7 +256,7 @@ def _whole(option: str, text: str | None) -> int | None:
 
 
 def _batch_size(text: str | None) -> int | str:
-    return "auto" if text == "auto" else _whole("--tax-batch-size", text) or BATCH
+    return "auto" if text == "auto" else _whole("--batch-size", text) or BATCH
 
 
 def _shots(texts: Sequence[str]) -> dict[str, int]:
@@ -261,8 +264,8 @@ def _shots(texts: Sequence[str]) -> dict[str, int]:
     for text in texts:
         name, equals, number = text.partition("=")
         if not (name and equals and number.isdecimal()):
-            raise UserError(f"--tax-shots: expected TASK=N (gsm8k=8), got {text!r}")
+            raise UserError(f"--shots: expected TASK=N (gsm8k=8), got {text!r}")
         if found.get(name, int(number)) != int(number):
-            raise UserError(f"--tax-shots: {name} is given twice, with {found[name]} and {number}; give it once")
+            raise UserError(f"--shots: {name} is given twice, with {found[name]} and {number}; give it once")
         found[name] = int(number)
     return found

@@ -75,13 +75,15 @@ def tax_notes(tax: Mapping[str, Any]) -> list[str]:
     entries = [entry for model in (tax["reference"], *tax["models"]) for entry in model["tasks"]]
     part = list(dict.fromkeys(entry["task"] for entry in entries if entry["items"] < entry["of"]))
     if part:
-        lines.append(f"Not every item was asked (--tax-limit): {', '.join(part)}.")
+        lines.append(f"Not every item was asked (`isdaa tax --limit`): {', '.join(part)}.")
     small = list(dict.fromkeys(entry["task"] for entry in entries if entry["items"] < FEW))
     if small:
         lines.append(f"Under {FEW} items, where intervals are somewhat too narrow: {', '.join(small)}.")
     cut = list(dict.fromkeys(entry["task"] for entry in entries if entry["truncated"]))
     if cut:
-        lines.append(f"Prompts longer than a model's window lost their beginning: {', '.join(cut)}; fewer --tax-shots fit.")
+        lines.append(
+            f"Prompts longer than a model's window lost their beginning: {', '.join(cut)}; fewer fit (`isdaa tax --shots`)."
+        )
     return [*lines, "", *(model["sentence"] for model in tax["models"])]
 
 

@@ -34,11 +34,11 @@ from isdaa.report.words import MINUS
 def write_benchmark_report(folder: str | Path) -> Path:
     """Write `report.html` and `charts/` beside the metrics of a benchmark; returns the page's path. Raises UserError.
 
-    The alignment tax of its models is on it, where `isdaa evaluate --tax` measured that in the same folder or the one around.
+    The alignment tax of its models is on it, where `isdaa tax` measured that in the same folder or the one around.
     """
     folder = Path(folder)
     if not (folder / METRICS).is_file():
-        raise UserError(f"{folder}: no {METRICS} of a benchmark there; run `isdaa evaluate --benchmark` first")
+        raise UserError(f"{folder}: no {METRICS} of a benchmark there; run `isdaa benchmark` first")
     metrics = read_object(folder / METRICS)
     if not _current(metrics):
         raise UserError(
@@ -46,9 +46,7 @@ def write_benchmark_report(folder: str | Path) -> Path:
             "`isdaa evaluate --benchmark` again, which asks nothing anew"
         )
     read = read_json(folder / EXAMPLES) if (folder / EXAMPLES).is_file() else []
-    with readable(
-        folder, "its records are not those of a benchmark or tax of this isdaa", "run `isdaa evaluate --benchmark` again"
-    ):
+    with readable(folder, "its records are not those of a benchmark or tax of this isdaa", "run `isdaa benchmark` again"):
         figures = benchmark_figures(metrics)
         tax = tax_of(folder, metrics)
         if tax is not None and (chart := tax_figure(tax, metrics)) is not None:

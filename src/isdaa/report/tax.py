@@ -1,4 +1,4 @@
-"""The alignment tax on a benchmark's page: what `isdaa evaluate --tax` measured of the models that the page shows."""
+"""The alignment tax on a benchmark's page: what `isdaa tax` measured of the models that the page shows."""
 
 from __future__ import annotations
 
