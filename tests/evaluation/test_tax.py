@@ -239,6 +239,21 @@ def test_limit_shots_and_groups(place: Path, capsys: pytest.CaptureFixture[str])
     assert "Under 50 items, where intervals are somewhat too narrow: both." in shown
 
 
+def test_the_machine_is_not_described_once_a_part_and_lm_eval_is_left_as_it_was(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lm_eval.evaluator
+    import lm_eval.models.huggingface
+    import torch.utils.collect_env
+
+    theirs = [lm_eval.evaluator.add_env_info, lm_eval.evaluator.get_git_commit_hash, lm_eval.models.huggingface.tqdm]
+    monkeypatch.setattr(torch.utils.collect_env, "get_pretty_env_info", lambda: pytest.fail("pip is started"))
+    assert main(command("few", models=["after"], output="undescribed")) == 0
+    assert theirs == [lm_eval.evaluator.add_env_info, lm_eval.evaluator.get_git_commit_hash, lm_eval.models.huggingface.tqdm]
+    with pytest.raises(pytest.fail.Exception):
+        plain_lm_eval("after", "few")
+
+
 def test_a_task_and_a_group_that_holds_it_keep_their_own_numbers_of_examples(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

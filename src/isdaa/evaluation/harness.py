@@ -9,9 +9,10 @@ import glob
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ class Harness:
         """
         import torch
         from jinja2 import TemplateError
-        from lm_eval import evaluate
+        from lm_eval import simple_evaluate
 
         started = time.monotonic()
         try:
@@ -170,12 +171,14 @@ class Harness:
             raise UserError(f"{part.name}: lm-eval cannot load this task: {_said(error)}") from error
         try:
             with _reported(bar) as seen:
-                # What `simple_evaluate` does around this call, but for its look at the machine, which takes a second a part.
-                _seed()
-                for task in tasks.values():
-                    _set_shots(task, asked.shots)
-                found: Any = evaluate(
-                    lm, {"tasks": tasks}, limit=limit, bootstrap_iters=0, apply_chat_template=chat, fewshot_as_multiturn=True
+                found: Any = simple_evaluate(
+                    model=lm,
+                    tasks=list(tasks.values()),
+                    num_fewshot=asked.shots,
+                    limit=limit,
+                    bootstrap_iters=0,
+                    apply_chat_template=chat,
+                    task_manager=self.manager,
                 )
         except torch.OutOfMemoryError:
             raise UserError(f"{part.name}: the GPU's memory is full; choose a smaller --batch-size") from None
@@ -207,29 +210,6 @@ def as_lm_eval(model: Any, tokenizer: Any, batch_size: int | str) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-
-
-def _seed() -> None:
-    """lm-eval's own seeds: the same examples for every model."""
-    import random
-
-    import numpy as np
-    import torch
-    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
-
-    random.seed(DEFAULT_RANDOM_SEED)
-    np.random.seed(DEFAULT_OTHER_SEED)
-    torch.manual_seed(DEFAULT_OTHER_SEED)
-
-
-def _set_shots(task: Any, shots: int | None) -> None:
-    """Examples in a task's prompts. A task whose file says 0 keeps 0, as with lm-eval's own command."""
-    from lm_eval.defaults import DEFAULT_OTHER_SEED
-
-    own = task.get_config("num_fewshot")
-    if own is None or (own != 0 and shots is not None):
-        task.set_config(key="num_fewshot", value=shots or 0)
-    task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
 
 
 def _items(task: str, samples: Sequence[Mapping[str, Any]]) -> list[Record]:
@@ -296,10 +276,12 @@ def _said(error: Exception) -> str:
 def _reported(bar: Bar) -> Iterator[dict[str, bool]]:
     """Inside, lm-eval's own bars are silent and move ours; yields whether a context was longer than the model's window.
 
-    lm-eval says the latter in one warning a request, and has no other place for it.
+    lm-eval says the latter in one warning a request, and has no other place for it. Nor does `simple_evaluate` describe the
+    machine, for which it starts pip and git: 1.6 s a part, 90 s for the subjects of MMLU, whose parts are kept one by one.
     """
     import lm_eval.api.model
     import lm_eval.api.task
+    import lm_eval.evaluator
     import lm_eval.models.huggingface
 
     seen = {"truncated": False}
@@ -311,19 +293,21 @@ def _reported(bar: Bar) -> Iterator[dict[str, bool]]:
         return record.levelno >= logging.ERROR
 
     modules: list[Any] = [lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface]
-    before: list[Callable[..., Any] | None] = [getattr(module, "tqdm", None) for module in modules]
+    ours: list[tuple[Any, str, Any]] = [(module, "tqdm", partial(_Forward, bar)) for module in modules]
+    ours += [(lm_eval.evaluator, name, lambda *_: None) for name in ("add_env_info", "get_git_commit_hash")]
+    theirs = [(module, name, getattr(module, name, None)) for module, name, _ in ours]
     level = logger.level
     logger.addFilter(listen)
     logger.setLevel(logging.WARNING)
-    for module in modules:
-        module.tqdm = lambda *args, **options: _Forward(bar, *args, **options)
     try:
+        for module, name, value in ours:
+            setattr(module, name, value)
         yield seen
     finally:
         logger.setLevel(level)
         logger.removeFilter(listen)
-        for module, own in zip(modules, before, strict=True):
-            module.tqdm = own
+        for module, name, value in theirs:
+            setattr(module, name, value)
 
 
 class _Forward:
