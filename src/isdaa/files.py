@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from isdaa.disk import writing
 from isdaa.errors import UserError
-from isdaa.foreign import check_file, read_jsonl
+from isdaa.foreign import ROW, check_file, read_jsonl
 
 DAY = 24 * 60 * 60  # seconds
 FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # beginnings of cells that a spreadsheet computes
@@ -200,6 +200,17 @@ def sync_tree(folder: Path) -> None:
         sync_folder(Path(root))
 
 
+def clean(text: str, most: int | None = None) -> str:
+    """What a model or a judge wrote, as every file, page and endpoint can hold it; it was paid for, so it is not refused.
+
+    A NUL, and half of a surrogate pair whose other half is not beside it, become U+FFFD; two halves are the character that
+    they are of. Of more than `most` characters, those in the middle are left out.
+    """
+    if most is not None and len(text) > most:
+        text = f"{text[: most // 2]} … {text[len(text) - most // 2 :]}"
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").replace("\0", "\ufffd")
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write a JSON file atomically; NaN and infinities are refused, since no other tool reads them."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n")
@@ -217,15 +228,23 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
-    """Write a JSON Lines file atomically."""
-    write_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    """Write a JSON Lines file atomically; NaN and infinities are refused, as by `write_json`, and lines too long to be read."""
+    write_atomically(path, b"".join(_line(path, record) for record in records))
+
+
+def _line(path: str | Path, record: dict[str, Any]) -> bytes:
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+    line = text.encode(errors="backslashreplace")
+    if len(line) > ROW:
+        raise UserError(f"{path}: a record of more than {ROW >> 20} MiB, which nobody could read; shorten the texts in it")
+    return line
 
 
 def append_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
-    """Append records and sync. Where they cannot be written whole, none of them is, and half a line that a kill left at the end
-    goes: `whole_jsonl` reads past one, too."""
+    """Append records and sync; refuses what `write_jsonl` does. Where they cannot be written whole, none of them is, and half a
+    line that a kill left at the end goes: `whole_jsonl` reads past one, too."""
     path = Path(path)
-    data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode(errors="backslashreplace")
+    data = b"".join(_line(path, record) for record in records)
     with writing(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(own_file(path), "r+b", buffering=0) as file:

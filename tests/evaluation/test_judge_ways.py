@@ -274,7 +274,7 @@ def test_an_answer_of_endless_size_or_of_impossible_numbers_is_no_traceback(tmp_
         (reply,) = asking.ask(asks(1))
         assert isinstance(reply, Reply) and reply.first_token_logprobs is None and asking.usage.uncounted == 1
         (again,) = judge(server, tmp_path / "replies.jsonl").ask(asks(1))
-        assert isinstance(again, Reply) and again.text == reply.text == "\x00?A" and len(server.asked) == 1
+        assert isinstance(again, Reply) and again.text == reply.text == "\ufffd\ufffdA" and len(server.asked) == 1
     with serving(replying("x" * (1 << 24))) as server:
         (huge,) = judge(server).ask(asks(1))
     assert isinstance(huge, NoReply) and huge.kind == "unreadable"

@@ -10,6 +10,7 @@ from typing import Any
 from isdaa.errors import UserError, nearest
 from isdaa.foreign import JsonDecoder
 
+LONGEST = 1 << 20  # characters of a text that is asked, answered and judged: a record holds several, and must be read again
 THINKING = ("reasoning_content", "reasoning", "thinking")  # keys of a message beside its content
 Message = dict[str, Any]
 Text = str | list[Message]
@@ -34,6 +35,27 @@ def whole_text(value: Any, where: str) -> None:
     elif isinstance(value, list) and value and not isinstance(value[0], int | float):
         for item in value:
             whole_text(item, where)
+
+
+def finite(value: Any, where: str) -> None:
+    """Raises UserError for a number, at any depth, that JSON has not: no record could hold it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} holds {value}, which is no number in JSON; mend or remove the row")
+    for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
+        finite(item, where)
+
+
+def check_asked(value: Any, where: str) -> None:
+    """Raises UserError for texts, in lists and messages, too, that no judge is to be asked about: with half of a surrogate pair,
+    which no request can hold, with a NUL, or of more than `LONGEST` characters."""
+    if isinstance(value, str):
+        whole_text(value, where)
+        if "\0" in value:
+            raise UserError(f"{where} holds a NUL character, which no page and few endpoints take; mend or remove the row")
+        if len(value) > LONGEST:
+            raise UserError(f"{where} has {len(value):,} characters, more than {LONGEST:,}; shorten it or remove the row")
+    for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
+        check_asked(item, where)
 
 
 def check_text(row: Mapping[str, Any], column: str, where: str, blank: bool = False) -> Text:
@@ -75,6 +97,7 @@ def check_messages(value: Any, column: str, where: str) -> list[Message]:
         if told.get("tool_calls"):
             told["tool_calls"] = _calls(told["tool_calls"], column, place)
             whole_text(told["tool_calls"], place)
+        finite(told, place)
         messages.append({**told, "content": content})
     if not any(m["content"].strip() or any(m.get(name) for name in ("tool_calls", *THINKING)) for m in messages):
         raise UserError(f"{where}: column '{column}' has only empty messages; give a text or remove the row")
@@ -173,6 +196,7 @@ def facts(row: Mapping[str, Any], where: str) -> dict[str, Any] | None:
     value = json_cell(row.get("facts"), "facts", where)
     if value is not None and not isinstance(value, Mapping):
         raise UserError(f"{where}: column 'facts' must be an object, not {kind(value)}")
+    finite(value, f"{where}: column 'facts'")
     return None if value is None else dict(value)
 
 

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from isdaa.data.checks import THINKING, kind, whole_text
+from isdaa.data.checks import THINKING, finite, kind, whole_text
 from isdaa.errors import UserError
 from isdaa.foreign import JsonDecoder
 
@@ -60,6 +60,7 @@ def standard(row: Mapping[str, Any], where: str) -> Row:
         for name in JSON_COLUMNS:
             if isinstance(result.get(name), str):
                 result[name] = _parsed(result[name], name, where) if result[name].strip() else None
+            finite(result.get(name), f"{where}: column {name!r}")
         for name, value in result.items():
             whole_text(value, f"{where}: column {name!r}")
     except RecursionError:

@@ -19,7 +19,7 @@ from isdaa.evaluation.benchmarks.benchmark import Answer, Generation, Question, 
 from isdaa.evaluation.identity import model_digest
 from isdaa.evaluation.records import Lines, Record
 from isdaa.evaluation.requests import Checkpoint
-from isdaa.files import digest
+from isdaa.files import clean, digest
 from isdaa.terminal import Bar, progress
 
 FORMAT = 1  # of the records; raise it when the same work would give other answers
@@ -186,7 +186,7 @@ class Respondent:
         end = len(ids)
         while end and ids[end - 1] in stop:
             end -= 1
-        text = str(self.tokenizer.decode(list(ids[:end]), skip_special_tokens=False))
+        text = clean(str(self.tokenizer.decode(list(ids[:end]), skip_special_tokens=False)))
         return text.strip() if chat else text
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from isdaa.data.checks import check_asked
 from isdaa.errors import UserError
 from isdaa.evaluation.benchmark_answers import Answering, Drawn
 from isdaa.evaluation.benchmark_judging import check_judge
@@ -86,6 +87,7 @@ def plan_of(bench: Benchmark, request: BenchmarkRequest) -> Plan:
     if baseline is None and wants_judge and (left := len(questions) - len(opponents)):
         notes.append(f"{request.sources.opponent} has no answer to {left} of {counted(len(questions), 'question')}: left out")
         questions = [question for question in questions if question.id in opponents]
+    _check_texts(questions, [*(one for side in given for one in side.answers.values()), *filter(None, opponents.values())])
     names = {baseline.label} if baseline is not None else {one.model for one in opponents.values() if one is not None}
     control = length_control(bench, request, names) if wants_judge else Control()
     return Plan(questions, given, settings, opponents, baseline, control, tuple(notes))
@@ -125,6 +127,15 @@ def lacking(
             f"{counted(len(asked), 'question')}; --missing skip leaves them out{loss}"
         )
     return gone
+
+
+def _check_texts(questions: Sequence[Question], answers: Sequence[Answer]) -> None:
+    """Raises UserError where the judge could not be asked, or what it said not be written: before anything is paid for."""
+    for one in questions:
+        told = (one.id, one.category, one.prompt, one.follow_ups, one.references, one.responder, one.response or "")
+        check_asked(told, f"{one.where}: the question, or what stands beside it,")
+    for answer in answers:
+        check_asked((answer.model, answer.turns), f"{answer.where}: the answer")
 
 
 def check(bench: Benchmark, request: BenchmarkRequest) -> None:

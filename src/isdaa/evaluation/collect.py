@@ -17,7 +17,7 @@ from isdaa.evaluation.kl import KL_SETTINGS, divergences
 from isdaa.evaluation.records import Blocks, Record, blocks_of
 from isdaa.evaluation.requests import Checkpoint
 from isdaa.evaluation.vocabulary import Vocabulary
-from isdaa.files import digest, write_json
+from isdaa.files import clean, digest, write_json
 from isdaa.record import git_revision, relative_to, versions
 from isdaa.terminal import progress, working
 
@@ -398,7 +398,7 @@ class Collection:
                     records[i][purpose] = {
                         "prompt_id": rows[i]["prompt_id"],
                         "sample": int(purposes[purpose].split("/")[1]),
-                        "text": tokenizer.decode(result.ids[:end], skip_special_tokens=False),
+                        "text": clean(tokenizer.decode(result.ids[:end], skip_special_tokens=False)),
                         "ids": list(result.ids),
                         "tokens": len(result.ids),
                         "finished": bool(result.finished),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.errors import UserError, nearest
-from isdaa.files import digest, file_digest
+from isdaa.files import clean, digest, file_digest
 from isdaa.terminal import Bar, say
 
 Record = dict[str, Any]
@@ -237,7 +237,7 @@ def _answer(answer: Any) -> Any:
     """A generated text, or the log-likelihood of a choice."""
     while isinstance(answer, list | tuple) and answer:
         answer = answer[0]
-    return answer if isinstance(answer, str) else _number(answer)
+    return clean(answer) if isinstance(answer, str) else _number(answer)
 
 
 def _is_mean(value: float, records: Sequence[Record], metric: str) -> bool:

@@ -68,7 +68,7 @@ class ReplyCache:
             answer = {name: value for name, value in asdict(reply).items() if name != "cached"}
             record = {"judge_reply": key, "request": request, "reply": answer, "at": datetime.now(UTC).isoformat()}
             record |= {"endpoint": place, "ways": sorted(ways)}
-            self._append((json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode())
+            self._append((json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="backslashreplace"))
         self._keep(request, reply)
 
     def _keep(self, request: dict[str, Any], reply: Reply) -> None:

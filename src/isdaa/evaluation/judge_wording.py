@@ -10,6 +10,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from isdaa.data.checks import LONGEST
+from isdaa.files import clean
+
 QUOTED = 300  # characters of an endpoint's own words in an error
 LEAST_ROOM = 16  # tokens; a reply that has fewer left is not worth asking for
 
@@ -142,5 +145,5 @@ def quoted(text: str) -> str:
 
 
 def valid(text: str) -> str:
-    """Half a surrogate pair, which JSON can carry, can be written to no file."""
-    return text.encode("utf-8", "replace").decode()
+    """What JSON can carry, and files cannot, cleaned; no verdict is as long as `LONGEST`."""
+    return clean(text, LONGEST)

@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from isdaa.data.checks import check_asked
 from isdaa.distributed import once
 from isdaa.errors import DoneInPart, UserError, nearest
 from isdaa.evaluation.benchmark_judging import REPLIES, Case, ModelJudge
@@ -119,6 +120,8 @@ class SampleJudge:
         if not todo:
             say(f"judge {self.name}: all is judged already, so nothing is asked")
             return
+        for row in prompts:
+            check_asked((row["prompt"], row["chosen"]), f"prompt {row['prompt_id']}")
         each = 2 * sum(len(side.pairs) for side in todo)  # requests a prompt
         say(f"judge {self.name}: {self._estimate(prompts, each, todo, plan)}")
 

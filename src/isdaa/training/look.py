@@ -30,7 +30,7 @@ from isdaa.evaluation.scorers import Scorer
 from isdaa.evaluation.scoring import scores_key
 from isdaa.evaluation.statistics import mean_interval
 from isdaa.evaluation.winrate import own_win_rates, win_rates
-from isdaa.files import digest
+from isdaa.files import clean, digest
 from isdaa.models.forward import PairForward
 from isdaa.models.logprobs import Head, OwnHead
 from isdaa.models.sampling import SamplingSettings, sample
@@ -314,7 +314,7 @@ class Looks:
                 records[i * n + k] = {
                     "prompt_id": rows[i]["prompt_id"],
                     "sample": k,
-                    "text": tokenizer.decode(result.ids[:end], skip_special_tokens=False),
+                    "text": clean(tokenizer.decode(result.ids[:end], skip_special_tokens=False)),
                     "ids": list(result.ids),
                     "finished": bool(result.finished),
                 }
