@@ -335,7 +335,7 @@ def test_a_model_of_a_file_may_be_called_anything(name: str, tmp_path: Path) -> 
     options = ["--questions", files[0], "--answers", files[1], "--output", str(tmp_path / "out"), "--evaluation.bootstrap", "100"]
     options += [] if name == "mt_bench" else ["--opponent", files[1]]
     with judge_server(lambda talk: "m" if name == "alpaca_eval" else text + "\n[[5]] [[A=B]] Better: A") as (_, url):
-        assert main(["benchmark", name, *options, "--judge-model", text, "--judge-base-url", url, "--judge-retries", "0"]) in (
+        assert main(["benchmark", name, *options, "--judge-model", "j", "--judge-base-url", url, "--judge-retries", "0"]) in (
             0,
             3,
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from chains import jsonl
 from evaluation_helpers import TOKENIZATION, TOKENIZER, moved, save, settings, tiny, world_rows
 from judge_server import Answer, JudgeServer, replying, serving, sides
 
@@ -317,6 +318,9 @@ def test_a_file_is_the_question_and_texts_bring_no_places_in(models: dict[str, s
             "needs a key: set the environment variable OPENAI_API_KEY",
         ),
         (["--judge-base-url", "ftp://x"], "ftp://x"),
+        (["--judge-model", "\udcff"], "--judge-model holds a character that no name has"),
+        (["--data", "nul.jsonl"], "holds a NUL character"),
+        (["--data", "long.jsonl"], "1,048,577 characters"),
     ],
 )
 def test_what_can_be_known_is_said_before_a_sample(
@@ -331,10 +335,13 @@ def test_what_can_be_known_is_said_before_a_sample(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("isdaa.evaluation.collect.Collection.run", lambda self: pytest.fail("sampled"))
     (tmp_path / "bare.txt").write_text("only {prompt}")
+    jsonl(tmp_path / "nul.jsonl", [{"prompt": "a\0", "chosen": "b", "rejected": "c"}])
+    jsonl(tmp_path / "long.jsonl", [{"prompt": "a", "chosen": "b" * ((1 << 20) + 1), "rejected": "c"}])
     (tmp_path / "latin.txt").write_bytes(b"\xff{prompt}{first}{second}")
     words = command(models, prompts, tmp_path / "page", "http://127.0.0.1:1/v1")
-    if "--judge-base-url" in more:
-        words = words[: words.index("--judge-base-url")]
+    for option in {"--judge-base-url", "--judge-model", "--data"} & set(more):
+        place = words.index(option)
+        words = [*words[:place], *words[place + 2 :]]
     assert main([*words, *more]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "page").exists()
 

@@ -89,6 +89,8 @@ def asking_of(arguments: argparse.Namespace) -> Asking | None:
 
     if not arguments.judge_model.strip():
         raise UserError("--judge-model is empty; name a model that the endpoint serves")
+    if not arguments.judge_model.isprintable():
+        raise UserError("--judge-model holds a character that no name has; name a model that the endpoint serves")
     if temperature is not None:
         given["temperature"] = _temperature(temperature)
     for option, field in (SETTINGS | {"judge_temperature": "temperature"}).items():
