@@ -106,7 +106,7 @@ def test_log_probabilities_give_a_soft_preference(asked: list) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("m", 0.0), ("M", 1.0), (" **M**", 1.0), ("Model m", 0.0), ("m.", 0.0), ("model M is", 1.0)],
+    [("m", 0.0), ("M", 1.0), (" **M**", 1.0), ("Model m", 0.0), ("m.", 0.0), ("Model M is better.", 1.0)],
 )
 def test_without_log_probabilities_the_word_is_a_hard_vote(asked: list, text: str, value: float) -> None:
     verdict = BENCH.parse(asked[0], Said(text))
@@ -114,7 +114,7 @@ def test_without_log_probabilities_the_word_is_a_hard_vote(asked: list, text: st
     assert BENCH.parse(asked[1], Said(text)).value == 1 - value
 
 
-@pytest.mark.parametrize("text", ["", "Both", "My choice", "m'kay", "me", "I think M"])
+@pytest.mark.parametrize("text", ["", "Both", "My choice", "m'kay", "me", "model M is", "I think not M"])
 def test_anything_else_is_unparsed(asked: list, text: str) -> None:
     verdict = BENCH.parse(asked[0], Said(text))
     assert verdict.value is None and verdict.kind == "unparsed" and verdict.reply == text
@@ -122,6 +122,32 @@ def test_anything_else_is_unparsed(asked: list, text: str) -> None:
 
 def test_letters_that_the_judge_hardly_thinks_of_are_no_vote(asked: list) -> None:
     assert BENCH.parse(asked[0], Said("Both", {"Both": -0.01, "m": -9.0, "M": -10.0})).value is None
+
+
+@pytest.mark.parametrize(
+    ("said", "value", "kind", "lack"),
+    [
+        # The first token of a thought is no vote, whatever else the endpoint lists beside it.
+        (Said("<think>\n\n</think>\n\nM", {"<think>": -0.01, "m": -4.0}), 1.0, "hard", ""),
+        (Said("<think>Let me", {"<think>": -0.01, "m": -4.0}, "length"), None, "unparsed", "cut"),
+        (Said("Let me", {"<think>": -0.01, "m": -4.0}, "length"), None, "unparsed", "cut"),
+        (Said("M", {"<|channel|>": -0.01, "m": -4.0}), 1.0, "hard", ""),
+        (Said("M", {"m": -0.1, "M": -2.4}, thinking="Both are long."), 1.0, "hard", ""),
+        (Said("", None, thinking="Both are long."), None, "unparsed", "thought only"),
+        # A soft vote needs no more than its first token, and so do some hard ones.
+        (Said("m and M are", {"m": -0.1, "M": -2.4}, "length"), 1 / (1 + math.exp(2.3)), "soft", ""),
+        (Said("M", None, "length"), 1.0, "hard", ""),
+        (Said("**M**\n\nBecause", None, "length"), 1.0, "hard", ""),
+        (Said("Model m.", None, "length"), 0.0, "hard", ""),
+        (Said("Model m and", None, "length"), None, "unparsed", "cut"),
+        (Said("m, or rather", None, "length"), None, "unparsed", "cut"),
+        (Said("Both models are equally good."), 0.5, "hard", ""),
+    ],
+)
+def test_thoughts_and_cut_replies(asked: list, said: Said, value: float | None, kind: str, lack: str) -> None:
+    verdict = BENCH.parse(asked[0], said)
+    assert (verdict.kind, verdict.lack) == (kind, lack)
+    assert verdict.value == (None if value is None else pytest.approx(value))
 
 
 def judged(preferences: list[tuple[float | None, ...]], lengths: list[tuple[int, int]]) -> list[Judged]:
@@ -149,7 +175,7 @@ def test_scores_by_hand() -> None:
     assert score.details["length"] == (10 + 30 + 7 + 40) // 4 == 21  # of 21.75: the leaderboard cuts it off
     assert score.counts == {"questions": 4, "replies": 8, "unparsed": 1, "left_out": 1, "soft": 7, "hard": 0}
     assert score.by_question == pytest.approx({"0": 0.8, "1": 0.5, "2": 0.2})
-    assert any("1 of 8 replies could not be read; 1 of 4 questions" in note for note in score.notes)
+    assert any("1 of 8 replies gave no verdict; 1 of 4 questions" in note for note in score.notes)
     assert json.loads(json.dumps(score.to_json()))["figures"]["win_rate"]["n"] == 4
 
 

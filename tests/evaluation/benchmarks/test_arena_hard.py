@@ -122,7 +122,16 @@ def test_the_opponent_is_the_categorys_baseline(tmp_path: Path) -> None:
         ("[[B<<A]]", "B<<A"),
         ("[[A]] is better: [[A>B]] [[B]]", "A>B"),  # what is no label is passed over
         ("[[A]]", None),
-        ("A>B", None),
+        ("[[A]] so [A>B]", None),  # a label in single brackets counts only where nothing stands in double ones
+        ("[[ A > B ]]", "A>B"),
+        ("[[A&gt;&gt;B]]", "A>>B"),
+        ("A is better.\n\n**B>A**", "B>A"),
+        ("Final verdict: A >> B.", "A>>B"),
+        ("A>B is what some say.", None),
+        ("I see [[A>>B]], [[A>B]], [[A=B]], [[B>A]] and [[B>>A]]", None),  # our list, quoted
+        ("It is [[A>B]] or [[A=B]]", None),
+        ("[[B>A]] rather than [[B>>A]]", "B>A"),
+        ("Not [[A>B]]", None),
         ("", None),
     ],
 )
@@ -142,6 +151,12 @@ def test_the_two_games_and_their_votes(tmp_path: Path) -> None:
     assert (verdict.value, verdict.weight) == (1.0, 3.0)
     assert BENCH.parse(first, Said("[[B>A]]")).value == 1.0
     assert BENCH.parse(first, Said("none")).kind == "unparsed"
+    thought = "<think>At first [[A>>B]], no.</think>"
+    assert BENCH.parse(first, Said(f"{thought}[[B>A]]")).value == 1.0
+    assert BENCH.parse(first, Said(thought)).lack == "thought only"
+    assert BENCH.parse(first, Said("", thinking="[[A>B]]")).lack == "thought only"
+    assert BENCH.parse(first, Said("I think [[A>B]]", finish_reason="length")).lack == "cut"
+    assert BENCH.parse(first, Said("[[A>B]]", finish_reason=None)).value == 0.0  # an endpoint that does not say
 
 
 def judged(labels: dict[str, tuple[str | None, str | None]], category: str = "hard_prompt", model: str = "mine") -> list[Judged]:

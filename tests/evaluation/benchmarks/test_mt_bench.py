@@ -128,7 +128,19 @@ def test_what_the_judge_sees(questions: list, tmp_path: Path) -> None:
         ("[[7.5]]", 7.5),
         ("[3] is what I give", 3.0),
         ("see [1], so [[8]]", 8.0),  # double brackets win over an earlier single pair
-        ("[[6]] and again [[2]]", 6.0),  # the first, as in the original
+        ("[[6]] at first, at last [[2]]", 2.0),  # the last: a judge that thinks aloud ends with its grade
+        ("[[7/10]]", 7.0),
+        ("[[ 7 ]]", 7.0),
+        ("Rating: [[8 out of 10]]", 8.0),
+        ("[[10]]", 10.0),
+        ("I am to end with the grade, for example [[5]]. It is right. [[9]]", 9.0),
+        ("I am to end with the grade, for example [[5]]. It is right.", None),  # our example, quoted
+        ("[[9]] is what I give; e.g. [[5]] would be too low", 9.0),
+        ("It lies between [[6]] and [[7]]", None),
+        ("[[6-7]]", None),
+        ("[[5]], no: [[11]]", None),
+        ("as in [1](https://a.b)", None),
+        ("[[11]] or [5]", None),
         ("[[11]]", None),
         ("[[0]]", None),
         ("[[rating]]", None),
@@ -140,6 +152,22 @@ def test_the_grade(questions: list, text: str, value: float | None) -> None:
     asked = BENCH.judge_questions(questions[0], Answer("81", "mine", ("a", "b")), None)[0]
     verdict = BENCH.parse(asked, Said(text))
     assert verdict.value == value and verdict.kind == ("unparsed" if value is None else "grade")
+    assert verdict.lack == ("unreadable" if value is None else "")
+
+
+def test_only_the_answer_is_graded(questions: list) -> None:
+    asked = BENCH.judge_questions(questions[0], Answer("81", "mine", ("a", "b")), None)[0]
+    assert BENCH.parse(asked, Said("<think>for instance [[5]]</think>[[8]]")).value == 8
+    assert BENCH.parse(asked, Said("It may be [[5]]\n</think>\n[[8]]")).value == 8
+    assert BENCH.parse(asked, Said("[[8]]", thinking="[[5]]?")).value == 8
+    for said, lack in [
+        (Said("<think>It may be [[5]]"), "thought only"),
+        (Said("<think>It may be [[5]]", finish_reason="length"), "cut"),
+        (Said("It is [[5]], or rath", finish_reason="length"), "cut"),
+        (Said("It is good."), "unreadable"),
+    ]:
+        verdict = BENCH.parse(asked, said)
+        assert (verdict.value, verdict.lack) == (None, lack)
 
 
 def graded(questions: list, grades: list[tuple[float | None, float | None]]) -> list[Judged]:

@@ -33,8 +33,10 @@ from isdaa.evaluation.benchmarks.benchmark import (
     Verdict,
     prompt_text,
 )
+from isdaa.evaluation.benchmarks.choices import choice
 from isdaa.evaluation.benchmarks.rows import PROJECT, Texts, downloaded, key_of, matched, objects, question_rows, text
 from isdaa.evaluation.length_control import Gamed, LengthControlled, discrete, length_adjusted, length_controlled, win_rate
+from isdaa.evaluation.replies import begins_thought, split
 from isdaa.evaluation.statistics import Figure, Interval
 from isdaa.files import digest, write_json
 
@@ -164,23 +166,37 @@ def judge_questions(question: Question, answer: Answer, opponent: Answer | None)
 
 def parse(asked: JudgeQuestion, reply: Reply) -> Verdict:
     """P(the model's letter) among `m` and `M` from the first token's log-probabilities; without them, a hard vote."""
-    verdict = _verdict(asked.game, reply)
+    verdict = _soft(asked.game, reply) or _hard(asked.game, reply)
     return replace(verdict, messages=asked.messages, template=asked.template)
 
 
-def _verdict(game: str, reply: Reply) -> Verdict:
-    mass = {"m": 0.0, "M": 0.0}
+def _soft(game: str, reply: Reply) -> Verdict | None:
+    """A vote of the first token, unless it is the first of a thought."""
+    mass, thought = {"m": 0.0, "M": 0.0}, 0.0
     for token, logprob in (reply.first_token_logprobs or {}).items():
         if token.strip() in mass:
             mass[token.strip()] += math.exp(logprob)
+        elif begins_thought(token):
+            thought += math.exp(logprob)
     total = sum(mass.values())
-    if total >= LEAST_MASS:
-        value = games.oriented(mass["M"] / total, game)
-        return Verdict(game, value, "soft", "M" if mass["M"] > mass["m"] else "m", reply=reply.text)
-    said = re.match(r"[^A-Za-z]*(?:[Mm]odel\s+)?([mM])\b(?!')", reply.text)
-    if said is None:
-        return games.unparsed(game, reply.text)
-    return Verdict(game, games.oriented(float(said[1] == "M"), game), "hard", said[1], reply=reply.text)
+    if total < LEAST_MASS or thought > total or split(reply.text, reply.thinking).marked:
+        return None
+    value = games.oriented(mass["M"] / total, game)
+    return Verdict(game, value, "soft", "M" if mass["M"] > mass["m"] else "m", reply=reply.text)
+
+
+def _hard(game: str, reply: Reply) -> Verdict:
+    """What the answer says; of one that the limit cut, a letter that nothing can follow but an explanation."""
+    answer, lack = games.heard(reply)
+    if (
+        lack == "cut"
+        and (said := re.match(r"[^A-Za-z]*(?:[Mm]odel\s+)?([mM])(?=[*_`\"\])}]*(?:[.:;!\n]|$))", answer)) is not None
+    ):
+        share: float | None = float(said[1] == "M")
+        lack = ""
+    else:
+        share = None if lack else choice(answer, "m", "M")
+    return games.preferred(game, reply, share, lack, {0.0: "m", 1.0: "M", 0.5: "tie", None: ""}[share])
 
 
 def score(judged: Mapping[str, Sequence[Judged]], scoring: Scoring) -> dict[str, Score]:

@@ -8,6 +8,7 @@ category, judge, model, baseline, games: [baseline as A, swapped]}`. The first e
 
 from __future__ import annotations
 
+import html
 import re
 import time
 import uuid
@@ -79,6 +80,8 @@ LABELS = {
     "B<A": (1.0, 1.0),
     "B<<A": (1.0, STRONG),
 }
+_RULED_OUT = re.compile(r"(?:\bNOT|N'T|N’T|\bNEVER|\bRATHER THAN|\bINSTEAD OF|\bTHAN|\bNOR)[\s*_\"'`“(]*$")
+_JOINED = re.compile(r"[\s*\"'`]*(?:OR|AND|TO|/|,|–|-)[\s*\"'`]*")
 IDS = ("uid", "question_id")
 # Beside `metadata`, in answers that isdaa writes: what counted `token_len`. The original counts with gpt-4o's tokenizer.
 COUNTED_BY, ORIGINAL_COUNTER, PIECES = "token_len_by", "gpt-4o", "words and marks"
@@ -185,17 +188,36 @@ def judge_questions(question: Question, answer: Answer, opponent: Answer | None)
 
 
 def parse(asked: JudgeQuestion, reply: Reply) -> Verdict:
-    """The last label in double square brackets, else in single ones; case does not matter."""
-    return replace(_labelled(asked.game, label_of(reply.text), reply.text), messages=asked.messages, template=asked.template)
+    """The label that the answer ends with."""
+    answer, lack = games.heard(reply)
+    label = None if lack else label_of(answer)
+    said = reply.text or reply.thinking
+    verdict = games.unparsed(asked.game, said, lack or "unreadable") if label is None else _labelled(asked.game, label, said)
+    return replace(verdict, messages=asked.messages, template=asked.template)
 
 
 def label_of(reply: str) -> str | None:
-    """The label that a reply ends with, or None. What stands in brackets and is no label is passed over."""
-    for pattern in (r"\[\[([AB<>=]+)\]\]", r"\[([AB<>=]+)\]"):
-        labels = [label for label in re.findall(pattern, reply.upper()) if label in LABELS]
-        if labels:
-            return labels[-1]
-    return None
+    """The last label in double square brackets; where nothing stands in such, in single ones, or alone on the last line.
+
+    Case and white space do not matter; what stands in brackets and is no label is passed over, and so is a label that is
+    ruled out (`not [[A>B]]`). A line that goes through three or ends with a choice of two (`[[A>B]] or [[A=B]]`) says nothing.
+    """
+    text = html.unescape(reply).upper().replace("\u200b", "")
+    for pattern in (r"\[\[([AB<>=\s]+)\]\]", r"\[([AB<>=\s]+)\]"):
+        for line in reversed(text.splitlines()):
+            found = [one for one in re.finditer(pattern, line) if re.sub(r"\s", "", one[1]) in LABELS]
+            labels = [re.sub(r"\s", "", one[1]) for one in found if not _RULED_OUT.search(line[: one.start()])]
+            if labels:
+                joined = len(found) > 1 and _JOINED.fullmatch(line[found[-2].end() : found[-1].start()])
+                return None if len(set(labels)) > 2 or (joined and labels[-2:-1] != labels[-1:]) else labels[-1]
+        if re.search(r"\[\[[^\[\]]*\]\]", text):
+            return None
+    last = next((line for line in reversed(text.splitlines()) if line.strip()), "")
+    alone = re.fullmatch(
+        r"[\W_]*?(?:(?:MY |THE )?(?:FINAL )?(?:VERDICT|ANSWER|LABEL|JUDGE?MENT)(?: IS)?\W*)?([AB][\s<>=]+[AB])[\W_]*", last
+    )
+    named = re.sub(r"\s", "", alone[1]) if alone is not None else ""
+    return named if named in LABELS else None
 
 
 def _labelled(game: str, label: str | None, reply: str) -> Verdict:

@@ -6,11 +6,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from isdaa.errors import UserError
-from isdaa.evaluation.benchmarks.benchmark import Judged, JudgeQuestion, Verdict, counted
+from isdaa.evaluation.benchmarks.benchmark import Judged, JudgeQuestion, Reply, Verdict, counted
 from isdaa.evaluation.judge_types import Lack
+from isdaa.evaluation.replies import split
 
 _ENDS = re.compile(r"([\n\r\v\f\x1c-\x1e\x85\u2028\u2029])")
 _BLANK = r"[\s\u200b-\u200d\u2060\ufeff]*"  # white space, and characters that take no room
@@ -69,7 +70,7 @@ def notes(count: dict[str, int], flips: float | None = None) -> list[str]:
     lines = []
     if count["unparsed"]:
         lines.append(
-            f"{count['unparsed']} of {counted(count['replies'], 'reply', 'replies')} could not be read; "
+            f"{count['unparsed']} of {counted(count['replies'], 'reply', 'replies')} gave no verdict; "
             f"{count['left_out']} of {counted(count['questions'], 'question')} left out for it"
         )
     if count["hard"] and count["soft"]:
@@ -89,6 +90,21 @@ def oriented(share_of_second: float, game: str) -> float:
 def no_reply(asked: JudgeQuestion, reason: str, lack: Lack) -> Verdict:
     """The verdict on a question that the judge never answered: counted with the replies that could not be read."""
     return Verdict(asked.game, None, "unparsed", reply=reason, messages=asked.messages, template=asked.template, lack=lack)
+
+
+def heard(reply: Reply) -> tuple[str, Lack | Literal[""]]:
+    """(what the judge answered, without what it thought; why that is no verdict, as far as can be said without reading it)."""
+    parts = split(reply.text, reply.thinking)
+    if reply.finish_reason == "length":
+        return parts.answer, "cut"
+    return parts.answer, "" if parts.answer.strip() else "thought only" if parts.marked else "unreadable"
+
+
+def preferred(game: str, reply: Reply, share: float | None, lack: Lack | Literal[""], label: str = "") -> Verdict:
+    """A hard vote for the second response, by its share; none where there is a lack, or no share."""
+    if lack or share is None:
+        return unparsed(game, reply.text or reply.thinking, lack or "unreadable")
+    return Verdict(game, oriented(share, game), "hard", label, reply=reply.text)
 
 
 def unparsed(game: str, reply: str, lack: Lack = "unreadable") -> Verdict:
@@ -116,7 +132,7 @@ GAME_KEYS = ("game", "value", "kind", "label", "reply", "template")
 
 def game_row(verdict: Verdict) -> dict[str, Any]:
     """One order's verdict in a file of isdaa's own."""
-    return {key: getattr(verdict, key) for key in GAME_KEYS}
+    return {key: getattr(verdict, key) for key in GAME_KEYS} | ({"lack": verdict.lack} if verdict.lack else {})
 
 
 def read_game(row: Mapping[str, Any] | None, where: str) -> Verdict:
@@ -130,4 +146,5 @@ def read_game(row: Mapping[str, Any] | None, where: str) -> Verdict:
             "hard, or null and unparsed"
         )
     game, label, reply, template = (str(row.get(key) or "") for key in ("game", "label", "reply", "template"))
-    return Verdict(game, None if value is None else float(value), kind, label, reply=reply, template=template)
+    lack: Lack | Literal[""] = next((lack for lack in get_args(Lack) if value is None and lack == row.get("lack")), "")
+    return Verdict(game, None if value is None else float(value), kind, label, reply=reply, template=template, lack=lack)

@@ -67,6 +67,8 @@ SYSTEM = (
 )
 USER_SAID, ASSISTANT_SAID = "<<<user, turn {turn}\n{text}\nuser>>>", "<<<assistant, turn {turn}\n{text}\nassistant>>>"
 REFERENCE = "<<<a right answer, turn {turn}\n{text}\nright answer>>>"
+# What stands before a grade that is quoted as an example.
+_EXAMPLE = re.compile(r"(?i)(?:for example|for instance|e\.g\.|such as|like|in the form|example)[\s,:*_\"'`“(]*$")
 ASKED = "Grade the assistant's answer in turn {turn}."
 AGAINST = " Compare it with the right answer first and name every mistake."
 LATER = " The earlier turn is there for context alone."
@@ -174,14 +176,38 @@ def judge_questions(question: Question, answer: Answer, opponent: Answer | None 
 
 
 def parse(asked: JudgeQuestion, reply: Reply) -> Verdict:
-    """The first `[[7]]`, else the first `[7]`; a number outside 1 to 10 is no grade."""
-    said = re.search(r"\[\[(\d+\.?\d*)\]\]", reply.text) or re.search(r"\[(\d+\.?\d*)\]", reply.text)
-    value = float(said[1]) if said else None
-    if value is None or not 1 <= value <= 10:
-        verdict = games.unparsed(asked.game, reply.text)
+    """The grade that the answer ends with."""
+    answer, lack = games.heard(reply)
+    value = None if lack else grade_of(answer)
+    if value is None:
+        verdict = games.unparsed(asked.game, reply.text or reply.thinking, lack or "unreadable")
     else:
         verdict = Verdict(asked.game, value, "grade", f"{value:g}", reply=reply.text)
     return replace(verdict, messages=asked.messages, template=asked.template)
+
+
+def grade_of(reply: str) -> float | None:
+    """The last number in double square brackets; where none stands in such, in single ones. Only 1 to 10 is a grade.
+
+    `[[7/10]]` is 7. What the judge's question gives as an example is none where it is quoted as one, and two grades that
+    are joined (`between [[6]] and [[7]]`) are neither.
+    """
+    for pattern in (r"\[\[([^\[\]]*\d[^\[\]]*)\]\]", r"(?<![\w\[\]])\[([^\[\]]*\d[^\[\]]*)\](?![\[\](])"):
+        found = [one for one in re.finditer(pattern, reply) if not _EXAMPLE.search(reply[: one.start()][-60:])]
+        if found:
+            grades = [_grade(one[1]) for one in found]
+            joined = len(found) > 1 and re.fullmatch(
+                r"(?i)[\s*]*(?:and|or|to|[-–—/])[\s*]*", reply[found[-2].end() : found[-1].start()]
+            )
+            return None if joined and grades[-1] != grades[-2] else grades[-1]
+    return None
+
+
+def _grade(said: str) -> float | None:
+    number = re.fullmatch(
+        r"(?i)\s*(?:(?:rating|score|grade)\s*[:=]\s*)?(\d+(?:\.\d*)?)\s*(?:(?:/|out of|of)\s*10(?:\.0)?)?\s*", said
+    )
+    return float(number[1]) if number is not None and 1 <= float(number[1]) <= 10 else None
 
 
 def score(judged: Mapping[str, Sequence[Judged]], scoring: Scoring) -> dict[str, Score]:

@@ -8,7 +8,6 @@ name A or B. Files of responses and judgments are JSON Lines of isdaa's own, for
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from isdaa.evaluation.benchmarks.benchmark import (
     Verdict,
     prompt_text,
 )
+from isdaa.evaluation.benchmarks.choices import choice
 from isdaa.evaluation.benchmarks.rows import PROJECT, Texts, check_split, identity, matched, objects, project_rows, text
 from isdaa.evaluation.length_control import win_rate
 from isdaa.files import write_jsonl
@@ -193,14 +193,11 @@ def judge_questions(wording: Wording, question: Question, answer: Answer, oppone
 
 
 def parse(asked: JudgeQuestion, reply: Reply) -> Verdict:
-    """The last `Better: A` or `Better: B`, else a reply of one letter."""
-    said = re.findall(r"""(?i:\bbetter(?:\s+summary|\s+response)?)[*_]*\s*:[\s*_"'`]*([AB])\b(?!['’])""", reply.text)
-    alone = re.fullmatch(r"\W*([AB])\W*", reply.text)
-    label = said[-1] if said else alone[1] if alone else None
-    if label is None:
-        verdict = games.unparsed(asked.game, reply.text)
-    else:
-        verdict = Verdict(asked.game, games.oriented(float(label == "B"), asked.game), "hard", label, reply=reply.text)
+    """What the answer says of A and B (`choices`); the last `Better: …` counts."""
+    answer, lack = games.heard(reply)
+    share = None if lack else choice(answer, "A", "B")
+    label = {0.0: "A", 1.0: "B", 0.5: "tie", None: ""}[share]
+    verdict = games.preferred(asked.game, reply, share, lack, label)
     return replace(verdict, messages=asked.messages, template=asked.template)
 
 

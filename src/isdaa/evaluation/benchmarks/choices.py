@@ -1,0 +1,127 @@
+"""Which of two responses a judge's words prefer, or that they are equal; what may mean something else is not read.
+
+A label (`Better: B`) counts at the start of a line or sentence, the last one alone. Without a label a sentence does that
+is nothing but a choice (`Response B is better.`, `B`, `Both are equally good`), where it ends the answer, or begins it and
+nothing behind it says otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+
+# Legend: ① and ② stand for the names of the two responses, all other words are in lower case.
+_NOUN = "(?:response|summary|reply|answer|assistant|model|option|output|text|candidate|version|continuation)"
+_NOUNS = "(?:responses|summaries|replies|answers|assistants|models|options|outputs|texts|candidates|versions|ones|of them)"
+_NAME = rf"(?:the )?(?:{_NOUN} )?(?P<name>[①②])(?:'s {_NOUN})?"
+_OTHER = rf"(?:the other(?: one| {_NOUN})?|(?:the )?(?:{_NOUN} )?[①②])"
+_MUCH = "(?:(?:clearly|slightly|much|somewhat|far|marginally|significantly|overall|definitely|the|a bit|a little|by far|still) )*"
+_BETTER = rf"{_MUCH}(?:better|best|preferable|superior|stronger|preferred|winner)"
+_EQUAL = (
+    r"(?:(?:about |roughly |equally |just as |nearly )?(?:equal(?:ly)?|the same|tied|a tie|equivalent|on par|comparable|as good)"
+    r"(?: (?:good|bad|well|poor|strong|helpful|harmless|in quality|overall|quality))?|equally \w+)"
+)
+_BOTH = rf"(?:{_NOUN} [①②] and (?:{_NOUN} )?[①②]|(?:{_NOUNS} )?[①②] and [①②]|both(?: {_NOUNS})?|they|the two(?: {_NOUNS})?)"
+_VERDICT = "(?:answer|verdict|choice|winner|decision|judge?ment|conclusion|preference|result|pick)"
+_LEAD = (
+    "(?:(?:overall|therefore|so|thus|hence|in conclusion|in summary|finally|in short|to conclude|"
+    "i (?:think|believe|conclude|choose|pick|select|prefer|say|go with)(?: that)?|i(?:'d| would) (?:say|choose|prefer|go with)|"
+    rf"in my (?:opinion|view|judgment)|(?:the |my )?(?:final |overall )?{_VERDICT}(?: is)? ?:?)[,:]? ?)*"
+)
+_LABEL = re.compile(rf"(?:^|(?<=[.!?:;,—–-]) ?){_LEAD}(?:the )?better(?: {_NOUN})?(?: is)? ?[:：=] ?(?P<said>.*)$")
+_ALONE = re.compile(
+    rf"{_LEAD}(?:{_NAME}(?: (?:is|was|seems|appears|remains|would be) {_BETTER}(?: one| {_NOUN}| choice)?(?: overall)?| wins)?"
+    rf"(?: (?:than|over) {_OTHER})?|{_BETTER}(?: {_NOUN}| one)? ?(?:is|was|:) ?{_NAME.replace('name', 'named')})[ .!]*"
+)
+_TIE = re.compile(
+    rf"{_LEAD}(?:(?:(?:it|this|that|the result)(?: is|'s) |i (?:call|declare) (?:it|this) )?(?:[a①] )?(?:tie|draw|toss-?up|tied)|"
+    rf"neither(?: {_NOUN}| of them| one| of the two)?(?: (?:is|was) {_BETTER}(?: than {_OTHER})?)?|"
+    rf"neither {_OTHER} nor {_OTHER} (?:is|was) {_BETTER}|{_BOTH} (?:are|were|is|seem) {_EQUAL}|(?:both )?{_EQUAL}|"
+    r"[①②] ?=+ ?[①②]|(?:there is )?no (?:clear |real |meaningful )?(?:winner|difference|preference))[ .!]*"
+)
+_BEHIND = re.compile(  # what may stand behind a label's name
+    rf"[.!,;:—–-]|(?:because|since|as|due to|for|given|with|which|it|this|overall)\b|(?:is|was) {_MUCH}(?:{_BETTER}|more)\b|\Z"
+)
+_UNSETTLED = re.compile(r"[,;:/—–-]* ?(?:(?:or|and|no|not|nor|vs\.?|neither|than)\b|[/①②])")
+# What takes a choice back.
+_DOUBT = re.compile(
+    r"(?:^|[.!?,;:—–-] ?)(?:(?:no|not)\b[,.!]|no [①②]|wait\b|actually\b|hmm|correction\b|sorry\b|scratch that|"
+    r"on (?:second thought|reflection)|i (?:have )?changed? my mind|i take (?:that|it) back|or (?:maybe|perhaps|rather)\b)"
+)
+_WORSE = re.compile(r"\b(?:worse|worst|weaker|not|inferior|loser|loses)\b.*[:?]$")
+_ORNAMENTS = re.compile(r"[*_`\"“”„«»\[\]{}<>#$|]|\\(?:boxed|text|mathbf)|(?<![a-z])['‘’]|['‘’](?![a-z])", re.IGNORECASE)
+
+
+def choice(answer: str, first: str, second: str) -> float | None:
+    """1 for the second, 0 for the first, 0.5 where they are equal; None where the answer does not say it plainly."""
+    lines = [line for line in (_plain(line, first, second) for line in answer.splitlines()) if line]
+    for number in range(len(lines) - 1, -1, -1):
+        found = list(_LABEL.finditer(lines[number]))
+        if found:
+            value = _labelled(found[-1]["said"])
+            return None if value is None or _taken_back(value, lines[number + 1 :]) else value
+    said = [
+        (part, _stated(part, part == line))
+        for line in lines
+        for part in ([line] if _stated(line) is not None else _sentences(line))
+    ]
+    if not said:
+        return None
+    (_, start), (_, last) = said[0], said[-1]
+    if last is not None:
+        return None if len(said) > 1 and _WORSE.search(said[-2][0]) else last
+    again = any(value not in (None, start) for _, value in said)
+    return None if start is None or again or _taken_back(start, [part for part, _ in said[1:]]) else start
+
+
+def _plain(line: str, first: str, second: str) -> str:
+    """A line without ornaments, the names as ① and ②."""
+    line = re.sub(r"\(\s*(\w)\s*\)", r" \1 ", _ORNAMENTS.sub("", line.replace("\u200b", "").replace("’", "'")))
+    line = re.sub(r"\s+", " ", re.sub(r"[()]", ", ", line)).strip()
+    line = re.sub(r"^(?:(?:[-•–>+]+|\d+[.)]) )+", "", line)
+    for name, mark in ((first, "①"), (second, "②")):
+        line = re.sub(rf"(?<![\w'-]){name}(?![\w])(?!'(?!s\b))", mark, line)
+    line = line.lower()
+    if (first, second) == ("A", "B"):  # in lower case one of them is a word
+        for name, mark in (("a", "①"), ("b", "②")):
+            line = re.sub(rf"(?:^|(?<=: )){name}(?=[.!]?$)|(?<=response ){name}\b|(?<=summary ){name}\b", mark, line)
+    return line
+
+
+def _sentences(line: str) -> list[str]:
+    return re.split(r"(?<=[.!?;]) +", line)
+
+
+def _labelled(said: str) -> float | None:
+    """What stands behind `Better:`."""
+    if _TIE.fullmatch(said) or re.fullmatch(rf"both(?: {_NOUNS})?[ .!]*", said):
+        return 0.5
+    found = re.match(_NAME, said)
+    if found is None:
+        return None
+    value, behind = _value(found["name"]), said[found.end() :].strip()
+    if "?" in behind or _UNSETTLED.match(behind) or not _BEHIND.match(behind) or _taken_back(value, [behind]):
+        return None
+    return value
+
+
+def _stated(sentence: str, whole: bool = True) -> float | None:
+    """What a sentence says that is nothing but a choice, with a reason perhaps. whole: it fills its line, as a name must."""
+    if _TIE.fullmatch(sentence):
+        return 0.5
+    if not whole and re.fullmatch(rf"{_NAME}[ .!]*", sentence):
+        return None
+    found = _ALONE.fullmatch(re.split(r",? (?:because|since|due to)\b", sentence, maxsplit=1)[0])
+    if found is None or "?" in sentence or _DOUBT.search(sentence):
+        return None
+    return _value(found["name"] or found["named"])
+
+
+def _taken_back(value: float, rest: list[str]) -> bool:
+    """Whether what follows a choice doubts it, or says another."""
+    others = {0.0: "②", 1.0: "①"}.get(value, "[①②]")
+    contrary = re.compile(rf"{others} (?:is|was|seems|wins)(?: {_BETTER}|\b(?<=wins))")
+    return any(_DOUBT.search(text) or contrary.search(text) for text in rest)
+
+
+def _value(name: str) -> float:
+    return float(name == "②")

@@ -1,0 +1,194 @@
+"""Where a model's words part into what it thought and what it answered: the one place that knows the markers.
+
+Markers count at the beginning alone, white space aside. A closing one without its opening one ends a thought, too: chat
+templates open it in the prompt. What stands in code, or is spoken of within a line, is part of the answer.
+
+    <think> … </think>                       DeepSeek R1, Qwen 3, GLM, Nemotron and most others; also thinking, thought,
+                                             thoughts, reasoning, reflection, seed:think, mm:think
+    <|channel|>analysis<|message|> … <|end|> gpt-oss, the answer in the channel `final`; `analysis…assistantfinal…` where a
+                                             server left the special tokens out; Muse: `assistant to=self<|message|>`
+    <|channel>thought … <channel|>           Gemma 4
+    [THINK] … [/THINK]                       Magistral, Ministral
+    ◁think▷ … ◁/think▷, <|open|>think<|sep|> Kimi
+    <|START_THINKING|> … <|END_THINKING|>    Cohere
+    <|inner_prefix|>, <|begin_of_thought|>   Apertus, OpenThoughts
+    words, such as `Here is my thought process:`  Granite 3.2; `[BEGIN FINAL RESPONSE]` Apriel
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_TAGS = "think|thinking|thought|thoughts|reasoning|reflection|seed:think|mm:think"
+# (what opens a thought, what closes it).
+_PAIRS = [
+    (rf"<(?P<tag>{_TAGS})>", r"</{tag}>"),
+    (r"\[THINK\]", r"\[/THINK\]"),
+    (r"◁think▷", r"◁/think▷"),
+    (r"<\|open\|>think<\|sep\|>", r"<\|close\|>think<\|sep\|>"),
+    (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),
+    (r"<\|channel>(?:thought\n?)?", r"<channel\|>"),
+    (r"<\|inner_prefix\|>", r"<\|inner_suffix\|>"),
+    (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
+]
+# Those of plain words, which an answer may begin with: they count where both are there, or where the prompt ends with the first.
+_WORDS = [
+    (r"Here(?:'s| is) my thought process:", r"Here(?:'s| is) my response:"),
+    (r"Here are my reasoning steps:", r"\[BEGIN FINAL RESPONSE\]"),
+]
+_CLOSERS = re.compile(
+    "|".join([rf"</(?:{_TAGS})>", *(closer for _, closer in _PAIRS[1:]), r"\[BEGIN FINAL RESPONSE\]"]), re.IGNORECASE
+)
+# What an answer is wrapped in; those from the fourth on count behind a thought alone.
+_WRAPPERS = [
+    ("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+    ("<|START_TEXT|>", "<|END_TEXT|>"),
+    ("<|open|>response<|sep|>", "<|close|>response<|sep|>"),
+    ("<|begin_of_solution|>", "<|end_of_solution|>"),
+    ("", "[END FINAL RESPONSE]"),
+    ("<answer>", "</answer>"),
+    ("<output>", "</output>"),
+]
+_OPENING = {"/": "", "END_": "START_", "end_": "begin_", "close": "open", "suffix": "prefix"}
+_MESSAGE = re.compile(
+    r"\s*(?:<\|start\|>)?(?:assistant)?(?P<to>\s?to=[\w.:-]+)?(?:<\|channel\|>(?P<channel>\w+)[^<\n]*(?:<\|constrain\|>[^<\n]*)?)?"
+    r"<\|message\|>"
+)
+_ENDS = re.compile(r"<\|(?:end|return|call|eom|eot)\|>|(?=<\|start\|>)")
+_BARE = re.compile(r"\s*(?:assistant)?analysis(?=[A-Z\d\"'“(*\[#]|\s*\n)(?P<thought>.*?)(?:assistantfinal|\Z)", re.DOTALL)
+_CODE = re.compile(
+    r"^[ \t]{0,3}(?P<fence>`{3,}|~{3,})(?:.*?)^[ \t]{0,3}(?P=fence)[`~]*[ \t]*$|(?P<tick>`+)(?!`)[^\n]*?(?<!`)(?P=tick)(?!`)",
+    re.MULTILINE | re.DOTALL,
+)
+_OPENERS = [opener for opener, _ in _PAIRS + _WORDS]
+_OPENED = re.compile(rf"(?:{'|'.join(_OPENERS)}|<\|channel\|>analysis<\|message\|>| to=self<\|message\|>)\s*\Z", re.IGNORECASE)
+_FIRST = re.compile(
+    rf"\s*(?:<(?:{_TAGS})|\[THINK|◁think|<\|(?:open\|?|START_THINKING|channel\|?|inner_prefix|begin_of_thought))", re.IGNORECASE
+)
+TAIL = 40  # tokens at a prompt's end in which what opens a thought stands
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A text in its parts. marked: whether there is a marker, or thinking that came apart; unfinished: the thought has no end."""
+
+    thinking: str
+    answer: str
+    marked: bool = False
+    unfinished: bool = False
+
+
+def split(text: str, thinking: str = "", opened: str = "") -> Parts:
+    """What was thought and what was answered. A text without a marker is the answer, unchanged.
+
+    thinking: what an endpoint gave apart; opened: what opens a thought at the prompt's end (`opened_by`).
+    """
+    thoughts, rest, unfinished = _parts(opened + text, bool(opened))
+    if not thoughts and not thinking:
+        return Parts("", _unwrapped(text, plain=False))
+    said = [part.strip() for part in (thinking, *thoughts)]
+    answer = _unwrapped(rest.strip(), plain=True) if thoughts else _unwrapped(text, plain=False)
+    return Parts("\n\n".join(part for part in said if part), answer, True, unfinished)
+
+
+def opened_by(prompt: str) -> str:
+    """What opens a thought at the end of a rendered prompt, so that the reply begins inside; empty where nothing does."""
+    found = _OPENED.search(prompt[-200:])
+    return found[0] if found is not None else ""
+
+
+def begins_thought(token: str) -> bool:
+    """Whether a reply's first token opens a thought."""
+    return _FIRST.match(token) is not None
+
+
+def _parts(text: str, opened: bool) -> tuple[list[str], str, bool]:
+    """(thoughts, the rest, whether the last thought has no end); no thoughts where there is no marker."""
+    message = _MESSAGE.match(text)
+    if message is not None and (message["channel"] or message["to"]):
+        return _channels(text)
+    if re.match(r"\s*(?:<\|start\|>assistant)?<\|channel\|>\w*\s*\Z", text):
+        return [""], "", True
+    bare = _BARE.match(text)
+    if bare is not None:
+        return [bare["thought"]], text[bare.end() :], not text[: bare.end()].endswith("assistantfinal")
+    if re.match(r"\s*assistantfinal", text):
+        return [""], text.lstrip().removeprefix("assistantfinal"), False
+    thoughts: list[str] = []
+    while (found := _opener(text, opened and not thoughts)) is not None:
+        start, closer, firm = found
+        end = _closed(text, start, closer)
+        if end is None:
+            if not firm:
+                break
+            return [*thoughts, text[start:]], "", True
+        thoughts.append(text[start : end.start()])
+        text = text[end.end() :]
+    if not thoughts:
+        lone = _lone(text)
+        if lone is not None:
+            return [text[: lone.start()]], text[lone.end() :], False
+    return thoughts, text, False
+
+
+def _opener(text: str, opened: bool) -> tuple[int, str, bool] | None:
+    """(where the thought begins, what closes it, whether it is one without its end, too)."""
+    for number, (opener, closer) in enumerate(_PAIRS + _WORDS):
+        found = re.match(rf"\s*{opener}", text, re.IGNORECASE)
+        if found is not None:
+            tag = found.groupdict().get("tag")
+            return found.end(), closer.format(tag=tag) if tag else closer, opened or number < len(_PAIRS)
+    return None
+
+
+def _closed(text: str, start: int, closer: str) -> re.Match[str] | None:
+    """The first closing marker that is not in code; in code, where there is no other."""
+    found = list(re.compile(closer, re.IGNORECASE).finditer(text, start))
+    code = _code(text, start) if found else []
+    return next((one for one in found if not _within(one, code)), found[0] if found else None)
+
+
+def _lone(text: str) -> re.Match[str] | None:
+    """A closing marker of a thought that the prompt opened: no opening one before it, not in code, not within a sentence."""
+    code: list[tuple[int, int]] | None = None
+    for found in _CLOSERS.finditer(text):
+        before, behind = text[: found.start()][-1:], text[found.end() :][:1]
+        code = _code(text) if code is None else code
+        if not (before and before in " \t\"'“‘(" and behind and behind in " \t\"'”’),.;:!?") and not _within(found, code):
+            opener = re.sub(r"/|END_|end_|close|suffix", lambda part: _OPENING[part[0]], found[0])
+            opener = "<|channel>" if opener == "<channel|>" else opener
+            return None if opener != found[0] and opener.lower() in text[: found.start()].lower() else found
+    return None
+
+
+def _code(text: str, start: int = 0) -> list[tuple[int, int]]:
+    return [found.span() for found in _CODE.finditer(text, start)]
+
+
+def _within(found: re.Match[str], spans: list[tuple[int, int]]) -> bool:
+    return any(start < found.start() < end for start, end in spans)
+
+
+def _channels(text: str) -> tuple[list[str], str, bool]:
+    """gpt-oss's messages: `final` is the answer, so is one to nobody in particular where there are no channels."""
+    thoughts, answer, ended, place = [], "", True, 0
+    while (head := _MESSAGE.match(text, place)) is not None:
+        end = _ENDS.search(text, head.end())
+        body = text[head.end() : end.start() if end is not None else len(text)]
+        ended, place = end is not None, end.end() if end is not None else len(text)
+        if head["channel"] == "final" or not (head["channel"] or head["to"]):
+            answer += body
+            ended = True
+        else:
+            thoughts.append(body)
+    return thoughts or [""], answer, not ended
+
+
+def _unwrapped(answer: str, plain: bool) -> str:
+    """The answer without what it is wrapped in; plain: ordinary tags count, too."""
+    text = answer.strip().removesuffix("<|end|>").rstrip()
+    for opener, closer in _WRAPPERS if plain else _WRAPPERS[:3]:
+        if text.startswith(opener) and (opener or text.endswith(closer)) and closer not in text[: -len(closer)]:
+            return text.removeprefix(opener).removesuffix(closer).strip()
+    return answer

@@ -1,0 +1,144 @@
+"""Thinking and answer are told apart in every form that models give them, and in nothing else."""
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from isdaa.evaluation.replies import Parts, begins_thought, opened_by, split
+
+PAIRS = [
+    ("<think>", "</think>"),
+    ("<think>\n", "\n</think>\n\n"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>\n", "\n</thought>\n\n"),  # EXAONE Deep
+    ("<reasoning>", "</reasoning>"),
+    ("<seed:think>", "</seed:think>"),
+    ("<mm:think>", "</mm:think>"),  # MiniMax M3
+    ("[THINK]", "[/THINK]"),  # Magistral
+    ("◁think▷", "◁/think▷"),  # Kimi
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Cohere
+    ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),  # OpenThoughts
+    ("<|channel>thought\n", "<channel|>"),  # Gemma 4
+]
+# Words without any character that a marker or code is made of.
+WORDS = st.text(alphabet="abcdefg ,.\n0", min_size=1).map(str.strip).filter(bool)
+
+
+@pytest.mark.parametrize(("opener", "closer"), PAIRS)
+@given(thought=WORDS, answer=WORDS)
+def test_every_pair(opener: str, closer: str, thought: str, answer: str) -> None:
+    assert split(f"{opener}{thought}{closer}{answer}") == Parts(thought, answer, True)
+    assert split(f" \n{opener}{thought}{closer}{answer}\n") == Parts(thought, answer, True)
+    assert split(f"{opener}{thought}") == Parts(thought, "", True, unfinished=True)
+    assert split(f"{opener}{thought}{closer}") == Parts(thought, "", True)
+    # The prompt opened the thought: whether the reader knows it or not.
+    assert split(f"{thought}{closer}{answer}", opened=opener) == Parts(thought, answer, True)
+    assert split(f"{thought}{closer}{answer}") == Parts(thought, answer, True)
+    assert split(thought, opened=opener) == Parts(thought, "", True, unfinished=True)
+    assert opened_by(f"some prompt\n<|assistant|>{opener}") == opener
+    assert opened_by(f"some prompt\n<|assistant|>{opener}{closer}") == ""
+    assert begins_thought(opener.strip())
+
+
+@given(st.text())
+@example("<html>\n<b>x</b>")
+def test_a_text_without_a_marker_is_the_answer_unchanged(text: str) -> None:
+    if not any(mark in text for mark in ("think", "analysis", "assistant", "<|", "|>", "/", "[")):
+        assert split(text) == Parts("", text)
+
+
+@given(st.text(), st.text(), st.sampled_from(["", "<think>\n"]))
+def test_any_text_at_all(text: str, thinking: str, opened: str) -> None:
+    parts = split(text, thinking, opened)
+    assert parts.answer in text or parts.answer.strip() in text
+    assert not parts.unfinished or not parts.answer
+
+
+@pytest.mark.parametrize(
+    ("text", "thinking", "answer"),
+    [
+        # gpt-oss, with its special tokens and without
+        ("<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>so<|return|>", "hm", "so"),
+        ("<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>so", "hm", "so"),
+        ("<|start|>assistant<|channel|>final<|message|>so<|return|>", "", "so"),
+        (
+            "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>commentary<|message|>b<|end|>"
+            "<|start|>assistant<|channel|>final<|message|>so",
+            "a\n\nb",
+            "so",
+        ),
+        ("analysisWe need to judge.assistantfinalBetter: A", "We need to judge.", "Better: A"),
+        ("assistantfinalBetter: A", "", "Better: A"),
+        # Muse
+        (" to=self<|message|>hm<|eom|><|start|>assistant<|message|>so<|eot|>", "hm", "so"),
+        # answers in wrappers of their own
+        ("<think>hm</think><answer>so</answer>", "hm", "so"),  # Hunyuan
+        ("<thinking>a</thinking>\n<reflection>b</reflection>\n<output>so</output>", "a\n\nb", "so"),
+        ("<|START_THINKING|>hm<|END_THINKING|><|START_RESPONSE|>so<|END_RESPONSE|>", "hm", "so"),
+        ("<|open|>think<|sep|>hm<|close|>think<|sep|><|open|>response<|sep|>so<|close|>response<|sep|>", "hm", "so"),
+        ("Here is my thought process: hm Here is my response: so", "hm", "so"),  # Granite 3.2
+        ("hm\n[BEGIN FINAL RESPONSE]\nso\n[END FINAL RESPONSE]\n<|end|>", "hm", "so"),  # Apriel
+        ("<think>\n\n</think>\n\nso", "", "so"),  # Qwen 3 that is not to think
+        ("<think>It says `</think>` there.</think>so", "It says `</think>` there.", "so"),
+        ("<THINK>hm</THINK>so", "hm", "so"),
+    ],
+)
+def test_forms(text: str, thinking: str, answer: str) -> None:
+    assert split(text) == Parts(thinking, answer, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "opened"),
+    [
+        ("<|channel|>analysis<|message|>We", ""),
+        ("<|channel|>analysis", ""),
+        ("<|channel|>", ""),
+        ("analysisWe need to", ""),
+        ("We need to", "<|channel|>analysis<|message|>"),
+        ("First,", "Here are my reasoning steps:\n"),
+    ],
+)
+def test_thoughts_without_an_end(text: str, opened: str) -> None:
+    parts = split(text, opened=opened)
+    assert parts.unfinished and not parts.answer
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The tag <think> is closed by </think>, as in XML.",
+        "Close it with </think>, then answer.",
+        "```html\n<think>a</think>\n```\nshows it.",
+        "It is written `</think>` there.",
+        "~~~\nx\n</think>\n~~~",
+        "Sure. <think>hm</think> so",
+        "analysis of the data",
+        "analysis: none",
+        "Here is my thought process: first, I add.",
+        "Here are my reasoning steps:\n1. add",
+        "The channel is <|channel|> there",
+        "<b>think</b>",
+        "<answer>42</answer>",
+        "An array [THINK] of words",
+        "to=self is an argument",
+    ],
+)
+def test_talk_of_markers_is_no_marker(text: str) -> None:
+    assert split(text) == Parts("", text)
+
+
+def test_what_the_endpoint_gave_apart() -> None:
+    assert split("so", "hm") == Parts("hm", "so", True)
+    assert split("", "hm") == Parts("hm", "", True)
+    assert split("<think>b</think>so", "a") == Parts("a\n\nb", "so", True)
+
+
+def test_first_tokens() -> None:
+    assert all(map(begins_thought, ["<think>", "<think", "<|channel|>", "<|channel>", "[THINK]", " <think>"]))
+    assert not any(map(begins_thought, ["m", "M", "<", "The", "A", "thinking", "", "<|im_end|>"]))
+
+
+def test_long_texts_take_no_time() -> None:
+    for part in (" ", "`", "```\n", "</think> ", "<think>", "\n", "[", "a. "):
+        split(part * 20_000)
