@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from isdaa.evaluation.benchmark_request import BenchmarkRequest
 
 KEYS = (
-    "evaluation.seed", "evaluation.bootstrap", "evaluation.confidence", "evaluation.batch_size",
+    "evaluation.seed", "evaluation.bootstrap", "evaluation.confidence", "evaluation.batch_size", "evaluation.keep_thinking",
     "tokenization.max_prompt_length", "tokenization.chat_template_kwargs", "scorer.position", "scorer.label",
 )  # fmt: skip
 # Options that mean something else, or nothing, for a benchmark, and what to do instead.

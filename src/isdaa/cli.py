@@ -109,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     benchmark.add_argument("name", metavar="NAME", help="alpaca_eval, mt_bench, arena_hard, hh or tldr")
     _models_options(benchmark, required=False)
     benchmark_options.add_benchmark_options(benchmark)
+    _thinking_option(benchmark)
     _loading_options(benchmark)
     add_options(benchmark, only=benchmark_options.KEYS)
     benchmark.instead = benchmark_options.INSTEAD
@@ -223,8 +224,16 @@ def _evaluation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--show_scorer_input", action="store_true", default=None, help="show once, token by token, what the scorer is fed"
     )
+    _thinking_option(parser)
     _loading_options(parser)
     add_options(parser, only=("evaluation", "tokenization", "scorer"))
+
+
+def _thinking_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--keep_thinking", dest="evaluation.keep_thinking", action="store_const", const="true", default=argparse.SUPPRESS,
+        help="judge, score and measure what a model thinks aloud, too (default: its answer alone)",
+    )  # fmt: skip
 
 
 def _loading_options(parser: argparse.ArgumentParser) -> None:

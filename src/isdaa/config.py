@@ -322,6 +322,7 @@ class EvaluationConfig(Section):
     )
     opponent_samples: Int = Field(4, ge=1, description="reference samples a prompt")
     ties: Literal["half", "loss"] = "half"
+    keep_thinking: bool = Field(False, description="what a model thinks aloud is scored, judged and measured with its answer")
     max_new_tokens: Int = Field(128, ge=1)
     temperature: Float = Field(0.7, ge=0, description="of the samples for win rates; KL always samples at 1")
     top_p: Float = Field(0.95, gt=0, le=1)

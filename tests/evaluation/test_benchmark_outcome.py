@@ -145,7 +145,7 @@ def test_a_model_of_which_nothing_could_be_read_takes_no_part():
     assert metrics["headline"] == "win_rate" and metrics["sentence"].startswith("b leads on")
     assert [(row["first"], row["second"]) for row in metrics["comparisons"]] == [("a", "b")]
     print_outcome(metrics, out := io.StringIO())
-    assert "mute" in out.getvalue() and "2 of 2 replies could not be read" in " ".join(out.getvalue().split())
+    assert "mute" in out.getvalue() and "2 of 2 replies gave no verdict" in " ".join(out.getvalue().split())
 
 
 def test_a_raw_difference_under_a_controlled_headline_is_marked():

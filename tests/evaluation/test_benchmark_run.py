@@ -418,7 +418,7 @@ def test_replies_that_say_nothing_are_counted(models, tmp_path, capsys):
         assert evaluate("tldr", tmp_path / "out", *project(models, "one"), *judge_options(url)) == 0
     (model,) = read_json(tmp_path / "out/metrics.json")["models"]
     assert model["counts"]["unparsed"] == 2 and model["counts"]["left_out"] == 1
-    assert "2 of 8 replies could not be read" in " ".join(capsys.readouterr().out.split())
+    assert "2 of 8 replies gave no verdict" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("name", ["mt_bench", "arena_hard"])
@@ -441,7 +441,7 @@ def test_a_judge_who_never_says_anything_gives_no_result(name, models, tmp_path,
     assert "none of the 8 verdicts of the files could be read" in capsys.readouterr().err
 
 
-def test_a_question_without_a_reply_is_counted_and_asked_again(models, tmp_path):
+def test_a_question_without_a_reply_is_counted_and_asked_again(models, tmp_path, capsys):
     well = []
 
     def failing(talk):
@@ -449,10 +449,14 @@ def test_a_question_without_a_reply_is_counted_and_asked_again(models, tmp_path)
 
     with judge_server(failing) as (judge, url):
         options = [*project(models, "one"), *judge_options(url)]
-        assert evaluate("tldr", tmp_path / "out", *options) == 0
+        assert evaluate("tldr", tmp_path / "out", *options) == 3
+        told = capsys.readouterr()
+        assert "2 replies did not come (no answer 2): the same command asks for them again" in told.err
         metrics = read_json(tmp_path / "out/metrics.json")
         assert metrics["models"][0]["counts"]["left_out"] == 1 and metrics["judge"]["usage"]["failures"] == 2
-        assert not metrics["partial"]
+        assert metrics["partial"] and metrics["sentence"].startswith("Partial, 3 of 4 questions judged: ")
+        page = (tmp_path / "out/report.html").read_text()
+        assert "Partial: 3 of 4 questions are judged. Of 1 a reply did not come; the same command asks again." in page
         well.append(True)
         before = len(judge.asked)
         assert evaluate("tldr", tmp_path / "out", *options) == 0

@@ -120,7 +120,7 @@ def test_replies_that_cannot_be_read_and_missing_ones_are_counted_and_left_out_o
     score = scored(cases, TLDR)
     assert score.counts["unparsed"] == 4 and score.counts["left_out"] == 2 and score.counts["questions"] == 6
     assert score.figures["win_rate"].value == 1.0 and sorted(score.by_question) == ["0", "3", "4", "5"]
-    assert any("4 of 12 replies could not be read" in note for note in score.notes)
+    assert any("4 of 12 replies gave no verdict" in note for note in score.notes)
     assert math.isnan(games.preference(cases[1])) and games.flipped(cases[1]) is None
     assert "answered 500" in cases[2].verdicts[0].reply
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from isdaa.errors import UserError
 from isdaa.evaluation.benchmarks.benchmark import Answer, Generation, Question, next_prompt
 from isdaa.evaluation.identity import model_digest
 from isdaa.evaluation.records import Lines, Record
+from isdaa.evaluation.replies import TAIL, Parts, opened_by, split
 from isdaa.evaluation.requests import Checkpoint
 from isdaa.files import clean, digest
 from isdaa.terminal import Bar, progress
@@ -31,7 +32,8 @@ ROOM_STEP = 128  # tokens; answers that a short context cuts share a few limits,
 class Answering:
     """How all models answer. generation: the benchmark's, with the user's limit.
 
-    chat_template: text that stands in for the models' own, of the file `template_file`.
+    chat_template: text that stands in for the models' own, of the file `template_file`. keep_thinking: answers stay as they
+    were written, in the conversation and before the judge.
     """
 
     benchmark: str
@@ -44,11 +46,15 @@ class Answering:
     chat_template: str | None = None
     template_file: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    keep_thinking: bool = False
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A model's answer to one question. tokens: of all turns; cut: turns that a limit ended; no_room: that had no room at all."""
+    """A model's answer to one question.
+
+    tokens: of all turns, without thinking that is left out; cut: turns that a limit ended; no_room: that had no room at all.
+    """
 
     answer: Answer
     tokens: int
@@ -189,6 +195,25 @@ class Respondent:
         text = clean(str(self.tokenizer.decode(list(ids[:end]), skip_special_tokens=False)))
         return text.strip() if chat else text
 
+    def parts(self, one: _Asked, text: str) -> Parts:
+        """Thinking and answer of what the model wrote; the prompt may have begun the thought."""
+        return split(text, opened=opened_by(str(self.tokenizer.decode(one.ids[-TAIL:], skip_special_tokens=False))))
+
+    def tokens(self, parts: Parts, record: Record) -> int:
+        """Tokens of the answer; they are counted again where thinking is left out."""
+        if self.settings.keep_thinking or not parts.marked:
+            return int(record["tokens"])
+        return len(self.tokenizer(parts.answer, add_special_tokens=False)["input_ids"])
+
+
+def parted(answer: Answer, keep: bool) -> Answer:
+    """An answer of a file without its thinking. What the file counts in it is of all it wrote, and does not stay then."""
+    parts = tuple(split(turn) for turn in answer.turns)
+    if keep or not any(one.marked for one in parts):
+        return replace(answer, parts=parts)
+    row = {name: value for name, value in answer.row.items() if name not in ("metadata", "conv_metadata")}
+    return replace(answer, turns=tuple(one.answer for one in parts), tokens=None, row=row, parts=parts)
+
 
 def _for_template(question: Question) -> dict[str, Any]:
     from isdaa.data.pairs import TEMPLATE_COLUMNS
@@ -223,6 +248,8 @@ def answer(respondents: Sequence[Respondent], questions: Sequence[Question], sto
 
 def _answers(respondent: Respondent, questions: Sequence[Question], store: Lines, bar: Bar) -> dict[str, Drawn]:
     turns: dict[str, list[str]] = {question.id: [] for question in questions}
+    parts: dict[str, list[Parts]] = {question.id: [] for question in questions}
+    tokens: dict[str, list[int]] = {question.id: [] for question in questions}
     records: dict[str, list[Record]] = {question.id: [] for question in questions}
     while asked := respondent.asked(questions, turns):
         missing = [one for one in asked if one.key not in store]
@@ -234,12 +261,21 @@ def _answers(respondent: Respondent, questions: Sequence[Question], store: Lines
                 bar.update(len(drawn))
         for one in asked:
             record = store[one.key]
-            turns[one.question.id].append(record["text"])
+            part = respondent.parts(one, record["text"])
+            turns[one.question.id].append(record["text"] if respondent.settings.keep_thinking else part.answer)
+            parts[one.question.id].append(part)
+            tokens[one.question.id].append(respondent.tokens(part, record))
             records[one.question.id].append(record)
     return {
         question.id: Drawn(
-            Answer(question.id, respondent.label, tuple(turns[question.id]), records[question.id][-1]["tokens"]),
-            tokens=sum(record["tokens"] for record in records[question.id]),
+            Answer(
+                question.id,
+                respondent.label,
+                tuple(turns[question.id]),
+                tokens[question.id][-1],
+                parts=tuple(parts[question.id]),
+            ),
+            tokens=sum(tokens[question.id]),
             cut=sum(not record["finished"] for record in records[question.id]),
             no_room=sum(not record["room"] for record in records[question.id]),
         )

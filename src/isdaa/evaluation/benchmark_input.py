@@ -10,7 +10,7 @@ from typing import Any
 
 from isdaa.data.checks import check_asked
 from isdaa.errors import UserError
-from isdaa.evaluation.benchmark_answers import Answering, Drawn
+from isdaa.evaluation.benchmark_answers import Answering, Drawn, parted
 from isdaa.evaluation.benchmark_judging import check_judge
 from isdaa.evaluation.benchmark_request import BenchmarkRequest
 from isdaa.evaluation.benchmarks.alpaca_eval import ALPACA_EVAL, BASELINE, QUESTIONS, gamed, is_official
@@ -80,9 +80,11 @@ def plan_of(bench: Benchmark, request: BenchmarkRequest) -> Plan:
         request.chat_template,
         request.template_file,
         request.chat_template_kwargs,
+        request.keep_thinking,
     )
     wants_judge = request.asking is not None or request.judge is not None
     opponents, baseline = _opponents(bench, request, questions) if wants_judge else ({}, request.baseline)
+    opponents = {key: one and parted(one, request.keep_thinking) for key, one in opponents.items()}
     notes = []
     if baseline is None and wants_judge and (left := len(questions) - len(opponents)):
         notes.append(f"{request.sources.opponent} has no answer to {left} of {counted(len(questions), 'question')}: left out")
@@ -169,7 +171,7 @@ def _given(bench: Benchmark, request: BenchmarkRequest, questions: Sequence[Ques
     for file in request.sources.answers:
         read: dict[str, dict[str, Answer]] = {}
         for one in bench.read_answers(Path(file).expanduser(), questions):
-            read.setdefault(one.model, {})[one.question] = one
+            read.setdefault(one.model, {})[one.question] = parted(one, request.keep_thinking)
         for label in read:
             if label in sides or label in [model.label for model in request.models]:
                 raise UserError(f"{file}: answers of {label} are there already; rename the model in one of the files")

@@ -126,7 +126,8 @@ def comparisons(judged: Mapping[str, Sequence[Judged]], scores: Mapping[str, Sco
 def sentence(bench: Benchmark, metrics: Mapping[str, Any]) -> str:
     """The result for someone who reads one sentence."""
     headline, questions = metrics["headline"], metrics["questions"]
-    start = f"Partial, {questions['judged']} of {questions['count']} questions judged: " if metrics["partial"] else ""
+    judged = questions["judged"] - questions.get("waiting", 0)
+    start = f"Partial, {judged} of {questions['count']} questions judged: " if metrics["partial"] else ""
     if not headline:
         return f"{start}{'no' if start else 'No'} reply of the judge could be read, so there is no result."
     share = is_share(headline)
@@ -286,6 +287,7 @@ def _example(identifier: str, by_model: Mapping[str, Mapping[str, Judged]], scor
                 "value": scores[label].by_question.get(identifier),
                 "verdicts": [
                     {"game": verdict.game, "label": verdict.label, "value": verdict.value, "reply": verdict.reply}
+                    | ({"lack": verdict.lack} if verdict.lack else {})
                     for verdict in side.verdicts
                 ],
             }

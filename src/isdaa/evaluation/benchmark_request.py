@@ -17,7 +17,7 @@ from isdaa.files import located
 
 MISSING = ("error", "skip", "loss")
 # Keys of the section `evaluation` that mean the same for a benchmark; the others are the benchmark's own.
-SHARED_KEYS = ("seed", "bootstrap", "confidence", "batch_size")
+SHARED_KEYS = ("seed", "bootstrap", "confidence", "batch_size", "keep_thinking")
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class BenchmarkRequest:
     position: Position = "auto"
     label: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    keep_thinking: bool = False
     batch_size: int = 64
     seed: int = 0
     resamples: int = 1000
@@ -144,6 +145,7 @@ def benchmark_request(
         position=sections.scorer.position,
         label=sections.scorer.label,
         chat_template_kwargs=sections.tokenization.chat_template_kwargs,
+        keep_thinking=sections.evaluation.keep_thinking,
         batch_size=sections.evaluation.batch_size,
         seed=sections.evaluation.seed,
         resamples=sections.evaluation.bootstrap,

@@ -21,6 +21,7 @@ from isdaa.evaluation.benchmark_answers import Answering, Respondent, answer
 from isdaa.evaluation.benchmark_input import Control, Plan, Side, check, length_control, plan_of, questions_of
 from isdaa.evaluation.benchmark_judging import BenchmarkJudge, Case, judge_of, judged
 from isdaa.evaluation.benchmark_judgments import among_the_official, judgments_of
+from isdaa.evaluation.benchmark_notes import lack_remarks, lacks_of, thinking_of, thinking_remarks, waiting
 from isdaa.evaluation.benchmark_outcome import (
     LENGTH_CONTROLLED,
     comparisons,
@@ -38,6 +39,7 @@ from isdaa.evaluation.benchmarks.benchmark import Answer, Benchmark, Judged, Que
 from isdaa.evaluation.benchmarks.games import lost
 from isdaa.evaluation.benchmarks.mt_bench import MT_BENCH
 from isdaa.evaluation.benchmarks.rows import PROJECT
+from isdaa.evaluation.judge_types import MOMENTARY
 from isdaa.evaluation.records import Lines, locked
 from isdaa.files import write_atomically, write_json
 from isdaa.foreign import read_object
@@ -126,10 +128,12 @@ def _concluded(
     by_label = {side.label: side for side in sides}
     gone = {side.label: len({q.id for q in questions}.intersection(side.missing)) for side in sides}
     metrics = _scored(bench, request, metrics, found, by_label, judge.both_orders, folder, plan.control, gone)
+    missing = waiting([model["lacks"] for model in metrics["models"]])
     if not metrics["headline"]:
         way = f"name another judge, or give it room with --judge-max-tokens; all is kept in {folder}"
-        stopped = "; ".join([_unread(found, f"replies of {judge.name}"), way, *([stopped] if stopped else [])])
-    return Outcome(metrics, folder, stopped)
+        unread = [_unread(found, f"replies of {judge.name}"), *([] if missing else [way])]
+        stopped = "; ".join([*unread, *([stopped] if stopped else [])])
+    return Outcome(metrics, folder, "; ".join(part for part in (stopped, missing) if part) or None)
 
 
 def _with_losses(
@@ -252,6 +256,7 @@ def _described(
             "seed": request.seed,
             "dtype": request.dtype,
             "chat_template": "given" if request.chat_template is not None else "the tokenizer's",
+            "keep_thinking": request.keep_thinking,
         }
     return {
         "format": FORMAT,
@@ -294,7 +299,10 @@ def _entry(side: Side) -> dict[str, Any]:
         "truncated": None,
         "no_room": None,
         "empty": sum(not turn.strip() for one in answers for turn in one.turns),
+        "thinking": thinking_of([part for one in answers for part in one.parts]),
     }
+    if told["thinking"] is not None and any(one.turns != tuple(part.answer for part in one.parts) for one in answers):
+        told["thinking"]["kept"] = True
     if side.drawn is not None:
         drawn = list(side.drawn.values())
         told |= {
@@ -326,7 +334,8 @@ def _scored(
         if not both_orders:
             plain["details"].pop("flip_rate", None)
         entry = _entry(sides[label]) if label in sides else {"model": label, "path": None, "answers": None}
-        notes = [*plain["notes"], *_remarks(entry)]
+        lacks = lacks_of(found[label])
+        notes = [*plain["notes"], *lack_remarks(lacks), *_remarks(entry)]
         if gone.get(label):
             kind = "judgment of" if request.sources.judgments else "answer to"
             fate = "counted as lost" if request.sources.lacking == "loss" else "left out"
@@ -335,7 +344,7 @@ def _scored(
             notes.append(
                 f"judged on {len(found[label])} of {counted(asked, 'question')}: compare it by the paired differences alone"
             )
-        models.append(entry | plain | {"notes": notes})
+        models.append(entry | plain | {"lacks": lacks, "notes": notes})
     judgments = [one for answers in found.values() for one in answers]
     opponents = sorted({one.opponent.model for one in judgments if one.opponent is not None})
     templates = sorted({verdict.template for one in judgments for verdict in one.verdicts if verdict.template})
@@ -353,6 +362,9 @@ def _scored(
         "models": models,
         "comparisons": comparisons(found, scores, scoring),
     }
+    left = {one.question.id for answers in found.values() for one in answers if any(v.lack in MOMENTARY for v in one.verdicts)}
+    metrics["questions"]["waiting"] = len(left)
+    metrics["partial"] = metrics["partial"] or bool(left)
     metrics["sentence"] = sentence(bench, metrics)
     write_json(folder / METRICS, metrics)
     write_atomically(folder / TABLE, table_csv(metrics))
@@ -382,6 +394,6 @@ def _remarks(entry: Mapping[str, Any]) -> list[str]:
         lines.append(f"{told['truncated']} of {told['turns']} answers ended at the limit on new tokens")
     if told["no_room"]:
         lines.append(f"{told['no_room']} turns had no room left in the model's context and are empty")
-    elif told["empty"]:
+    elif told["empty"] > (told["thinking"] or {"only": 0})["only"]:
         lines.append(f"{told['empty']} of {told['turns']} answers are empty")
-    return lines
+    return lines + thinking_remarks(told)

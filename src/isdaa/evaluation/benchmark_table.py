@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from isdaa.errors import shown
+from isdaa.evaluation.benchmark_notes import meanings, thinking_remarks
 from isdaa.evaluation.benchmark_outcome import LENGTH_ADJUSTED, LENGTH_CONTROLLED, WORDS, is_share, judged_by, name_of, ranked
 from isdaa.evaluation.benchmarks.benchmark import counted
 from isdaa.evaluation.fragments import many, percent, warning
@@ -63,6 +64,8 @@ def columns_of(metrics: Mapping[str, Any]) -> list[Column]:
         columns.append(("unread", lambda m: str(m["counts"]["unparsed"])))
     if any(characters(model) is not None for model in models):
         columns.append(("characters", lambda m: number(characters(m), 0)))
+    if any((model["answers"] or {}).get("thinking") for model in models):
+        columns.append(("thinking", lambda m: percent(t["share"]) if (t := (m["answers"] or {}).get("thinking")) else ""))
     if any((model["answers"] or {}).get("truncated") is not None for model in models):
         columns.append(("cut", lambda m: _cut(m["answers"])))
     return columns
@@ -155,8 +158,10 @@ def legend(metrics: Mapping[str, Any]) -> list[str]:
     questions, judge = metrics["questions"], metrics["judge"]
     cut = [f"{FRAGMENTS} {note}." for note in cut_notes(metrics)]
     if judge is None:
+        thoughts = [f"{m['model']}: {note}." for m in metrics["models"] for note in thinking_remarks(m["answers"])]
         return [
             f"{questions['count']} questions of {metrics['title']}; cut: share of answers that ended at the limit on new tokens.",
+            *thoughts,
             *cut,
         ]
     level = f"{metrics['confidence'] * 100:g} %"
@@ -171,6 +176,8 @@ def legend(metrics: Mapping[str, Any]) -> list[str]:
     lines += [f"{note}." for note in metrics.get("notes", ())]
     lines += [f"{judge['name']}: {line}." for line in judge.get("about", ())]
     lines += [f"{model['model']}: {note}." for model in metrics["models"] for note in model["notes"]]
+    lines += [f"{metrics['opponent']}: {note}." for note in thinking_remarks(metrics.get("opponent_answers"))]
+    lines += [f"{meaning}." for meaning in meanings(metrics["models"])]
     return lines + cut
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.errors import UserError
+from isdaa.evaluation.benchmark_notes import meanings, thinking_remarks
 from isdaa.evaluation.benchmark_outcome import (
     LENGTH_CONTROLLED,
     bounded,
@@ -106,7 +107,14 @@ def render(
         characters={model["model"]: characters(model) for model in models},
         tone=tone(metrics),
         few=few(metrics["questions"]["judged"]),
-        notes=[*metrics.get("notes", ()), *(f"{model['model']}: {note}" for model in models for note in model["notes"])],
+        notes=[
+            *metrics.get("notes", ()),
+            *(f"{model['model']}: {note}" for model in models for note in model["notes"]),
+            *(f"{metrics['opponent']}: {note}" for note in thinking_remarks(metrics.get("opponent_answers"))),
+        ],
+        lacks=[model for model in models if model.get("lacks")],
+        meanings=meanings(models),
+        thinking=any((model["answers"] or {}).get("thinking") for model in models),
         cut=cut_notes(metrics),
         colours=colours_of(metrics),
         figures=figures,

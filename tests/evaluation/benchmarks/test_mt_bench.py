@@ -203,7 +203,7 @@ def test_means_by_hand(questions: list) -> None:
     assert score.headline == "score"
     assert score.by_question == {"81": 7.0, "111": 10.0, "131": 4.0}
     assert score.counts["unparsed"] == 1 and score.counts["unparsed/math"] == 1
-    assert any("1 of 6 grades could not be read" in note for note in score.notes)
+    assert any("1 of 6 grades are missing" in note for note in score.notes)
     assert score.figures["category/math"].interval.low is None  # one question gives no interval
 
 

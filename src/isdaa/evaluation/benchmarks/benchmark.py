@@ -18,6 +18,7 @@ from isdaa.data.conversation import conversation_text, turns_of
 from isdaa.errors import UserError
 from isdaa.evaluation.judge_types import Lack
 from isdaa.evaluation.length_control import Gamed
+from isdaa.evaluation.replies import Parts
 from isdaa.evaluation.statistics import Figure
 
 Row = Mapping[str, Any]
@@ -41,7 +42,10 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """One model's answer, a text a turn. tokens: of the last turn, or None where nobody counted."""
+    """One model's answer, a text a turn. tokens: of the last turn, or None where nobody counted.
+
+    parts: thinking and answer of each turn, where that was looked at.
+    """
 
     question: str
     model: str
@@ -49,6 +53,7 @@ class Answer:
     tokens: int | None = None
     where: str = ""
     row: Row = field(default_factory=dict)
+    parts: tuple[Parts, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,7 @@ def _score(judged: list[Judged], scoring: Scoring) -> Score:
     bare = sum(one.question.category in WITH_REFERENCE and _without_reference(one) for one in judged)
     lines, remarks = [], []
     if failed:
-        lines.append(f"{len(failed)} of {len(verdicts)} grades could not be read; the means are of the others")
+        lines.append(f"{len(failed)} of {len(verdicts)} grades are missing; the means are of the others")
     if bare:
         remarks.append(NO_REFERENCES)
         count["without_reference"] = bare

@@ -1,0 +1,119 @@
+"""What a reader must know of answers and verdicts: thinking that is left out, and questions without a verdict, by reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+from isdaa.evaluation.benchmarks.benchmark import Answer, Judged, counted
+from isdaa.evaluation.fragments import percent
+from isdaa.evaluation.judge_types import MOMENTARY, Lack
+from isdaa.evaluation.replies import Parts
+
+# What a reason means, and what mends it; nothing where asking again is all there is to do.
+LACKS: dict[Lack, str] = {
+    "refused": "the judge, or its endpoint's filter, refused to answer",
+    "too long": "the question did not fit the judge's context",
+    "rate-limited": "the endpoint took no more requests",
+    "no answer": "the endpoint gave no reply, or none that could be used",
+    "broken off": "the reply broke off on its way",
+    "cut": "the reply ended at its limit: raise --judge-max-tokens, these alone are asked again",
+    "thought only": "the judge thought and did not answer: raise --judge-max-tokens, or turn its thinking off",
+    "unreadable": "the reply says no verdict",
+    "no text": "the question is no text that can be sent",
+}
+APART, FEWEST = 1.5, 3  # mean lengths of dropped and kept answers that differ by this factor are told, from so many dropped on
+
+
+def thinking_of(parts: Sequence[Parts]) -> dict[str, Any] | None:
+    """How much of what was written is thinking, by characters; None where there is none.
+
+    only: answers that are nothing else; unfinished: those of them whose thought has no end.
+    """
+    marked = [one for one in parts if one.marked]
+    thought, written = sum(len(one.thinking) for one in parts), sum(len(one.thinking) + len(one.answer) for one in parts)
+    only = [one for one in marked if not one.answer.strip()]
+    if not marked:
+        return None
+    share, unfinished = thought / written if written else 0.0, sum(one.unfinished for one in only)
+    return {"share": share, "answers": len(marked), "only": len(only), "unfinished": unfinished}
+
+
+def thinking_remarks(told: Mapping[str, Any] | None) -> list[str]:
+    """The same in words. told: a model's answers in numbers, of `metrics.json`."""
+    found = (told or {}).get("thinking")
+    if told is None or found is None:
+        return []
+    kept = "is judged and counted, too" if found.get("kept") else "is neither judged nor counted as length"
+    lines = [f"thinking is {percent(found['share'])} of the characters of its answers, and {kept}"]
+    if found["only"]:
+        cut = f", {found['unfinished']} of them cut inside it: raise --max_new_tokens" if found["unfinished"] else ""
+        lines.append(f"{found['only']} of {told['turns']} answers are thinking alone{cut}")
+    return lines
+
+
+def lacks_of(judged: Sequence[Judged]) -> dict[str, Any] | None:
+    """Why questions have no verdict: replies, questions and their answers' mean length by reason; None where all have one.
+
+    characters: of the model's answer, the mean of its turns. dropped, kept: of questions that lack a verdict, and of others.
+    """
+    lacking = [one for one in judged if any(verdict.value is None for verdict in one.verdicts)]
+    if not lacking:
+        return None
+    rows = []
+    for lack in (*get_args(Lack), ""):
+        said = [(one, n) for one in judged if (n := sum(v.value is None and v.lack == lack for v in one.verdicts))]
+        if said:
+            row = {"lack": lack or "not said", "replies": sum(n for _, n in said), "questions": len(said)}
+            rows.append(row | {"characters": mean_length([one.answer for one, _ in said])})
+    kept = [one for one in judged if one not in lacking]
+    momentary = [one for one in lacking if any(verdict.lack in MOMENTARY for verdict in one.verdicts)]
+    return {
+        "reasons": rows,
+        "questions": len(lacking),
+        "waiting": len(momentary),
+        "dropped_characters": mean_length([one.answer for one in lacking]),
+        "kept_characters": mean_length([one.answer for one in kept]),
+    }
+
+
+def mean_length(answers: Sequence[Answer]) -> float | None:
+    """Mean characters a turn; None where no text is known."""
+    known = [sum(map(len, one.turns)) / len(one.turns) for one in answers if one.turns]
+    return sum(known) / len(known) if known else None
+
+
+def lack_remarks(lacks: Mapping[str, Any] | None) -> list[str]:
+    """The reasons in words, and whether leaving these questions out may bend the result."""
+    if lacks is None:
+        return []
+    lines = [f"without a verdict: {', '.join(_reason(row) for row in lacks['reasons'])}"]
+    dropped, kept = lacks["dropped_characters"], lacks["kept_characters"]
+    if lacks["questions"] >= FEWEST and dropped and kept and not 1 / APART < dropped / kept < APART:
+        than, others = ("longer", "short") if dropped > kept else ("shorter", "long")
+        lines.append(
+            f"its answers to the questions left out are {than}, {dropped:,.0f} characters in the mean against {kept:,.0f} of the "
+            f"others: the figures are of {others} answers more than of all"
+        )
+    return lines
+
+
+def meanings(models: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the reasons mean that some model of `metrics.json` lacks a verdict for."""
+    found = {row["lack"] for model in models for row in (model.get("lacks") or {"reasons": ()})["reasons"]}
+    return [f"{lack}: {meaning}" for lack, meaning in LACKS.items() if lack in found]
+
+
+def _reason(row: Mapping[str, Any]) -> str:
+    return f"{row['lack']} {row['replies']:,}"
+
+
+def waiting(lacks: Sequence[Mapping[str, Any] | None]) -> str:
+    """Which replies did not come for a reason that passes; empty where there are none."""
+    found: dict[str, int] = {}
+    for row in (row for lack in lacks if lack is not None for row in lack["reasons"] if row["lack"] in MOMENTARY):
+        found[row["lack"]] = found.get(row["lack"], 0) + row["replies"]
+    if not found:
+        return ""
+    reasons = ", ".join(f"{lack} {count:,}" for lack, count in found.items())
+    return f"{counted(sum(found.values()), 'reply', 'replies')} did not come ({reasons}): the same command asks for them again"
