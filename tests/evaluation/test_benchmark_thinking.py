@@ -168,7 +168,7 @@ def test_every_question_without_a_verdict_has_a_reason(tmp_path, capsys):
         assert model["lacks"]["waiting"] == metrics["questions"]["waiting"] == 1
         out = " ".join(told.out.split())
         assert "rate-limited 2, cut 2, thought only 2, unreadable 2" in out
-        assert "are longer, 302 characters in the mean against 10 of the others" in out and "--judge-max-tokens" in out
+        assert "more than of all: in the mean 302 against 10 characters" in out and "--judge-max-tokens" in out
         page = (tmp_path / "out/report.html").read_text()
         assert 'id="lacks"' in page and "thought only</td>" in page
         # Only those that may come are asked again; with more room those that were cut, too.

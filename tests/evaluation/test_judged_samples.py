@@ -10,7 +10,7 @@ import pytest
 import torch
 from chains import jsonl
 from evaluation_helpers import TOKENIZATION, TOKENIZER, moved, save, settings, tiny, world_rows
-from judge_server import Answer, JudgeServer, replying, serving, sides
+from judge_server import Answer, JudgeServer, completion, replying, serving, sides
 
 from isdaa.cli import main
 from isdaa.errors import DoneInPart, UserError
@@ -87,9 +87,8 @@ def run(models: dict[str, str], out: Path, server: JudgeServer | str, names: tup
     """An evaluation in Python, with its judge. What is no setting of the judge's is one of `evaluate`'s."""
     url = server if isinstance(server, str) else server.url
     asked = {key: more.pop(key) for key in list(more) if key in JudgeSettings.__dataclass_fields__}
-    judge = SampleJudge(
-        Asking(JudgeSettings(**{"model": "judge", "base_url": url, "retries": 0} | asked)), more.pop("template", "hh")
-    )
+    chosen = Asking(JudgeSettings(**{"model": "judge", "base_url": url, "retries": 0} | asked))
+    judge = SampleJudge(more.pop("asking", chosen), more.pop("template", "hh"))
     options = {"settings": settings(opponent_samples=1, max_new_tokens=12), "prompts": world_rows()} | more
     paths = [models[f"checkpoint-{name}"] for name in names]
     metrics = evaluate(
@@ -205,7 +204,7 @@ def test_the_command_ends_with_3_after_the_page_is_written(
     told = capsys.readouterr()
     assert "which cost about" in told.err and "is enough for about 7 of the prompts" in " ".join(told.err.split())
     assert (tmp_path / "page/report.html").is_file() and "Judged in part: all numbers are of the" in told.out
-    assert told.err.splitlines()[-1].startswith("isdaa: error: ") and "the same command goes on" in told.err
+    assert told.err.splitlines()[-1].startswith("isdaa: error: ") and "The same command goes on" in told.err
     assert any("Judged in part" in note for note in read_json(tmp_path / "page/report.json")["notes"])
 
 
@@ -236,6 +235,67 @@ def test_a_reply_that_did_not_come_is_asked_for_again(models: dict[str, str], tm
         before = len(server.asked)
         metrics, _ = run(models, tmp_path, server, concurrency=1)
         assert metrics["judged"]["prompts"] == 8 and len(server.asked) == before + 1
+
+
+def test_reasons_that_pass_are_done_in_part_and_others_are_told(models: dict[str, str], tmp_path: Path) -> None:
+    lost = [row["prompt"].strip() for row in world_rows()[4:6]]
+
+    def full(number: int, body: dict[str, Any]) -> Answer:
+        which = next((i for i, prompt in enumerate(lost) if prompt in body["messages"][-1]["content"]), None)
+        return Answer(status=429) if which == 0 else Answer("<think>Better: A</think>") if which == 1 else shorter(number, body)
+
+    with serving(full) as server:
+        metrics, judge = run(models, tmp_path, server, concurrency=1)
+    (calls, thoughts) = (
+        {row["lack"]: row for row in metrics["judged"]["lacks"]}[name] for name in ("rate-limited", "thought only")
+    )
+    assert calls["prompts"] == thoughts["prompts"] == 1 and calls["tokens"] > 0
+    count = calls["replies"]
+    assert judge.stopped is not None and judge.stopped.endswith(
+        f"{count} replies did not come (rate-limited {count}): the same command asks for them again"
+    )
+    notes = " ".join(metrics["judged"]["notes"])
+    assert f"rate-limited {count}" in notes and f"thought only {thoughts['replies']}" in notes and "Thought only: " in notes
+
+
+def test_more_room_asks_only_the_replies_that_were_cut(models: dict[str, str], tmp_path: Path) -> None:
+    lost = world_rows()[2]["prompt"].strip()
+
+    def cut(number: int, body: dict[str, Any]) -> Answer:
+        short = lost in body["messages"][-1]["content"] and body["max_tokens"] < 900
+        return Answer(body=completion("Better: A", finish_reason="length")) if short else shorter(number, body)
+
+    with serving(cut) as server:
+        metrics, judge = run(models, tmp_path, server)
+        count = next(row["replies"] for row in metrics["judged"]["lacks"] if row["lack"] == "cut")
+        asked = len(server.asked)
+        assert metrics["judged"]["unread"] == 1 and judge.stopped is None and count > 0
+        run(models, tmp_path, server)
+        assert len(server.asked) == asked
+        # A higher limit is the same judge: `Replaces` is not raised, and what was read stays.
+        settings = Asking(JudgeSettings("judge", base_url=server.url, retries=0, max_tokens=900), own_max_tokens=True)
+        metrics, _ = run(models, tmp_path, server, asking=settings)
+        assert len(server.asked) == asked + count
+        assert metrics["judged"]["prompts"] == 8 and metrics["judged"]["lacks"] == []
+        run(models, tmp_path, server, asking=settings)
+        run(models, tmp_path, server)
+        assert len(server.asked) == asked + count
+
+
+def test_replies_are_parsed_again_and_not_asked_again(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(shorter) as server:
+        before, _ = run(models, tmp_path, server, keep=True)
+        asked = len(server.asked)
+        monkeypatch.setattr("isdaa.evaluation.judged_samples.FORMAT", 3)
+        _, judge = run(models, tmp_path / "other", server)
+        with monkeypatch.context() as patch:
+            patch.setattr(SampleJudge, "digests", property(lambda self: (self.digest, before["scorer"]["digest"])))
+            more = len(server.asked)
+            again, _ = run(models, tmp_path, server, keep=True)
+        assert len(server.asked) == more == 2 * asked
+        assert rates(again) == rates(before) and again["scorer"]["digest"] == judge.digest != before["scorer"]["digest"]
 
 
 def test_a_judge_that_dies_half_way_loses_no_reply(models: dict[str, str], tmp_path: Path) -> None:
@@ -284,7 +344,9 @@ def test_ties_as_losses_count_as_such(models: dict[str, str], tmp_path: Path) ->
     assert rates(metrics) == [0.0, 0.0] and metrics["reference"]["win_rate"] is None
 
 
-def test_a_file_is_the_question_and_texts_bring_no_places_in(models: dict[str, str], tmp_path: Path) -> None:
+def test_a_file_is_the_question_and_texts_bring_no_places_in(
+    models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "mine.txt"
     file.write_text('Post {prompt}\nX: {first}\nY: {second}\nAs JSON {"why": …}. "Better: A" for X.', encoding="utf-8")
     bench = question_of(str(file))
@@ -294,12 +356,16 @@ def test_a_file_is_the_question_and_texts_bring_no_places_in(models: dict[str, s
     asked = bench.judge_questions(Question("1", "{second}"), Said("1", "m", ("ours",)), Said("1", "o", ("{prompt}",)))
     words = [one.messages[-1]["content"].splitlines() for one in asked]
     assert words[0][:3] == ["Post {second}", "X: {prompt}", "Y: ours"] and words[1][1:3] == ["X: ours", "Y: {prompt}"]
+    capsys.readouterr()
+    question_of(str(file))
+    assert "asks neither" not in capsys.readouterr().err
     digests: dict[str, int] = {}
     with serving(replying("A")) as server:
         for content in ("{prompt} {first} {second}", "{prompt}: {first} {second}"):
             file.write_text(content, encoding="utf-8")
             _, judge = run(models, tmp_path / "out", server, template=str(file))
             digests[judge.digest] = len(server.asked)
+    assert "mine.txt asks neither for a line `Better: A`" in capsys.readouterr().err
     first, both = digests.values()
     assert both == 2 * first > 0  # another word is another question
 

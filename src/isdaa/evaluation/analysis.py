@@ -10,11 +10,14 @@ import numpy as np
 
 from isdaa.config import EvaluationConfig
 from isdaa.errors import UserError
+from isdaa.evaluation.benchmark_notes import thinking_of
 from isdaa.evaluation.collect import PAIRS, PLAN, SAMPLES
+from isdaa.evaluation.fragments import percent
 from isdaa.evaluation.held_out import held_out_summary
 from isdaa.evaluation.judged_table import JUDGE, JUDGED, JudgedTable
 from isdaa.evaluation.kl import kl_summary
 from isdaa.evaluation.records import Blocks, Record, blocks_of, fitting, read_plan
+from isdaa.evaluation.replies import parts_of
 from isdaa.evaluation.scoring import SCORES, chosen_key, scores_key
 from isdaa.evaluation.statistics import Interval, mean_interval
 from isdaa.evaluation.winrate import own_win_rates, tie_rate, win_rates
@@ -67,17 +70,28 @@ def _metrics(folder: Path, settings: EvaluationConfig | None) -> dict[str, Any]:
         "digest": reference["digest"],
         "kl": Interval(0.0, 0.0, 0.0, len(judged.kept)).to_json(),
     }
-    origin |= judged.reference() | text_summary([r for key in reference["opponents"] for r in kept(key)], bootstrap)
+    rows = {row["prompt_id"]: row for row in prompts}
+    keep = bool(plan["settings"].get("keep_thinking"))
+    drawn = [r for key in reference["opponents"] for r in kept(key)]
+    origin |= judged.reference() | text_summary(drawn, bootstrap, rows, keep)
     models = []
     for model in plan["models"]:
         entry = {key: value for key, value in model.items() if key not in ("samples", "kl", "pairs", "stat")}
         entry["kl"] = kl_summary(kept(model["kl"]), **bootstrap)
-        entry |= judged.policy(model["samples"]) | text_summary(kept(model["samples"]), bootstrap)
+        entry |= judged.policy(model["samples"]) | text_summary(kept(model["samples"]), bootstrap, rows, keep)
         if model["pairs"] is not None:
             entry["held_out"] = held_out_summary(pairs[model["pairs"]], pairs[reference["pairs"]], **bootstrap)
         models.append(entry)
     note = NO_SCORER.format(no_measure=no_measure(any("held_out" in entry for entry in models)))
-    told = {"judged": judged.counts() | {"notes": judged.notes()}} if isinstance(judged, JudgedTable) else {}
+    told: dict[str, Any] = {}
+    if isinstance(judged, JudgedTable):
+        lengths = [
+            [answer_tokens(samples[model["samples"]][place], prompts[place], keep) for model in plan["models"]]
+            for place in range(len(prompts))
+        ]
+        told["judged"] = judged.counts(lengths) | {"notes": judged.notes(lengths)}
+    thinking = thinking_notes({"the reference": origin} | {entry["label"]: entry for entry in models}, keep)
+    told |= {"thinking": {"kept": keep, "notes": thinking}} if thinking else {}
     return {
         "format": plan["format"],
         "scorer": plan["scorer"],
@@ -185,17 +199,53 @@ def check_opponent(prompts: Sequence[Record], settings: EvaluationConfig) -> Non
         )
 
 
-def text_summary(records: Sequence[Record], bootstrap: Mapping[str, Any]) -> dict[str, Any]:
-    """Length in tokens (with interval), share of samples that the limit cut, mean share of repeated 4-grams."""
-    prompts: dict[str, list[int]] = {}
+def text_summary(
+    records: Sequence[Record], bootstrap: Mapping[str, Any], rows: Mapping[str, Record], keep: bool = False
+) -> dict[str, Any]:
+    """Length of the answers in tokens (with interval), share of samples that the limit cut, mean share of repeated 4-grams.
+
+    rows: the prompts by id. keep: thinking counts as answer. Repetition is of all that was written. thinking: how much of
+    it that is (`benchmark_notes.thinking_of`); left out where there is none.
+    """
+    prompts: dict[str, list[float]] = {}
     for record in records:
-        prompts.setdefault(record["prompt_id"], []).append(record["tokens"])
+        tokens = answer_tokens(record, rows[record["prompt_id"]], keep)
+        prompts.setdefault(record["prompt_id"], []).append(tokens)
+    thinking = thinking_of([parts_of(record, rows[record["prompt_id"]]) for record in records])
     lengths = [float(np.mean(tokens)) for tokens in prompts.values()]
     return {
         "length": mean_interval(lengths, **bootstrap).to_json(),
         "truncated": sum(not record["finished"] for record in records) / len(records),
         "repetition": float(np.mean([repetition(record["ids"]) for record in records])),
+        **({"thinking": thinking} if thinking is not None else {}),
     }
+
+
+def answer_tokens(record: Record, prompt: Record, keep: bool) -> float:
+    """Tokens of a sample without its thinking; of records that do not tell them, by its share of the characters."""
+    parts = parts_of(record, prompt)
+    if keep or not parts.marked:
+        return float(record["tokens"])
+    written = len(parts.thinking) + len(parts.answer)
+    return float(record.get("answer_tokens", record["tokens"] * len(parts.answer) / max(written, 1)))
+
+
+def thinking_notes(entries: Mapping[str, Mapping[str, Any]], keep: bool) -> list[str]:
+    """What a reader must know of models that think aloud, a sentence each. entries: by label."""
+    found = {label: entry["thinking"] for label, entry in entries.items() if entry.get("thinking")}
+    if not found:
+        return []
+    shares = [told["share"] for told in found.values()]
+    low, high = percent(min(shares)), percent(max(shares))
+    share = high if low == high else f"{low.removesuffix(' %')} to {high}"
+    does = "is scored and counted with the answers" if keep else "is neither scored nor counted as length"
+    lines = [f"Thinking is {share} of the characters that the models wrote; it {does}. KL is of all tokens."]
+    only = [f"{label} {told['only']}" for label, told in found.items() if told["only"]]
+    cut = sum(told["unfinished"] for told in found.values())
+    if only:
+        way = f"; {cut} of them were cut inside it: raise --evaluation.max_new_tokens" if cut else ""
+        lines.append(f"Samples that are thinking alone, without an answer: {', '.join(only)}{way}.")
+    return lines
 
 
 def repetition(ids: Sequence[int], n: int = N_GRAM) -> float:

@@ -103,6 +103,10 @@ class ModelJudge:
         """The model's, as the endpoint knows it."""
         return self.judge.name
 
+    def limit(self, question: JudgeQuestion) -> int:
+        """Tokens that a reply may have."""
+        return self.asking.settings.max_tokens if self.asking.own_max_tokens else question.max_tokens
+
     def verdicts(self, bench: Benchmark, cases: Sequence[Case]) -> list[tuple[Verdict, ...] | None]:
         """Every request of every case, case by case, so that a spent budget leaves whole cases behind."""
         asked = [bench.judge_questions(case.question, case.answer, case.opponent) for case in cases]

@@ -22,6 +22,7 @@ LACKS: dict[Lack, str] = {
     "unreadable": "the reply says no verdict",
     "no text": "the question is no text that can be sent",
 }
+NOT_SAID = "not said"  # the reason of a file that gives none
 APART, FEWEST = 1.5, 3  # mean lengths of dropped and kept answers that differ by this factor are told, from so many dropped on
 
 
@@ -64,7 +65,7 @@ def lacks_of(judged: Sequence[Judged]) -> dict[str, Any] | None:
     for lack in (*get_args(Lack), ""):
         said = [(one, n) for one in judged if (n := sum(v.value is None and v.lack == lack for v in one.verdicts))]
         if said:
-            row = {"lack": lack or "not said", "replies": sum(n for _, n in said), "questions": len(said)}
+            row = {"lack": lack or NOT_SAID, "replies": sum(n for _, n in said), "questions": len(said)}
             rows.append(row | {"characters": mean_length([one.answer for one, _ in said])})
     kept = [one for one in judged if one not in lacking]
     momentary = [one for one in lacking if any(verdict.lack in MOMENTARY for verdict in one.verdicts)]
@@ -88,14 +89,16 @@ def lack_remarks(lacks: Mapping[str, Any] | None) -> list[str]:
     if lacks is None:
         return []
     lines = [f"without a verdict: {', '.join(_reason(row) for row in lacks['reasons'])}"]
-    dropped, kept = lacks["dropped_characters"], lacks["kept_characters"]
-    if lacks["questions"] >= FEWEST and dropped and kept and not 1 / APART < dropped / kept < APART:
-        than, others = ("longer", "short") if dropped > kept else ("shorter", "long")
-        lines.append(
-            f"its answers to the questions left out are {than}, {dropped:,.0f} characters in the mean against {kept:,.0f} of the "
-            f"others: the figures are of {others} answers more than of all"
-        )
-    return lines
+    told = apart(lacks["questions"], lacks["dropped_characters"], lacks["kept_characters"])
+    return lines + ([f"its answers to questions that are left out are {told} characters"] if told is not None else [])
+
+
+def apart(count: int, dropped: float | None, kept: float | None) -> str | None:
+    """Whether `count` answers that are dropped have another mean length than those kept, so that the result may be bent."""
+    if count < FEWEST or not dropped or not kept or 1 / APART < dropped / kept < APART:
+        return None
+    than, others = ("longer", "short") if dropped > kept else ("shorter", "long")
+    return f"{than}, so the figures are of {others} ones more than of all: in the mean {dropped:,.0f} against {kept:,.0f}"
 
 
 def meanings(models: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -113,6 +116,11 @@ def waiting(lacks: Sequence[Mapping[str, Any] | None]) -> str:
     found: dict[str, int] = {}
     for row in (row for lack in lacks if lack is not None for row in lack["reasons"] if row["lack"] in MOMENTARY):
         found[row["lack"]] = found.get(row["lack"], 0) + row["replies"]
+    return awaited(found)
+
+
+def awaited(found: Mapping[str, int]) -> str:
+    """found: replies by a reason that passes."""
     if not found:
         return ""
     reasons = ", ".join(f"{lack} {count:,}" for lack, count in found.items())

@@ -15,6 +15,7 @@ from isdaa.errors import UserError
 from isdaa.evaluation.identity import model_digest, stat_of
 from isdaa.evaluation.kl import KL_SETTINGS, divergences
 from isdaa.evaluation.records import Blocks, Record, blocks_of
+from isdaa.evaluation.replies import TAIL, opened_by, parts_of
 from isdaa.evaluation.requests import Checkpoint
 from isdaa.evaluation.vocabulary import Vocabulary
 from isdaa.files import clean, digest, write_json
@@ -66,6 +67,7 @@ def tokenize(
         seen.add(identity)
         # Rows of token ids alone still have to be read, by people and by reward models.
         text = row["prompt"] or tokenizer.decode(prompt.ids, skip_special_tokens=True)
+        opened = opened_by(tokenizer.decode(prompt.ids[-TAIL:], skip_special_tokens=False))
         records.append(
             {
                 "prompt_id": identity,
@@ -74,6 +76,7 @@ def tokenize(
                 "chosen": row.get("chosen") or None,
                 "facts": row.get("facts"),
                 "chat": prompt.chat,
+                **({"opened": opened} if opened else {}),  # the response begins inside a thought
                 **{name: row[name] for name in TEMPLATE_COLUMNS if row.get(name)},
             }
         )
@@ -403,6 +406,10 @@ class Collection:
                         "tokens": len(result.ids),
                         "finished": bool(result.finished),
                     }
+                    parts = parts_of(records[i][purpose], rows[i])
+                    if parts.marked:
+                        answer = tokenizer(parts.answer, add_special_tokens=False)["input_ids"]
+                        records[i][purpose]["answer_tokens"] = len(answer)
                     if with_states:
                         records[i][purpose]["states"] = result.states
         return records

@@ -171,10 +171,8 @@ def evaluate(
         once(lambda: _check_replaced(folder, entries))
         if keep:
             one = judge if judge is not None else judge_model
-            name, own = (
-                (one.name, one.digest if judge_model is not None or isinstance(one, OwnScores) else None) if one else (None, None)
-            )
-            collection.more |= once(lambda: merged(folder, collection.plan(), rows.rows, name, own))
+            own = judge_model.digests if judge_model is not None else (judge.digest,) if isinstance(judge, OwnScores) else ()
+            collection.more |= once(lambda: merged(folder, collection.plan(), rows.rows, one.name if one else None, own))
         if isinstance(judge, OwnScores):
             judge.bind(folder, collection.plan(), collection.samples)
         if judge_model is not None:

@@ -7,6 +7,7 @@ judged.jsonl    what each comparison came to, a block a checkpoint (`judged_tabl
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
@@ -17,21 +18,23 @@ from isdaa.data.checks import check_asked
 from isdaa.distributed import once
 from isdaa.errors import DoneInPart, UserError, nearest
 from isdaa.evaluation.benchmark_judging import REPLIES, Case, ModelJudge
+from isdaa.evaluation.benchmark_notes import awaited
 from isdaa.evaluation.benchmark_request import Asking
 from isdaa.evaluation.benchmarks import HH, TLDR
-from isdaa.evaluation.benchmarks.benchmark import Answer, Benchmark, Question, Verdict
+from isdaa.evaluation.benchmarks.benchmark import Answer, Benchmark, JudgeQuestion, Question, Verdict
 from isdaa.evaluation.benchmarks.games import inside
 from isdaa.evaluation.benchmarks.preference_sets import Wording, judge_questions
 from isdaa.evaluation.collect import PLAN, SAMPLES
-from isdaa.evaluation.judge_types import request_body
+from isdaa.evaluation.judge_types import MOMENTARY, request_body
 from isdaa.evaluation.judged_table import ASKED, JUDGE, JUDGED, LEFT, SAME, JudgedTable, Side, sides_of
 from isdaa.evaluation.records import Blocks, Record, blocks_of, read_plan
+from isdaa.evaluation.scoring import answer
 from isdaa.files import digest, file_digest, write_json
 from isdaa.foreign import check_file, why
 from isdaa.record import git_revision, versions
 from isdaa.terminal import say
 
-FORMAT = 1  # raise it when a reply comes to be read in another way
+FORMAT = 2  # raise it when a reply comes to be read in another way
 QUESTIONS: dict[str, Benchmark] = {"hh": HH, "tldr": TLDR}
 PLACES = ("prompt", "first", "second")
 CHARACTERS = 4  # of a token, in an estimate
@@ -66,6 +69,11 @@ def question_of(template: str) -> Benchmark:
             "{second} where the prompt and both responses go"
         )
     wording = FileWording(f"{file.name} {file_digest(file)[:8]}", text, "", "")
+    if not re.search(r"(?i)\bbetter\b\W*:", text) and not (re.search(r"\bA\b", text) and re.search(r"\bB\b", text)):
+        say(
+            f"warning: {template} asks neither for a line `Better: A` or `Better: B` nor for one letter, A or B; a reply in "
+            "other words may not be read"
+        )
     return replace(HH, judge_questions=lambda *asked: judge_questions(wording, *asked))
 
 
@@ -89,10 +97,27 @@ class SampleJudge:
 
     @property
     def digest(self) -> str:
-        """Of all that decides a reply beside prompt and responses: model, settings and the question's every word."""
-        asked = self.bench.judge_questions(Question("", "prompt"), Answer("", "", ("ours",)), Answer("", "", ("theirs",)))
-        bodies = [request_body(self.asking.settings, self.model.request(question)) for question in asked]
-        return digest([FORMAT, bodies])
+        """Of all that decides a reply beside prompt and responses: model, settings and the question's every word.
+
+        The limit on its tokens does not: a reply that ended by itself is the same under a higher one.
+        """
+        return digest([FORMAT, [{key: value for key, value in body.items() if key != "max_tokens"} for body in self._bodies()]])
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """That of this judge, and what an earlier version called it."""
+        return self.digest, digest([1, self._bodies()])
+
+    def _bodies(self) -> list[dict[str, Any]]:
+        return [request_body(self.asking.settings, self.model.request(question)) for question in self._example()]
+
+    def _example(self) -> list[JudgeQuestion]:
+        return self.bench.judge_questions(Question("", "prompt"), Answer("", "", ("ours",)), Answer("", "", ("theirs",)))
+
+    @property
+    def limit(self) -> int:
+        """Tokens that a reply may have."""
+        return self.model.limit(self._example()[0])
 
     def facts(self, about: Sequence[str] = ()) -> dict[str, Any]:
         """What records say of the judge; options: those that name it to a command line."""
@@ -109,7 +134,7 @@ class SampleJudge:
         """What of an evaluation is not judged yet. Raises UserError where there is any and the judge cannot be asked."""
         shared = plan["shared"]
         judged = Blocks(folder / JUDGED, folder / shared / JUDGED if shared is not None else None, readonly=True)
-        found = [side for side in sides_of(plan, self.digest) if not is_whole(judged, side)]
+        found = [side for side in sides_of(plan, self.digest) if not is_whole(judged, side, self.limit)]
         if found:
             self.model.judge.ready()
         return found
@@ -158,23 +183,26 @@ class SampleJudge:
         plan = read_plan(folder / PLAN)
         samples, judged = (blocks_of(folder, name, plan) for name in (SAMPLES, JUDGED))
         prompts, sides = samples[plan["prompts"]], sides_of(plan, self.digest)
-        todo = [side for side in sides if not is_whole(judged, side)]
+        todo = [side for side in sides if not is_whole(judged, side, self.limit)]
+        why = ""
         if todo:
             model = ModelJudge(self.asking, folder / REPLIES)
-            verdicts = self._ask(model, prompts, samples, todo)
-            usage = model.judge.usage
+            verdicts = self._ask(plan, model, prompts, samples, todo)
+            usage, why = model.judge.usage, model.judge.why_left()
             say(f"judge {self.name}: {usage}")
             shared = {"judge": self.name, "judge_digest": self.digest, "template": self.template, "prompts": plan["prompts"]}
             shared |= {"versions": versions(), "git_revision": git_revision()}
             for side in todo:
                 rows = [verdicts[side.key, place] for place in range(len(prompts) * len(side.pairs))]
-                header = {"of": side.label, "whole": not usage.failures and all(row["state"] != LEFT for row in rows), **shared}
-                if side.key not in judged or [_bare(row) for row in judged[side.key]] != rows:
+                whole = not usage.failures and all(row["state"] != LEFT for row in rows)
+                cut = sum("cut" in row.get("lacks", ()) for row in rows)
+                header = {"of": side.label, "whole": whole, "cut": cut, "max_tokens": self.limit, **shared}
+                if not is_whole(judged, side, self.limit) or [_bare(row) for row in judged[side.key]] != rows:
                     judged.add("judged", side.key, header, rows)
-        return self._written(folder, plan, prompts, sides, judged)
+        return self._written(folder, plan, prompts, sides, judged, why)
 
     def _ask(
-        self, model: ModelJudge, prompts: Sequence[Record], samples: Blocks, todo: Sequence[Side]
+        self, plan: Record, model: ModelJudge, prompts: Sequence[Record], samples: Blocks, todo: Sequence[Side]
     ) -> dict[tuple[str, int], Record]:
         """What each comparison came to, by its side's block and its place there.
 
@@ -183,11 +211,12 @@ class SampleJudge:
         found: dict[tuple[str, int], Record] = {}
         cases: list[Case] = []
         places: list[tuple[str, int]] = []
+        keep = bool(plan["settings"].get("keep_thinking"))
         for (number, prompt), side in product(enumerate(prompts), todo):
             for pair, (ours, theirs) in enumerate(side.pairs):
                 place = side.key, number * len(side.pairs) + pair
-                own = _words(samples[ours][number]["text"])
-                other = _words(prompt["chosen"] if theirs is None else samples[theirs][number]["text"])
+                other_row = {"text": prompt["chosen"]} if theirs is None else samples[theirs][number]
+                own, other = (_words(answer(row, prompt, keep)) for row in (samples[ours][number], other_row))
                 name = prompt["prompt_id"]
                 found[place] = {"prompt_id": name, "pair": pair, "orders": [0.5, 0.5], "state": SAME}
                 if own.strip() != other.strip():
@@ -199,37 +228,42 @@ class SampleJudge:
         return found
 
     def _written(
-        self, folder: Path, plan: Record, prompts: Sequence[Record], sides: Sequence[Side], judged: Blocks
+        self, folder: Path, plan: Record, prompts: Sequence[Record], sides: Sequence[Side], judged: Blocks, why: str
     ) -> str | None:
-        """The plan with the judge; returns what is left undone, a sentence."""
+        """The plan with the judge; returns what is left undone, a sentence. why: prompts were left unasked."""
         rows = [row for side in sides for row in judged[side.key]]
         bad = {row["prompt_id"] for row in rows if None in row["orders"]}
         left = {row["prompt_id"] for row in rows if row["state"] == LEFT}
-        spent = f"the budget of {self.asking.settings.max_requests} requests (--max-requests) is spent"
+        lacks = Counter(lack for row in rows for lack in row.get("lacks", ()) if lack)
+        missing = awaited({lack: lacks[lack] for lack in MOMENTARY if lacks[lack]})
         if len(bad) == len(prompts):
             if left:
-                raise DoneInPart(f"judge {self.name}: no prompt is judged for every checkpoint yet: {spent}; give a higher one")
-            raise DoneInPart(f"judge {self.name}: no prompt has a reply that could be read for every checkpoint, so no win rate")
+                raise DoneInPart(f"judge {self.name}: no prompt is judged for every checkpoint yet: {why}")
+            reasons = "; ".join([", ".join(f"{lack} {count}" for lack, count in lacks.items()), *([missing] if missing else [])])
+            raise DoneInPart(
+                f"judge {self.name}: no prompt has a reply that could be read for every checkpoint, so no win rate ({reasons})"
+            )
         plan = plan | {"scorer": self.facts()}
         table = JudgedTable(plan, prompts, judged, _settings(plan), {})
-        count = table.counts()
+        count = table.counts([[0.0]] * len(prompts))
         about = [f"a judge model, asked the question `{self.template}` in both orders"]
         if count["flip_rate"] is not None:
             share = f"{100 * count['flip_rate']:.0f} % of {count['comparisons']} comparisons"
             about.append(f"contradicts itself on {share} when their order is swapped")
         write_json(folder / PLAN, plan | {"scorer": self.facts(about)})
-        if not left:
+        if not left and not missing:
             return None
         judged_all = f"{len(prompts) - len(bad)} of {len(prompts)} prompts are judged for every checkpoint"
-        return f"{judged_all}: {spent}; the same command goes on"
+        return f"{judged_all}: {'; '.join(part for part in (why if left else '', missing) if part)}"
 
 
-def is_whole(judged: Blocks, side: Side) -> bool:
-    """Whether every comparison of a side was answered, so that no reply is needed again."""
+def is_whole(judged: Blocks, side: Side, limit: int) -> bool:
+    """Whether every comparison of a side was answered, so that no reply is needed again: none was cut at a lower limit."""
     if side.key not in judged:
         return False
     found: Blocks | None = judged if side.key in judged.headers else judged.shared
-    return found is not None and bool(found.headers[side.key].get("whole"))
+    header = found.headers[side.key] if found is not None else {}
+    return bool(header.get("whole")) and not (header.get("cut") and limit > header.get("max_tokens", limit))
 
 
 def _settings(plan: Record) -> Any:
@@ -245,7 +279,9 @@ def _bare(row: Mapping[str, Any]) -> Record:
 def _came_to(said: tuple[Verdict, ...] | None) -> Record:
     if said is None:
         return {"orders": [None, None], "state": LEFT}
-    return {"orders": [verdict.value for verdict in said], "state": ASKED}
+    return {"orders": [verdict.value for verdict in said], "state": ASKED} | (
+        {"lacks": [verdict.lack for verdict in said]} if any(verdict.lack for verdict in said) else {}
+    )
 
 
 def _words(response: Any) -> str:

@@ -5,7 +5,8 @@ Legend: N prompts, P comparisons a prompt (a checkpoint's sample against each of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from isdaa.config import EvaluationConfig
 from isdaa.errors import UserError
+from isdaa.evaluation.benchmark_notes import LACKS, NOT_SAID, apart
 from isdaa.evaluation.records import Blocks, Record
 from isdaa.evaluation.statistics import mean_interval
 from isdaa.files import digest
@@ -46,8 +48,10 @@ def sides_of(plan: Record, judge_digest: str) -> list[Side]:
     labels: dict[tuple[str, ...], str] = {}
     for label, ours in named:
         labels.setdefault(ours, label)  # the same weights are judged once
+    more = ["thinking"] if plan["settings"].get("keep_thinking") else []
     return [
-        Side(digest([JUDGE, ours, theirs, plan["prompts"], judge_digest]), label, ours, theirs) for ours, label in labels.items()
+        Side(digest([JUDGE, ours, theirs, plan["prompts"], judge_digest, *more]), label, ours, theirs)
+        for ours, label in labels.items()
     ]
 
 
@@ -66,13 +70,19 @@ class JudgedTable:
         self.sides = sides_of(plan, plan["scorer"]["digest"])
         self.own = tuple(plan["reference"]["opponents"])
         self.orders: dict[tuple[str, ...], np.ndarray] = {}  # (N, P, 2) preferences for the model, NaN where there is none
-        states = []
+        states, self.lacks = [], Counter[str]()
+        self.lacking: dict[str, set[int]] = {}  # reason -> prompts
         for side in self.sides:
             records = judged[side.key]
             shape = len(prompts), len(side.pairs)
             values = [[np.nan if value is None else value for value in record["orders"]] for record in records]
             self.orders[side.ours] = np.array(values, dtype=np.float64).reshape(*shape, 2)
             states.append(np.array([record["state"] for record in records]).reshape(shape))
+            for place, record in enumerate(records):
+                for lack, value in zip(record.get("lacks") or ["", ""], record["orders"], strict=True):
+                    if value is None and record["state"] == ASKED:
+                        self.lacks[lack or NOT_SAID] += 1
+                        self.lacking.setdefault(lack or NOT_SAID, set()).add(place // len(side.pairs))
         self.states = np.concatenate(states, axis=1)
         self.total = len(prompts)
         whole = np.concatenate(list(self.orders.values()), axis=1)
@@ -115,8 +125,16 @@ class JudgedTable:
         rate = mean_interval(rates, **self.bootstrap).to_json() if rates is not None else None
         return found | {"win_rate": rate, f"win_rate_{self.settings.opponent}": rate, "tie_rate": ties}
 
-    def counts(self) -> dict[str, Any]:
-        """How many prompts and comparisons count, and how often the judge contradicts itself: `judged` of `metrics.json`."""
+    def counts(self, lengths: Sequence[Sequence[float]]) -> dict[str, Any]:
+        """How many prompts and comparisons count, and how often the judge contradicts itself: `judged` of `metrics.json`.
+
+        lengths: of each prompt's answers, in tokens.
+        """
+        dropped = sorted(set().union(*self.lacking.values()))
+        reasons = [
+            {"lack": lack, "replies": n, "prompts": len(self.lacking[lack]), "tokens": _mean(lengths, self.lacking[lack])}
+            for lack, n in self.lacks.items()
+        ]
         read = self.whole[(self.states == ASKED) & ~np.isnan(self.whole).any(axis=2)]
         flips = float(((read[:, 0] - 0.5) * (read[:, 1] - 0.5) < 0).mean()) if len(read) else None
         return {
@@ -127,11 +145,14 @@ class JudgedTable:
             "comparisons": len(read),
             "same": int((self.states == SAME).sum()),
             "flip_rate": flips,
+            "lacks": reasons,
+            "dropped_tokens": _mean(lengths, dropped),
+            "kept_tokens": _mean(lengths, self.kept.tolist()),
         }
 
-    def notes(self) -> list[str]:
+    def notes(self, lengths: Sequence[Sequence[float]]) -> list[str]:
         """What a reader must know of the prompts that are left out, and of the judge, each a sentence."""
-        count, lines = self.counts(), []
+        count, lines = self.counts(lengths), []
         if count["unasked"]:
             lines.append(
                 f"Judged in part: all numbers are of the {count['prompts']} of {count['of']} prompts that are judged for every "
@@ -139,10 +160,17 @@ class JudgedTable:
             )
         if count["unread"]:
             lines.append(
-                f"{count['unread']} of {count['of']} prompts are left out, since a reply of the judge did not come or could not "
-                "be read."
+                f"{count['unread']} of {count['of']} prompts are left out, since a reply of the judge gave no verdict: "
+                f"{', '.join(f'{lack} {number}' for lack, number in self.lacks.items())}."
             )
+            lines += [f"{lack[:1].upper()}{lack[1:]}: {LACKS[lack]}." for lack in LACKS if lack in self.lacks]
+        if (told := apart(count["unread"], count["dropped_tokens"], count["kept_tokens"])) is not None:
+            lines.append(f"The answers to prompts that are left out are {told} tokens.")
         if (count["flip_rate"] or 0) > 0.5:
             share = f"{100 * count['flip_rate']:.0f} %"
             lines.append(f"The judge contradicts itself on {share} of the comparisons when their order is swapped.")
         return lines
+
+
+def _mean(lengths: Sequence[Sequence[float]], places: Collection[int]) -> float | None:
+    return float(np.mean([lengths[place] for place in places])) if places else None

@@ -23,11 +23,12 @@ class Replaces(UserError):
     """The evaluation in the folder would be replaced by another one, or by less of it."""
 
 
-def merged(folder: Path, plan: Record, prompts: Sequence[Record], scorer: str | None, digest: str | None = None) -> Record:
+def merged(folder: Path, plan: Record, prompts: Sequence[Record], scorer: str | None, digests: Sequence[str] = ()) -> Record:
     """What becomes of `plan` where the evaluation in `folder` has other models, too: `models`, with those, `left_out`, and
     `doubts`; nothing where it has none.
 
-    scorer: name of the scorer, judge model or file of scores; digest: of the last two, whose name says less than that of a model.
+    scorer: name of the scorer, judge model or file of scores; digests: of the last two, whose name says less than
+    that of a model, and what an earlier version called it.
     Raises Replaces where the folder's evaluation has other or more prompts, another reference or scorer, or, if some models would
     be lost, other settings.
     """
@@ -37,7 +38,7 @@ def merged(folder: Path, plan: Record, prompts: Sequence[Record], scorer: str | 
     asked = {Path(model["path"]).resolve() for model in [*plan["models"], *plan.get("left_out", [])]}
     others = [model for model in before["models"] if _place(model) not in asked]
     left_out = [model for model in before.get("left_out", []) if _place(model) not in asked]
-    lost = _lost(folder, before, plan, prompts, scored, scorer, digest)
+    lost = _lost(folder, before, plan, prompts, scored, scorer, digests)
     if others and not lost:
         lost = _unlike(before, plan, scored["name"] if scored else None, scorer, others)
     if lost:
@@ -120,7 +121,7 @@ def _lost(
     prompts: Sequence[Record],
     scored: Mapping[str, Any] | None,
     scorer: str | None,
-    digest: str | None,
+    digests: Sequence[str],
 ) -> list[str]:
     """What the evaluation in the folder has that the planned one has not."""
     found = []
@@ -128,7 +129,7 @@ def _lost(
         found.append(f"another reference ({before['reference']['path']})")
     if scored is not None and scored["name"] != scorer:
         found.append(f"a scorer ({scored['name']})" if scorer is None else f"another scorer ({scored['name']})")
-    elif scored is not None and digest is not None and scored["digest"] != digest:
+    elif scored is not None and digests and scored["digest"] not in digests:
         found.append(f"{scored['name']} with other settings or scores ({' '.join(scored.get('options', []))})")
     if before["prompts"] != plan["prompts"]:
         texts = [row["prompt"] for row in prompts]

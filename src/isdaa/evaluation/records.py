@@ -28,6 +28,7 @@ SCORER = {
 }  # fmt: skip
 FIGURES = {
     "path": str, "kl": INTERVAL, "length": INTERVAL, "truncated": float, "repetition": float, "tie_rate?": NUMBER,
+    "thinking?": dict,
     **dict.fromkeys(("win_rate", "win_rate_reference?", "win_rate_chosen?", "reward"), (INTERVAL, None)),
 }  # fmt: skip
 TOLD = {
@@ -55,16 +56,31 @@ METRICS = {
     "left_out?": LEFT_OUT, "ended?": {"*": str},
     "verdicts?": {"*": (dict, None)}, "better?": {"*": (bool, None)}, "data?": TEXT, "split?": TEXT, "git_revision?": TEXT,
     "one_run?": bool, "doubts?": [str],
-    "judged?": {"notes": [str]},
+    "judged?": {"notes": [str]}, "thinking?": {"notes": [str]},
 }  # fmt: skip
-SAMPLE = {"prompt_id": str, "sample": int, "text": (str, list), "ids": [int], "tokens": int, "finished": bool}
+SAMPLE = {
+    "prompt_id": str,
+    "sample": int,
+    "text": (str, list),
+    "ids": [int],
+    "tokens": int,
+    "finished": bool,
+    "answer_tokens?": int,
+}
 # Kind of a block -> what its lines are.
 LINES: dict[str, Record] = {
-    "prompts": {"prompt_id": str, "prompt": (str, list), "prompt_ids": [int], "chosen": (str, list, None), "facts": (dict, None)},
+    "prompts": {
+        "prompt_id": str,
+        "prompt": (str, list),
+        "prompt_ids": [int],
+        "chosen": (str, list, None),
+        "facts": (dict, None),
+        "opened?": str,
+    },
     "samples": SAMPLE,
     "kl": SAMPLE | {"kl": float},
     "scores": {"prompt_id": str, "sample": int, "score": float},
-    "judged": {"prompt_id": str, "pair": int, "orders": [NUMBER], "state": str},
+    "judged": {"prompt_id": str, "pair": int, "orders": [NUMBER], "state": str, "lacks?": [str]},
     "pairs": {"prompt": str, "chosen_logps": float, "rejected_logps": float},
 }
 

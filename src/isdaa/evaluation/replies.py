@@ -18,7 +18,9 @@ templates open it in the prompt. What stands in code, or is spoken of within a l
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 _TAGS = "think|thinking|thought|thoughts|reasoning|reflection|seed:think|mm:think"
 # (what opens a thought, what closes it).
@@ -96,6 +98,18 @@ def opened_by(prompt: str) -> str:
     """What opens a thought at the end of a rendered prompt, so that the reply begins inside; empty where nothing does."""
     found = _OPENED.search(prompt[-200:])
     return found[0] if found is not None else ""
+
+
+def parts_of(record: Mapping[str, Any], prompt: Mapping[str, Any]) -> Parts:
+    """A sample of an evaluation's records in its parts. prompt: its own record, which knows what the prompt opens."""
+    return split(record["text"], opened=prompt.get("opened") or "")
+
+
+def without_thinking(response: Any) -> Any:
+    """A response of a data set, text or messages, as it is answered."""
+    if isinstance(response, str):
+        return split(response).answer
+    return [*response[:-1], {**response[-1], "content": split(str(response[-1]["content"])).answer}]
 
 
 def begins_thought(token: str) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from isdaa.distributed import dealt, once, world_size
 from isdaa.evaluation.collect import PLAN, SAMPLES
 from isdaa.evaluation.records import Blocks, Record, blocks_of, read_plan
-from isdaa.evaluation.scorers import RewardModelScorer, Scorer, cut_by_positions, facts
+from isdaa.evaluation.replies import parts_of, without_thinking
+from isdaa.evaluation.scorers import OwnFacts, RewardModelScorer, Scorer, cut_by_positions, facts
 from isdaa.files import digest, write_json
 from isdaa.record import git_revision, versions
 from isdaa.terminal import Bar, progress
@@ -35,26 +37,31 @@ def score(folder: str | Path, scorer: Scorer) -> None:
     folder = Path(folder)
     plan, samples, scores = once(lambda: _records(folder))
     prompts = {row["prompt_id"]: row for row in samples[plan["prompts"]]}
+    keep = bool(plan["settings"].get("keep_thinking"))
     chosen = [
         {"prompt_id": name, "sample": 0, "text": row["chosen"], "finished": True}
         for name, row in prompts.items()
         if row["chosen"] is not None
     ]
-    work: dict[str, tuple[str, list[Record]]] = {}
-    if chosen and getattr(scorer, "with_chosen", True):  # a file of scores may leave them out
-        work[chosen_key(plan["prompts"], scorer.digest)] = ("chosen", chosen)
-    for key in [*plan["reference"]["opponents"], *(model["samples"] for model in plan["models"])]:
-        work[scores_key(key, plan["prompts"], scorer.digest)] = (key, samples[key])
+    # A file of scores may leave the chosen ones out.
+    given = {"chosen": chosen} if chosen and getattr(scorer, "with_chosen", True) else {}
+    given |= {key: samples[key] for key in [*plan["reference"]["opponents"], *(model["samples"] for model in plan["models"])]}
+    said = {key: [answer(r, prompts[r["prompt_id"]], keep) for r in records] for key, records in given.items()}
+    scored_as = scorer.digest
+    own = isinstance(scorer, OwnFacts)  # scores of a file are of whatever it scored
+    if not own and any(text != r["text"] for key, records in given.items() for text, r in zip(said[key], records, strict=True)):
+        scored_as = digest([scorer.digest, "answers"])  # not the scores that an earlier version gave to thinking and all
+    work = {scores_key(key, plan["prompts"], scored_as): (key, records) for key, records in given.items()}
     todo = {key: value for key, value in work.items() if key not in scores}
-    shared = {"scorer": scorer.name, "scorer_digest": scorer.digest, "prompts": plan["prompts"]}
+    shared = {"scorer": scorer.name, "scorer_digest": scored_as, "prompts": plan["prompts"]}
     shared |= {"versions": versions(), "git_revision": git_revision()}
     if todo:
         with progress("scoring", sum(len(records) for _, records in todo.values()) // world_size()) as bar:
             for key, (of, records) in todo.items():
                 rows = [
-                    {**prompts[r["prompt_id"]], "id": r["prompt_id"], "response": r["text"], "finished": r["finished"]}
+                    {**prompts[r["prompt_id"]], "id": r["prompt_id"], "response": text, "finished": r["finished"]}
                     | {"of": of, "sample": r["sample"]}
-                    for r in records
+                    for r, text in zip(records, said[of], strict=True)
                 ]
                 values = dealt(rows, partial(_scored, scorer, bar))
                 scored = [
@@ -64,7 +71,19 @@ def score(folder: str | Path, scorer: Scorer) -> None:
                 scores.add("scores", key, {"of": of, **shared}, scored)
     lacking = [record.get("lacking") or () for key in work for record in scores[key]]
     doubts = list(dict.fromkeys([*(plan.get("doubts") or []), *cut_by_positions(scorer, lacking)]))
-    once(lambda: write_json(folder / PLAN, plan | {"scorer": facts(scorer)} | ({"doubts": doubts} if doubts else {})))
+    once(
+        lambda: write_json(
+            folder / PLAN, plan | {"scorer": facts(scorer) | {"digest": scored_as}} | ({"doubts": doubts} if doubts else {})
+        )
+    )
+
+
+def answer(record: Mapping[str, Any], prompt: Mapping[str, Any], keep: bool) -> Any:
+    """What of a response counts: all of it, or its answer without what was thought."""
+    if keep:
+        return record["text"]
+    drawn = "tokens" in record
+    return parts_of(record, prompt).answer if drawn else without_thinking(record["text"])
 
 
 def _scored(scorer: Scorer, bar: Bar, rows: Sequence[Record]) -> list[tuple[float, Record]]:

@@ -93,6 +93,7 @@ def legend(metrics: Mapping[str, Any]) -> list[str]:
         lines.append(f"Win rate by {scorer['name']} against {opponent} ({at}); KL at temperature 1.")
         lines += [f"{scorer['name']}: {line}." for line in scorer.get("about", ())]
     lines += (metrics.get("judged") or {}).get("notes", [])
+    lines += (metrics.get("thinking") or {}).get("notes", [])
     lines += [f"{FRAGMENTS} {line}." for line in warnings_of(metrics)]
     lines += left_out(metrics.get("left_out", ()))
     verdicts = {name: found["sentence"] for name, found in metrics.get("verdicts", {}).items() if found is not None}

@@ -107,7 +107,8 @@ def read_study(path: str | Path, as_one_run: bool = False) -> Study:
     metrics = read_metrics(evaluation / METRICS)
     with fitting(evaluation):
         runs, ended = _trajectories(evaluation, as_one_run)
-    notes = [*(metrics.get("doubts") or []), *(metrics.get("judged") or {}).get("notes", [])]
+    told = [note for key in ("judged", "thinking") for note in (metrics.get(key) or {}).get("notes", [])]
+    notes = [*(metrics.get("doubts") or []), *told]
     return Study(runs, metrics, folder.resolve().name, folder, notes=notes, ended=ended)
 
 

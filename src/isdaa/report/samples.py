@@ -12,7 +12,8 @@ from isdaa.errors import UserError
 from isdaa.evaluation.collect import PLAN, SAMPLES
 from isdaa.evaluation.overoptimization import Verdict, places_of
 from isdaa.evaluation.records import Blocks, blocks_of, read_plan
-from isdaa.evaluation.scoring import SCORES, scores_key
+from isdaa.evaluation.replies import parts_of
+from isdaa.evaluation.scoring import SCORES, answer, scores_key
 from isdaa.evaluation.trajectory import Trajectory
 
 FIRST = WORST = 3  # prompts of each kind
@@ -54,15 +55,22 @@ def _read(run: Trajectory, folder: Path, verdict: Verdict | None, opponent: str)
         texts.insert(0, [{"text": prompt["chosen"], "tokens": None, "finished": True} for prompt in prompts])
         points.insert(0, _points(scores, plan, "chosen", len(prompts)))
     found = []
+    keep = bool(plan["settings"].get("keep_thinking"))
     for index, why in _choose(run, chosen, len(prompts)):
-        responses = [
-            {"score": value[index]} | {key: text[index][key] for key in ("text", "tokens", "finished")}
-            for text, value in zip(texts, points, strict=True)
-        ]
         prompt = prompts[index]
+        responses = [
+            {"score": value[index]} | _shown(text[index], prompt, keep) for text, value in zip(texts, points, strict=True)
+        ]
         asked = {"id": prompt["prompt_id"], "prompt": prompt["prompt"], "tools": prompt.get("tools")}
         found.append(asked | {"why": why, "responses": responses})
     return {"columns": [{k: c[k] for k in ("role", "label")} for c in columns], "prompts": found, "total": len(prompts)}
+
+
+def _shown(record: Mapping[str, Any], prompt: Mapping[str, Any], keep: bool) -> dict[str, Any]:
+    """A response, and what was thought before it, which neither scorer nor judge saw."""
+    thinking = parts_of(record, prompt).thinking if not keep and record["tokens"] is not None else ""
+    text = answer(record, prompt, keep) if record["tokens"] is not None else record["text"]
+    return {key: record[key] for key in ("tokens", "finished")} | {"text": text} | ({"thinking": thinking} if thinking else {})
 
 
 def _points(scores: Blocks | None, plan: Mapping[str, Any], key: str, count: int) -> list[float | None]:

@@ -26,6 +26,7 @@ from isdaa.errors import UserError
 from isdaa.evaluation.collect import Prompts, tokenize
 from isdaa.evaluation.kl import KL_SETTINGS, divergences
 from isdaa.evaluation.records import Blocks, Record
+from isdaa.evaluation.replies import parts_of
 from isdaa.evaluation.scorers import Scorer
 from isdaa.evaluation.scoring import scores_key
 from isdaa.evaluation.statistics import mean_interval
@@ -261,7 +262,6 @@ class Looks:
         """(N, K) scores of the reference's samples and the share that was cut, from disk where they are there."""
         k, config = self.config.guard.opponent_samples, self.config
         key = digest([FORMAT, identity, config.align.precision, asdict(self.sampling), config.guard.seed, k, self.prompts.key])
-        score_key = scores_key(key, self.prompts.block, scorer.digest)
         samples, scores = Blocks(folder / SAMPLES), Blocks(folder / SCORES)
         if key not in samples:
             header = {"sampling": asdict(self.sampling), "seed": config.guard.seed, **self.prompts.shared}
@@ -269,9 +269,12 @@ class Looks:
             with self.reference.in_memory() as reference, reference.around(), bar_of as bar:
                 samples.add("opponents", key, header, self._draw(reference.model, self.sampling, "opponent", bar, k))
         drawn = samples[key]
+        rows = self._scorer_rows(drawn)
+        thought = any(row["response"] != record["text"] for row, record in zip(rows, drawn, strict=True))
+        score_key = scores_key(key, self.prompts.block, digest([scorer.digest, "answers"]) if thought else scorer.digest)
         if score_key not in scores:
             with working("guard: scoring the opponents"):
-                values = scorer.score(self._scorer_rows(drawn))
+                values = scorer.score(rows)
             found = [
                 {"prompt_id": record["prompt_id"], "sample": record["sample"], "score": value}
                 for record, value in zip(drawn, values, strict=True)
@@ -282,8 +285,11 @@ class Looks:
 
     def _scorer_rows(self, drawn: Sequence[Record]) -> list[Record]:
         prompts = {row["prompt_id"]: row for row in self.prompts.rows}
+        keep = self.config.evaluation.keep_thinking
         return [
-            {**prompts[r["prompt_id"]], "id": r["prompt_id"], "response": r["text"], "finished": r["finished"]} for r in drawn
+            {**prompts[r["prompt_id"]], "id": r["prompt_id"], "finished": r["finished"]}
+            | {"response": r["text"] if keep else parts_of(r, prompts[r["prompt_id"]]).answer}
+            for r in drawn
         ]
 
     def _draw(self, model: nn.Module, sampling: SamplingSettings, purpose: str, bar: Bar, n: int = 1) -> list[Record]:
