@@ -3,6 +3,8 @@
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from real_tokenizers import trl_template
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from isdaa.evaluation.replies import Parts, begins_thought, opened_by, split
 
@@ -72,6 +74,7 @@ def test_any_text_at_all(text: str, thinking: str, opened: str) -> None:
         ("assistantfinalBetter: A", "", "Better: A"),
         # Muse
         (" to=self<|message|>hm<|eom|><|start|>assistant<|message|>so<|eot|>", "hm", "so"),
+        (" to=user<|message|>so<|eot|>", "", "so"),
         # answers in wrappers of their own
         ("<think>hm</think><answer>so</answer>", "hm", "so"),  # Hunyuan
         ("<thinking>a</thinking>\n<reflection>b</reflection>\n<output>so</output>", "a\n\nb", "so"),
@@ -126,6 +129,45 @@ def test_thoughts_without_an_end(text: str, opened: str) -> None:
 )
 def test_talk_of_markers_is_no_marker(text: str) -> None:
     assert split(text) == Parts("", text)
+
+
+# Chat templates of models that think, as TRL ships them; those that leave the thought out of what is rendered are not here.
+TEMPLATES = [
+    "diffusion_gemma", "gemma4_v5", "glm4moe", "gptoss", "lfm2_2_5", "muse_glimmer", "nemotron_3_5_lightning",
+    "nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra", "qwen3", "qwen3_5_think", "qwen3_6", "qwen3_8",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_real_chat_templates_render_is_parted(name: str) -> None:
+    asked = [{"role": "user", "content": "Hi?"}]
+    replied = {
+        "role": "assistant",
+        "content": "Answer it.",
+        "reasoning_content": "Hm hm.",
+        "thinking": "Hm hm.",
+        "reasoning": "Hm hm.",
+    }
+
+    def render(messages: list[dict[str, str]], prompt: bool, **more: bool) -> str:
+        options = {"chat_template": trl_template(name), "add_generation_prompt": prompt, "bos_token": "", "eos_token": ""}
+        return render_jinja_template([messages], **options, **more)[0][0]
+
+    prompt, whole = render(asked, True), render([*asked, replied], False)
+    assert whole.startswith(prompt)
+    reply = whole.removeprefix(prompt).strip().removesuffix("<|im_end|>").removesuffix("<turn|>")  # a stop token is none of it
+    opened = opened_by(prompt)
+    assert split(reply, opened=opened) == Parts("Hm hm.", "Answer it.", True)
+    assert split(reply) == Parts("Hm hm.", "Answer it.", True)  # nor need the reader know the prompt
+    assert bool(opened) == prompt.rstrip().endswith("<think>")
+    assert opened_by(render(asked, True, enable_thinking=False)) == ""
+
+
+@pytest.mark.parametrize("name", ["deepseek_r1_distill", "deepseekv3"])
+def test_templates_that_render_no_thought_open_one(name: str) -> None:
+    asked = [{"role": "user", "content": "Hi?"}]
+    prompt = render_jinja_template([asked], chat_template=trl_template(name), add_generation_prompt=True, bos_token="")[0][0]
+    assert opened_by(prompt) == "<think>\n"
 
 
 def test_what_the_endpoint_gave_apart() -> None:

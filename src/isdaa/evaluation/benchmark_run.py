@@ -19,7 +19,7 @@ from isdaa.distributed import once
 from isdaa.errors import DoneInPart, UserError
 from isdaa.evaluation.benchmark_answers import Answering, Respondent, answer
 from isdaa.evaluation.benchmark_input import Control, Plan, Side, check, length_control, plan_of, questions_of
-from isdaa.evaluation.benchmark_judging import BenchmarkJudge, Case, judge_of, judged
+from isdaa.evaluation.benchmark_judging import BenchmarkJudge, Case, ModelJudge, judge_of, judged
 from isdaa.evaluation.benchmark_judgments import among_the_official, judgments_of
 from isdaa.evaluation.benchmark_notes import lack_remarks, lacks_of, thinking_of, thinking_remarks, waiting
 from isdaa.evaluation.benchmark_outcome import (
@@ -121,7 +121,7 @@ def _concluded(
         found = {side.label: _with_losses(bench, side, found, sides, opponents, questions) for side in sides}
     metrics["questions"]["judged"] = len({one.question.id for answers in found.values() for one in answers})
     metrics |= {"judge": judge.to_json(), "partial": left > 0, "notes": list(plan.notes)}
-    stopped = _stopped(request, len(questions), left) if left else None
+    stopped = _stopped(request, judge, len(questions), left) if left else None
     if left == len(questions):
         raise DoneInPart(f"{stopped}; no question is judged yet")
     _write_judgments(bench, folder, judge.name, found)
@@ -196,10 +196,12 @@ def _file(bench: Benchmark, label: str) -> str:
     return file_name(label) + (".json" if bench is ALPACA_EVAL else ".jsonl")
 
 
-def _stopped(request: BenchmarkRequest, count: int, left: int) -> str:
-    assert request.asking is not None
+def _stopped(request: BenchmarkRequest, judge: BenchmarkJudge, count: int, left: int) -> str:
+    assert request.asking is not None and isinstance(judge, ModelJudge)
     budget = request.asking.settings.max_requests
     kept = f"{count - left} of {count} questions are judged, all replies are kept"
+    if judge.judge.stopped:
+        return f"{judge.judge.stopped}: {kept}; the same command goes on from here"
     if not budget:
         return f"--max-requests 0 lets nothing be asked: {kept}; a higher number goes on from here"
     return f"the budget of {counted(budget, 'request')} (--max-requests) is spent: {kept}; the same command goes on from here"

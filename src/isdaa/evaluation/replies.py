@@ -119,8 +119,7 @@ def begins_thought(token: str) -> bool:
 
 def _parts(text: str, opened: bool) -> tuple[list[str], str, bool]:
     """(thoughts, the rest, whether the last thought has no end); no thoughts where there is no marker."""
-    message = _MESSAGE.match(text)
-    if message is not None and (message["channel"] or message["to"]):
+    if _MESSAGE.match(text) is not None:
         return _channels(text)
     if re.match(r"\s*(?:<\|start\|>assistant)?<\|channel\|>\w*\s*\Z", text):
         return [""], "", True
@@ -185,13 +184,13 @@ def _within(found: re.Match[str], spans: list[tuple[int, int]]) -> bool:
 
 
 def _channels(text: str) -> tuple[list[str], str, bool]:
-    """gpt-oss's messages: `final` is the answer, so is one to nobody in particular where there are no channels."""
+    """gpt-oss's messages: `final` is the answer; where there are no channels, what is said to the user."""
     thoughts, answer, ended, place = [], "", True, 0
     while (head := _MESSAGE.match(text, place)) is not None:
         end = _ENDS.search(text, head.end())
         body = text[head.end() : end.start() if end is not None else len(text)]
         ended, place = end is not None, end.end() if end is not None else len(text)
-        if head["channel"] == "final" or not (head["channel"] or head["to"]):
+        if head["channel"] == "final" or (head["channel"] is None and (head["to"] or "to=user").strip() == "to=user"):
             answer += body
             ended = True
         else:
