@@ -406,13 +406,18 @@ class Collection:
                         "tokens": len(result.ids),
                         "finished": bool(result.finished),
                     }
-                    parts = parts_of(records[i][purpose], rows[i])
-                    if parts.marked:
-                        answer = tokenizer(parts.answer, add_special_tokens=False)["input_ids"]
-                        records[i][purpose]["answer_tokens"] = len(answer)
+                    records[i][purpose] |= length_of_answer(records[i][purpose], rows[i], tokenizer)
                     if with_states:
                         records[i][purpose]["states"] = result.states
         return records
+
+
+def length_of_answer(record: Record, prompt: Record, tokenizer: Any) -> Record:
+    """What a sample's record says of its answer's length, where it thinks first; nothing where it does not."""
+    parts = parts_of(record, prompt)
+    if not parts.marked:
+        return {}
+    return {"answer_tokens": len(tokenizer(parts.answer, add_special_tokens=False)["input_ids"])}
 
 
 def check_tokenizers(paths: Sequence[str], tokenizers: Sequence[Any]) -> None:

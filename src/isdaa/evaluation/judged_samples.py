@@ -245,7 +245,7 @@ class SampleJudge:
             )
         plan = plan | {"scorer": self.facts()}
         table = JudgedTable(plan, prompts, judged, _settings(plan), {})
-        count = table.counts([[0.0]] * len(prompts))
+        count = table.counts()
         about = [f"a judge model, asked the question `{self.template}` in both orders"]
         if count["flip_rate"] is not None:
             share = f"{100 * count['flip_rate']:.0f} % of {count['comparisons']} comparisons"

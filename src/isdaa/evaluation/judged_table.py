@@ -125,10 +125,10 @@ class JudgedTable:
         rate = mean_interval(rates, **self.bootstrap).to_json() if rates is not None else None
         return found | {"win_rate": rate, f"win_rate_{self.settings.opponent}": rate, "tie_rate": ties}
 
-    def counts(self, lengths: Sequence[Sequence[float]]) -> dict[str, Any]:
+    def counts(self, lengths: Sequence[Sequence[float]] = ()) -> dict[str, Any]:
         """How many prompts and comparisons count, and how often the judge contradicts itself: `judged` of `metrics.json`.
 
-        lengths: of each prompt's answers, in tokens.
+        lengths: of each prompt's answers, in tokens; empty where they are not known.
         """
         dropped = sorted(set().union(*self.lacking.values()))
         reasons = [
@@ -150,7 +150,7 @@ class JudgedTable:
             "kept_tokens": _mean(lengths, self.kept.tolist()),
         }
 
-    def notes(self, lengths: Sequence[Sequence[float]]) -> list[str]:
+    def notes(self, lengths: Sequence[Sequence[float]] = ()) -> list[str]:
         """What a reader must know of the prompts that are left out, and of the judge, each a sentence."""
         count, lines = self.counts(lengths), []
         if count["unasked"]:
@@ -173,4 +173,4 @@ class JudgedTable:
 
 
 def _mean(lengths: Sequence[Sequence[float]], places: Collection[int]) -> float | None:
-    return float(np.mean([lengths[place] for place in places])) if places else None
+    return float(np.mean([lengths[place] for place in places])) if places and lengths else None

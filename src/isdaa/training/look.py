@@ -23,7 +23,7 @@ from isdaa.config import Config
 from isdaa.data.pairs import KEEP
 from isdaa.data.sources import load_prompts
 from isdaa.errors import UserError
-from isdaa.evaluation.collect import Prompts, tokenize
+from isdaa.evaluation.collect import Prompts, length_of_answer, tokenize
 from isdaa.evaluation.kl import KL_SETTINGS, divergences
 from isdaa.evaluation.records import Blocks, Record
 from isdaa.evaluation.replies import parts_of
@@ -232,7 +232,9 @@ class Looks:
                 bar.within = f"scoring {len(drawn)} responses"
                 wins, more = self._win_rate(self.scorer, drawn)
                 metrics |= more
-        metrics["guard/length"] = float(np.mean([len(record["ids"]) for record in drawn]))
+        keep = self.config.evaluation.keep_thinking
+        lengths = [len(record["ids"]) if keep else record.get("answer_tokens", len(record["ids"])) for record in drawn]
+        metrics["guard/length"] = float(np.mean(lengths))
         metrics["guard/truncated"] = float(np.mean([not record["finished"] for record in drawn]))
         return Measurement(metrics, kl, wins)
 
@@ -324,6 +326,7 @@ class Looks:
                     "ids": list(result.ids),
                     "finished": bool(result.finished),
                 }
+                records[i * n + k] |= length_of_answer(records[i * n + k], rows[i], tokenizer)
         return records
 
 
