@@ -98,7 +98,7 @@ def test_answers_that_are_thinking_alone_are_named(models, tmp_path, monkeypatch
     writing(monkeypatch, "<think>I am cut")
     assert run("tldr", tmp_path / "out", "--model_path", models["one"]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "one: 4 of 4 answers are thinking alone, 4 of them cut inside it: raise --max_new_tokens." in told
+    assert "one: 4 of 4 answers are thinking alone, which 4 of them never end: raise --max_new_tokens, or --keep-thinking" in told
     assert read_json(tmp_path / "out/metrics.json")["models"][0]["answers"]["thinking"]["unfinished"] == 4
 
 

@@ -118,7 +118,7 @@ def test_a_prompt_that_opens_the_thought(models, tmp_path, monkeypatch):
     assert {row["response"] for row in words.seen if not str(row["response"]).startswith("No")} == {"SO", ""}
     assert metrics["models"][0]["thinking"] == {"share": pytest.approx(26 / 30), "answers": 4, "only": 2, "unfinished": 2}
     only = metrics["thinking"]["notes"][1]
-    assert "without an answer: the reference 2, one 2; 4 of them were cut inside it: raise --evaluation.max_new_tokens" in only
+    assert "without an answer: the reference 2, one 2; 4 of them never end it: raise --evaluation.max_new_tokens" in only
 
 
 def test_without_thinking_keys_and_metrics_are_as_before(models, tmp_path, monkeypatch):

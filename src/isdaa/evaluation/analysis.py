@@ -243,7 +243,8 @@ def thinking_notes(entries: Mapping[str, Mapping[str, Any]], keep: bool) -> list
     only = [f"{label} {told['only']}" for label, told in found.items() if told["only"]]
     cut = sum(told["unfinished"] for told in found.values())
     if only:
-        way = f"; {cut} of them were cut inside it: raise --evaluation.max_new_tokens" if cut else ""
+        way = "raise --evaluation.max_new_tokens, or --keep-thinking where these are the answers"
+        way = f"; {cut} of them never end it: {way}" if cut else ""
         lines.append(f"Samples that are thinking alone, without an answer: {', '.join(only)}{way}.")
     return lines
 

@@ -48,7 +48,8 @@ def thinking_remarks(told: Mapping[str, Any] | None) -> list[str]:
     kept = "is judged and counted, too" if found.get("kept") else "is neither judged nor counted as length"
     lines = [f"thinking is {percent(found['share'])} of the characters of its answers, and {kept}"]
     if found["only"]:
-        cut = f", {found['unfinished']} of them cut inside it: raise --max_new_tokens" if found["unfinished"] else ""
+        way = "raise --max_new_tokens, or --keep-thinking where these are the answers"
+        cut = f", which {found['unfinished']} of them never end: {way}" if found["unfinished"] else ""
         lines.append(f"{found['only']} of {told['turns']} answers are thinking alone{cut}")
     return lines
 
