@@ -258,6 +258,22 @@ def test_reasons_that_pass_are_done_in_part_and_others_are_told(models: dict[str
     assert f"rate-limited {count}" in notes and f"thought only {thoughts['replies']}" in notes and "Thought only: " in notes
 
 
+def test_the_page_tells_why_prompts_are_left_out(
+    models: dict[str, str], prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lost = json.loads(Path(prompts).read_text().splitlines()[4])["prompt"].strip()
+
+    def mumbling(number: int, body: dict[str, Any]) -> Answer:
+        return Answer("Hm, both.") if lost in body["messages"][-1]["content"] else shorter(number, body)
+
+    with serving(mumbling) as server:
+        assert main(command(models, prompts, tmp_path / "page", server.url)) == 0
+    page = (tmp_path / "page/report.html").read_text()
+    assert "Prompts without a verdict" in page and '<td class="l">unreadable</td>' in page
+    assert read_json(tmp_path / "page/report.json")["judged"]["lacks"][0]["prompts"] == 1
+
+
 def test_more_room_asks_only_the_replies_that_were_cut(models: dict[str, str], tmp_path: Path) -> None:
     lost = world_rows()[2]["prompt"].strip()
 

@@ -50,13 +50,17 @@ PLAN = {
     "models": [{"path": str, "digest": str, "samples": str, "kl": str, "pairs": TEXT, **TOLD}, ...],
 }  # fmt: skip
 HELD_OUT = {"pairs": int, **dict.fromkeys(("accuracy", "margin?", "chosen_drift", "rejected_drift"), INTERVAL)}
+JUDGED = {
+    "notes": [str], "prompts": int, "of": int, "dropped_tokens?": NUMBER, "kept_tokens?": NUMBER,
+    "lacks?": [{"lack": str, "replies": int, "prompts": int, "tokens": NUMBER}],
+}  # fmt: skip
 METRICS = {
     "scorer": (SCORER, None), "settings": dict, "prompts": int, "opponent": str, "note": str,
     "tokenization": dict, "versions": dict, "reference": FIGURES, "models": [{**FIGURES, **TOLD, "held_out?": HELD_OUT}, ...],
     "left_out?": LEFT_OUT, "ended?": {"*": str},
     "verdicts?": {"*": (dict, None)}, "better?": {"*": (bool, None)}, "data?": TEXT, "split?": TEXT, "git_revision?": TEXT,
     "one_run?": bool, "doubts?": [str],
-    "judged?": {"notes": [str]}, "thinking?": {"notes": [str]},
+    "judged?": JUDGED, "thinking?": {"notes": [str]},
 }  # fmt: skip
 SAMPLE = {
     "prompt_id": str,

@@ -134,6 +134,7 @@ def report_of(found: Findings) -> dict[str, Any]:
         "runs": [_run(found, line, run) for line in found.lines for run in line.runs],
         "missing": list(study.missing),
         "notes": [*study.notes, *left_out.lines(metrics.get("left_out") or ())],
+        **({"judged": dict(judged)} if (judged := metrics.get("judged") or {}).get("lacks") and not study.cells else {}),
         "left_out": list(metrics.get("left_out") or ()),
         "ended": dict(study.ended),
         "warnings": fragments.warnings_of(found.evaluated),
