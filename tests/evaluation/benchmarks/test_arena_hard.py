@@ -124,6 +124,7 @@ def test_the_opponent_is_the_categorys_baseline(tmp_path: Path) -> None:
         ("[[A]]", None),
         ("[[A]] so [A>B]", None),  # a label in single brackets counts only where nothing stands in double ones
         ("[[ A > B ]]", "A>B"),
+        ("[[A＞B]]", "A>B"),
         ("[[A&gt;&gt;B]]", "A>>B"),
         ("A is better.\n\n**B>A**", "B>A"),
         ("Final verdict: A >> B.", "A>>B"),

@@ -59,6 +59,9 @@ def test_the_papers_settings() -> None:
         ('better : "B"', "B"),
         ("Better: A\nNo, wait.\nBetter: B", "B"),  # the last
         ("B", "B"),
+        ("Better: B</s>", "B"),
+        ("Better: A <|im_end|>\n<|endoftext|>", "A"),
+        ("A<｜end▁of▁sentence｜>", "A"),
         (" (A). ", "A"),
         ("A is better", "A"),
         ("A is not better", None),

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 
@@ -202,7 +203,7 @@ def label_of(reply: str) -> str | None:
     Case and white space do not matter; what stands in brackets and is no label is passed over, and so is a label that is
     ruled out (`not [[A>B]]`). A line that goes through three or ends with a choice of two (`[[A>B]] or [[A=B]]`) says nothing.
     """
-    text = html.unescape(reply).upper().replace("\u200b", "")
+    text = normalize("NFKC", html.unescape(reply)).upper().replace("\u200b", "")
     for pattern in (r"\[\[([AB<>=\s]+)\]\]", r"\[([AB<>=\s]+)\]"):
         for line in reversed(text.splitlines()):
             found = [one for one in re.finditer(pattern, line) if re.sub(r"\s", "", one[1]) in LABELS]

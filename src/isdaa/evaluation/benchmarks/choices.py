@@ -8,6 +8,7 @@ nothing behind it says otherwise.
 from __future__ import annotations
 
 import re
+from unicodedata import category, normalize
 
 # Legend: ① and ② stand for the names of the two responses, all other words are in lower case.
 _NOUN = "(?:response|summary|reply|answer|assistant|model|option|output|text|candidate|version|continuation)"
@@ -20,7 +21,9 @@ _EQUAL = (
     r"(?:(?:about |roughly |equally |just as |nearly )?(?:equal(?:ly)?|the same|tied|a tie|equivalent|on par|comparable|as good)"
     r"(?: (?:good|bad|well|poor|strong|helpful|harmless|in quality|overall|quality))?|equally \w+)"
 )
-_BOTH = rf"(?:{_NOUN} [①②] and (?:{_NOUN} )?[①②]|(?:{_NOUNS} )?[①②] and [①②]|both(?: {_NOUNS})?|they|the two(?: {_NOUNS})?)"
+_BOTH = (
+    rf"(?:{_NOUN} [①②] and (?:{_NOUN} )?[①②]|(?:both )?(?:{_NOUNS} )?[①②] and [①②]|both(?: {_NOUNS})?|they|the two(?: {_NOUNS})?)"
+)
 _VERDICT = "(?:answer|verdict|choice|winner|decision|judge?ment|conclusion|preference|result|pick)"
 _LEAD = (
     "(?:(?:overall|therefore|so|thus|hence|in conclusion|in summary|finally|in short|to conclude|"
@@ -57,8 +60,11 @@ def choice(answer: str, first: str, second: str) -> float | None:
     for number in range(len(lines) - 1, -1, -1):
         found = list(_LABEL.finditer(lines[number]))
         if found:
-            value = _labelled(found[-1]["said"])
-            return None if value is None or _taken_back(value, lines[number + 1 :]) else value
+            said, *rest = [found[-1]["said"], *lines[number + 1 :]]
+            if not said and rest:  # the choice stands on the next line
+                said, *rest = rest
+            value = _labelled(said)
+            return None if value is None or _taken_back(value, rest) else value
     said = [
         (part, _stated(part, part == line))
         for line in lines
@@ -75,7 +81,8 @@ def choice(answer: str, first: str, second: str) -> float | None:
 
 def _plain(line: str, first: str, second: str) -> str:
     """A line without ornaments, the names as ① and ②."""
-    line = re.sub(r"\(\s*(\w)\s*\)", r" \1 ", _ORNAMENTS.sub("", line.replace("\u200b", "").replace("’", "'")))
+    line = "".join(c for c in normalize("NFKC", line).replace("’", "'") if category(c) not in ("So", "Sk", "Cf"))
+    line = re.sub(r"\(\s*(\w)\s*\)", r" \1 ", _ORNAMENTS.sub("", line))
     line = re.sub(r"\s+", " ", re.sub(r"[()]", ", ", line)).strip()
     line = re.sub(r"^(?:(?:[-•–>+]+|\d+[.)]) )+", "", line)
     for name, mark in ((first, "①"), (second, "②")):

@@ -13,6 +13,8 @@ from isdaa.evaluation.benchmarks.benchmark import Judged, JudgeQuestion, Reply, 
 from isdaa.evaluation.judge_types import Lack
 from isdaa.evaluation.replies import split
 
+STOPS_END = 200  # characters
+_STOPS = re.compile(r"(?:\s*(?:</s>|<eos>|<end_of_turn>|<turn\|>|<[|｜][\w▁]+[|｜]>))+\s*\Z")  # that a server left in
 _ENDS = re.compile(r"([\n\r\v\f\x1c-\x1e\x85\u2028\u2029])")
 _BLANK = r"[\s\u200b-\u200d\u2060\ufeff]*"  # white space, and characters that take no room
 _OPENS, _CLOSES = re.compile(rf"^({_BLANK})<<<"), re.compile(rf">>>(?={_BLANK}$)")
@@ -95,9 +97,10 @@ def no_reply(asked: JudgeQuestion, reason: str, lack: Lack) -> Verdict:
 def heard(reply: Reply) -> tuple[str, Lack | Literal[""]]:
     """(what the judge answered, without what it thought; why that is no verdict, as far as can be said without reading it)."""
     parts = split(reply.text, reply.thinking)
+    answer = parts.answer[:-STOPS_END] + _STOPS.sub("", parts.answer[-STOPS_END:])
     if reply.finish_reason == "length":
-        return parts.answer, "cut"
-    return parts.answer, "" if parts.answer.strip() else "thought only" if parts.marked else "unreadable"
+        return answer, "cut"
+    return answer, "" if answer.strip() else "thought only" if parts.marked else "unreadable"
 
 
 def preferred(game: str, reply: Reply, share: float | None, lack: Lack | Literal[""], label: str = "") -> Verdict:
