@@ -102,7 +102,9 @@ def opened_by(prompt: str) -> str:
 
 def parts_of(record: Mapping[str, Any], prompt: Mapping[str, Any]) -> Parts:
     """A sample of an evaluation's records in its parts. prompt: its own record, which knows what the prompt opens."""
-    return split(record["text"], opened=prompt.get("opened") or "")
+    text = record["text"]
+    text = text if isinstance(text, str) else str(text[-1]["content"])
+    return split(text, opened=prompt.get("opened") or "")
 
 
 def without_thinking(response: Any) -> Any:
