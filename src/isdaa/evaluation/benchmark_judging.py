@@ -147,6 +147,7 @@ class ModelJudge:
             "max_tokens": settings.max_tokens if self.asking.own_max_tokens else "the benchmark's",
             "logprobs": self.asking.logprobs,
             "seed": settings.seed,
+            "about": self.judge.about,
             "usage": asdict(self.judge.usage),
         }
 

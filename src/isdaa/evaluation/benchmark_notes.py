@@ -20,7 +20,7 @@ LACKS: dict[Lack, str] = {
     "cut": "the reply ended at its limit: raise --judge-max-tokens, these alone are asked again",
     "thought only": "the judge thought and did not answer: raise --judge-max-tokens, or turn its thinking off",
     "unreadable": "the reply says no verdict",
-    "no text": "the question is no text that can be sent",
+    "no text": "the reply has no text: it is empty, or calls a tool",
 }
 NOT_SAID = "not said"  # the reason of a file that gives none
 APART, FEWEST = 1.5, 3  # mean lengths of dropped and kept answers that differ by this factor are told, from so many dropped on

@@ -25,6 +25,7 @@ from isdaa.evaluation.benchmarks.benchmark import Answer, Benchmark, JudgeQuesti
 from isdaa.evaluation.benchmarks.games import inside
 from isdaa.evaluation.benchmarks.preference_sets import Wording, judge_questions
 from isdaa.evaluation.collect import PLAN, SAMPLES
+from isdaa.evaluation.judge_options import WAYS
 from isdaa.evaluation.judge_types import MOMENTARY, request_body
 from isdaa.evaluation.judged_table import ASKED, JUDGE, JUDGED, LEFT, SAME, JudgedTable, Side, sides_of
 from isdaa.evaluation.records import Blocks, Record, blocks_of, read_plan
@@ -127,6 +128,8 @@ class SampleJudge:
         options += ["--judge-template", self.template] if self.template != "hh" else []
         options += ["--judge-temperature", str(settings.temperature).lower()] if asking.own_temperature else []
         options += ["--judge-max-tokens", str(settings.max_tokens)] if asking.own_max_tokens else []
+        options += ["--judge-api-version", settings.api_version] if settings.api_version is not None else []
+        options += [f"--{name.replace('_', '-')}" for name, way in WAYS.items() if way in settings.ways]
         options += ["--judge-seed", str(settings.seed)] if settings.seed is not None else []
         return {"name": self.name, "digest": self.digest, "kind": JUDGE, "about": list(about), "options": options}
 
@@ -184,9 +187,8 @@ class SampleJudge:
         samples, judged = (blocks_of(folder, name, plan) for name in (SAMPLES, JUDGED))
         prompts, sides = samples[plan["prompts"]], sides_of(plan, self.digest)
         todo = [side for side in sides if not is_whole(judged, side, self.limit)]
-        why = ""
+        why, model = "", ModelJudge(self.asking, folder / REPLIES)
         if todo:
-            model = ModelJudge(self.asking, folder / REPLIES)
             verdicts = self._ask(plan, model, prompts, samples, todo)
             usage, why = model.judge.usage, model.judge.why_left()
             say(f"judge {self.name}: {usage}")
@@ -199,7 +201,7 @@ class SampleJudge:
                 header = {"of": side.label, "whole": whole, "cut": cut, "max_tokens": self.limit, **shared}
                 if not is_whole(judged, side, self.limit) or [_bare(row) for row in judged[side.key]] != rows:
                     judged.add("judged", side.key, header, rows)
-        return self._written(folder, plan, prompts, sides, judged, why)
+        return self._written(folder, plan, prompts, sides, judged, why, model.judge.about)
 
     def _ask(
         self, plan: Record, model: ModelJudge, prompts: Sequence[Record], samples: Blocks, todo: Sequence[Side]
@@ -228,9 +230,16 @@ class SampleJudge:
         return found
 
     def _written(
-        self, folder: Path, plan: Record, prompts: Sequence[Record], sides: Sequence[Side], judged: Blocks, why: str
+        self,
+        folder: Path,
+        plan: Record,
+        prompts: Sequence[Record],
+        sides: Sequence[Side],
+        judged: Blocks,
+        why: str,
+        told: Sequence[str],
     ) -> str | None:
-        """The plan with the judge; returns what is left undone, a sentence. why: prompts were left unasked."""
+        """The plan with the judge; returns what is left undone, a sentence. why prompts were left; told: of the judge."""
         rows = [row for side in sides for row in judged[side.key]]
         bad = {row["prompt_id"] for row in rows if None in row["orders"]}
         left = {row["prompt_id"] for row in rows if row["state"] == LEFT}
@@ -246,7 +255,7 @@ class SampleJudge:
         plan = plan | {"scorer": self.facts()}
         table = JudgedTable(plan, prompts, judged, _settings(plan), {})
         count = table.counts()
-        about = [f"a judge model, asked the question `{self.template}` in both orders"]
+        about = [f"a judge model, asked the question `{self.template}` in both orders", *told]
         if count["flip_rate"] is not None:
             share = f"{100 * count['flip_rate']:.0f} % of {count['comparisons']} comparisons"
             about.append(f"contradicts itself on {share} when their order is swapped")

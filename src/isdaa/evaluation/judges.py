@@ -21,6 +21,7 @@ from isdaa.errors import UserError
 from isdaa.evaluation.judge_cache import ReplyCache
 from isdaa.evaluation.judge_client import Endpoint, Failure, unknown_model
 from isdaa.evaluation.judge_types import (
+    MOMENTARY,
     JudgeSettings,
     Lack,
     NoReply,
@@ -31,6 +32,7 @@ from isdaa.evaluation.judge_types import (
     request_key,
 )
 from isdaa.evaluation.judge_wording import WAYS
+from isdaa.evaluation.replies import split
 from isdaa.files import digest
 from isdaa.terminal import Bar, say
 
@@ -68,6 +70,7 @@ class Judge:
         self._random = random.Random(settings.seed or 0)
         self._quiet_until = 0.0  # an endpoint's Retry-After holds for every request
         self._answered = False
+        self._answered_once = False  # in an earlier call: what fails now is for the next one
         self._failed_in_a_row = self._odd_in_a_row = self._wordless = 0
         self._worded = False
         self._shortened = 0  # questions that the endpoint counted far fewer tokens of than they can have
@@ -132,6 +135,7 @@ class Judge:
             reply = self.cache.get(key, body["max_tokens"])
             if reply is not None:
                 results[key] = self._roomy(reply)
+                self._answered_once = True
             else:
                 waiting[key] = body
         known = sum(key not in waiting for key in keys)
@@ -245,7 +249,10 @@ class Judge:
             self._failed_in_a_row += 1
             place = self._endpoint.address
             if not self._answered and (outcome.unreached or self._failed_in_a_row >= PATIENCE):
-                raise UserError(f"no reply from the judge at {place}: {outcome.reason}; is {self.name} served there?")
+                told = f"no reply from the judge at {place}: {outcome.reason}; is {self.name} served there?"
+                if not self._answered_once and (outcome.unreached or outcome.lack not in MOMENTARY):
+                    raise UserError(told)
+                self._stop(told)
             if self._failed_in_a_row >= PATIENCE * max(self.settings.concurrency, PATIENCE):
                 self._stop(
                     f"the judge at {place} left {self._failed_in_a_row} questions in a row without a reply "
@@ -259,7 +266,7 @@ class Judge:
 
     def _check_words(self, reply: Reply, limit: int) -> None:
         """Raises UserError where all first replies were cut before a word of an answer: more would cost, and say nothing."""
-        self._worded |= reply.finish_reason != "length" or bool(reply.text.strip())
+        self._worded |= reply.finish_reason != "length" or bool(split(reply.text, reply.thinking).answer.strip())
         self._wordless += 1
         if not self._worded and self._wordless == PATIENCE:
             raise UserError(

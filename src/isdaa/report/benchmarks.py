@@ -109,6 +109,7 @@ def render(
         few=few(metrics["questions"]["judged"]),
         notes=[
             *metrics.get("notes", ()),
+            *(f"{metrics['judge']['name']}: {line}" for line in (metrics["judge"] or {}).get("about", ())),
             *(f"{model['model']}: {note}" for model in models for note in model["notes"]),
             *(f"{metrics['opponent']}: {note}" for note in thinking_remarks(metrics.get("opponent_answers"))),
         ],
