@@ -88,6 +88,19 @@ def test_a_mistake_is_one_line(tmp_path: Path, changes: dict, words: list[str]) 
         assert word in message, message
 
 
+def test_the_label_that_a_pairing_implies_is_its_default(tmp_path: Path) -> None:
+    config = load_config(None, {"label.pairing": "best_worst", "model.path": "m", "data.pairs": "p"})
+    assert config.label.label == "argmax"
+    assert load_config(None, {"model.path": "m", "data.pairs": "p"}).label.label == "sample"
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_config(again, {}).label.label == "argmax"
+    for given in ({}, {"label.label": "sample"}):
+        (tmp_path / "file.yaml").write_text("label: {label: sample}\n" if not given else "")
+        with pytest.raises(UserError, match=r"best_worst says that the best is; leave label out"):
+            load_config(tmp_path / "file.yaml", {"label.pairing": "best_worst", "model.path": "m", "data.pairs": "p", **given})
+
+
 @pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "\x00"])
 def test_a_file_that_is_no_mapping_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "broken.yaml"

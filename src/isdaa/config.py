@@ -262,7 +262,9 @@ class LabelConfig(Section):
     scorer: Location | None = Field(None, description="`gold` (embedded world) or a sequence-classification model's path")
     samples: Int = Field(2, ge=2, description="responses a prompt")
     pairing: Literal["random", "best_worst"] = Field("random", description="best_worst is not a draw from μ × μ, and is marked")
-    label: Literal["sample", "argmax"] = Field("sample", description="Bradley–Terry draw, or the larger reward")
+    label: Literal["sample", "argmax"] = Field(
+        "sample", description="Bradley–Terry draw, or the larger reward; with best_worst: argmax"
+    )
     scale: Float = Field(1.0, gt=0, description="σ(scale · reward difference) is the Bradley–Terry probability")
     max_new_tokens: Int = Field(128, ge=1)
     temperature: Float = Field(1.0, ge=0)
@@ -270,6 +272,22 @@ class LabelConfig(Section):
     top_k: Int = Field(0, ge=0)
     batch_size: Int = Field(64, ge=1)
     seed: Seed | None = Field(None, description="null: the run's seed")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _label_of_the_pairing(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("pairing") == "best_worst" and values.get("label") is None:
+            return {**values, "label": "argmax"}
+        return values
+
+    @model_validator(mode="after")
+    def _best_is_chosen(self) -> LabelConfig:
+        if self.pairing == "best_worst" and self.label == "sample":
+            raise ValueError(
+                "label: sample draws which response is chosen, so that the worst can be, and pairing: best_worst says that the "
+                "best is; leave label out (argmax), or set pairing: random"
+            )
+        return self
 
 
 class AlignConfig(OptimisationConfig):

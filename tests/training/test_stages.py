@@ -137,6 +137,9 @@ def test_labelled_pairs_carry_ids_rewards_and_behaviour_logps(home: Home) -> Non
     (warned,) = [note for note in notes if note.startswith("warning: label.max_new_tokens (10) cut ")]
     assert f"of its {len(responses)} responses" in warned and "--label.max_new_tokens 20" in warned
     learnt = json.loads((home.run / "run.json").read_text())["stages"]["align"]["notes"]
+    lower = sum(pair["chosen_reward"] < pair["rejected_reward"] for pair in pairs)
+    assert 0 < lower == facts["chosen_lower"]
+    assert any(f"lower score in {lower} of 48 pairs (label.label is sample: which is chosen is drawn" in note for note in notes)
     assert any("of the training pairs' responses were cut: no end is learnt from them" in note for note in learnt)
     assert facts["settings"]["temperature"] == 1
     assert facts["pairs"] == 48
@@ -305,7 +308,8 @@ def test_a_reward_model_is_learned_and_evaluates(home: Home, tmp_path: Path) -> 
     pairs = read_lines(tmp_path / "relabelled" / "pairs" / "train.jsonl")
     notes = json.loads((tmp_path / "relabelled" / "run.json").read_text())["stages"]["label"]["notes"]
     assert any(": read at" in note for note in notes) and any(f"the reward model {agrees}" in note for note in notes)
-    assert len(pairs) == 6
+    assert len(pairs) == 6 and all(pair["chosen_reward"] >= pair["rejected_reward"] for pair in pairs)
+    assert any("the chosen response has the lower score in 0 of 6 pairs (label.label is argmax)" in note for note in notes)
     assert all(pair["chosen_reward"] != pair["rejected_reward"] or pair["chosen"] == pair["rejected"] for pair in pairs)
 
 

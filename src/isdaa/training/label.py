@@ -79,10 +79,13 @@ def label(run: Run) -> Path:
         run.say("label", ["sampling was not at temperature 1 over all tokens: no behaviour logps are written"])
     finished = [answer["finished"] for row in rows for answer in responses[str(row["id"])]]
     cut = finished.count(False) / len(finished)
+    different = sum(pair["chosen_reward"] != pair["rejected_reward"] for pair in pairs)
+    worse = sum(pair["chosen_reward"] < pair["rejected_reward"] for pair in pairs)
     facts = {
         "prompts": len(rows),
         "pairs": len(pairs),
-        "agreement": _agreement(pairs),
+        "agreement": 1 - worse / max(different, 1),
+        "chosen_lower": worse,
         "mean_reward": sum(p["chosen_reward"] + p["rejected_reward"] for p in pairs) / (2 * max(len(pairs), 1)),
         "truncated": sum(not p[f"{s}_finished"] for p in pairs for s in ("chosen", "rejected")) / (2 * max(len(pairs), 1)),
         "responses": len(finished),
@@ -95,7 +98,7 @@ def label(run: Run) -> Path:
     once(lambda: write_jsonl(folder / "train.jsonl", pairs))
     once(lambda: write_json(folder / "label.json", facts))
     worth = "".join(f", and the reward model {line}" for line in about(scorer)[1:])
-    run.say("label", [f"{len(pairs)} pairs; the label agrees with the reward in {facts['agreement']:.0%} of them{worth}"])
+    run.say("label", [f"{len(pairs)} pairs{worth}", _lower(worse, len(pairs) - different, len(pairs), settings)])
     if fragments.many(cut):
         whose = f"its {len(finished)} responses"
         what = "they are scored, paired and trained on without their end"
@@ -251,7 +254,12 @@ def _with_behaviour_logps(run: Run, pairs: list[Row], model: Any, weights: str, 
     return result
 
 
-def _agreement(pairs: Sequence[Row]) -> float:
-    """Share of pairs with different rewards in which the chosen one has the larger."""
-    different = [p for p in pairs if p["chosen_reward"] != p["rejected_reward"]]
-    return sum(p["chosen_reward"] > p["rejected_reward"] for p in different) / max(len(different), 1)
+def _lower(worse: int, equal: int, pairs: int, settings: Any) -> str:
+    """How many chosen responses have the lower score, and why."""
+    why = "label.label is argmax"
+    if settings.label == "sample":
+        why = f"label.label is sample: which is chosen is drawn with probability σ({settings.scale:g} · score difference)"
+        if worse:
+            why += ", as people's choices vary; argmax chooses the higher score always"
+    ties = f"; {equal} pairs have equal scores, and a fair coin chose" if equal else ""
+    return f"the chosen response has the lower score in {worse} of {pairs} pairs ({why}){ties}"
