@@ -111,6 +111,7 @@ class ObjectiveConfig(Section):
     max_reward: Annotated[float | FromPreset | None, BeforeValidator(_yaml_float)] = Field(
         "preset", description="R_max of χPO: β·h is clipped to ±2·R_max"
     )
+    allow_stall: bool = Field(False, description="train although the weights at the start let hardly any pair teach")
 
     @model_validator(mode="after")
     def _meaningful(self) -> ObjectiveConfig:
@@ -119,7 +120,7 @@ class ObjectiveConfig(Section):
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of `isdaa.Objective`."""
-        chosen = {name: value for name, value in self if name != "method" and value != "preset"}
+        chosen = {name: value for name, value in self if name not in ("method", "allow_stall") and value != "preset"}
         return resolve(self.method, **chosen)
 
 

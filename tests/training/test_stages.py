@@ -569,6 +569,24 @@ def test_behaviour_logps_by_a_model_and_by_a_file_are_the_same(place: Path) -> N
         assert a == {key: pytest.approx(value, rel=1e-4, abs=1e-5) for key, value in b.items()}
 
 
+def test_weights_that_let_nobody_teach_stop_before_the_first_step(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row | {"behaviour_chosen_logps": -0.5, "behaviour_rejected_logps": -0.5} for row in plain_pairs(12)]
+    jsonl(place / "distant.jsonl", rows)
+    assert train("run", ALIGN, data__pairs="distant.jsonl") == 2
+    said = capsys.readouterr().err
+    assert "μ comes from the rows' own behaviour logps" in said and "hardly any pair would teach" in said
+    assert not (place / "run" / "model").exists()
+    assert train("run", ALIGN, data__pairs="distant.jsonl", objective__method="dpo") == 0
+    assert train("nevertheless", ALIGN, data__pairs="distant.jsonl", objective__allow_stall=True) == 0
+    notes = json.loads((place / "nevertheless" / "run.json").read_text())["stages"]["align"]["notes"]
+    assert any(note.startswith("warning: μ comes from") for note in notes)
+    chat_model(place / "other", seed=5)  # the policy is no longer its reference: it is measured
+    assert train("beside", ALIGN, reference__path="other") == 0
+    notes = json.loads((place / "beside" / "run.json").read_text())["stages"]["align"]["notes"]
+    (line,) = [note for note in notes if note.startswith("μ is assumed to be π_ref")]
+    assert "a mean weight of 1 and" not in line
+
+
 def test_a_model_of_another_vocabulary_cannot_be_the_reference(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chat_model(place / "small", vocab_size=100)
     assert train("run", ALIGN, reference__path="small") == 2

@@ -24,7 +24,7 @@ from isdaa.objectives.objective import Objective
 from isdaa.record import ModelRecord
 from isdaa.training.arguments import total_steps, training_arguments
 from isdaa.training.authors import foreign_text, naming_columns, takes_reference_for_author
-from isdaa.training.batches import BEHAVIOUR_COLUMNS, TokenisedPairs
+from isdaa.training.batches import TokenisedPairs
 from isdaa.training.checkpoints import named
 from isdaa.training.guard import guard_of
 from isdaa.training.inputs import check_start
@@ -35,6 +35,7 @@ from isdaa.training.reading import read_pairs
 from isdaa.training.reference import measure
 from isdaa.training.room import check_training
 from isdaa.training.run import Run
+from isdaa.training.stall import starting_weights
 from isdaa.training.start import (
     adapter_base,
     cache_folder,
@@ -92,6 +93,11 @@ def _align(run: Run) -> Path:
     # The reference is the policy exactly as loaded: its logps come before a new adapter.
     key = logps_key(policy, forward.mode, tokenizer, token_settings(config), weights)
     train, held_out = _with_logps(run, train, held_out, start, forward, key, tokenizer)
+    alone = config.reference.path is None or is_start(config, config.reference.path, start)
+    options: Any = {"key": key, "cache_dir": cache_folder(run), "precision": config.align.precision}
+    measured = partial(measure, forward, progress="align: the policy's logps at the start", **options)
+    arguments, named_model = config.objective.arguments(), config.behaviour.model_path
+    run.say("align", starting_weights(arguments, train, None if alone else measured, named_model, config.objective.allow_stall))
     if config.lora.rank:
         plain = policy
         base = once(lambda: adapter_base(run, plain, tokenizer, start))
@@ -211,8 +217,6 @@ def _with_logps(
             sets = _filled(run, sets, which, forward, key)
         else:
             sets = _filled_by(run, sets, which, path, tokenizer)
-    if config.behaviour.model_path is None and any(set(s.floats) & set(BEHAVIOUR_COLUMNS) for s in sets):
-        run.say("align", ["behaviour logps: the rows' own"])
     return sets[0], sets[1] if len(sets) > 1 else None
 
 

@@ -27,6 +27,7 @@ from isdaa.errors import UserError
 from isdaa.training.authors import ASSUMED, naming_columns, takes_reference_for_author
 from isdaa.training.batches import TokenisedPairs
 from isdaa.training.reading import read_pairs
+from isdaa.training.stall import unmeasured
 from isdaa.training.start import token_settings, uses_behaviour
 from isdaa.training.token_view import Shown, shown_example, shown_pair, shown_prompt
 
@@ -149,8 +150,10 @@ def _pairs(stage: str, config: Config, tokenizer: Any, source: str, cache: Path,
         held, _ = tokenize_pairs(read.held, tokenizer, token_settings(config), cache_dir=cache, behaviour=behaviour)
         result.held_out = len(held)
         result.held_lengths = np.stack([_column(held, name)[1] for name in names], 1)
-    if behaviour and takes_reference_for_author(config, TokenisedPairs(tokens)):
+    if behaviour and takes_reference_for_author(config, pairs := TokenisedPairs(tokens)):
         result.notes += naming_columns(counts) or [ASSUMED]
+    elif behaviour:
+        result.notes.append(unmeasured(config, pairs))
     if read.common:
         result.notes.append(f"{read.common} prompts are in both the training and the held-out pairs")
     chat = _chat(read.rows, "prompt")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from isdaa.training.monitor import MetricsFile, metrics_at
 from isdaa.training.preference import PreferenceTrainer
 from isdaa.training.preference_config import MIGRATING, PreferenceConfig, as_dict
 from isdaa.training.reference import measure
+from isdaa.training.stall import starting_weights
 from isdaa.training.start import check_rows, coarse_weights, described, logps_key, weighs_by_behaviour
 
 if TYPE_CHECKING:
@@ -104,6 +106,13 @@ def preference_trainer(
     sets = _with_logps(sets, "reference", source, args, tokenizer, settings, longest, assumed)
     if behaviour_model is not None:
         sets = _with_logps(sets, "behaviour", behaviour_model, args, tokenizer, settings, longest)
+    options: Any = {"key": {}, "cache_dir": None, "precision": _precision(args)}
+    measured = partial(measure, forward, progress="preference: the policy's logps at the start", **options)
+    mu = None if behaviour_model is None else _name(behaviour_model) or "a model in memory"
+    for line in starting_weights(
+        args.objective_arguments(), sets[0], measured if ref_model is not None else None, mu, args.allow_stall
+    ):
+        say(f"preference: {line}")
     if peft_config is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
@@ -227,7 +236,7 @@ def _with_logps(
     key = logps_key(forward.model, forward.mode, tokenizer, settings)
     given = args.reference_cache_dir
     cache = located(given) if given else Path(str(args.output_dir)).resolve().parent / ".isdaa_cache"
-    precision = "bfloat16" if args.bf16 else "float32"
+    precision = _precision(args)
     filled = []
     for pairs in sets:
         found = measure(forward, pairs, key=key, cache_dir=cache, precision=precision, progress=f"preference: {which} logps")
@@ -236,6 +245,10 @@ def _with_logps(
             for line in foreign_text(found, pairs):
                 say(f"preference: {line}")
     return filled
+
+
+def _precision(args: PreferenceConfig) -> str:
+    return "bfloat16" if args.bf16 else "float32"
 
 
 def _recorded(

@@ -1,0 +1,89 @@
+"""Would the first steps teach anything? The weights of pairs under the policy as it starts, before training does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from isdaa.config import Config
+from isdaa.errors import UserError
+from isdaa.objectives.weights import effective_sample_size, importance_weights
+from isdaa.training.batches import BEHAVIOUR_COLUMNS, REFERENCE_COLUMNS, TokenisedPairs
+from isdaa.training.monitor import STALL_ESS, STALL_MEAN_WEIGHT
+from isdaa.training.start import weighs_by_behaviour
+
+SAMPLE = 512  # pairs that are looked at where the policy's own logps are not there yet
+
+
+def starting_weights(
+    objective: Mapping[str, Any],
+    pairs: TokenisedPairs,
+    policy: Callable[[TokenisedPairs], np.ndarray] | None,
+    model: str | None,
+    allow_stall: bool,
+) -> list[str]:
+    """A line that says where μ comes from, with mean weight and ESS/N before the first step; none without weights made of μ.
+
+    Args:
+        objective: the arguments of `Objective`.
+        pairs: with reference logps.
+        policy: logps of pairs under the policy, as `reference.measure` gives them; None: it is the reference, whose are there.
+        model: what was named as μ, where a model was.
+        allow_stall: only say it.
+
+    Raises:
+        UserError: hardly any pair would teach (ESS/N below 0.02, or a mean weight below 1e-3), and `allow_stall` is not set.
+    """
+    if not weighs_by_behaviour(objective):
+        return []
+    total = len(pairs)
+    if policy is not None and total > SAMPLE:
+        pairs = TokenisedPairs([pairs[int(row)] for row in np.linspace(0, total - 1, SAMPLE)])
+    reference = np.stack([pairs.floats[name] for name in REFERENCE_COLUMNS])
+    ours = reference if policy is None else policy(pairs)[:2]
+    columns = [pairs.floats.get(name, np.full(len(pairs), np.nan)) for name in BEHAVIOUR_COLUMNS]
+    own: np.ndarray = ~np.isnan(np.stack(columns)).any(axis=0)
+    behaviour = np.where(np.isnan(columns), reference, columns)
+    chosen, rejected = (torch.from_numpy(np.asarray(gap, dtype=np.float64)) for gap in ours - behaviour)
+    _, weights, _ = importance_weights(chosen, rejected, objective["clip"], objective["clip_eps"])
+    mean, ess = float(weights.mean()), float(effective_sample_size(weights))
+    source = _source(model, own)
+    count = f"{len(pairs):,} pairs" if len(pairs) == total else f"{len(pairs)} of {total:,} pairs"
+    figures = f"before the first step {count} have a mean weight of {mean:.3g} and ESS/N {ess:.3g}"
+    few, small = ess < STALL_ESS and objective["weight"] != "mean", mean < STALL_MEAN_WEIGHT and objective["normalize"] is None
+    if not (few or small):
+        return [f"{source}; {figures}"]
+    limits = [f"ESS/N below {STALL_ESS:g}"] * few + [f"mean below {STALL_MEAN_WEIGHT:g}"] * small
+    told = f"{source}; {figures}: hardly any pair would teach ({', '.join(limits)})"
+    if allow_stall:
+        return [f"warning: {told}; objective.allow_stall trains nevertheless"]
+    even = "" if few or objective["weight"] == "mean" else ", objective.normalize: batch (the weights are even)"
+    raise UserError(
+        f"{told}. What helps: logps of the model that wrote them (`isdaa logps`, behaviour.model_path), the label stage, "
+        f"objective.method: dpo{even}; or objective.allow_stall: true"
+    )
+
+
+def unmeasured(config: Config, pairs: TokenisedPairs) -> str:
+    """The same line without its figures, which need the policy's logps: for `isdaa inspect`."""
+    columns = [pairs.floats.get(name, np.full(len(pairs), np.nan)) for name in BEHAVIOUR_COLUMNS]
+    source = _source(config.behaviour.model_path, ~np.isnan(np.stack(columns)).any(axis=0))
+    return (
+        f"{source}; `isdaa train` measures mean weight and ESS/N before its first step, and stops where the mean is "
+        f"below {STALL_MEAN_WEIGHT:g} or ESS/N below {STALL_ESS:g}"
+    )
+
+
+def _source(model: str | None, own: np.ndarray) -> str:
+    """Where μ comes from. own: (n,) whether a row has logps of its own, or of the named model."""
+    rest = int((~own).sum())
+    if model is not None:
+        return f"μ is {model} (behaviour.model_path)"
+    if not rest:
+        return "μ comes from the rows' own behaviour logps"
+    if own.any():
+        return f"μ comes from the rows' own behaviour logps, and is assumed to be π_ref in {rest:,} rows that have none"
+    return "μ is assumed to be π_ref, since the rows carry no behaviour logps"
