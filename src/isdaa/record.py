@@ -47,6 +47,7 @@ SHAPE = {
     },
     **dict.fromkeys(("reference?", "evaluation?", "evaluation_split?", "scorer?", "git_revision?", "base?"), (str, None)),
     "position?": (str, None),
+    "trained_on?": ({"pairs": int, "least": str}, None),
     "held_out?": ({**dict.fromkeys(("accuracy", "low", "high"), float), "pairs": int, "prompts": int}, None),
     "step?": (int, None),
     "tokens?": (int, None),
@@ -69,6 +70,7 @@ class ModelRecord:
     metrics: dict[str, float] = field(default_factory=dict)  # last training metrics
     position: str | None = None  # of a reward model: where it is read (`evaluation.reading`); None: at the response's last token
     held_out: dict[str, Any] | None = None  # of a reward model: accuracy, low, high, pairs, prompts on pairs it never saw
+    trained_on: dict[str, Any] | None = None  # sketch of its pairs (`data.overlap`), by which shared ones are known
     tokens: int | None = None  # version of the rules by which text became tokens (`data.encoding.VERSION`); None: the first
     versions: dict[str, str] = field(default_factory=dict)
     git_revision: str | None = None

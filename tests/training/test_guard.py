@@ -202,6 +202,7 @@ def test_each_look_is_one_whole_line(place: Path, judge: Letters, capsys: pytest
     assert (
         json.loads((place / "run" / "run.json").read_text())["stages"]["align"]["guard"]
         == {
+            "use": None,
             "best_step": best["step"],
             "best_win_rate": best["guard/win_rate"],
             "stopped": None,
@@ -285,6 +286,27 @@ def test_without_a_scorer_the_proxies_are_logged_and_nothing_is_kept(place: Path
     assert not (place / "run" / "guard").exists()
     assert train("asked", GUARDED, guard__scorer="none") == 0
     assert looks(place / "asked") == looks(place / "run")
+    notes = json.loads((place / "run" / "run.json").read_text())["stages"]["align"]["notes"]
+    (told,) = [note for note in notes if note.startswith("guard: no scorer is named")]
+    assert "KL" in told and "they do not say whether" in told and "--judge-model" in told
+
+
+def test_a_scorer_that_was_trained_on_the_same_pairs_is_flagged(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    jsonl(place / "others.jsonl", [{**row, "prompt": f"Else {row['prompt']}"} for row in plain_pairs(40)])
+    reward = {**ALIGN, "stages": ["reward"], "data.eval_fraction": 0.4, "reward.max_steps": 2, "reward.batch_size": 4}
+    assert train("same", reward) == train("other", reward, data__pairs="others.jsonl") == 0
+    for name, flagged in (("same", True), ("other", False)):
+        assert train(f"by_{name}", GUARDED, evaluation__scorer=f"{name}/reward") == 0
+        said = " ".join(capsys.readouterr().err.split())
+        warned = f"warning: guard: scorer {name}/reward was trained on the policy's own pairs (about 100 % of them)"
+        assert (warned in said) == flagged
+        assert main(["evaluate", "--model_path", f"by_{name}/model", "--evaluation.prompts", "6"]) == 0
+        doubts = json.loads((place / f"by_{name}" / "evaluation" / "plan.json").read_text()).get("doubts", [])
+        assert any("was trained on the policy's own pairs" in doubt for doubt in doubts) == flagged
 
 
 def test_weights_that_broke_end_the_run_before_the_look(
@@ -375,10 +397,11 @@ def test_a_run_that_falls_is_stopped_and_not_trained_on(
     lines = without_time(run / "metrics.jsonl")
     best = max(looks(run), key=lambda line: line["guard/win_rate"])["step"]
     expected = (
-        "guard: over-optimised: win rate fell by 0.250 (at least 0.125) from step 2; training stopped at step 4; "
-        f"best checkpoint: best/ (step {best})"
+        f"guard: use run/best (step {best}): over-optimised, the win rate fell by 0.250 (at least 0.125) from step 2, and "
+        "training stopped at step 4, whose weights are in model/"
     )
     assert expected in said
+    assert f"align: finished: use run/best (step {best}); run/model has the weights of the stop" in " ".join(said.split())
     state = json.loads((run / "run.json").read_text())["stages"]["align"]
     assert state["done"]
     assert expected in state["notes"]

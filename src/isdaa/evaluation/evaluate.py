@@ -31,7 +31,7 @@ from isdaa.evaluation.left_out import check_weights
 from isdaa.evaluation.own_scores import OwnScores, check_drawn
 from isdaa.evaluation.records import locked, read_metrics, read_plan
 from isdaa.evaluation.requests import Checkpoint, Request, checkpoints, home_of
-from isdaa.evaluation.scorers import Scorer, about, doubts_of, load_scorer
+from isdaa.evaluation.scorers import Scorer, about, doubts_of, learnt_alike, load_scorer
 from isdaa.evaluation.scoring import score
 from isdaa.evaluation.steps import ordered
 from isdaa.evaluation.vocabulary import REFERENCE, base_remarks, check_ids, choose, vocabulary_of
@@ -161,6 +161,7 @@ def evaluate(
         *vocabulary.told({reference: REFERENCE} | {entry.path: entry.label for entry in entries}),
         *base_remarks(paths, reference, recorded, lambda path: collection.digests.get(path) or model_digest(path)),
         *doubts_of(judge),
+        *learnt_alike(judge, [record.trained_on for path in paths if (record := read_record(path)) is not None]),
     ]
     for line in remarks:
         say(line)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -18,6 +18,7 @@ from isdaa.config import Position
 from isdaa.data.chat import joined
 from isdaa.data.context import tokenize_text
 from isdaa.data.conversation import turns_of
+from isdaa.data.overlap import shared
 from isdaa.errors import UserError, nearest
 from isdaa.evaluation.identity import model_digest
 from isdaa.evaluation.reading import Frame, Reading
@@ -85,6 +86,24 @@ def doubts_of(scorer: Scorer | None) -> list[str]:
         f"scorer {scorer.name}: its tokenizer has a chat template, but the prompts are plain text, to which it is not applied: a "
         "reward model that was trained on conversations is fed raw text, of which its scores may mean nothing; give prompts as "
         "messages"
+    ]
+
+
+SHARED = 0.1  # of the pairs, from which on a scorer is said to have been trained on the policy's own
+
+
+def learnt_alike(scorer: Scorer | None, policies: Iterable[Mapping[str, Any] | None]) -> list[str]:
+    """A line where a reward model was trained on the pairs that a policy was trained on. policies: `trained_on` of records."""
+    record = scorer.reading.record if isinstance(scorer, RewardModelScorer) else None
+    if scorer is None or record is None or record.trained_on is None:
+        return []
+    most = max((shared(record.trained_on, sketch) for sketch in policies), default=0.0)
+    if most < SHARED:
+        return []
+    return [
+        f"scorer {scorer.name} was trained on the policy's own pairs (about {100 * most:.0f} % of them): it shares their "
+        "mistakes, so that the win rate can rise while the text gets worse; look at KL, and judge by a reward model of other "
+        "pairs or by a judge model (--judge-model)"
     ]
 
 

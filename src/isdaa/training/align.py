@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from isdaa.data.overlap import sketch
 from isdaa.data.pairs import Counts
 from isdaa.data.tokenization import tokenize_pairs, tokenizer_digest
 from isdaa.distributed import once, world_size
@@ -162,6 +163,7 @@ def _pairs(run: Run, tokenizer: Any) -> tuple[TokenisedPairs, TokenisedPairs | N
     """Training and held-out pairs as token ids; the held-out ones are also kept as text, for `isdaa evaluate`."""
     config = run.config
     read = read_pairs(config, pairs_source(run))
+    run.note("align", trained_on=sketch(read.rows))
     if read.common:
         run.say(
             "align",

@@ -28,7 +28,7 @@ from isdaa.data.tokenization import ending_ids
 from isdaa.errors import UserError
 from isdaa.evaluation.falls import gains_shown
 from isdaa.evaluation.fragments import many, warning
-from isdaa.evaluation.scorers import about, load_scorer
+from isdaa.evaluation.scorers import about, learnt_alike, load_scorer
 from isdaa.files import remove_tree, write_folder_atomically
 from isdaa.models.forward import PairForward, prepare
 from isdaa.models.saving import save_model
@@ -44,6 +44,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+NO_SCORER = (
+    "guard: no scorer is named, so it measures KL, length and, on held-out pairs, accuracy and drift; they do not say whether "
+    "the text gets better or worse. Name a reward model (guard.scorer) for win rates, keep: best and stop: over-optimised; or ask "
+    "for a verdict afterwards by a judge model (isdaa report RUN --judge-model NAME)"
+)
 FOLDER, BEST = "guard", "best"  # in a run's folder: opponents and candidates; the best model
 
 
@@ -225,21 +230,28 @@ class Guard(TrainerCallback, ExportableState):
             return more
         if self.better() is False:
             more.append("guard: no look is shown to be better than the reference (95 %)")
-        best = f"best/ (step {self.best_step})" if self.best is not None else f"step {self.best_step}, not kept"
+        best = f"step {self.best_step}, not kept" if self.best is None else f"{self.best.folder} (step {self.best_step})"
         if self.stopped is None:
             worth = "".join(f" (its reward model {line})" for line in about(self.looks.scorer)[1:])
             found = f"best win rate {self.best_win_rate:.3f} on its {len(self.looks.prompts.rows)} prompts{worth}: {best}"
             return [f"guard: {found}", *more]
         at = self.stopped
         return [
-            f"guard: over-optimised: win rate fell by {at['fall']:.3f} (at least {at['lower']:.3f}) from step {at['peak_step']}; "
-            f"training stopped at step {at['step']}; best checkpoint: {best}",
+            f"guard: use {self._to_use()}: over-optimised, the win rate fell by {at['fall']:.3f} (at least {at['lower']:.3f}) "
+            f"from step {at['peak_step']}, and training stopped at step {at['step']}, whose weights are in model/",
             *more,
         ]
 
+    def _to_use(self) -> str:
+        """The folder of the best model, or where it may be found."""
+        if self.best is not None:
+            return f"{self.best.folder} (step {self.best_step})"
+        return f"the checkpoint nearest to step {self.best_step} (guard.keep: best would have kept that one)"
+
     def facts(self) -> dict[str, Any]:
         """The same as data, for `run.json`."""
-        told = {"best_step": self.best_step, "best_win_rate": self.best_win_rate, "stopped": self.stopped}
+        told: dict[str, Any] = {"use": None if self.stopped is None else self._to_use()}
+        told |= {"best_step": self.best_step, "best_win_rate": self.best_win_rate, "stopped": self.stopped}
         return told | {"better": self.better(), "reference_truncated": self.looks.opponents_cut}
 
 
@@ -373,6 +385,10 @@ def guard_of(
         limit, position = config.tokenization.max_prompt_length, config.scorer.position
         scorer = load_scorer(name, max_prompt_length=limit, position=position, label=config.scorer.label)
         run.say("align", [f"guard: scorer {scorer.name}: {line}" for line in about(scorer)])
+        own = run.state["stages"]["align"].get("trained_on")
+        run.say("align", [f"warning: guard: {line}" for line in learnt_alike(scorer, [own])])
+    else:
+        run.say("align", [NO_SCORER])
     prompts = guard_prompts(run, tokenizer)
     if settings.stop != "never" and scorer is not None:
         run.pin("align", **{"guard prompts": prompts.block, "guard scorer": scorer.digest})

@@ -62,7 +62,12 @@ def run(config: Config) -> Path:
                 with working(stage), _tensorboard(current.folder / "tensorboard" / stage):
                     output = STAGE_FUNCTIONS[stage](current)
                 current.finish(stage, output=str(output.relative_to(current.folder)))
-                say(f"{stage}: finished, {output}")
+                use = current.state["stages"][stage].get("guard", {}).get("use")
+                say(
+                    f"{stage}: finished: use {use}; {output} has the weights of the stop"
+                    if use
+                    else f"{stage}: finished, {output}"
+                )
             else:
                 say(f"{stage}: finished earlier, reused")
                 for line in _saved_otherwise(config, stage):

@@ -173,6 +173,7 @@ def record_of(run: Run, kind: str, **facts: Any) -> ModelRecord:
     if evaluation is None and held_out.exists():
         evaluation, split = str(held_out), None
     scorer = config.evaluation.scorer
+    facts["trained_on"] = run.state["stages"].get({"policy": "align"}.get(kind, kind), {}).get("trained_on")
     base = base_of((config.reward.path if kind == "reward" else None) or config.model.path)
     return ModelRecord(kind, resolved(config), base=base, evaluation=evaluation, evaluation_split=split, scorer=scorer, **facts)
 

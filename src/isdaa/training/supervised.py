@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from isdaa.config import Config, OptimisationConfig
 from isdaa.data.chat import pad_apart
 from isdaa.data.context import as_read
+from isdaa.data.overlap import sketch
 from isdaa.data.pairs import Counts
 from isdaa.data.sources import load_sft
 from isdaa.data.tokenization import tokenize_pairs, tokenize_sft
@@ -286,6 +287,7 @@ def _both(run: Run, tokenizer: Any) -> tuple[Any, Any | None]:
     config = run.config
     # The pairs that `align` holds out stay unseen by the model that may judge on them.
     read = read_pairs(config, pairs_source(run))
+    run.note("reward", trained_on=sketch(read.rows))
     if read.common:
         run.say("reward", [f"{read.common} prompts are in data.pairs and in data.eval_pairs: the held-out accuracy flatters"])
     rows = _read_whole(run, tokenizer, read.rows, read.counts, "training pairs")
