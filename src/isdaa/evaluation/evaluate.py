@@ -23,6 +23,7 @@ from isdaa.config import EvaluationConfig, Position, TokenizationConfig
 from isdaa.distributed import is_main, once
 from isdaa.errors import UserError
 from isdaa.evaluation.analysis import METRICS, analyse, check_opponent
+from isdaa.evaluation.card_section import write_sections
 from isdaa.evaluation.collect import PLAN, SAMPLES, Collection, tokenize
 from isdaa.evaluation.held_out import common_pairs, tokenize_held_out
 from isdaa.evaluation.identity import model_digest
@@ -282,6 +283,7 @@ def evaluate_request(request: Request, keep: bool = True) -> dict[str, Any]:
     metrics |= {"data": request.data, "split": request.split}
     metrics |= {"tokenizer_path": request.tokenizer} if request.tokenizer is not None else {}
     once(lambda: write_json(Path(request.output_dir) / METRICS, metrics))
+    once(lambda: write_sections(metrics))
     return metrics
 
 

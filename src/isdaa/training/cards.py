@@ -14,11 +14,12 @@ from isdaa.evaluation.reading import worth_in_words
 from isdaa.objectives.objective import Objective
 from isdaa.record import ModelRecord, git_revision, versions
 
+PARTS = {"model": "", "best": "best", "sft": "SFT", "reward": "reward model"}  # folders in a run's, and what of it they are
 TITLES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "policy": "Preference alignment"}
 
 
-def model_card(record: ModelRecord, name: str, adapter: bool = False) -> str:
-    """Markdown with the front matter that the Hub reads. adapter: the card is of an adapter alone."""
+def model_card(record: ModelRecord, folder: str | Path, adapter: bool = False) -> str:
+    """Markdown with the front matter that the Hub reads, for a model in `folder`. adapter: the card is of an adapter alone."""
     config = record.config
     front = {"library_name": "peft" if adapter else "transformers", "tags": ["isdaa", record.kind]}
     if record.base is not None:  # the Hub knows names alone
@@ -27,7 +28,7 @@ def model_card(record: ModelRecord, name: str, adapter: bool = False) -> str:
         front["pipeline_tag"] = "text-classification"
     else:
         front["pipeline_tag"] = "text-generation"
-    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {_plain(name)}", ""]
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {_plain(title(Path(folder)))}", ""]
     step = f", optimiser step {record.step}" if record.step is not None else ""
     lines += [f"{TITLES[record.kind]} with isdaa{step}.", "", f"- base model: {_base(record)}", ""]
     if record.kind == "policy":
@@ -69,6 +70,17 @@ def model_card(record: ModelRecord, name: str, adapter: bool = False) -> str:
         ]
     lines += ["## Versions", "", "```json", json.dumps({**versions(), "git": git_revision()}, indent=1), "```", ""]
     return "\n".join(lines)
+
+
+def title(folder: Path) -> str:
+    """The run's name, and what of it the folder is where it is not the final policy: `mini, best`, `mini, checkpoint-120`."""
+    folder = folder.absolute()
+    if folder.parent.name == "checkpoints":
+        return f"{folder.parent.parent.name}, {folder.name}"
+    if folder.name in PARTS and folder.parent.name:
+        part = PARTS[folder.name]
+        return f"{folder.parent.name}, {part}" if part else folder.parent.name
+    return folder.name
 
 
 def _position(record: ModelRecord) -> str:

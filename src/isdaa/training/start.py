@@ -180,7 +180,7 @@ def record_of(run: Run, kind: str, **facts: Any) -> ModelRecord:
 
 def described(record: ModelRecord, folder: Path, *, adapter: bool = False) -> dict[str, str]:
     """Record and card of a model that is, or will be, in `folder`: file name -> text. adapter: what lies there is one alone."""
-    return {RECORD: record_text(replace(record, tokens=VERSION), folder), "README.md": model_card(record, folder.name, adapter)}
+    return {RECORD: record_text(replace(record, tokens=VERSION), folder), "README.md": model_card(record, folder, adapter)}
 
 
 def adapter_base(run: Run, policy: Any, tokenizer: Any, start: str | None) -> str:

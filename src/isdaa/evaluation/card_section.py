@@ -1,0 +1,65 @@
+"""The evaluation in the model card of a checkpoint that isdaa trained: it is made later than the card, and put in its place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from isdaa.evaluation.table import pm
+from isdaa.files import write_atomically
+from isdaa.record import read_record, run_folder
+
+CARD = "README.md"
+BEGIN, END = "<!-- evaluation by isdaa -->", "<!-- end of the evaluation -->"
+_SECTION = re.compile(rf"{re.escape(BEGIN)}.*?{re.escape(END)}\n+", re.DOTALL)
+
+
+def write_sections(metrics: Mapping[str, Any]) -> list[Path]:
+    """Put the evaluation into the cards of the models in `metrics` that are this user's own; returns the cards."""
+    written = []
+    for model in metrics["models"]:
+        card = Path(model["path"]) / CARD
+        record = read_record(card.parent) if card.is_file() else None
+        if record is None or not record.own:
+            continue
+        text = card.read_text(encoding="utf-8")
+        write_atomically(card, with_section(text, section(model, metrics)))
+        written.append(card)
+    return written
+
+
+def with_section(card: str, words: str) -> str:
+    """The card with the section in the place of an earlier one, else before `## Versions`, else at its end."""
+    bare = _SECTION.sub("", card)
+    before, heading, after = bare.partition("## Versions\n")
+    return f"{before.rstrip()}\n\n{BEGIN}\n{words}\n{END}\n\n{heading}{after}"
+
+
+def section(model: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    """What was measured of a model, and what its run's checkpoints say together, as Markdown."""
+    scorer = (metrics.get("scorer") or {}).get("name")
+    rows = [
+        ("KL from the reference", pm(model["kl"], 2)),
+        ("win rate", pm(model["win_rate"], 3)),
+        ("score", pm(model["reward"], 3)),
+    ]
+    lines = ["## Evaluation", "", "| measured by `isdaa evaluate` | value |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in rows if value]
+    data = metrics.get("data")
+    lines.append(f"| prompts | {metrics['prompts']}" + (f", of `{Path(data).name}` |" if data else " |"))
+    if model["win_rate"] is not None:
+        against = "the reference's samples" if metrics["opponent"] == "reference" else "the chosen responses"
+        lines.append(f"| won against | {against}, as `{Path(scorer).name if scorer else 'a judge'}` scores |")
+    lines += ["", "± is half of a 95 % bootstrap interval over prompts."]
+    sentence = _verdict(model, metrics)
+    return "\n".join([*lines, *(["", f"**Verdict on its run:** {sentence}"] if sentence else [])])
+
+
+def _verdict(model: Mapping[str, Any], metrics: Mapping[str, Any]) -> str | None:
+    """The sentence on the run that a model is a checkpoint of."""
+    verdicts = {name: found for name, found in (metrics.get("verdicts") or {}).items() if found is not None}
+    run = run_folder(model["path"])
+    found = [] if run is None else [verdict for name, verdict in verdicts.items() if Path(name).name == run.name]
+    return str(found[0]["sentence"]) if len(found) == 1 else None
