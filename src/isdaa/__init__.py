@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from isdaa.evaluation.python import evaluate
     from isdaa.objectives.objective import Objective, PairLogps
     from isdaa.objectives.presets import PRESETS
     from isdaa.training.checkpoints import adopt
@@ -29,6 +30,7 @@ HOMES = {
     "PreferenceConfig": "training.preference_config",
     "PreferenceTrainer": "training.preference",
     "adopt": "training.checkpoints",
+    "evaluate": "evaluation.python",
     "preference_trainer": "training.preference_trainer",
 }
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "PreferenceTrainer",
     "__version__",
     "adopt",
+    "evaluate",
     "preference_trainer",
 ]
 

@@ -1,0 +1,163 @@
+"""`isdaa.evaluate`: what `isdaa evaluate` does, from Python: the same checks, records, table and verdict."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from isdaa.errors import UserError
+from isdaa.files import digest, located, write_jsonl
+
+Model = Any  # a folder or Hub name, a model in memory, or a trainer
+MODELS = "models"  # in the evaluation's folder: those that were given in memory
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found; `print` shows the command's table and the verdicts.
+
+    metrics: what `metrics.json` holds. folder: of the records. stopped: why it is not the whole result, or None.
+    """
+
+    metrics: Mapping[str, Any]
+    folder: Path
+    stopped: str | None = None
+
+    @property
+    def win_rate(self) -> float | None:
+        """Of the last model, in [0, 1], against the opponent; None without a scorer or judge."""
+        found = self.metrics["models"][-1]["win_rate"]
+        return None if found is None else float(found["mean"])
+
+    @property
+    def kl(self) -> float:
+        """KL(π‖π_ref) of the last model, in nats a response."""
+        return float(self.metrics["models"][-1]["kl"]["mean"])
+
+    @property
+    def verdicts(self) -> dict[str, str | None]:
+        """Run -> what its checkpoints say together, a sentence; None where a single model says nothing of a run."""
+        return {name: None if found is None else str(found["sentence"]) for name, found in self.metrics["verdicts"].items()}
+
+    def __str__(self) -> str:
+        from isdaa.evaluation.table import print_table
+
+        shown = io.StringIO()
+        print_table(self.metrics, shown)
+        sentences = [sentence for sentence in self.verdicts.values() if sentence is not None]
+        return "\n".join([shown.getvalue().rstrip(), *sentences, *([self.stopped] if self.stopped else [])])
+
+
+def evaluate(
+    model: Model | Sequence[Model],
+    reference: Model | None = None,
+    prompts: str | Path | Iterable[Any] | None = None,
+    scorer: Any = None,
+    *,
+    judge: Any = None,
+    output_dir: str | Path | None = None,
+    tokenizer: Any = None,
+    split: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    settings: Mapping[str, Any] | None = None,
+) -> Evaluation:
+    """KL and win rate of models against their reference; of a run's checkpoints, the verdict, too.
+
+    Args:
+        model: a model's or run's folder (all its checkpoints), a Hub name, a model in memory, a trainer (its model as it is now),
+            or several of them. What is in memory is saved below `output_dir` first, an adapter merged.
+        reference: π_ref, named or in memory; None: the one that the models' records name.
+        prompts: a file, Hub name or `world:…`, or rows: texts, lists of messages, or dictionaries with `prompt` (and `chosen`,
+            `rejected` for held-out accuracy). None: those that the models' records name.
+        scorer: a reward model's folder or Hub name, `gold`, or an object with `name`, `digest` and `score(rows)`, which gives a
+            number for each row's `response`. None: the one that the records name; `none`: KL alone.
+        judge: in place of a scorer, `JudgeSettings` of a judge model (docs/judging.md).
+        output_dir: folder of the records; None: `evaluation` beside the first model. A second call reuses what is there.
+        tokenizer: of models in memory; a trainer has its own.
+        split, dtype, trust_remote_code: as the command's options.
+        settings: dotted keys of `evaluation`, `tokenization` and `scorer`: `{"evaluation.prompts": 128}`.
+
+    Raises:
+        UserError: one line, as the command says it.
+    """
+    from isdaa.evaluation.evaluate import evaluate_request
+    from isdaa.evaluation.requests import home_of, requests
+
+    entries = list(model) if isinstance(model, list | tuple) else [model]
+    if not entries:
+        raise UserError("isdaa.evaluate: no model is given")
+    named = [located(entry) for entry in entries if isinstance(entry, str | Path)]
+    if output_dir is None and not named:
+        raise UserError("isdaa.evaluate: models in memory need a folder for their records; give output_dir")
+    folder = Path(located(output_dir)) if output_dir is not None else Path(home_of(named))
+    paths = [_path(entry, folder, tokenizer, f"model-{number}") for number, entry in enumerate(entries)]
+    own = scorer if scorer is not None and not isinstance(scorer, str | Path) else None
+    overrides: dict[str, Any] = {
+        "reference": None if reference is None else _path(reference, folder, _tokenizer(entries[0], tokenizer), "reference"),
+        "data": _data(prompts, folder),
+        "scorer": "none" if own is not None else None if scorer is None else str(scorer),
+        "judge_model": _judge(judge),
+        "output_dir": str(folder),
+        "split": split,
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code or None,
+        **(settings or {}),
+    }
+    request = requests(paths, overrides)
+    if own is not None:
+        request = replace(request, scorer=own)
+    metrics = evaluate_request(request)
+    judged = overrides["judge_model"]
+    return Evaluation(metrics, Path(request.output_dir), None if judged is None else judged.stopped)
+
+
+def _path(model: Model, folder: Path, tokenizer: Any, label: str) -> str:
+    """Where a model lies; one in memory is saved first, under a name that says what it is of."""
+    if isinstance(model, str | Path):
+        return located(model)
+    from torch import nn
+
+    step = getattr(getattr(model, "state", None), "global_step", None)
+    tokenizer, inner = _tokenizer(model, tokenizer), getattr(model, "model", None) if step is not None else model
+    if not isinstance(inner, nn.Module):
+        raise UserError(f"isdaa.evaluate: {type(model).__name__} is no model; give a folder, a Hub name, a model or a trainer")
+    if tokenizer is None:
+        raise UserError("isdaa.evaluate: a model in memory has no tokenizer of its own; give tokenizer")
+    from isdaa.models.saving import save_model
+
+    place = folder / MODELS / (label if step is None else f"step-{step}")
+    save_model(inner, tokenizer, place)
+    return str(place)
+
+
+def _tokenizer(model: Model, given: Any) -> Any:
+    return given if given is not None else getattr(model, "tokenizer", None) or getattr(model, "processing_class", None)
+
+
+def _data(prompts: Any, folder: Path) -> str | None:
+    """Where prompts lie; rows are written beside the records, under a name of their own, so that others' records stay valid."""
+    if prompts is None or isinstance(prompts, str | Path):
+        return None if prompts is None else str(prompts)
+    rows = [dict(row) if isinstance(row, Mapping) else {"prompt": row} for row in prompts]
+    if not rows:
+        raise UserError("isdaa.evaluate: no prompt is given")
+    file = folder / f"prompts-{digest(rows)[:8]}.jsonl"
+    write_jsonl(file, rows)
+    return str(file)
+
+
+def _judge(settings: Any) -> Any:
+    if settings is None:
+        return None
+    from isdaa.evaluation.benchmark_request import Asking
+    from isdaa.evaluation.judge_types import JudgeSettings
+    from isdaa.evaluation.judged_samples import SampleJudge
+
+    if not isinstance(settings, JudgeSettings):
+        raise UserError(f"isdaa.evaluate: judge is {type(settings).__name__}; give JudgeSettings(model, base_url=…)")
+    usual = JudgeSettings(settings.model)
+    return SampleJudge(Asking(settings, settings.temperature != usual.temperature, settings.max_tokens != usual.max_tokens))
