@@ -83,6 +83,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--device", default="auto", metavar="NAME",
         help="that the plan is for: auto (this one), cpu, h100, h200, b200, a100, a100-40, l40s, l4, a6000, rtx4090",
     )  # fmt: skip
+    inspect.add_argument(
+        "--memory", metavar="SIZE", help="which settings fit into it, best first: an amount (8GB) or a GPU (rtx4090)"
+    )
     inspect.add_argument("--sharding", choices=["ddp", "fsdp2", "zero2", "zero3"], default="ddp", help="with several processes")
     inspect.add_argument("--no_plan", action="store_true", help="leave out memory and time")
     inspect.add_argument("--processes", type=int, default=1, metavar="N", help="processes of the run, one a device (default: 1)")
@@ -348,12 +351,20 @@ def _inspect(arguments: argparse.Namespace) -> int:
     config = _run_config(arguments.config, _settings(arguments))
     _quiet_libraries()
     from isdaa.files import write_json
+    from isdaa.training.fits import memory_of
     from isdaa.training.inspect import inspect
     from isdaa.training.inspect_page import print_inspection
 
+    memory, device = None, arguments.device
+    if arguments.memory is not None:
+        if arguments.no_plan:
+            raise UserError("--memory: needs the plan; leave --no_plan out")
+        memory, named = memory_of(arguments.memory)
+        device = named if named is not None and device == "auto" else device
     found = inspect(
         config,
-        device=arguments.device,
+        device=device,
+        memory=memory,
         processes=arguments.processes,
         sharding=arguments.sharding,
         row=arguments.row,

@@ -473,7 +473,7 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
             raise UserError(f"{path}: describes a sweep; run it with `isdaa sweep --config {path}`")
         data = loaded or {}
     for key, value in (overrides or {}).items():
-        _lay_over(data, key, value)
+        lay_over(data, key, value)
     return validate(data, str(path) if path is not None else "command line", overrides or {})
 
 
@@ -482,7 +482,8 @@ def _kind_of(path: Sequence[str]) -> Any:
     return None if field is None else field.annotation
 
 
-def _lay_over(data: dict[str, Any], dotted: str, value: Any) -> None:
+def lay_over(data: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set a dotted key of plain data; sections that are not there are made."""
     *sections, last = dotted.split(".")
     for name in sections:
         if not isinstance(data.get(name), dict):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -16,10 +17,11 @@ import torch
 from isdaa.config import Config
 from isdaa.errors import UserError
 from isdaa.models.loading import model_config, random_config
-from isdaa.terminal import progress
+from isdaa.terminal import Bar, progress
 from isdaa.training.arguments import total_steps
 from isdaa.training.devices import check_name, here
 from isdaa.training.examine import Examined, examine, writes_date, written_by_label
+from isdaa.training.fits import Fit, fits
 from isdaa.training.inputs import check_start, starts_of
 from isdaa.training.plan import Plan, Sharding, dtype_of, own_memory, plan
 from isdaa.training.run import Run
@@ -58,6 +60,7 @@ class Inspection:
     stages: list[StageReport] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    fits: list[Fit] | None = None  # what can be trained in the memory that was asked about
 
     def facts(self) -> dict[str, Any]:
         """Plain data for a file."""
@@ -65,16 +68,25 @@ class Inspection:
             "stages": [stage.facts() for stage in self.stages],
             "warnings": self.warnings,
             "missing": self.missing,
+            **({} if self.fits is None else {"fits": [asdict(one) for one in self.fits]}),
         }
 
 
 def inspect(
-    config: Config, *, device: str = "auto", processes: int = 1, sharding: Sharding = "ddp", row: int = 0, plans: bool = True
+    config: Config,
+    *,
+    device: str = "auto",
+    processes: int = 1,
+    sharding: Sharding = "ddp",
+    row: int = 0,
+    plans: bool = True,
+    memory: float | None = None,
 ) -> Inspection:
     """Look at everything that can be had; what cannot is named in `missing`. Nothing is trained and no weights are read.
 
     device: one of `devices.NAMES`, for the plan. processes: of the run, one a device; sharding: what they divide. row: of each
-    stage's rows, which is shown token by token. plans: False leaves out memory and time.
+    stage's rows, which is shown token by token. plans: False leaves out memory and time. memory: bytes of the device, for which
+    the settings that fit are looked for (`fits`).
 
     Raises UserError where not even a tokenizer can be had, and for an unknown device.
     """
@@ -122,6 +134,11 @@ def inspect(
                     why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
                     found.warnings.append(f"{report.examined.stage}: no plan, for this model's code cannot be rehearsed ({why})")
                 bar.update()
+        made = [report for report in planned if report.plan is not None]
+        if memory is not None and made:
+            with progress("what fits") as bar:
+                options = {"processes": processes, "sharding": sharding, "program": program, "others": others, "device": on}
+                found.fits = _fits(run, found, made, memory, options, bar)
     _warn(found, tokenizers)
     return found
 
@@ -136,6 +153,42 @@ def _without_traces() -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
+
+
+def _fits(run: Run, found: Inspection, reports: list[StageReport], memory: float, options: dict[str, Any], bar: Bar) -> list[Fit]:
+    """The ways of training the inspected stages in so much memory; each plan is made anew, at the speed that was found."""
+    given = found.config
+    examined: dict[int, list[Examined]] = {given.tokenization.max_length: [report.examined for report in reports]}
+
+    def seen(config: Config) -> list[Examined]:
+        """The stages' rows at the configuration's length."""
+        length = config.tokenization.max_length
+        if length not in examined:
+            shorter = Run(config).finished_before(own=False)
+            stages = [report.examined.stage for report in reports]
+            tokenizers = [tokenizer_of(config, _start(stage, run)) for stage in stages]
+            both = zip(stages, tokenizers, strict=True)
+            examined[length] = [_stage(stage, shorter, found, tokenizer, 0).examined for stage, tokenizer in both]
+        return examined[length]
+
+    def planner(config: Config) -> list[Plan]:
+        plans = []
+        for report, rows in zip(reports, seen(config), strict=True):
+            assert report.plan is not None
+            speed = report.plan.speed if options["device"] == "cpu" else None
+            own = copy.deepcopy(report.architecture)
+            with _without_traces():
+                made = plan(rows, config, own, steps=report.steps, checkpoints=report.checkpoints, speed=speed, **options)
+            plans.append(made)
+            bar.update()
+        return plans
+
+    def cuts(length: int) -> float:
+        lengths = reports[-1].examined.lengths
+        whole = lengths[:, 0] + lengths[:, 1:].max(axis=1) if lengths.ndim == 2 and lengths.shape[1] > 1 else lengths.sum(axis=-1)
+        return float((whole > length).mean())
+
+    return fits(given, memory, planner, on_gpu=options["device"] != "cpu", cuts=cuts)
 
 
 def _others(found: Inspection) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from isdaa.terminal import terminal_for
 from isdaa.training.examine import FOUND
 from isdaa.training.histogram import common_end, print_histogram
 from isdaa.training.inspect import Inspection, StageReport
-from isdaa.training.plan_page import print_plan
+from isdaa.training.plan_page import print_fits, print_plan
 from isdaa.training.token_view import print_shown
 
 NAMES = {
@@ -40,6 +40,8 @@ def print_to(found: Inspection, console: Console, whole: bool = False) -> None:
     for report in found.stages:
         if report.plan is not None:
             print_plan(report.plan, console, colour)
+    if found.fits is not None:
+        print_fits(found.fits, console)
     _lines("missing", [f"{line}" for line in found.missing], "bold red", "✗", console)
     _lines("worth a look", found.warnings, "yellow", "!", console)
     if not found.warnings and not found.missing:

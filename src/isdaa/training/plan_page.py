@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
 from isdaa.errors import shown
 from isdaa.training.devices import device_of
+from isdaa.training.fits import Fit
 from isdaa.training.plan import Phase, Plan
 
 GB = 1e9
@@ -61,6 +64,28 @@ def print_plan(plan: Plan, console: Console, colour: bool) -> None:
         _entry(console, "disk", f"{size(plan.disk)} in all, {size(plan.checkpoint)} a checkpoint with optimiser states{free}")
     for note in plan.notes:
         _entry(console, "", note)
+
+
+def print_fits(fits: Sequence[Fit], console: Console) -> None:
+    """The ways of training that fit into the memory asked about, best first, with what to type; then those that do not."""
+    console.print()
+    console.print(Rule(Text("what fits, best first", style="bold"), align="left", style="dim"))
+    for one in fits:
+        cut = f", {one.cut:.0%} of the pairs cut" if one.cut else ""
+        told = (
+            f"{size(one.memory)}, {span(one.seconds)} in all{cut}" if one.fits else f"does not fit: {size(one.memory)} at least"
+        )
+        _entry(console, "✓" if one.fits else "✗", f"{one.form}: {told}", "" if one.fits else "dim")
+        if one.fits:
+            _entry(
+                console, "", " ".join(f"--{key} {_typed(value)}" for key, value in one.options.items()) or "as it is configured"
+            )
+    if not any(one.fits for one in fits):
+        _entry(console, "", "a smaller model, or several devices (--processes, --sharding fsdp2), would")
+
+
+def _typed(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
 def _time(plan: Plan, console: Console) -> None:
