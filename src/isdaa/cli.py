@@ -64,7 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="run the stages of a config: sft, reward, label, align",
-        usage="isdaa train [--config FILE] [--section.key VALUE ...]",
+        usage="isdaa train [--config FILE] [--section.key VALUE ...]\n"
+        "       isdaa train --continue-from RUN[/checkpoint-N] [--continue-optimizer] --output_dir NEW [--section.key VALUE ...]",
     )
     train.add_argument("--config", metavar="FILE", help="YAML file; every key can be overridden by an option")
     _adopt_option(train)
@@ -330,11 +331,15 @@ def _renamed(argv: list[str]) -> list[str]:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from isdaa.config import load_config
+    settings = _settings(arguments)
+    if arguments.adopt and settings.get("continue_from") is not None:
+        from isdaa.training.continued import place_of
 
-    config = load_config(arguments.config, _settings(arguments))
+        _quiet_libraries()
+        _adopted([str(place_of(settings["continue_from"]))])
+    config = _config_of(arguments.config, settings)
     _quiet_libraries()
-    if arguments.adopt:
+    if arguments.adopt and (config.continue_from is None or Path(config.output_dir).exists()):
         _adopted([config.output_dir])
     from isdaa.training.stages import run
 
@@ -383,9 +388,20 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _config_of(path: str | None, settings: dict[str, Any]) -> Any:
+    """The configuration of a run, which may go on from another."""
+    from isdaa.config import layers, load_config
+
+    if layers(path, settings).get("continue_from") is None:
+        return load_config(path, settings)
+    _quiet_libraries()
+    from isdaa.training.continued import config_of
+
+    return once(partial(config_of, path, settings))
+
+
 def _run_config(path: str | None, overrides: dict[str, Any]) -> Any:
     """The configuration of a run; of a sweep's file, that of its base run."""
-    from isdaa.config import load_config
     from isdaa.files import located
     from isdaa.settings_text import read_settings
 
@@ -395,7 +411,7 @@ def _run_config(path: str | None, overrides: dict[str, Any]) -> Any:
         content = None  # load_config says what is wrong
     if path is not None and isinstance(content, dict) and "grids" in content and isinstance(content.get("base"), str):
         path = str(Path(path).parent / located(content["base"]))
-    return load_config(path, overrides)
+    return _config_of(path, overrides)
 
 
 def _evaluation_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -571,6 +587,8 @@ def _demo(arguments: argparse.Namespace) -> int:
     if arguments.what != "world":
         return _theory(arguments)
     config = load_config(arguments.config, overrides_of(arguments))
+    if config.continue_from is not None:
+        raise UserError("continue_from: the demo begins anew; go on from one of its runs by `isdaa train`")
     _quiet_libraries()
     if arguments.adopt:
         _adopted([config.output_dir])

@@ -34,6 +34,7 @@ Stage = Literal["sft", "reward", "label", "align"]
 Position = Literal["auto", "template_end", "response_end"]  # where a reward model is read
 DEEPEST = 100  # lists and dictionaries in one another
 STAGES: tuple[str, ...] = get_args(Stage)
+REWARD = "reward"  # as a scorer: the model of the run's own reward stage
 
 
 def _no_boolean(value: Any) -> Any:
@@ -140,6 +141,7 @@ class ReferenceConfig(Section):
     """π_ref, in every margin."""
 
     path: Location | None = Field(None, description="null: the policy exactly as loaded, an SFT adapter included")
+    revision: str | None = Field(None, description="branch, tag or commit of `reference.path` on the Hub")
     cache_dir: Location | None = Field(None, description="of reference logps; null: `.isdaa_cache` beside the output folder")
 
 
@@ -260,7 +262,9 @@ class ScorerConfig(Section):
 class LabelConfig(Section):
     """Sample n responses a prompt, score them, make pairs."""
 
-    scorer: Location | None = Field(None, description="`gold` (embedded world) or a sequence-classification model's path")
+    scorer: Location | None = Field(
+        None, description="`gold` (embedded world), a sequence-classification model's path, or `reward`: this run's own"
+    )
     samples: Int = Field(2, ge=2, description="responses a prompt")
     pairing: Literal["random", "best_worst"] = Field("random", description="best_worst is not a draw from μ × μ, and is marked")
     label: Literal["sample", "argmax"] = Field(
@@ -334,7 +338,9 @@ class LoraConfig(Section):
 class EvaluationConfig(Section):
     """Sampling, KL and win rate of checkpoints."""
 
-    scorer: Location | None = Field(None, description="`gold`, or a sequence-classification model's path; null: no verdict")
+    scorer: Location | None = Field(
+        None, description="`gold`, a sequence-classification model's path, or `reward`: this run's own; null: no verdict"
+    )
     prompts: Int = Field(512, ge=1, description="held-out prompts")
     opponent: Literal["reference", "chosen"] = Field(
         "reference", description="win rate against its samples, or the data's chosen"
@@ -358,7 +364,9 @@ class GuardConfig(Section):
     steps: Int | None = Field(None, ge=1, description="measure every n optimiser steps and at the last one; null: never")
     prompts: Int = Field(128, ge=2, description="held-out prompts, behind those that `isdaa evaluate` will use")
     scorer: Location | None = Field(
-        None, description="`gold` or a reward model's path; null: evaluation.scorer; none: KL and held-out pairs alone"
+        None,
+        description="`gold`, a reward model's path, or `reward`: this run's own; null: evaluation.scorer, else `reward` where "
+        "keep or stop need one; none: KL and held-out pairs alone",
     )
     opponent_samples: Int = Field(4, ge=1, description="reference samples a prompt, drawn and scored once")
     max_new_tokens: Int | None = Field(None, ge=1, description="null: evaluation.max_new_tokens")
@@ -383,6 +391,10 @@ class Config(Section):
     """Everything one `isdaa train` does."""
 
     output_dir: Location = Field("runs/isdaa", description="folder of the run; one run, one folder")
+    continue_from: Location | None = Field(
+        None, description="run or checkpoint whose weights, reference and settings a new run begins with (docs/going_on.md)"
+    )
+    continue_optimizer: bool = Field(False, description="begin with the state of its optimiser, too")
     stages: list[Stage] = Field(["align"], min_length=1, description="what runs, in this order")
     seed: Seed = 1
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
@@ -413,6 +425,12 @@ class Config(Section):
             raise ValueError("align.compile_layers: PyTorch does not compile layers that gradient_checkpointing runs again")
         if self.model.path is None and self.model.random is None:
             raise ValueError("model: give model.path (a folder or Hub name) or model.random (a config)")
+        if self.continue_optimizer and self.continue_from is None:
+            raise ValueError("continue_optimizer: there is no run whose optimiser could go on; name it with continue_from")
+        if self.reference.revision not in (None, self.model.revision) and self.reference.path == self.model.path:
+            raise ValueError(
+                "reference.revision: one name is read at one revision; leave it out, or give reference.path a folder"
+            )
         if self.model.path is not None and self.model.random is not None:
             raise ValueError("model: give model.path or model.random, not both")
         if self.model.quantization is not None and self.model.random is not None:
@@ -448,9 +466,34 @@ class Config(Section):
 
     @property
     def guard_scorer(self) -> str | None:
-        """What the guard's win rates are scored by; None: there are none."""
+        """What the guard's win rates are scored by; None: there are none. A guard that acts takes the run's own reward model
+        where no scorer is named."""
         name = self.guard.scorer or self.evaluation.scorer
-        return None if name == "none" else name
+        if name is None and self.guard.acts and "reward" in self.stages:
+            name = REWARD
+        return None if name == "none" else self.scorer_path(name)
+
+    @property
+    def evaluation_scorer(self) -> str | None:
+        """What `isdaa evaluate` scores the run's models by."""
+        return self.scorer_path(self.evaluation.scorer)
+
+    @property
+    def label_scorer(self) -> str | None:
+        """What scores the responses of the `label` stage."""
+        return self.scorer_path(self.label.scorer)
+
+    def scorer_path(self, name: str | None) -> str | None:
+        """`reward` becomes the folder of the reward model that this run makes, or has made; any other name stays.
+
+        Raises UserError where a folder of that name lies here, too.
+        """
+        own = Path(self.output_dir) / REWARD
+        if name != REWARD or not ("reward" in self.stages or own.is_dir()):
+            return name
+        if Path(REWARD).is_dir() and Path(REWARD).resolve() != own.resolve():
+            raise UserError(f"scorer {REWARD}: the reward model of this run, and a folder here; write {own}, or ./{REWARD}")
+        return str(own)
 
 
 def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -458,6 +501,12 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
 
     Errors: `UserError` of one line that names the file, the key, the nearest known key, or what was expected.
     """
+    data = layers(path, overrides)
+    return validate(data, str(located(path)) if path is not None else "command line", overrides or {})
+
+
+def layers(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A YAML file with dotted overrides over it, as plain data that nobody has validated. Raises UserError as `load_config`."""
     data: dict[str, Any] = {}
     if path is not None:
         path = located(path)
@@ -474,7 +523,7 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
         data = loaded or {}
     for key, value in (overrides or {}).items():
         lay_over(data, key, value)
-    return validate(data, str(path) if path is not None else "command line", overrides or {})
+    return data
 
 
 def _kind_of(path: Sequence[str]) -> Any:

@@ -105,10 +105,12 @@ def add_options(parser: argparse.ArgumentParser, only: Sequence[str] = ()) -> No
             groups[section] = parser.add_argument_group(section or "run")
         facts = "; ".join(filter(None, (allowed(field), f"default: {_as_written(default)}")))
         text = f"{field.description or ''} ({facts})".strip().replace("%", "%%")
+        switch = not section and field.annotation is bool
         groups[section].add_argument(
             f"--{dotted}",
             type=str,  # as it is: what its key is for decides
-            nargs="*" if item_kind(field.annotation) is not None else None,
+            nargs="*" if item_kind(field.annotation) is not None else "?" if switch else None,
+            **({"const": "true"} if switch else {}),
             default=argparse.SUPPRESS,
             help=text,
             metavar="VALUE",

@@ -40,6 +40,7 @@ SHAPE = {
         "seed?": (int, None),
         "objective?": ({"method?": (str, None), "beta?": (float, None)}, None),
         "model?": ({**dict.fromkeys(("path?", "revision?", "dtype?"), (str, None)), "trust_remote_code?": (bool, None)}, None),
+        "reference?": (dict.fromkeys(("path?", "revision?"), (str, None)), None),
         "data?": ({"evaluation?": (str, None), "prompt_repeated?": (str, None)}, None),
         "evaluation?": SECTION,
         "tokenization?": SECTION,
@@ -49,6 +50,16 @@ SHAPE = {
     "position?": (str, None),
     "trained_on?": ({"pairs": int, "least": str}, None),
     "held_out?": ({**dict.fromkeys(("accuracy", "low", "high"), float), "pairs": int, "prompts": int}, None),
+    "continued?": (
+        {
+            **dict.fromkeys(("from", "weights"), str),
+            **dict.fromkeys(("run", "reference"), (str, None)),
+            "step": (int, None),
+            "steps_before": int,
+            "optimizer": bool,
+        },
+        None,
+    ),
     "step?": (int, None),
     "tokens?": (int, None),
     "metrics?": dict,
@@ -74,6 +85,7 @@ class ModelRecord:
     tokens: int | None = None  # version of the rules by which text became tokens (`data.encoding.VERSION`); None: the first
     versions: dict[str, str] = field(default_factory=dict)
     git_revision: str | None = None
+    continued: dict[str, Any] | None = None  # of a policy: what its run goes on from (`training.continued.ancestry`)
     base: str | None = None  # Hub name of the model that the weights come from in the end, where it is known
     own: bool = field(default=False, compare=False)  # read from a file that carries this user's digest; never written
 
@@ -157,6 +169,8 @@ def record_text(record: ModelRecord, home: str | Path) -> str:
     data["config"] = without_places(data["config"])
     for key in PLACES:
         data[key] = relative_to(Path(home), data[key])
+    if data["continued"] is not None:
+        data["continued"] |= {key: relative_to(Path(home), data["continued"][key]) for key in ("from", "reference")}
     data["versions"] = data["versions"] or versions()
     data["git_revision"] = data["git_revision"] or git_revision()
     return json.dumps(sealed(NAME, data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -186,6 +200,8 @@ def read_record(folder: str | Path) -> ModelRecord | None:
         raise UserError(f"{path}: not a record of this version of isdaa; name --reference and --data instead") from None
     for key in PLACES:
         setattr(record, key, resolve_from(folder, getattr(record, key)))
+    if record.continued is not None:
+        record.continued |= {key: resolve_from(folder, record.continued[key]) for key in ("from", "reference")}
     return record
 
 

@@ -243,8 +243,10 @@ def check_place(name: Any, option: str) -> None:
 
 def _revision(reference: str, records: Mapping[str, ModelRecord | None]) -> str | None:
     """The revision of the Hub at which runs began with the reference. Raises UserError where they name several."""
-    models = [record.config.get("model") or {} for record in records.values() if record is not None]
-    found = {model.get("revision") for model in models if model.get("path") == reference}
+    found = set()
+    for config in (record.config for record in records.values() if record is not None):
+        named = [section for name in ("model", "reference") if (section := config.get(name) or {}).get("path") == reference]
+        found |= {section.get("revision") for section in named[:1]}
     if len(found) > 1:
         told = ", ".join(sorted(str(revision or "main") for revision in found))
         raise UserError(

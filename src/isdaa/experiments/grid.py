@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from isdaa.config import Config, Float, Int, Location, Section, Seed, fields, load_config, resolved, validate
+from isdaa.config import REWARD, Config, Float, Int, Location, Section, Seed, fields, load_config, resolved, validate
 from isdaa.errors import UserError, nearest
 from isdaa.files import digest, located
 from isdaa.settings_text import or_list, read_settings
@@ -294,9 +294,13 @@ def _run(root: Path, base: Config, cell: Cell, seed: int, world: Task | None, wh
         if "label" in world.config.stages:
             data["data"].update(pairs=str(world.folder / "pairs" / "train.jsonl"))
         data["data"].update(sft=None, prompts=None)
-        if "reward" in world.config.stages and data["evaluation"]["scorer"] is None:
-            data["evaluation"]["scorer"] = str(world.folder / "reward")
+        if "reward" in world.config.stages:
+            for section, names in (("evaluation", (None, REWARD)), ("guard", (REWARD,))):
+                if data[section]["scorer"] in names:
+                    data[section]["scorer"] = str(world.folder / REWARD)
     config = validate(data, where)
+    if config.continue_from is not None:
+        raise UserError(f"{where}: continue_from: the runs of a sweep begin anew; go on from one of them by `isdaa train`")
     needs, shared = (world.name, world.evaluation) if world is not None else (None, None)
     return Task(f"{cell.name}/seed-{seed}", config, folder, needs, cell.name, seed, shared, key)
 
@@ -308,6 +312,6 @@ def _is_upstream(key: str) -> bool:
 def _key(config: Config) -> str:
     """Digest of what decides a task's outcome; where the sweep lies does not."""
     data = resolved(config)
-    data["reference"] = {k: v for k, v in data["reference"].items() if k != "cache_dir"}
-    without = {"output_dir", *(() if config.guard.acts else ("guard",))}
+    data["reference"] = {k: v for k, v in data["reference"].items() if k != "cache_dir" and (k, v) != ("revision", None)}
+    without = {"output_dir", "continue_from", "continue_optimizer", *(() if config.guard.acts else ("guard",))}
     return digest({k: v for k, v in data.items() if k not in without})

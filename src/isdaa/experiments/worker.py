@@ -117,7 +117,7 @@ def _evaluate(task: Task, model: str, given: dict[str, Any]) -> None:
 
     settings = task.config.evaluation
     overrides: dict[str, Any] = {f"evaluation.{key}": value for key, value in settings.model_dump().items()}
-    overrides |= {"scorer": settings.scorer or "none", "output_dir": str(task.evaluation)}
+    overrides |= {"scorer": task.config.evaluation_scorer or "none", "output_dir": str(task.evaluation)}
     overrides["scorer.position"] = task.config.scorer.position
     overrides["scorer.label"] = task.config.scorer.label
     overrides["trust_remote_code"] = task.config.model.trust_remote_code  # the user's own word, which no record gives

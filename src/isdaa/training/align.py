@@ -20,13 +20,15 @@ from isdaa.models import fused_head
 from isdaa.models.forward import PairForward, prepare
 from isdaa.models.kernels import compile_layers
 from isdaa.models.loading import load_model, load_tokenizer
+from isdaa.models.places import is_adapter
 from isdaa.models.saving import weights_digest
 from isdaa.objectives.objective import Objective
 from isdaa.record import ModelRecord
 from isdaa.training.arguments import total_steps, training_arguments
 from isdaa.training.authors import foreign_text, naming_columns, takes_reference_for_author
 from isdaa.training.batches import TokenisedPairs
-from isdaa.training.checkpoints import named
+from isdaa.training.checkpoints import named, sampled_digest
+from isdaa.training.continued import OPTIMIZER, Ancestor, ancestor_of, ancestry, seen_before, told
 from isdaa.training.guard import guard_of
 from isdaa.training.inputs import check_start
 from isdaa.training.look import longest_row
@@ -49,14 +51,15 @@ from isdaa.training.start import (
     logps_key,
     merges,
     new_adapter,
-    newest,
     other_digest,
     other_model,
     policy_of,
     record_of,
+    resumed,
     starting_path,
     token_settings,
     tokenizer_of,
+    trained_adapter,
     trained_model,
     uses_behaviour,
 )
@@ -74,15 +77,23 @@ def _align(run: Run) -> Path:
     config = run.config
     start = starting_path(run)
     tokenizer = tokenizer_of(config, start)
-    train, held_out = once(lambda: _pairs(run, tokenizer))
+    ancestor = once(lambda: None if config.continue_from is None else ancestor_of(config.continue_from))
+    if ancestor is not None:
+        run.say("align", told(ancestor, config))
+    train, held_out = once(lambda: _pairs(run, tokenizer, ancestor))
     if start is not None:
         check_start(config, "align", start)
-    policy = policy_of(run, tokenizer, start)
+    grown = ancestor is not None and start is not None and is_adapter(start)  # an adapter that is trained on
+    policy = trained_adapter(config, start) if grown and start is not None else policy_of(run, tokenizer, start)
     for pairs in (train, held_out):
         if pairs is not None:
             check_rows(policy, start, *pairs.extent())
     weights = weights_digest(policy)
     run.pin("align", weights=weights, pairs=train.content_digest())
+    if ancestor is not None:
+        run.note("align", continued=ancestry(ancestor, config, weights))
+        if config.continue_optimizer:
+            run.pin("align", **{"optimiser states": once(lambda: sampled_digest(ancestor.folder / OPTIMIZER))})
     loaded = {"weights": weights, "config": config_digest(policy), "dtype": config.model.dtype}
     check_training(
         run, "align", policy, config.align, len(train),
@@ -98,8 +109,9 @@ def _align(run: Run) -> Path:
     options: Any = {"key": key, "cache_dir": cache_folder(run), "precision": config.align.precision}
     measured = partial(measure, forward, progress="align: the policy's logps at the start", **options)
     arguments, named_model = config.objective.arguments(), config.behaviour.model_path
-    run.say("align", starting_weights(arguments, train, None if alone else measured, named_model, config.objective.allow_stall))
-    if config.lora.rank:
+    policy_logps, allowed = None if alone else measured, config.objective.allow_stall
+    run.say("align", starting_weights(arguments, train, policy_logps, named_model, allowed, went_on=ancestor is not None))
+    if config.lora.rank and not grown:
         plain = policy
         base = once(lambda: adapter_base(run, plain, tokenizer, start))
         policy = new_adapter(config, policy, base)
@@ -141,6 +153,7 @@ def _align(run: Run) -> Path:
         tokenizer=tokenizer,
         callbacks=[MetricsFile(run.folder / "metrics.jsonl"), *([guard] if guard is not None else [])],
         starts_at_reference=config.reference.path is None,
+        went_on=ancestor is not None,
         batch_tokens=config.align.batch_tokens,
         group_by_prompt=config.align.group_by_prompt,
         before_rename=describe,
@@ -148,7 +161,9 @@ def _align(run: Run) -> Path:
     )
     if guard is not None:
         guard.attach(trainer)
-    trainer.train(resume_from_checkpoint=newest(checkpoints))
+    if ancestor is not None and config.continue_optimizer:
+        trainer.optimizer_from = ancestor.folder
+    trainer.train(resume_from_checkpoint=resumed("align", checkpoints, steps))
     if guard is not None:
         run.say("align", guard.summary())
         run.note("align", guard=guard.facts())
@@ -159,7 +174,7 @@ def _align(run: Run) -> Path:
     return folder
 
 
-def _pairs(run: Run, tokenizer: Any) -> tuple[TokenisedPairs, TokenisedPairs | None]:
+def _pairs(run: Run, tokenizer: Any, ancestor: Ancestor | None = None) -> tuple[TokenisedPairs, TokenisedPairs | None]:
     """Training and held-out pairs as token ids; the held-out ones are also kept as text, for `isdaa evaluate`."""
     config = run.config
     read = read_pairs(config, pairs_source(run))
@@ -170,6 +185,8 @@ def _pairs(run: Run, tokenizer: Any) -> tuple[TokenisedPairs, TokenisedPairs | N
             [f"{read.common} prompts are in data.pairs and in data.eval_pairs: the held-out figures flatter the policy"],
         )
     rows, held, counts, held_counts = read.rows, read.held, read.counts, read.held_counts
+    if ancestor is not None:
+        run.say("align", seen_before(ancestor, config, held))
     tokens, more = _tokens(run, rows, tokenizer)
     run.say("align", [f"training pairs: {line}" for line in (counts + more).lines()])
     cut = [not finished for name in ("chosen_finished", "rejected_finished") for finished in rows[name]]

@@ -42,6 +42,7 @@ def model_card(record: ModelRecord, folder: str | Path, adapter: bool = False) -
             "",
         ]
         lines += [f"- reference π_ref: {_code(_local(record.reference))}"]
+        lines += [] if record.continued is None else [f"- goes on from: {_gone_on_from(record.continued)}"]
         lines += [f"- behaviour μ: {_code(_local(config['behaviour']['model_path']) or 'the rows’ own logps, else π_ref')}", ""]
     if record.kind == "reward":
         lines += ["## Scores", "", f"- {_position(record)}"]
@@ -81,6 +82,16 @@ def title(folder: Path) -> str:
         part = PARTS[folder.name]
         return f"{folder.parent.name}, {part}" if part else folder.parent.name
     return folder.name
+
+
+def _gone_on_from(before: dict[str, Any]) -> str:
+    place = Path(before["from"]).name if before["run"] is None else f"{before['run']}/{Path(before['from']).name}"
+    at = "" if before["step"] is None else f", optimiser step {before['step']}"
+    total = (
+        f" ({before['steps_before']} with those of the runs before it)" if before["steps_before"] != (before["step"] or 0) else ""
+    )
+    state = "with" if before["optimizer"] else "without"
+    return f"{_code(place)}{at}{total}, {state} the optimiser's state; digest of the weights {_code(before['weights'][:16])}"
 
 
 def _position(record: ModelRecord) -> str:

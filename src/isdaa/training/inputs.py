@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from isdaa.config import Config, OptimisationConfig
+from isdaa.config import REWARD, Config, OptimisationConfig
 from isdaa.data.recipes import Purpose
 from isdaa.data.sources import opened
-from isdaa.errors import UserError
+from isdaa.errors import UserError, nearest
 from isdaa.models.loading import model_config
 from isdaa.models.places import is_adapter
 from isdaa.models.quantised import check_trainable, quantisation
+from isdaa.record import GOLD
 
 
 def check_inputs(config: Config, stages: Sequence[str]) -> None:
@@ -30,10 +31,14 @@ def check_inputs(config: Config, stages: Sequence[str]) -> None:
                 next(iter(rows), None)
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
+    made = [Path(config.output_dir).resolve() / stage for stage in ("sft", "reward") if stage in config.stages]
     for key, name in models_of(config, stages):
-        made_here = name is not None and Path(config.output_dir).absolute() in Path(name).absolute().parents
-        if name is not None and name.startswith((".", "/", "~")) and not made_here and not Path(name).expanduser().exists():
-            raise UserError(f"{key}: {name}: no such folder")
+        if name is None or Path(name).resolve() in made or Path(name).expanduser().exists():
+            continue
+        if name.startswith((".", "/", "~")):
+            raise UserError(f"{key}: {name}: no such folder{_made(made)}")
+        if key.endswith("scorer") and name not in (GOLD, "none") and name.count("/") != 1:  # no name of the Hub
+            raise UserError(f"{key}: {name}: no such folder{nearest(name, [GOLD, REWARD])}{_made(made)}")
     if config.model.quantization is not None:
         _installed("bitsandbytes", "model.quantization")
     for stage, name in starts_of(config, stages):
@@ -67,13 +72,21 @@ def models_of(config: Config, stages: Sequence[str]) -> Iterator[tuple[str, str 
     yield "model.path", config.model.path
     yield "model.tokenizer", config.model.tokenizer
     if "label" in stages:
-        yield "label.scorer", config.label.scorer
+        yield "label.scorer", config.label_scorer
     if "reward" in stages:
         yield "reward.path", config.reward.path
     if "align" in stages:
         yield "reference.path", config.reference.path
         yield "behaviour.model_path", config.behaviour.model_path
-        yield "guard.scorer", config.guard.scorer
+        if config.guard.steps is not None:
+            yield "guard.scorer" if config.guard.scorer is not None else "evaluation.scorer", config.guard_scorer
+
+
+def revision_of(config: Config, path: str | None) -> str | None:
+    """The revision at which a model that the configuration names is read, where that is a name of the Hub."""
+    if path == config.model.path:
+        return config.model.revision
+    return config.reference.revision if path == config.reference.path else None
 
 
 def starts_of(config: Config, stages: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -109,6 +122,10 @@ def check_start(config: Config, stage: str, name: str) -> None:
             f"{name}: its weights are quantised ({what}), and beside an adapter {then}: set lora.merge true where the adapter is "
             "trained"
         )
+
+
+def _made(made: Sequence[Path]) -> str:
+    return "; this run makes " + " and ".join(str(path) for path in made) if made else ""
 
 
 def _may_be_on_the_hub(source: str) -> bool:

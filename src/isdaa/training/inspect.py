@@ -22,7 +22,7 @@ from isdaa.training.arguments import total_steps
 from isdaa.training.devices import check_name, here
 from isdaa.training.examine import Examined, examine, writes_date, written_by_label
 from isdaa.training.fits import Fit, fits
-from isdaa.training.inputs import check_start, starts_of
+from isdaa.training.inputs import check_start, revision_of, starts_of
 from isdaa.training.plan import Plan, Sharding, dtype_of, own_memory, plan
 from isdaa.training.run import Run
 from isdaa.training.start import cache_folder, rounded_away, starting_path, tokenizer_of
@@ -198,11 +198,12 @@ def _others(found: Inspection) -> dict[str, Any]:
     if "align" in config.stages:
         for name, path in (("reference", config.reference.path), ("behaviour", config.behaviour.model_path)):
             if path is not None:
-                revision = config.model.revision if path == config.model.path else None
-                others[name] = _attempt(found, partial(model_config, path, trust_remote_code=trust, revision=revision))
-    if "label" in config.stages and config.label.scorer not in (None, "gold"):
+                others[name] = _attempt(
+                    found, partial(model_config, path, trust_remote_code=trust, revision=revision_of(config, path))
+                )
+    if "label" in config.stages and config.label_scorer not in (None, "gold"):
         with suppress(UserError):
-            others["scorer"] = model_config(str(config.label.scorer))
+            others["scorer"] = model_config(str(config.label_scorer))
     return {name: architecture for name, architecture in others.items() if architecture is not None}
 
 

@@ -57,9 +57,9 @@ def label(run: Run) -> Path:
     check_labels(run, rows)
     stop = {chat: stop_token_ids(tokenizer, chat=chat) for chat in {isinstance(row["prompt"], list) for row in rows}}
     weights = weights_digest(model)
-    assert settings.scorer is not None
+    assert config.label_scorer is not None
     scorer = load_scorer(
-        settings.scorer,
+        config.label_scorer,
         max_prompt_length=config.tokenization.max_prompt_length,
         position=config.scorer.position,
         label=config.scorer.label,

@@ -55,7 +55,7 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
     train_dataset, eval_dataset: `TokenisedPairs` or rows for it, with `reference_*_logps`. ValueError without.
     tokenizer: saved into every checkpoint. before_rename(folder, step): writes further files into a checkpoint.
     starts_at_reference: policy and reference start as the same model; their difference at step 0 is logged, and said
-        aloud where it is more than rounding.
+        aloud where it is more than rounding. went_on: the policy has been trained from this reference before.
     batch_tokens: a micro-batch of more tokens goes through the model in pieces; loss and gradient stay the same. None:
         `pieces.piece_tokens`.
     group_by_prompt: pairs of one prompt are read one after the other and share its forward pass.
@@ -74,6 +74,7 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
         tokenizer: PreTrainedTokenizerBase | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         starts_at_reference: bool = True,
+        went_on: bool = False,
         batch_tokens: int | None = None,
         group_by_prompt: bool = False,
         before_rename: Callable[[Path, int], None] | None = None,
@@ -90,7 +91,7 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
         self.objective: Objective = objective
         self.pair_forward, self.batch_tokens = forward, batch_tokens
         self.tokenizer, self.before_rename = tokenizer, before_rename
-        self.starts_at_reference = starts_at_reference
+        self.starts_at_reference, self.went_on = starts_at_reference, went_on
         train = _with_reference(train_dataset, "train")
         held_out = None if eval_dataset is None else _with_reference(eval_dataset, "eval")
         disable_dropout(model)
@@ -338,7 +339,7 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
         if self.starts_at_reference and figures["step"].min().item() == 0:
             metrics |= figures.start()
             warn_about_start(metrics)
-        elif self.objective.weight not in ("none", "wpo") and figures["step"].min().item() == 0:
+        elif not self.went_on and self.objective.weight not in ("none", "wpo") and figures["step"].min().item() == 0:
             self._warn_about_weights(figures)
         if self.objective.weight != "none":
             for step, ess, mean in figures.steps():

@@ -43,7 +43,7 @@ def check_training(
     trained = [p for p in model.parameters() if p.requires_grad] or list(model.parameters())
     count, size = sum(p.numel() for p in trained), float(sum(p.numel() * p.element_size() for p in trained))
     if lora is not None and lora.rank:
-        count = adapter_weights(model, lora)
+        count = count if any(not p.requires_grad for p in model.parameters()) else adapter_weights(model, lora)
         size = float(ADAPTER_BYTES * count)
     tensors, beside = STATES[settings.optimizer]
     checkpoint = (size if lora is not None and lora.rank else weights) + tensors * size + beside * count

@@ -35,7 +35,8 @@ DECIDES: dict[str, tuple[str, ...]] = {
         *("data.eval_pairs", "data.eval_fraction"),
     ),
     "align": (
-        *("seed", "objective", "model", "reference.path", "behaviour", "tokenization", "align", "lora"),
+        *("seed", "continue_optimizer", "objective", "model", "reference.path", "reference.revision", "behaviour"),
+        *("tokenization", "align", "lora"),
         *("data.pairs", "data.pairs_split", "data.eval_pairs", "data.eval_split", "data.eval_fraction", *READING),
     ),
 }
@@ -87,7 +88,7 @@ SHAPE = {
 
 def deciding_values(config: Config, stage: str) -> dict[str, Any]:
     """The dotted configuration values that decide what `stage` produces."""
-    flat = _flatten(resolved(config))
+    flat = flattened(resolved(config))
     keys = DECIDES[stage]
     if stage == "align" and config.guard.stop != "never":
         keys = (*keys, *GUARD_DECIDES)
@@ -106,11 +107,12 @@ def _defaults_of_new_keys(now: dict[str, Any], begun: dict[str, Any]) -> dict[st
     return {key: known[key] for key in now if key not in begun and key in known}
 
 
-def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A configuration by its dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, dict) and not (prefix == "model." and key == "random"):
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flattened(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
     return flat
@@ -214,8 +216,14 @@ class Run:
                 if now.get(key) != begun["values"].get(key):
                     raise UserError(
                         f"{self.folder}: holds a different run (its {stage} stage has {key} = {begun['values'].get(key)!r}, "
-                        f"this one {now.get(key)!r}); choose another --output_dir or repeat its settings"
+                        f"this one {now.get(key)!r}); choose another --output_dir or repeat its settings{self._going_on(stage)}"
                     )
+
+    def _going_on(self, stage: str) -> str:
+        """What to type where a finished run is asked for with other settings."""
+        if stage != "align" or not self.is_done(stage):
+            return ""
+        return f"; to train its model on with others, type --continue-from {self.folder} --output_dir NEW"
 
     def is_done(self, stage: str) -> bool:
         """Whether a stage has finished in this folder."""

@@ -24,6 +24,7 @@ def starting_weights(
     policy: Callable[[TokenisedPairs], np.ndarray] | None,
     model: str | None,
     allow_stall: bool,
+    went_on: bool = False,
 ) -> list[str]:
     """A line that says where μ comes from, with mean weight and ESS/N before the first step; none without weights made of μ.
 
@@ -33,6 +34,7 @@ def starting_weights(
         policy: logps of pairs under the policy, as `reference.measure` gives them; None: it is the reference, whose are there.
         model: what was named as μ, where a model was.
         allow_stall: only say it.
+        went_on: the policy has been trained from this reference before.
 
     Raises:
         UserError: hardly any pair would teach (ESS/N below 0.02, or a mean weight below 1e-3), and `allow_stall` is not set.
@@ -50,7 +52,7 @@ def starting_weights(
     chosen, rejected = (torch.from_numpy(np.asarray(gap, dtype=np.float64)) for gap in ours - behaviour)
     _, weights, _ = importance_weights(chosen, rejected, objective["clip"], objective["clip_eps"])
     mean, ess = float(weights.mean()), float(effective_sample_size(weights))
-    source = _source(model, own)
+    source = _source(model, own) + ("; the policy has left its reference already, so w = π/μ is not 1" if went_on else "")
     count = f"{len(pairs):,} pairs" if len(pairs) == total else f"{len(pairs)} of {total:,} pairs"
     figures = f"before the first step {count} have a mean weight of {mean:.3g} and ESS/N {ess:.3g}"
     few, small = ess < STALL_ESS and objective["weight"] != "mean", mean < STALL_MEAN_WEIGHT and objective["normalize"] is None
@@ -61,6 +63,8 @@ def starting_weights(
     if allow_stall:
         return [f"warning: {told}; objective.allow_stall trains nevertheless"]
     even = "" if few or objective["weight"] == "mean" else ", objective.normalize: batch (the weights are even)"
+    if went_on:
+        even = f"{even}, an earlier checkpoint to go on from"
     raise UserError(
         f"{told}. What helps: logps of the model that wrote them (`isdaa logps`, behaviour.model_path), the label stage, "
         f"objective.method: dpo{even}; or objective.allow_stall: true"

@@ -25,9 +25,10 @@ from isdaa.models.places import is_adapter
 from isdaa.models.saving import save_model, weights_digest
 from isdaa.record import NAME as RECORD
 from isdaa.record import ModelRecord, base_of, record_text
-from isdaa.terminal import working
+from isdaa.terminal import say, working
 from isdaa.training.cards import model_card
-from isdaa.training.checkpoints import newest_complete_checkpoint
+from isdaa.training.checkpoints import newest_complete_checkpoint, step_of
+from isdaa.training.inputs import revision_of
 from isdaa.training.run import Run
 
 WORLD = "world:"
@@ -71,15 +72,25 @@ def policy_of(run: Run, tokenizer: Any, path: str | None) -> Any:
 def other_model(config: Config, path: str, quantization: str | None = None) -> Any:
     """A model loaded as the policy is: dtype, device, and the revision where it is the model that training starts from."""
     settings = config.model
-    revision = settings.revision if path == settings.path else None
     return load_model(
         path,
         dtype=settings.dtype,
         trust_remote_code=settings.trust_remote_code,
-        revision=revision,
+        revision=revision_of(config, path),
         device=device(),
         quantization=quantization,
     )
+
+
+def trained_adapter(config: Config, path: str) -> Any:
+    """The adapter at `path` on its base model, which stays as it is: the adapter alone is trained on."""
+    model: Any = load_model(
+        path, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code, device=device(), merge_adapter=False
+    )
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("lora_" in name)
+    model.peft_config["default"].inference_mode = False
+    return model
 
 
 def other_digest(config: Config, path: str) -> str:
@@ -87,7 +98,7 @@ def other_digest(config: Config, path: str) -> str:
     folder, settings = Path(path).expanduser(), config.model
     if folder.is_dir():
         return model_digest(folder)
-    return model_digest(path, settings.trust_remote_code, settings.revision if path == settings.path else None)
+    return model_digest(path, settings.trust_remote_code, revision_of(config, path))
 
 
 def is_start(config: Config, path: str, start: str | None) -> bool:
@@ -172,8 +183,10 @@ def record_of(run: Run, kind: str, **facts: Any) -> ModelRecord:
     held_out = run.folder / "eval_pairs.jsonl"
     if evaluation is None and held_out.exists():
         evaluation, split = str(held_out), None
-    scorer = config.evaluation.scorer
+    scorer = config.evaluation_scorer
     facts["trained_on"] = run.state["stages"].get({"policy": "align"}.get(kind, kind), {}).get("trained_on")
+    if kind == "policy":
+        facts["continued"] = run.state["stages"].get("align", {}).get("continued")
     base = base_of((config.reward.path if kind == "reward" else None) or config.model.path)
     return ModelRecord(kind, resolved(config), base=base, evaluation=evaluation, evaluation_split=split, scorer=scorer, **facts)
 
@@ -276,6 +289,12 @@ def trained_model(trainer: Any, load: Callable[..., Any], merge: bool = True) ->
     return load(Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}", **options)
 
 
-def newest(folder: Path) -> str | None:
-    """The newest complete checkpoint below `folder`, the same for every process; None where there is none."""
-    return once(lambda: newest_complete_checkpoint(folder))
+def resumed(stage: str, folder: Path, steps: int) -> str | None:
+    """The newest complete checkpoint below `folder`, the same for every process, and said; None where there is none.
+
+    steps: of the whole stage.
+    """
+    found = once(lambda: newest_complete_checkpoint(folder))
+    if found is not None:
+        say(f"{stage}: goes on at step {step_of(found)} of {steps} ({Path(found).name})")
+    return found

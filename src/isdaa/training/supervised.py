@@ -31,7 +31,7 @@ from isdaa.files import digest
 from isdaa.models.loading import load_model, load_sequence_classifier, model_config
 from isdaa.models.saving import weights_digest
 from isdaa.terminal import Bar, progress, say
-from isdaa.training.arguments import training_arguments
+from isdaa.training.arguments import total_steps, training_arguments
 from isdaa.training.inputs import check_start
 from isdaa.training.monitor import MetricsFile, TrainingProgress, WholeIntervals
 from isdaa.training.reading import read_pairs
@@ -45,9 +45,9 @@ from isdaa.training.start import (
     keep_model,
     merges,
     new_adapter,
-    newest,
     policy_of,
     record_of,
+    resumed,
     starting_path,
     token_settings,
     tokenizer_of,
@@ -106,7 +106,7 @@ def sft(run: Run) -> Path:
     )
     settings.average_tokens_across_devices = world_size() > 1  # one mean over the tokens of all processes
     trainer = Trainer(model=model, args=settings, train_dataset=data, processing_class=tokenizer)
-    metrics = _train(trainer, "sft")
+    metrics = _train(trainer, "sft", config.sft)
     folder = run.folder / "sft"
     record = record_of(run, "sft", step=trainer.state.global_step, metrics=metrics)
     load = partial(load_model, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code)
@@ -215,7 +215,7 @@ def reward(run: Run) -> Path:
     )
     log, watch = MetricsFile(folder / METRICS), _HeldOut()
     try:
-        metrics = _train(trainer, "reward", log, watch)
+        metrics = _train(trainer, "reward", config.reward, log, watch)
         worth = None if held is None else _worth(trainer, held)
     finally:
         watch.close()
@@ -375,17 +375,18 @@ class _HeldOut(TrainerCallback):
         self._bar = None
 
 
-def _train(trainer: Any, description: str, *callbacks: TrainerCallback) -> dict[str, float]:
+def _train(trainer: Any, description: str, settings: OptimisationConfig, *callbacks: TrainerCallback) -> dict[str, float]:
     """Train, from the newest complete checkpoint where there is one. Returns the metrics that were logged at the last step."""
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     for unwanted in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(unwanted)
     bar = TrainingProgress(description)
+    folder, steps = Path(trainer.args.output_dir), total_steps(settings, len(trainer.train_dataset), world_size())
     for callback in (WholeIntervals(), _TokensSeen(trainer), *callbacks, bar):
         trainer.add_callback(callback)
     try:
-        trainer.train(resume_from_checkpoint=newest(Path(trainer.args.output_dir)))
+        trainer.train(resume_from_checkpoint=resumed(description, folder, steps))
     finally:
         bar.close()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry and entry["step"] == trainer.state.global_step]

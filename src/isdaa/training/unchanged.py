@@ -20,7 +20,7 @@ from isdaa.data.sources import opened
 from isdaa.errors import UserError, shown
 from isdaa.files import digest, file_digest
 from isdaa.manifest import check_manifest, sampled_digest
-from isdaa.training.inputs import models_of, sources_of
+from isdaa.training.inputs import models_of, revision_of, sources_of
 
 WEIGHTS = ("*.safetensors", "*.bin")
 # What decides a model's numbers and its tokens; cards, records and optimiser states do not.
@@ -129,15 +129,13 @@ def _read(config: Config, folder: Path, stage: str, sft: bool) -> Iterator[tuple
             source = str(getattr(config, section).source(name))
             yield key, partial(_of_rows, source, split, purpose), source
     models: dict[str, str | None] = dict(models_of(config, [stage]))
-    if judged:
-        models["guard.scorer"] = config.guard.scorer or config.evaluation.scorer
-    else:
-        models.pop("guard.scorer", None)
+    if "evaluation.scorer" in models:  # noted by what it is for
+        models["guard.scorer"] = models.pop("evaluation.scorer")
     if sft and stage != "sft":
         models |= {"sft": str(folder / "sft"), "model.path": None}
     for key, found in models.items():
         if found is not None and found not in ("gold", "none") and not found.startswith(WORLD):
-            yield key, partial(_of_model, found, config.model.revision if found == config.model.path else None), found
+            yield key, partial(_of_model, found, revision_of(config, found)), found
 
 
 def _of_rows(source: str, split: str | None, purpose: Purpose, before: Facts | None = None) -> Facts | None:
