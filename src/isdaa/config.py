@@ -483,6 +483,13 @@ class Config(Section):
         """What scores the responses of the `label` stage."""
         return self.scorer_path(self.label.scorer)
 
+    @property
+    def trains_on_labelled(self) -> bool:
+        """Whether `align` trains on what this run's `label` stage writes: also where a reward model before it has data.pairs."""
+        if "label" not in self.stages or "align" not in self.stages:
+            return False
+        return self.data.pairs is None or "reward" in self.stages[: self.stages.index("label")]
+
     def scorer_path(self, name: str | None) -> str | None:
         """`reward` becomes the folder of the reward model that this run makes, or has made; any other name stays.
 

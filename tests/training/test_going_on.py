@@ -8,20 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from chains import (
     ALIGN,
+    CHAIN,
     chat_model,
     content,
     jsonl,
     plain_pairs,
     read_lines,
+    refused,
     same_weights,
+    stopped_at,
     train,
+    weights,
     without_time,
 )
+from own_records import write_own
+from safetensors.torch import load_file
 
 from isdaa.cli import main
 from isdaa.record import read_record
+from isdaa.training.continued import config_of
+from isdaa.training.inputs import revision_of
+from isdaa.training.preference import PreferenceTrainer
 
 SETTINGS = ALIGN | {"objective.method": "is_dpo", "align.max_steps": 4, "align.learning_rate": 1e-2}
 
@@ -85,3 +95,220 @@ def test_it_is_the_run_that_one_would_configure_by_hand(place: Path) -> None:
     assert without_time(place / "new" / "metrics.jsonl") == without_time(place / "hand" / "metrics.jsonl")
     assert go_on("old/checkpoints/checkpoint-2", "--align.learning_rate", "0", output="still") == 0
     assert same_weights(place / "still" / "model", place / "old" / "checkpoints" / "checkpoint-2")
+
+
+def test_the_optimiser_goes_on_too(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All pairs a step, at a constant rate: two steps more are then the last two of the run that was not interrupted."""
+    constant = {"align.lr_scheduler": "constant", "align.warmup_steps": 0, "align.batch_size": 16, "data.eval_fraction": 0.0}
+    assert train("whole", SETTINGS | constant) == 0
+    capsys.readouterr()
+    assert go_on("whole/checkpoint-2", "--continue-optimizer", "--align.max_steps", "2") == 0
+    assert "the optimiser's state goes on, the learning rate's schedule begins anew" in capsys.readouterr().err
+    assert go_on("whole/checkpoint-2", "--align.max_steps", "2", output="without") == 0
+    wanted = weights(place / "whole" / "model")
+
+    def apart(run: str) -> float:
+        return max(float((tensor - wanted[name]).abs().max()) for name, tensor in weights(place / run / "model").items())
+
+    assert apart("new") < 1e-5 < 1e-3 < apart("without")
+    assert state()["continued"]["optimizer"] is True and "optimiser states" in state()["pinned"]
+    again = ["train", "--continue-from", "whole/checkpoint-2", "--output_dir", "new", "--align.max_steps", "2"]
+    refused(capsys, again, "continue_optimizer = True, this one False")
+
+
+@pytest.mark.parametrize("old", ["old", "lora"])
+@pytest.mark.parametrize("optimizer", [[], ["--continue-optimizer"]], ids=["anew", "optimizer"])
+def test_a_kill_costs_nothing(old: str, optimizer: list[str], place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--align.max_steps", "4", "--align.save_steps", "2", *optimizer]
+    assert go_on(old, *options, output="whole") == 0
+    step = PreferenceTrainer.training_step
+    for stop in (1, 3):  # before the first checkpoint, and behind it
+
+        def stopping(self: Any, *args: Any, stop: int = stop, **kwargs: Any) -> Any:
+            if self.state.global_step == stop:
+                raise KeyboardInterrupt
+            return step(self, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PreferenceTrainer, "training_step", stopping)
+            assert go_on(old, *options) == 130
+    capsys.readouterr()
+    assert go_on(old, *options) == 0
+    assert "align: goes on at step 2 of 4 (checkpoint-2)" in capsys.readouterr().err
+    assert same_weights(place / "new" / "model", place / "whole" / "model")
+    assert without_time(place / "new" / "metrics.jsonl") == without_time(place / "whole" / "metrics.jsonl")
+    assert state()["continued"] == state("whole")["continued"]
+
+
+def test_an_adapter_is_trained_on_and_its_base_stays(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert go_on("lora", "--align.learning_rate", "0", "--align.max_steps", "2", output="still") == 0
+    assert same_weights(place / "still" / "model", place / "lora" / "model")
+    assert go_on("lora", "--align.max_steps", "2") == 0
+    assert "π_ref is that run's, my_model" in capsys.readouterr().err
+    before, after = (load_file(place / run / "adapter_model.safetensors") for run in LAST_ADAPTERS)
+    assert before.keys() == after.keys() and not all(before[name].equal(after[name]) for name in before)
+    old, new = (json.loads((place / run / "adapter_config.json").read_text()) for run in LAST_ADAPTERS)
+    assert new == old and new["r"] == 2
+    assert read_lines(place / "new" / "metrics.jsonl")[0]["drift/chosen"] != 0
+    shutil.rmtree(place / "lora" / "checkpoints")
+    refused(
+        capsys, ["train", "--continue-from", "lora", "--output_dir", "other"], "its adapter lies in its weights", "--model.path"
+    )
+
+
+LAST_ADAPTERS = ("lora/checkpoints/checkpoint-4", "new/checkpoints/checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["old"], ["output_dir", "--output_dir"]),
+        (["old", "--output_dir", "old"], ["output_dir: old", "a new run needs one of its own"]),
+        (["old", "--output_dir", "old/again"], ["output_dir: old/again", "lies in it"]),
+        (["old/checkpoint-3", "--output_dir", "new"], ["old/checkpoint-3", "checkpoint-2, checkpoint-4"]),
+        (["odl", "--output_dir", "new"], ["odl", 'did you mean "old"']),
+        (
+            ["my_model", "--output_dir", "new", "--data.pairs", "pairs.jsonl"],
+            ["my_model", "not a run of isdaa", "--reference.path"],
+        ),
+        (["elsewhere", "--output_dir", "new"], ["elsewhere", "a trainer's output", "checkpoint-7"]),
+        (["lora/checkpoint-2/../adapter", "--output_dir", "new"], ["no such folder"]),
+        (["old", "--output_dir", "new", "--model.path", "other"], ["model.path: other", "continue_from: old"]),
+        (["old", "--output_dir", "new", "--stages", "sft", "align"], ["stages: sft"]),
+        (["old/model", "--output_dir", "new", "--continue-optimizer"], ["continue_optimizer", "optimizer.pt", "checkpoint-N"]),
+        (["old", "--output_dir", "new", "--continue-optimizer", "--align.optimizer", "sgd"], ["state of adamw", "sgd"]),
+        (["lora", "--output_dir", "new", "--lora.rank", "4"], ["lora.rank", "has 2, not 4", "--model.path"]),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
+)
+def test_what_cannot_be_gone_on_with_is_one_line(
+    argv: list[str], words: list[str], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "elsewhere" / "checkpoint-7").mkdir(parents=True)
+    refused(capsys, ["train", "--continue-from", *argv], *words)
+    assert not (place / "new").exists()
+
+
+def test_changed_weights_an_unfinished_and_a_strangers_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["train", "--output_dir", "new", "--continue-from"]
+    stopped_at(3, SETTINGS, place / "half")
+    refused(
+        capsys, [*argv, "half"], "has not finished", "isdaa train --config half/config.yaml", "--continue-from half/checkpoint-2"
+    )
+    assert main([*argv, "half/checkpoint-2", "--align.max_steps", "1"]) == 0
+    shutil.rmtree(place / "new")
+    file = place / "old" / "checkpoints" / "checkpoint-4" / "model.safetensors"
+    changed = bytearray(file.read_bytes())
+    changed[-1] ^= 1
+    file.write_bytes(changed)
+    refused(capsys, [*argv, "old"], "checkpoint-4", "not the weights that were written (model.safetensors is damaged)")
+    shutil.rmtree(file.parent)
+    assert main([*argv, "old", "--align.max_steps", "1"]) == 0
+    assert read_record(place / "new" / "model").continued["from"] == str(place / "old" / "model")  # type: ignore[union-attr,index]
+    strange = json.loads(Path("lora/run.json").read_text())
+    strange["seal"] = "0" * 64
+    Path("lora/run.json").write_text(json.dumps(strange))
+    refused(capsys, ["train", "--output_dir", "third", "--continue-from", "lora"], "not a run of yours", "--adopt")
+    assert main(["train", "--output_dir", "third", "--continue-from", "lora", "--adopt", "--align.max_steps", "1"]) == 0
+
+
+def test_a_run_that_its_guard_stopped_asks_which_weights(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = json.loads(Path("old/run.json").read_text())
+    record["stages"]["align"]["guard"] = {"best_step": 2, "stopped": {"step": 4, "peak_step": 2}}
+    write_own(place / "old" / "run.json", record)
+    argv = ["train", "--output_dir", "new", "--continue-from", "old"]
+    refused(capsys, argv, "stopped it at step 4", "old/checkpoints/checkpoint-2 (step 2, its best look)", "old/model (step 4")
+    shutil.copytree("old/model", "old/best")
+    refused(capsys, argv, "old/best (step 2, its best look)", "old/model (step 4, the fallen ones)")
+    assert main([*argv[:-1], "old/best", "--align.max_steps", "1"]) == 0
+    assert state()["continued"]["from"] == str(place / "old" / "best")
+
+
+def test_a_moved_run_and_a_chain_of_runs_keep_the_first_reference(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert go_on("old", "--align.max_steps", "2", output="second") == 0
+    away = tmp_path / "moved"
+    away.mkdir()
+    for name in ("old", "second", "my_model"):
+        shutil.move(name, away / name)
+    shutil.copy("pairs.jsonl", away)
+    monkeypatch.chdir(away)
+    assert go_on("second", "--align.max_steps", "1", output="third") == 0
+    assert "π_ref is that run's, my_model" in capsys.readouterr().err
+    record = read_record("third/model")
+    assert record is not None and record.continued is not None and record.reference is not None
+    assert Path(record.reference).resolve() == away / "my_model"
+    assert (record.continued["step"], record.continued["steps_before"]) == (2, 6)
+    assert "optimiser step 2 (6 with those of the runs before it)" in Path("third/model/README.md").read_text()
+    shutil.rmtree("my_model")
+    refused(capsys, ["train", "--continue-from", "second", "--output_dir", "x"], "my_model", "is not there")
+
+
+def test_another_method_and_more_data(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A new method has its own settings, and prompts that the old run was trained on are not held out in silence."""
+    assert go_on("old", "--objective.method", "dpo", "--data.limit", "11", "--data.pairs", "pairs.jsonl", "--seed", "9") == 0
+    said = capsys.readouterr().err
+    assert "objective.weight is 'none'; it was 'importance' in old" in said
+    held, before = ({row["prompt"] for row in read_lines(Path(run, "eval_pairs.jsonl"))} for run in ("new", "old"))
+    assert f"old was trained on {len(held - before)} of the held-out prompts: the held-out figures flatter" in said
+    assert "data.eval_pairs old/eval_pairs.jsonl" in said
+    assert go_on("old", "--data.pairs", "more.jsonl", output="x") == 2
+    jsonl(place / "more.jsonl", plain_pairs(30)[12:])
+    assert go_on("old", "--data.pairs", "more.jsonl", "--align.max_steps", "1", output="y") == 0
+    assert "was trained on" not in capsys.readouterr().err
+
+
+def test_a_file_may_say_it_and_the_old_run_s_own_file_may_be_given(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("next.yaml").write_text("continue_from: old\noutput_dir: new\nalign: {max_steps: 1}\n")
+    assert main(["train", "--config", "next.yaml"]) == 0
+    assert main(["train", "--config", "new/config.yaml"]) == 0
+    assert main(["train", "--config", "old.yaml", "--continue-from", "old", "--output_dir", "b", "--align.max_steps", "1"]) == 0
+    assert same_weights(place / "b" / "model", place / "new" / "model")
+    capsys.readouterr()
+    assert main(["inspect", "--continue-from", "old", "--output_dir", "c", "--no_plan"]) == 0
+    refused(capsys, ["demo", "--config", "old.yaml", "--continue-from", "old"], "continue_from")
+    refused(capsys, ["train", "--model.path", "my_model", "--data.pairs", "pairs.jsonl", "--continue-optimizer"], "continue_from")
+
+
+def test_another_program_s_weights_with_a_named_reference(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("old/model", "theirs", ignore=shutil.ignore_patterns("isdaa*"))
+    options = ["--reference.path", "my_model", "--data.pairs", "pairs.jsonl", "--align.max_steps", "1"]
+    assert go_on("theirs", *options) == 0
+    assert "goes on from theirs; π_ref is my_model" in capsys.readouterr().err
+    assert state()["continued"]["run"] is None
+
+
+def test_the_dead_end_names_the_way(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["train", "--config", "old.yaml", "--output_dir", "old", "--align.epochs", "61"]
+    refused(capsys, argv, "holds a different run", "align.epochs = 1.0", "--continue-from old --output_dir NEW")
+
+
+def test_a_chain_gives_pairs_reference_and_reward_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train("chain", CHAIN) == 0
+    capsys.readouterr()
+    assert go_on("chain", "--align.max_steps", "2") == 0
+    said = capsys.readouterr().err
+    assert "π_ref is that run's, chain/sft" in said and "data.pairs is" not in said
+    assert "μ comes from the rows' own behaviour logps; the policy has left its reference" in said
+    assert "was trained on" not in said  # the same prompts are held out
+    assert Path("new/eval_pairs.jsonl").read_bytes() == Path("chain/eval_pairs.jsonl").read_bytes()
+    assert main(["evaluate", "--model_path", "new", "--evaluation.prompts", "4"]) == 0
+    found = json.loads(Path("new/evaluation/metrics.json").read_text())
+    assert Path(found["reference"]["path"]).resolve() == tmp_path / "chain" / "sft"
+
+
+def test_a_reference_of_the_hub_keeps_its_revision(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = json.loads(Path("old/checkpoints/checkpoint-4/isdaa.json").read_text())
+    write_own(place / "old" / "checkpoints" / "checkpoint-4" / "isdaa.json", record | {"reference": "me/base"})
+    shutil.rmtree("old/checkpoints/checkpoint-2")
+    (place / "old" / "checkpoints" / "checkpoint-4" / "isdaa_manifest.json").unlink()
+    settings = yaml.safe_load(Path("old/config.yaml").read_text())
+    settings["model"] |= {"path": "me/base", "revision": "v2"}
+    Path("old/config.yaml").write_text(yaml.safe_dump(settings))
+    config = config_of(None, {"continue_from": "old/checkpoint-4", "output_dir": "new"})
+    assert (config.reference.path, config.reference.revision, config.model.revision) == ("me/base", "v2", None)
+    assert revision_of(config, "me/base") == "v2" and revision_of(config, str(config.model.path)) is None

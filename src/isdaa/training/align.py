@@ -64,6 +64,7 @@ from isdaa.training.start import (
     uses_behaviour,
 )
 from isdaa.training.supervised import pairs_source
+from isdaa.training.whole import TakenOver
 
 
 def align(run: Run) -> Path:
@@ -162,7 +163,9 @@ def _align(run: Run) -> Path:
     if guard is not None:
         guard.attach(trainer)
     if ancestor is not None and config.continue_optimizer:
-        trainer.optimizer_from = ancestor.folder
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise UserError("continue_optimizer: the state of a sharded optimiser is not taken over; leave it out")
+        trainer.add_callback(TakenOver(ancestor.folder))
     trainer.train(resume_from_checkpoint=resumed("align", checkpoints, steps))
     if guard is not None:
         run.say("align", guard.summary())
@@ -177,8 +180,10 @@ def _align(run: Run) -> Path:
 def _pairs(run: Run, tokenizer: Any, ancestor: Ancestor | None = None) -> tuple[TokenisedPairs, TokenisedPairs | None]:
     """Training and held-out pairs as token ids; the held-out ones are also kept as text, for `isdaa evaluate`."""
     config = run.config
-    read = read_pairs(config, pairs_source(run))
+    read = read_pairs(config, pairs_source(run, "align"))
     run.note("align", trained_on=sketch(read.rows))
+    if config.trains_on_labelled and config.data.pairs is not None:
+        run.say("align", ["trains on what label wrote; data.pairs are those of the reward model"])
     if read.common:
         run.say(
             "align",

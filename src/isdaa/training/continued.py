@@ -28,7 +28,7 @@ from isdaa.training.reading import read_pairs
 from isdaa.training.run import SHAPE, flattened
 
 OPTIMIZER = "optimizer.pt"
-MODELS = ("model", "best")  # of a run's folder
+BEST = "best"  # in a run's folder, what its guard keeps
 # Said in words of their own, or of no meaning for what comes out.
 NO_DIFFERENCE = ("output_dir", "stages", "continue_from", "continue_optimizer", "model.path", "model.random", "model.revision")
 
@@ -106,7 +106,7 @@ def ancestor_of(name: str) -> Ancestor:
     guard (unless one of its models is named), or where the weights are not those that were written.
     """
     place = place_of(name)
-    run = place if (place / RUN).is_file() else run_folder(place)
+    run = place if (place / RUN).is_file() else place.absolute().parent if place.name == BEST else run_folder(place)
     if run is None or not (run / RUN).is_file():
         return _foreign(place)
     state = read_json(run / RUN)
@@ -169,7 +169,7 @@ def _of_run(run: Path, begun: Mapping[str, Any]) -> Path:
     stopped = (begun.get("guard") or {}).get("stopped")
     if stopped is not None:
         best = begun["guard"].get("best_step")
-        places = [run / "best", run / "checkpoints" / f"{PREFIX}{best}"]
+        places = [run / BEST, run / "checkpoints" / f"{PREFIX}{best}"]
         found = next((path for path in places if path.is_dir()), None)
         kept = f"{found} (step {best}, its best look)" if found is not None else f"a checkpoint near step {best}, its best look"
         raise UserError(
@@ -284,12 +284,11 @@ def _reference(ancestor: Ancestor, old: Mapping[str, Any], path: Any) -> str:
 
 def _own_files(run: Path, data: dict[str, Any], old: Mapping[str, Any]) -> None:
     """What the old run's earlier stages made for it: pairs and a reward model."""
-    pairs = run / "pairs" / "train.jsonl"
-    if data["data"].get("pairs") is None and "label" not in data["stages"] and pairs.is_file():
-        data["data"] = {**data["data"], "pairs": spelled(pairs)}
+    before, pairs = Config.model_validate(old), data["data"].get("pairs")
+    if "label" not in data["stages"] and (pairs is None or (before.trains_on_labelled and pairs == before.data.pairs)):
+        data["data"] = {**data["data"], "pairs": spelled(run / "pairs" / "train.jsonl")}
     if REWARD in data["stages"]:
         return
-    before = Config.model_validate(old)
     for section in ("guard", "evaluation", "label"):
         if data[section].get("scorer") == REWARD:
             data[section] = {**data[section], "scorer": spelled(run / REWARD)}
@@ -365,8 +364,9 @@ def seen_before(ancestor: Ancestor, config: Config, held: Any) -> list[str]:
     keys = ("data.pairs", "data.pairs_split", "data.eval_pairs", "data.eval_split", "data.eval_fraction", "data.limit", "seed")
     old, new = flattened(ancestor.config), flattened(resolved(config))
     own = ancestor.run / "pairs" / "train.jsonl"
-    source = before.data.source("pairs") or str(own)
-    if all(old[key] == new[key] for key in keys[1:]) and new["data.pairs"] in (old["data.pairs"], spelled(own)):
+    source = (None if before.trains_on_labelled else before.data.source("pairs")) or str(own)
+    same = spelled(own) if source == str(own) else old["data.pairs"]
+    if all(old[key] == new[key] for key in keys[1:]) and new["data.pairs"] == same and "label" not in config.stages:
         return []
     kept = ancestor.run / "eval_pairs.jsonl"
     advice = f"; data.eval_pairs {spelled(kept)} holds out what that run did" if kept.is_file() else ""

@@ -37,7 +37,7 @@ from isdaa.training.batches import TokenisedPairs
 from isdaa.training.look import Looks, Measurement, Reference, guard_prompts, longest_row
 from isdaa.training.preference import PreferenceTrainer
 from isdaa.training.run import ONE_PROCESS, Run
-from isdaa.training.start import described, merges, other_digest, other_model, policy_of
+from isdaa.training.start import described, is_start, merges, other_digest, other_model, policy_of
 
 if TYPE_CHECKING:
     from isdaa.evaluation.sequential import FallTest
@@ -405,8 +405,8 @@ def guard_of(
             attention=config.align.attention,
         )
 
-    own_adapter = forward if path is None and config.lora.rank else None
-    reference = Reference(load, own_adapter, config.align.precision)
+    own = config.lora.rank > 0 and (path is None or is_start(config, path, _base_of(forward.model)))
+    reference = Reference(load, forward if own else None, config.align.precision)
 
     def write(folder: Path, step: int) -> None:
         # Quantised weights take no adapter in: it is kept as checkpoints keep it.
@@ -420,6 +420,11 @@ def guard_of(
         return Guard(settings, looks, forward, pairs=None if few is None else TokenisedPairs(few))
     best = BestModel(run.folder, write) if settings.keep == "best" else None
     return Guard(settings, looks, forward, test=_test(), best=best, say=lambda line: run.say("align", [line]))
+
+
+def _base_of(adapted: Any) -> str | None:
+    name: str | None = adapted.peft_config["default"].base_model_name_or_path
+    return name
 
 
 def _test() -> FallTest:

@@ -31,11 +31,12 @@ def check_inputs(config: Config, stages: Sequence[str]) -> None:
                 next(iter(rows), None)
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
-    made = [Path(config.output_dir).resolve() / stage for stage in ("sft", "reward") if stage in config.stages]
+    home = Path(config.output_dir).resolve()
+    made = [home / stage for stage in ("sft", "reward") if stage in config.stages]
     for key, name in models_of(config, stages):
         if name is None or Path(name).resolve() in made or Path(name).expanduser().exists():
             continue
-        if name.startswith((".", "/", "~")):
+        if name.startswith((".", "/", "~")) or home in Path(name).resolve().parents:
             raise UserError(f"{key}: {name}: no such folder{_made(made)}")
         if key.endswith("scorer") and name not in (GOLD, "none") and name.count("/") != 1:  # no name of the Hub
             raise UserError(f"{key}: {name}: no such folder{nearest(name, [GOLD, REWARD])}{_made(made)}")

@@ -248,8 +248,9 @@ def architecture_of(config: Config, start: str | None, tokenizer: Any) -> Any:
 
 def _stage(stage: str, run: Run, found: Inspection, tokenizer: Any, row: int) -> StageReport:
     config, cache = run.config, cache_folder(run)
-    source = {"sft": config.data.sft, "label": config.data.prompts}.get(stage) or pairs_source(run)
-    if stage in ("reward", "align") and config.data.pairs is None and not Path(source).exists():
+    source = {"sft": config.data.sft, "label": config.data.prompts}.get(stage) or pairs_source(run, stage)
+    labelled = config.data.pairs is None or (stage == "align" and config.trains_on_labelled)
+    if stage in ("reward", "align") and labelled and not Path(source).exists():
         prompts = next((report.examined for report in found.stages if report.examined.stage == "label"), None)
         if prompts is None:
             raise UserError(f"{source}: not written yet, and the prompts that label will use could not be read")

@@ -286,7 +286,7 @@ def _both(run: Run, tokenizer: Any) -> tuple[Any, Any | None]:
     """Datasets of id, prompt (a digest), chosen_ids and rejected_ids, prompts included: to train on, and held out."""
     config = run.config
     # The pairs that `align` holds out stay unseen by the model that may judge on them.
-    read = read_pairs(config, pairs_source(run))
+    read = read_pairs(config, pairs_source(run, "reward"))
     run.note("reward", trained_on=sketch(read.rows))
     if read.common:
         run.say("reward", [f"{read.common} prompts are in data.pairs and in data.eval_pairs: the held-out accuracy flatters"])
@@ -315,9 +315,10 @@ def _both_rows(row: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": digest(prompt)} | {name: prompt + as_read(row[name]) for name in ("chosen_ids", "rejected_ids")}
 
 
-def pairs_source(run: Run) -> str:
-    """The pairs of `align` and `reward`: `data.pairs`, else what this run's `label` stage wrote."""
-    return run.config.data.source("pairs") or str(run.folder / "pairs" / "train.jsonl")
+def pairs_source(run: Run, stage: str) -> str:
+    """The pairs of `align` or `reward`: `data.pairs`, or what this run's `label` stage wrote."""
+    own = stage == "align" and run.config.trains_on_labelled
+    return (None if own else run.config.data.source("pairs")) or str(run.folder / "pairs" / "train.jsonl")
 
 
 def _trl_arguments(

@@ -121,7 +121,7 @@ def _read(config: Config, folder: Path, stage: str, sft: bool) -> Iterator[tuple
     judged = stage == "align" and config.guard.steps is not None
 
     for key, source, split, purpose in sources_of(config, [stage]):
-        if source is None and key == "data.pairs":
+        if key == "data.pairs" and (source is None or (stage == "align" and config.trains_on_labelled)):
             written = folder / "pairs" / "train.jsonl"
             yield "pairs/train.jsonl", partial(_of_file, written), str(written)
         elif source is not None and (judged or key != "data.evaluation"):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
@@ -73,16 +73,34 @@ class Basis(TrainerCallback, ExportableState):
             logger.warning("%s: the run began with %s: the learning rate's course is another from here on", checkpoint, told)
 
 
+class TakenOver(TrainerCallback):
+    """The state of another run's optimiser, with which a run begins; learning rate and all other settings are the run's own."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        if state.global_step:  # a resumed run has one of its own
+            return
+        with readable(self.checkpoint, "the states of its optimiser cannot be loaded", "leave continue_optimizer out"):
+            before = torch.load(self.checkpoint / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+            own = optimizer.state_dict()
+            theirs, ours = ([len(group["params"]) for group in found["param_groups"]] for found in (before, own))
+            if theirs != ours:
+                raise ValueError(f"it has {sum(theirs)} weight tensors, the model trains {sum(ours)}")
+            optimizer.load_state_dict(own | {"state": before["state"]})
+
+
 class WholeCheckpoints(FiniteSteps):
     """Mixed in before a `transformers.Trainer`: `checkpoint-N` is written aside, synced, listed, and only then named; a run that
     is not finite any more ends (`FiniteSteps`).
 
-    before_rename(folder, step) writes further files into a checkpoint. optimizer_from: a checkpoint of another run, whose
-    optimiser's state a run begins with; its learning rate and all other settings are this run's own.
+    before_rename(folder, step) writes further files into a checkpoint.
     """
 
     before_rename: Callable[[Path, int], None] | None = None
-    optimizer_from: Path | None = None
     _optimizer_kind: str | None = None
 
     def train(self: Any, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -140,19 +158,6 @@ class WholeCheckpoints(FiniteSteps):
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
         with readable(checkpoint, "the states of its optimiser cannot be loaded", ELSE):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        if checkpoint is None and self.optimizer_from is not None:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise UserError("continue_optimizer: the state of a sharded optimiser is not taken over; leave it out")
-            with readable(self.optimizer_from, "the states of its optimiser cannot be loaded", "leave continue_optimizer out"):
-                self._take_over(torch.load(self.optimizer_from / OPTIMIZER_NAME, map_location="cpu", weights_only=True))
-
-    def _take_over(self: Any, before: dict[str, Any]) -> None:
-        """Moments of another run's optimiser. Raises ValueError where it has other weights."""
-        own = self.optimizer.state_dict()
-        sizes = [[len(group["params"]) for group in state["param_groups"]] for state in (own, before)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(f"it has {sum(sizes[1])} weight tensors, the model trains {sum(sizes[0])}")
-        self.optimizer.load_state_dict(own | {"state": before["state"]})
 
     def _load_rng_state(self: Any, checkpoint: str | None) -> None:
         with readable(checkpoint, "its states of random numbers cannot be loaded", ELSE):
