@@ -227,7 +227,7 @@ def test_a_run_that_its_guard_stopped_asks_which_weights(place: Path, capsys: py
 def test_a_moved_run_and_a_chain_of_runs_keep_the_first_reference(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert go_on("old", "--align.max_steps", "2", output="second") == 0
+    assert go_on("old", "--align.max_steps", "2", "--continue-optimizer", output="second") == 0
     away = tmp_path / "moved"
     away.mkdir()
     for name in ("old", "second", "my_model"):
@@ -240,6 +240,7 @@ def test_a_moved_run_and_a_chain_of_runs_keep_the_first_reference(
     assert record is not None and record.continued is not None and record.reference is not None
     assert Path(record.reference).resolve() == away / "my_model"
     assert (record.continued["step"], record.continued["steps_before"]) == (2, 6)
+    assert record.continued["optimizer"] is False  # asked for once
     assert "optimiser step 2 (6 with those of the runs before it)" in Path("third/model/README.md").read_text()
     shutil.rmtree("my_model")
     refused(capsys, ["train", "--continue-from", "second", "--output_dir", "x"], "my_model", "is not there")
@@ -257,6 +258,26 @@ def test_another_method_and_more_data(place: Path, capsys: pytest.CaptureFixture
     jsonl(place / "more.jsonl", plain_pairs(30)[12:])
     assert go_on("old", "--data.pairs", "more.jsonl", "--align.max_steps", "1", output="y") == 0
     assert "was trained on" not in capsys.readouterr().err
+
+
+def test_all_runs_before_are_asked_for_held_out_prompts(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jsonl(place / "more.jsonl", plain_pairs(30)[12:])
+    more = ["--data.pairs", "more.jsonl", "--align.max_steps", "1"]
+    assert go_on("old", *more, output="second") == 0
+    capsys.readouterr()
+    again = ["--data.pairs", "pairs.jsonl", "--seed", "9", "--align.max_steps", "1"]
+    assert go_on("second", *again, output="third") == 0
+    assert "old was trained on" in (said := capsys.readouterr().err) and "second was trained on" not in said
+    shutil.rmtree("old")
+    assert go_on("second", *again, output="fourth") == 0
+    assert "whether the run before second was trained on held-out prompts is not known" in capsys.readouterr().err
+
+
+def test_pairs_of_its_own_are_labelled_anew(place: Path) -> None:
+    given = {"continue_from": "old", "output_dir": "new", "data.prompts": "pairs.jsonl", "label.scorer": "gold"}
+    config = config_of(None, given | {"stages": ["label", "align"]})
+    assert config.data.pairs is None and config.trains_on_labelled and config.stages == ["label", "align"]
+    assert config_of(None, given | {"stages": ["label", "align"], "data.pairs": "other.jsonl"}).data.pairs == "other.jsonl"
 
 
 def test_a_file_may_say_it_and_the_old_run_s_own_file_may_be_given(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

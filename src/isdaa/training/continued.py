@@ -229,7 +229,7 @@ def _check_optimizer(ancestor: Ancestor, config: Config) -> None:
 def _laid_over(ancestor: Ancestor, given: Mapping[str, Any]) -> dict[str, Any]:
     """The old run's configuration with what was given on top, and the old weights and reference in their places."""
     old = ancestor.config or {}
-    data = dict(old)
+    data = old | {"continue_optimizer": False}  # of an old run that went on itself
     for key, value in given.items():
         both = isinstance(value, dict) and isinstance(old.get(key), dict)
         data[key] = {**old[key], **value} if both else value
@@ -285,8 +285,11 @@ def _reference(ancestor: Ancestor, old: Mapping[str, Any], path: Any) -> str:
 def _own_files(run: Path, data: dict[str, Any], old: Mapping[str, Any]) -> None:
     """What the old run's earlier stages made for it: pairs and a reward model."""
     before, pairs = Config.model_validate(old), data["data"].get("pairs")
-    if "label" not in data["stages"] and (pairs is None or (before.trains_on_labelled and pairs == before.data.pairs)):
+    same = pairs == before.data.pairs
+    if "label" not in data["stages"] and same and (pairs is None or before.trains_on_labelled):
         data["data"] = {**data["data"], "pairs": spelled(run / "pairs" / "train.jsonl")}
+    if "label" in data["stages"] and same and REWARD not in data["stages"]:
+        data["data"] = {**data["data"], "pairs": None}  # it makes others
     if REWARD in data["stages"]:
         return
     for section in ("guard", "evaluation", "label"):
@@ -357,26 +360,42 @@ def _differences(ancestor: Ancestor, config: Config) -> list[str]:
 
 
 def seen_before(ancestor: Ancestor, config: Config, held: Any) -> list[str]:
-    """A line where held-out prompts are among those that the run gone on from was trained on. held: its rows, or None."""
+    """A line for each run before this one that was trained on held-out prompts. held: their rows, or None."""
     if held is None or ancestor.config is None or ancestor.run is None:
         return []
-    before = Config.model_validate(ancestor.config)
-    keys = ("data.pairs", "data.pairs_split", "data.eval_pairs", "data.eval_split", "data.eval_fraction", "data.limit", "seed")
-    old, new = flattened(ancestor.config), flattened(resolved(config))
-    own = ancestor.run / "pairs" / "train.jsonl"
-    source = (None if before.trains_on_labelled else before.data.source("pairs")) or str(own)
-    same = spelled(own) if source == str(own) else old["data.pairs"]
-    if all(old[key] == new[key] for key in keys[1:]) and new["data.pairs"] == same and "label" not in config.stages:
-        return []
-    kept = ancestor.run / "eval_pairs.jsonl"
-    advice = f"; data.eval_pairs {spelled(kept)} holds out what that run did" if kept.is_file() else ""
+    before, run = Config.model_validate(ancestor.config), spelled(ancestor.run)
+    lines = []
+    if not _same_held_out(ancestor.run, before, config):
+        kept = ancestor.run / "eval_pairs.jsonl"
+        advice = f"; data.eval_pairs {spelled(kept)} holds out what that run did" if kept.is_file() else ""
+        try:
+            count = common_prompts(read_pairs(before, _pairs_of(ancestor.run, before)).rows, held)
+            if count:
+                lines.append(f"{run} was trained on {count} of the held-out prompts: the held-out figures flatter{advice}")
+        except UserError:
+            lines.append(f"whether {run} was trained on held-out prompts is not known: its pairs are not there{advice}")
+    if before.continue_from is None:
+        return lines
     try:
-        count = common_prompts(read_pairs(before, source).rows, held)
+        return lines + seen_before(ancestor_of(before.continue_from), config, held)
     except UserError:
-        return [f"whether {spelled(ancestor.run)} was trained on held-out prompts is not known: its pairs are not there{advice}"]
-    if not count:
-        return []
-    return [f"{spelled(ancestor.run)} was trained on {count} of the held-out prompts: the held-out figures flatter{advice}"]
+        return [*lines, f"whether the run before {run} was trained on held-out prompts is not known: it is not there any more"]
+
+
+def _pairs_of(run: Path, config: Config) -> str:
+    """The pairs that a run's `align` was trained on."""
+    own = str(run / "pairs" / "train.jsonl")
+    return own if config.trains_on_labelled else config.data.source("pairs") or own
+
+
+def _same_held_out(run: Path, before: Config, config: Config) -> bool:
+    """Whether both runs divide the same pairs alike."""
+    keys = ("pairs_split", "eval_pairs", "eval_split", "eval_fraction", "limit", "subset")
+    alike = before.seed == config.seed and all(getattr(before.data, key) == getattr(config.data, key) for key in keys)
+    if not alike or "label" in config.stages:
+        return False
+    old, new = (Path(located(source)) for source in (_pairs_of(run, before), str(config.data.pairs)))
+    return old == new or (old.exists() and old.resolve() == new.resolve())
 
 
 def ancestry(ancestor: Ancestor, config: Config, weights: str) -> dict[str, Any]:

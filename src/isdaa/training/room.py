@@ -36,14 +36,14 @@ def check_training(
 ) -> None:
     """Raises UserError where a stage that trains `model` on `rows` rows will not find the room for its files.
 
-    folder: of its checkpoints, of which `limit` stay (None: all). lora: of the adapter to come, which is then what they hold.
+    folder: of its checkpoints, of which `limit` stay (None: all). lora: of the adapter, to come or there, which is then what they hold.
     best: a best model is kept, too. logps: pairs of which some will be computed, each once.
     """
     weights = float(sum(p.numel() * p.element_size() for p in model.parameters()))
     trained = [p for p in model.parameters() if p.requires_grad] or list(model.parameters())
     count, size = sum(p.numel() for p in trained), float(sum(p.numel() * p.element_size() for p in trained))
     if lora is not None and lora.rank:
-        count = count if any(not p.requires_grad for p in model.parameters()) else adapter_weights(model, lora)
+        count = count if hasattr(model, "peft_config") else adapter_weights(model, lora)
         size = float(ADAPTER_BYTES * count)
     tensors, beside = STATES[settings.optimizer]
     checkpoint = (size if lora is not None and lora.rank else weights) + tensors * size + beside * count

@@ -52,7 +52,7 @@ def starting_weights(
     chosen, rejected = (torch.from_numpy(np.asarray(gap, dtype=np.float64)) for gap in ours - behaviour)
     _, weights, _ = importance_weights(chosen, rejected, objective["clip"], objective["clip_eps"])
     mean, ess = float(weights.mean()), float(effective_sample_size(weights))
-    source = _source(model, own) + ("; the policy has left its reference already, so w = π/μ is not 1" if went_on else "")
+    source = _source(model, own) + ("; the policy has left its reference already, so w = π/μ need not be 1" if went_on else "")
     count = f"{len(pairs):,} pairs" if len(pairs) == total else f"{len(pairs)} of {total:,} pairs"
     figures = f"before the first step {count} have a mean weight of {mean:.3g} and ESS/N {ess:.3g}"
     few, small = ess < STALL_ESS and objective["weight"] != "mean", mean < STALL_MEAN_WEIGHT and objective["normalize"] is None
