@@ -149,3 +149,20 @@ def test_dry_run_lists_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().out.splitlines()
     assert "is_dpo-beta0.1-clip_epsnone/seed-5" in lines and lines[-1] == "3 runs, 2 shared worlds"
     assert not (tmp_path / "out").exists()
+
+
+def test_the_word_reward_is_the_reward_model_of_the_shared_world(tmp_path: Path) -> None:
+    own = {"evaluation.scorer": "reward", "guard.scorer": "reward", "guard.steps": 2, "label.scorer": "reward"}
+    stages = {"stages": ["sft", "reward", "label", "align"], "data.pairs": "pairs.jsonl"}
+    sweep, _ = sweep_of(tmp_path)
+    base = load_config(config_file(tmp_path / "own.yaml", CHAIN | own | stages))
+    tasks = {task.name: task for task in tasks_of(sweep, base, cells_of(sweep, base))}
+    world, run = tasks["shared/seed-5"].config, tasks["dpo-beta0.1/seed-5"].config
+    assert world.label_scorer == run.guard_scorer == run.evaluation_scorer == str(tmp_path / "out/shared/seed-5/reward")
+    assert run.data.pairs == str(tmp_path / "out/shared/seed-5/pairs/train.jsonl")
+
+
+def test_a_sweep_begins_anew(tmp_path: Path) -> None:
+    sweep, base = sweep_of(tmp_path, grids={"a": {"continue_from": ["old"], "objective.beta": [0.1]}})
+    with pytest.raises(UserError, match="continue_from: the runs of a sweep begin anew"):
+        tasks_of(sweep, base, cells_of(sweep, base))

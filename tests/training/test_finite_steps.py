@@ -425,7 +425,7 @@ GUARDED = stage("align") | {
     "guard.prompts": 4,
     "guard.opponent_samples": 1,
     "guard.max_new_tokens": 4,
-    "guard.scorer": "letters",
+    "guard.scorer": "me/letters",
     "data.eval_fraction": 0.4,
     "evaluation.bootstrap": 100,
     "evaluation.prompts": 2,

@@ -189,6 +189,27 @@ def test_what_cannot_be_gone_on_with_is_one_line(
     assert not (place / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("continue_from: 3.5\n", ["3.5"]),
+        ("continue_from: [old]\n", ["bad.yaml: continue_from"]),
+        ("continue_from: ''\n", ["bad.yaml: continue_from", "expected some text"]),
+        ("continue_from: old\nlora: 3\n", ["bad.yaml: lora"]),
+        ("continue_from: old\ndata: x\n", ["bad.yaml: data"]),
+        ("continue_from: old\nalign: {bta: 1}\n", ["bad.yaml: align.bta: unknown key"]),
+        ("continue_from: old\nstages: 7\n", ["bad.yaml: stages"]),
+        ("continue_from: old\noutput_dir: [x]\n", ["bad.yaml: output_dir"]),
+        ("continue_from: old\ncontinue_optimizer: perhaps\n", ["bad.yaml: continue_optimizer"]),
+    ],
+    ids=range(9),
+)
+def test_a_mistake_in_a_file_is_one_line(text: str, words: list[str], place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.yaml").write_text(text)
+    options = [] if "output_dir" in text else ["--output_dir", "new"]
+    refused(capsys, ["train", "--config", "bad.yaml", *options], *words)
+
+
 def test_changed_weights_an_unfinished_and_a_strangers_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["train", "--output_dir", "new", "--continue-from"]
     stopped_at(3, SETTINGS, place / "half")

@@ -53,7 +53,7 @@ GUARDED: dict[str, Any] = ALIGN | {
     "guard.prompts": 6,
     "guard.opponent_samples": 2,
     "guard.max_new_tokens": 5,
-    "evaluation.scorer": "letters",
+    "evaluation.scorer": "me/letters",
 }
 ACTING = GUARDED | {"guard.keep": "best", "guard.stop": "over-optimised"}
 

@@ -29,6 +29,7 @@ from isdaa.training.run import SHAPE, flattened
 
 OPTIMIZER = "optimizer.pt"
 BEST = "best"  # in a run's folder, what its guard keeps
+NEEDED = ("sft", "prompts", "pairs")  # data, of some stage
 # Said in words of their own, or of no meaning for what comes out.
 NO_DIFFERENCE = ("output_dir", "stages", "continue_from", "continue_optimizer", "model.path", "model.random", "model.revision")
 
@@ -68,8 +69,13 @@ def config_of(path: str | Path | None, overrides: Mapping[str, Any] | None = Non
     data = layers(path, overrides)
     where = "command line" if path is None else located(path)
     name = data.get("continue_from")
-    if not isinstance(name, str):
+    sections = {key.partition(".")[0] for key, _, _ in fields() if "." in key}
+    if not isinstance(name, str) or any(not isinstance(data.get(key, {}), dict) for key in sections):
         return validate(data, where, overrides or {})
+    named = {key: data[key] for key in ("continue_from", "output_dir", "stages") if key in data}
+    validate(
+        {"model": {"path": "-"}, "data": dict.fromkeys(NEEDED, "-"), "label": {"scorer": "-"}} | named, where, overrides or {}
+    )
     ancestor = ancestor_of(name)
     laid = _laid_over(ancestor, data)
     config = validate(laid, where if path or ancestor.run is None else f"{ancestor.run / 'config.yaml'}", overrides or {})
@@ -203,9 +209,9 @@ def _check_whole(folder: Path) -> None:
 def _settings_of(run: Path, begun: Mapping[str, Any]) -> dict[str, Any]:
     """The run's resolved configuration. Whose code may run, its own record says: the file could be anybody's."""
     path = run / "config.yaml"
-    data = layers(path)
-    data.get("model", {})["trust_remote_code"] = begun.get("values", {}).get("model.trust_remote_code") is True
-    return resolved(validate(data, str(path)))
+    data = resolved(validate(layers(path), str(path)))
+    data["model"]["trust_remote_code"] = begun.get("values", {}).get("model.trust_remote_code") is True
+    return data
 
 
 def _check_optimizer(ancestor: Ancestor, config: Config) -> None:
@@ -296,7 +302,7 @@ def _own_files(run: Path, data: dict[str, Any], old: Mapping[str, Any]) -> None:
         if data[section].get("scorer") == REWARD:
             data[section] = {**data[section], "scorer": spelled(run / REWARD)}
     if before.guard_scorer is not None and not (data["guard"]["scorer"] or data["evaluation"]["scorer"]):
-        data["guard"] = {**data["guard"], "scorer": spelled(Path(before.guard_scorer))}
+        data["guard"] = {**data["guard"], "scorer": spelled(run / REWARD)}
 
 
 def _check_adapter(ancestor: Ancestor, lora: Mapping[str, Any]) -> None:

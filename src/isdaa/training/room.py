@@ -36,7 +36,7 @@ def check_training(
 ) -> None:
     """Raises UserError where a stage that trains `model` on `rows` rows will not find the room for its files.
 
-    folder: of its checkpoints, of which `limit` stay (None: all). lora: of the adapter, to come or there, which is then what they hold.
+    folder: of its checkpoints, of which `limit` stay (None: all). lora: of the adapter, which is then what they hold.
     best: a best model is kept, too. logps: pairs of which some will be computed, each once.
     """
     weights = float(sum(p.numel() * p.element_size() for p in model.parameters()))
