@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from isdaa.data.overlap import shared, sketch
+from isdaa.data.overlap import joined, shared, sketch
 
 
 def rows(start: int, stop: int, words: str = "") -> list[dict[str, str]]:
@@ -37,3 +37,10 @@ def test_large_sets_are_known_to_a_few_points(start: int, true: float) -> None:
     """Fixed hashes: no false alarm here; a share of 0 is 0 exactly, and 128 hashes err by about 4 points (1 standard error)."""
     found = shared(sketch(rows(0, 2000)), sketch(rows(start, start + 2000)))
     assert found == pytest.approx(true, abs=0.13) and (true or not found)
+
+
+def test_sketches_of_two_sets_together() -> None:
+    assert joined(sketch(rows(0, 60)), sketch(rows(40, 80))) == sketch(rows(0, 80))
+    assert joined(sketch(rows(0, 9)), None) == sketch(rows(0, 9))
+    many, whole = joined(sketch(rows(0, 2000)), sketch(rows(1000, 3000))), sketch(rows(0, 3000))
+    assert many["least"] == whole["least"] and many["pairs"] == pytest.approx(3000, rel=0.15)

@@ -61,7 +61,7 @@ def test_the_guard_scores_by_the_reward_model_of_the_run(
     assert train("run", REWARD | named) == 0
     said = capsys.readouterr().err
     assert "guard: scorer run/reward: read at" in said
-    assert "was trained on the pairs of this very run: its win rates flatter" in said
+    assert "scorer run/reward was trained on the policy's own pairs (about 100 % of them)" in said
     assert len(looks("run")) == 2
     record = read_record("run/model")
     wanted = str(place / "run" / "reward") if "evaluation.scorer" in named else None
@@ -84,7 +84,7 @@ def test_it_labels_and_judges_in_one_command(place: Path, capsys: pytest.Capture
     assert train("run", settings) == 0
     said = capsys.readouterr().err
     assert "label: scorer run/reward: read at" in said and "align: trains on what label wrote" in said
-    assert "was trained on the pairs of this very run" not in said
+    assert "was trained on the policy's own pairs" not in said
     held = {row["prompt"] for row in read_lines(Path("run/eval_pairs.jsonl"))}
     assert held <= {row["prompt"] for row in read_lines(Path("run/pairs/train.jsonl"))}
     inputs = json.loads(Path("run/run.json").read_text())["stages"]["align"]["inputs"]

@@ -32,6 +32,16 @@ def shared(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> fl
     return min(1.0, both / min(one["pairs"], other["pairs"]))
 
 
+def joined(one: Mapping[str, Any], other: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The sketch of both sets together; their size is estimated where they are many. other: None where it is not known."""
+    if not other:
+        return dict(one)
+    least = sorted({*_hashes(one["least"]), *_hashes(other["least"])})
+    both = shared(one, other) * min(one["pairs"], other["pairs"])
+    pairs = len(least) if len(least) < LEAST else round(one["pairs"] + other["pairs"] - both)
+    return {"pairs": pairs, "least": "".join(least[:LEAST])}
+
+
 def _hash(row: Mapping[str, Any]) -> str:
     sides = sorted(json.dumps(row[name], sort_keys=True) for name in ("chosen", "rejected"))
     words = json.dumps([row["prompt"], *sides], sort_keys=True)

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from isdaa.data.overlap import sketch
+from isdaa.data.overlap import joined, sketch
 from isdaa.data.pairs import Counts
 from isdaa.data.tokenization import tokenize_pairs, tokenizer_digest
 from isdaa.distributed import once, world_size
@@ -181,7 +181,8 @@ def _pairs(run: Run, tokenizer: Any, ancestor: Ancestor | None = None) -> tuple[
     """Training and held-out pairs as token ids; the held-out ones are also kept as text, for `isdaa evaluate`."""
     config = run.config
     read = read_pairs(config, pairs_source(run, "align"))
-    run.note("align", trained_on=sketch(read.rows))
+    before = None if ancestor is None or ancestor.record is None else ancestor.record.trained_on
+    run.note("align", trained_on=joined(sketch(read.rows), before))
     if config.trains_on_labelled and config.data.pairs is not None:
         run.say("align", ["trains on what label wrote; data.pairs are those of the reward model"])
     if read.common:
