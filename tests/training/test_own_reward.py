@@ -78,7 +78,8 @@ def test_the_guard_scores_by_the_reward_model_of_the_run(
 
 def test_it_labels_and_judges_in_one_command(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """data.pairs are those of the reward model; align trains on what label wrote with it, and a run goes on from all of that."""
-    settings = REWARD | {"stages": ["sft", "reward", "label", "align"], "label.scorer": "reward", "evaluation.scorer": "reward"}
+    own = {"label.scorer": "reward", "label.seed": 7, "evaluation.scorer": "reward"}
+    settings = REWARD | own | {"stages": ["sft", "reward", "label", "align"]}
     assert main(["inspect", "--config", str(config(settings)), "--no_plan"]) == 0
     capsys.readouterr()
     assert train("run", settings) == 0
