@@ -687,6 +687,8 @@ def resolved(config: Config) -> dict[str, Any]:
     """The configuration with every preset value spelled out, as plain data for a file."""
     data = config.model_dump(mode="json")
     data["objective"] = {"method": config.objective.method, **config.objective.arguments()}
+    if config.objective.allow_stall:
+        data["objective"]["allow_stall"] = True
     return data
 
 

@@ -32,7 +32,7 @@ def model_card(record: ModelRecord, folder: str | Path, adapter: bool = False) -
     step = f", optimiser step {record.step}" if record.step is not None else ""
     lines += [f"{TITLES[record.kind]} with isdaa{step}.", "", f"- base model: {_base(record)}", ""]
     if record.kind == "policy":
-        arguments = {key: value for key, value in config["objective"].items() if key != "method"}
+        arguments = {key: value for key, value in config["objective"].items() if key not in ("method", "allow_stall")}
         lines += [
             f"## Method: {_code(config['objective']['method'])}",
             "",
