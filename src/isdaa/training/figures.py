@@ -18,7 +18,7 @@ from isdaa.objectives.weights import effective_sample_size, weight_metrics
 COLUMNS = (
     *("step", "index", "valid", "log_weight", "raw_weight", "clipped", "unweighted", "weighted", "sft", "pair_weight"),
     *("chosen_reward", "rejected_reward", "chosen_logps", "rejected_logps", "chosen_drift", "rejected_drift"),
-    *("chosen_length", "rejected_length"),
+    *("chosen_length", "rejected_length", "margin"),
 )
 
 
@@ -37,6 +37,9 @@ def pair_figures(
     """
     like = out.weights
     assert batch.reference_chosen_logps is not None and batch.reference_rejected_logps is not None
+    chosen_drift = logps.chosen_logps - batch.reference_chosen_logps
+    rejected_drift = logps.rejected_logps - batch.reference_rejected_logps
+    by_length = objective.length_normalized
     columns = {
         "step": torch.full_like(like, step),
         "index": batch.index,
@@ -48,14 +51,16 @@ def pair_figures(
         "weighted": out.weights * out.unweighted_losses,
         "sft": -objective.beta * objective.sft_coefficient * logps.chosen_logps,
         "pair_weight": torch.ones_like(like) if batch.weights is None else batch.weights,
-        "chosen_reward": out.chosen_rewards,
-        "rejected_reward": out.rejected_rewards,
+        "chosen_reward": objective.beta * (chosen_drift / batch.chosen_scored.clamp(min=1) if by_length else chosen_drift),
+        "rejected_reward": objective.beta
+        * (rejected_drift / batch.rejected_scored.clamp(min=1) if by_length else rejected_drift),
         "chosen_logps": logps.chosen_logps,
         "rejected_logps": logps.rejected_logps,
-        "chosen_drift": logps.chosen_logps - batch.reference_chosen_logps,
-        "rejected_drift": logps.rejected_logps - batch.reference_rejected_logps,
+        "chosen_drift": chosen_drift,
+        "rejected_drift": rejected_drift,
         "chosen_length": batch.chosen_scored,
         "rejected_length": batch.rejected_scored,
+        "margin": out.chosen_rewards - out.rejected_rewards,
     }
     return torch.stack([columns[name].to(like.dtype) for name in COLUMNS], dim=1)
 
@@ -89,11 +94,14 @@ class Figures:
             found.append((int(step), effective_sample_size(weights).item(), weights.mean().item()))
         return found
 
-    def metrics(self, weighted: bool = True) -> dict[str, float]:
+    def metrics(self, weighted: bool = True, chi_squared: bool = False) -> dict[str, float]:
         """The figures by metric name. `weighted` False (an objective without weights) leaves the `weights/…` out.
 
         `weights/…` are of the pairs' own weights, before normalisation over the batch would hide that all of them
         shrink; `weights/ess` is the mean over global batches. Ties count half in `rewards/accuracy`.
+
+        `rewards/…` are β·Δ, as TRL logs them, whatever the implicit reward is. chi_squared: with it, the median of β·h, what
+        the loss sees: the exponential in it makes any mean that of its largest pair.
         """
         chosen, rejected = self["chosen_reward"], self["rejected_reward"]
         found = {
@@ -111,6 +119,8 @@ class Figures:
             "drift/chosen_per_token": (self["chosen_drift"].sum() / self["chosen_length"].sum()).item(),
             "drift/rejected_per_token": (self["rejected_drift"].sum() / self["rejected_length"].sum()).item(),
         }
+        if chi_squared:
+            found["rewards/chi_squared_margin"] = self["margin"].quantile(0.5).item()
         if weighted:
             found |= weight_metrics(self["log_weight"], self["raw_weight"], self["clipped"] > 0)
             steps = self.steps()

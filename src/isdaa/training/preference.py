@@ -334,7 +334,7 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
     def _interval_metrics(self) -> dict[str, float]:
         figures = gathered(self._tables, self.accelerator.gather if self.args.world_size > 1 else None)
         now = time.perf_counter()
-        metrics = figures.metrics(weighted=self.objective.weight != "none")
+        metrics = figures.metrics(self.objective.weight != "none", self.objective.implicit_reward == "chi_squared")
         metrics["pairs_seen"] = self.sampler.pairs_seen(self.state.global_step)
         if self.starts_at_reference and figures["step"].min().item() == 0:
             metrics |= figures.start()
@@ -375,7 +375,8 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
         dataset = _with_reference(rows, "eval")
         started = time.perf_counter()
         figures = self._held_out_figures(dataset)
-        found = {"loss": self._held_out_loss(figures), **figures.metrics(weighted=self.objective.weight != "none")}
+        more = figures.metrics(self.objective.weight != "none", self.objective.implicit_reward == "chi_squared")
+        found = {"loss": self._held_out_loss(figures), **more}
         found["time/pairs_per_second"] = len(figures) / max(time.perf_counter() - started, 1e-9)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)

@@ -106,7 +106,8 @@ def sft(run: Run) -> Path:
     )
     settings.average_tokens_across_devices = world_size() > 1  # one mean over the tokens of all processes
     trainer = Trainer(model=model, args=settings, train_dataset=data, processing_class=tokenizer)
-    metrics = _train(trainer, "sft", config.sft)
+    log = MetricsFile(folder / METRICS)
+    metrics = _train(trainer, "sft", config.sft, log)
     folder = run.folder / "sft"
     record = record_of(run, "sft", step=trainer.state.global_step, metrics=metrics)
     load = partial(load_model, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code)
@@ -116,7 +117,7 @@ def sft(run: Run) -> Path:
         found.generation_config = generation  # the trainer has put the tokenizer's tokens into it
         return found
 
-    keep_model(trained, tokenizer, folder, record, merge=merge)
+    keep_model(trained, tokenizer, folder, record, log.path, merge=merge)
     return folder
 
 
