@@ -24,10 +24,11 @@ from pydantic import (
     model_validator,
 )
 
-from isdaa.errors import UserError, nearest
+from isdaa.errors import UserError
 from isdaa.files import at_home, located, usable
-from isdaa.objectives.presets import PRESETS, resolve
+from isdaa.objectives.presets import DEFAULTS, PRESETS, known_method, resolve
 from isdaa.settings_text import read_settings
+from isdaa.synonyms import SYNONYMS, hint
 
 FromPreset = Literal["preset"]
 Stage = Literal["sft", "reward", "label", "align"]
@@ -89,28 +90,36 @@ def _check_plain(value: Any, depth: int = 0) -> None:
 class ObjectiveConfig(Section):
     """What is minimised. `preset` means: the value that the named method has (`isdaa methods`)."""
 
-    method: str = Field("is_dpo", description="preset to start from; `isdaa methods` lists them")
-    beta: Annotated[float | FromPreset, BeforeValidator(_yaml_float)] = Field(
+    method: Annotated[str, AfterValidator(known_method)] = Field(
+        "is_dpo",
+        description="preset to start from (docs/which_method.md; `isdaa methods` has formulas and sources)",
+        json_schema_extra={"choices": [*PRESETS]},
+    )
+    beta: Annotated[Annotated[float, Field(gt=0)] | FromPreset, BeforeValidator(_yaml_float)] = Field(
         "preset", description="strength of the implicit KL penalty"
     )
-    implicit_reward: Literal["log_ratio", "chi_squared"] | FromPreset = Field("preset", description="r(Δ)")
+    implicit_reward: Literal["log_ratio", "chi_squared"] | FromPreset = Field("preset", description="r(Δ): Δ, or Δ + e^Δ (χPO)")
     loss: Literal["logistic", "squared", "hinge"] | FromPreset = Field("preset", description="loss on the margin")
     weight: Literal["none", "importance", "wpo", "shuffled", "mean"] | FromPreset = Field(
         "preset", description="what each pair's loss is multiplied by"
     )
     clip: Literal["joint", "per_response"] | FromPreset = Field("preset", description="where the importance weight is clipped")
-    clip_eps: Annotated[float | FromPreset | None, BeforeValidator(_yaml_float)] = Field(
+    clip_eps: Annotated[Annotated[float, Field(ge=0)] | FromPreset | None, BeforeValidator(_yaml_float)] = Field(
         "preset", description="upper clip ε of the log-weight; null: no clip"
     )
     normalize: Literal["batch"] | FromPreset | None = Field("preset", description="divide by the global batch's mean weight")
-    length_penalty: Annotated[float | FromPreset, BeforeValidator(_yaml_float)] = Field("preset", description="α, per token")
-    sft_coefficient: Annotated[float | FromPreset, BeforeValidator(_yaml_float)] = Field(
+    length_penalty: Annotated[float | FromPreset, BeforeValidator(_yaml_float)] = Field(
+        "preset", description="α, per token of length difference"
+    )
+    sft_coefficient: Annotated[Annotated[float, Field(ge=0)] | FromPreset, BeforeValidator(_yaml_float)] = Field(
         "preset", description="η of the SFT term"
     )
-    label_smoothing: Annotated[float | FromPreset, BeforeValidator(_yaml_float)] = Field("preset", description="s in [0, 0.5]")
+    label_smoothing: Annotated[Annotated[float, Field(ge=0, le=0.5)] | FromPreset, BeforeValidator(_yaml_float)] = Field(
+        "preset", description="s, the share of labels that is taken for wrong; logistic loss only"
+    )
     length_normalized: bool | FromPreset = Field("preset", description="divide the log-ratios by the length in the margin")
-    max_reward: Annotated[float | FromPreset | None, BeforeValidator(_yaml_float)] = Field(
-        "preset", description="R_max of χPO: β·h is clipped to ±2·R_max"
+    max_reward: Annotated[Annotated[float, Field(gt=0)] | FromPreset | None, BeforeValidator(_yaml_float)] = Field(
+        "preset", description="R_max of χPO: β·h is clipped to ±2·R_max; chi_squared only"
     )
     allow_stall: bool = Field(False, description="train although the weights at the start let hardly any pair teach")
 
@@ -160,13 +169,13 @@ class DataConfig(Section):
     eval_split: str = Field("test", description="split of `eval_pairs`")
     eval_fraction: Float = Field(0.05, ge=0, lt=1, description="of the prompts, held out where `eval_pairs` is null")
     sft: Location | None = Field(None, description="SFT examples: file, folder, Hub name, recipe or `world:small`")
-    sft_split: str = "train"
+    sft_split: str = Field("train", description="split of `sft`")
     prompts: Location | None = Field(None, description="prompts that `label` samples for")
-    prompts_split: str = "train"
+    prompts_split: str = Field("train", description="split of `prompts`")
     evaluation: Location | None = Field(
         None, description="held-out prompts of `isdaa evaluate`; null: the held-out pairs' prompts"
     )
-    evaluation_split: str = "test"
+    evaluation_split: str = Field("test", description="split of `evaluation`")
     limit: Int | None = Field(None, ge=1, description="read at most this many rows of each source")
     subset: str | None = Field(
         None, description="configuration of the Hub data sets named above, or a sub-folder of that name in a local copy"
@@ -212,31 +221,37 @@ class TokenizationConfig(Section):
 class OptimisationConfig(Section):
     """Optimiser and schedule of one training stage."""
 
-    epochs: Float = Field(1.0, gt=0)
+    epochs: Float = Field(1.0, gt=0, description="passes over the training rows")
     max_steps: Int | None = Field(None, ge=1, description="stop after this many optimiser steps; null: `epochs` decides")
     batch_size: Int = Field(8, ge=1, description="rows (pairs) of one forward pass on one device")
-    gradient_accumulation_steps: Int = Field(1, ge=1)
-    learning_rate: Float = Field(1e-6, ge=0)
-    lr_scheduler: Literal["cosine_with_min_lr", "cosine", "linear", "constant", "constant_with_warmup"] = "cosine_with_min_lr"
+    gradient_accumulation_steps: Int = Field(1, ge=1, description="forward passes of one optimiser step")
+    learning_rate: Float = Field(1e-6, ge=0, description="at its highest, after the warm-up")
+    lr_scheduler: Literal["cosine_with_min_lr", "cosine", "linear", "constant", "constant_with_warmup"] = Field(
+        "cosine_with_min_lr", description="how the learning rate falls; all but `constant` start with the warm-up"
+    )
     min_lr_ratio: Float = Field(0.1, ge=0, le=1, description="floor of `cosine_with_min_lr`")
-    warmup_steps: Int = Field(150, ge=0)
-    optimizer: Literal["adamw", "sgd", "rmsprop", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    adam_epsilon: Float = Field(1e-5, gt=0)
-    weight_decay: Float = Field(0.0, ge=0)
-    max_grad_norm: Float = Field(1.0, ge=0, description="0: no gradient clipping")
+    warmup_steps: Int = Field(150, ge=0, description="optimiser steps in which the learning rate rises from 0")
+    optimizer: Literal["adamw", "sgd", "rmsprop", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw", description="AdamW has β₁ = 0.9 and β₂ = 0.999; those of 8 bits need bitsandbytes"
+    )
+    adam_epsilon: Float = Field(1e-5, gt=0, description="ε in AdamW's denominator")
+    weight_decay: Float = Field(0.0, ge=0, description="of all weights but biases and norms")
+    max_grad_norm: Float = Field(1.0, ge=0, description="the gradient's norm is clipped to it; 0: no gradient clipping")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast on top of `model.dtype`")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass: less memory, more time"
+    )
     seed: Seed | None = Field(None, description="null: the run's seed")
-    logging_steps: Int = Field(10, ge=1)
+    logging_steps: Int = Field(10, ge=1, description="a line of `metrics.jsonl` every n optimiser steps (docs/metrics.md)")
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        default_factory=list, description="tensorboard, wandb, trackio"
+        default_factory=list, description="trackers that get the metrics, too; `[]`: none"
     )
 
 
 class SftConfig(OptimisationConfig):
     """Supervised fine-tuning, on the completion alone."""
 
-    learning_rate: Float = Field(1e-5, ge=0)
+    learning_rate: Float = Field(1e-5, ge=0, description="at its highest, after the warm-up")
 
 
 class RewardConfig(OptimisationConfig):
@@ -271,11 +286,11 @@ class LabelConfig(Section):
         "sample", description="Bradley–Terry draw, or the larger reward; with best_worst: argmax"
     )
     scale: Float = Field(1.0, gt=0, description="σ(scale · reward difference) is the Bradley–Terry probability")
-    max_new_tokens: Int = Field(128, ge=1)
-    temperature: Float = Field(1.0, ge=0)
-    top_p: Float = Field(1.0, gt=0, le=1)
-    top_k: Int = Field(0, ge=0)
-    batch_size: Int = Field(64, ge=1)
+    max_new_tokens: Int = Field(128, ge=1, description="limit of a response; what it cuts has no end (EOS)")
+    temperature: Float = Field(1.0, ge=0, description="of the samples; at 1, with top_p 1 and top_k 0, they are draws from μ")
+    top_p: Float = Field(1.0, gt=0, le=1, description="sample from the most probable tokens of this mass")
+    top_k: Int = Field(0, ge=0, description="sample from the k most probable tokens; 0: from all")
+    batch_size: Int = Field(64, ge=1, description="responses sampled at a time")
     seed: Seed | None = Field(None, description="null: the run's seed")
 
     @model_validator(mode="before")
@@ -310,8 +325,8 @@ class AlignConfig(OptimisationConfig):
     fused_head: bool = Field(False, description="token logps by cut_cross_entropy on a GPU, where it is exact (half precision)")
     compile_layers: bool = Field(False, description="torch.compile of every decoder layer; not with gradient_checkpointing")
     eval_steps: Int | None = Field(None, ge=1, description="held-out loss and accuracy every n steps; null: at each save")
-    save_steps: Int | None = Field(None, ge=1, description="null: ten checkpoints a run")
-    save_total_limit: Int | None = Field(None, ge=1)
+    save_steps: Int | None = Field(None, ge=1, description="a checkpoint every n optimiser steps; null: ten a run")
+    save_total_limit: Int | None = Field(None, ge=1, description="keep the newest n checkpoints; null: all of them")
     probe: bool = Field(True, description="compare shared-prefix logps with plain rows before training")
 
 
@@ -319,7 +334,7 @@ class LoraConfig(Section):
     """A new low-rank adapter on the policy (peft)."""
 
     rank: Int = Field(0, ge=0, description="0: full fine-tuning")
-    alpha: Float = Field(16.0, gt=0)
+    alpha: Float = Field(16.0, gt=0, description="the adapter's output is multiplied by alpha / rank")
     target_modules: str | list[str] = Field("all-linear", description="names, or ends of names, of linear layers")
     merge: bool | None = Field(
         None,
@@ -346,16 +361,16 @@ class EvaluationConfig(Section):
         "reference", description="win rate against its samples, or the data's chosen"
     )
     opponent_samples: Int = Field(4, ge=1, description="reference samples a prompt")
-    ties: Literal["half", "loss"] = "half"
+    ties: Literal["half", "loss"] = Field("half", description="what a tie of two scores counts: half a win, or none")
     keep_thinking: bool = Field(False, description="what a model thinks aloud is scored, judged and measured with its answer")
-    max_new_tokens: Int = Field(128, ge=1)
+    max_new_tokens: Int = Field(128, ge=1, description="limit of a response")
     temperature: Float = Field(0.7, ge=0, description="of the samples for win rates; KL always samples at 1")
-    top_p: Float = Field(0.95, gt=0, le=1)
-    top_k: Int = Field(0, ge=0)
-    batch_size: Int = Field(64, ge=1)
+    top_p: Float = Field(0.95, gt=0, le=1, description="of the samples for win rates; KL always has 1")
+    top_k: Int = Field(0, ge=0, description="of the samples for win rates; 0: all tokens; KL always has 0")
+    batch_size: Int = Field(64, ge=1, description="responses sampled at a time")
     bootstrap: Int = Field(1000, ge=100, description="resamples of the prompts")
-    confidence: Float = Field(0.95, gt=0.5, lt=1)
-    seed: Seed = 0
+    confidence: Float = Field(0.95, gt=0.5, lt=1, description="of the intervals over prompts")
+    seed: Seed = Field(0, description="of samples and intervals")
 
 
 class GuardConfig(Section):
@@ -375,7 +390,7 @@ class GuardConfig(Section):
     )
     top_p: Float | None = Field(None, gt=0, le=1, description="null: evaluation.top_p")
     batch_size: Int | None = Field(None, ge=1, description="responses sampled at a time; null: evaluation.batch_size")
-    seed: Seed = 0
+    seed: Seed = Field(0, description="of its samples")
     keep: Literal["all", "best"] = Field("all", description="best: the model of the highest win rate so far is in `best/`")
     stop: Literal["never", "over-optimised"] = Field(
         "never", description="over-optimised: end the run where the win rate has fallen for sure"
@@ -396,7 +411,7 @@ class Config(Section):
     )
     continue_optimizer: bool = Field(False, description="begin with the state of its optimiser, too")
     stages: list[Stage] = Field(["align"], min_length=1, description="what runs, in this order")
-    seed: Seed = 1
+    seed: Seed = Field(1, description="of weights, order of the pairs and samples, where a section has none of its own")
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
@@ -576,13 +591,11 @@ def _describe(error: Any, where: str, overrides: Mapping[str, Any]) -> str:
         where = f"{where} with {', '.join(given)}"
     place = f"--{dotted}" if dotted in overrides else f"{where}: {dotted}" if dotted else where
     if error["type"] == "extra_forbidden":
-        parent: type[BaseModel] = Config
-        for name in keys[:-1]:
-            annotation = parent.model_fields[name].annotation
-            assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-            parent = annotation
-        hint = nearest(keys[-1], parent.model_fields) or _elsewhere(keys[-1])
-        return f"{place}: unknown key{hint}"
+        return f"{place}: unknown key{hint(dotted, _names())}"
+    if error["type"] == "model_type":
+        meant = SYNONYMS.get(dotted, "")
+        more = f"; for one value, write {meant}" if meant.startswith(f"{dotted}.") else ""
+        return f"{place}: a section of keys of its own, got {error['input']!r}{more}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{place}: {message}"
@@ -632,6 +645,8 @@ def allowed(field: Any) -> str:
             kinds.add(kind)
 
     look(field.annotation, field.metadata)
+    extra = field.json_schema_extra
+    choices += extra.get("choices", []) if isinstance(extra, dict) else []
     null = ["null"] if type(None) in kinds else []
     if bool in kinds:
         return ", ".join(["true", "false", *map(str, choices), *null])
@@ -641,6 +656,24 @@ def allowed(field: Any) -> str:
     if choices:
         return f"{'any' if 'list' in kinds else 'one'} of {', '.join([*map(str, choices), *null])}"
     return ""
+
+
+def preset_value(dotted: str) -> str:
+    """What `preset` stands for as the value of a key of the objective; empty for other keys."""
+    section, _, name = dotted.rpartition(".")
+    if section != "objective" or name not in DEFAULTS:
+        return ""
+    values = {str(method): resolve(method)[name] for method in PRESETS}
+    default = Config.model_fields["objective"].get_default(call_default_factory=True).method
+    own = as_written(values[default])
+    return own if len({*map(str, values.values())}) == 1 else f"the method's; {own} for {default}"
+
+
+def as_written(default: Any) -> str:
+    """A default as a YAML file would have it."""
+    if default is None or isinstance(default, bool):
+        return {None: "null", True: "true", False: "false"}[default]
+    return f"[{', '.join(map(str, default))}]" if isinstance(default, list) else str(default)
 
 
 def _field(keys: Sequence[str]) -> Any:
@@ -654,10 +687,9 @@ def _field(keys: Sequence[str]) -> Any:
     return field
 
 
-def _elsewhere(key: str) -> str:
-    """A key that is right but stands in the wrong section."""
-    matches = [dotted for dotted, _, _ in fields() if dotted.split(".")[-1] == key]
-    return f" (it belongs to {' or '.join(matches)})" if matches else ""
+def _names() -> list[str]:
+    """Every key, dotted, and every section."""
+    return list(dict.fromkeys([*Config.model_fields, *(dotted for dotted, _, _ in fields())]))
 
 
 def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -6,10 +6,11 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from isdaa.config import allowed, fields
-from isdaa.errors import UserError, nearest
+from isdaa.config import allowed, as_written, fields, preset_value
+from isdaa.errors import UserError
 from isdaa.files import at_home
 from isdaa.settings_text import item_kind, listed_value, option_value
+from isdaa.synonyms import hint
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -65,7 +66,8 @@ class OneLineParser(argparse.ArgumentParser):
             raise UserError(f"{option}: has no effect with `{found[-1].prog}`; {instead[option]}")
         if not word.startswith("-"):
             raise UserError(f"{word!r} belongs to no option; see `{found[-1].prog} --help`")
-        raise UserError(f"unknown option {word}{nearest(option, [o for parser in found for o in parser._option_string_actions])}")
+        known = [o.removeprefix("--") for parser in found for o in parser._option_string_actions]
+        raise UserError(f"unknown option {word}{hint(option, known, '--') if option.startswith('--') else ''}")
 
 
 def point_to_each_other(*parsers: OneLineParser) -> None:
@@ -103,7 +105,9 @@ def add_options(parser: argparse.ArgumentParser, only: Sequence[str] = ()) -> No
             continue
         if section not in groups:
             groups[section] = parser.add_argument_group(section or "run")
-        facts = "; ".join(filter(None, (allowed(field), f"default: {_as_written(default)}")))
+        preset = preset_value(dotted)
+        value = as_written(default) + (f", which is {preset}" if preset else "")
+        facts = "; ".join(filter(None, (allowed(field), f"default: {value}")))
         text = f"{field.description or ''} ({facts})".strip().replace("%", "%%")
         switch = not section and field.annotation is bool
         groups[section].add_argument(
@@ -115,13 +119,6 @@ def add_options(parser: argparse.ArgumentParser, only: Sequence[str] = ()) -> No
             help=text,
             metavar="VALUE",
         )
-
-
-def _as_written(default: Any) -> str:
-    """A default as a YAML file would have it."""
-    if default is None or isinstance(default, bool):
-        return {None: "null", True: "true", False: "false"}[default]
-    return f"[{', '.join(map(str, default))}]" if isinstance(default, list) else str(default)
 
 
 def overrides_of(namespace: argparse.Namespace) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from isdaa.config import REWARD, Config, Float, Int, Location, Section, Seed, fi
 from isdaa.errors import UserError, nearest
 from isdaa.files import digest, located
 from isdaa.settings_text import or_list, read_settings
+from isdaa.synonyms import hint
 
 Keep = Literal["all", "models", "best"]
 Minutes = Annotated[Float, Field(gt=0)]
@@ -187,7 +188,7 @@ def cells_of(sweep: SweepConfig, base: Config, where: str = "sweep") -> list[Cel
             raise UserError(f"{place}.seeds: the same seed twice")
         for key in keys:
             if key not in known or key in ("seed", "output_dir", "stages"):
-                raise UserError(f"{place}: {key}: not a key that a grid can set{nearest(key, known)}")
+                raise UserError(f"{place}: {key}: not a key that a grid can set{hint(key, known)}")
             if axes[key] == []:
                 raise UserError(f"{place}.{key}: an empty list; give at least one value, or remove the key")
             if key == "data.pairs" and "label" in base.stages:

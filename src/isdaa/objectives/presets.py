@@ -141,9 +141,14 @@ def resolve(method: str, **overrides: Any) -> dict[str, Any]:
     Raises ValueError, in one line, for an unknown method or setting, a value out of range, or a combination that means
     nothing.
     """
+    return check_settings(**{**PRESETS[known_method(method)].settings, **overrides})
+
+
+def known_method(method: str) -> str:
+    """The name of a method as it is. Raises ValueError, in one line, where there is none of this name."""
     if method not in PRESETS:
         raise ValueError(f'unknown method "{method}"{nearest(method, PRESETS)}; known methods: {", ".join(PRESETS)}')
-    return check_settings(**{**PRESETS[method].settings, **overrides})
+    return method
 
 
 def check_settings(**settings: Any) -> dict[str, Any]:
