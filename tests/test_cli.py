@@ -69,7 +69,7 @@ def in_finished(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     ("changes", "words"),
     [
         ({"objektive.beta": 1}, ["run.yaml", "objektive", 'did you mean "objective"']),
-        ({"align.learning_rat": 1}, ["run.yaml", "align.learning_rat", 'did you mean "learning_rate"']),
+        ({"align.learning_rat": 1}, ["run.yaml", "align.learning_rat", 'did you mean "align.learning_rate"']),
         ({"align.beta": 1}, ["run.yaml", "align.beta", "objective.beta"]),
         ({"objective.beta": "much"}, ["run.yaml", "objective.beta", "number", "'much'"]),
         ({"objective.beta": -1}, ["run.yaml", "beta", "-1"]),

@@ -7,8 +7,10 @@ import pytest
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from isdaa.config import ObjectiveConfig, allowed, fields, load_config, resolved
+from isdaa.config import ObjectiveConfig, allowed, fields, load_config, preset_value, resolved
 from isdaa.errors import UserError
+from isdaa.objectives.presets import resolve
+from isdaa.synonyms import SYNONYMS, WITHOUT_KEY, hint
 
 ROOT = Path(__file__).parents[1]
 # tests/experiments/test_grid.py loads the sweeps.
@@ -39,7 +41,7 @@ def test_every_config_file_loads_and_resolves_to_itself(path: Path, tmp_path: Pa
     ("changes", "words"),
     [
         ({"objektive": {}}, ["run.yaml", "objektive", 'did you mean "objective"']),
-        ({"objective": {"betta": 1}}, ["run.yaml", "objective.betta", 'did you mean "beta"']),
+        ({"objective": {"betta": 1}}, ["run.yaml", "objective.betta", 'did you mean "objective.beta"']),
         ({"align": {"bta": 1}}, ["align.bta"]),
         ({"learning_rate": 1}, ["learning_rate", "align.learning_rate"]),
         ({"objective": {"beta": "much"}}, ["run.yaml", "objective.beta", "number", "much"]),
@@ -66,7 +68,6 @@ def test_every_config_file_loads_and_resolves_to_itself(path: Path, tmp_path: Pa
         ({"lora": {"target_modules": []}}, ["run.yaml: lora.target_modules", "at least one module"]),
         ({"lora": {"target_modules": ""}}, ["run.yaml: lora.target_modules", "expected some text"]),
         ({"lora": {"target_modules": [""]}}, ["run.yaml: lora.target_modules", "at least one module"]),
-        ({"lora": {"dropout": 0.1}}, ["lora.dropout: unknown key"]),
         ({"align": {"logp_chunk": 1}}, ["align.logp_chunk: unknown key"]),
         ({"model": {"path": "m", "dtype": "float16"}}, ["model.dtype", "float32, bfloat16, auto"]),
         ({"stages": ["sft", "sft"]}, ["stages", "once"]),
@@ -76,7 +77,19 @@ def test_every_config_file_loads_and_resolves_to_itself(path: Path, tmp_path: Pa
         ({"model": {}}, ["model.path", "model.random"]),
         ({"model": {"path": "m", "random": {"model_type": "llama"}}}, ["not both"]),
         ({"tokenization": {"max_length": 10, "max_prompt_length": 10}}, ["max_prompt_length", "below max_length"]),
-        ({"model": "m"}, ["run.yaml", "model"]),
+        ({"model": "m"}, ["run.yaml: model: a section of keys of its own, got 'm'; for one value, write model.path"]),
+        ({"lora": 8}, ["run.yaml: lora: a section", "write lora.rank"]),
+        ({"align": {"lr": 1}}, ["run.yaml: align.lr: unknown key", '(did you mean "align.learning_rate"?)']),
+        ({"sft": {"num_train_epochs": 1}}, ['(did you mean "sft.epochs"?)']),
+        ({"label": {"batch": 1}}, ['(did you mean "label.batch_size"?)']),
+        ({"epochs": 3}, ['epochs: unknown key (did you mean "align.epochs"?)']),
+        ({"objective": {"learning_rate": 1}}, ['(did you mean "align.learning_rate"?)']),
+        ({"per_device_train_batch_size": 4}, ['(did you mean "align.batch_size"?)']),
+        ({"align": {"max_length": 4}}, ['(did you mean "tokenization.max_length"?)']),
+        ({"lora": {"r": 4}}, ['(did you mean "lora.rank"?)']),
+        ({"lora": {"dropout": 0.1}}, ["lora.dropout: unknown key (dropout is always off)"]),
+        ({"align": {"warmup_ratio": 0.1}}, ["give align.warmup_steps"]),
+        ({"temperature": 1}, ["it belongs to label.temperature or guard.temperature or evaluation.temperature"]),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path: Path, changes: dict, words: list[str]) -> None:
@@ -119,8 +132,10 @@ def test_options_override_the_file_and_are_named_as_options(tmp_path: Path) -> N
 
 
 def test_a_section_that_an_option_made_wrong_names_the_option(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r'run\.yaml with --objective\.method: objective: unknown method "dop"'):
-        load_config(write(tmp_path, objective={"beta": 0.2}), {"objective.method": "dop", "align.batch_size": 2})
+    with pytest.raises(UserError, match=r"run\.yaml with --objective\.method: objective: label_smoothing=0\.1 needs"):
+        load_config(write(tmp_path, objective={"label_smoothing": 0.1}), {"objective.method": "slic", "align.batch_size": 2})
+    with pytest.raises(UserError, match=r'^--objective\.method: unknown method "dop" \(did you mean "dpo"\?\)'):
+        load_config(write(tmp_path, objective={"beta": 0.2}), {"objective.method": "dop"})
 
 
 def test_numbers_with_exponents_are_numbers(tmp_path: Path) -> None:
@@ -162,7 +177,10 @@ def test_help_tells_what_every_key_takes() -> None:
     assert told["stages"] == "any of sft, reward, label, align"
     assert told["objective.weight"] == "one of none, importance, wpo, shuffled, mean, preset"
     assert told["objective.normalize"] == "one of batch, preset, null"
-    assert told["objective.clip_eps"] == "a number, preset, null"
+    assert told["objective.clip_eps"] == "a number ≥ 0, preset, null"
+    assert told["objective.beta"] == "a number > 0, preset"
+    assert told["objective.label_smoothing"] == "a number ≥ 0 and ≤ 0.5, preset"
+    assert told["objective.method"].startswith("one of dpo, ipo, slic,")
     assert told["align.attention"] == "one of auto, sdpa, blocks, flex, varlen"
     assert told["align.batch_tokens"] == "a whole number ≥ 1, null"
     assert told["evaluation.confidence"] == "a number > 0.5 and < 1"
@@ -170,6 +188,63 @@ def test_help_tells_what_every_key_takes() -> None:
     assert told["label.seed"] == "a whole number ≥ 0 and ≤ 4294967295, null"
     assert told["model.trust_remote_code"] == "true, false"
     assert told["data.pairs"] == told["model.random"] == ""
+
+
+def test_help_tells_what_every_key_is_and_what_preset_stands_for() -> None:
+    assert [name for name, field, _ in fields() if not field.description] == []
+    assert preset_value("objective.beta") == "0.1"
+    assert preset_value("objective.weight") == "the method's; importance for is_dpo"
+    assert preset_value("objective.allow_stall") == preset_value("align.epochs") == ""
+
+
+@pytest.mark.parametrize("key", ["beta", "clip_eps", "sft_coefficient", "label_smoothing", "max_reward"])
+def test_bounds_of_the_help_are_those_of_the_objective(key: str) -> None:
+    """A number that the configuration refuses by itself is one that `Objective` refuses, and the bounds are as far out."""
+    method = "chi_po" if key == "max_reward" else "is_dpo"
+    for value in (-1.0, -1e-9, 0.0, 1e-9, 0.5, 0.5 + 1e-9, 2.0):
+        try:
+            resolve(method, **{key: value})
+        except ValueError:
+            with pytest.raises(ValidationError) as refused:
+                ObjectiveConfig(**{"method": method, key: value})
+            assert refused.value.errors()[0]["loc"][0] == key
+        else:
+            ObjectiveConfig(**{"method": method, key: value})
+
+
+def test_every_synonym_leads_to_a_key_that_there_is() -> None:
+    known = {name for name, _, _ in fields()}
+    assert {name: key for name, key in SYNONYMS.items() if key not in known} == {}
+    assert set(SYNONYMS) & set(WITHOUT_KEY) == set()
+    for word in (*SYNONYMS, *WITHOUT_KEY):
+        assert word == word.lower().replace("-", "_")
+    # A key of ours in the table means itself, where its name stands once.
+    last = [name.rpartition(".")[2] for name in known]
+    for name in known:
+        key = name.rpartition(".")[2]
+        if last.count(key) == 1 and key in SYNONYMS and name != "behaviour.model_path":  # alone, the model that is trained
+            assert SYNONYMS[key] == name
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("lr", 'did you mean "--align.learning_rate"'),
+        ("reward.LR", 'did you mean "--reward.learning_rate"'),
+        ("beta", 'did you mean "--objective.beta"'),
+        ("objective.lr", 'did you mean "--align.learning_rate"'),
+        ("model", 'did you mean "--model.path"'),
+        ("model_name_or_path", 'did you mean "--model.path"'),
+        ("num-train-epochs", 'did you mean "--align.epochs"'),
+        ("reward.base_model", 'did you mean "--reward.path"'),
+        ("evaluation.max_tokens", 'did you mean "--evaluation.max_new_tokens"'),
+        ("resume_from_checkpoint", "the same command goes on by itself"),
+        ("zzzz", ""),
+    ],
+)
+def test_the_field_s_usual_name_is_answered_first(name: str, words: str) -> None:
+    found = hint(name, [key for key, _, _ in fields()], "--")
+    assert words in found if words else not found
 
 
 @pytest.mark.parametrize("name", [name for name, field, _ in fields() if " of " in allowed(field)])

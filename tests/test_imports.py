@@ -28,6 +28,7 @@ ALLOWED = {
     "data": BASEMENT | {"world"},
     "config": BASEMENT | {"objectives"},
     "options": BASEMENT | {"config"},
+    "configuration_page": BASEMENT | {"config"},
     "record": BASEMENT,
     "benchmark_options": BASEMENT | {"evaluation"},
     "evaluation": BASEMENT | GROUND,

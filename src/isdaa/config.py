@@ -202,7 +202,7 @@ class DataConfig(Section):
 
 
 class TokenizationConfig(Section):
-    """How text becomes token ids; METHOD 'Decisions where sources differ'."""
+    """How text becomes token ids (method.md, "Text to tokens")."""
 
     max_length: Int = Field(640, ge=2, description="tokens of prompt + response")
     max_prompt_length: Int = Field(512, ge=1, description="tokens of the prompt")
