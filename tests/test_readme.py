@@ -35,7 +35,7 @@ def test_ten_lines_for_ones_own_data(tmp_path: Path) -> None:
     assert "KL (nats)" in done.stdout
     assert "mine/final" in done.stdout
     (record,) = tmp_path.rglob("model/isdaa.json")
-    assert json.loads(record.read_text())["config"]["objective"]["method"] == "is_dpo"
+    assert json.loads(record.read_text())["config"]["objective"]["method"] == "chi_po"
 
 
 def test_the_example_pairs_are_what_the_readme_says() -> None:

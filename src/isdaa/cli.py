@@ -557,7 +557,8 @@ def _get_model(arguments: argparse.Namespace) -> int:
 
 
 def _methods(arguments: argparse.Namespace) -> int:
-    from isdaa.config import methods_table
+    from isdaa.config import ObjectiveConfig, methods_table
+    from isdaa.objectives.presets import RECOMMENDED
 
     rows = methods_table()
     if arguments.json:
@@ -577,6 +578,12 @@ def _methods(arguments: argparse.Namespace) -> int:
     console = Console()
     console.print(table)
     console.print("Δ = log π − log π_ref of a response; h = r(Δ_w) − r(Δ_l); every preset's values can be overridden one by one.")
+    (method, beta), default = RECOMMENDED, ObjectiveConfig()
+    own = f"{default.method} at β = {default.arguments()['beta']:g}"
+    console.print(
+        f"Without a reason for another: {method} at objective.beta {beta:g}, which needs no μ and ended best in docs/study.md; "
+        f"{own} is the default, since it is the paper's. Which method for which pairs: docs/which_method.md."
+    )
     return 0
 
 

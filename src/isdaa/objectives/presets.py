@@ -111,6 +111,10 @@ _BASES: dict[str, tuple[dict[str, Any], str]] = {
     "cdpo": ({"loss": "logistic", "label_smoothing": 0.1}, _CDPO),
 }
 
+RECOMMENDED = (
+    "chi_po",
+    0.05,
+)  # method and β for who has no reason for another (docs/which_method.md); the default is the paper's
 LARGEST = 1e30  # of any setting, up and down: float32 ends at 3.4e38
 _IMPORTANCE = {"weight": "importance", "clip_eps": 1.0, "clip": "joint"}
 
