@@ -149,6 +149,23 @@ def test_a_mistake_in_another_command(place: Path, capsys: pytest.CaptureFixture
     assert content(place) == before
 
 
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["train", "--align.lr", "1"], 'unknown option --align.lr (did you mean "--align.learning_rate"?)'),
+        (["train", "--sft.lr=1"], '(did you mean "--sft.learning_rate"?)'),
+        (["inspect", "--num-train-epochs", "1"], '(did you mean "--align.epochs"?)'),
+        (["train", "--model", "m"], '(did you mean "--model.path"?)'),
+        (["evaluate", "--model", "m"], '(did you mean "--model_path"?)'),
+        (["train", "--warmup_ratio", "0.1"], "(give align.warmup_steps;"),
+        (["demo", "--beta=0.1"], '(did you mean "--objective.beta"?)'),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_an_option_of_other_tools_is_answered_with_ours(capsys: pytest.CaptureFixture[str], argv: list[str], words: str) -> None:
+    refused(capsys, argv, words)
+
+
 # --- models and data
 
 

@@ -68,6 +68,15 @@ def test_a_name_of_trls_that_is_none_here_says_what_to_write(name: str) -> None:
     assert "docs/migrating.md" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("lr", "learning_rate"), ("batch_size", "per_device_train_batch_size"), ("epochs", "num_train_epochs"), ("bta", "beta")],
+)
+def test_a_name_of_nobody_s_is_answered_with_the_one_that_is_meant(name: str, meant: str) -> None:
+    with pytest.raises(UserError, match=rf'unknown argument {name} \(did you mean "{meant}"\?\)'):
+        PreferenceConfig("out", use_cpu=True, **{name: 1})
+
+
 OTHER_VALUES = {
     "label_smoothing_factor": 0.1,
     "torch_compile_backend": "inductor",

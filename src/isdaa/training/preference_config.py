@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 
 from isdaa.errors import UserError, nearest
 from isdaa.objectives.presets import DEFAULTS, resolve
+from isdaa.synonyms import SYNONYMS
 
 MIGRATING = "docs/migrating.md"
 OBJECTIVE = (
@@ -46,6 +47,14 @@ GONE = {
     "ref_model_mixup_alpha": "a reference that moves is not offered",
     "ref_model_sync_steps": "a reference that moves is not offered",
     "router_aux_loss_coef": "the auxiliary loss of mixtures of experts is not offered",
+}
+# Keys of `isdaa train` that transformers calls otherwise.
+THEIRS = {
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "lr_scheduler": "lr_scheduler_type",
+    "optimizer": "optim",
+    "precision": "bf16",
 }
 _OWN_BATCHES = "micro-batches are made by this project's own sampler and loader, which do not read it"
 _OWN_EVALUATION = "held-out pairs are evaluated by this project's own code, which does not read it"
@@ -151,7 +160,10 @@ class PreferenceConfig(TrainingArguments):
             if name in GONE:
                 raise UserError(f"PreferenceConfig: no {name} here; {GONE[name]} ({MIGRATING})")
             if name not in known:
-                raise UserError(f"PreferenceConfig: unknown argument {name}{nearest(name, known)}; {MIGRATING} lists the names")
+                key = SYNONYMS.get(name.lower(), name).rpartition(".")[2]
+                meant = THEIRS.get(key, key)
+                close = f' (did you mean "{meant}"?)' if meant in known else nearest(name, known)
+                raise UserError(f"PreferenceConfig: unknown argument {name}{close}; {MIGRATING} lists the names")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
