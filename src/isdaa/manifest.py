@@ -19,6 +19,7 @@ WHOLE = 64  # windows: files up to 64 MiB are read whole, of larger ones 64 MiB 
 # What a resume alone reads; people remove it to free the disk, and the model is none the worse.
 RESUME = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", "training_args.bin", "pytorch_model_fsdp*",
           "global_step*", "latest", "zero_to_fp32.py")  # fmt: skip
+UNLISTED = ("README.md", "metrics.jsonl")  # the card, which people edit, and the log: no part of the model
 _intact: dict[str, list[Any]] = {}  # folder -> its manifest's files as they were when they were last read
 
 
@@ -42,13 +43,13 @@ def sampled_digest(path: Path) -> str:
 
 
 def write_manifest(folder: Path, own: bool = True) -> None:
-    """List every file of a folder with size and digest, but not its card, which people edit. Called last of all.
+    """List every file of a folder with size and digest, but not its card and its log. Called last of all.
 
     own: with this user's digest, without which training does not go on from the folder.
     """
     files: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name not in (MANIFEST, "README.md"):
+        if path.is_file() and path.name not in (MANIFEST, *UNLISTED):
             files[path.relative_to(folder).as_posix()] = entry_of(path)
     write_json(folder / MANIFEST, sealed(MANIFEST, {"files": files}) if own else {"files": files})
 

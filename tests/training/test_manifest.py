@@ -110,7 +110,8 @@ def test_models_of_finished_stages_have_a_manifest_too(place: Path, capsys: pyte
     for name in ("sft", "reward", "model"):
         assert defect(place / "run" / name) is None
         (place / "run" / name / "README.md").write_text("# My own words\n")
-        assert defect(place / "run" / name) is None, "a card is there to be edited"
+        (place / "run" / name / "metrics.jsonl").unlink(missing_ok=True)
+        assert defect(place / "run" / name) is None, "a card is there to be edited, and a log is no part of the model"
     flip(place / "run/reward/model.safetensors")
     refused(capsys, [*EVALUATE[:-3], "--scorer", "run/reward", "--model_path", "run/model"], "run/reward: not the model")
     flip(place / "run/model/model.safetensors")
