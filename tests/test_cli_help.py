@@ -1,12 +1,14 @@
 """Help comes at once: no command's `--help` waits for a library that only its work needs."""
 
+import argparse
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from isdaa.cli import COMMANDS
+from isdaa.cli import COMMANDS, build_parser
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {
@@ -44,3 +46,24 @@ def test_help_of_scripts_loads_nothing_heavy(script: Path) -> None:
 
 def test_the_check_sees_what_is_loaded() -> None:
     assert loaded("import jinja2; from isdaa.cli import main; main()", "--help") == {"jinja2"}
+
+
+def test_options_are_written_one_way() -> None:
+    """With underscores, as the keys of the configuration are: in help, messages and pages. Dashes are taken all the same."""
+    options = re.findall(r"^  (?:-\w, )?--([\w.-]+)", "\n".join(every_help()), re.MULTILINE)
+    assert len(options) > 150 and not [name for name in options if "-" in name]
+    texts = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "src").rglob("*.py")]
+    written = re.compile(r"--([a-z]+(?:\.[a-z_]+)?(?:-[a-z]+)+)\b")
+    found = [
+        f"{path.name}: --{name}"
+        for path in texts
+        if path.name != "LOG.md"
+        for name in written.findall(path.read_text(encoding="utf-8"))
+        if name.replace("-", "_") in options and f"--{name}" != "--align.learning_rate"  # which says that it is taken
+    ]
+    assert found == []
+
+
+def every_help() -> list[str]:
+    (commands,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return [parser.format_help() for parser in commands.choices.values()]

@@ -30,12 +30,12 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[Namespace]:
 FORMER = [
     ("--model_path a --benchmark mt_bench --limit 3", "benchmark mt_bench --model_path a --limit 3"),
     ("--benchmark=hh --judge gold --model_path a b", "benchmark hh --judge gold --model_path a b"),
-    ("--benchmark alpaca_eval --judge-temperature -1 --answers f", "benchmark alpaca_eval --judge-temperature -1 --answers f"),
+    ("--benchmark alpaca_eval --judge_temperature -1 --answers f", "benchmark alpaca_eval --judge_temperature -1 --answers f"),
     ("--model_path a --tax", "tax --model_path a"),
     ("--model_path a --tax gsm8k mmlu --tax-limit 5", "tax gsm8k mmlu --model_path a --limit 5"),
     (
         "--tax gsm8k --tax_shots gsm8k=8 mmlu=0 --tax-include-path=d --model_path a",
-        "tax gsm8k --shots gsm8k=8 mmlu=0 --include-path=d --model_path a",
+        "tax gsm8k --shots gsm8k=8 mmlu=0 --include_path=d --model_path a",
     ),
     (
         "--tax --tax_batch_size auto --tax_chat_template --model_path 'a b' --reference tax",
@@ -79,7 +79,7 @@ def test_the_script_evaluates_a_model(called: list[Namespace], monkeypatch: pyte
         ("evaluate mt_bench --model_path a", ["'mt_bench' belongs to no option"]),
         ("benchmark --model_path a mt_bench", ["NAME", "isdaa benchmark --help"]),
         ("benchmark mt_bench --model_path a --scorer gold", ["--scorer: has no effect with `isdaa benchmark`", "--judge"]),
-        ("benchmark mt_bench --model_path a --include-path d", ["--include_path: has no effect", "`isdaa tax`"]),
+        ("benchmark mt_bench --model_path a --include_path d", ["--include_path: has no effect", "`isdaa tax`"]),
         ("benchmark mt_bench --model_path a --evaluation.prompts 3", ["--evaluation.prompts", "--limit says how many"]),
         ("benchmark mt_bench --model_path a --tokenization.max_length 3", ["--tokenization.max_length", "`isdaa evaluate`"]),
         ("benchmark mt_bench --model_path a --max_new_token 3", ["unknown option --max_new_token", "--max_new_tokens"]),

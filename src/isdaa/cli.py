@@ -23,7 +23,7 @@ EXAMPLES = """examples:
   isdaa train --config config.yaml --objective.beta 0.05
   isdaa inspect --config config.yaml
   isdaa evaluate --model_path runs/mini/model
-  isdaa benchmark mt_bench --model_path runs/mini/model --judge-model NAME --judge-base-url URL
+  isdaa benchmark mt_bench --model_path runs/mini/model --judge_model NAME --judge_base_url URL
   isdaa tax gsm8k hellaswag --model_path runs/mini/model
   isdaa report runs/mini
   isdaa sweep --config configs/mini/sweep.yaml --jobs 2
@@ -521,8 +521,8 @@ def _benchmark(arguments: argparse.Namespace) -> int:
         print_outcome(outcome.metrics)
         if outcome.metrics["judge"] is None:
             print(
-                f"answers: {shown(outcome.folder / 'answers')}\nNo judge is named, so nothing is judged: add --judge-model NAME "
-                "--judge-base-url URL, or --judge PATH for a reward model; the answers will not be generated again."
+                f"answers: {shown(outcome.folder / 'answers')}\nNo judge is named, so nothing is judged: add --judge_model NAME "
+                "--judge_base_url URL, or --judge PATH for a reward model; the answers will not be generated again."
             )
         else:
             print(f"records: {shown(outcome.folder)}\nreport: {shown(write_benchmark_report(outcome.folder))}")

@@ -280,7 +280,7 @@ def test_a_benchmark_refuses_what_could_not_be_kept_before_anything_is_asked(
     options = ["--questions", files[0], "--answers", files[1], "--output", str(tmp_path / "out")]
     options += [] if name == "mt_bench" else ["--opponent", files[2]]
     said = refused(
-        capsys, ["benchmark", name, *options, "--judge-model", "j", "--judge-base-url", "http://127.0.0.1:1/v1"], words
+        capsys, ["benchmark", name, *options, "--judge_model", "j", "--judge_base_url", "http://127.0.0.1:1/v1"], words
     )
     assert f"{'q' if what == 'question' else 'a'}.jsonl:1" in said and not (tmp_path / "out").exists()
 
@@ -298,7 +298,7 @@ def test_a_judge_and_a_model_may_write_anything(model: str, tmp_path: Path, monk
         "project",
         "--limit",
         "2",
-        "--max-new-tokens",
+        "--max_new_tokens",
         "3",
         "--output",
         str(tmp_path / "out"),
@@ -310,9 +310,9 @@ def test_a_judge_and_a_model_may_write_anything(model: str, tmp_path: Path, monk
             *options,
             "--evaluation.bootstrap",
             "100",
-            "--judge-model",
+            "--judge_model",
             "j",
-            "--judge-base-url",
+            "--judge_base_url",
             url,
         ]
         assert main(command) == 0
@@ -335,7 +335,7 @@ def test_a_model_of_a_file_may_be_called_anything(name: str, tmp_path: Path) -> 
     options = ["--questions", files[0], "--answers", files[1], "--output", str(tmp_path / "out"), "--evaluation.bootstrap", "100"]
     options += [] if name == "mt_bench" else ["--opponent", files[1]]
     with judge_server(lambda talk: "m" if name == "alpaca_eval" else text + "\n[[5]] [[A=B]] Better: A") as (_, url):
-        assert main(["benchmark", name, *options, "--judge-model", "j", "--judge-base-url", url, "--judge-retries", "0"]) in (
+        assert main(["benchmark", name, *options, "--judge_model", "j", "--judge_base_url", url, "--judge_retries", "0"]) in (
             0,
             3,
         )

@@ -146,7 +146,7 @@ def test_answers_judged_here_have_the_figure_and_the_template_beside_it(tmp_path
         for i, text in enumerate(INSTRUCTIONS)
     ]
     with judge_server(letters) as (_, url):
-        options = ["--answers", write(tmp_path / "a.json", rows), "--judge-model", "toy", "--judge-base-url", url]
+        options = ["--answers", write(tmp_path / "a.json", rows), "--judge_model", "toy", "--judge_base_url", url]
         options += ["--questions", tmp_path / "questions.json"]
         metrics, printed = scored(tmp_path, capsys, *options, "--gamed", tmp_path / "gamed.csv")
         assert metrics["headline"] == LC and metrics["judge"]["templates"] == ["isdaa-alpaca-1"]
@@ -154,7 +154,7 @@ def test_answers_judged_here_have_the_figure_and_the_template_beside_it(tmp_path
         assert "toy,isdaa-alpaca-1" in (tmp_path / "out/metrics.csv").read_text()
         capsys.readouterr()
         # Said before anything is asked, too.
-        assert evaluate("alpaca_eval", tmp_path / "none", *options, "--max-requests", "0") == 3
+        assert evaluate("alpaca_eval", tmp_path / "none", *options, "--max_requests", "0") == 3
         assert "no length-controlled win rate: tatsu-lab/alpaca_eval: df_gamed.csv" in capsys.readouterr().err
 
 
@@ -198,7 +198,7 @@ def test_answers_and_opponents_that_lack_questions(tmp_path, capsys):
         rows = [row | {"response": label * 2, "model": label} for row in pairs if row["id"] != str(gone)]
         write_jsonl(tmp_path / f"{label}.jsonl", rows)
     with judge_server(lambda talk: "Better: A") as (judge, url):
-        asking = ["--judge-model", "toy", "--judge-base-url", url, "--questions", tmp_path / "q.jsonl"]
+        asking = ["--judge_model", "toy", "--judge_base_url", url, "--questions", tmp_path / "q.jsonl"]
         sources = ["--answers", tmp_path / "mine.jsonl", tmp_path / "yours.jsonl", "--opponent", tmp_path / "base.jsonl"]
         assert evaluate("tldr", tmp_path / "out", *sources, *asking) == 2
         assert "mine.jsonl: no answer of mine to question 3 ('Post 3') of 5 questions" in capsys.readouterr().err

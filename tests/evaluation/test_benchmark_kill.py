@@ -23,7 +23,7 @@ PATIENCE = 120  # seconds
 
 def command(models: list[str], output: Path, batch_size: int) -> list[str]:
     words = ["benchmark", "alpaca_eval", "--model_path", *models, "--questions", "project"]
-    return [*words, "--output", str(output), "--max-new-tokens", "32", "--evaluation.batch_size", str(batch_size)]
+    return [*words, "--output", str(output), "--max_new_tokens", "32", "--evaluation.batch_size", str(batch_size)]
 
 
 @pytest.mark.slow  # ten seconds, most of them for imports

@@ -90,13 +90,13 @@ def evaluate(name: str, output: Path, *options: object, limit: int | None = 4) -
     """The command on few questions, with short answers and a judge who is not asked twice; its exit status."""
     words = [str(option) for option in options]
     words += ["--limit", str(limit)] if limit else []
-    words += ["--max-new-tokens", "8"] if "--model_path" in words else []
-    words += ["--judge-retries", "0"] if "--judge-model" in words else []
+    words += ["--max_new_tokens", "8"] if "--model_path" in words else []
+    words += ["--judge_retries", "0"] if "--judge_model" in words else []
     return main(["benchmark", name, "--output", str(output), "--evaluation.bootstrap", "100", *words])
 
 
 def judge_options(url: str) -> list[str]:
-    return ["--judge-model", "toy", "--judge-base-url", url]
+    return ["--judge_model", "toy", "--judge_base_url", url]
 
 
 def project(models, *names: str, baseline: bool = True) -> list[str]:
@@ -257,7 +257,7 @@ def test_a_reward_model_prefers_what_it_scores_higher(name, models, tmp_path):
 def test_without_a_judge_there_are_answers_and_a_word_on_judging(models, tmp_path, capsys):
     assert evaluate("mt_bench", tmp_path / "out", *project(models, "one", baseline=False)) == 0
     out = capsys.readouterr().out
-    assert "--judge-model" in out and "answers" in out
+    assert "--judge_model" in out and "answers" in out
     assert not (tmp_path / "out/report.html").exists()
     rows = read_jsonl(tmp_path / "out/generations.jsonl")
     assert [row["turn"] for row in rows] == [1] * 4 + [2] * 4
@@ -309,7 +309,7 @@ def test_what_does_not_fit_the_context_is_shorter_or_empty_and_said(tmp_path, ca
     model = chat_model(tmp_path / "short", context=260)
     with judge_server(fair) as (_, url):
         options = ["--model_path", model, "--questions", "project", *judge_options(url)]
-        words = ["--output", str(tmp_path / "out"), "--limit", "3", "--max-new-tokens", "200", "--evaluation.bootstrap", "100"]
+        words = ["--output", str(tmp_path / "out"), "--limit", "3", "--max_new_tokens", "200", "--evaluation.bootstrap", "100"]
         assert main(["benchmark", "mt_bench", *words, *options]) == 0
     rows = read_jsonl(tmp_path / "out/generations.jsonl")
     assert all(row["prompt_tokens"] + row["room"] <= 260 or row["room"] == 0 for row in rows)
@@ -349,7 +349,7 @@ def test_an_interrupted_generation_loses_one_batch(models, tmp_path, monkeypatch
 
 def test_a_kill_while_judging_loses_no_reply(models, tmp_path):
     program = [sys.executable, "-m", "isdaa.cli", "benchmark", "tldr", "--output", str(tmp_path / "out")]
-    program += ["--limit", "6", "--max-new-tokens", "8", "--evaluation.bootstrap", "100", "--judge-concurrency", "1"]
+    program += ["--limit", "6", "--max_new_tokens", "8", "--evaluation.bootstrap", "100", "--judge_concurrency", "1"]
     processes: list[subprocess.Popen] = []
 
     def kill(number: int) -> None:
@@ -373,7 +373,7 @@ def test_a_kill_while_judging_loses_no_reply(models, tmp_path):
 def test_a_spent_budget_keeps_everything_and_says_that_the_result_is_partial(models, tmp_path, capsys):
     options = project(models, "one", "two")
     with judge_server(fair) as (judge, url):
-        budget = [*options, *judge_options(url), "--max-requests"]
+        budget = [*options, *judge_options(url), "--max_requests"]
         assert evaluate("arena_hard", tmp_path / "out", *budget, "3") == 3
         told = capsys.readouterr()
         assert "no question is judged yet" in told.err and told.err.count("\n") <= 2
@@ -395,15 +395,15 @@ def test_a_budget_of_nothing_asks_nothing_and_does_not_promise_to_go_on(models, 
     options = project(models, "one")
     with judge_server(fair) as (judge, url):
         asking = [*options, *judge_options(url)]
-        assert evaluate("tldr", tmp_path / "out", *asking, "--max-requests", "0") == 3
+        assert evaluate("tldr", tmp_path / "out", *asking, "--max_requests", "0") == 3
         told = capsys.readouterr().err
-        assert "--max-requests 0 lets nothing be asked" in told and "a higher number goes on from here" in told
+        assert "--max_requests 0 lets nothing be asked" in told and "a higher number goes on from here" in told
         assert not judge.asked and "the same command goes on" not in told.lower()
         assert evaluate("tldr", tmp_path / "out", *asking, limit=2) == 0  # two of the four questions
-        assert evaluate("tldr", tmp_path / "out", *asking, "--max-requests", "0", limit=2) == 0
+        assert evaluate("tldr", tmp_path / "out", *asking, "--max_requests", "0", limit=2) == 0
         assert len(judge.asked) == 4
         capsys.readouterr()
-        assert evaluate("tldr", tmp_path / "out", *asking, "--max-requests", "0") == 3
+        assert evaluate("tldr", tmp_path / "out", *asking, "--max_requests", "0") == 3
         told = capsys.readouterr()
         assert "2 of 4 questions are judged" in told.err and "Partial, 2 of 4" in told.out and len(judge.asked) == 4
     page = (tmp_path / "out/report.html").read_text()
@@ -429,7 +429,7 @@ def test_a_judge_who_never_says_anything_gives_no_result(name, models, tmp_path,
         told = capsys.readouterr()
         (error,) = [line for line in told.err.splitlines() if line.startswith("isdaa: error: ")]
         assert "none of the 8 replies of toy could be read (the first: 'Hm.'), so there is no result" in error
-        assert "--judge-max-tokens" in error and str(tmp_path / "out") in error and "Traceback" not in told.err
+        assert "--judge_max_tokens" in error and str(tmp_path / "out") in error and "Traceback" not in told.err
         assert "No reply of the judge could be read" in " ".join(told.out.split())
         # All is kept, and nothing is asked again.
         page = (tmp_path / "out/report.html").read_text()
@@ -482,7 +482,7 @@ def test_what_the_judge_is_sent(models, tmp_path):
     with judge_server(fair) as (judge, url):
         options = [*project(models, "one"), *judge_options(url)]
         assert evaluate("alpaca_eval", tmp_path / "a", *options, limit=1) == 0
-        own = ["--judge-temperature", "none", "--judge-max-tokens", "77", "--judge-no-logprobs"]
+        own = ["--judge_temperature", "none", "--judge_max_tokens", "77", "--judge_no_logprobs"]
         assert evaluate("alpaca_eval", tmp_path / "b", *options, *own, limit=1) == 0
     first, second = judge.asked[0], judge.asked[-1]
     assert (first["temperature"], first["max_tokens"], first["top_logprobs"]) == (0.0, 4, 5)
@@ -528,25 +528,25 @@ def test_a_script_in_an_answer_stays_text(tmp_path, no_models):
     ("options", "words"),
     [
         (["alpaca"], ["alpaca_eval"]),
-        (["mt_bench", "--judge", "gold", "--questions", "project"], ["mt_bench", "--judge-model"]),
+        (["mt_bench", "--judge", "gold", "--questions", "project"], ["mt_bench", "--judge_model"]),
         (["mt_bench", "--opponent", "{here}/a.json"], ["mt_bench", "--opponent"]),
         (["tldr", "--judge", "gold", "--questions", "project"], ["facts", "world:small"]),
         (["tldr", "--judge", "./absent"], ["absent", "no such folder"]),
-        (["tldr", "--judge", "gold", "--judge-model", "toy"], ["--judge", "--judge-model"]),
-        (["tldr", "--judge-base-url", "http://localhost:1/v1"], ["--judge-model"]),
-        (["tldr", "--judge-model", "toy", "--judge-temperature", "warm"], ["warm", "none"]),
-        (["tldr", "--judge-model", "toy", "--judge-price-in", "1"], ["both prices", "--judge-price-out"]),
-        (["tldr", "--judge-model", "toy", "--judge-timeout", "0"], ["--judge-timeout must be at least 0.001"]),
-        (["tldr", "--judge-model", "toy", "--judge_temperature", "nan"], ["--judge-temperature must be"]),
-        (["tldr", "--judge-model", "toy", "--judge-concurrency", "0"], ["--judge-concurrency must be at least 1"]),
-        (["tldr", "--judge-model", "toy", "--max-requests", "-1"], ["--max-requests must be at least 0, got -1"]),
-        (["tldr", "--judge-model", " "], ["--judge-model is empty"]),
+        (["tldr", "--judge", "gold", "--judge_model", "toy"], ["--judge", "--judge_model"]),
+        (["tldr", "--judge_base_url", "http://localhost:1/v1"], ["--judge_model"]),
+        (["tldr", "--judge_model", "toy", "--judge_temperature", "warm"], ["warm", "none"]),
+        (["tldr", "--judge_model", "toy", "--judge_price_in", "1"], ["both prices", "--judge_price_out"]),
+        (["tldr", "--judge_model", "toy", "--judge_timeout", "0"], ["--judge_timeout must be at least 0.001"]),
+        (["tldr", "--judge_model", "toy", "--judge_temperature", "nan"], ["--judge_temperature must be"]),
+        (["tldr", "--judge_model", "toy", "--judge_concurrency", "0"], ["--judge_concurrency must be at least 1"]),
+        (["tldr", "--judge_model", "toy", "--max_requests", "-1"], ["--max_requests must be at least 0, got -1"]),
+        (["tldr", "--judge_model", " "], ["--judge_model is empty"]),
         (["mt_bench", "--questions", "project", "--split", "test"], ["--split test", "no splits", "isdaa"]),
         (["tldr", "--questions", "project", "--split", "test"], ["--split test", "no splits", "isdaa"]),
         (["alpaca_eval", "--split", "eval"], ["--split eval", "one file", "tatsu-lab/alpaca_eval"]),
         (["arena_hard", "--questions", "{here}/a.json", "--split", "test"], ["--split test", "a.json"]),
         (["hh", "--questions", "{here}/a.json", "--split", "test"], ["--split test", "a.json", "no splits"]),
-        (["arena_hard", "--questions", "project", "--judge-model", "toy", "--judge-base-url", "http://localhost:1/v1"],
+        (["arena_hard", "--questions", "project", "--judge_model", "toy", "--judge_base_url", "http://localhost:1/v1"],
          ["--opponent", "--baseline"]),
         (["arena_hard", "--questions", "projekt"], ["projekt"]),
         (["arena_hard", "--reference", "x"], ["--reference", "--baseline"]),

@@ -29,7 +29,7 @@ def models(tmp_path_factory) -> dict[str, str]:
 
 
 def run(name: str, output: Path, *options: object) -> int:
-    words = ["--questions", "project", "--limit", "4", "--max-new-tokens", "8", "--evaluation.bootstrap", "100"]
+    words = ["--questions", "project", "--limit", "4", "--max_new_tokens", "8", "--evaluation.bootstrap", "100"]
     return main(["evaluate", "--benchmark", name, "--output", str(output), *words, *map(str, options)])
 
 
@@ -50,7 +50,7 @@ def test_thinking_is_stored_and_counted_and_not_judged(text, template, models, t
         (tmp_path / "t.jinja").write_text(template)
         options += ["--chat_template", tmp_path / "t.jinja"]
     with judge_server(better) as (judge, url):
-        asking = ["--judge-model", "toy", "--judge-base-url", url]
+        asking = ["--judge_model", "toy", "--judge_base_url", url]
         assert run("tldr", tmp_path / "out", *options, *asking) == 0
         asked = [body["messages"][-1]["content"] for body in judge.asked]
         assert asked and not any("hm" in between(one, f"<<<summary {s}\n", f"\nsummary {s}>>>") for one in asked for s in "AB")
@@ -69,7 +69,7 @@ def test_thinking_is_stored_and_counted_and_not_judged(text, template, models, t
 
         # The records are the same: nothing is drawn again to judge the thinking, too.
         monkeypatch.setattr(isdaa.models.sampling, "sample", refuse)
-        assert run("tldr", tmp_path / "out", *options, *asking, "--keep-thinking") == 0
+        assert run("tldr", tmp_path / "out", *options, *asking, "--keep_thinking") == 0
         assert any("hm" in between(body["messages"][-1]["content"], "<<<summary A\n", "\nsummary A>>>") for body in judge.asked)
     answers = read_json(tmp_path / "out/metrics.json")["models"][0]["answers"]
     assert answers["thinking"]["kept"] and answers["mean_characters"] == len(text)
@@ -90,7 +90,7 @@ def test_the_next_turn_does_not_see_what_was_thought(models, tmp_path, monkeypat
     assert run("mt_bench", tmp_path / "out", "--model_path", models["one"]) == 0
     assert prompts and all("SO it is" in prompt and "hm hm" not in prompt for prompt in prompts)
     del prompts[:]
-    assert run("mt_bench", tmp_path / "kept", "--model_path", models["one"], "--keep-thinking") == 0
+    assert run("mt_bench", tmp_path / "kept", "--model_path", models["one"], "--keep_thinking") == 0
     assert prompts and all("hm hm" in prompt for prompt in prompts)
 
 
@@ -98,7 +98,7 @@ def test_answers_that_are_thinking_alone_are_named(models, tmp_path, monkeypatch
     writing(monkeypatch, "<think>I am cut")
     assert run("tldr", tmp_path / "out", "--model_path", models["one"]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "one: 4 of 4 answers are thinking alone, which 4 of them never end: raise --max_new_tokens, or --keep-thinking" in told
+    assert "one: 4 of 4 answers are thinking alone, which 4 of them never end: raise --max_new_tokens, or --keep_thinking" in told
     assert read_json(tmp_path / "out/metrics.json")["models"][0]["answers"]["thinking"]["unfinished"] == 4
 
 
@@ -111,7 +111,7 @@ def test_thinking_in_another_tools_answers(tmp_path):
         ]
         write_json(tmp_path / f"{name}.json", rows)
     with judge_server(lambda talk: "m") as (judge, url):
-        asking = ["--judge-model", "toy", "--judge-base-url", url]
+        asking = ["--judge_model", "toy", "--judge_base_url", url]
         files = ["--answers", tmp_path / "mine.json", "--opponent", tmp_path / "base.json"]
         assert run("alpaca_eval", tmp_path / "out", *files, *asking) in (0, 3)
         assert judge.asked and not any("long" in str(body["messages"]) for body in judge.asked)
@@ -151,8 +151,8 @@ def test_every_question_without_a_verdict_has_a_reason(tmp_path, capsys):
         ]
         write_jsonl(tmp_path / f"{name}.jsonl", rows)
     with serving(behaviour) as server:
-        words = ["--answers", tmp_path / "mine.jsonl", "--opponent", tmp_path / "base.jsonl", "--judge-model", "toy"]
-        words += ["--judge-base-url", server.url, "--judge-retries", "0", "--judge-concurrency", "1"]
+        words = ["--answers", tmp_path / "mine.jsonl", "--opponent", tmp_path / "base.jsonl", "--judge_model", "toy"]
+        words += ["--judge_base_url", server.url, "--judge_retries", "0", "--judge_concurrency", "1"]
         options = ["--questions", "project", "--limit", "8", "--evaluation.bootstrap", "100", *map(str, words)]
         assert main(["evaluate", "--benchmark", "tldr", "--output", str(tmp_path / "out"), *options]) == 3
         told, asked = capsys.readouterr(), len(server.asked)
@@ -168,13 +168,13 @@ def test_every_question_without_a_verdict_has_a_reason(tmp_path, capsys):
         assert model["lacks"]["waiting"] == metrics["questions"]["waiting"] == 1
         out = " ".join(told.out.split())
         assert "rate-limited 2, cut 2, thought only 2, unreadable 2" in out
-        assert "more than of all: in the mean 302 against 10 characters" in out and "--judge-max-tokens" in out
+        assert "more than of all: in the mean 302 against 10 characters" in out and "--judge_max_tokens" in out
         page = (tmp_path / "out/report.html").read_text()
         assert 'id="lacks"' in page and "thought only</td>" in page
         # Only those that may come are asked again; with more room those that were cut, too.
         assert main(["evaluate", "--benchmark", "tldr", "--output", str(tmp_path / "out"), *options]) == 3
         assert len(server.asked) == asked + 2
-        more = [*options, "--judge-max-tokens", "900"]
+        more = [*options, "--judge_max_tokens", "900"]
         assert main(["evaluate", "--benchmark", "tldr", "--output", str(tmp_path / "out"), *more]) == 3
         assert len(server.asked) == asked + 2 + 2 + 2
 

@@ -127,7 +127,7 @@ def test_one_run_keeps_the_given_order_wherever_its_models_lie(out: Path, capsys
     paths = ["out/checkpoint-20", "out/checkpoint-100", "later/checkpoint-10"]
     assert report("--checkpoints", *paths, "--one_run", output="joined") == 0
     assert steps_in(Path("joined/report.json")) == [20, 100, 10]
-    doubt = "--one-run: the models stand in the order given; their steps are 20, 100, 10, which do not rise"
+    doubt = "--one_run: the models stand in the order given; their steps are 20, 100, 10, which do not rise"
     assert doubt in read(Path("joined/report.json"))["notes"] and f"warning: {doubt}" in capsys.readouterr().err.replace(
         "\n", " "
     )

@@ -124,10 +124,10 @@ def test_another_variable_can_hold_the_key(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_key_in_the_place_of_its_variables_name_is_refused_unseen(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="key_variable must name an environment variable") as caught:
         JudgeSettings("judge", key_variable=KEY)
-    options = ["--answers", __file__, "--judge-model", "judge", "--judge-key-variable", KEY]
+    options = ["--answers", __file__, "--judge_model", "judge", "--judge_key_variable", KEY]
     assert main(["benchmark", "tldr", *options]) == 2
     shown = capsys.readouterr()
-    assert "--judge-key-variable must name" in shown.err and not parts(shown.out + shown.err + str(caught.value))
+    assert "--judge_key_variable must name" in shown.err and not parts(shown.out + shown.err + str(caught.value))
 
 
 @pytest.mark.parametrize("value", [f"{KEY}\r\nx: y", f"{KEY} {KEY}", f"{KEY}ß"])

@@ -103,8 +103,8 @@ def test_transformers_serve_judges_a_whole_benchmark(
 
     def command(address: str) -> list[str]:
         words = ["benchmark", "tldr", "--model_path", policy, "--questions", "world:small", "--split", "test"]
-        words += ["--limit", "4", "--max-new-tokens", "8", "--evaluation.bootstrap", "100", "--output", str(out)]
-        return [*words, "--judge-model", model, "--judge-base-url", address, "--judge-concurrency", "2"]
+        words += ["--limit", "4", "--max_new_tokens", "8", "--evaluation.bootstrap", "100", "--output", str(out)]
+        return [*words, "--judge_model", model, "--judge_base_url", address, "--judge_concurrency", "2"]
 
     assert main(command(url)) == 0
     metrics = read_json(out / "metrics.json")

@@ -283,7 +283,7 @@ def test_an_answer_of_endless_size_or_of_impossible_numbers_is_no_traceback(tmp_
 def test_a_judge_whose_every_reply_is_cut_before_a_word_is_not_asked_on(tmp_path: Path) -> None:
     body = completion(None, message={"content": None, "reasoning_content": "let me see"}, finish_reason="length")
     with serving(lambda number, sent: Answer(body=body if sent["max_tokens"] < 99 else None)) as server:
-        with pytest.raises(UserError, match=r"first 3 replies .* cut at 4 tokens, .*--judge-max-tokens"):
+        with pytest.raises(UserError, match=r"first 3 replies .* cut at 4 tokens, .*--judge_max_tokens"):
             judge(server, tmp_path / "r.jsonl", max_tokens=4, concurrency=1).ask(asks(90))
         assert len(server.asked) == 3
         assert all(isinstance(reply, Reply) for reply in judge(server, tmp_path / "r.jsonl", max_tokens=99).ask(asks(6)))

@@ -75,7 +75,7 @@ def command(models: dict[str, str], prompts: str, out: Path, url: str, *more: st
     words += ["--evaluation.prompts", str(PROMPTS), "--evaluation.max_new_tokens", "12", "--evaluation.bootstrap", "100"]
     words += ["--evaluation.temperature", "1", "--evaluation.top_p", "1", "--output", str(out)]
     words += ["--tokenization.max_length", "128", "--tokenization.max_prompt_length", "96"]
-    return [*words, "--judge-model", "judge", "--judge-base-url", url, *more]
+    return [*words, "--judge_model", "judge", "--judge_base_url", url, *more]
 
 
 def shorter(number: int, body: dict[str, Any]) -> Answer:
@@ -122,7 +122,7 @@ def test_a_judge_that_prefers_shorter_answers_gives_the_verdict_and_the_page(
     assert "judged by judge (contradicts itself on" in report["summary"] and report["scorer"]["kind"] == "judge"
     assert all(row["reward"] is None for row in found["checkpoints"]) and report["samples"][0]["prompts"]
     page = (tmp_path / "page/report.html").read_text(encoding="utf-8")
-    assert "Win rate and distance" in page and "--judge-model judge --judge-base-url" in page
+    assert "Win rate and distance" in page and "--judge_model judge --judge_base_url" in page
     assert "reward" not in told.out
     # The page is read again without a judge and without a server.
     evaluations = list(home.rglob("judged.jsonl"))
@@ -172,7 +172,7 @@ def test_a_spent_budget_leaves_whole_prompts_and_the_next_call_goes_on(models: d
         metrics, judge = run(models, tmp_path, server, max_requests=14, concurrency=1)
         first = metrics["judged"]
         assert len(server.asked) == 14 and 3 <= first["prompts"] < 8 == first["of"]
-        assert judge.stopped and f"{first['prompts']} of 8 prompts" in judge.stopped and "--max-requests" in judge.stopped
+        assert judge.stopped and f"{first['prompts']} of 8 prompts" in judge.stopped and "--max_requests" in judge.stopped
         assert "Judged in part" in first["notes"][0] and metrics["prompts"] == first["prompts"]
         (found,) = trajectories(tmp_path)
         assert found.wins.shape == found.kl.shape == found.lengths.shape == (2, first["prompts"])
@@ -187,7 +187,7 @@ def test_a_spent_budget_leaves_whole_prompts_and_the_next_call_goes_on(models: d
 
 def test_a_budget_that_completes_no_prompt_is_one_line_and_is_not_lost(models: dict[str, str], tmp_path: Path) -> None:
     with serving(shorter) as server:
-        with pytest.raises(DoneInPart, match=r"no prompt is judged .* \(--max-requests\) is spent"):
+        with pytest.raises(DoneInPart, match=r"no prompt is judged .* \(--max_requests\) is spent"):
             run(models, tmp_path, server, max_requests=2)
         metrics, _ = run(models, tmp_path, server)
         assert metrics["judged"]["prompts"] == 8 and len({json.dumps(b["messages"]) for b in server.asked}) == len(server.asked)
@@ -198,8 +198,8 @@ def test_the_command_ends_with_3_after_the_page_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with serving(shorter) as server:
-        words = command(models, prompts, tmp_path / "page", server.url, "--judge-template", "tldr", "--max-requests", "60")
-        assert main([*words, "--judge-price-in", "1", "--judge-price-out", "2"]) == 3
+        words = command(models, prompts, tmp_path / "page", server.url, "--judge_template", "tldr", "--max_requests", "60")
+        assert main([*words, "--judge_price_in", "1", "--judge_price_out", "2"]) == 3
         assert "Here are a forum post" in server.contents()[0]
     told = capsys.readouterr()
     assert "which cost about" in told.err and "is enough for about 7 of the prompts" in " ".join(told.err.split())
@@ -389,18 +389,18 @@ def test_a_file_is_the_question_and_texts_bring_no_places_in(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--judge-template", "tldrr"], 'no such file (did you mean "tldr"?); give hh, tldr or a file'),
-        (["--judge-template", "bare.txt"], "bare.txt: the judge's question lacks {first} and {second}"),
-        (["--judge-template", "latin.txt"], "latin.txt: the judge's question cannot be read (not valid UTF-8)"),
-        (["--scorer", "gold"], "--judge-model and --scorer both say who judges"),
-        (["--scores", "x.jsonl"], "--judge-model and --scores both say who judges"),
-        (["--judge-price-in", "1"], "give both prices"),
+        (["--judge_template", "tldrr"], 'no such file (did you mean "tldr"?); give hh, tldr or a file'),
+        (["--judge_template", "bare.txt"], "bare.txt: the judge's question lacks {first} and {second}"),
+        (["--judge_template", "latin.txt"], "latin.txt: the judge's question cannot be read (not valid UTF-8)"),
+        (["--scorer", "gold"], "--judge_model and --scorer both say who judges"),
+        (["--scores", "x.jsonl"], "--judge_model and --scores both say who judges"),
+        (["--judge_price_in", "1"], "give both prices"),
         (
-            ["--judge-base-url", "https://api.openai.com/v1", "--judge-seed", "5"],
+            ["--judge_base_url", "https://api.openai.com/v1", "--judge_seed", "5"],
             "needs a key: set the environment variable OPENAI_API_KEY",
         ),
-        (["--judge-base-url", "ftp://x"], "ftp://x"),
-        (["--judge-model", "\udcff"], "--judge-model holds a character that no name has"),
+        (["--judge_base_url", "ftp://x"], "ftp://x"),
+        (["--judge_model", "\udcff"], "--judge_model holds a character that no name has"),
         (["--data", "nul.jsonl"], "holds a NUL character"),
         (["--data", "long.jsonl"], "1,048,577 characters"),
     ],
@@ -421,7 +421,7 @@ def test_what_can_be_known_is_said_before_a_sample(
     jsonl(tmp_path / "long.jsonl", [{"prompt": "a", "chosen": "b" * ((1 << 20) + 1), "rejected": "c"}])
     (tmp_path / "latin.txt").write_bytes(b"\xff{prompt}{first}{second}")
     words = command(models, prompts, tmp_path / "page", "http://127.0.0.1:1/v1")
-    for option in {"--judge-base-url", "--judge-model", "--data"} & set(more):
+    for option in {"--judge_base_url", "--judge_model", "--data"} & set(more):
         place = words.index(option)
         words = [*words[:place], *words[place + 2 :]]
     assert main([*words, *more]) == 2
@@ -430,11 +430,11 @@ def test_what_can_be_known_is_said_before_a_sample(
 
 def test_options_of_a_judge_need_a_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, said in [
-        (["report", "x", "--judge-template", "hh"], "--judge-template is given, and no judge model"),
-        (["evaluate", "--model_path", "x", "--max-requests", "3"], "options of a judge model are given, and no judge model"),
+        (["report", "x", "--judge_template", "hh"], "--judge_template is given, and no judge model"),
+        (["evaluate", "--model_path", "x", "--max_requests", "3"], "options of a judge model are given, and no judge model"),
         (["evaluate", "--model_path", "x", "--judge", "gold"], "a reward model is named with --scorer"),
-        (["tax", "--model_path", "x", "--judge-model", "j"], "--judge_model: has no effect with `isdaa tax`"),
-        (["benchmark", "hh", "--model_path", "x", "--judge-template", "hh"], "has no effect with `isdaa benchmark`"),
+        (["tax", "--model_path", "x", "--judge_model", "j"], "--judge_model: has no effect with `isdaa tax`"),
+        (["benchmark", "hh", "--model_path", "x", "--judge_template", "hh"], "has no effect with `isdaa benchmark`"),
     ]:
         assert main(words) == 2
         assert said in capsys.readouterr().err

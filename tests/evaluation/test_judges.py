@@ -323,7 +323,7 @@ def test_the_budget_stops_after_that_many_requests_and_says_how_to_go_on(
         assert len(server.asked) == asking.usage.requests == 8
         left = sum(isinstance(reply, NoReply) and reply.unasked for reply in replies[:20])
         assert left == asking.usage.unasked == 20 - len(asking.cache) > 10
-        assert f"{left} of 20 questions to the judge are left: the budget of 8 requests (--max-requests)" in " ".join(
+        assert f"{left} of 20 questions to the judge are left: the budget of 8 requests (--max_requests)" in " ".join(
             capsys.readouterr().err.split()
         )
         answered = len(asking.cache)

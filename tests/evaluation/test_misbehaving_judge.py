@@ -157,7 +157,7 @@ def behaviour(odd: Say) -> Callable[[int, dict[str, Any]], Answer]:
 
 
 def evaluated(command: list[str], out: Path, url: str, *more: str) -> tuple[int, dict[str, Any]]:
-    asked = ["--judge-model", "judge", "--judge-base-url", url, "--judge-retries", "2", "--judge-concurrency", "1"]
+    asked = ["--judge_model", "judge", "--judge_base_url", url, "--judge_retries", "2", "--judge_concurrency", "1"]
     code = main([*command, "--output", str(out), *asked, "--evaluation.bootstrap", "100", *more])
     return code, read_json(out / "metrics.json")
 
@@ -205,7 +205,7 @@ def test_a_raised_limit_asks_the_cut_replies_alone(tmp_path: Path) -> None:
     with serving(behaviour(odd)) as server:
         code, metrics = evaluated(command, tmp_path / "out", server.url)
         assert code == 0 and reasons(metrics) == {"cut": 6} and len(server.asked) == 16
-        code, metrics = evaluated(command, tmp_path / "out", server.url, "--judge-max-tokens", "500")
+        code, metrics = evaluated(command, tmp_path / "out", server.url, "--judge_max_tokens", "500")
         assert code == 0 and not reasons(metrics) and len(server.asked) == 22
         assert metrics["models"][0]["figures"]["win_rate"]["mean"] == RIGHT
 

@@ -77,7 +77,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ["evaluate", "--model_path", "run"],
         ["report", "--checkpoints", "run/model"],
         ["report", "run"],
-        ["evaluate", "--model_path", "run/model", "--no-trust-remote-code"],
+        ["evaluate", "--model_path", "run/model", "--no_trust_remote_code"],
     ],
     ids=shlex.join,
 )
@@ -87,9 +87,9 @@ def test_code_of_a_folder_runs_for_nobodys_word_but_the_users(place: Path, comma
 
 
 def test_code_runs_where_the_user_says_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", "--model_path", "run/model", "--trust-remote-code", *QUICK]) == 0
+    assert main(["evaluate", "--model_path", "run/model", "--trust_remote_code", *QUICK]) == 0
     assert (place / "marker").read_text() == "ran"
-    both = ["evaluate", "--model_path", "run/model", "--trust-remote-code", "--no-trust-remote-code"]
+    both = ["evaluate", "--model_path", "run/model", "--trust_remote_code", "--no_trust_remote_code"]
     refused(capsys, both, "no_trust_remote_code", "not allowed with")
 
 
@@ -291,7 +291,7 @@ def test_a_users_configuration_is_believed_and_can_be_denied(place: Path) -> Non
         "model: {path: run/model, trust_remote_code: true}\ndata: {pairs: pairs.jsonl, eval_fraction: 0}\n"
     )
     command = ["inspect", "--config", "run.yaml", "--output_dir", "out", "--no_plan"]
-    assert main([*command, "--no-trust-remote-code"]) == 0
+    assert main([*command, "--no_trust_remote_code"]) == 0
     assert main([*command, "--no_trust_remote_code", "--model.trust_remote_code", "true"]) == 0
     assert not (place / "marker").exists()
     assert main(command) == 0

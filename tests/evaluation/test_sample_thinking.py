@@ -79,7 +79,7 @@ def test_the_answer_alone_is_scored_and_measured(models, tmp_path, monkeypatch):
     assert shown is not None
     (first, *_) = shown["prompts"][0]["responses"]
     assert (first["text"], first["thinking"]) == ("SO it is", "hm hm hm") and first["score"] == 3
-    # With --keep-thinking all of it is scored; nothing is drawn again, and the former scores do not stand for it.
+    # With --keep_thinking all of it is scored; nothing is drawn again, and the former scores do not stand for it.
     drawn_again(monkeypatch)
     words = WordCount()
     metrics = run(models, tmp_path, keep=True, scorer=words)

@@ -344,6 +344,6 @@ def test_the_flag_of_the_command(policy: str, tmp_path: Path, capsys: pytest.Cap
     rows = [{"id": str(i), "prompt": p, "chosen": [{"role": "assistant", "content": "Ok"}]} for i, p in enumerate(ASKED)]
     write_jsonl(tmp_path / "prompts.jsonl", rows)
     scorer = saved(tmp_path / "llama", "llama", build("qwen2"))
-    options = ["--reference", policy, "--data", str(tmp_path / "prompts.jsonl"), "--scorer", scorer, "--show-scorer-input"]
+    options = ["--reference", policy, "--data", str(tmp_path / "prompts.jsonl"), "--scorer", scorer, "--show_scorer_input"]
     main(["evaluate", "--model_path", policy, *options, "--output", str(tmp_path / "out")])
     assert "its input for prompt 0 and the data's chosen response" in capsys.readouterr().err

@@ -173,7 +173,7 @@ def test_several_folders_are_several_runs_unless_they_are_said_to_be_one(tmp_pat
     one = asked(tmp_path, *paths, as_one_run=True, one_run=True)
     assert [model.step for model in one.models] == [1000, 200, 300, 400] and one.one_run
     assert one.doubts == (
-        "--one-run: the models stand in the order given; their steps are 1,000, 200, 300, 400, which do not rise",
+        "--one_run: the models stand in the order given; their steps are 1,000, 200, 300, 400, which do not rise",
     )
     rising = asked(tmp_path, paths[1], paths[2], paths[3], as_one_run=True, one_run=True)
     assert [model.step for model in rising.models] == [200, 300, 400] and rising.doubts == ()

@@ -91,7 +91,7 @@ def place(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def command(*tasks: str, models: list[str], output: str, more: tuple[str, ...] = ()) -> list[str]:
-    where = ["--reference", "before", "--output", output, "--include-path", "tasks", "--evaluation.bootstrap", "200"]
+    where = ["--reference", "before", "--output", output, "--include_path", "tasks", "--evaluation.bootstrap", "200"]
     return ["tax", *tasks, "--model_path", *models, *where, *more]
 
 
@@ -171,7 +171,7 @@ def test_the_table_and_its_rows(place: Path, monkeypatch: pytest.MonkeyPatch, ca
     forbid(monkeypatch)
     capsys.readouterr()
     former = [
-        "--tax-include-path" if word == "--include-path" else word for word in command(models=["after", "twin"], output="first")
+        "--tax-include-path" if word == "--include_path" else word for word in command(models=["after", "twin"], output="first")
     ]
     for asked in (
         ["evaluate", *former[1:], "--tax", "baskets", "sums"],
@@ -223,7 +223,7 @@ def test_a_killed_call_goes_on_and_a_changed_task_is_asked_again(
 
 
 def test_limit_shots_and_groups(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ("--limit", "3", "--shots", "both=2", "--batch-size", "2")
+    more = ("--limit", "3", "--shots", "both=2", "--batch_size", "2")
     assert main(command("both", models=["after"], output="limited", more=more)) == 0
     tax = tax_of("limited")
     (found,) = tax["models"][0]["tasks"]
@@ -266,7 +266,7 @@ def test_a_task_and_a_group_that_holds_it_keep_their_own_numbers_of_examples(
 
 
 def test_a_chat_template_and_prompts_that_do_not_fit(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ("--limit", "2", "--chat-template", "--shots", "baskets=10")
+    more = ("--limit", "2", "--chat_template", "--shots", "baskets=10")
     assert main(command("baskets", models=["after"], output="chat", more=more)) == 0
     assert "Prompts longer than a model's window lost their beginning: baskets" in capsys.readouterr().out
     assert entry(tax_of("chat")["reference"], "baskets")["truncated"]
@@ -286,10 +286,10 @@ def test_a_benchmarks_page_shows_the_tax_of_its_models(place: Path, tmp_path: Pa
     records = tmp_path / "records"
     records.mkdir()
     shutil.copy("first/tax.jsonl", records)
-    where = ["--output", str(records / "mt_bench"), "--limit", "2", "--max-new-tokens", "4", "--evaluation.bootstrap", "100"]
+    where = ["--output", str(records / "mt_bench"), "--limit", "2", "--max_new_tokens", "4", "--evaluation.bootstrap", "100"]
     asked = ["benchmark", "mt_bench", "--model_path", "after", "--questions", "project", *where]
     with judge_server(lambda talk: "[[5]]") as (_, url):
-        assert main([*asked, "--judge-model", "toy", "--judge-base-url", url]) == 0
+        assert main([*asked, "--judge_model", "toy", "--judge_base_url", url]) == 0
     page = records / "mt_bench" / "report.html"
     assert "Alignment tax" not in page.read_text()
     capsys.readouterr()

@@ -288,7 +288,7 @@ def test_without_a_scorer_the_proxies_are_logged_and_nothing_is_kept(place: Path
     assert looks(place / "asked") == looks(place / "run")
     notes = json.loads((place / "run" / "run.json").read_text())["stages"]["align"]["notes"]
     (told,) = [note for note in notes if note.startswith("guard: no scorer is named")]
-    assert "KL" in told and "they do not say whether" in told and "--judge-model" in told
+    assert "KL" in told and "they do not say whether" in told and "--judge_model" in told
 
 
 def test_a_scorer_that_was_trained_on_the_same_pairs_is_flagged(

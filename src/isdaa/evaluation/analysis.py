@@ -34,7 +34,7 @@ def no_measure(held_out: bool) -> str:
     """What the numbers that need no scorer do not say, and what would. held_out: whether pairs were measured."""
     what = "KL, drift and held-out accuracy do not tell" if held_out else "KL does not tell"
     return (
-        f"{what} better from worse. Name a reward model with --scorer, a judge with --judge-model … --judge-base-url …, or your "
+        f"{what} better from worse. Name a reward model with --scorer, a judge with --judge_model … --judge_base_url …, or your "
         "own scores with --scores FILE."
     )
 
@@ -243,7 +243,7 @@ def thinking_notes(entries: Mapping[str, Mapping[str, Any]], keep: bool) -> list
     only = [f"{label} {told['only']}" for label, told in found.items() if told["only"]]
     cut = sum(told["unfinished"] for told in found.values())
     if only:
-        way = "raise --evaluation.max_new_tokens, or --keep-thinking where these are the answers"
+        way = "raise --evaluation.max_new_tokens, or --keep_thinking where these are the answers"
         way = f"; {cut} of them never end it: {way}" if cut else ""
         lines.append(f"Samples that are thinking alone, without an answer: {', '.join(only)}{way}.")
     return lines

@@ -76,7 +76,7 @@ def check_judge(bench: Benchmark, request: BenchmarkRequest, questions: Sequence
     scorer = load_scorer(request.judge)
     if bench.opponent is None:
         raise UserError(
-            f"{bench.name} grades every answer from 1 to 10, which a reward model cannot; name a judge model with --judge-model"
+            f"{bench.name} grades every answer from 1 to 10, which a reward model cannot; name a judge model with --judge_model"
         )
     bare = next((question for question in questions if not question.row.get("facts")), None)
     if isinstance(scorer, GoldScorer) and bare is not None:

@@ -17,8 +17,8 @@ LACKS: dict[Lack, str] = {
     "rate-limited": "the endpoint took no more requests",
     "no answer": "the endpoint gave no reply, or none that could be used",
     "broken off": "the reply broke off on its way",
-    "cut": "the reply ended at its limit: raise --judge-max-tokens, these alone are asked again",
-    "thought only": "the judge thought and did not answer: raise --judge-max-tokens, or turn its thinking off",
+    "cut": "the reply ended at its limit: raise --judge_max_tokens, these alone are asked again",
+    "thought only": "the judge thought and did not answer: raise --judge_max_tokens, or turn its thinking off",
     "unreadable": "the reply says no verdict",
     "no text": "the reply has no text: it is empty, or calls a tool",
 }
@@ -48,7 +48,7 @@ def thinking_remarks(told: Mapping[str, Any] | None) -> list[str]:
     kept = "is judged and counted, too" if found.get("kept") else "is neither judged nor counted as length"
     lines = [f"thinking is {percent(found['share'])} of the characters of its answers, and {kept}"]
     if found["only"]:
-        way = "raise --max_new_tokens, or --keep-thinking where these are the answers"
+        way = "raise --max_new_tokens, or --keep_thinking where these are the answers"
         cut = f", which {found['unfinished']} of them never end: {way}" if found["unfinished"] else ""
         lines.append(f"{found['only']} of {told['turns']} answers are thinking alone{cut}")
     return lines

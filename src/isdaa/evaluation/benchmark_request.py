@@ -161,7 +161,7 @@ def _check(
     sources: Sources, model_paths: Sequence[Any], given: Mapping[str, Any], judge: str | None, asking: Asking | None
 ) -> None:
     if judge is not None and asking is not None:
-        raise UserError("--judge names a reward model and --judge-model a judge model; give one of the two")
+        raise UserError("--judge names a reward model and --judge_model a judge model; give one of the two")
     if sources.judgments and (model_paths or judge is not None or asking is not None):
         raise UserError("--judgments are scored as they are: leave out --model_path and the judge")
     if not (model_paths or sources.answers or sources.judgments):

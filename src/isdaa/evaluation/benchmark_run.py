@@ -130,7 +130,7 @@ def _concluded(
     metrics = _scored(bench, request, metrics, found, by_label, judge.both_orders, folder, plan.control, gone)
     missing = waiting([model["lacks"] for model in metrics["models"]])
     if not metrics["headline"]:
-        way = f"name another judge, or give it room with --judge-max-tokens; all is kept in {folder}"
+        way = f"name another judge, or give it room with --judge_max_tokens; all is kept in {folder}"
         unread = [_unread(found, f"replies of {judge.name}"), *([] if missing else [way])]
         stopped = "; ".join([*unread, *([stopped] if stopped else [])])
     return Outcome(metrics, folder, "; ".join(part for part in (stopped, missing) if part) or None)
@@ -203,8 +203,8 @@ def _stopped(request: BenchmarkRequest, judge: BenchmarkJudge, count: int, left:
     if judge.judge.stopped:
         return f"{judge.judge.stopped}: {kept}; the same command goes on from here"
     if not budget:
-        return f"--max-requests 0 lets nothing be asked: {kept}; a higher number goes on from here"
-    return f"the budget of {counted(budget, 'request')} (--max-requests) is spent: {kept}; the same command goes on from here"
+        return f"--max_requests 0 lets nothing be asked: {kept}; a higher number goes on from here"
+    return f"the budget of {counted(budget, 'request')} (--max_requests) is spent: {kept}; the same command goes on from here"
 
 
 def _unread(found: Mapping[str, Sequence[Judged]], what: str) -> str:

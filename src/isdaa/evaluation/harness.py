@@ -181,7 +181,7 @@ class Harness:
                     task_manager=self.manager,
                 )
         except torch.OutOfMemoryError:
-            raise UserError(f"{part.name}: the GPU's memory is full; choose a smaller --batch-size") from None
+            raise UserError(f"{part.name}: the GPU's memory is full; choose a smaller --batch_size") from None
         except (ValueError, KeyError, AssertionError, TemplateError) as error:
             raise UserError(f"{part.name}: lm-eval cannot ask this task: {_said(error)}") from error
         results = {}

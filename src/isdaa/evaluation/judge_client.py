@@ -94,7 +94,7 @@ class Endpoint:
         if self.hosted and not self.secret:
             raise UserError(
                 f"{self.address} needs a key: set the environment variable {self.settings.key_variable}, "
-                "or name another endpoint with --judge-base-url"
+                "or name another endpoint with --judge_base_url"
             )
 
     @property
@@ -217,7 +217,7 @@ class Endpoint:
             target = urlsplit(headers.get("location", ""))
             host, path = target.netloc.rpartition("@")[2], target.path.removesuffix("/chat/completions")
             place = self.secret.scrub(f"{target.scheme}://{host}{path}") if host else "elsewhere"
-            return Failure("fatal", f"{self.address} sends on to {place}; give the judge's own address with --judge-base-url")
+            return Failure("fatal", f"{self.address} sends on to {place}; give the judge's own address with --judge_base_url")
         if status == 413:
             return Failure("question", f"too long for the judge ({said})", "too long")
         if status in (400, 403) and is_refused(text):
@@ -232,7 +232,7 @@ class Endpoint:
                 return Failure("again", said)
             return Failure("odd", said, "refused", complaint=status)
         if self.azure and not self.api_version:
-            said += "; Azure's older endpoints need --judge-api-version, such as 2024-10-21"
+            said += "; Azure's older endpoints need --judge_api_version, such as 2024-10-21"
         return Failure("fatal", said, complaint=status)
 
 

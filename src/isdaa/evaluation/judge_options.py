@@ -68,7 +68,7 @@ def sample_judge_of(arguments: argparse.Namespace) -> SampleJudge | None:
     asking = asking_of(arguments)
     if asking is None:
         if arguments.judge_template is not None:
-            raise UserError("--judge-template is given, and no judge model; name it with --judge-model")
+            raise UserError("--judge_template is given, and no judge model; name it with --judge_model")
         return None
     from isdaa.evaluation.judged_samples import SampleJudge
 
@@ -82,25 +82,25 @@ def asking_of(arguments: argparse.Namespace) -> Asking | None:
     temperature, logprobs = arguments.judge_temperature, not getattr(arguments, "judge_no_logprobs", None)
     if arguments.judge_model is None:
         if given or ways or temperature is not None or not logprobs:
-            raise UserError("options of a judge model are given, and no judge model; name it with --judge-model")
+            raise UserError("options of a judge model are given, and no judge model; name it with --judge_model")
         return None
     from isdaa.evaluation.benchmark_request import Asking
     from isdaa.evaluation.judge_types import LIMITS, JudgeSettings, check_limit, check_variable
 
     if not arguments.judge_model.strip():
-        raise UserError("--judge-model is empty; name a model that the endpoint serves")
+        raise UserError("--judge_model is empty; name a model that the endpoint serves")
     if not arguments.judge_model.isprintable():
-        raise UserError("--judge-model holds a character that no name has; name a model that the endpoint serves")
+        raise UserError("--judge_model holds a character that no name has; name a model that the endpoint serves")
     if temperature is not None:
         given["temperature"] = _temperature(temperature)
     for option, field in (SETTINGS | {"judge_temperature": "temperature"}).items():
         if field in LIMITS:
-            check_limit(field, given.get(field), "--" + option.replace("_", "-"))
+            check_limit(field, given.get(field), f"--{option}")
     if "key_variable" in given:
-        check_variable(given["key_variable"], "--judge-key-variable")
+        check_variable(given["key_variable"], "--judge_key_variable")
     if ("price_in" in given) != ("price_out" in given):
         raise UserError(
-            "--judge-price-in and --judge-price-out: give both prices, of a million tokens read and of a million written, or "
+            "--judge_price_in and --judge_price_out: give both prices, of a million tokens read and of a million written, or "
             "neither"
         )
     settings = JudgeSettings(arguments.judge_model, ways=ways, **given)

@@ -18,12 +18,12 @@ LEAST_ROOM = 16  # tokens; a reply that has fewer left is not worth asking for
 
 # What an endpoint may not take -> what is said of it, with the option that says so from the start.
 WAYS = {
-    "max_completion_tokens": "knows the limit of a reply as max_completion_tokens (--judge-max-completion-tokens)",
-    "no temperature": "takes no temperature of ours, so it replies at its own (--judge-temperature none)",
-    "no logprobs": "gives no log-probabilities, so votes are hard (--judge-no-logprobs)",
-    "no system": "takes no system message, so its words stand before the user's (--judge-no-system)",
-    "no seed": "takes no seed (leave --judge-seed out)",
-    "stream": "answers in a stream alone (--judge-stream)",
+    "max_completion_tokens": "knows the limit of a reply as max_completion_tokens (--judge_max_completion_tokens)",
+    "no temperature": "takes no temperature of ours, so it replies at its own (--judge_temperature none)",
+    "no logprobs": "gives no log-probabilities, so votes are hard (--judge_no_logprobs)",
+    "no system": "takes no system message, so its words stand before the user's (--judge_no_system)",
+    "no seed": "takes no seed (leave --judge_seed out)",
+    "stream": "answers in a stream alone (--judge_stream)",
 }
 
 _TOO_LONG = re.compile(

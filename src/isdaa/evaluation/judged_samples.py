@@ -56,7 +56,7 @@ def question_of(template: str) -> Benchmark:
         return QUESTIONS[template]
     file = Path(template).expanduser()
     if not file.exists():
-        raise UserError(f"--judge-template {template}: no such file{nearest(template, QUESTIONS)}; give hh, tldr or a file")
+        raise UserError(f"--judge_template {template}: no such file{nearest(template, QUESTIONS)}; give hh, tldr or a file")
     check_file(file)
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -123,14 +123,14 @@ class SampleJudge:
     def facts(self, about: Sequence[str] = ()) -> dict[str, Any]:
         """What records say of the judge; options: those that name it to a command line."""
         settings, asking = self.asking.settings, self.asking
-        options = ["--judge-model", self.name]
-        options += ["--judge-base-url", settings.base_url] if settings.base_url is not None else []
-        options += ["--judge-template", self.template] if self.template != "hh" else []
-        options += ["--judge-temperature", str(settings.temperature).lower()] if asking.own_temperature else []
-        options += ["--judge-max-tokens", str(settings.max_tokens)] if asking.own_max_tokens else []
-        options += ["--judge-api-version", settings.api_version] if settings.api_version is not None else []
-        options += [f"--{name.replace('_', '-')}" for name, way in WAYS.items() if way in settings.ways]
-        options += ["--judge-seed", str(settings.seed)] if settings.seed is not None else []
+        options = ["--judge_model", self.name]
+        options += ["--judge_base_url", settings.base_url] if settings.base_url is not None else []
+        options += ["--judge_template", self.template] if self.template != "hh" else []
+        options += ["--judge_temperature", str(settings.temperature).lower()] if asking.own_temperature else []
+        options += ["--judge_max_tokens", str(settings.max_tokens)] if asking.own_max_tokens else []
+        options += ["--judge_api_version", settings.api_version] if settings.api_version is not None else []
+        options += [f"--{name}" for name, way in WAYS.items() if way in settings.ways]
+        options += ["--judge_seed", str(settings.seed)] if settings.seed is not None else []
         return {"name": self.name, "digest": self.digest, "kind": JUDGE, "about": list(about), "options": options}
 
     def todo(self, folder: Path, plan: Record) -> list[Side]:
@@ -172,7 +172,7 @@ class SampleJudge:
         line += "; equal texts and what was answered before cost nothing"
         if settings.max_requests is not None and settings.max_requests < each * len(prompts):
             enough = settings.max_requests // each
-            line += f". --max-requests {settings.max_requests} is enough for about {enough} of the prompts"
+            line += f". --max_requests {settings.max_requests} is enough for about {enough} of the prompts"
         return line
 
     def judge(self, folder: Path) -> None:

@@ -168,8 +168,8 @@ class Judge:
         if self.stopped:
             return f"{self.stopped}. The same command goes on with them"
         if not budget:
-            return "a budget of 0 requests (--max-requests) lets none be sent. A higher one goes on with them"
-        return f"the budget of {budget} requests (--max-requests) is spent. The same command goes on with them"
+            return "a budget of 0 requests (--max_requests) lets none be sent. A higher one goes on with them"
+        return f"the budget of {budget} requests (--max_requests) is spent. The same command goes on with them"
 
     async def _ask_all(
         self, waiting: dict[str, dict[str, Any]], results: dict[str, Reply | NoReply], shares: dict[str, int], bar: Bar | None
@@ -271,7 +271,7 @@ class Judge:
         if not self._worded and self._wordless == PATIENCE:
             raise UserError(
                 f"the first {PATIENCE} replies of {self.name} were cut at {limit} tokens, before a word of an answer; give it "
-                "more room with --judge-max-tokens: these questions alone are asked again"
+                "more room with --judge_max_tokens: these questions alone are asked again"
             )
 
     def _check_length(self, body: dict[str, Any], reply: Reply) -> None:

@@ -264,7 +264,7 @@ def _repeated(record: ModelRecord | None, given: Mapping[str, Any]) -> Any:
 
 def _decide_who_judges(given: dict[str, Any]) -> None:
     """With a judge model or scores of the user's own, no scorer that a record names is in question. Raises UserError for two."""
-    options = {"judge_model": "--judge-model", "scores": "--scores"}
+    options = {"judge_model": "--judge_model", "scores": "--scores"}
     named = [option for key, option in options.items() if key in given]
     named += ["--scorer"] if given.get("scorer", "none") != "none" else []
     if len(named) > 1:
@@ -272,7 +272,7 @@ def _decide_who_judges(given: dict[str, Any]) -> None:
     if "judge_model" in given:
         if given.get("show_scorer_input"):
             raise UserError(
-                "--show-scorer-input: there is no scorer; replies.jsonl of the evaluation shows what a judge is asked"
+                "--show_scorer_input: there is no scorer; replies.jsonl of the evaluation shows what a judge is asked"
             )
         # Every opponent of a prompt costs two requests a checkpoint.
         given.setdefault("evaluation.opponent_samples", 1)

@@ -103,7 +103,7 @@ def learnt_alike(scorer: Scorer | None, policies: Iterable[Mapping[str, Any] | N
     return [
         f"scorer {scorer.name} was trained on the policy's own pairs (about {100 * most:.0f} % of them): it shares their "
         "mistakes, so that the win rate can rise while the text gets worse; look at KL, and judge by a reward model of other "
-        "pairs or by a judge model (--judge-model)"
+        "pairs or by a judge model (--judge_model)"
     ]
 
 

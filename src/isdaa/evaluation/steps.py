@@ -83,7 +83,7 @@ def _run(home: Path, members: Sequence[str], given_order: bool) -> Order:
         known = [steps.get(path) for path in members]
         if None in known or any(a >= b for a, b in pairwise(filter(None, known))):
             which = "not known for all" if None in known else f"{_listed(lines.values())}, which do not rise"
-            doubts.append(f"--one-run: the models stand in the order given; their steps are {which}")
+            doubts.append(f"--one_run: the models stand in the order given; their steps are {which}")
         return Order(members, steps, told, doubts)
     without = [path for path in members if path not in steps]
     if not steps or (without and not (len(without) == 1 and _is_final(without[0], members))):

@@ -113,7 +113,7 @@ def measure_tax(request: Request, settings: TaxSettings) -> dict[str, Any]:
     if world_size() > 1:
         raise UserError("tax: works in one process; start it without torchrun or accelerate launch")
     if settings.include_path is not None and not Path(settings.include_path).is_dir():
-        raise UserError(f"--include-path {settings.include_path}: no such folder")
+        raise UserError(f"--include_path {settings.include_path}: no such folder")
     harness = Harness(settings.tasks or tuple(SHOTS), settings.shots or {}, settings.include_path)
     paths = list(dict.fromkeys([request.reference, *(model.path for model in request.models)]))
     digests = {path: model_digest(path, request.trust_remote_code, request.revision_of(path)) for path in paths}
@@ -141,7 +141,7 @@ def _keys(path: str, weights: str, request: Request, harness: Harness, settings:
     place = request.tokenizer or path
     tokenizer = load_tokenizer(place, trust_remote_code=request.trust_remote_code, revision=request.revision_of(place))
     if settings.chat_template and not tokenizer.chat_template:
-        raise UserError(f"{path}: its tokenizer has no chat template; leave --chat-template out")
+        raise UserError(f"{path}: its tokenizer has no chat template; leave --chat_template out")
     if settings.chat_template:
         ChatFormat(tokenizer)  # can it be used?
     who = [weights, tokenizer_digest(tokenizer), request.dtype]
@@ -256,7 +256,7 @@ def _whole(option: str, text: str | None) -> int | None:
 
 
 def _batch_size(text: str | None) -> int | str:
-    return "auto" if text == "auto" else _whole("--batch-size", text) or BATCH
+    return "auto" if text == "auto" else _whole("--batch_size", text) or BATCH
 
 
 def _shots(texts: Sequence[str]) -> dict[str, int]:

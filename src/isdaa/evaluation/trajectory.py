@@ -153,7 +153,7 @@ def trajectories(folder: str | Path, as_one_run: bool = False) -> list[Trajector
     alone (`out/checkpoint-100`, `out/checkpoint-200`, and `out` itself), and where records name the same method, β and seed.
     as_one_run: models of one folder whose names say nothing of that are one run, in the order given, unless some differ by a
     number alone and others by more (`dpo-100`, `dpo-200`, `ipo-100`); else each is a run of its own.
-    An evaluation that was asked for as one run (`--one-run`) is one, in the order given.
+    An evaluation that was asked for as one run (`--one_run`) is one, in the order given.
     Names are unique: a run's folder, with the folders around it where several runs' folders have the same name.
     """
     with fitting(Path(folder)):

@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 NO_SCORER = (
     "guard: no scorer is named, so it measures KL, length and, on held-out pairs, accuracy and drift; they do not say whether "
     "the text gets better or worse. Name a reward model (guard.scorer) for win rates, keep: best and stop: over-optimised; or "
-    "ask for a verdict afterwards by a judge model (isdaa report RUN --judge-model NAME)"
+    "ask for a verdict afterwards by a judge model (isdaa report RUN --judge_model NAME)"
 )
 FOLDER, BEST = "guard", "best"  # in a run's folder: opponents and candidates; the best model
 
