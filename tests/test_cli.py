@@ -156,7 +156,7 @@ def test_a_mistake_in_another_command(place: Path, capsys: pytest.CaptureFixture
         (["train", "--sft.lr=1"], '(did you mean "--sft.learning_rate"?)'),
         (["inspect", "--num-train-epochs", "1"], '(did you mean "--align.epochs"?)'),
         (["train", "--model", "m"], '(did you mean "--model.path"?)'),
-        (["evaluate", "--model", "m"], '(did you mean "--model_path"?)'),
+        (["evaluate", "--model_path", "m", "--reward_model", "r"], '(did you mean "--evaluation.scorer"?)'),
         (["train", "--warmup_ratio", "0.1"], "(give align.warmup_steps;"),
         (["demo", "--beta=0.1"], '(did you mean "--objective.beta"?)'),
     ],
