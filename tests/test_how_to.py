@@ -15,7 +15,7 @@ from isdaa.options import overrides_of
 PAGES = ("how_to.md", "which_method.md", "metrics.md")
 TEXTS = {name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in PAGES}
 TASKS = 12
-ELSEWHERE = ("going_on.md",)  # comes with `--continue-from`
+ELSEWHERE = ("going_on.md",)  # comes with `--continue_from`
 
 
 def commands() -> list[tuple[str, str]]:

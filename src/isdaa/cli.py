@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         "train",
         help="run the stages of a config: sft, reward, label, align",
         usage="isdaa train [--config FILE] [--section.key VALUE ...]\n"
-        "       isdaa train --continue-from RUN[/checkpoint-N] [--continue-optimizer] --output_dir NEW [--section.key VALUE ...]",
+        "       isdaa train --continue_from RUN[/checkpoint-N] [--continue_optimizer] --output_dir NEW [--section.key VALUE ...]",
     )
     train.add_argument("--config", metavar="FILE", help="YAML file; every key can be overridden by an option")
     _adopt_option(train)

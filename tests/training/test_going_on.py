@@ -1,4 +1,4 @@
-"""`isdaa train --continue-from`: the old run's weights, its reference and its settings, in a run of its own."""
+"""`isdaa train --continue_from`: the old run's weights, its reference and its settings, in a run of its own."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def go_on(name: str, *options: str, output: str = "new") -> int:
-    return main(["train", "--continue-from", name, "--output_dir", output, *options])
+    return main(["train", "--continue_from", name, "--output_dir", output, *options])
 
 
 def state(run: str = "new") -> dict[str, Any]:
@@ -102,7 +102,7 @@ def test_the_optimiser_goes_on_too(place: Path, capsys: pytest.CaptureFixture[st
     constant = {"align.lr_scheduler": "constant", "align.warmup_steps": 0, "align.batch_size": 16, "data.eval_fraction": 0.0}
     assert train("whole", SETTINGS | constant) == 0
     capsys.readouterr()
-    assert go_on("whole/checkpoint-2", "--continue-optimizer", "--align.max_steps", "2") == 0
+    assert go_on("whole/checkpoint-2", "--continue_optimizer", "--align.max_steps", "2") == 0
     assert "the optimiser's state goes on, the learning rate's schedule begins anew" in capsys.readouterr().err
     assert go_on("whole/checkpoint-2", "--align.max_steps", "2", output="without") == 0
     wanted = weights(place / "whole" / "model")
@@ -112,12 +112,12 @@ def test_the_optimiser_goes_on_too(place: Path, capsys: pytest.CaptureFixture[st
 
     assert apart("new") < 1e-5 < 1e-3 < apart("without")
     assert state()["continued"]["optimizer"] is True and "optimiser states" in state()["pinned"]
-    again = ["train", "--continue-from", "whole/checkpoint-2", "--output_dir", "new", "--align.max_steps", "2"]
+    again = ["train", "--continue_from", "whole/checkpoint-2", "--output_dir", "new", "--align.max_steps", "2"]
     refused(capsys, again, "continue_optimizer = True, this one False")
 
 
 @pytest.mark.parametrize("old", ["old", "lora"])
-@pytest.mark.parametrize("optimizer", [[], ["--continue-optimizer"]], ids=["anew", "optimizer"])
+@pytest.mark.parametrize("optimizer", [[], ["--continue_optimizer"]], ids=["anew", "optimizer"])
 def test_a_kill_costs_nothing(old: str, optimizer: list[str], place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--align.max_steps", "4", "--align.save_steps", "2", *optimizer]
     assert go_on(old, *options, output="whole") == 0
@@ -152,7 +152,7 @@ def test_an_adapter_is_trained_on_and_its_base_stays(place: Path, capsys: pytest
     assert read_lines(place / "new" / "metrics.jsonl")[0]["drift/chosen"] != 0
     shutil.rmtree(place / "lora" / "checkpoints")
     refused(
-        capsys, ["train", "--continue-from", "lora", "--output_dir", "other"], "its adapter lies in its weights", "--model.path"
+        capsys, ["train", "--continue_from", "lora", "--output_dir", "other"], "its adapter lies in its weights", "--model.path"
     )
 
 
@@ -175,8 +175,8 @@ LAST_ADAPTERS = ("lora/checkpoints/checkpoint-4", "new/checkpoints/checkpoint-2"
         (["lora/checkpoint-2/../adapter", "--output_dir", "new"], ["no such folder"]),
         (["old", "--output_dir", "new", "--model.path", "other"], ["model.path: other", "continue_from: old"]),
         (["old", "--output_dir", "new", "--stages", "sft", "align"], ["stages: sft"]),
-        (["old/model", "--output_dir", "new", "--continue-optimizer"], ["continue_optimizer", "optimizer.pt", "checkpoint-N"]),
-        (["old", "--output_dir", "new", "--continue-optimizer", "--align.optimizer", "sgd"], ["state of adamw", "sgd"]),
+        (["old/model", "--output_dir", "new", "--continue_optimizer"], ["continue_optimizer", "optimizer.pt", "checkpoint-N"]),
+        (["old", "--output_dir", "new", "--continue_optimizer", "--align.optimizer", "sgd"], ["state of adamw", "sgd"]),
         (["lora", "--output_dir", "new", "--lora.rank", "4"], ["lora.rank", "has 2, not 4", "--model.path"]),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
@@ -185,7 +185,7 @@ def test_what_cannot_be_gone_on_with_is_one_line(
     argv: list[str], words: list[str], place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (place / "elsewhere" / "checkpoint-7").mkdir(parents=True)
-    refused(capsys, ["train", "--continue-from", *argv], *words)
+    refused(capsys, ["train", "--continue_from", *argv], *words)
     assert not (place / "new").exists()
 
 
@@ -211,10 +211,10 @@ def test_a_mistake_in_a_file_is_one_line(text: str, words: list[str], place: Pat
 
 
 def test_changed_weights_an_unfinished_and_a_strangers_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["train", "--output_dir", "new", "--continue-from"]
+    argv = ["train", "--output_dir", "new", "--continue_from"]
     stopped_at(3, SETTINGS, place / "half")
     refused(
-        capsys, [*argv, "half"], "has not finished", "isdaa train --config half/config.yaml", "--continue-from half/checkpoint-2"
+        capsys, [*argv, "half"], "has not finished", "isdaa train --config half/config.yaml", "--continue_from half/checkpoint-2"
     )
     assert main([*argv, "half/checkpoint-2", "--align.max_steps", "1"]) == 0
     shutil.rmtree(place / "new")
@@ -229,15 +229,15 @@ def test_changed_weights_an_unfinished_and_a_strangers_run(place: Path, capsys: 
     strange = json.loads(Path("lora/run.json").read_text())
     strange["seal"] = "0" * 64
     Path("lora/run.json").write_text(json.dumps(strange))
-    refused(capsys, ["train", "--output_dir", "third", "--continue-from", "lora"], "not a run of yours", "--adopt")
-    assert main(["train", "--output_dir", "third", "--continue-from", "lora", "--adopt", "--align.max_steps", "1"]) == 0
+    refused(capsys, ["train", "--output_dir", "third", "--continue_from", "lora"], "not a run of yours", "--adopt")
+    assert main(["train", "--output_dir", "third", "--continue_from", "lora", "--adopt", "--align.max_steps", "1"]) == 0
 
 
 def test_a_run_that_its_guard_stopped_asks_which_weights(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = json.loads(Path("old/run.json").read_text())
     record["stages"]["align"]["guard"] = {"best_step": 2, "stopped": {"step": 4, "peak_step": 2}}
     write_own(place / "old" / "run.json", record)
-    argv = ["train", "--output_dir", "new", "--continue-from", "old"]
+    argv = ["train", "--output_dir", "new", "--continue_from", "old"]
     refused(capsys, argv, "stopped it at step 4", "old/checkpoints/checkpoint-2 (step 2, its best look)", "old/model (step 4")
     shutil.copytree("old/model", "old/best")
     refused(capsys, argv, "old/best (step 2, its best look)", "old/model (step 4, the fallen ones)")
@@ -248,7 +248,7 @@ def test_a_run_that_its_guard_stopped_asks_which_weights(place: Path, capsys: py
 def test_a_moved_run_and_a_chain_of_runs_keep_the_first_reference(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert go_on("old", "--align.max_steps", "2", "--continue-optimizer", output="second") == 0
+    assert go_on("old", "--align.max_steps", "2", "--continue_optimizer", output="second") == 0
     away = tmp_path / "moved"
     away.mkdir()
     for name in ("old", "second", "my_model"):
@@ -264,7 +264,7 @@ def test_a_moved_run_and_a_chain_of_runs_keep_the_first_reference(
     assert record.continued["optimizer"] is False  # asked for once
     assert "optimiser step 2 (6 with those of the runs before it)" in Path("third/model/README.md").read_text()
     shutil.rmtree("my_model")
-    refused(capsys, ["train", "--continue-from", "second", "--output_dir", "x"], "my_model", "is not there")
+    refused(capsys, ["train", "--continue_from", "second", "--output_dir", "x"], "my_model", "is not there")
 
 
 def test_another_method_and_more_data(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -307,12 +307,12 @@ def test_a_file_may_say_it_and_the_old_run_s_own_file_may_be_given(place: Path, 
     Path("next.yaml").write_text("continue_from: old\noutput_dir: new\nalign: {max_steps: 1}\n")
     assert main(["train", "--config", "next.yaml"]) == 0
     assert main(["train", "--config", "new/config.yaml"]) == 0
-    assert main(["train", "--config", "old.yaml", "--continue-from", "old", "--output_dir", "b", "--align.max_steps", "1"]) == 0
+    assert main(["train", "--config", "old.yaml", "--continue_from", "old", "--output_dir", "b", "--align.max_steps", "1"]) == 0
     assert same_weights(place / "b" / "model", place / "new" / "model")
     capsys.readouterr()
-    assert main(["inspect", "--continue-from", "old", "--output_dir", "c", "--no_plan"]) == 0
-    refused(capsys, ["demo", "--config", "old.yaml", "--continue-from", "old"], "continue_from")
-    refused(capsys, ["train", "--model.path", "my_model", "--data.pairs", "pairs.jsonl", "--continue-optimizer"], "continue_from")
+    assert main(["inspect", "--continue_from", "old", "--output_dir", "c", "--no_plan"]) == 0
+    refused(capsys, ["demo", "--config", "old.yaml", "--continue_from", "old"], "continue_from")
+    refused(capsys, ["train", "--model.path", "my_model", "--data.pairs", "pairs.jsonl", "--continue_optimizer"], "continue_from")
 
 
 def test_another_program_s_weights_with_a_named_reference(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -325,7 +325,7 @@ def test_another_program_s_weights_with_a_named_reference(place: Path, capsys: p
 
 def test_the_dead_end_names_the_way(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["train", "--config", "old.yaml", "--output_dir", "old", "--align.epochs", "61"]
-    refused(capsys, argv, "holds a different run", "align.epochs = 1.0", "--continue-from old --output_dir NEW")
+    refused(capsys, argv, "holds a different run", "align.epochs = 1.0", "--continue_from old --output_dir NEW")
 
 
 def test_a_chain_gives_pairs_reference_and_reward_model(

@@ -92,7 +92,7 @@ def test_it_labels_and_judges_in_one_command(place: Path, capsys: pytest.Capture
     assert "pairs/train.jsonl" in inputs and "data.pairs" not in inputs
     assert main(["evaluate", "--model_path", "run/model"]) == 0
     assert "Win rate by run/reward" in capsys.readouterr().out.replace(str(place) + "/", "")
-    assert main(["train", "--continue-from", "run", "--output_dir", "new", "--align.max_steps", "2"]) == 0
+    assert main(["train", "--continue_from", "run", "--output_dir", "new", "--align.max_steps", "2"]) == 0
     assert "guard: scorer run/reward" in (said := capsys.readouterr().err) and "data.pairs is" not in said
     assert Path("new/eval_pairs.jsonl").read_bytes() == Path("run/eval_pairs.jsonl").read_bytes()
 

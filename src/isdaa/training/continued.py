@@ -167,7 +167,7 @@ def _of_run(run: Path, begun: Mapping[str, Any]) -> Path:
     """The weights that a finished run stands for."""
     if not begun.get("done"):
         there = complete_checkpoints(run / "checkpoints")
-        named = f", or name a checkpoint: --continue-from {run / Path(there[-1]).name}" if there else ""
+        named = f", or name a checkpoint: --continue_from {run / Path(there[-1]).name}" if there else ""
         again = f"isdaa train --config {run / 'config.yaml'}"
         raise UserError(f"continue_from: {run}: its align stage has not finished; finish it ({again}){named}")
     record = records_of([str(run / "model")]).by_path[str(run / "model")]

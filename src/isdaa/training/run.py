@@ -223,7 +223,7 @@ class Run:
         """What to type where a finished run is asked for with other settings."""
         if stage != "align" or not self.is_done(stage):
             return ""
-        return f"; to train its model on with others, type --continue-from {self.folder} --output_dir NEW"
+        return f"; to train its model on with others, type --continue_from {self.folder} --output_dir NEW"
 
     def is_done(self, stage: str) -> bool:
         """Whether a stage has finished in this folder."""
