@@ -49,6 +49,7 @@ COMPLAINTS = [
     ("no system", has_system, 400, error("System role not supported")),
     ("no system", has_system, 400, {"object": "error", "message": "Conversation roles must alternate user/assistant/user/assistant/...", "code": 400}),
     ("no system", has_system, 400, error("Unsupported value: 'messages[0].role' does not support 'system' with this model.", param="messages[0].role")),
+    ("no system", has_system, 400, error("Only user and assistant roles are supported!")),
     ("no system", has_system, 400, [{"error": {"code": 400, "message": "Developer instruction is not enabled for models/gemma"}}]),
     ("stream", lambda body: not body.get("stream"), 400, error("This model only supports streaming: set stream to true")),
     ("stream", lambda body: not body.get("stream"), 400, {"detail": "Stream must be set to true"}),
@@ -104,10 +105,57 @@ def test_a_setting_that_was_not_sent_is_no_way_out() -> None:
     body = {"error": {"message": "temperature too hot in the data centre"}}
     with serving(lambda number, sent: Answer(status=400, body=body)) as server:
         (reply,) = judge(server, temperature=None).ask(asks(1))
-    assert isinstance(reply, NoReply) and reply.kind == "refused" and len(server.asked) == 1
+    assert isinstance(reply, NoReply) and reply.kind == "rejected" and len(server.asked) == 1
     sent = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4}
-    for words in ("upstream closed the connection", "the seedling failed", "please proceed", "insufficient_system_resource"):
+    for words in (
+        "upstream closed the connection",
+        "the seedling failed",
+        "please proceed",
+        "insufficient_system_resource",
+        "The system is overloaded; message queue full",
+    ):
         assert way_of(words, {**sent, "seed": 1}) is None, words
+
+
+def test_what_did_not_help_is_not_kept_and_an_echo_of_the_prompt_teaches_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """FastAPI quotes what it got; and a word in a complaint need not be its reason."""
+    echo = {"detail": [{"loc": ["body", "messages"], "msg": "bad", "input": "a question of temperature and seed"}]}
+    guess = {"error": {"message": "temperature in the room is too high"}}
+
+    def behaviour(number: int, body: dict[str, Any]) -> Answer:
+        words = str(body["messages"])
+        return (
+            Answer(status=422, body=echo)
+            if "question 1" in words
+            else Answer(status=400, body=guess)
+            if "question 2" in words
+            else Answer("B")
+        )
+
+    with serving(behaviour) as server:
+        asking = judge(server, tmp_path / "r.jsonl", seed=1, concurrency=1)
+        kinds = [reply.kind if isinstance(reply, NoReply) else "" for reply in asking.ask(asks(5))]
+        assert kinds == ["", "rejected", "rejected", "", ""] and not asking.about
+        assert {"temperature", "seed"} <= server.asked[-1].keys()
+    assert "takes no" not in capsys.readouterr().err and '"ways": []' in (tmp_path / "r.jsonl").read_text().splitlines()[-1]
+
+
+def test_two_orders_of_a_question_are_one_question(tmp_path: Path) -> None:
+    def behaviour(number: int, body: dict[str, Any]) -> Answer:
+        return Answer(status=400, body=error("gremlin")) if "odd" in str(body["messages"]) else Answer("B")
+
+    def questions(names: list[str]) -> list[Question]:
+        return [Question(ask(f"{name}, order {order}").messages, of=name) for name in names for order in (1, 2, 3)]
+
+    with serving(behaviour) as server:
+        replies = judge(server, tmp_path / "r.jsonl", concurrency=1).ask(questions(["odd 1", "odd 2", "good", "odd 3"]))
+        assert [isinstance(reply, Reply) for reply in replies] == [False] * 6 + [True] * 3 + [False] * 3
+        again = judge(server, tmp_path / "r.jsonl").ask(questions(["odd 1", "odd 2", "good", "odd 3"]))
+        assert [reply.kind for reply in again if isinstance(reply, NoReply)] == ["rejected"] * 9
+        with pytest.raises(UserError, match="gremlin"):
+            judge(server).ask(questions(["odd 1", "odd 2", "odd 3", "good"]))
 
 
 def test_what_the_system_says_stands_before_the_user() -> None:
@@ -131,8 +179,11 @@ LONG = [
     ("Input validation error: `inputs` must have less than 1024 tokens. Given: 2000", 16, None),
     ('{"error":{"code":400,"message":"the request exceeds the available context size, try increasing it","type":"exceed_context_size_error","n_prompt_tokens":1407,"n_ctx":256}}', 512, None),
     ("request (5000 tokens) exceeds the available context size (4096 tokens), try increasing it", 512, None),
-    ("The input token count (1200293) exceeds the maximum number of tokens allowed (1048576).", 32, 16),
-    ("prompt is too long: 210000 tokens > 200000 maximum", 64, 32),
+    ("The input token count (1200293) exceeds the maximum number of tokens allowed (1048576).", 32, None),
+    ("prompt is too long: 210000 tokens > 200000 maximum", 64, None),
+    ("Sequence length 5000 exceeds model's maximum of 4096", 64, 32),
+    ("Total tokens 5000 > max 4096", 64, 32),
+    ("The prompt exceeds the model's context of 4096", 64, 32),
     ("input length and `max_tokens` exceed context limit: 199000 + 4096 > 200000, decrease input length or `max_tokens` and try again", 4096, 1000),
     ("Requested token count exceeds the model's maximum context length of 4096 tokens. You requested a total of 5000 tokens: 4000 tokens from the input messages and 1000 tokens for the completion.", 1000, 96),
     ("This endpoint's maximum context length is 4096 tokens. However, you requested about 5000 tokens (3000 of text input, 2000 in the output).", 2000, 1096),
@@ -275,6 +326,10 @@ def test_an_answer_of_endless_size_or_of_impossible_numbers_is_no_traceback(tmp_
         assert isinstance(reply, Reply) and reply.first_token_logprobs is None and asking.usage.uncounted == 1
         (again,) = judge(server, tmp_path / "replies.jsonl").ask(asks(1))
         assert isinstance(again, Reply) and again.text == reply.text == "\ufffd\ufffdA" and len(server.asked) == 1
+    broken = b'data: {"choices": [{"delta": {"content": "A"}}]}\n\ndata: {"error": {"code": 429, "message": "slow"}}\n\n'
+    with serving(lambda number, sent: Answer(body=broken)) as server:
+        (late,) = judge(server, retries=1).ask(asks(1))
+    assert isinstance(late, NoReply) and late.kind == "rate-limited"
     with serving(replying("x" * (1 << 24))) as server:
         (huge,) = judge(server).ask(asks(1))
     assert isinstance(huge, NoReply) and huge.kind == "unreadable"

@@ -254,7 +254,7 @@ def test_a_complaint_that_nobody_knows_ends_the_run_when_three_questions_in_a_ro
     assert len(server.asked) == 3
     with serving(lambda number, body: odd if number % 3 else Answer("A")) as server:  # two, a reply, two, a reply
         replies = judge(server, concurrency=1).ask(asks(30))
-    assert [isinstance(reply, NoReply) and reply.kind for reply in replies] == [False, "refused", "refused"] * 10
+    assert [isinstance(reply, NoReply) and reply.kind for reply in replies] == [False, "rejected", "rejected"] * 10
 
 
 def test_a_redirection_is_not_followed() -> None:

@@ -134,6 +134,7 @@ class ModelJudge:
             temperature=None if self.asking.own_temperature else question.temperature,
             max_tokens=None if self.asking.own_max_tokens else question.max_tokens,
             logprobs=question.logprobs if self.asking.logprobs else None,
+            of=question.question,
         )
 
     def to_json(self) -> dict[str, Any]:

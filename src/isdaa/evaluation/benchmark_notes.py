@@ -18,8 +18,9 @@ LACKS: dict[Lack, str] = {
     "no answer": "the endpoint gave no reply, or none that could be used",
     "broken off": "the reply broke off on its way",
     "cut": "the reply ended at its limit: raise --judge_max_tokens, these alone are asked again",
-    "thought only": "the judge thought and did not answer: raise --judge_max_tokens, or turn its thinking off",
+    "thought only": "the judge thought and did not answer: turn its thinking off, or take another one",
     "unreadable": "the reply says no verdict",
+    "rejected": "the endpoint did not take the request, in words that isdaa does not know",
     "no text": "the reply has no text: it is empty, or calls a tool",
 }
 NOT_SAID = "not said"  # the reason of a file that gives none

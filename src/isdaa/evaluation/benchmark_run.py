@@ -130,7 +130,9 @@ def _concluded(
     metrics = _scored(bench, request, metrics, found, by_label, judge.both_orders, folder, plan.control, gone)
     missing = waiting([model["lacks"] for model in metrics["models"]])
     if not metrics["headline"]:
-        way = f"name another judge, or give it room with --judge_max_tokens; all is kept in {folder}"
+        cut = any(verdict.lack == "cut" for answers in found.values() for one in answers for verdict in one.verdicts)
+        more = ", or give it room with --judge_max_tokens" if cut else ""
+        way = f"name another judge{more}; all is kept in {folder}"
         unread = [_unread(found, f"replies of {judge.name}"), *([] if missing else [way])]
         stopped = "; ".join([*unread, *([stopped] if stopped else [])])
     return Outcome(metrics, folder, "; ".join(part for part in (stopped, missing) if part) or None)

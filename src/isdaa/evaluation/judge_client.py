@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from isdaa.evaluation.judge_secret import LONG_FRAGMENT, guard_logs, key_from_en
 from isdaa.evaluation.judge_types import JudgeSettings, Lack, Reply
 from isdaa.evaluation.judge_wording import (
     WAYS,
+    complaint,
     endpoint_words,
     is_refused,
     is_spent,
@@ -56,8 +57,9 @@ class Failure:
     `limit`; `question`, only this question is affected; `odd`, this question is complained of, and it is not clear
     whether others would be; `pause`, the endpoint wants to be left alone for longer than is waited for; `fatal`, no
     question can be answered until the user mends something. lack: what a question without a reply lacks it for.
-    wait: seconds that the endpoint asked to be left alone. unreached: nothing answered at all. complaint: the status that
-    finds fault with the request. tokens: prompt and completion tokens that were billed nevertheless.
+    way: what the endpoint may not take. wait: seconds that it asked to be left alone. unreached: nothing answered at all.
+    complaint: the status that finds fault with the request. tokens: prompt and completion tokens that were billed
+    nevertheless.
     """
 
     kind: Literal["retry", "again", "question", "odd", "pause", "fatal"]
@@ -65,6 +67,7 @@ class Failure:
     lack: Lack = "no answer"
     wait: float | None = None
     limit: int | None = None
+    way: str | None = None
     unreached: bool = False
     complaint: int | None = None
     tokens: tuple[int | None, int | None] | None = None
@@ -84,6 +87,7 @@ class Endpoint:
         self.hosted = host == urlsplit(OPENAI).hostname
         # What it does not take: OpenAI's newer models refuse the limit's old name, local servers may not know the new one.
         self.ways: set[str] = {*settings.ways, *(["max_completion_tokens"] if self.hosted else [])}
+        self.known = set(self.ways)  # those that are sure
         self.here = host in ("localhost", "::1") or host.startswith("127.")
         self.secret = key_from_environment(settings.key_variable)
 
@@ -101,7 +105,7 @@ class Endpoint:
     def about(self) -> list[str]:
         """What a reader must know of how it is asked, each a line; what it was told to leave out is no news."""
         known = set(self.settings.ways) | {"max_completion_tokens"}
-        return [words for way, words in WAYS.items() if way in self.ways - known]
+        return [words for way, words in WAYS.items() if way in self.known - known]
 
     def client(self) -> Any:
         """An `openai.AsyncOpenAI` that neither retries nor follows redirections by itself: every request is counted.
@@ -180,6 +184,15 @@ class Endpoint:
             model=scrub(outcome.model) if outcome.model is not None else None,
         )
 
+    def helped(self, ways: Iterable[str], good: bool) -> None:
+        """A request that taught these ways was answered then, so that they are true, and said; or complained of again."""
+        for way in set(ways) - self.known:
+            if good:
+                self.known.add(way)
+                say(f"the judge at {self.address} {WAYS[way]}")
+            else:
+                self.ways.discard(way)
+
     async def models(self, client: Any) -> list[str]:
         """Names of the models that the endpoint says it serves; empty where it does not say."""
         try:
@@ -194,13 +207,13 @@ class Endpoint:
         self, status: int, headers: Mapping[str, str], text: str, sent: Mapping[str, Any], body: Mapping[str, Any]
     ) -> Failure:
         """What a status and its words come to. sent: the request as it was sent, `body` as it was meant."""
-        said = f"{self.address} answered {status}"
+        said, whole, text = f"{self.address} answered {status}", text, complaint(text)
         if status in (401, 403) and not (status == 403 and (is_refused(text) or "logprobs" in text)):
             # Its words may quote the key in any disguise: they are not shown.
             variable = self.settings.key_variable
             does = "does not accept the key in" if self.secret else "asks for a key, and there is none in"
             return Failure("fatal", f"{said}: it {does} the environment variable {variable}; set it")
-        words = self.secret.scrub(endpoint_words(text)) if status != 403 else ""
+        words = self.secret.scrub(endpoint_words(whole)) if status != 403 else ""
         said += f": {words}" if words else ""
         if status == 402 or (status in (400, 429) and is_spent(text)):
             return Failure("fatal", f"{said}; the account's credit is spent: add to it and run the same command again")
@@ -224,13 +237,12 @@ class Endpoint:
             return Failure("question", f"refused by the endpoint's content filter ({said})", "refused")
         if status in (400, 403, 422):
             way = way_of(text, sent)
-            if way is not None and way not in self.ways:
-                self.ways.add(way)
-                say(f"the judge at {self.address} {WAYS[way]}")
-            # A request that was on its way when another one learnt it is sent again, too.
-            if way is not None and self._as_it_takes(body) != sent:
-                return Failure("again", said)
-            return Failure("odd", said, "refused", complaint=status)
+            if way is not None:
+                self.ways.add(way)  # to be tried: `helped` says whether it is true
+                # A request that was on its way when another one learnt it is sent again, too.
+                if self._as_it_takes(body) != sent:
+                    return Failure("again", said, way=way)
+            return Failure("odd", said, "rejected", complaint=status)
         if self.azure and not self.api_version:
             said += "; Azure's older endpoints need --judge_api_version, such as 2024-10-21"
         return Failure("fatal", said, complaint=status)
@@ -287,7 +299,7 @@ def without_system(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]
 def read_answer(text: str) -> Reply | Failure:
     """A reply from the body of a chat completion, whole or streamed; a body that is none is worth another try."""
     try:
-        body = _streamed(text) if text.lstrip().startswith(("data:", "event:", ":")) else json.loads(text.lstrip("\ufeff"))
+        body = _streamed(text) if _is_stream(text) else json.loads(text.lstrip("\ufeff"))
     except (ValueError, RecursionError):
         return Failure("retry", f"the answer is not JSON: {quoted(text)!r}")
     try:
@@ -318,6 +330,10 @@ def read_answer(text: str) -> Reply | Failure:
         model=valid(str(model)) if model is not None else None,
         thinking=valid(thinking),
     )
+
+
+def _is_stream(text: str) -> bool:
+    return text.lstrip().startswith(("data:", "event:", ":"))
 
 
 def _streamed(text: str) -> dict[str, Any]:
@@ -353,8 +369,13 @@ def _error_inside(text: str) -> int | None:
     """The status that the body of a 200 names, where it is an error and no completion."""
     if '"error"' not in text:
         return None
+    if _is_stream(text):
+        parts = [
+            line.removeprefix("data:").strip() for line in text.splitlines() if line.startswith("data:") and '"error"' in line
+        ]
+        return next((status for part in parts if (status := _error_inside(part)) is not None), None)
     try:
-        body = json.loads(text.lstrip("\ufeff").removeprefix("data:"))
+        body = json.loads(text.lstrip("\ufeff"))
     except (ValueError, RecursionError):
         return None
     error = body.get("error") if isinstance(body, dict) and not body.get("choices") else None

@@ -13,7 +13,9 @@ from isdaa.files import digest
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 # Why a question has no verdict. Those in MOMENTARY go away by asking again; `cut` by a higher limit.
-Lack = Literal["refused", "too long", "rate-limited", "no answer", "broken off", "cut", "thought only", "unreadable", "no text"]
+Lack = Literal[
+    "refused", "too long", "rate-limited", "no answer", "broken off", "cut", "thought only", "unreadable", "no text", "rejected"
+]
 MOMENTARY: tuple[Lack, ...] = ("rate-limited", "no answer", "broken off")
 MOST_LOGPROBS = 20  # more alternatives than this no endpoint gives
 # Field of `JudgeSettings` -> the least and the most that makes sense.
@@ -91,7 +93,8 @@ def check_variable(value: str, name: str) -> None:
 class Question:
     """One conversation that the judge answers. The overrides stand before the judge's settings where they are not None.
 
-    messages: `{"role": …, "content": …}`. Equal questions are asked once: to sample several replies to the same
+    messages: `{"role": …, "content": …}`. of: what it is about, where several are about the same (two orders). Equal
+    questions are asked once: to sample several replies to the same
     messages, give each a seed of its own.
     """
 
@@ -100,6 +103,7 @@ class Question:
     max_tokens: int | None = None
     logprobs: int | None = None
     seed: int | None = None
+    of: str = ""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from isdaa.files import clean
 QUOTED = 300  # characters of an endpoint's own words in an error
 LEAST_ROOM = 16  # tokens; a reply that has fewer left is not worth asking for
 
+ECHOES = ("input", "ctx", "body", "messages", "prompt", "request", "param_value", "value", "url")  # keys of what was sent
+
 # What an endpoint may not take -> what is said of it, with the option that says so from the start.
 WAYS = {
     "max_completion_tokens": "knows the limit of a reply as max_completion_tokens (--judge_max_completion_tokens)",
@@ -30,6 +32,7 @@ _TOO_LONG = re.compile(
     r"context[ _](?:length|size|window|limit)|(?:maximum|max) (?:context|model) length|max_model_len|exceed_context|"
     r"too many (?:input )?tokens|(?:prompt|input|request|message)s?\b[^.]{0,40} (?:is|are) (?:too )?long|"
     r"too (?:long|large) for|maximum number of tokens|token count[^.]{0,40} exceeds|reduce the length|"
+    r"(?:length|tokens|prompt|input)\b[^.]{0,40} exceeds?\b[^.]{0,40}(?:context|maximum|limit)|total tokens[^.]{0,20}>|"
     r"(?:inputs?|max_new_tokens)`? (?:tokens )?(?:must have less|\+ `max_new|must be <=)|request too large|"
     r"string_above_max_length|"
     r"max_(?:completion_)?tokens\W{0,3}[^.]{0,60}(?:too large|less than or equal|at most|at least 1, got -|exceeds)"
@@ -42,8 +45,8 @@ _SPENT = re.compile(
     r"insufficient_quota|insufficient[ _]balance|insufficient[ _]credits?|billing_hard_limit|credit balance is too low"
 )
 _NO_SYSTEM = re.compile(
-    r"\bsystem\b[^.]{0,60}(?:role|message|prompt|instruction)|(?:role|message)s?\b[^.]{0,60}\bsystem\b|roles? must|"
-    r"messages\[0\]|developer instruction"
+    r"\bsystem['\"`]? (?:role|message|prompt|instruction)s?\b|roles?\b[^.;]{0,40}['\"`]system['\"`]|roles? must|"
+    r"only user\b[^.;]{0,30}\broles?|messages\[0\]|developer instruction"
 )
 _STREAM = re.compile(r"\bstream\w*\b[^.]{0,60}(?:must|only|required|true)|(?:must|only|requires?)\b[^.]{0,60}\bstream")
 # Of a context of C tokens and a prompt of P, as far as the words give both.
@@ -52,10 +55,28 @@ _CONTEXT = re.compile(
     r"[^0-9]{0,40}?(\d+)"
 )
 _SUM = re.compile(r"(\d+) \+ \d+ > (\d+)")  # Anthropic's: P + limit > C
+_ALONE = re.compile(r"(?:prompt|input)\b[^.0-9]{0,40}(\d+)[^0-9]{0,60}(?:exceeds|longer than|>)[^0-9]{0,60}(\d+)")  # P and C
 _PROMPT = re.compile(
     r"(\d+) (?:in the messages|input tokens|of text input|tokens from the input|`inputs` tokens)|"
     r"n_prompt_tokens\D{1,4}(\d+)|request \((\d+) tokens\)|input length[^:]*: (\d+)"
 )
+
+
+def complaint(text: str) -> str:
+    """What an error body says by itself, keys beside their values; what it quotes of the request (`input`, …) left out."""
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+    def words(value: Any, key: str = "") -> list[str]:
+        if isinstance(value, dict):
+            return [word for name, inner in value.items() if name not in ECHOES for word in words(inner, str(name))]
+        if isinstance(value, list):
+            return [word for inner in value for word in words(inner, key)]
+        return [f"{key}: {value}"]
+
+    return valid("\n".join(words(body)))
 
 
 def is_too_long(text: str) -> bool:
@@ -80,6 +101,9 @@ def room(text: str, limit: int) -> int | None:
     """
     low = text.lower()
     contexts, prompts, whole = _CONTEXT.search(low), _PROMPT.search(low), _SUM.search(low)
+    alone = _ALONE.search(low)
+    if alone is not None and int(alone[1]) > int(alone[2]):
+        return None
     if whole is not None:
         left = int(whole[2]) - int(whole[1])
     elif contexts is not None and prompts is not None:

@@ -44,7 +44,7 @@ POLL = 0.02  # seconds until the next question is looked at, where another proce
 PATIENCE = 3  # questions that fail before any went well, or for each of `concurrency` later, until the judge is given up
 LONGEST_TOKEN = 12  # characters a token, of a long question, beyond which a judge can have read only a part of it
 LONG_QUESTION = 2000  # characters
-ODD = 3  # questions in a row that are complained of, each in the endpoint's own words, until it is no fault of theirs
+ODD = 3  # different questions that are complained of before any went well, or in a row for each of `concurrency` later
 
 
 class Judge:
@@ -65,13 +65,17 @@ class Judge:
         self.settings = settings
         self.cache = ReplyCache(cache)
         self._endpoint = Endpoint(settings)
-        self._endpoint.ways |= WAYS.keys() & self.cache.learnt.get(self._endpoint.address, [])
+        known = WAYS.keys() & self.cache.learnt.get(self._endpoint.address, [])
+        self._endpoint.ways |= known
+        self._endpoint.known |= known
         self._sleep, self._clock = sleep, clock
         self._random = random.Random(settings.seed or 0)
         self._quiet_until = 0.0  # an endpoint's Retry-After holds for every request
         self._answered = False
         self._answered_once = False  # in an earlier call: what fails now is for the next one
-        self._failed_in_a_row = self._odd_in_a_row = self._wordless = 0
+        self._failed_in_a_row = self._wordless = 0
+        self._of: dict[str, str] = {}  # key of a request -> the question that it is about
+        self._odd: set[str] = set()  # questions that were complained of since the last reply
         self._worded = False
         self._shortened = 0  # questions that the endpoint counted far fewer tokens of than they can have
         self.stopped = ""  # why the rest is left unasked, where something beside the budget ended the asking
@@ -138,6 +142,7 @@ class Judge:
                 self._answered_once = True
             else:
                 waiting[key] = body
+                self._of[key] = question.of or key
         known = sum(key not in waiting for key in keys)
         if progress is not None and known:
             progress.update(known)
@@ -206,10 +211,10 @@ class Judge:
             reply = self.cache.get(key, body["max_tokens"])
             if reply is not None:
                 return self._roomy(reply)
-            return await self._request(client, body) if mine else None
+            return await self._request(client, body, self._of[key]) if mine else None
 
-    async def _request(self, client: Any, body: dict[str, Any]) -> Reply | NoReply:
-        attempt, limit = 0, body["max_tokens"]
+    async def _request(self, client: Any, body: dict[str, Any], of: str) -> Reply | NoReply:
+        attempt, limit, taught = 0, body["max_tokens"], set[str]()
         while True:
             if not self._spent():
                 await self._pause(self._back_off(attempt) if attempt else 0)
@@ -222,8 +227,10 @@ class Judge:
             if isinstance(outcome, Reply):
                 self._bill((outcome.prompt_tokens, outcome.completion_tokens))
                 reply = replace(outcome, limit=limit if limit < body["max_tokens"] else None)
-                self.cache.add(body, reply, self._endpoint.address, self._endpoint.ways)
-                self._answered, self._failed_in_a_row, self._odd_in_a_row = True, 0, 0
+                self._endpoint.helped(taught, good=True)
+                self.cache.add(body, reply, self._endpoint.address, self._endpoint.known)
+                self._answered, self._failed_in_a_row = True, 0
+                self._odd.clear()
                 self._check_words(reply, limit)
                 self._check_length(body, reply)
                 return self._roomy(reply)
@@ -233,10 +240,18 @@ class Judge:
                 self._quiet_until = max(self._quiet_until, self._clock() + outcome.wait)
             if outcome.kind == "again":
                 limit = outcome.limit or limit
+                taught |= {outcome.way} if outcome.way is not None else set()
                 continue
-            self._odd_in_a_row += outcome.kind == "odd"
-            if outcome.kind == "fatal" or self._odd_in_a_row == ODD:
+            if outcome.kind == "odd":
+                self._endpoint.helped(taught, good=False)
+                self._odd.add(of)
+                if len(self._odd) == 1:
+                    say(f"a question to the judge has no reply: {outcome.reason}")
+            # Where others are answered it may yet be the questions' own fault.
+            if outcome.kind == "fatal" or (len(self._odd) >= ODD and not self._answered and not self._answered_once):
                 raise UserError(await self._explained(client, outcome))
+            if len(self._odd) >= ODD * max(self.settings.concurrency, ODD):
+                self._stop(f"the judge rejects one question after the other ({outcome.reason})")
             if outcome.kind == "pause":
                 self._stop(outcome.reason)
             if outcome.kind != "retry" or attempt == self.settings.retries:
