@@ -111,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage="isdaa benchmark NAME --model_path PATH [PATH ...] [--judge_model NAME --judge_base_url URL] [options]",
     )
     benchmark.add_argument("name", metavar="NAME", help="alpaca_eval, mt_bench, arena_hard, hh or tldr")
-    _models_options(benchmark, required=False)
+    _models_options(benchmark)
     benchmark_options.add_benchmark_options(benchmark)
     _thinking_option(benchmark)
     _loading_options(benchmark)
@@ -203,8 +203,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _models_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    parser.add_argument("--model_path", nargs="+", required=required, metavar="PATH", help="model, checkpoint or run folders")
+def _models_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model_path", nargs="+", metavar="PATH", help="model, checkpoint or run folders")
     parser.add_argument("--output", metavar="DIR", help="where records go (default: `evaluation` in the run's folder)")
 
 
@@ -309,7 +309,7 @@ def _run(argv: list[str]) -> int:
 
 def _renamed(argv: list[str]) -> list[str]:
     """`evaluate --benchmark NAME …` and `evaluate --tax …`, which work for one release more, as they are typed now."""
-    from isdaa.options import OneLineParser
+    from isdaa.options import OneLineParser, underscored
 
     if argv[:1] != ["evaluate"]:
         return argv
@@ -322,7 +322,7 @@ def _renamed(argv: list[str]) -> list[str]:
     if known.benchmark is not None:
         name, new = "--benchmark", ["benchmark", known.benchmark, *rest]
     elif known.tax is not None:
-        name, new = "--tax", ["tax", *known.tax, *(re.sub("^--tax[-_]", "--", word) for word in rest)]
+        name, new = "--tax", ["tax", *known.tax, *(re.sub("^--tax_", "--", underscored(word)) for word in rest)]
     else:
         return argv
     if is_main():
@@ -461,7 +461,14 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check_models(arguments: argparse.Namespace) -> None:
+    """Not the parser's: an option that was mistyped is said first."""
+    if not arguments.model_path:
+        raise UserError(f"the following arguments are required: --model_path; see `isdaa {arguments.command} --help`")
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
+    _check_models(arguments)
     if arguments.adopt:
         _adopted(arguments.model_path)
     overrides = _evaluation_overrides(arguments) | {"output_dir": arguments.output}
@@ -485,6 +492,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _tax(arguments: argparse.Namespace) -> int:
     from isdaa.options import overrides_of
 
+    _check_models(arguments)
     if arguments.adopt:
         _adopted(arguments.model_path)
     names = ("reference", "tokenizer", "dtype", "trust_remote_code")

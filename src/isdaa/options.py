@@ -51,7 +51,7 @@ class OneLineParser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         given = list(args or [])
         end = given.index("--") if "--" in given else len(given)
-        known, unknown = self.parse_known_args([*map(_underscored, given[:end]), *given[end:]], namespace)
+        known, unknown = self.parse_known_args([*map(underscored, given[:end]), *given[end:]], namespace)
         if unknown:
             self._refuse(unknown[0], known)
         return known
@@ -89,7 +89,7 @@ class _Once(argparse._StoreAction):
         super().__call__(parser, namespace, values, option_string)
 
 
-def _underscored(argument: str) -> str:
+def underscored(argument: str) -> str:
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")

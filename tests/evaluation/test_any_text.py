@@ -25,7 +25,7 @@ from isdaa.data.sources import load_prompts
 from isdaa.errors import UserError
 from isdaa.evaluation.benchmark_outcome import examples
 from isdaa.evaluation.benchmarks import BENCHMARKS
-from isdaa.evaluation.benchmarks.benchmark import Answer, Judged, Question, Scoring, Verdict
+from isdaa.evaluation.benchmarks.benchmark import Answer, Judged, Question, Scoring, Verdict, prompt_text
 from isdaa.evaluation.judge_cache import ReplyCache
 from isdaa.evaluation.judge_types import Reply
 from isdaa.evaluation.records import Blocks, Lines
@@ -177,7 +177,7 @@ def judged_by(name: str, text: str, label: str, question: Question) -> Judged:
     answer, opponent = (Answer(question.id, who, turns) for who in (label, "other"))
     games = ("turn 1", "turn 2") if name == "mt_bench" else ("opponent first", "model first")
     value, kind, said = (5.0, "grade", "5") if name == "mt_bench" else (0.5, "hard", "A=B" if name == "arena_hard" else "A")
-    messages = ({"role": "user", "content": text},)
+    messages = ({"role": "user", "content": prompt_text(question)},)
     verdicts = tuple(Verdict(game, value, kind, said, reply=text, messages=messages, template="t") for game in games)
     return Judged(question, answer, None if name == "mt_bench" else opponent, verdicts, label)
 
@@ -334,7 +334,8 @@ def test_a_model_of_a_file_may_be_called_anything(name: str, tmp_path: Path) -> 
     files = [str(jsonl(tmp_path / file, rows)) for file, rows in (("q.jsonl", questions), ("a.jsonl", answers))]
     options = ["--questions", files[0], "--answers", files[1], "--output", str(tmp_path / "out"), "--evaluation.bootstrap", "100"]
     options += [] if name == "mt_bench" else ["--opponent", files[1]]
-    with judge_server(lambda talk: "m" if name == "alpaca_eval" else text + "\n[[5]] [[A=B]] Better: A") as (_, url):
+    said = {"alpaca_eval": "m", "hh": "Better: A", "tldr": "Better: A"}.get(name, f"{text}\n[[5]] [[A=B]]")
+    with judge_server(lambda talk: said) as (_, url):
         assert main(["benchmark", name, *options, "--judge_model", "j", "--judge_base_url", url, "--judge_retries", "0"]) in (
             0,
             3,

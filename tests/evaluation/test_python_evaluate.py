@@ -96,7 +96,7 @@ def test_a_judge_judges(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"model": "run/model", "prompts": []}, "no prompt is given"),
         ({"model": "run/model", "judge": "gpt"}, "give JudgeSettings"),
         ({"model": "run/model", "scorer": "rm/reward", "judge": JudgeSettings("j")}, "both say who judges"),
-        ({"model": "run/model", "settings": {"evaluation.promts": 3}}, r"evaluation.promts: unknown key .*\"prompts\""),
+        ({"model": "run/model", "settings": {"evaluation.promts": 3}}, r"evaluation.promts: unknown key .*evaluation.prompts"),
     ],
 )
 def test_what_is_wrong_is_one_line(home: Path, arguments: dict[str, Any], words: str) -> None:

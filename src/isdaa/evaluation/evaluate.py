@@ -168,7 +168,7 @@ def evaluate(
         say(line)
     collection.more |= {"doubts": [*doubts, *remarks]} if remarks else {}
     if judge_model is not None:
-        once(lambda: bool(judge_model.todo(Path(output_dir), collection.plan())))
+        once(lambda: judge_model.check(Path(output_dir), collection.plan(), rows.rows))
     with locked(output_dir) as folder:
         once(lambda: _check_replaced(folder, entries))
         if keep:

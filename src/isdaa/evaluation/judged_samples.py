@@ -133,6 +133,12 @@ class SampleJudge:
         options += ["--judge_seed", str(settings.seed)] if settings.seed is not None else []
         return {"name": self.name, "digest": self.digest, "kind": JUDGE, "about": list(about), "options": options}
 
+    def check(self, folder: Path, plan: Record, prompts: Sequence[Record]) -> None:
+        """Raises UserError where there is anything left to judge, and the judge cannot be asked it."""
+        if self.todo(folder, plan):
+            for row in prompts:
+                check_asked((row["prompt"], row["chosen"]), f"prompt {row['prompt_id']}")
+
     def todo(self, folder: Path, plan: Record) -> list[Side]:
         """What of an evaluation is not judged yet. Raises UserError where there is any and the judge cannot be asked."""
         shared = plan["shared"]
@@ -148,8 +154,6 @@ class SampleJudge:
         if not todo:
             say(f"judge {self.name}: all is judged already, so nothing is asked")
             return
-        for row in prompts:
-            check_asked((row["prompt"], row["chosen"]), f"prompt {row['prompt_id']}")
         each = 2 * sum(len(side.pairs) for side in todo)  # requests a prompt
         say(f"judge {self.name}: {self._estimate(prompts, each, todo, plan)}")
 
