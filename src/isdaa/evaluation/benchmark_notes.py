@@ -106,7 +106,8 @@ def apart(count: int, dropped: float | None, kept: float | None) -> str | None:
 def meanings(models: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the reasons mean that some model of `metrics.json` lacks a verdict for."""
     found = {row["lack"] for model in models for row in (model.get("lacks") or {"reasons": ()})["reasons"]}
-    return [f"{lack}: {meaning}" for lack, meaning in LACKS.items() if lack in found]
+    told = {**LACKS, NOT_SAID: "the file has no verdict there, and no reason"}
+    return [f"{lack}: {meaning}" for lack, meaning in told.items() if lack in found]
 
 
 def _reason(row: Mapping[str, Any]) -> str:

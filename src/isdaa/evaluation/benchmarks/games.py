@@ -110,8 +110,8 @@ def preferred(game: str, reply: Reply, share: float | None, lack: Lack | Literal
     return Verdict(game, oriented(share, game), "hard", label, reply=reply.text)
 
 
-def unparsed(game: str, reply: str, lack: Lack = "unreadable") -> Verdict:
-    """A reply that says nothing that counts."""
+def unparsed(game: str, reply: str, lack: Lack | Literal[""] = "unreadable") -> Verdict:
+    """A reply that says nothing that counts; lack: empty where a file has no verdict and no reason."""
     return Verdict(game, None, "unparsed", reply=reply, lack=lack)
 
 

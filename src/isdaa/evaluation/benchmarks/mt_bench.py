@@ -323,7 +323,7 @@ def _read_verdict(row: Mapping[str, Any], where: str) -> Verdict:
     reply, judge = str(row.get("judgment") or ""), row.get("judge")
     template = str(judge[1]) if isinstance(judge, list) and len(judge) > 1 else ""
     if value == FAILED:
-        return replace(games.unparsed(TURNS[turn - 1], reply), row=row, template=template)
+        return replace(games.unparsed(TURNS[turn - 1], reply, ""), row=row, template=template)
     return Verdict(TURNS[turn - 1], value, "grade", f"{value:g}", reply=reply, row=row, template=template)
 
 
