@@ -191,7 +191,7 @@ def _opponents(bench: Benchmark, request: BenchmarkRequest, questions: Sequence[
         return dict.fromkeys(question.id for question in questions), None
     if sources.opponent is not None:
         answers = bench.read_answers(Path(sources.opponent).expanduser(), questions)
-        return bench.opponents(questions, answers, skip=sources.lacking == "skip"), None
+        return bench.opponents(questions, answers, sources.lacking), None
     if request.baseline is not None:
         return {}, request.baseline
     if bench.opponent == "data" and all(question.response is not None for question in questions):

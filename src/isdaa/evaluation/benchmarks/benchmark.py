@@ -218,11 +218,11 @@ class Benchmark:
     baselines: Mapping[str, str] = field(default_factory=dict)
 
     def opponents(
-        self, questions: Sequence[Question], answers: Sequence[Answer] = (), skip: bool = False
+        self, questions: Sequence[Question], answers: Sequence[Answer] = (), lacking: str = "error"
     ) -> dict[str, Answer | None]:
         """What each question's answer is compared with, by question id; `answers`: of the opponents' file, where there is one.
 
-        skip: leave out questions that have no opponent. Raises UserError where one has none otherwise.
+        lacking: `skip` leaves out questions that have no opponent. Raises UserError where one has none otherwise.
         """
         if self.opponent is None:
             return {question.id: None for question in questions}
@@ -234,12 +234,17 @@ class Benchmark:
             opponent = by_key.get((question.id, wanted))
             if not answers and self.opponent == "data" and question.response is not None:
                 opponent = Answer(question.id, question.responder, (question.response,))
-            if opponent is None and skip and (wanted in models or question.category in self.baselines):
+            if opponent is None and lacking == "skip" and (wanted in models or question.category in self.baselines):
                 continue
             if opponent is None:
                 raise UserError(
                     f"{question.where}: nothing to compare an answer to question {question.id} with; "
                     + self._wanted(wanted, models)
+                    + (
+                        "; where the opponent has no answer nobody lost: --missing loss is not possible"
+                        if lacking == "loss"
+                        else ""
+                    )
                 )
             found[question.id] = opponent
         return found
