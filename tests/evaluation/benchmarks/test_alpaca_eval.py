@@ -247,8 +247,8 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 def test_files_that_lack_a_row_still_pair_without_questions(tmp_path: Path) -> None:
     """By the instruction, wherever the row stands; the second of two equal ones is the second."""
-    rows = [annotation(text, "one", 1.2) for text in ("A", "B", "C", "B", "D")]
-    other = [annotation(text, "two", 1.7) for text in ("D", "B", "B", "C")]
+    rows = [annotation(text, "one", 1.2, output_2=str(i)) for i, text in enumerate("ABCBD")]
+    other = [annotation(text, "two", 1.7, output_2=str(i)) for i, text in enumerate("DBBC")]
     first = BENCH.read_judgments(write(tmp_path / "one.json", rows), [])["one"]
     second = BENCH.read_judgments(write(tmp_path / "two.json", other), [])["two"]
     names = {judged.question.id: judged.row["instruction"] for judged in first}
@@ -264,7 +264,9 @@ def test_one_of_two_equal_questions_could_be_either(outputs: Path, tmp_path: Pat
     with pytest.raises(UserError, match=r"has 1 of the 2 questions 'Name a river.'"):
         BENCH.read_judgments(write(tmp_path / "j.json", [annotation("Name a river.", "m", 1.5)]), questions)
     few = BENCH.read_questions(str(outputs), limit=2)
-    with pytest.raises(UserError, match=r"outputs.json:3: base has the question 'Name a river.' again; remove one, or leave out"):
+    with pytest.raises(
+        UserError, match=r"outputs.json:3: base has the question 'Name a river.' again, which the questions have once; remove one"
+    ):
         BENCH.read_answers(outputs, few)
     with pytest.raises(UserError, match=r"j.json:2: m has the question 'Count to .*' again"):
         BENCH.read_judgments(write(tmp_path / "j.json", [annotation(ROWS[1]["instruction"], "m", 1.5)] * 2), few)

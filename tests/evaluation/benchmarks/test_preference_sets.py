@@ -153,7 +153,7 @@ def test_a_row_is_known_by_its_prompt_not_by_its_place(questions: list, tmp_path
     twice = [judged, {**judged, "id": second.id, "prompt": second.prompt}]
     with pytest.raises(UserError, match=rf"j\.jsonl:2: question {second.id} is judged again for m; keep one of the two"):
         bench.read_judgments(jsonl(tmp_path / "j.jsonl", [{**row, "id": second.id} for row in twice]), questions)
-    with pytest.raises(UserError, match=r"a\.jsonl:2: a has the question .* again; remove one"):
+    with pytest.raises(UserError, match=r"a\.jsonl:2: a has the question .* again, which the questions have once; remove one"):
         bench.read_answers(jsonl(tmp_path / "a.jsonl", [{"prompt": first.prompt, "response": "x"}] * 2), questions)
     # Data sets have prompts twice, and questions once.
     rows = [{"id": name, "prompt": first.prompt, "response": name, "model": "m"} for name in (first.id, "elsewhere:9")]

@@ -120,7 +120,7 @@ def _answers(path: str | Path, output: str, generator: str, questions: Sequence[
         instruction = text(row, "instruction", where, "the instruction")
         model = text(row, generator, where, "the model's name")
         answer = text(row, output, where, "the model's output", empty=True)
-        yield Answer(texts.identify(instruction, model, where), model, (answer,), where=where, row=row)
+        yield Answer(texts.identify(instruction, model, where, answer), model, (answer,), where=where, row=row)
     texts.check(path)
 
 
@@ -313,14 +313,14 @@ def read_judgments(path: str | Path, questions: Sequence[Question], answers: Seq
         instruction = text(row, "instruction", where, "the instruction")
         names = [text(row, f"generator_{side}", where, "the model's name") for side in (1, 2)]
         outputs = [text(row, f"output_{side}", where, "the output", empty=True) for side in (1, 2)]
-        identifier = texts.identify(instruction, names[1], where)
+        identifier = texts.identify(instruction, names[1], where, outputs[1])
         question = by_id.get(identifier) or _question(identifier, row, where)
         if questions and identifier not in by_id:
             continue
         sides = [Answer(identifier, name, (output,), where=where) for name, output in zip(names, outputs, strict=True)]
         orders = objects(row, "orders", where, "what each order gave, as isdaa writes it") if row.get("orders") else ()
         judge = _annotator(row)
-        told = games.unparsed("", "") if value is None else Verdict("", value, "soft" if judge in soft else "hard")
+        told = games.unparsed("", "", "") if value is None else Verdict("", value, "soft" if judge in soft else "hard")
         verdicts = tuple(games.read_game(order, where) for order in orders) or (told,)
         result.setdefault(names[1], []).append(Judged(question, sides[1], sides[0], verdicts, judge, row))
     texts.check(path)

@@ -127,9 +127,8 @@ def _answers(path: str | Path, questions: Sequence[Question]) -> Iterable[Answer
     identify = _Identity(questions)
     for row, where in iterate_rows(str(path)):
         model = str(row.get("model") or row.get("generator") or Path(path).stem)
-        identifier = identify(row, where, model)
         response = text(row, ("response", "output", "completion"), where, "the response", empty=True)
-        yield Answer(identifier, model, (response,), where=where, row=row)
+        yield Answer(identify(row, where, model, (row.get("id"), response)), model, (response,), where=where, row=row)
     identify.texts.check(path)
 
 
@@ -140,7 +139,7 @@ class _Identity:
         self.texts = Texts(questions)
         self.by_id = {question.id: question for question in questions}
 
-    def __call__(self, row: Mapping[str, Any], where: str, model: str) -> str:
+    def __call__(self, row: Mapping[str, Any], where: str, model: str, said: Any) -> str:
         """Raises UserError where prompt and id mean two questions, and where a row has neither."""
         prompt = row.get("prompt")
         if prompt is None or prompt == "":
@@ -159,7 +158,7 @@ class _Identity:
             )
         if row.get("id") is not None and 0 < len(self.texts.known.get(words, ())) <= self.texts.seen[words, model]:
             return f"{row['id']} {where}"  # another row of a prompt that the questions have once
-        return self.texts.identify(words, model, where)
+        return self.texts.identify(words, model, where, said)
 
 
 def _is_prompt(value: Any) -> bool:
@@ -240,7 +239,7 @@ def read_judgments(path: str | Path, questions: Sequence[Question], answers: Seq
     judged: set[tuple[str, str]] = set()
     for row, where in iterate_rows(str(path)):
         model = text(row, "model", where, "the model's name")
-        identifier = identify(row, where, model)
+        identifier = identify(row, where, model, row.get("id", row.get("games")))
         if questions and identifier not in identify.by_id:
             continue
         if (model, identifier) in judged:

@@ -170,11 +170,13 @@ class Texts:
             self.known.setdefault(prompt_text(question), []).append(question.id)
         self.any = bool(questions)
         self.seen: Counter[tuple[str, str]] = Counter()
+        self.said: dict[tuple[str, str, str], str] = {}
 
-    def identify(self, text: str, model: str, where: str) -> str:
+    def identify(self, text: str, model: str, where: str, said: Any) -> str:
         """The id of the question; one that no question has where the text is none of theirs.
 
-        Raises UserError where a model has more of a text than the questions have.
+        said: what the row has beside the text. Raises UserError where a model has more of a text than the questions have
+        or, where there are no questions, the same row twice.
         """
         place = self.seen[text, model]
         self.seen[text, model] += 1
@@ -182,7 +184,13 @@ class Texts:
         if place < len(known):
             return known[place]
         if known:
-            raise UserError(f"{where}: {model} has the question {shortened(text)!r} again; remove one, or leave out --limit")
+            times = "once" if len(known) == 1 else f"{len(known)} times"
+            raise UserError(
+                f"{where}: {model} has the question {shortened(text)!r} again, which the questions have {times}; remove one"
+            )
+        first = self.said.setdefault((text, model, repr(said)), where)
+        if first != where and not self.any:
+            raise UserError(f"{where}: {model} has the question {shortened(text)!r} again, word for word ({first}); remove one")
         return f"{digest(text)}{f'-{place + 1}' if place else ''}"
 
     def check(self, path: str | Path) -> None:
