@@ -56,8 +56,8 @@ def annotations(model: str = "mine", baseline: str = BASELINE, annotator: str = 
 
 
 def evaluate(name: str, output: Path, *options: object) -> int:
-    words = ["--benchmark", name, "--output", str(output), "--evaluation.bootstrap", "100", *map(str, options)]
-    return main(["evaluate", *words])
+    words = [name, "--output", str(output), "--evaluation.bootstrap", "100", *map(str, options)]
+    return main(["benchmark", *words])
 
 
 def scored(folder: Path, capsys: pytest.CaptureFixture[str], *options: object, name: str = "alpaca_eval") -> tuple[dict, str]:
@@ -269,3 +269,58 @@ def test_a_model_that_wins_everything_has_no_interval_and_is_better(tmp_path, ca
     again = write(tmp_path / "again.json", [row | {"generator_2": "again"} for row in rows])
     metrics, printed = scored(tmp_path / "three", capsys, "--judgments", file, again, *questions)
     assert metrics["comparisons"][0]["headline_difference"] is None and "winner and again are level on" in printed
+
+
+def test_a_verdict_that_a_file_does_not_have_is_not_said_to_be_unreadable(tmp_path, capsys):
+    rows = annotations()
+    rows[3]["preference"] = None
+    game = {"score": "A>B", "judgment": {"answer": ""}}
+    asked = {"category": "coding", "model": "m", "baseline": "base", "judge": "j"}
+    games = [[game, None], [{**game, "score": None}, game], [game, game]]
+    graded = [{"question_id": 1, "model": "m", "judge": ["j", "t"], "turn": t, "score": s} for t, s in ((1, 5), (2, -1))]
+    files = {
+        "alpaca_eval": rows,
+        "arena_hard": [{**asked, "uid": str(i), "games": games[i]} for i in range(3)],
+        "mt_bench": graded,
+    }
+    write_jsonl(tmp_path / "q.jsonl", [{"question_id": 1, "category": "writing", "turns": ["Hi", "And?"]}])
+    for name, judgments in files.items():
+        write_jsonl(tmp_path / f"{name}.jsonl", judgments)
+        options = ["--questions", tmp_path / "q.jsonl"] if name == "mt_bench" else []
+        metrics, printed = scored(tmp_path / name, capsys, "--judgments", tmp_path / f"{name}.jsonl", *options, name=name)
+        assert [row["lack"] for row in metrics["models"][0]["lacks"]["reasons"]] == ["not said"]
+        assert "not said: the file has no verdict there, and no reason" in printed and "unreadable" not in printed
+
+
+@pytest.mark.parametrize("name", ["alpaca_eval", "tldr"])
+def test_a_row_that_stands_twice_is_refused_where_no_questions_are_at_hand(name, tmp_path, capsys):
+    game = {"game": "", "value": 1.0, "kind": "hard"}
+    pairs = [{"id": str(i), "prompt": f"Post {i}", "model": "m", "opponent": "o", "games": [game]} for i in range(8)]
+    rows = annotations(baseline="other") if name == "alpaca_eval" else pairs
+    file = tmp_path / "mine.jsonl"
+    write_jsonl(file, [*rows, rows[6]])
+    assert evaluate(name, tmp_path / "out", "--judgments", file) == 2
+    error = capsys.readouterr().err
+    assert "again, word for word (" in error and "remove one" in error and "--limit" not in error
+    write_jsonl(file, [*rows, rows[6] | {"output_2": "another", "id": "another"}])  # asked twice, and answered twice
+    metrics, _ = scored(tmp_path, capsys, "--judgments", file, name=name)
+    assert metrics["questions"]["judged"] == len(rows) + 1
+    if name == "alpaca_eval":
+        write_jsonl(file, [*rows, rows[6]])
+        assert evaluate(name, tmp_path / "out", "--judgments", file, "--questions", tmp_path / "questions.json") == 2
+        error = capsys.readouterr().err
+        assert "again, which the questions have once; remove one" in error and "--limit" not in error
+
+
+def test_an_opponent_that_has_no_answer_cannot_have_won(tmp_path, capsys):
+    write_jsonl(tmp_path / "q.jsonl", [{"id": str(i), "prompt": f"Post {i}"} for i in range(2)])
+    for label, count in (("mine", 2), ("base", 1)):
+        rows = [{"id": str(i), "prompt": f"Post {i}", "response": "x", "model": label} for i in range(count)]
+        write_jsonl(tmp_path / f"{label}.jsonl", rows)
+    options = ["--questions", tmp_path / "q.jsonl", "--answers", tmp_path / "mine.jsonl", "--opponent", tmp_path / "base.jsonl"]
+    options += ["--judge_model", "toy", "--judge_base_url", "http://127.0.0.1:9"]
+    for more, told in (([], False), (["--missing", "loss"], True)):
+        assert evaluate("tldr", tmp_path / "out", *options, *more) == 2
+        error = capsys.readouterr().err
+        assert "nothing to compare an answer to question 1 with" in error and "--missing skip" in error
+        assert ("nobody lost: --missing loss is not possible" in error) == told

@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 from isdaa.errors import UserError
 from isdaa.evaluation.benchmarks import games
 from isdaa.evaluation.benchmarks.arena_hard import ARENA_HARD as BENCH
-from isdaa.evaluation.benchmarks.arena_hard import LABELS, label_of
+from isdaa.evaluation.benchmarks.arena_hard import LABELS, _labelled, label_of
 from isdaa.evaluation.benchmarks.benchmark import Answer, Judged, Question, Scoring
 from isdaa.evaluation.benchmarks.style import markdown_counts, pieces, style_controlled, style_differences
 
@@ -422,3 +422,25 @@ def test_an_id_that_asks_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"j\.jsonl:1: question a1 asks something else here"):
         old = {"score": "A>B", "judgment": "[[A>B]]", "user_prompt": "<|User Prompt|>\nA poem."}
         BENCH.read_judgments(jsonl(tmp_path / "j.jsonl", [{**judged, "uid": "a1", "games": [old, old]}]), questions)
+
+
+def test_answers_that_are_missing_and_lost_have_no_part_in_style() -> None:
+    rng = np.random.default_rng(0)
+    names, kept, gone = list(LABELS), [], []
+    for i in range(40):
+        sides = [
+            Answer(str(i), model, ("word " * int(rng.integers(20, 60)),), int(rng.integers(20, 60)), row={"metadata": {}})
+            for model in ("mine", "base")
+        ]
+        question = Question(str(i), "p", category="coding")
+        if i < 5:
+            gone.append(games.lost(Judged(question, Answer(str(i), "mine", ("",)), sides[1], ()), True))
+            continue
+        verdicts = tuple(_labelled(game, names[rng.integers(10)], "") for game in (games.OPPONENT_FIRST, games.MODEL_FIRST))
+        kept.append(Judged(question, *sides, verdicts))
+    alone, beside = (BENCH.score({"mine": rows}, Scoring(resamples=20))["mine"] for rows in (kept, gone + kept))
+    for name in ("equal_style_win_rate", "style_controlled_win_rate"):
+        assert alone.figures[name].to_json() == beside.figures[name].to_json()
+    assert beside.figures["win_rate"].value < alone.figures["win_rate"].value and beside.figures["win_rate"].interval.n == 40
+    assert "the rates with style control are without 5 lost answers: what is missing has no style" in beside.notes
+    assert not any("lost" in note for note in alone.notes)

@@ -34,6 +34,7 @@ from isdaa.evaluation.benchmarks.benchmark import (
     Score,
     Scoring,
     Verdict,
+    counted,
     prompt_text,
 )
 from isdaa.evaluation.benchmarks.rows import (
@@ -223,7 +224,7 @@ def label_of(reply: str) -> str | None:
 
 def _labelled(game: str, label: str | None, reply: str) -> Verdict:
     if label is None:
-        return games.unparsed(game, reply)
+        return games.unparsed(game, reply, "")
     share, weight = LABELS[label]
     return Verdict(game, games.oriented(1 - share, game), "hard", label, weight, reply)
 
@@ -258,6 +259,8 @@ def score(judged: Mapping[str, Sequence[Judged]], scoring: Scoring) -> dict[str,
             details[model]["flip_rate"] = flips
         by_question = {one.question.id: wins / votes for one in answers for wins, votes in [_votes(one)] if votes}
         lines = (*games.notes(count, flips), *remarks[model])
+        if lost := "style_controlled_win_rate" in figures[model] and sum(map(games.missing, answers)):
+            lines += (f"the rates with style control are without {counted(lost, 'lost answer')}: what is missing has no style",)
         result[model] = Score("win_rate" if figures[model] else "", figures[model], count, by_question, details[model], lines)
     return result
 
@@ -281,8 +284,11 @@ def _win_rate(judged: Sequence[Judged], ids: Sequence[str], drawn: Mapping[str, 
 
 
 def _controlled(rows: Mapping[str, Sequence[Judged]], drawn: Mapping[str, Any]) -> StyleControl | None:
-    """Style control over all models' comparisons; None where no answers are known to count the style of."""
-    cast = [(model, one) for model, part in rows.items() for one in part if _votes(one)[1]]
+    """Style control over all models' comparisons; None where no answers are known to count the style of.
+
+    Answers that are missing and lost have no style, and no part in it.
+    """
+    cast = [(model, one) for model, part in rows.items() for one in part if _votes(one)[1] and not games.missing(one)]
     ours = [one.answer for _, one in cast]
     theirs = [one.opponent for _, one in cast if one.opponent is not None]
     if not cast or len(theirs) < len(cast) or not all(answer.turns for answer in (*ours, *theirs)):
