@@ -125,7 +125,14 @@ def test_annotations_alone_are_of_the_hubs_questions_where_these_are_to_be_had(t
     files = {"alpaca_eval_gpt4_baseline.json": tmp_path / "questions.json", "df_gamed.csv": tmp_path / "gamed.csv"}
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, repo_type: str(files[file]))
     file = write(tmp_path / "mine.json", annotations()[1:])
-    metrics, printed = scored(tmp_path, capsys, "--judgments", file)
+    assert evaluate("alpaca_eval", tmp_path / "out", "--judgments", file) == 2
+    error = capsys.readouterr().err
+    assert "no judgment of mine to question 0 ('Task 0') of 12 questions; --missing skip" in error and error.count("\n") == 1
+    metrics, printed = scored(tmp_path, capsys, "--judgments", file, "--missing", "loss")
+    assert "no judgment of 1 question: counted as lost" in printed and metrics["models"][0]["figures"][LC]["n"] == 12
+    metrics, printed = scored(tmp_path, capsys, "--judgments", file, "--missing", "skip")
+    assert "no judgment of 1 question: left out" in printed and "11 of 12 questions; ±" in printed
+    assert metrics["questions"]["count"] == 12 and metrics["questions"]["judged"] == 11
     assert metrics["headline"] == LC and "length-controlled win rate on 11 of 12" in printed and not metrics["partial"]
     expected, _ = scored(tmp_path, capsys, "--judgments", file, "--questions", tmp_path / "questions.json", "--missing", "skip")
     assert expected["models"][0]["figures"] == metrics["models"][0]["figures"]
@@ -250,7 +257,7 @@ def test_mt_bench_says_once_that_right_answers_are_missing(tmp_path, capsys):
     assert (tmp_path / "out/report.html").read_text().count("reference_answer/gpt-4.jsonl") == 1
     write_jsonl(tmp_path / "j.jsonl", rows[:3])  # a turn that nobody graded
     assert evaluate("mt_bench", tmp_path / "half", "--questions", tmp_path / "q.jsonl", "--judgments", tmp_path / "j.jsonl") == 2
-    assert "no judgment of B to question 111" in capsys.readouterr().err
+    assert "no judgment of every turn of B to question 111" in capsys.readouterr().err
 
 
 def test_a_model_that_wins_everything_has_no_interval_and_is_better(tmp_path, capsys):
@@ -324,3 +331,50 @@ def test_an_opponent_that_has_no_answer_cannot_have_won(tmp_path, capsys):
         error = capsys.readouterr().err
         assert "nothing to compare an answer to question 1 with" in error and "--missing skip" in error
         assert ("nobody lost: --missing loss is not possible" in error) == told
+
+
+def test_a_turn_without_its_other_counts_as_in_fastchat(tmp_path, capsys):
+    write_jsonl(tmp_path / "q.jsonl", [{"question_id": i, "category": "writing", "turns": ["Hi", "And?"]} for i in range(8)])
+    turns = [(i, t) for i in range(7) for t in (1, 2) if (i, t) != (6, 2)]  # question 7 is not there at all
+    rows = [{"question_id": i, "model": "m", "judge": ["j", "t"], "turn": t, "score": 9 if i == 6 else 5 - t} for i, t in turns]
+    write_jsonl(tmp_path / "j.jsonl", rows)
+    options = ["--questions", tmp_path / "q.jsonl", "--judgments", tmp_path / "j.jsonl", "--missing", "skip"]
+    metrics, printed = scored(tmp_path, capsys, *options, name="mt_bench")
+    (model,) = metrics["models"]
+    assert model["figures"]["score"]["mean"] == pytest.approx((6 * 7 + 9) / 13)
+    assert (model["figures"]["turn_1"]["n"], model["figures"]["turn_2"]["n"]) == (7, 6)
+    assert model["notes"][:2] == ["no judgment of 1 question: left out", "no judgment of some turn of 1 question: left out"]
+    assert not metrics["partial"] and "m has a mean grade on 7 of 8 questions of 3.92" in printed and "Partial" not in printed
+
+
+def test_files_that_lack_questions_are_of_fewer_and_not_partial(tmp_path, capsys):
+    write_jsonl(tmp_path / "q.jsonl", [{"uid": str(i), "category": "coding", "prompt": str(i)} for i in range(9)])
+    games = [{"score": label, "judgment": {"answer": ""}} for label in ("B>A", "A>B")]
+    told = {"category": "coding", "model": "m", "baseline": "base", "judge": "j", "games": games}
+    write_jsonl(tmp_path / "j.jsonl", [{**told, "uid": str(i)} for i in range(7)])
+    arena = ["--questions", tmp_path / "q.jsonl", "--judgments", tmp_path / "j.jsonl"]
+    file = write(tmp_path / "mine.json", annotations(baseline="davinci")[:7])
+    for name, options in (
+        ("arena_hard", arena),
+        ("alpaca_eval", ["--questions", tmp_path / "questions.json", "--judgments", file]),
+    ):
+        metrics, printed = scored(tmp_path / name, capsys, *options, "--missing", "skip", name=name)
+        count = metrics["questions"]["count"]
+        assert not metrics["partial"] and "Partial" not in printed and f" win rate on 7 of {count} questions of " in printed
+        page = (tmp_path / name / "out/report.html").read_text()
+        assert "Partial" not in page and f"7 of {count} questions, answers compared" in page
+
+
+def test_models_that_lack_different_rows_are_compared_at_equal_length_on_those_of_both(tmp_path, capsys):
+    """The raw difference, which stood in its place, has the other sign: what wins is length."""
+    rows = annotations()
+    long = [row | {"generator_2": "long", "preference": 1.9 - i % 3 / 10} for i, row in enumerate(rows)]
+    short = [row | {"generator_2": "short", "preference": 1.55 - i % 4 / 20, "output_2": "s"} for i, row in enumerate(rows)]
+    files = [write(tmp_path / "long.json", long[1:]), write(tmp_path / "short.json", short[:-1])]
+    options = ["--questions", tmp_path / "questions.json", "--gamed", tmp_path / "gamed.csv", "--missing", "skip"]
+    metrics, printed = scored(tmp_path, capsys, "--judgments", *files, *options)
+    (pair,) = metrics["comparisons"]
+    assert metrics["headline"] == LC and pair["questions"] == 10 and "] raw |" not in printed
+    common = [write(tmp_path / f"both-{name}.json", part[1:-1]) for name, part in (("long", long), ("short", short))]
+    expected, _ = scored(tmp_path / "both", capsys, "--judgments", *common, *options)
+    assert pair["headline_difference"] == expected["comparisons"][0]["headline_difference"] != pair["difference"]

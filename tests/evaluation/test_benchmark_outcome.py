@@ -43,7 +43,7 @@ def metrics_of(models: dict[str, list[float | None]], **changes):
         "questions": {"count": count, "judged": count},
         "judge": {"kind": "reward", "name": "judge"},
         "models": [{"model": name, "answers": None, **score.to_json()} for name, score in scores.items()],
-        "comparisons": comparisons(found, scores, SCORING),
+        "comparisons": comparisons(TLDR, found, scores, SCORING),
     }
     metrics |= changes
     return metrics | {"sentence": sentence(TLDR, metrics)}
@@ -58,11 +58,11 @@ def test_two_models_are_compared_on_the_questions_that_both_have_a_verdict_on():
 
 
 def test_a_gap_read_the_other_way_round_changes_its_sign():
-    rows = metrics_of({"a": [1] * 8 + [0] * 2, "b": [0.5] * 5 + [0] * 5})["comparisons"]
-    there, back = gap_between(rows, "a", "b"), gap_between(rows, "b", "a")
+    metrics = metrics_of({"a": [1] * 8 + [0] * 2, "b": [0.5] * 5 + [0] * 5})
+    there, back = gap_between(metrics, "a", "b"), gap_between(metrics, "b", "a")
     assert there is not None and back is not None
     assert (back["mean"], back["low"], back["high"]) == (-there["mean"], -there["high"], -there["low"])
-    assert back["low"] < back["high"] and gap_between(rows, "a", "c") is None
+    assert back["low"] < back["high"] and gap_between(metrics, "a", "c") is None
 
 
 @pytest.mark.parametrize(
@@ -75,13 +75,13 @@ def test_a_gap_read_the_other_way_round_changes_its_sign():
         ([1] * 5, "5 questions cannot tell two models apart"),  # chance does so one time in sixteen
         ([0] * 6, "worse than its opponent"),
         ([1] * 4 + [0.5] * 96, "the two cannot be told apart"),  # the 96 draws speak for neither; its interval is above 50 %
-        ([1] * 5 + [None] * 95, "the two cannot be told apart"),
+        ([1] * 5 + [None] * 95, "5 questions cannot tell two models apart"),
         ([1] * 6 + [0.5] * 94, "better than its opponent"),
     ],
 )
 def test_one_model_in_a_sentence(values, words):
     told = metrics_of({"a": values})["sentence"]
-    assert told.startswith("a has a win rate of ") and " against base: " in told and words in told
+    assert told.startswith("a has a win rate o") and " against base: " in told and words in told
 
 
 def test_how_many_questions_can_tell_two_models_apart():
@@ -236,3 +236,34 @@ def test_columns_that_no_model_has_a_value_for_are_left_out():
     metrics["models"][0]["answers"] = {"mean_characters": 80.0, "truncated": None, "turns": 20}
     print_outcome(metrics, out := io.StringIO(), width=200)
     assert "characters" in out.getvalue() and "cut" not in out.getvalue() and "unread" not in out.getvalue()
+
+
+def test_no_model_leads_where_the_questions_of_both_say_the_opposite_or_nothing():
+    skipped = [None] * 10
+    # `a` has the higher figure, on easier questions; `b` is better wherever both were asked.
+    metrics = metrics_of({"a": [1.0] * 20 + [0.0] * 10, "b": [0.5] * 30})
+    assert metrics["sentence"].startswith("a leads on")
+    row = metrics["comparisons"][0]
+    gap = {"mean": -0.127, "low": -0.2, "high": -0.05, "n": 20}
+    behind = metrics | {"comparisons": [row | {"headline_difference": gap}]}
+    told = sentence(TLDR, behind)
+    assert told.startswith("a has the highest win rate on") and "leads" not in told and "cannot be told" not in told
+    assert told.endswith("on the questions that both have b is 12.7 points ahead of it.") and tone(behind) == "under"
+    told = sentence(TLDR, metrics | {"comparisons": []})
+    assert "leads" not in told and told.endswith("; b was judged on other questions.")
+    figures = {"length_controlled_win_rate": {"mean": 0.9, "low": None, "high": None, "n": 3}}
+    models = [model | {"figures": model["figures"] | figures} for model in metrics["models"]]
+    models[1]["figures"] = models[1]["figures"] | {"length_controlled_win_rate": {"mean": 0.2, "low": 0.1, "high": 0.3, "n": 3}}
+    comparison = [row | {"headline_difference": None}]
+    one_sided = metrics | {"headline": "length_controlled_win_rate", "models": models, "comparisons": comparison}
+    told = sentence(TLDR, one_sided)
+    assert (
+        "leads" not in told
+        and "cannot be told" not in told
+        and told.endswith("how far from b is not known: one-sided votes have no interval.")
+    )
+    assert gap_between(one_sided, "a", "b") is None and gap_between(one_sided, "a", "b", raw=True) is not None
+    # Raw figures of different questions are compared on those of both.
+    found = {"a": judged("a", [1.0, 0.0, *skipped])[:2], "b": judged("b", [None, 1.0, 0.0])[1:]}
+    (pair,) = comparisons(TLDR, found, TLDR.score(found, SCORING), SCORING)
+    assert pair["headline_difference"] == pair["difference"] and pair["questions"] == 1

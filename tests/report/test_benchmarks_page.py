@@ -30,7 +30,7 @@ def write(folder: Path, share: bool = True, models: int = 2) -> Path:
         answers = {"mean_characters": 812.4, "truncated": 3, "turns": 40}
         entry = {"model": name, "answers": answers, "figures": figures, "counts": {"unparsed": 0}, "details": {}, "notes": []}
         entries.append(entry | {"digest": f"weights {place}"})
-    counts = {"better": 20, "equal": 5, "worse": 15, "headline_difference": None}
+    counts = {"better": 20, "equal": 5, "worse": 15, "headline_difference": figure(0.05)}
     pairs = [{"first": "first", "second": name, "difference": figure(0.05), **counts} for name in names[1:]]
     control = {"of": 805, "recipe": "length_controlled_v1", "gamed": "g.csv", "interval": "by refits"}
     metrics = {

@@ -11,26 +11,31 @@ from isdaa.evaluation.benchmark_input import Control, lacking, length_control
 from isdaa.evaluation.benchmark_request import BenchmarkRequest
 from isdaa.evaluation.benchmarks.alpaca_eval import ALPACA_EVAL, BASELINE, QUESTIONS
 from isdaa.evaluation.benchmarks.arena_hard import ARENA_HARD
-from isdaa.evaluation.benchmarks.benchmark import Answer, Benchmark, Judged, Question
+from isdaa.evaluation.benchmarks.benchmark import Answer, Benchmark, Judged, Question, counted
 from isdaa.evaluation.benchmarks.games import lost
 
 
 def judgments_of(
     bench: Benchmark, request: BenchmarkRequest, questions: Sequence[Question], answers: Sequence[Answer]
-) -> tuple[dict[str, list[Judged]], dict[str, int]]:
-    """Judged answers by model, all in one order: that of the questions, else that in which they are first met; how many lack."""
+) -> tuple[dict[str, list[Judged]], dict[str, list[str]]]:
+    """Judged answers by model, all in one order: that of the questions, else that in which they are first met; what they lack.
+
+    A question of several turns of which some are graded keeps these, as in FastChat.
+    """
     found: dict[str, list[Judged]] = {}
-    gone: dict[str, int] = {}
+    gone: dict[str, list[str]] = {}
     for file in request.sources.judgments:
         read = bench.read_judgments(Path(file).expanduser(), questions, answers)
         again = next((label for label in read if label in found), None)
         if again is not None:
             raise UserError(f"{file}: {again} is judged in another of the files already; give one of them")
         for label, own in read.items():
-            had = {one.question.id: one for one in own if len(one.verdicts) > len(one.question.follow_ups)}
-            missing = set(lacking(bench, request, file, label, questions, had, "judgment"))
-            gone[label] = len(missing)
-            read[label] = [one for one in own if one.question.id not in missing]
+            had = {one.question.id: one for one in own}
+            whole = {name for name, one in had.items() if len(one.verdicts) > len(one.question.follow_ups)}
+            missing = lacking(bench, request, file, label, questions, had, "judgment")
+            half = len(lacking(bench, request, file, label, questions, whole, "judgment of every turn")) - len(missing)
+            gone[label] = [f"judgment of {counted(len(missing), 'question')}"] if missing else []
+            gone[label] += [f"judgment of some turn of {counted(half, 'question')}"] if half else []
             if request.sources.lacking == "loss":
                 for question in questions:
                     if question.id in missing:
@@ -62,18 +67,21 @@ def _opponent_of(bench: Benchmark, file: str, question: Question, judged: Sequen
 
 def among_the_official(
     bench: Benchmark, request: BenchmarkRequest, found: dict[str, list[Judged]], opponents: set[str]
-) -> tuple[list[Question], dict[str, list[Judged]], Control]:
-    """AlpacaEval's annotations as those of its own questions, where no others are named and the Hub's are to be had."""
+) -> tuple[list[Question], dict[str, list[Judged]], dict[str, list[str]], Control]:
+    """AlpacaEval's annotations as those of its own questions, where no others are named and the Hub's are to be had.
+
+    Raises UserError where they lack some of these questions, unless that is allowed.
+    """
     if opponents != {BASELINE}:
-        return [], found, Control(why=f"the opponent is {' and '.join(sorted(opponents))}, not {BASELINE}")
+        return [], found, {}, Control(why=f"the opponent is {' and '.join(sorted(opponents))}, not {BASELINE}")
     try:
         questions = bench.read_questions(bench.source)
     except UserError as error:
         why = f"{str(error).partition('; ')[0]}; give it with --questions FILE, and df_gamed.csv with --gamed FILE"
-        return [], found, Control(why=why)
+        return [], found, {}, Control(why=why)
     lenient = replace(request, sources=replace(request.sources, missing="skip"))
     again, _ = judgments_of(bench, lenient, questions, [])
     if sum(map(len, again.values())) < sum(map(len, found.values())):
-        return [], found, Control(why=f"some of the instructions are not among AlpacaEval's own {QUESTIONS}")
-    judged = {one.question.id for answers in again.values() for one in answers}
-    return [question for question in questions if question.id in judged], again, length_control(bench, request, opponents)
+        return [], found, {}, Control(why=f"some of the instructions are not among AlpacaEval's own {QUESTIONS}")
+    again, gone = judgments_of(bench, request, questions, [])
+    return questions, again, gone, length_control(bench, request, opponents)

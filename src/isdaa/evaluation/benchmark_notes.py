@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from isdaa.evaluation.benchmarks.benchmark import Answer, Judged, counted
+from isdaa.evaluation.benchmarks.games import waits
 from isdaa.evaluation.fragments import percent
 from isdaa.evaluation.judge_types import MOMENTARY, Lack
 from isdaa.evaluation.replies import Parts
@@ -70,11 +71,10 @@ def lacks_of(judged: Sequence[Judged]) -> dict[str, Any] | None:
             row = {"lack": lack or NOT_SAID, "replies": sum(n for _, n in said), "questions": len(said)}
             rows.append(row | {"characters": mean_length([one.answer for one, _ in said])})
     kept = [one for one in judged if one not in lacking]
-    momentary = [one for one in lacking if any(verdict.lack in MOMENTARY for verdict in one.verdicts)]
     return {
         "reasons": rows,
         "questions": len(lacking),
-        "waiting": len(momentary),
+        "waiting": sum(map(waits, lacking)),
         "dropped_characters": mean_length([one.answer for one in lacking]),
         "kept_characters": mean_length([one.answer for one in kept]),
     }
@@ -106,8 +106,8 @@ def apart(count: int, dropped: float | None, kept: float | None) -> str | None:
 def meanings(models: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the reasons mean that some model of `metrics.json` lacks a verdict for."""
     found = {row["lack"] for model in models for row in (model.get("lacks") or {"reasons": ()})["reasons"]}
-    told = {**LACKS, NOT_SAID: "the file has no verdict there, and no reason"}
-    return [f"{lack}: {meaning}" for lack, meaning in told.items() if lack in found]
+    told = [*LACKS.items(), (NOT_SAID, "the file has no verdict there, and no reason")]
+    return [f"{lack}: {meaning}" for lack, meaning in told if lack in found]
 
 
 def _reason(row: Mapping[str, Any]) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from isdaa.evaluation.benchmarks.benchmark import Benchmark, Judged, Score, Scoring, counted, prompt_text
+from isdaa.evaluation.benchmarks.games import waits
 from isdaa.evaluation.statistics import difference_interval, fewest
 from isdaa.files import csv_text
 
 LENGTH_CONTROLLED, LENGTH_ADJUSTED = "length_controlled_win_rate", "length_adjusted_win_rate"
+RAW = ("win_rate", "score")
 # The annotator of the leaderboard of AlpacaEval 2: its judge and template.
 LEADERBOARDS_JUDGE = "weighted_alpaca_eval_gpt4_turbo"
 WORDS = {
@@ -90,13 +92,18 @@ def ranked(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return sorted(known, key=lambda model: -model["figures"][headline]["mean"])
 
 
-def comparisons(judged: Mapping[str, Sequence[Judged]], scores: Mapping[str, Score], scoring: Scoring) -> list[dict[str, Any]]:
+def comparisons(
+    bench: Benchmark, judged: Mapping[str, Sequence[Judged]], scores: Mapping[str, Score], scoring: Scoring
+) -> list[dict[str, Any]]:
     """Every two models on the questions that both answered: how often each was better, and by how much on average.
 
     `difference` is the mean over those questions of the raw figure (a share, or a grade); `headline_difference` that of
-    the headline figure, drawn by drawn resample, where both models answered the same questions.
+    the headline figure, resample by resample: of models with different questions it is scored anew on those that both have.
+    None where a figure has no resamples.
     """
     headline = headline_of(scores)
+    known = {label: {one.question.id: one for one in judged[label] if not waits(one)} for label in scores}
+    order = {label: ([one.question.id for one in judged[label]], list(known[label])) for label in scores}
     found = []
     for first, second in combinations(scores, 2):
         ours, theirs = scores[first].by_question, scores[second].by_question
@@ -114,10 +121,15 @@ def comparisons(judged: Mapping[str, Sequence[Judged]], scores: Mapping[str, Sco
             "difference": difference_interval(a, b, **scoring.drawn()).to_json(),
             "headline_difference": None,
         }
-        same = [one.question.id for one in judged[first]] == [one.question.id for one in judged[second]]
-        figures = [scores[name].figures.get(headline) for name in (first, second)]
+        own, same = scores, order[first] == order[second]
+        if not same and headline not in RAW:
+            both = [identifier for identifier in known[first] if identifier in known[second]]
+            own = bench.score({label: [known[label][i] for i in both] for label in (first, second)}, scoring)
+        figures = [own[label].figures.get(headline) for label in (first, second)]
         drawn = [figure.draws.size for figure in figures if figure is not None]
-        if same and figures[0] is not None and figures[1] is not None and drawn[0] == drawn[1] > 0:
+        if not same and headline in RAW:
+            row["headline_difference"] = row["difference"]
+        elif figures[0] is not None and figures[1] is not None and drawn[0] == drawn[1] > 0:
             row["headline_difference"] = figures[0].minus(figures[1], scoring.confidence).to_json()
         found.append(row)
     return found
@@ -126,8 +138,7 @@ def comparisons(judged: Mapping[str, Sequence[Judged]], scores: Mapping[str, Sco
 def sentence(bench: Benchmark, metrics: Mapping[str, Any]) -> str:
     """The result for someone who reads one sentence."""
     headline, questions = metrics["headline"], metrics["questions"]
-    judged = questions["judged"] - questions.get("waiting", 0)
-    start = f"Partial, {judged} of {questions['count']} questions judged: " if metrics["partial"] else ""
+    start = f"Partial, {questions['judged']} of {questions['count']} questions judged: " if metrics["partial"] else ""
     if not headline:
         return f"{start}{'no' if start else 'No'} reply of the judge could be read, so there is no result."
     share = is_share(headline)
@@ -137,6 +148,9 @@ def sentence(bench: Benchmark, metrics: Mapping[str, Any]) -> str:
     told = shown(figure["mean"], share) + _range(figure, share)
     scale = "" if share else " of 10"
     name = name_of(headline, metrics, [best])
+    read = best.get("judged", figure["n"])
+    if headline != LENGTH_CONTROLLED and not metrics["partial"] and read < questions["count"]:
+        name += f" on {read:,} of {counted(questions['count'], 'question')}"
     if len(order) == 1:
         if not share:
             return f"{start}{best['model']} has a {name} of {told}{scale} on {bench.title}."
@@ -145,10 +159,13 @@ def sentence(bench: Benchmark, metrics: Mapping[str, Any]) -> str:
     first = _level(order, metrics, share)
     lead = _lead(first, order, metrics, share)
     if len(first) == 1:
-        return f"{start}{best['model']} leads on {bench.title} with a {name} of {told}{scale}{lead}."
+        if lead.first:
+            return f"{start}{best['model']} leads on {bench.title} with a {name} of {told}{scale}{lead.words}."
+        return f"{start}{best['model']} has the highest {name} on {bench.title}, {told}{scale}{lead.words}."
     alike = len({_range(model["figures"][headline], share) for model in first}) == 1
     told = (told if alike else shown(figure["mean"], share)) + scale
-    return f"{start}{_listed([model['model'] for model in first])} are level on {bench.title} with a {name} of {told} each{lead}."
+    names = _listed([model["model"] for model in first])
+    return f"{start}{names} are level on {bench.title} with a {name} of {told} each{lead.words}."
 
 
 def _range(figure: Mapping[str, Any], share: bool) -> str:
@@ -179,8 +196,8 @@ def decided_of(model: Mapping[str, Any], figure: Mapping[str, Any]) -> int:
 
 
 def _against(model: Mapping[str, Any], figure: Mapping[str, Any], confidence: float) -> str:
-    if figure["n"] < fewest(confidence):
-        return f"{counted(figure['n'], 'question')} cannot tell two models apart"
+    if (read := model.get("judged", figure["n"])) < fewest(confidence):
+        return f"{counted(read, 'question')} cannot tell two models apart"
     figure = bounded(model, figure)
     apart = ("the two cannot be told apart on these questions", "better than its opponent", "worse than its opponent")
     return apart[told_apart(figure, 0.5, confidence, decided_of(model, figure))]
@@ -194,31 +211,50 @@ def _level(order: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], share
         return shown(model["figures"][metrics["headline"]]["mean"], share)
 
     def ahead(other: Mapping[str, Any]) -> bool:
-        gap = gap_between(metrics["comparisons"], best["model"], other["model"])
+        gap = gap_between(metrics, best["model"], other["model"])
         return gap is not None and told_apart(gap, 0, metrics["confidence"], gap["decided"]) != 0
 
     return [best, *(other for other in order[1:] if read(other) == read(best) and not ahead(other))]
 
 
-def _lead(first: Sequence[Mapping[str, Any]], order: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], share: bool) -> str:
-    """How far ahead of the others the first is (or those are that are level with it), and from which it cannot be told."""
+class _Lead(NamedTuple):
+    """What is to be said of the other models, and whether it leaves the first in the lead."""
+
+    words: str
+    first: bool
+
+
+def _lead(
+    first: Sequence[Mapping[str, Any]], order: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], share: bool
+) -> _Lead:
+    """How far ahead of the others the first is (or those are that are level with it), and from which it cannot be told.
+
+    A model with a lower figure is ahead where both were judged on different questions and it is better on those of both.
+    """
     ahead: list[tuple[str, str]] = []
     alike: list[tuple[str, str]] = []
-    for other in order:
-        gaps = [gap_between(metrics["comparisons"], one["model"], other["model"]) for one in first if other not in first]
-        known = [gap for gap in gaps if gap is not None]
-        if not known:
+    behind: list[tuple[str, str]] = []
+    strangers: list[str] = []
+    unknown: list[str] = []
+    compared = {frozenset((row["first"], row["second"])) for row in metrics["comparisons"]}
+    for other in (model for model in order if model not in first):
+        pairs = [(one["model"], other["model"]) for one in first]
+        gaps = [gap for pair in pairs if (gap := gap_between(metrics, *pair)) is not None]
+        if len(gaps) < len(pairs):
+            (unknown if compared.issuperset(map(frozenset, pairs)) else strangers).append(other["model"])
             continue
-        points = f"{100 * known[0]['mean']:.1f} points" if share else f"{known[0]['mean']:.2f}"
-        apart = all(told_apart(gap, 0, metrics["confidence"], gap["decided"]) > 0 for gap in known)
-        (ahead if apart else alike).append((other["model"], points))
-    parts = []
+        signs = [told_apart(gap, 0, metrics["confidence"], gap["decided"]) for gap in gaps]
+        points = f"{100 * abs(gaps[0]['mean']):.1f} points" if share else f"{abs(gaps[0]['mean']):.2f}"
+        (ahead if min(signs) > 0 else behind if min(signs) < 0 else alike).append((other["model"], points))
+    parts = [f"on the questions that both have {name} is {points} ahead of it" for name, points in behind]
     if ahead:
         more = f" and more of {counted(len(ahead) - 1, 'other')}" if len(ahead) > 1 else ""
         parts.append(f"{ahead[0][1]} ahead of {ahead[0][0]}{more}")
     if alike:
         parts.append(f"{'it' if len(first) == 1 else 'they'} cannot be told from {_listed([name for name, _ in alike])}")
-    return "".join(f"; {part}" for part in parts)
+    parts += [f"{_listed(strangers)} {'was' if len(strangers) == 1 else 'were'} judged on other questions"] if strangers else []
+    parts += [f"how far from {_listed(unknown)} is not known: one-sided votes have no interval"] if unknown else []
+    return _Lead("".join(f"; {part}" for part in parts), not (behind or strangers or unknown))
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -227,20 +263,23 @@ def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(shown)} and {last}" if shown else last
 
 
-def gap_between(rows: Sequence[Mapping[str, Any]], first: str, second: str) -> dict[str, Any] | None:
-    """The difference first − second of the headline where it is known, else of the raw figure.
+def gap_between(metrics: Mapping[str, Any], first: str, second: str, raw: bool = False) -> dict[str, Any] | None:
+    """The difference first − second of the headline; None where it is not known. raw: then that of the raw figure.
 
     `decided`: on how many questions one of the two was better.
     """
-    for row in rows:
-        decided = row["better"] + row["worse"]
-        gap = {**(row["headline_difference"] or row["difference"]), "decided": decided}
-        if (row["first"], row["second"]) == (first, second):
+    for row in metrics["comparisons"]:
+        if {row["first"], row["second"]} != {first, second}:
+            continue
+        known = row["headline_difference"] or (row["difference"] if raw or metrics["headline"] in RAW else None)
+        if known is None:
+            return None
+        gap = {**known, "decided": row["better"] + row["worse"]}
+        if row["first"] == first:
             return gap
-        if (row["first"], row["second"]) == (second, first):
-            low, high = gap["low"], gap["high"]
-            flipped = {"low": None if high is None else -high, "high": None if low is None else -low}
-            return {**gap, "mean": -gap["mean"], **flipped}
+        low, high = gap["low"], gap["high"]
+        flipped = {"low": None if high is None else -high, "high": None if low is None else -low}
+        return {**gap, "mean": -gap["mean"], **flipped}
     return None
 
 

@@ -36,10 +36,9 @@ from isdaa.evaluation.benchmarks import benchmark
 from isdaa.evaluation.benchmarks.alpaca_eval import ALPACA_EVAL, QUESTIONS
 from isdaa.evaluation.benchmarks.arena_hard import ARENA_HARD
 from isdaa.evaluation.benchmarks.benchmark import Answer, Benchmark, Judged, Question, Score, Scoring, counted
-from isdaa.evaluation.benchmarks.games import lost
+from isdaa.evaluation.benchmarks.games import lost, waits
 from isdaa.evaluation.benchmarks.mt_bench import MT_BENCH
 from isdaa.evaluation.benchmarks.rows import PROJECT
-from isdaa.evaluation.judge_types import MOMENTARY
 from isdaa.evaluation.records import Lines, locked
 from isdaa.files import write_atomically, write_json
 from isdaa.foreign import read_object
@@ -119,15 +118,15 @@ def _concluded(
     found, left = judged(bench, judge, questions, cases)
     if request.sources.lacking == "loss":
         found = {side.label: _with_losses(bench, side, found, sides, opponents, questions) for side in sides}
-    metrics["questions"]["judged"] = len({one.question.id for answers in found.values() for one in answers})
     metrics |= {"judge": judge.to_json(), "partial": left > 0, "notes": list(plan.notes)}
-    stopped = _stopped(request, judge, len(questions), left) if left else None
-    if left == len(questions):
-        raise DoneInPart(f"{stopped}; no question is judged yet")
+    if left and not any(found.values()):
+        raise DoneInPart(f"{_stopped(request, judge, metrics['questions'])}; no question is judged yet")
     _write_judgments(bench, folder, judge.name, found)
     by_label = {side.label: side for side in sides}
-    gone = {side.label: len({q.id for q in questions}.intersection(side.missing)) for side in sides}
+    left_out = {side.label: len({q.id for q in questions}.intersection(side.missing)) for side in sides}
+    gone = {label: [f"answer to {counted(count, 'question')}"] if count else [] for label, count in left_out.items()}
     metrics = _scored(bench, request, metrics, found, by_label, judge.both_orders, folder, plan.control, gone)
+    stopped = _stopped(request, judge, metrics["questions"]) if left else None
     missing = waiting([model["lacks"] for model in metrics["models"]])
     if not metrics["headline"]:
         cut = any(verdict.lack == "cut" for answers in found.values() for one in answers for verdict in one.verdicts)
@@ -198,10 +197,10 @@ def _file(bench: Benchmark, label: str) -> str:
     return file_name(label) + (".json" if bench is ALPACA_EVAL else ".jsonl")
 
 
-def _stopped(request: BenchmarkRequest, judge: BenchmarkJudge, count: int, left: int) -> str:
+def _stopped(request: BenchmarkRequest, judge: BenchmarkJudge, questions: Mapping[str, Any]) -> str:
     assert request.asking is not None and isinstance(judge, ModelJudge)
     budget = request.asking.settings.max_requests
-    kept = f"{count - left} of {count} questions are judged, all replies are kept"
+    kept = f"{questions['judged']} of {questions['count']} questions are judged, all replies are kept"
     if judge.judge.stopped:
         return f"{judge.judge.stopped}: {kept}; the same command goes on from here"
     if not budget:
@@ -231,13 +230,13 @@ def _score_again(bench: Benchmark, request: BenchmarkRequest) -> Outcome:
     if wanted:
         control = length_control(bench, request, opponents)
     elif bench is ALPACA_EVAL:
-        questions, found, control = among_the_official(bench, request, found, opponents)
+        questions, found, gone, control = among_the_official(bench, request, found, opponents)
     names = sorted({one.judge for answers in found.values() for one in answers if one.judge})
     count = len({one.question.id for answers in found.values() for one in answers})
     with locked(request.output_dir) as folder:
         metrics = _described(bench, request, questions, None)
-        metrics["questions"] |= {"count": len(questions) or count, "judged": count}
-        metrics |= {"judge": {"kind": "file", "name": ", ".join(names) or "unknown"}, "partial": count < len(questions)}
+        metrics["questions"]["count"] = len(questions) or count
+        metrics["judge"] = {"kind": "file", "name": ", ".join(names) or "unknown"}
         both = any(verdict.game for answers in found.values() for one in answers for verdict in one.verdicts)
         metrics = _scored(bench, request, metrics, found, {}, both, folder, control, gone)
         return Outcome(metrics, folder, None if metrics["headline"] else _unread(found, "verdicts of the files"))
@@ -326,7 +325,7 @@ def _scored(
     both_orders: bool,
     folder: Path,
     control: Control,
-    gone: Mapping[str, int],
+    gone: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
     """The metrics with figures, comparisons and the sentence; written with their table and some answers to read."""
     scoring = Scoring(request.resamples, request.confidence, request.seed, control.gamed)
@@ -340,10 +339,8 @@ def _scored(
         entry = _entry(sides[label]) if label in sides else {"model": label, "path": None, "answers": None}
         lacks = lacks_of(found[label])
         notes = [*plain["notes"], *lack_remarks(lacks), *_remarks(entry)]
-        if gone.get(label):
-            kind = "judgment of" if request.sources.judgments else "answer to"
-            fate = "counted as lost" if request.sources.lacking == "loss" else "left out"
-            notes.insert(0, f"no {kind} {counted(gone[label], 'question')}: {fate}")
+        fate = "counted as lost" if request.sources.lacking == "loss" else "left out"
+        notes = [*(f"no {what}: {fate}" for what in gone.get(label, ())), *notes]
         if len(found[label]) < asked:
             notes.append(
                 f"judged on {len(found[label])} of {counted(asked, 'question')}: compare it by the paired differences alone"
@@ -364,10 +361,12 @@ def _scored(
         "headline": headline_of(scores),
         "opponent": " and ".join(opponents) or None,
         "models": models,
-        "comparisons": comparisons(found, scores, scoring),
+        "comparisons": comparisons(bench, found, scores, scoring),
     }
-    left = {one.question.id for answers in found.values() for one in answers if any(v.lack in MOMENTARY for v in one.verdicts)}
-    metrics["questions"]["waiting"] = len(left)
+    asks = metrics["judge"]["kind"] == "model"
+    left = {one.question.id for one in judgments if asks and waits(one)}
+    judged_ids = {identifier for score in scores.values() for identifier in score.by_question} - left
+    metrics["questions"] |= {"judged": len(judged_ids), "waiting": len(left)}
     metrics["partial"] = metrics["partial"] or bool(left)
     metrics["sentence"] = sentence(bench, metrics)
     write_json(folder / METRICS, metrics)

@@ -10,7 +10,16 @@ from rich.table import Table
 
 from isdaa.errors import shown
 from isdaa.evaluation.benchmark_notes import meanings, thinking_remarks
-from isdaa.evaluation.benchmark_outcome import LENGTH_ADJUSTED, LENGTH_CONTROLLED, WORDS, is_share, judged_by, name_of, ranked
+from isdaa.evaluation.benchmark_outcome import (
+    LENGTH_ADJUSTED,
+    LENGTH_CONTROLLED,
+    RAW,
+    WORDS,
+    is_share,
+    judged_by,
+    name_of,
+    ranked,
+)
 from isdaa.evaluation.benchmarks.benchmark import counted
 from isdaa.evaluation.fragments import many, percent, warning
 from isdaa.evaluation.table import FRAGMENTS, Column, filled, number
@@ -19,7 +28,6 @@ from isdaa.terminal import terminal_for
 # Figures that the table has room for, in this order; the others are in the report and in metrics.json.
 SHOWN = (LENGTH_CONTROLLED, "equal_style_win_rate", "win_rate", LENGTH_ADJUSTED, "score", "turn_1", "turn_2")
 ENOUGH = 50  # questions from which on a bootstrap interval covers about as often as it says
-RAW = ("win_rate", "score")
 EVERY_PAIR = 3  # models of which every two are compared in the terminal
 HEADERS = {LENGTH_CONTROLLED: "LC win rate", "equal_style_win_rate": "at equal style", LENGTH_ADJUSTED: "length-adjusted"}
 
@@ -165,8 +173,9 @@ def legend(metrics: Mapping[str, Any]) -> list[str]:
             *cut,
         ]
     level = f"{metrics['confidence'] * 100:g} %"
-    count = questions["judged"]
-    lines = [f"{counted(count, 'question')}; ± is half of a {level} bootstrap interval over questions{few(count)}."]
+    count, of = questions["judged"], questions["count"]
+    said = f"{count:,} of {counted(of, 'question')}" if count < of else counted(count, "question")
+    lines = [f"{said}; ± is half of a {level} bootstrap interval over questions{few(count)}."]
     against = f" against {metrics['opponent']}" if metrics["opponent"] else ""
     lines.append(f"{metrics['title']}{against}, judged by {judged_by(judge)}{_cost(judge)}.")
     named = [

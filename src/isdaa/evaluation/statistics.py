@@ -56,11 +56,15 @@ class Figure:
         return self.interval.to_json()
 
     def minus(self, other: Figure, confidence: float = 0.95) -> Figure:
-        """The paired difference, of figures over the same prompts in the same order, drawn with the same seed."""
-        if self.draws.shape != other.draws.shape or self.interval.n != other.interval.n:
+        """The paired difference, of figures over the same prompts in the same order, drawn with the same seed.
+
+        Either may lack a value of some of them: n is the smaller.
+        """
+        if self.draws.shape != other.draws.shape:
             raise ValueError("a paired difference needs the same prompts and resamples")
         draws = self.draws - other.draws
-        return Figure(percentiles(self.value - other.value, draws, self.interval.n, confidence), draws)
+        n = min(self.interval.n, other.interval.n)
+        return Figure(percentiles(self.value - other.value, draws, n, confidence), draws)
 
 
 def bootstrap_means(values: Numbers, *, resamples: int = 1000, seed: int = 0) -> np.ndarray:
@@ -100,7 +104,7 @@ def percentiles(value: float, draws: np.ndarray, n: int, confidence: float = 0.9
 def mean_figure(
     values: Numbers, weights: Numbers | None = None, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> Figure:
-    """Σ weights·values / Σ weights over N prompts; a prompt of weight 0 is drawn like any other and adds nothing.
+    """Σ weights·values / Σ weights over N prompts; one of weight 0 is drawn like any other, adds nothing, is not in n.
 
     values: (N,); weights: (N,), 1 by default. Resamples in which all weights are 0 take the figure itself.
     """
@@ -112,7 +116,7 @@ def mean_figure(
     mean = float(weights @ values / total)
     sums = bootstrap_means(np.stack([weights * (values - mean), weights], axis=1), resamples=resamples, seed=seed)
     draws = mean + np.divide(sums[:, 0], sums[:, 1], out=np.zeros(len(sums)), where=sums[:, 1] > 0)
-    return Figure(percentiles(mean, draws, len(values), confidence), draws)
+    return Figure(percentiles(mean, draws, int(np.count_nonzero(weights)), confidence), draws)
 
 
 def mean_interval(values: Numbers, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0) -> Interval:

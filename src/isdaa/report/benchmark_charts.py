@@ -35,14 +35,13 @@ def benchmark_figures(metrics: Mapping[str, Any]) -> list[Figure]:
     if len(ranked(metrics)) > 1 and metrics["comparisons"]:
         best = leader(metrics)
         caption = f"Each model minus {best}, on the same questions, with {level} intervals over questions."
-        gaps = [gap_between(metrics["comparisons"], best, model["model"]) for model in ranked(metrics)[1:]]
-        if all(gap is None or gap["decided"] >= fewest(metrics["confidence"]) for gap in gaps):
+        gaps = [gap_between(metrics, best, model["model"]) for model in ranked(metrics)[1:]]
+        known = [gap for gap in gaps if gap is not None]
+        if all(gap["decided"] >= fewest(metrics["confidence"]) for gap in known):
             caption += " An interval that does not reach zero tells the two apart."
-        figures.append(
-            Figure(
-                "differences", "result", "Difference from the best", caption, lambda width: differences_chart(metrics, width), 1
-            )
-        )
+        title = "Difference from the best"
+        if known:
+            figures.append(Figure("differences", "result", title, caption, lambda width: differences_chart(metrics, width), 1))
     if categories_of(metrics):
         caption = f"Bars are {level} intervals over the questions of a category; over few questions they are rough."
         figures.append(
@@ -98,7 +97,7 @@ def differences_chart(metrics: Mapping[str, Any], width: int) -> Drawing:
     best, *others = [model["model"] for model in ranked(metrics)]
     rows = []
     for name in others:
-        gap = gap_between(metrics["comparisons"], name, best)
+        gap = gap_between(metrics, name, best)
         if gap is not None:
             rows.append(row_of(name, gap, colours[name]))
     title = f"Difference from {_cut(best, width)} ({'points' if share else 'grades'})"

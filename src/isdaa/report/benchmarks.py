@@ -149,7 +149,7 @@ def tone(metrics: Mapping[str, Any]) -> str:
     confidence = metrics["confidence"]
     best, *others = [model["model"] for model in ranked(metrics)]
     if others:
-        gaps = [gap_between(metrics["comparisons"], best, other) for other in others]
+        gaps = [gap_between(metrics, best, other) for other in others]
         first = all(gap is not None and told_apart(gap, 0, confidence, gap["decided"]) > 0 for gap in gaps)
         return "not" if first else "under"
     if not is_share(metrics["headline"]):
@@ -168,7 +168,7 @@ def _pairs(metrics: Mapping[str, Any], order: Sequence[str]) -> list[dict[str, A
         swap = place.get(first, 0) > place.get(second, 0)
         names = (second, first) if swap else (first, second)
         better, worse = (row["worse"], row["better"]) if swap else (row["better"], row["worse"])
-        gap = gap_between([row], *names)
+        gap = gap_between(metrics, *names, raw=True)
         rows.append(
             {
                 "first": names[0],

@@ -176,7 +176,7 @@ def test_scores_by_hand() -> None:
     assert score.counts == {"questions": 4, "replies": 8, "unparsed": 1, "left_out": 1, "soft": 7, "hard": 0}
     assert score.by_question == pytest.approx({"0": 0.8, "1": 0.5, "2": 0.2})
     assert any("1 of 8 replies gave no verdict; 1 of 4 questions" in note for note in score.notes)
-    assert json.loads(json.dumps(score.to_json()))["figures"]["win_rate"]["n"] == 4
+    assert json.loads(json.dumps(score.to_json()))["figures"]["win_rate"]["n"] == 3
 
 
 def test_a_judge_that_always_says_m_gives_half_and_flips_everywhere() -> None:

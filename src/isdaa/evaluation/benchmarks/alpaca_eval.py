@@ -212,22 +212,25 @@ def _score(judged: list[Judged], scoring: Scoring) -> Score:
     drawn = scoring.drawn()
     preferences = np.array([games.preference(one) for one in judged])
     lengths = np.array([[len(one.answer.turns[0]), len(one.opponent.turns[0]) if one.opponent else 0] for one in judged])
+    asked = np.array([not games.waits(one) for one in judged])
+    asked |= not asked.any()
+    told, (ours, theirs) = preferences[asked], lengths[asked].T  # a question that waits is in no fit
     count, flips = games.counts(judged), games.flip_rate(judged)
     lines = games.notes(count, flips)
     raw = win_rate(preferences, **drawn)
     figures: dict[str, Figure | None] = {"win_rate": raw, "discrete_win_rate": win_rate(discrete(preferences), **drawn)}
     if scoring.gamed is not None and {one.opponent.model for one in judged if one.opponent} == {BASELINE}:
         if judged[0].answer.model == BASELINE:
-            half = Figure(Interval(0.5, 0.5, 0.5, len(judged)), np.full(scoring.resamples, 0.5))
+            half = Figure(Interval(0.5, 0.5, 0.5, len(told)), np.full(scoring.resamples, 0.5))
             controlled = LengthControlled(half, note="the baseline itself: its length-controlled win rate is 50 % by definition")
         else:
-            places = [int(one.question.id) for one in judged]
-            controlled = length_controlled(preferences, lengths[:, 0], lengths[:, 1], places, scoring.gamed, **drawn)
+            places = np.array([int(one.question.id) for one in judged])[asked]
+            controlled = length_controlled(told, ours, theirs, places, scoring.gamed, **drawn)
         figures = {"length_controlled_win_rate": controlled.rate, **figures}
     else:
         if scoring.gamed is not None:
             lines.append(f"no length-controlled win rate: not all of it is compared with {BASELINE}")
-        controlled = length_adjusted(preferences, lengths[:, 0], lengths[:, 1], **drawn)
+        controlled = length_adjusted(told, ours, theirs, **drawn)
         figures["length_adjusted_win_rate"] = controlled.rate
     if controlled.note:
         lines.append(controlled.note)

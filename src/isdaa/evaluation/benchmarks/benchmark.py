@@ -186,6 +186,7 @@ class Score:
             "headline": self.headline,
             "figures": {name: figure.to_json() for name, figure in self.figures.items()},
             "counts": dict(self.counts),
+            "judged": len(self.by_question),
             "decided": self.decided,
             "details": dict(self.details),
             "notes": list(self.notes),

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from isdaa.errors import UserError
 from isdaa.evaluation.benchmarks.benchmark import Judged, JudgeQuestion, Reply, Verdict, counted
-from isdaa.evaluation.judge_types import Lack
+from isdaa.evaluation.judge_types import MOMENTARY, Lack
 from isdaa.evaluation.replies import split
 
 STOPS_END = 200  # characters
@@ -113,6 +113,11 @@ def preferred(game: str, reply: Reply, share: float | None, lack: Lack | Literal
 def unparsed(game: str, reply: str, lack: Lack | Literal[""] = "unreadable") -> Verdict:
     """A reply that says nothing that counts; lack: empty where a file has no verdict and no reason."""
     return Verdict(game, None, "unparsed", reply=reply, lack=lack)
+
+
+def waits(judged: Judged) -> bool:
+    """Whether a reply did not come for a reason that passes, so that the question is not judged yet."""
+    return any(verdict.lack in MOMENTARY for verdict in judged.verdicts)
 
 
 NO_ANSWER = "no answer in the file: counted as lost"
