@@ -9,7 +9,7 @@ from judge_server import Answer, completion, serving
 import isdaa.models.sampling
 from isdaa.cli import main
 from isdaa.evaluation.benchmark_answers import Respondent, parted
-from isdaa.evaluation.benchmark_notes import lack_remarks, lacks_of, waiting
+from isdaa.evaluation.benchmark_notes import lack_remarks, lacks_of, thinking_remarks, waiting
 from isdaa.evaluation.benchmarks import benchmark
 from isdaa.evaluation.benchmarks.benchmark import Answer as Said
 from isdaa.evaluation.benchmarks.benchmark import Judged, Question, Verdict
@@ -98,8 +98,17 @@ def test_answers_that_are_thinking_alone_are_named(models, tmp_path, monkeypatch
     writing(monkeypatch, "<think>I am cut")
     assert run("tldr", tmp_path / "out", "--model_path", models["one"]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "one: 4 of 4 answers are thinking alone, which 4 of them never end: raise --max_new_tokens, or --keep_thinking" in told
+    assert (
+        "one: 4 of 4 answers are thinking alone, all of them without an end: raise --max_new_tokens, or --keep_thinking" in told
+    )
     assert read_json(tmp_path / "out/metrics.json")["models"][0]["answers"]["thinking"]["unfinished"] == 4
+
+
+def test_how_many_thoughts_have_no_end_is_said():
+    for unfinished, told in ((1, "2 of 8 answers are thinking alone, 1 of them without an end: raise"), (0, "alone")):
+        found = {"share": 0.5, "answers": 3, "only": 2, "unfinished": unfinished}
+        line = thinking_remarks({"turns": 8, "thinking": found})[1]
+        assert line.startswith(told) or line.endswith(told)
 
 
 def test_thinking_in_another_tools_answers(tmp_path):

@@ -51,7 +51,8 @@ def thinking_remarks(told: Mapping[str, Any] | None) -> list[str]:
     lines = [f"thinking is {percent(found['share'])} of the characters of its answers, and {kept}"]
     if found["only"]:
         way = "raise --max_new_tokens, or --keep_thinking where these are the answers"
-        cut = f", which {found['unfinished']} of them never end: {way}" if found["unfinished"] else ""
+        those = "all" if found["unfinished"] == found["only"] else found["unfinished"]
+        cut = f", {those} of them without an end: {way}" if found["unfinished"] else ""
         lines.append(f"{found['only']} of {told['turns']} answers are thinking alone{cut}")
     return lines
 
