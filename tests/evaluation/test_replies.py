@@ -22,7 +22,9 @@ PAIRS = [
     ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
     ("<|begin_of_thought|>", "<|end_of_thought|>"),  # OpenThoughts
     ("<|channel>thought\n", "<channel|>"),  # Gemma 4
+    ("<unused94>thought\n", "<unused95>"),  # MedGemma
 ]
+OWN = ("<thinking>", "<thought>", "<reasoning>")  # tags that an answer may have of its own
 # Words without any character that a marker or code is made of.
 WORDS = st.text(alphabet="abcdefg ,.\n0", min_size=1).map(str.strip).filter(bool)
 
@@ -33,7 +35,9 @@ def test_every_pair(opener: str, closer: str, thought: str, answer: str) -> None
     assert split(f"{opener}{thought}{closer}{answer}") == Parts(thought, answer, True)
     assert split(f" \n{opener}{thought}{closer}{answer}\n") == Parts(thought, answer, True)
     assert split(f"{opener}{thought}") == Parts(thought, "", True, unfinished=True)
-    assert split(f"{opener}{thought}{closer}") == Parts(thought, "", True)
+    whole = f"{opener}{thought}{closer}"
+    assert split(whole) == (Parts("", whole) if opener.strip() in OWN else Parts(thought, "", True))
+    assert split(f"{thought}{closer}", opened=opener) == Parts(thought, "", True)
     # The prompt opened the thought: whether the reader knows it or not.
     assert split(f"{thought}{closer}{answer}", opened=opener) == Parts(thought, answer, True)
     assert split(f"{thought}{closer}{answer}") == Parts(thought, answer, True)
@@ -85,6 +89,32 @@ def test_any_text_at_all(text: str, thinking: str, opened: str) -> None:
         ("<think>\n\n</think>\n\nso", "", "so"),  # Qwen 3 that is not to think
         ("<think>It says `</think>` there.</think>so", "It says `</think>` there.", "so"),
         ("<THINK>hm</THINK>so", "hm", "so"),
+        ("<think >hm</think >so", "hm", "so"),
+        ('<thinking mode="long">hm</thinking>so', "hm", "so"),
+        # heads of a turn that a server left in
+        ("<|im_start|>assistant\n<think>\nhm\n</think>\n\nso", "hm", "so"),
+        ("<|start_header_id|>assistant<|end_header_id|>\n\n<think>hm</think>so", "hm", "so"),
+        ("<｜Assistant｜><think>hm</think>so", "hm", "so"),
+        ("<|turn>model\n<|channel>thought\nhm<channel|>so", "hm", "so"),
+        # thoughts within a thought
+        ("<think>a<think>b</think>c</think>d", "a<think>b</think>c", "d"),
+        ("[THINK]a[THINK]b[/THINK]c[/THINK]d", "a[THINK]b[/THINK]c", "d"),
+        ("<think>\n<think>\nhm\n</think>so", "<think>\nhm", "so"),
+        # a thought that speaks of its end, and an answer that does
+        ("<think>I'll write </think> in the text.</think>Real", "I'll write </think> in the text.", "Real"),
+        ("[THINK]I'll write [/THINK], then so.\n[/THINK]\nReal", "I'll write [/THINK], then so.", "Real"),
+        ("<think>hm</think>The tag </think> closes it.", "hm", "The tag </think> closes it."),
+        ("<think>hm</think>Write\n</think>\nthere.", "hm", "Write\n</think>\nthere."),
+        ("<think>hm</think>Write `</think>` there.", "hm", "Write `</think>` there."),
+        ("<think>hm</think>Write\n```\n<think>x</think>\n```", "hm", "Write\n```\n<think>x</think>\n```"),
+        ("<think> hm </think> so", "hm", "so"),
+        ("<think> hm </think> It is </think> there.", "hm", "It is </think> there."),
+        ("<think>As <think>\n`</think>` so", "As <think>\n`", "` so"),
+        ("The tag <think> is odd.\n</think>\nso", "The tag <think> is odd.", "so"),
+        ("a <b>c</b>\n</think>\nso", "a <b>c</b>", "so"),
+        ("First:\n</thinking>\nso", "First:", "so"),
+        ("Say `<b>x</b>`.\n</thought>\nso", "Say `<b>x</b>`.", "so"),  # EXAONE Deep, opened by its template
+        ("analysis\nWe need to judge.assistantfinalBetter: A", "We need to judge.", "Better: A"),
     ],
 )
 def test_forms(text: str, thinking: str, answer: str) -> None:
@@ -125,6 +155,15 @@ def test_thoughts_without_an_end(text: str, opened: str) -> None:
         "<answer>42</answer>",
         "An array [THINK] of words",
         "to=self is an argument",
+        # an answer under a heading, and elements of its own
+        "analysis\n\nSummary A is short.\nBetter: B",
+        "analysis(x) is called",
+        "analysisResult = 3",
+        "<thought>\nBoth are short.\nBetter: B\n</thought>",
+        "<reflection>a</reflection>\n<reasoning>b</reasoning>\n",
+        "<a>\n <b>1</b>\n</thinking>\n<c>2</c>\n</a>",
+        "so\n</reasoning>\n</root>",
+        "<|im_start|>assistant\nso",
     ],
 )
 def test_talk_of_markers_is_no_marker(text: str) -> None:
@@ -182,5 +221,6 @@ def test_first_tokens() -> None:
 
 
 def test_long_texts_take_no_time() -> None:
-    for part in (" ", "`", "```\n", "</think> ", "<think>", "\n", "[", "a. "):
+    for part in (" ", "`", "```\n", "</think> ", "</think>\n", "</thought>\n<b>", "<think>", "\n", "[", "a. "):
         split(part * 20_000)
+        split("<think>" + part * 20_000)

@@ -1,13 +1,16 @@
 """Where a model's words part into what it thought and what it answered: the one place that knows the markers.
 
-Markers count at the beginning alone, white space aside. A closing one without its opening one ends a thought, too: chat
-templates open it in the prompt. What stands in code, or is spoken of within a line, is part of the answer.
+Markers count at the beginning alone, white space and the head of a turn (`<|im_start|>assistant`) aside. A closing one
+without its opening one ends a thought, too: chat templates open it in the prompt. A thought ends at the closing marker that
+belongs to its opening one; those within it nest. What stands in code, or is spoken of within a line (blanks or quotes around
+it), is no marker, unless a thought has no other end. Tags of plain words, such as `<reflection>`, may be an answer's own: they
+are no marker where nothing would be left as an answer, nor as a closing one alone within other elements.
 
     <think> … </think>                       DeepSeek R1, Qwen 3, GLM, Nemotron and most others; also thinking, thought,
                                              thoughts, reasoning, reflection, seed:think, mm:think
     <|channel|>analysis<|message|> … <|end|> gpt-oss, the answer in the channel `final`; `analysis…assistantfinal…` where a
                                              server left the special tokens out; Muse: `assistant to=self<|message|>`
-    <|channel>thought … <channel|>           Gemma 4
+    <|channel>thought … <channel|>           Gemma 4; `<unused94>thought … <unused95>` MedGemma
     [THINK] … [/THINK]                       Magistral, Ministral
     ◁think▷ … ◁/think▷, <|open|>think<|sep|> Kimi
     <|START_THINKING|> … <|END_THINKING|>    Cohere
@@ -22,15 +25,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_TAGS = "think|thinking|thought|thoughts|reasoning|reflection|seed:think|mm:think"
+_PLAIN_TAGS = "thinking|thought|thoughts|reasoning|reflection"
+_TAGS = f"think|{_PLAIN_TAGS}|seed:think|mm:think"
+_HEADS = re.compile(  # of a turn, that a server left in
+    r"\s*(?:<\|im_start\|>assistant|<\|im_assistant\|>assistant<\|im_middle\|>|<\|start_header_id\|>assistant<\|end_header_id\|>|"
+    r"<\|start_of_role\|>assistant<\|end_of_role\|>|<[|｜]assistant[|｜]>|\[\|assistant\|\]|<(?:start_of_turn|\|turn)>model)\s*",
+    re.IGNORECASE,
+)
 # (what opens a thought, what closes it).
 _PAIRS = [
-    (rf"<(?P<tag>{_TAGS})>", r"</{tag}>"),
+    (rf"<(?P<tag>{_TAGS})(?:\s[^<>\n]*)?>", r"</{tag}\s*>"),
     (r"\[THINK\]", r"\[/THINK\]"),
     (r"◁think▷", r"◁/think▷"),
     (r"<\|open\|>think<\|sep\|>", r"<\|close\|>think<\|sep\|>"),
     (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),
     (r"<\|channel>(?:thought\n?)?", r"<channel\|>"),
+    (r"<unused94>(?:thought\n?)?", r"<unused95>"),
     (r"<\|inner_prefix\|>", r"<\|inner_suffix\|>"),
     (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
 ]
@@ -39,9 +49,14 @@ _WORDS = [
     (r"Here(?:'s| is) my thought process:", r"Here(?:'s| is) my response:"),
     (r"Here are my reasoning steps:", r"\[BEGIN FINAL RESPONSE\]"),
 ]
-_CLOSERS = re.compile(
-    "|".join([rf"</(?:{_TAGS})>", *(closer for _, closer in _PAIRS[1:]), r"\[BEGIN FINAL RESPONSE\]"]), re.IGNORECASE
+# All markers of all kinds, each as a group of its own: `open0`, `close0` and so on.
+_KINDS = [(rf"<{tag}(?:\s[^<>\n]*)?>", rf"</{tag}\s*>") for tag in _TAGS.split("|")] + _PAIRS[1:]
+_MARKERS = re.compile(
+    "|".join(f"(?P<open{n}>{opener})|(?P<close{n}>{closer})" for n, (opener, closer) in enumerate(_KINDS))
+    + r"|(?P<close_final>\[BEGIN FINAL RESPONSE\])",
+    re.IGNORECASE,
 )
+_PLAIN_CLOSER, _ELEMENT = re.compile(rf"</(?:{_PLAIN_TAGS})", re.IGNORECASE), re.compile(r"</?[A-Za-z][\w:.-]*(?:\s[^<>\n]*)?/?>")
 # What an answer is wrapped in; those from the fourth on count behind a thought alone.
 _WRAPPERS = [
     ("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
@@ -52,13 +67,16 @@ _WRAPPERS = [
     ("<answer>", "</answer>"),
     ("<output>", "</output>"),
 ]
-_OPENING = {"/": "", "END_": "START_", "end_": "begin_", "close": "open", "suffix": "prefix"}
 _MESSAGE = re.compile(
     r"\s*(?:<\|start\|>)?(?:assistant)?(?P<to>\s?to=[\w.:-]+)?(?:<\|channel\|>(?P<channel>\w+)[^<\n]*(?:<\|constrain\|>[^<\n]*)?)?"
     r"<\|message\|>"
 )
 _ENDS = re.compile(r"<\|(?:end|return|call|eom|eot)\|>|(?=<\|start\|>)")
-_BARE = re.compile(r"\s*(?:assistant)?analysis(?=[A-Z\d\"'“(*\[#]|\s*\n)(?P<thought>.*?)(?:assistantfinal|\Z)", re.DOTALL)
+# Without `assistantfinal`, `analysis` must be glued to a sentence: alone on its line it is a heading.
+_BARE = re.compile(
+    r"\s*(?:assistant)?analysis(?:(?=[A-Z\d\"'“(*\[#]|\s*\n)(?P<thought>.*?)assistantfinal|(?=[\"“]?[A-Z][\w'’]*,?\s(?!=))(?P<cut>.*)\Z)",
+    re.DOTALL,
+)
 _CODE = re.compile(
     r"^[ \t]{0,3}(?P<fence>`{3,}|~{3,})(?:.*?)^[ \t]{0,3}(?P=fence)[`~]*[ \t]*$|(?P<tick>`+)(?!`)[^\n]*?(?<!`)(?P=tick)(?!`)",
     re.MULTILINE | re.DOTALL,
@@ -66,7 +84,8 @@ _CODE = re.compile(
 _OPENERS = [opener for opener, _ in _PAIRS + _WORDS]
 _OPENED = re.compile(rf"(?:{'|'.join(_OPENERS)}|<\|channel\|>analysis<\|message\|>| to=self<\|message\|>)\s*\Z", re.IGNORECASE)
 _FIRST = re.compile(
-    rf"\s*(?:<(?:{_TAGS})|\[THINK|◁think|<\|(?:open\|?|START_THINKING|channel\|?|inner_prefix|begin_of_thought))", re.IGNORECASE
+    rf"\s*(?:<(?:{_TAGS})|\[THINK|◁think|<\|(?:open\|?|START_THINKING|channel\|?|inner_prefix|begin_of_thought)|<unused94)",
+    re.IGNORECASE,
 )
 TAIL = 40  # tokens at a prompt's end in which what opens a thought stands
 
@@ -87,6 +106,14 @@ def split(text: str, thinking: str = "", opened: str = "") -> Parts:
     thinking: what an endpoint gave apart; opened: what opens a thought at the prompt's end (`opened_by`).
     """
     thoughts, rest, unfinished = _parts(opened + text, bool(opened))
+    if (
+        thoughts
+        and not opened
+        and not unfinished
+        and not rest.strip()
+        and re.match(rf"\s*<(?:{_PLAIN_TAGS})\b", text, re.IGNORECASE)
+    ):
+        thoughts, rest = [], text  # an element of the answer's own
     if not thoughts and not thinking:
         return Parts("", _unwrapped(text, plain=False))
     said = [part.strip() for part in (thinking, *thoughts)]
@@ -127,13 +154,16 @@ def _parts(text: str, opened: bool) -> tuple[list[str], str, bool]:
         return [""], "", True
     bare = _BARE.match(text)
     if bare is not None:
-        return [bare["thought"]], text[bare.end() :], not text[: bare.end()].endswith("assistantfinal")
+        return [bare["thought"] or bare["cut"] or ""], text[bare.end() :], bare["thought"] is None
     if re.match(r"\s*assistantfinal", text):
         return [""], text.lstrip().removeprefix("assistantfinal"), False
     thoughts: list[str] = []
+    head = _HEADS.match(text)
+    if head is not None and _opener(text[head.end() :], opened) is not None:
+        text = text[head.end() :]
     while (found := _opener(text, opened and not thoughts)) is not None:
-        start, closer, firm = found
-        end = _closed(text, start, closer)
+        start, opener, closer, firm = found
+        end = _closed(text, start, opener, closer)
         if end is None:
             if not firm:
                 break
@@ -147,34 +177,65 @@ def _parts(text: str, opened: bool) -> tuple[list[str], str, bool]:
     return thoughts, text, False
 
 
-def _opener(text: str, opened: bool) -> tuple[int, str, bool] | None:
-    """(where the thought begins, what closes it, whether it is one without its end, too)."""
+def _opener(text: str, opened: bool) -> tuple[int, str, str, bool] | None:
+    """(where the thought begins, what opens and what closes it, whether it is one without its end, too)."""
     for number, (opener, closer) in enumerate(_PAIRS + _WORDS):
         found = re.match(rf"\s*{opener}", text, re.IGNORECASE)
         if found is not None:
             tag = found.groupdict().get("tag")
-            return found.end(), closer.format(tag=tag) if tag else closer, opened or number < len(_PAIRS)
+            opener, closer = (rf"<{tag}(?:\s[^<>\n]*)?>", closer.format(tag=tag)) if tag else (opener, closer)
+            return found.end(), opener, closer, opened or number < len(_PAIRS)
     return None
 
 
-def _closed(text: str, start: int, closer: str) -> re.Match[str] | None:
-    """The first closing marker that is not in code; in code, where there is no other."""
-    found = list(re.compile(closer, re.IGNORECASE).finditer(text, start))
-    code = _code(text, start) if found else []
-    return next((one for one in found if not _within(one, code)), found[0] if found else None)
+def _closed(text: str, start: int, opener: str, closer: str) -> re.Match[str] | None:
+    """What closes the thought: not in code, not spoken of, not of a thought within it; where there is no such, the first."""
+    found = list(re.compile(f"(?P<open>{opener})|{closer}", re.IGNORECASE).finditer(text, start))
+    if all(one["open"] for one in found):
+        return None
+    code, depth = _code(text, start), 1
+    outside = [one for one in found if not _within(one, code)]
+    marks = [one for one in outside if not _spoken_of(one)]
+    for one in marks:
+        depth += 1 if one["open"] else -1
+        if not depth:
+            return one
+    ends = [[one for one in part if not one["open"]] for part in (marks, outside, found)]
+    return ends[0][-1] if ends[0] else (ends[1] or ends[2])[0]
 
 
 def _lone(text: str) -> re.Match[str] | None:
-    """A closing marker of a thought that the prompt opened: no opening one before it, not in code, not within a sentence."""
-    code: list[tuple[int, int]] | None = None
-    for found in _CLOSERS.finditer(text):
-        before, behind = text[: found.start()][-1:], text[found.end() :][:1]
-        code = _code(text) if code is None else code
-        if not (before and before in " \t\"'“‘(" and behind and behind in " \t\"'”’),.;:!?") and not _within(found, code):
-            opener = re.sub(r"/|END_|end_|close|suffix", lambda part: _OPENING[part[0]], found[0])
-            opener = "<|channel>" if opener == "<channel|>" else opener
-            return None if opener != found[0] and opener.lower() in text[: found.start()].lower() else found
+    """A closing marker of a thought that the prompt opened: no opening one before it, not in code, not within a sentence.
+
+    A tag of plain words is none within other elements.
+    """
+    found = [one for one in _MARKERS.finditer(text) if not _spoken_of(one)]
+    if not any(str(one.lastgroup).startswith("close") for one in found):
+        return None
+    code = _code(text)
+    depths: dict[str, int] = {}
+    for one in found:
+        kind = str(one.lastgroup).removeprefix("open").removeprefix("close")
+        if _within(one, code):
+            continue
+        opens = str(one.lastgroup).startswith("open")
+        if opens or depths.get(kind):
+            depths[kind] = depths.get(kind, 0) + (1 if opens else -1)
+        elif not _PLAIN_CLOSER.match(one[0]) or not _among_elements(text, one, code):
+            return one
     return None
+
+
+def _among_elements(text: str, found: re.Match[str], code: list[tuple[int, int]]) -> bool:
+    before = _ELEMENT.finditer(text, 0, found.start())
+    return bool(re.compile(r"\s*</").match(text, found.end())) or any(not _within(one, code) for one in before)
+
+
+def _spoken_of(found: re.Match[str]) -> bool:
+    """Whether a sentence goes on around it."""
+    text, (start, end) = found.string, found.span()
+    before, behind = text[max(start - 1, 0) : start], text[end : end + 1]
+    return bool(before and before in " \t\"'“‘(" and behind and behind in " \t\"'”’),.;:!?")
 
 
 def _code(text: str, start: int = 0) -> list[tuple[int, int]]:
