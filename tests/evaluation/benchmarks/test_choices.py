@@ -82,6 +82,22 @@ from isdaa.evaluation.benchmarks.choices import choice
         ("A = B", 0.5),
         ("Better: A is better than B", 0),
         ("Better: A is more helpful", 0),
+        ("Better: A? No. Better: B", 1),
+        ("Better: A. Wait, no. Better: B", 1),
+        ("Better: A. Overall, better: B", 1),
+        ("Tone - better: A. Overall - better: B.", 1),
+        ("For tone, better: A. For accuracy, better: B. In conclusion, better: A", 0),
+        ("Better: B. Better: B.", 1),
+        ("For tone, better: A. For accuracy, better: A.", 0),
+        ("For tone, better: A\nBetter: B", 1),
+        ("Better: A\nFinal: better: B", 1),
+        ("Better: A\nMy answer: A", 0),
+        ("Better: A\n\nA", 0),
+        ("Better: A\nWorse: B", 0),
+        ("Better: A. It misses less than B.", 0),
+        ("Better: A\nI do not say that B is better.", 0),
+        ("Better: A\nA: short and clear.\nB: long.", 0),
+        ("Better: tie\nA and B are equal.", 0.5),
     ],
 )
 def test_a_choice_is_read(text: str, value: float) -> None:
@@ -145,6 +161,43 @@ def test_a_choice_is_read(text: str, value: float) -> None:
         "Better: tie, but A is better",
         "A\nshort\nB\nlong",
         "Not B. A.",
+        "Better: A. Better: B.",
+        "Better: A. Better: B",
+        "Better: A; better: B",
+        "Better: A, better: B",
+        "Better: A / Better: B",
+        "Better: A.Better: B",
+        "**Better: A** **Better: B**",
+        "For tone, better: A. For accuracy, better: B.",
+        "For tone, better: A\nFor accuracy, better: B",
+        "- Tone: Better: A\n- Accuracy: Better: B",
+        "Overall, better: A. For accuracy, better: B.",
+        "For tone, better: A. For accuracy, B.",
+        "Tone - better: A. Accuracy - better: B.",
+        "Better: A\nMy answer: B",
+        "Better: A\n\nB",
+        "Better: A\n\n**b**",
+        "Better: A. B.",
+        "Better: A. Final answer: B",
+        "Better: A - final: B",
+        "Better: A\nWinner: B",
+        "Better: A\nHence B.",
+        "Better: A\nI would go with B over A.",
+        "Better: A\nSo the better one would be B",
+        "Better: A\nThe answer should be B.",
+        "Better: A\nB is the winner.",
+        "Better: A\nEdit → B",
+        "Better: A\nI meant B",
+        "Better: A\nIn hindsight B deserves it.",
+        "Better: A\nNot A but B",
+        "Better: A\nI switch to B",
+        "Better: A\nA is not better.",
+        "Better: A => B",
+        "Better: A >= B",
+        "Better: A\nIt's a tie.",
+        "Better: tie\nB",
+        'Better: A\nI should have written "Better: B".',
+        "A is better.\nI should say better: B and more",
     ],
 )
 def test_what_may_mean_something_else_is_not_read(text: str) -> None:
@@ -207,6 +260,23 @@ def test_names_exchanged_exchange_the_choice(text: str, words: str) -> None:
     assert exchanged == (None if found is None else 1 - found)
 
 
+@given(
+    st.sampled_from(["Better: {}", "better: {}.", "For tone, better: {}", "Overall, better: {}", "**Better: Response {}**"]),
+    st.sampled_from([" ", ". ", "; ", ", ", " / ", "\n", "\n\n", " - ", "."]),
+    st.sampled_from(
+        ["Better: {}", "My answer: {}", "{}", "So {}.", "Final answer: {}", "Response {} is better.", "I choose {}."]
+    ),
+)
+def test_what_is_said_first_never_counts_against_the_end(first: str, between: str, last: str) -> None:
+    assert choice(first.format("A") + between + last.format("B"), "A", "B") != 0
+
+
 @given(st.text(max_size=200), st.sampled_from(["A", "B"]))
 def test_a_label_on_a_last_line_of_its_own_counts(text: str, label: str) -> None:
     assert choice(f"{text}\n\nBetter: {label}", "A", "B") == float(label == "B")
+
+
+def test_many_words_take_no_time() -> None:
+    for part in ("so ", "so, ", "final: ", "overall ", "my final answer is ", "Better: A. ", "A is better. "):
+        choice(part * 2000, "A", "B")
+        choice("Better: A. " + part * 2000, "A", "B")

@@ -1,13 +1,15 @@
 """Which of two responses a judge's words prefer, or that they are equal; what may mean something else is not read.
 
-A label (`Better: B`) counts at the start of a line or sentence, the last one alone. Without a label a sentence does that
-is nothing but a choice (`Response B is better.`, `B`, `Both are equally good`), where it ends the answer, or begins it and
-nothing behind it says otherwise.
+A label (`Better: B`) counts at the start of a line or sentence, the last one alone, where nothing behind it says otherwise.
+Of two on one line that differ, the last must say that it is the conclusion (`Overall, better: B`); one of a part (`For tone,
+better: B`) takes back none before it. Without a label a sentence does that is nothing but a choice (`Response B is better.`,
+`B`, `Both are equally good`), where it ends the answer, or begins it and nothing behind it says otherwise.
 """
 
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from unicodedata import category, normalize
 
 # Legend: ① and ② stand for the names of the two responses, all other words are in lower case.
@@ -25,12 +27,12 @@ _BOTH = (
     rf"(?:{_NOUN} [①②] and (?:{_NOUN} )?[①②]|(?:both )?(?:{_NOUNS} )?[①②] and [①②]|both(?: {_NOUNS})?|they|the two(?: {_NOUNS})?)"
 )
 _VERDICT = "(?:answer|verdict|choice|winner|decision|judge?ment|conclusion|preference|result|pick)"
-_LEAD = (
-    "(?:(?:overall|therefore|so|thus|hence|in conclusion|in summary|finally|in short|to conclude|"
+_LEAD = (  # no two ways to read the same words: many of them must take no time
+    "(?:(?:therefore|so|thus|hence|in conclusion|in summary|in short|to conclude|in the end|all in all|"
     "i (?:think|believe|conclude|choose|pick|select|prefer|say|go with)(?: that)?|i(?:'d| would) (?:say|choose|prefer|go with)|"
-    rf"in my (?:opinion|view|judgment)|(?:the |my )?(?:final |overall )?{_VERDICT}(?: is)? ?:?)[,:]? ?)*"
+    rf"in my (?:opinion|view|judgment)|(?:the |my )?(?:overall|final(?:ly)?|{_VERDICT}(?: is)?)) ?(?:[,:—–-] ?)?){{0,6}}"
 )
-_LABEL = re.compile(rf"(?:^|(?<=[.!?:;,—–-]) ?){_LEAD}(?:the )?better(?: {_NOUN})?(?: is)? ?[:：=] ?(?P<said>.*)$")
+_LABEL = re.compile(rf"(?:^|(?<=[.!?:;,/—–-]) ?)(?P<lead>{_LEAD})(?:the )?better(?: {_NOUN})?(?: is)? ?[:：=] ?")
 _ALONE = re.compile(
     rf"{_LEAD}(?:{_NAME}(?: (?:is|was|seems|appears|remains|would be) {_BETTER}(?: one| {_NOUN}| choice)?(?: overall)?| wins)?"
     rf"(?: (?:than|over) {_OTHER})?|{_BETTER}(?: {_NOUN}| one)? ?(?:is|was|:) ?{_NAME.replace('name', 'named')})[ .!]*"
@@ -48,23 +50,26 @@ _UNSETTLED = re.compile(r"[,;:/—–-]* ?(?:(?:or|and|no|not|nor|vs\.?|neither|
 # What takes a choice back.
 _DOUBT = re.compile(
     r"(?:^|[.!?,;:—–-] ?)(?:(?:no|not)\b[,.!]|no [①②]|wait\b|actually\b|hmm|correction\b|sorry\b|scratch that|"
-    r"on (?:second thought|reflection)|i (?:have )?changed? my mind|i take (?:that|it) back|or (?:maybe|perhaps|rather)\b)"
+    r"(?:on (?:second thought|reflection)|in (?:hindsight|retrospect))|"
+    r"i (?:have )?changed? my mind|i take (?:that|it) back|or (?:maybe|perhaps|rather)\b)"
 )
 _WORSE = re.compile(r"\b(?:worse|worst|weaker|not|inferior|loser|loses)\b.*[:?]$")
-_ORNAMENTS = re.compile(r"[*_`\"“”„«»\[\]{}<>#$|]|\\(?:boxed|text|mathbf)|(?<![a-z])['‘’]|['‘’](?![a-z])", re.IGNORECASE)
+_CONCLUDES = (  # what stands before a name at the end
+    r"(?:^|[.:;=,/>→—–-] ?|\b(?:is|be|meant|choose|pick|prefer|select|take|say|with|but|"
+    r"(?:changed?|switch(?:ed)?|lean) to|settle on) )"
+)
+_DENIED = re.compile(r"\b(?:worse|worst|weaker|inferior|loser|loses|not|never|rather than|instead of)\b|n't\b")
+_ORNAMENTS = re.compile(
+    r"[*_`\"“”„«»\[\]{}#$|]|<(?![=-])|(?<![=-])>(?!=)|\\(?:boxed|text|mathbf)|(?<![a-z])['‘’]|['‘’](?![a-z])", re.IGNORECASE
+)
 
 
 def choice(answer: str, first: str, second: str) -> float | None:
     """1 for the second, 0 for the first, 0.5 where they are equal; None where the answer does not say it plainly."""
     lines = [line for line in (_plain(line, first, second) for line in answer.splitlines()) if line]
-    for number in range(len(lines) - 1, -1, -1):
-        found = list(_LABEL.finditer(lines[number]))
-        if found:
-            said, *rest = [found[-1]["said"], *lines[number + 1 :]]
-            if not said and rest:  # the choice stands on the next line
-                said, *rest = rest
-            value = _labelled(said)
-            return None if value is None or _taken_back(value, rest) else value
+    labels = [(number, found) for number, line in enumerate(lines) for found in _LABEL.finditer(line)]
+    if labels:
+        return _last_label(lines, labels)
     said = [
         (part, _stated(part, part == line))
         for line in lines
@@ -90,12 +95,30 @@ def _plain(line: str, first: str, second: str) -> str:
     line = line.lower()
     if (first, second) == ("A", "B"):  # in lower case one of them is a word
         for name, mark in (("a", "①"), ("b", "②")):
-            line = re.sub(rf"(?:^|(?<=: )){name}(?=[.!]?$)|(?<=response ){name}\b|(?<=summary ){name}\b", mark, line)
+            line = re.sub(rf"(?:^|(?<=[.:;=,] )){name}(?=[.!]?$)|(?<=response ){name}\b|(?<=summary ){name}\b", mark, line)
     return line
 
 
 def _sentences(line: str) -> list[str]:
     return re.split(r"(?<=[.!?;]) +", line)
+
+
+def _last_label(lines: list[str], labels: list[tuple[int, re.Match[str]]]) -> float | None:
+    number, last = labels[-1]
+    said, *rest = [lines[number][last.end() :], *lines[number + 1 :]]
+    if not said and rest:  # the choice stands on the next line
+        said, *rest = rest
+    value = _labelled(said)
+    if value is None or _taken_back(value, [part for line in rest for part in _sentences(line)]):
+        return None
+    begins = re.search(r"(?:^|[.!?]) ?$", lines[number][: last.start()])
+    for (line, found), (following, ending) in pairwise(labels):
+        end = ending.start() if following == line else len(lines[line])
+        earlier = _labelled(lines[line][found.end() : end].strip())
+        unsettled = earlier != value and not begins if line == number else earlier not in (None, value) and not begins
+        if unsettled or (line == number and earlier not in (None, value) and not last["lead"]):
+            return None
+    return value
 
 
 def _labelled(said: str) -> float | None:
@@ -106,7 +129,7 @@ def _labelled(said: str) -> float | None:
     if found is None:
         return None
     value, behind = _value(found["name"]), said[found.end() :].strip()
-    if "?" in behind or _UNSETTLED.match(behind) or not _BEHIND.match(behind) or _taken_back(value, [behind]):
+    if "?" in behind or _UNSETTLED.match(behind) or not _BEHIND.match(behind) or _taken_back(value, _sentences(behind)):
         return None
     return value
 
@@ -124,10 +147,24 @@ def _stated(sentence: str, whole: bool = True) -> float | None:
 
 
 def _taken_back(value: float, rest: list[str]) -> bool:
-    """Whether what follows a choice doubts it, or says another."""
-    others = {0.0: "②", 1.0: "①"}.get(value, "[①②]")
-    contrary = re.compile(rf"{others} (?:is|was|seems|wins)(?: {_BETTER}|\b(?<=wins))")
-    return any(_DOUBT.search(text) or contrary.search(text) for text in rest)
+    """Whether what follows a choice, sentence by sentence, doubts it, or says another."""
+    named, would = f"(?:the )?(?:{_NOUN} )?", "(?:would|should|must)"
+    own, other = [named + mark for mark in {0.0: "①②", 1.0: "②①"}.get(value, ("(?!)", "[①②]"))]
+    contrary = re.compile(
+        rf"{other} (?:(?:is|was|seems|looks|appears|remains|{would} be) (?:{_BETTER}|(?:the |my )?(?:one|{_VERDICT})\b)|"
+        rf"(?:{would} )?(?:wins?|deserves?|beats?|comes out)\b)|"
+        rf"\b{_BETTER}(?: {_NOUN}| one)? ?(?:is|was|{would} be|[:=]) ?{other}|{_CONCLUDES}{other}[ .!,]*$"
+    )
+    denied = re.compile(rf"\bnot {own}|{own} (?:is|was|does|did)(?: not|n't) (?:{_BETTER}|win|deserve)")
+    for text in rest:
+        found = contrary.search(text)
+        if _DOUBT.search(text) or denied.search(text) or (found is not None and not _DENIED.search(text[: found.end()])):
+            return True
+        *clauses, last = re.split(r" ?[,:;/—–] ?|\.(?=\w)|(?:^| )- ", text)
+        stated = (_stated(text), _stated(last), *(_stated(clause, whole=False) for clause in clauses))
+        if not set(stated) <= {None, value} and not _DENIED.search(text):
+            return True
+    return False
 
 
 def _value(name: str) -> float:
