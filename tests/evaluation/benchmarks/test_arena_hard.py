@@ -133,6 +133,12 @@ def test_the_opponent_is_the_categorys_baseline(tmp_path: Path) -> None:
         ("It is [[A>B]] or [[A=B]]", None),
         ("[[B>A]] rather than [[B>>A]]", "B>A"),
         ("Not [[A>B]]", None),
+        ("[[A>B]] (not [[A>>B]])", "A>B"),
+        ("I would not give [[A>>B]]", None),
+        ("[[A≫B]]", "A>>B"),
+        ("[[B ≫ A]]", "B>>A"),
+        ("[[A≪B]]", "A<<B"),
+        ("\\[\\[A>B\\]\\]", "A>B"),
         ("", None),
     ],
 )

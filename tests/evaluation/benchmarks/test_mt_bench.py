@@ -126,7 +126,21 @@ def test_what_the_judge_sees(questions: list, tmp_path: Path) -> None:
     [
         ("Good. Rating: [[7]]", 7.0),
         ("[[7.5]]", 7.5),
-        ("[3] is what I give", 3.0),
+        ("[3] is what I give", None),  # a single pair must stand as a grade
+        ("It is good.\n**[3]**", 3.0),
+        ("Rating: [7]", 7.0),
+        ("My rating is [7/10].", 7.0),
+        ("[1] source [2] source. Rating: 7", None),
+        ("see [7]", None),
+        ("[[6]] (not [[10]])", 6.0),
+        ("I'd not give [[10]]", None),
+        ("[[7]]; [[10]] would be too high", 7.0),
+        ("[[6]]. With an example it would be [[8]].", 6.0),
+        ("[[7]] out of [[10]]", 7.0),
+        ("Grade [[6]]. In R, x[[3]] is the third element.", 6.0),
+        ("[[6]], since np.array([[3]]) is right", 6.0),
+        ("\\[\\[7\\]\\]", 7.0),
+        ("评分[[7]]", 7.0),
         ("see [1], so [[8]]", 8.0),  # double brackets win over an earlier single pair
         ("[[6]] at first, at last [[2]]", 2.0),  # the last: a judge that thinks aloud ends with its grade
         ("[[7/10]]", 7.0),

@@ -82,8 +82,6 @@ LABELS = {
     "B<A": (1.0, 1.0),
     "B<<A": (1.0, STRONG),
 }
-_RULED_OUT = re.compile(r"(?:\bNOT|N'T|N’T|\bNEVER|\bRATHER THAN|\bINSTEAD OF|\bTHAN|\bNOR)[\s*_\"'`“(]*$")
-_JOINED = re.compile(r"[\s*\"'`]*(?:OR|AND|TO|/|,|–|-)[\s*\"'`]*")
 IDS = ("uid", "question_id")
 # Beside `metadata`, in answers that isdaa writes: what counted `token_len`. The original counts with gpt-4o's tokenizer.
 COUNTED_BY, ORIGINAL_COUNTER, PIECES = "token_len_by", "gpt-4o", "words and marks"
@@ -204,13 +202,14 @@ def label_of(reply: str) -> str | None:
     Case and white space do not matter; what stands in brackets and is no label is passed over, and so is a label that is
     ruled out (`not [[A>B]]`). A line that goes through three or ends with a choice of two (`[[A>B]] or [[A=B]]`) says nothing.
     """
-    text = normalize("NFKC", html.unescape(reply)).upper().replace("\u200b", "")
+    text = games.bracketed(normalize("NFKC", html.unescape(reply)).upper().replace("\u200b", ""))
+    text = text.replace("≫", ">>").replace("≪", "<<")
     for pattern in (r"\[\[([AB<>=\s]+)\]\]", r"\[([AB<>=\s]+)\]"):
         for line in reversed(text.splitlines()):
             found = [one for one in re.finditer(pattern, line) if re.sub(r"\s", "", one[1]) in LABELS]
-            labels = [re.sub(r"\s", "", one[1]) for one in found if not _RULED_OUT.search(line[: one.start()])]
+            labels = [re.sub(r"\s", "", one[1]) for one in found if games.given(one)]
             if labels:
-                joined = len(found) > 1 and _JOINED.fullmatch(line[found[-2].end() : found[-1].start()])
+                joined = len(found) > 1 and games.JOINED.fullmatch(line[found[-2].end() : found[-1].start()])
                 return None if len(set(labels)) > 2 or (joined and labels[-2:-1] != labels[-1:]) else labels[-1]
         if re.search(r"\[\[[^\[\]]*\]\]", text):
             return None

@@ -19,6 +19,19 @@ _ENDS = re.compile(r"([\n\r\v\f\x1c-\x1e\x85\u2028\u2029])")
 _BLANK = r"[\s\u200b-\u200d\u2060\ufeff]*"  # white space, and characters that take no room
 _OPENS, _CLOSES = re.compile(rf"^({_BLANK})<<<"), re.compile(rf">>>(?={_BLANK}$)")
 
+# What stands before a grade or label in brackets that is not given, is quoted as an example, or is given only in part.
+_RULED_OUT = re.compile(
+    r"(?:\b(?:not|never|than|instead of|nor|out of|maximum(?: of)?|could be|might be|may be|would be|"
+    r"(?:could|would) have been)|n['’]t|"
+    r"\b(?:for example|for instance|such as|like|in the form|example)|\be\.g\.)[:,]?"
+    r"(?: (?:give|be|is|a|an|the|it|grade|rating|score|of|worth|deserve|quite|award|say|choose|pick|reach))*[\s*_\"'`“(]*\Z",
+    re.IGNORECASE,
+)
+_TOO_MUCH = re.compile(r"[\s*_\"'`”)]*(?:(?:would|is|seems)(?: be)? (?:too|not|for)|isn['’]t)\b", re.IGNORECASE)
+_INDEXED = re.compile(r"(?:\w\(|[A-Za-z0-9)\]])\Z")  # `x[[3]]`, `array([[3]])`
+JOINED = re.compile(r"[\s*\"'`]*(?:or|and|to|of|out of|vs\.?|/|,|–|—|-)[\s*\"'`]*", re.IGNORECASE)
+_DOUBLE = [(re.compile(r"\\?\[\\?\["), "[["), (re.compile(r"\\?\]\\?\]"), "]]")]
+
 OPPONENT_FIRST, MODEL_FIRST = "opponent first", "model first"
 
 
@@ -101,6 +114,20 @@ def heard(reply: Reply) -> tuple[str, Lack | Literal[""]]:
     if reply.finish_reason == "length":
         return answer, "cut"
     return answer, "" if answer.strip() else "thought only" if parts.marked else "unreadable"
+
+
+def given(found: re.Match[str]) -> bool:
+    """Whether a grade or label in brackets is given: not ruled out, no example, and no index of code."""
+    before = found.string[max(found.start() - 80, 0) : found.start()]
+    behind = found.string[found.end() : found.end() + 40]
+    return not (_RULED_OUT.search(before) or _INDEXED.search(before) or _TOO_MUCH.match(behind))
+
+
+def bracketed(text: str) -> str:
+    """The text, its double brackets without the backslashes that Markdown may put before them."""
+    for pattern, plain in _DOUBLE:
+        text = pattern.sub(plain, text)
+    return text
 
 
 def preferred(game: str, reply: Reply, share: float | None, lack: Lack | Literal[""], label: str = "") -> Verdict:

@@ -67,8 +67,11 @@ SYSTEM = (
 )
 USER_SAID, ASSISTANT_SAID = "<<<user, turn {turn}\n{text}\nuser>>>", "<<<assistant, turn {turn}\n{text}\nassistant>>>"
 REFERENCE = "<<<a right answer, turn {turn}\n{text}\nright answer>>>"
-# What stands before a grade that is quoted as an example.
-_EXAMPLE = re.compile(r"(?i)(?:for example|for instance|e\.g\.|such as|like|in the form|example)[\s,:*_\"'`“(]*$")
+# A number in single brackets: alone on its line, or behind a word that makes it a grade at a sentence's end.
+_SINGLE = (
+    r"(?im)(?:^[\W_]*?|\b(?:(?:grade|rating|score)(?: is)? ?[:=]?|(?:rate|give)(?: it| this)?)[\s*_\"'`(]*)"
+    r"(?<![\w\[\]])\[([^\[\]]*\d[^\[\]]*)\](?=[\s*_\"'`)]*(?:[.!][\s*_]*)?$)"
+)
 ASKED = "Grade the assistant's answer in turn {turn}."
 AGAINST = " Compare it with the right answer first and name every mistake."
 LATER = " The earlier turn is there for context alone."
@@ -187,18 +190,19 @@ def parse(asked: JudgeQuestion, reply: Reply) -> Verdict:
 
 
 def grade_of(reply: str) -> float | None:
-    """The last number in double square brackets; where none stands in such, in single ones. Only 1 to 10 is a grade.
+    """The last number in double square brackets; where none stands in such, in single ones that stand as a grade.
+
+    Only 1 to 10 is a grade; what is ruled out (`not [[10]]`) and indices of code (`x[[3]]`) are passed over.
 
     `[[7/10]]` is 7. What the judge's question gives as an example is none where it is quoted as one, and two grades that
     are joined (`between [[6]] and [[7]]`) are neither.
     """
-    for pattern in (r"\[\[([^\[\]]*\d[^\[\]]*)\]\]", r"(?<![\w\[\]])\[([^\[\]]*\d[^\[\]]*)\](?![\[\](])"):
-        found = [one for one in re.finditer(pattern, reply) if not _EXAMPLE.search(reply[: one.start()][-60:])]
+    reply = games.bracketed(reply)
+    for pattern in (r"\[\[([^\[\]]*\d[^\[\]]*)\]\]", _SINGLE):
+        found = [one for one in re.finditer(pattern, reply) if games.given(one)]
         if found:
             grades = [_grade(one[1]) for one in found]
-            joined = len(found) > 1 and re.fullmatch(
-                r"(?i)[\s*]*(?:and|or|to|[-–—/])[\s*]*", reply[found[-2].end() : found[-1].start()]
-            )
+            joined = len(found) > 1 and games.JOINED.fullmatch(reply[found[-2].end() : found[-1].start()])
             return None if joined and grades[-1] != grades[-2] else grades[-1]
     return None
 
