@@ -28,7 +28,7 @@ _RULED_OUT = re.compile(
     re.IGNORECASE,
 )
 _TOO_MUCH = re.compile(r"[\s*_\"'`”)]*(?:(?:would|is|seems)(?: be)? (?:too|not|for)|isn['’]t)\b", re.IGNORECASE)
-_INDEXED = re.compile(r"(?:\w\(|[A-Za-z0-9)\]])\Z")  # `x[[3]]`, `array([[3]])`
+_INDEXED = re.compile(r"(?:\w\(|[A-Za-z0-9)\]])(?<!grade)(?<!rating)(?<!score)\Z", re.IGNORECASE)  # `x[[3]]`, `array([[3]])`
 JOINED = re.compile(r"[\s*\"'`]*(?:or|and|to|of|out of|vs\.?|/|,|–|—|-)[\s*\"'`]*", re.IGNORECASE)
 _DOUBLE = [(re.compile(r"\\?\[\\?\["), "[["), (re.compile(r"\\?\]\\?\]"), "]]")]
 

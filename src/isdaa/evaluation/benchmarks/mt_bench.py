@@ -203,7 +203,8 @@ def grade_of(reply: str) -> float | None:
         if found:
             grades = [_grade(one[1]) for one in found]
             joined = len(found) > 1 and games.JOINED.fullmatch(reply[found[-2].end() : found[-1].start()])
-            return None if joined and grades[-1] != grades[-2] else grades[-1]
+            listed = pattern is _SINGLE and len(set(grades)) > 1  # sources, one a line
+            return None if listed or (joined and grades[-1] != grades[-2]) else grades[-1]
     return None
 
 
