@@ -30,7 +30,7 @@ def models(tmp_path_factory) -> dict[str, str]:
 
 def run(name: str, output: Path, *options: object) -> int:
     words = ["--questions", "project", "--limit", "4", "--max_new_tokens", "8", "--evaluation.bootstrap", "100"]
-    return main(["evaluate", "--benchmark", name, "--output", str(output), *words, *map(str, options)])
+    return main(["benchmark", name, "--output", str(output), *words, *map(str, options)])
 
 
 def writing(monkeypatch, text: str) -> None:
@@ -163,7 +163,7 @@ def test_every_question_without_a_verdict_has_a_reason(tmp_path, capsys):
         words = ["--answers", tmp_path / "mine.jsonl", "--opponent", tmp_path / "base.jsonl", "--judge_model", "toy"]
         words += ["--judge_base_url", server.url, "--judge_retries", "0", "--judge_concurrency", "1"]
         options = ["--questions", "project", "--limit", "8", "--evaluation.bootstrap", "100", *map(str, words)]
-        assert main(["evaluate", "--benchmark", "tldr", "--output", str(tmp_path / "out"), *options]) == 3
+        assert main(["benchmark", "tldr", "--output", str(tmp_path / "out"), *options]) == 3
         told, asked = capsys.readouterr(), len(server.asked)
         assert "2 replies did not come (rate-limited 2): the same command asks for them again" in told.err
         metrics = read_json(tmp_path / "out/metrics.json")
@@ -198,10 +198,10 @@ def test_every_question_without_a_verdict_has_a_reason(tmp_path, capsys):
         page = (tmp_path / "out/report.html").read_text()
         assert 'id="lacks"' in page and "thought only</td>" in page
         # Only those that may come are asked again; with more room those that were cut, too.
-        assert main(["evaluate", "--benchmark", "tldr", "--output", str(tmp_path / "out"), *options]) == 3
+        assert main(["benchmark", "tldr", "--output", str(tmp_path / "out"), *options]) == 3
         assert len(server.asked) == asked + 2
         more = [*options, "--judge_max_tokens", "900"]
-        assert main(["evaluate", "--benchmark", "tldr", "--output", str(tmp_path / "out"), *more]) == 3
+        assert main(["benchmark", "tldr", "--output", str(tmp_path / "out"), *more]) == 3
         assert len(server.asked) == asked + 2 + 2 + 2
 
 

@@ -142,7 +142,7 @@ def test_what_did_not_help_is_not_kept_and_an_echo_of_the_prompt_teaches_nothing
     assert "takes no" not in capsys.readouterr().err and '"ways": []' in (tmp_path / "r.jsonl").read_text().splitlines()[-1]
 
 
-def test_two_orders_of_a_question_are_one_question(tmp_path: Path) -> None:
+def test_two_orders_of_a_question_are_one_question(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def behaviour(number: int, body: dict[str, Any]) -> Answer:
         return Answer(status=400, body=error("gremlin")) if "odd" in str(body["messages"]) else Answer("B")
 
@@ -154,6 +154,7 @@ def test_two_orders_of_a_question_are_one_question(tmp_path: Path) -> None:
         assert [isinstance(reply, Reply) for reply in replies] == [False] * 6 + [True] * 3 + [False] * 3
         again = judge(server, tmp_path / "r.jsonl").ask(questions(["odd 1", "odd 2", "good", "odd 3"]))
         assert [reply.kind for reply in again if isinstance(reply, NoReply)] == ["rejected"] * 9
+        assert capsys.readouterr().err.count("gremlin") == 2  # once a call
         with pytest.raises(UserError, match="gremlin"):
             judge(server).ask(questions(["odd 1", "odd 2", "odd 3", "good"]))
 

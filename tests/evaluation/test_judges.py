@@ -374,6 +374,7 @@ def test_what_is_no_address_is_one_line(url: str) -> None:
         ({"concurrency": 0}, "concurrency must be at least 1"),
         ({"logprobs": 21}, "logprobs must be between 1 and 20"),
         ({"price_in": 1.0}, "both prices"),
+        ({"ways": ("no sytem",)}, r"ways: 'no sytem' is none of .*did you mean \"no system\""),
     ],
 )
 def test_settings_that_make_no_sense_are_one_line(change: dict[str, Any], line: str) -> None:

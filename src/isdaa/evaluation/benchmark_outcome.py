@@ -248,7 +248,7 @@ def _lead(
         (ahead if min(signs) > 0 else behind if min(signs) < 0 else alike).append((other["model"], points))
     parts = [f"on the questions that both have {name} is {points} ahead of it" for name, points in behind]
     if ahead:
-        more = f" and more of {counted(len(ahead) - 1, 'other')}" if len(ahead) > 1 else ""
+        more = f" and further ahead of {counted(len(ahead) - 1, 'other')}" if len(ahead) > 1 else ""
         parts.append(f"{ahead[0][1]} ahead of {ahead[0][0]}{more}")
     if alike:
         parts.append(f"{'it' if len(first) == 1 else 'they'} cannot be told from {_listed([name for name, _ in alike])}")

@@ -26,7 +26,7 @@ SETTINGS = {
     "judge_api_version": "api_version",
 }
 # Option -> what an endpoint does not take (`judge_wording.WAYS`); the first complaint teaches the same.
-WAYS = {
+WAY_OPTIONS = {
     "judge_max_completion_tokens": "max_completion_tokens",
     "judge_no_system": "no system",
     "judge_stream": "stream",
@@ -78,7 +78,7 @@ def sample_judge_of(arguments: argparse.Namespace) -> SampleJudge | None:
 def asking_of(arguments: argparse.Namespace) -> Asking | None:
     """The judge model, or None where none is named."""
     given = {field: value for name, field in SETTINGS.items() if (value := getattr(arguments, name)) is not None}
-    ways = tuple(way for name, way in WAYS.items() if getattr(arguments, name))
+    ways = tuple(way for name, way in WAY_OPTIONS.items() if getattr(arguments, name))
     temperature, logprobs = arguments.judge_temperature, not getattr(arguments, "judge_no_logprobs", None)
     if arguments.judge_model is None:
         if given or ways or temperature is not None or not logprobs:

@@ -8,7 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from isdaa.errors import UserError
+from isdaa.errors import UserError, nearest
+from isdaa.evaluation.judge_wording import WAYS
 from isdaa.files import digest
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -70,6 +71,9 @@ class JudgeSettings:
         for field in LIMITS:
             check_limit(field, getattr(self, field), f"judge: {field}")
         check_variable(self.key_variable, "judge: key_variable")
+        strange = next((way for way in self.ways if way not in WAYS), None)
+        if strange is not None:
+            raise UserError(f"judge: ways: {strange!r} is none of {', '.join(WAYS)}{nearest(strange, WAYS)}")
         if (self.price_in is None) != (self.price_out is None):
             raise UserError("judge: give both prices, of a million tokens read and of a million written, or neither")
 

@@ -25,7 +25,7 @@ from isdaa.evaluation.benchmarks.benchmark import Answer, Benchmark, JudgeQuesti
 from isdaa.evaluation.benchmarks.games import inside
 from isdaa.evaluation.benchmarks.preference_sets import Wording, judge_questions
 from isdaa.evaluation.collect import PLAN, SAMPLES
-from isdaa.evaluation.judge_options import WAYS
+from isdaa.evaluation.judge_options import WAY_OPTIONS
 from isdaa.evaluation.judge_types import MOMENTARY, request_body
 from isdaa.evaluation.judged_table import ASKED, JUDGE, JUDGED, LEFT, SAME, JudgedTable, Side, sides_of
 from isdaa.evaluation.records import Blocks, Record, blocks_of, read_plan
@@ -129,7 +129,7 @@ class SampleJudge:
         options += ["--judge_temperature", str(settings.temperature).lower()] if asking.own_temperature else []
         options += ["--judge_max_tokens", str(settings.max_tokens)] if asking.own_max_tokens else []
         options += ["--judge_api_version", settings.api_version] if settings.api_version is not None else []
-        options += [f"--{name}" for name, way in WAYS.items() if way in settings.ways]
+        options += [f"--{name}" for name, way in WAY_OPTIONS.items() if way in settings.ways]
         options += ["--judge_seed", str(settings.seed)] if settings.seed is not None else []
         return {"name": self.name, "digest": self.digest, "kind": JUDGE, "about": list(about), "options": options}
 

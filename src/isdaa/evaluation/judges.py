@@ -76,7 +76,7 @@ class Judge:
         self._failed_in_a_row = self._wordless = 0
         self._of: dict[str, str] = {}  # key of a request -> the question that it is about
         self._odd: set[str] = set()  # questions that were complained of since the last reply
-        self._worded = False
+        self._worded = self._odd_told = False
         self._shortened = 0  # questions that the endpoint counted far fewer tokens of than they can have
         self.stopped = ""  # why the rest is left unasked, where something beside the budget ended the asking
         self._count = dict.fromkeys(
@@ -245,7 +245,8 @@ class Judge:
             if outcome.kind == "odd":
                 self._endpoint.helped(taught, good=False)
                 self._odd.add(of)
-                if len(self._odd) == 1:
+                if not self._odd_told:
+                    self._odd_told = True
                     say(f"a question to the judge has no reply: {outcome.reason}")
             # Where others are answered it may yet be the questions' own fault.
             if outcome.kind == "fatal" or (len(self._odd) >= ODD and not self._answered and not self._answered_once):

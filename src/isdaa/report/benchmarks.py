@@ -44,7 +44,7 @@ def write_benchmark_report(folder: str | Path) -> Path:
     if not _current(metrics):
         raise UserError(
             f"{folder / METRICS}: its length-controlled win rate is an older isdaa's, and not the leaderboard's figure; run "
-            "`isdaa evaluate --benchmark` again, which asks nothing anew"
+            "`isdaa benchmark` again, which asks nothing anew"
         )
     read = read_json(folder / EXAMPLES) if (folder / EXAMPLES).is_file() else []
     with readable(folder, "its records are not those of a benchmark or tax of this isdaa", "run `isdaa benchmark` again"):
