@@ -7,6 +7,7 @@ import errno
 import os
 import unicodedata
 from collections.abc import Iterable
+from pathlib import Path
 
 LONGEST = 500  # characters of an error's line, whatever it quotes
 HEAD = 300  # of them, before the cut
@@ -70,6 +71,13 @@ def refused(error: OSError) -> UserError | None:
         found = "a file, where a folder is needed" if os.path.exists(name) else "a symbolic link that leads nowhere"
         reason = f"{found}; remove it, or choose another place"
     return UserError(f"{name}: {reason}" if name else reason)
+
+
+def nearest_path(path: str | Path, known: Iterable[str | Path]) -> str:
+    """The same of paths that lie beside it, by their last parts: what all have before them makes none of them alike."""
+    names = {Path(one).name: one for one in known}
+    close = difflib.get_close_matches(Path(path).name[:LONGEST], list(names), n=1, cutoff=0.5)
+    return f' (did you mean "{names[close[0]]}"?)' if close else ""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -158,9 +158,12 @@ def test_what_is_gone_or_mistyped_is_named(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "demo" / "sft")
     with pytest.raises(UserError, match=r"checkpoint-10/isdaa.json.*sft, is not there.*--reference"):
         requests([folder])
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"runs/minni: no such folder here.*no record.*--reference"):
         requests(["runs/minni"])
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "demo2").mkdir(parents=True)  # `runs/` before both makes them not alike
+    with pytest.raises(UserError, match=r"runs/minni: no such folder here; .*no record.*--reference"):
+        requests(["runs/minni"])
     (tmp_path / "runs" / "mini").mkdir(parents=True)
     with pytest.raises(UserError, match=r'^runs/minni: no such model folder \(did you mean "runs/mini"\?\); a path names'):
         requests(["runs/minni"])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from isdaa.config import EvaluationConfig, Position, ScorerConfig, TokenizationConfig, validate
 from isdaa.data.encoding import VERSION
-from isdaa.errors import UserError, nearest
+from isdaa.errors import UserError, nearest_path
 from isdaa.evaluation.hints import base_hint, data_hint
 from isdaa.evaluation.provenance import OPTIONS, check_stays, records_of
 from isdaa.evaluation.run_groups import tails
@@ -140,7 +140,7 @@ def requests(
         if bare is not None and len(found) != 1:
             if not Path(bare).exists():
                 beside = Path(bare).parent
-                near = nearest(str(bare), map(str, beside.iterdir())) if beside.is_dir() else ""
+                near = nearest_path(bare, beside.iterdir()) if beside.is_dir() else ""
                 raise UserError(
                     f"{bare}: no such folder here{near}; for a model of the Hub, of which no record names {what}, give --{option}"
                 )
@@ -236,7 +236,7 @@ def check_place(name: Any, option: str) -> None:
         for path in (beside.iterdir() if beside.is_dir() else ())
         if abs(len(str(path)) - len(name)) <= 1 and re.findall(r"\d", str(path)) == re.findall(r"\d", name)
     ]
-    near = nearest(name, alike)
+    near = nearest_path(name, alike)
     if near or name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).name.startswith("checkpoint-"):
         raise UserError(f"{name}: no such model folder{near}; {option} names a folder that is here, or a model of the Hub")
 

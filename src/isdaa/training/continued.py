@@ -15,7 +15,7 @@ from typing import Any
 
 from isdaa.config import REWARD, Config, fields, layers, resolved, validate
 from isdaa.data.sources import common_prompts
-from isdaa.errors import UserError, nearest
+from isdaa.errors import UserError, nearest_path
 from isdaa.evaluation.provenance import records_of
 from isdaa.files import located
 from isdaa.foreign import check_shape, read_json
@@ -101,8 +101,8 @@ def place_of(name: str) -> Path:
         return path
     if path.name.startswith(PREFIX) and (found := [p.name for p in checkpoints(path.parent / "checkpoints")]):
         raise UserError(f"continue_from: {name}: no such checkpoint; {path.parent} has {', '.join(found)}")
-    beside = map(str, path.parent.iterdir()) if path.parent.is_dir() else ()
-    raise UserError(f"continue_from: {name}: no such folder{nearest(name, beside)}; name a run or RUN/checkpoint-N")
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    raise UserError(f"continue_from: {name}: no such folder{nearest_path(name, beside)}; name a run or RUN/checkpoint-N")
 
 
 def ancestor_of(name: str) -> Ancestor:
