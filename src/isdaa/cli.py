@@ -88,6 +88,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--memory", metavar="SIZE", help="which settings fit into it, best first: an amount (8GB) or a GPU (rtx4090)"
     )
     inspect.add_argument("--sharding", choices=["ddp", "fsdp2", "zero2", "zero3"], default="ddp", help="with several processes")
+    inspect.add_argument(
+        "--weights", action="store_true", help="load the models, and measure the pairs' importance weights before the first step"
+    )
     inspect.add_argument("--no_plan", action="store_true", help="leave out memory and time")
     inspect.add_argument("--processes", type=int, default=1, metavar="N", help="processes of the run, one a device (default: 1)")
     inspect.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -374,6 +377,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         sharding=arguments.sharding,
         row=arguments.row,
         plans=not arguments.no_plan,
+        weights=arguments.weights,
     )
     if arguments.out is not None:
         write_json(arguments.out, found.facts())

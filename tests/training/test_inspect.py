@@ -383,3 +383,34 @@ def test_nothing_is_left_behind(place: Path, capsys: pytest.CaptureFixture[str])
     assert main(["inspect", "--config", "run.yaml", "--no_plan"]) == 0
     left = set(content(place)) - set(before)
     assert left and all(".isdaa_cache" in str(path) for path in left)  # the tokens, which training will read
+
+
+# --- importance weights
+
+
+@pytest.mark.parametrize("gap", [0.0, 1.5, 40.0])
+def test_weights_are_those_that_training_says_before_its_first_step(
+    place: Path, capsys: pytest.CaptureFixture[str], gap: float
+) -> None:
+    chat_model(place / "my_model", byte_level(bos=True), max_position_embeddings=1024)
+    rows = [row | {"chosen_logps": -60.0 + gap, "rejected_logps": -58.0 + gap} for row in pairs()]
+    jsonl(place / "pairs.jsonl", rows)
+    settings = ALIGN | {"objective.method": "is_dpo", "data.eval_fraction": 0.0}
+    (stage,) = told(place, capsys, settings, "--weights")["stages"]
+    (line,) = [note for note in stage["notes"] if "before the first step" in note]
+    assert not list(place.rglob("run.json"))
+    code = main(["train", "--config", str(place / "run.yaml"), "--output_dir", "run"])
+    out = "".join(capsys.readouterr())
+    if line.startswith("`isdaa train` will refuse this: "):
+        assert code == 2 and line.removeprefix("`isdaa train` will refuse this: ")[:150] in out
+    else:
+        assert code == 0 and line in out
+    assert line.startswith("`isdaa train` will") == (gap == 40.0)
+
+
+def test_weights_of_an_objective_without_them_are_named_as_missing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chat_model(place / "my_model", byte_level(bos=True), max_position_embeddings=1024)
+    jsonl(place / "pairs.jsonl", pairs())
+    file = config_file(place / "run.yaml", ALIGN | {"objective.method": "dpo"})
+    assert main(["inspect", "--config", str(file), "--no_plan", "--weights"]) == 2
+    assert "no weights made of μ" in capsys.readouterr().err

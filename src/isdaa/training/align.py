@@ -38,7 +38,7 @@ from isdaa.training.reading import read_pairs
 from isdaa.training.reference import measure
 from isdaa.training.room import check_training
 from isdaa.training.run import Run
-from isdaa.training.stall import starting_weights
+from isdaa.training.stall import Stalled, sample, starting_weights
 from isdaa.training.start import (
     adapter_base,
     cache_folder,
@@ -74,6 +74,30 @@ def align(run: Run) -> Path:
         return _align(run)
 
 
+def weights_at_start(run: Run) -> list[str]:
+    """What a run would say of its weights before its first step, from a sample of its pairs: `isdaa inspect --weights`.
+
+    run: as `finished_before` gives it; nothing is written but cached logps. Loads the models. Raises UserError as training would.
+    """
+    config, start = run.config, starting_path(run)
+    tokenizer = tokenizer_of(config, start)
+    every = TokenisedPairs(_tokens(run, read_pairs(config, pairs_source(run, "align")).rows, tokenizer)[0])
+    pairs = sample(every)
+    policy, _ = _policy(run, tokenizer, start)
+    check_rows(policy, start, *pairs.extent())
+    forward = prepare(policy, probe=config.align.probe, longest_row=longest_row(config), attention=config.align.attention)
+    key = logps_key(policy, forward.mode, tokenizer, token_settings(config), weights_digest(policy))
+    filled, _ = _with_logps(run, pairs, None, start, forward, key, tokenizer)
+    alone = config.reference.path is None or is_start(config, config.reference.path, start)
+    ours = None if alone else partial(measure, forward, key=key, cache_dir=cache_folder(run), precision=config.align.precision)
+    notes = [str(line) for line in run.state["stages"].get("align", {}).get("notes", [])]
+    try:
+        arguments, mu, went_on = config.objective.arguments(), config.behaviour.model_path, config.continue_from is not None
+        return notes + starting_weights(arguments, filled, ours, mu, False, went_on, total=len(every))
+    except Stalled as error:
+        return [*notes, f"`isdaa train` will refuse this: {error}"]
+
+
 def _align(run: Run) -> Path:
     config = run.config
     start = starting_path(run)
@@ -84,8 +108,7 @@ def _align(run: Run) -> Path:
     train, held_out = once(lambda: _pairs(run, tokenizer, ancestor))
     if start is not None:
         check_start(config, "align", start)
-    grown = ancestor is not None and start is not None and is_adapter(start)  # an adapter that is trained on
-    policy = trained_adapter(config, start) if grown and start is not None else policy_of(run, tokenizer, start)
+    policy, grown = _policy(run, tokenizer, start)
     for pairs in (train, held_out):
         if pairs is not None:
             check_rows(policy, start, *pairs.extent())
@@ -175,6 +198,13 @@ def _align(run: Run) -> Path:
     merge = merges(config, policy) or not config.lora.rank
     keep_model(partial(trained_model, trainer, load, merge), tokenizer, folder, record(trainer.state.global_step), merge=merge)
     return folder
+
+
+def _policy(run: Run, tokenizer: Any, start: str | None) -> tuple[Any, bool]:
+    """The model that training starts from, and whether it is an adapter that is trained on."""
+    if run.config.continue_from is not None and start is not None and is_adapter(start):
+        return trained_adapter(run.config, start), True
+    return policy_of(run, tokenizer, start), False
 
 
 def _pairs(run: Run, tokenizer: Any, ancestor: Ancestor | None = None) -> tuple[TokenisedPairs, TokenisedPairs | None]:

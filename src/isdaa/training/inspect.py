@@ -25,7 +25,7 @@ from isdaa.training.fits import Fit, fits
 from isdaa.training.inputs import check_start, revision_of, starts_of
 from isdaa.training.plan import Plan, Sharding, dtype_of, own_memory, plan
 from isdaa.training.run import Run
-from isdaa.training.start import cache_folder, rounded_away, starting_path, tokenizer_of
+from isdaa.training.start import cache_folder, rounded_away, starting_path, tokenizer_of, weighs_by_behaviour
 from isdaa.training.supervised import NO_BASE, not_for_reward, pairs_source
 
 BUSY = 0.1  # share of the cores; two threads that wait for each other lose far more than that in speed
@@ -80,13 +80,16 @@ def inspect(
     sharding: Sharding = "ddp",
     row: int = 0,
     plans: bool = True,
+    weights: bool = False,
     memory: float | None = None,
 ) -> Inspection:
-    """Look at everything that can be had; what cannot is named in `missing`. Nothing is trained and no weights are read.
+    """Look at everything that can be had; what cannot is named in `missing`. Nothing is trained, and no model's weights are read
+    but for `weights`.
 
     device: one of `devices.NAMES`, for the plan. processes: of the run, one a device; sharding: what they divide. row: of each
-    stage's rows, which is shown token by token. plans: False leaves out memory and time. memory: bytes of the device, for which
-    the settings that fit are looked for (`fits`).
+    stage's rows, which is shown token by token. plans: False leaves out memory and time. weights: load the models, and measure
+    the pairs' importance weights before the first step. memory: bytes of the device, for which the settings that fit are looked
+    for (`fits`).
 
     Raises UserError where not even a tokenizer can be had, and for an unknown device.
     """
@@ -118,6 +121,8 @@ def inspect(
             found.stages.append(report)
     for trained, name in starts_of(config, config.stages):
         _attempt(found, partial(check_start, config, trained, name))
+    if weights:
+        _measure_weights(found, run)
     planned = [report for report in found.stages if plans and report.architecture is not None]
     if planned:
         _import_trainers(config)
@@ -141,6 +146,19 @@ def inspect(
                 found.fits = _fits(run, found, made, memory, options, bar)
     _warn(found, tokenizers)
     return found
+
+
+def _measure_weights(found: Inspection, run: Run) -> None:
+    """Replace what `align` says of its weights by what it will say."""
+    reports = [one for one in found.stages if one.examined.stage == "align" and not one.examined.assumed]
+    if not reports or not weighs_by_behaviour(found.config.objective.arguments()):
+        found.missing.append("--weights: there are no pairs yet, or the objective has no weights made of μ")
+        return
+    from isdaa.training.align import weights_at_start
+
+    said = _attempt(found, lambda: weights_at_start(run))
+    if said is not None:
+        reports[0].examined.notes = [note for note in reports[0].examined.notes if not note.startswith("μ ")] + said
 
 
 @contextmanager

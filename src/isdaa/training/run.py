@@ -131,6 +131,7 @@ class Run:
         self.folder = Path(config.output_dir)
         self.path = self.folder / RUN
         self.state: dict[str, Any] = {"stages": {}}
+        self.writes = True
 
     @contextmanager
     def opened(self) -> Iterator[Run]:
@@ -178,6 +179,7 @@ class Run:
         own: it must be the user's. Raises UserError where it is not, or isdaa did not write its record.
         """
         self.state = self._read(own) if self.path.exists() else self.state
+        self.writes = False
         return self
 
     def _read(self, own: bool = True) -> dict[str, Any]:
@@ -325,10 +327,11 @@ class Run:
     def say(self, stage: str, lines: Iterable[str]) -> None:
         """Show what happened to the data, one line each, and keep it in `run.json`."""
         for line in lines:
-            say(f"{stage}: {line}")
+            if self.writes:
+                say(f"{stage}: {line}")
             self.state["stages"].setdefault(stage, {"done": False, "values": {}}).setdefault("notes", []).append(line)
         self._save()
 
     def _save(self) -> None:
-        if is_main():
+        if is_main() and self.writes:
             write_json(self.path, sealed(RUN, self.state))

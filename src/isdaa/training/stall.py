@@ -15,7 +15,11 @@ from isdaa.training.batches import BEHAVIOUR_COLUMNS, REFERENCE_COLUMNS, Tokenis
 from isdaa.training.monitor import STALL_ESS, STALL_MEAN_WEIGHT
 from isdaa.training.start import weighs_by_behaviour
 
-SAMPLE = 512  # pairs that are looked at where the policy's own logps are not there yet
+SAMPLE = 512  # pairs that are measured where the policy's own logps are not there yet
+
+
+class Stalled(UserError):
+    """Hardly any pair would teach."""
 
 
 def starting_weights(
@@ -25,6 +29,7 @@ def starting_weights(
     model: str | None,
     allow_stall: bool,
     went_on: bool = False,
+    total: int | None = None,
 ) -> list[str]:
     """A line that says where μ comes from, with mean weight and ESS/N before the first step; none without weights made of μ.
 
@@ -35,15 +40,15 @@ def starting_weights(
         model: what was named as μ, where a model was.
         allow_stall: only say it.
         went_on: the policy has been trained from this reference before.
+        total: pairs of which these are a sample.
 
     Raises:
-        UserError: hardly any pair would teach (ESS/N below 0.02, or a mean weight below 1e-3), and `allow_stall` is not set.
+        Stalled: hardly any pair would teach (ESS/N below 0.02, or a mean weight below 1e-3), and `allow_stall` is not set.
     """
     if not weighs_by_behaviour(objective):
         return []
-    total = len(pairs)
-    if policy is not None and total > SAMPLE:
-        pairs = TokenisedPairs([pairs[int(row)] for row in np.linspace(0, total - 1, SAMPLE)])
+    total = total or len(pairs)
+    pairs = pairs if policy is None else sample(pairs)
     reference = np.stack([pairs.floats[name] for name in REFERENCE_COLUMNS])
     ours = reference if policy is None else policy(pairs)[:2]
     columns = [pairs.floats.get(name, np.full(len(pairs), np.nan)) for name in BEHAVIOUR_COLUMNS]
@@ -65,19 +70,26 @@ def starting_weights(
     even = "" if few or objective["weight"] == "mean" else ", objective.normalize: batch (the weights are even)"
     if went_on:
         even = f"{even}, an earlier checkpoint to go on from"
-    raise UserError(
+    raise Stalled(
         f"{told}. What helps: logps of the model that wrote them (`isdaa logps`, behaviour.model_path), the label stage, "
         f"objective.method: dpo{even}; or objective.allow_stall: true"
     )
 
 
+def sample(pairs: TokenisedPairs) -> TokenisedPairs:
+    """At most `SAMPLE` pairs, spread over all of them."""
+    if len(pairs) <= SAMPLE:
+        return pairs
+    return TokenisedPairs([pairs[int(row)] for row in np.linspace(0, len(pairs) - 1, SAMPLE)])
+
+
 def unmeasured(config: Config, pairs: TokenisedPairs) -> str:
-    """The same line without its figures, which need the policy's logps: for `isdaa inspect`."""
+    """The same line without its figures, which need the policy's logps: for `isdaa inspect` without `--weights`."""
     columns = [pairs.floats.get(name, np.full(len(pairs), np.nan)) for name in BEHAVIOUR_COLUMNS]
     source = _source(config.behaviour.model_path, ~np.isnan(np.stack(columns)).any(axis=0))
     return (
         f"{source}; `isdaa train` measures mean weight and ESS/N before its first step, and stops where the mean is "
-        f"below {STALL_MEAN_WEIGHT:g} or ESS/N below {STALL_ESS:g}"
+        f"below {STALL_MEAN_WEIGHT:g} or ESS/N below {STALL_ESS:g} (--weights measures them now, of {SAMPLE} pairs)"
     )
 
 
