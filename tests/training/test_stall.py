@@ -11,7 +11,7 @@ import pytest
 from isdaa.errors import UserError
 from isdaa.objectives.presets import resolve
 from isdaa.training.batches import TokenisedPairs
-from isdaa.training.stall import SAMPLE, starting_weights
+from isdaa.training.stall import SAMPLE, own_logps, starting_weights
 
 
 def pairs(count: int, mu: Any = None) -> TokenisedPairs:
@@ -29,7 +29,8 @@ def pairs(count: int, mu: Any = None) -> TokenisedPairs:
 def told(
     count: int = 64, mu: Any = None, *, model: str | None = None, policy: Any = None, allow: bool = False, **changes: Any
 ) -> str:
-    found = starting_weights(resolve("is_dpo", **changes), pairs(count, mu), policy, model, allow)
+    given = pairs(count, mu)
+    found = starting_weights(resolve("is_dpo", **changes), given, policy, own_logps(given), model, allow)
     return "\n".join(found)
 
 
@@ -40,10 +41,16 @@ def test_where_mu_comes_from_is_said_with_mean_weight_and_effective_sample_size(
     )
     assert told(mu=lambda i: (-10.0, -10.0)).startswith("μ comes from the rows' own behaviour logps; before")
     assert "is assumed to be π_ref in 16 rows that have none" in told(mu=lambda i: (-10.0, -10.0) if i % 4 else None)
-    assert told(mu=lambda i: (-10.0, -9.0), model="writer").startswith("μ is writer (behaviour.model_path); before")
+    assert told(mu=lambda i: (-10.0, -9.0), model="writer").startswith(
+        "μ comes from the rows' own behaviour logps; writer (behaviour.model_path) is not asked; before"
+    )
+    filled = pairs(64, lambda i: (-10.0, -9.0))
+    for own, words in ((np.zeros(64, bool), "; before"), (np.arange(64) < 16, " in 48 rows, and the other 16 have")):
+        (line,) = starting_weights(resolve("is_dpo"), filled, None, own, "writer", False)
+        assert line.startswith(f"μ is writer (behaviour.model_path){words}")
     assert f"mean weight of {math.exp(-1):.3g}" in told(mu=lambda i: (-10.0, -9.0))
     for method in ("dpo", "wpo"):
-        assert starting_weights(resolve(method), pairs(8), None, None, False) == []
+        assert starting_weights(resolve(method), pairs(8), None, own_logps(pairs(8)), None, False) == []
 
 
 def test_weights_that_let_nobody_teach_are_refused_with_what_helps() -> None:
@@ -97,3 +104,35 @@ def test_a_policy_beside_its_reference_is_measured_on_a_sample_spread_over_all_p
     assert f"{SAMPLE} of 2,000 pairs have a mean weight of {math.exp(-1):.3g}" in line
     assert len(seen[0]) == SAMPLE and {seen[0][i]["prompt_ids"][1] for i in range(SAMPLE)} == set(range(7))
     assert "30 pairs" in told(count=30, policy=policy)
+
+
+def test_weights_that_vanish_in_training_s_precision_are_refused_however_they_are_normalised() -> None:
+    for normalize in (None, "batch"):
+        with pytest.raises(UserError, match="ESS/N 0: hardly any pair") as caught:
+            told(mu=lambda i: (-1.0, -1.0 + 130.0), normalize=normalize)
+        assert "normalize: batch" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("count", "teach"), [(48, 1), (100, 1), (24, 1)])
+def test_one_pair_of_few_does_not_teach_for_all(count: int, teach: int) -> None:
+    with pytest.raises(UserError, match="ESS/N below") as caught:
+        told(count=count, mu=lambda i: (-10.0, -10.0) if i < teach else (-1.0, -1.0))
+    assert "normalize: batch" not in str(caught.value)
+
+
+def test_normalising_is_advised_only_where_the_weights_are_even() -> None:
+    def uneven(i: int) -> tuple[float, float]:  # 3 of 100 weigh e^-8, the rest next to nothing
+        return (-2.0, -10.0) if i < 3 else (10.0, -2.0)
+
+    with pytest.raises(UserError, match="mean below") as caught:
+        told(count=100, mu=uneven)
+    assert "normalize: batch" not in str(caught.value)
+
+
+def test_weights_that_all_lie_at_the_clip_are_a_warning() -> None:
+    assert "warning" not in told(mu=lambda i: (-10.0, -10.5)) and "100% of them at the clip" not in told(
+        mu=lambda i: (-10.0, -10.5)
+    )
+    line = told(mu=lambda i: (-1000.0, -900.0))
+    assert line.startswith("warning: ") and "100% of them are at the clip (median log w 1.88e+03)" in line
+    assert "50% of them at the clip" in told(mu=lambda i: (-1000.0, -900.0) if i % 2 else (-10.0, -10.0))

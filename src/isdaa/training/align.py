@@ -38,7 +38,7 @@ from isdaa.training.reading import read_pairs
 from isdaa.training.reference import measure
 from isdaa.training.room import check_training
 from isdaa.training.run import Run
-from isdaa.training.stall import Stalled, sample, starting_weights
+from isdaa.training.stall import Stalled, own_logps, sample, starting_weights
 from isdaa.training.start import (
     adapter_base,
     cache_folder,
@@ -87,13 +87,14 @@ def weights_at_start(run: Run) -> list[str]:
     check_rows(policy, start, *pairs.extent())
     forward = prepare(policy, probe=config.align.probe, longest_row=longest_row(config), attention=config.align.attention)
     key = logps_key(policy, forward.mode, tokenizer, token_settings(config), weights_digest(policy))
+    own = own_logps(every)
     filled, _ = _with_logps(run, pairs, None, start, forward, key, tokenizer)
     alone = config.reference.path is None or is_start(config, config.reference.path, start)
     ours = None if alone else partial(measure, forward, key=key, cache_dir=cache_folder(run), precision=config.align.precision)
     notes = [str(line) for line in run.state["stages"].get("align", {}).get("notes", [])]
     try:
         arguments, mu, went_on = config.objective.arguments(), config.behaviour.model_path, config.continue_from is not None
-        return notes + starting_weights(arguments, filled, ours, mu, False, went_on, total=len(every))
+        return notes + starting_weights(arguments, filled, ours, own, mu, False, went_on, total=len(every))
     except Stalled as error:
         return [*notes, f"`isdaa train` will refuse this: {error}"]
 
@@ -128,13 +129,14 @@ def _align(run: Run) -> Path:
     forward = prepare(policy, probe=config.align.probe, longest_row=longest_row(config), attention=config.align.attention)
     # The reference is the policy exactly as loaded: its logps come before a new adapter.
     key = logps_key(policy, forward.mode, tokenizer, token_settings(config), weights)
+    own = own_logps(train)
     train, held_out = _with_logps(run, train, held_out, start, forward, key, tokenizer)
     alone = config.reference.path is None or is_start(config, config.reference.path, start)
     options: Any = {"key": key, "cache_dir": cache_folder(run), "precision": config.align.precision}
     measured = partial(measure, forward, progress="align: the policy's logps at the start", **options)
     arguments, named_model = config.objective.arguments(), config.behaviour.model_path
     policy_logps, allowed = None if alone else measured, config.objective.allow_stall
-    run.say("align", starting_weights(arguments, train, policy_logps, named_model, allowed, went_on=ancestor is not None))
+    run.say("align", starting_weights(arguments, train, policy_logps, own, named_model, allowed, went_on=ancestor is not None))
     if config.lora.rank and not grown:
         plain = policy
         base = once(lambda: adapter_base(run, plain, tokenizer, start))

@@ -34,7 +34,7 @@ from isdaa.training.monitor import MetricsFile, metrics_at
 from isdaa.training.preference import PreferenceTrainer
 from isdaa.training.preference_config import MIGRATING, PreferenceConfig, as_dict
 from isdaa.training.reference import measure
-from isdaa.training.stall import starting_weights
+from isdaa.training.stall import own_logps, starting_weights
 from isdaa.training.start import check_rows, coarse_weights, described, logps_key, weighs_by_behaviour
 
 if TYPE_CHECKING:
@@ -104,13 +104,14 @@ def preference_trainer(
     assumed = behaviour_model is None and weighs_by_behaviour(args.objective_arguments())
     source = forward if ref_model is None else ref_model
     sets = _with_logps(sets, "reference", source, args, tokenizer, settings, longest, assumed)
+    own = own_logps(sets[0])
     if behaviour_model is not None:
         sets = _with_logps(sets, "behaviour", behaviour_model, args, tokenizer, settings, longest)
     options: Any = {"key": {}, "cache_dir": None, "precision": _precision(args)}
     measured = partial(measure, forward, progress="preference: the policy's logps at the start", **options)
     mu = None if behaviour_model is None else _name(behaviour_model) or "a model in memory"
     for line in starting_weights(
-        args.objective_arguments(), sets[0], measured if ref_model is not None else None, mu, args.allow_stall
+        args.objective_arguments(), sets[0], measured if ref_model is not None else None, own, mu, args.allow_stall
     ):
         say(f"preference: {line}")
     if peft_config is not None:

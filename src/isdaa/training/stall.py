@@ -15,6 +15,8 @@ from isdaa.training.batches import BEHAVIOUR_COLUMNS, REFERENCE_COLUMNS, Tokenis
 from isdaa.training.monitor import STALL_ESS, STALL_MEAN_WEIGHT
 from isdaa.training.start import weighs_by_behaviour
 
+EVEN = 0.5  # ESS/N from which weights are alike enough that dividing them by their mean helps
+CLIPPED = 0.9  # share of pairs at the clip from which the weights say nothing
 SAMPLE = 512  # pairs that are measured where the policy's own logps are not there yet
 
 
@@ -26,6 +28,7 @@ def starting_weights(
     objective: Mapping[str, Any],
     pairs: TokenisedPairs,
     policy: Callable[[TokenisedPairs], np.ndarray] | None,
+    own: np.ndarray,
     model: str | None,
     allow_stall: bool,
     went_on: bool = False,
@@ -37,13 +40,15 @@ def starting_weights(
         objective: the arguments of `Objective`.
         pairs: with reference logps.
         policy: logps of pairs under the policy, as `reference.measure` gives them; None: it is the reference, whose are there.
+        own: (N,) of `own_logps`, before a named model filled the rest.
         model: what was named as μ, where a model was.
         allow_stall: only say it.
         went_on: the policy has been trained from this reference before.
         total: pairs of which these are a sample.
 
     Raises:
-        Stalled: hardly any pair would teach (ESS/N below 0.02, or a mean weight below 1e-3), and `allow_stall` is not set.
+        Stalled: hardly any pair would teach, and `allow_stall` is not set: ESS/N below 0.02, or below two pairs of 20 or more,
+            or a mean weight below 1e-3.
     """
     if not weighs_by_behaviour(objective):
         return []
@@ -52,22 +57,29 @@ def starting_weights(
     reference = np.stack([pairs.floats[name] for name in REFERENCE_COLUMNS])
     ours = reference if policy is None else policy(pairs)[:2]
     columns = [pairs.floats.get(name, np.full(len(pairs), np.nan)) for name in BEHAVIOUR_COLUMNS]
-    own: np.ndarray = ~np.isnan(np.stack(columns)).any(axis=0)
     behaviour = np.where(np.isnan(columns), reference, columns)
-    chosen, rejected = (torch.from_numpy(np.asarray(gap, dtype=np.float64)) for gap in ours - behaviour)
-    _, weights, _ = importance_weights(chosen, rejected, objective["clip"], objective["clip_eps"])
-    mean, ess = float(weights.mean()), float(effective_sample_size(weights))
+    # In fp32, as training computes them: a weight that vanishes there teaches nothing.
+    chosen, rejected = (torch.from_numpy(np.asarray(gap, dtype=np.float32)) for gap in ours - behaviour)
+    logs, weights, clipped = importance_weights(chosen, rejected, objective["clip"], objective["clip_eps"])
+    mean, ess, at_clip = float(weights.mean()), float(effective_sample_size(weights)), float(clipped.float().mean())
     source = _source(model, own) + ("; the policy has left its reference already, so w = π/μ need not be 1" if went_on else "")
     count = f"{len(pairs):,} pairs" if len(pairs) == total else f"{len(pairs)} of {total:,} pairs"
     figures = f"before the first step {count} have a mean weight of {mean:.3g} and ESS/N {ess:.3g}"
-    few, small = ess < STALL_ESS and objective["weight"] != "mean", mean < STALL_MEAN_WEIGHT and objective["normalize"] is None
+    least = max(STALL_ESS, min(0.1, 2 / len(pairs)))  # of few pairs, one alone is more than 0.02
+    few, small = ess < least and objective["weight"] != "mean", mean < STALL_MEAN_WEIGHT and objective["normalize"] is None
     if not (few or small):
-        return [f"{source}; {figures}"]
-    limits = [f"ESS/N below {STALL_ESS:g}"] * few + [f"mean below {STALL_MEAN_WEIGHT:g}"] * small
+        if at_clip < CLIPPED:
+            return [f"{source}; {figures}" + (f", {at_clip:.0%} of them at the clip" if at_clip else "")]
+        return [
+            f"warning: {source}; {figures}, but {at_clip:.0%} of them are at the clip (median log w {float(logs.median()):.3g}): "
+            "nearly all weigh the same, which says nothing; is this the μ that wrote the responses, and are its logps sums over "
+            "the response alone?"
+        ]
+    limits = [f"ESS/N below {least:.2g}"] * few + [f"mean below {STALL_MEAN_WEIGHT:g}"] * small
     told = f"{source}; {figures}: hardly any pair would teach ({', '.join(limits)})"
     if allow_stall:
         return [f"warning: {told}; objective.allow_stall trains nevertheless"]
-    even = "" if few or objective["weight"] == "mean" else ", objective.normalize: batch (the weights are even)"
+    even = "" if ess < EVEN or objective["weight"] == "mean" else ", objective.normalize: batch (the weights are even)"
     if went_on:
         even = f"{even}, an earlier checkpoint to go on from"
     raise Stalled(
@@ -85,21 +97,29 @@ def sample(pairs: TokenisedPairs) -> TokenisedPairs:
 
 def unmeasured(config: Config, pairs: TokenisedPairs) -> str:
     """The same line without its figures, which need the policy's logps: for `isdaa inspect` without `--weights`."""
-    columns = [pairs.floats.get(name, np.full(len(pairs), np.nan)) for name in BEHAVIOUR_COLUMNS]
-    source = _source(config.behaviour.model_path, ~np.isnan(np.stack(columns)).any(axis=0))
+    source = _source(config.behaviour.model_path, own_logps(pairs))
     return (
         f"{source}; `isdaa train` measures mean weight and ESS/N before its first step, and stops where the mean is "
         f"below {STALL_MEAN_WEIGHT:g} or ESS/N below {STALL_ESS:g} (--weights measures them now, of {SAMPLE} pairs)"
     )
 
 
+def own_logps(pairs: TokenisedPairs) -> np.ndarray:
+    """(N,) whether a row has behaviour logps of both its responses."""
+    columns = [pairs.floats.get(name, np.full(len(pairs), np.nan)) for name in BEHAVIOUR_COLUMNS]
+    found: np.ndarray = ~np.isnan(np.stack(columns)).any(axis=0)
+    return found
+
+
 def _source(model: str | None, own: np.ndarray) -> str:
-    """Where μ comes from. own: (n,) whether a row has logps of its own, or of the named model."""
+    """Where μ comes from. own: (N,) whether a row has logps of its own."""
     rest = int((~own).sum())
-    if model is not None:
-        return f"μ is {model} (behaviour.model_path)"
     if not rest:
-        return "μ comes from the rows' own behaviour logps"
+        unused = "" if model is None else f"; {model} (behaviour.model_path) is not asked"
+        return f"μ comes from the rows' own behaviour logps{unused}"
+    if model is not None:
+        where = f" in {rest:,} rows, and the other {len(own) - rest:,} have behaviour logps of their own" if own.any() else ""
+        return f"μ is {model} (behaviour.model_path){where}"
     if own.any():
         return f"μ comes from the rows' own behaviour logps, and is assumed to be π_ref in {rest:,} rows that have none"
     return "μ is assumed to be π_ref, since the rows carry no behaviour logps"
