@@ -75,14 +75,15 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect",
         help="what a config will read and need, without training: rows, tokens, cuts, steps, memory, time",
-        usage="isdaa inspect --config FILE [--device NAME] [options] [--section.key VALUE ...]",
+        usage="isdaa inspect [--config FILE] [--device NAME] [options] [--section.key VALUE ...]",
     )
     inspect.add_argument("--config", metavar="FILE", help="YAML file of `isdaa train` or of `isdaa sweep` (then its base run)")
     inspect.add_argument("--row", type=int, default=0, metavar="N", help="which row is shown token by token (default: 0)")
     inspect.add_argument("--whole", action="store_true", help="show long rows in full")
     inspect.add_argument(
         "--device", default="auto", metavar="NAME",
-        help="that the plan is for: auto (this one), cpu, h100, h200, b200, a100, a100-40, l40s, l4, a6000, rtx4090",
+        help="that the plan is for: auto (this one), cpu, h100, h200, b200, a100, a100-40, l40s, l4, a6000, rtx5090, rtx4090, "
+        "rtx3090",
     )  # fmt: skip
     inspect.add_argument(
         "--memory", metavar="SIZE", help="which settings fit into it, best first: an amount (8GB) or a GPU (rtx4090)"
@@ -365,9 +366,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     memory, device = None, arguments.device
     if arguments.memory is not None:
+        memory, named = memory_of(arguments.memory)
         if arguments.no_plan:
             raise UserError("--memory: needs the plan; leave --no_plan out")
-        memory, named = memory_of(arguments.memory)
         device = named if named is not None and device == "auto" else device
     found = inspect(
         config,

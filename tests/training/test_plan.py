@@ -13,7 +13,7 @@ import torch
 from chains import ALIGN, ROOT, chat_model, config_file, jsonl, plain_pairs, refused
 from tokenizers_for_tests import byte_level
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen2Config
 
 from isdaa.config import LoraConfig, load_config
 from isdaa.models.inner import head_of
@@ -344,3 +344,40 @@ def test_a_model_that_cannot_be_rehearsed_gets_no_plan_and_a_line(place: Path, c
     assert found.missing == [] and report.examined.shown
     assert report.plan is not None or any(line.startswith("sft: no plan") for line in found.warnings)
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "precision", "rank"),
+    [
+        ("pairs", "float32", 0),
+        ("pairs", "bfloat16", 0),
+        ("pairs", "bfloat16", 4),
+        ("sft", "bfloat16", 0),
+        ("reward", "float32", 0),
+    ],
+)
+def test_three_layers_stand_for_all_of_them_to_the_byte(kind: Any, precision: str, rank: int, checkpointing: bool) -> None:
+    lora = LoraConfig(rank=rank) if rank else None
+    few, every = (
+        Stage(Setting(kind, small(num_hidden_layers=7), precision=precision, lora=lora, checkpointing=checkpointing))
+        for _ in range(2)
+    )
+    every.__dict__["_few"] = ()  # all layers are run
+    assert few._few
+    batches = (
+        [layout_of([(40, [(20, 30)])] * 3), layout_of([(3, [(2, 2)])])] if kind == "pairs" else [Rows(4, 60, 20), Rows(2, 4, 1)]
+    )
+    for batch in batches:
+        assert few.operations(batch) == every.operations(batch)
+        for options in ({}, {"train": False}, {"accumulating": True}):
+            assert few.memory(batch, **options) == every.memory(batch, **options), options
+
+
+def test_layers_that_differ_are_all_run() -> None:
+    types = ["sliding_attention", "full_attention"] * 4
+    mixed = Qwen2Config(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=8, num_attention_heads=2, num_key_value_heads=1,
+        use_sliding_window=True, sliding_window=8, layer_types=types,
+    )  # fmt: skip
+    assert not Stage(Setting("pairs", mixed))._few and Stage(Setting("pairs", small(num_hidden_layers=8)))._few

@@ -49,7 +49,9 @@ PRESETS = {
     "l40s": Device("L40S 48 GB", 48e9, 362e12, 91.6e12),
     "l4": Device("L4 24 GB", 24e9, 121e12, 30.3e12),
     "a6000": Device("RTX A6000 48 GB", 48e9, 154.8e12, 38.7e12),
+    "rtx5090": Device("GeForce RTX 5090 32 GB", 32e9, 209.5e12, 104.8e12),
     "rtx4090": Device("GeForce RTX 4090 24 GB", 24e9, 165.2e12, 82.6e12),
+    "rtx3090": Device("GeForce RTX 3090 24 GB", 24e9, 71e12, 35.6e12),
 }
 NAMES = ("auto", "cpu", *PRESETS)
 PRESENT = "gpu"  # the GPU of this machine, where the table does not have it

@@ -61,6 +61,7 @@ class Inspection:
     warnings: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     fits: list[Fit] | None = None  # what can be trained in the memory that was asked about
+    memory: tuple[float, str] | None = None  # that memory in bytes, and the device
 
     def facts(self) -> dict[str, Any]:
         """Plain data for a file."""
@@ -141,7 +142,8 @@ def inspect(
                 bar.update()
         made = [report for report in planned if report.plan is not None]
         if memory is not None and made:
-            with progress("what fits") as bar:
+            found.memory = (memory, on)
+            with progress("what fits: plans made") as bar:
                 options = {"processes": processes, "sharding": sharding, "program": program, "others": others, "device": on}
                 found.fits = _fits(run, found, made, memory, options, bar)
     _warn(found, tokenizers)

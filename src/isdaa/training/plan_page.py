@@ -66,10 +66,12 @@ def print_plan(plan: Plan, console: Console, colour: bool) -> None:
         _entry(console, "", note)
 
 
-def print_fits(fits: Sequence[Fit], console: Console) -> None:
+def print_fits(fits: Sequence[Fit], memory: float, device: str, console: Console) -> None:
     """The ways of training that fit into the memory asked about, best first, with what to type; then those that do not."""
+    name = "this CPU (for a GPU of that size name one like it: --device l4)" if device == "cpu" else device_of(device).name
     console.print()
     console.print(Rule(Text("what fits, best first", style="bold"), align="left", style="dim"))
+    _entry(console, "memory", f"{size(memory)}, of which a tenth is left free, on {name}; as planned, not measured", "bold")
     for one in fits:
         cut = f", {one.cut:.0%} of the pairs cut" if one.cut else ""
         told = (

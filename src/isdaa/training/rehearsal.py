@@ -6,15 +6,18 @@ whatever the code does (one gradient for tied embeddings, kept directions of the
 architecture, without its weights and without its memory. Where the code takes another way on a GPU, that one is rehearsed.
 The same code with real tensors and random weights is a measurement of speed.
 
+Layers that are alike need not all be rehearsed: of three, the one in the middle stands for all but the first and the last.
+
 Legend: P prompts, R responses, B rows, L tokens of a padded row, V vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -37,6 +40,8 @@ from isdaa.models.shared_prefix import block_index
 
 Kind = Literal["pairs", "sft", "reward"]
 # What follows from a layout's lengths. It holds numbers that are needed, so it is made before the rehearsal.
+FEW = (2, 3)  # layers, from which the needs of more follow
+LET_GO = "let go"  # the moment at which autocast does
 _DERIVED = tuple(name for name, value in vars(Layout).items() if isinstance(value, cached_property))
 
 
@@ -97,6 +102,7 @@ class Stage:
 
     def __init__(self, setting: Setting, real: bool = False) -> None:
         self.setting, self.real = setting, real
+        self._mark: Callable[[str], None] = _nowhere
         self._fake = None if real else FakeTensorMode(allow_non_fake_inputs=True)
         with nullcontext() if real else torch.device("meta"), quiet():
             model = base = self._base()
@@ -127,6 +133,7 @@ class Stage:
         self.vocabulary = int(getattr(base.config.get_text_config(), "vocab_size", 0))
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.trainable_parameters = sum(p.numel() for p in self.trainable)
+        self.layers = list(_repeated(model))
 
     def _base(self) -> Any:
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -149,8 +156,30 @@ class Stage:
         with self._fake or nullcontext(), standing_for(None if self.setting.on_cpu else "cuda"):
             yield
 
+    @cached_property
+    def _few(self) -> tuple[Stage, ...]:
+        """The same with few layers; none where layers differ, or are few."""
+        sort = [(type(layer), [(name, p.shape) for name, p in layer.named_parameters()]) for layer in self.layers]
+        text, count = self.setting.architecture.get_text_config(), len(self.layers)
+        lists = {name: value for name, value in vars(text).items() if isinstance(value, list) and len(value) == count}
+        alike = all(one == sort[0] for one in sort) and all(v == value[0] for value in lists.values() for v in value)
+        if self.real or count <= sum(FEW) or not alike or getattr(text, "num_hidden_layers", None) != count:
+            return ()
+        stages = []
+        for layers in FEW:
+            architecture = copy.deepcopy(self.setting.architecture)
+            few = architecture.get_text_config()
+            few.num_hidden_layers = layers
+            for name, value in lists.items():
+                setattr(few, name, value[:layers])
+            stages.append(Stage(replace(self.setting, architecture=architecture)))
+        return tuple(stages) if all(len(one.layers) == n for one, n in zip(stages, FEW, strict=True)) else ()
+
     def operations(self, batch: Layout | Rows, train: bool = True) -> float:
         """Additions and multiplications of one micro-batch, those that are done again for want of memory included."""
+        if self._few:
+            few, more = (stage.operations(batch, train) for stage in self._few)
+            return few + (more - few) * (len(self.layers) - FEW[0]) / (FEW[1] - FEW[0])
         batch = _fresh(batch)
         with self._mode(), FlopCounterMode(display=False) as flops:
             self.compute(batch, train)
@@ -160,14 +189,59 @@ class Stage:
     def memory(self, batch: Layout | Rows, train: bool = True, accumulating: bool = False) -> Memory:
         """What one micro-batch needs. accumulating: gradients of an earlier one are there already."""
         assert not self.real
+        few = [stage._spans(batch, train, accumulating) for stage in self._few]
+        spans = self._all_layers(*few) if _alike(few, train) else self._spans(batch, train, accumulating)
+        before = sum(_size(p) for p in self.trainable) if accumulating else 0
+        now, worst = [before, 0, 0, 0], [before, 0, 0, 0]
+        for span in spans:
+            worst = max(worst, [n + p for n, p in zip(now, span.peak, strict=True)], key=sum)
+            now = [n + e for n, e in zip(now, span.end, strict=True)]
+        return Memory(*worst)
+
+    def _all_layers(self, fewer: list[_Span], few: list[_Span]) -> list[_Span]:
+        """The spans of all layers, from those of few: at its end autocast lets go of its copies of every layer's weights."""
+        more = len(self.layers) - FEW[-1]
+        found = []
+        for span in few:
+            if span.name == LET_GO:
+                (other,) = (one for one in fewer if one.name == LET_GO)
+                span = replace(span, end=[n + more * (n - o) for n, o in zip(span.end, other.end, strict=True)])
+            found += [span] * (1 + more * (span.name in ("forward 1", "backward 1")))
+        return found
+
+    def _spans(self, batch: Layout | Rows, train: bool, accumulating: bool) -> list[_Span]:
+        """The memory of a micro-batch, layer by layer."""
         batch = _fresh(batch)
         with self._mode():
             self._clear(accumulating)
-            with _Ledger(self.vocabulary, self.trainable) as ledger:
+            with _Ledger(self.vocabulary, self.trainable) as ledger, self._marking(ledger):
                 self.compute(batch, train)
             ledger.close()
             self._clear(False)
-        return Memory(*ledger.at_peak)
+        return ledger.spans
+
+    @contextmanager
+    def _marking(self, ledger: _Ledger) -> Iterator[None]:
+        """Tell the ledger where a layer's forward and backward pass begin."""
+
+        def watch(name: str, output: Any) -> None:
+            state = output[0] if isinstance(output, tuple) else output
+            if state.requires_grad:
+                state.register_hook(lambda gradient: ledger.mark(f"backward {name}"))
+            if name == str(len(self.layers) - 1):
+                ledger.mark("head")
+
+        handles: list[Any] = []
+        self._mark = ledger.mark
+        for number, layer in enumerate(self.layers):
+            handles.append(layer.register_forward_pre_hook(lambda m, i, name=str(number): ledger.mark(f"forward {name}")))
+            handles.append(layer.register_forward_hook(lambda m, i, o, name=str(number): watch(name, o)))
+        try:
+            yield
+        finally:
+            self._mark = _nowhere
+            for handle in handles:
+                handle.remove()
 
     def _clear(self, accumulating: bool) -> None:
         for parameter in self.trainable:
@@ -179,6 +253,8 @@ class Stage:
         with torch.set_grad_enabled(train):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.setting.precision == "bfloat16"):
                 loss = self._pairs(batch, train) if isinstance(batch, Layout) else self._rows(batch)
+                self._mark(LET_GO)
+            self._mark("loss")
             if train:
                 loss.backward()
 
@@ -218,16 +294,45 @@ class Stage:
             handle.remove()
 
 
+@dataclass
+class _Span:
+    """Bytes, as `Memory` has them, that a part of a step has at its worst moment, and at its end, beyond those at its start."""
+
+    name: str
+    peak: list[int]
+    end: list[int]
+
+
+def _nowhere(name: str) -> None:
+    """Where nothing is followed."""
+
+
+def _alike(few: list[list[_Span]], train: bool) -> bool:
+    """Whether steps of few layers fall into the spans that are expected of them."""
+    return bool(few) and all(
+        [span.name for span in spans]
+        == [
+            "start",
+            *(f"forward {n}" for n in range(layers)),
+            "head",
+            LET_GO,
+            "loss",
+            *[f"backward {n}" for n in reversed(range(layers))] * train,
+        ]
+        for spans, layers in zip(few, FEW, strict=True)
+    )
+
+
 class _Ledger(TorchDispatchMode):
-    """Follows the memory of every tensor that is made while it is on. `at_peak`: the bytes of `Memory`."""
+    """Follows the memory of every tensor that is made while it is on. spans: between two of its marks."""
 
     def __init__(self, vocabulary: int, trainable: list[nn.Parameter]) -> None:
         super().__init__()
         self.vocabulary = vocabulary
         self.shapes = {p.shape: p.dtype for p in trainable if p.ndim > 1}
         self.live = {"gradients": 0, "casts": 0, "logits": 0, "other": 0}
-        self.before = sum(_size(p.grad) for p in trainable if p.grad is not None)
-        self.at_peak, self.peak = (self.before, 0, 0, 0), self.before
+        self.spans: list[_Span] = []
+        self.mark("start")
         self.seen: set[int] = set()
         self.ends: list[Any] = []
 
@@ -248,10 +353,20 @@ class _Ledger(TorchDispatchMode):
         kind, size = self._kind(tensor), storage.nbytes()
         self.live[kind] += size
         self.ends.append(weakref.finalize(storage, self._gone, key, kind, size))
-        total = self.before + sum(self.live.values())
-        if total > self.peak:
-            gradients, casts, logits, other = self.live.values()
-            self.peak, self.at_peak = total, (self.before + gradients, casts, logits, other)
+        beyond = self._beyond()
+        if sum(beyond) > sum(self.spans[-1].peak):
+            self.spans[-1].peak = beyond
+
+    def _beyond(self) -> list[int]:
+        return [now - before for now, before in zip(self.live.values(), self.start, strict=True)]
+
+    def mark(self, name: str) -> None:
+        """A new span begins; a recomputed layer begins none."""
+        if all(span.name != name for span in self.spans):
+            if self.spans:
+                self.spans[-1].end = self._beyond()
+            self.start = list(self.live.values())
+            self.spans.append(_Span(name, [0, 0, 0, 0], [0, 0, 0, 0]))
 
     def _kind(self, tensor: Tensor) -> str:
         """By its shape: a matrix that is formed like a weight is its gradient, for nothing else is."""
@@ -268,6 +383,7 @@ class _Ledger(TorchDispatchMode):
 
     def close(self) -> None:
         """Follow nothing any more."""
+        self.spans[-1].end = self._beyond()
         for end in self.ends:
             end.detach()
 
