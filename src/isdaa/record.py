@@ -48,7 +48,7 @@ SHAPE = {
     },
     **dict.fromkeys(("reference?", "evaluation?", "evaluation_split?", "scorer?", "git_revision?", "base?"), (str, None)),
     "position?": (str, None),
-    "trained_on?": ({"pairs": int, "least": str}, None),
+    "trained_on?": ({"responses?": int, "least": str}, None),
     "held_out?": ({**dict.fromkeys(("accuracy", "low", "high"), float), "pairs": int, "prompts": int}, None),
     "continued?": (
         {

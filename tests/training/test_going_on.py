@@ -279,8 +279,12 @@ def test_another_method_and_more_data(place: Path, capsys: pytest.CaptureFixture
     jsonl(place / "more.jsonl", plain_pairs(30)[12:])
     assert go_on("old", "--data.pairs", "more.jsonl", "--align.max_steps", "1", output="y") == 0
     assert "was trained on" not in capsys.readouterr().err
-    both = [len(read_lines(Path(file))) for file in ("pairs.jsonl", "more.jsonl", "old/eval_pairs.jsonl", "y/eval_pairs.jsonl")]
-    assert state("y")["trained_on"]["pairs"] == both[0] + both[1] - both[2] - both[3]  # of both runs, for whoever judges it
+    files = ("pairs.jsonl", "more.jsonl", "old/eval_pairs.jsonl", "y/eval_pairs.jsonl")
+    every, more, held, held_too = (
+        {(row["prompt"], row[side]) for row in read_lines(Path(file)) for side in ("chosen", "rejected")} for file in files
+    )
+    trained = (every - held) | (more - held_too)  # by both runs, for whoever judges it
+    assert state("y")["trained_on"]["responses"] == len(trained)
 
 
 def test_all_runs_before_are_asked_for_held_out_prompts(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

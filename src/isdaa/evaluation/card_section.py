@@ -13,6 +13,7 @@ from isdaa.record import read_record, run_folder
 
 CARD = "README.md"
 BEGIN, END = "<!-- evaluation by isdaa -->", "<!-- end of the evaluation -->"
+_VERSIONS = re.compile(r"^## Versions$", re.MULTILINE)
 _SECTION = re.compile(rf"{re.escape(BEGIN)}.*?{re.escape(END)}\n+", re.DOTALL)
 
 
@@ -33,14 +34,16 @@ def write_sections(metrics: Mapping[str, Any]) -> list[Path]:
 def with_section(card: str, words: str) -> str:
     """The card with the section in the place of an earlier one, else before `## Versions`, else at its end."""
     bare = _SECTION.sub("", card)
-    before, heading, after = bare.partition("## Versions\n")
-    return f"{before.rstrip()}\n\n{BEGIN}\n{words}\n{END}\n\n{heading}{after}"
+    place = _VERSIONS.search(bare)
+    before, after = (bare, "") if place is None else (bare[: place.start()], bare[place.start() :])
+    return f"{before.rstrip()}\n\n{BEGIN}\n{words}\n{END}\n\n{after}"
 
 
 def section(model: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     """What was measured of a model, and what its run's checkpoints say together, as Markdown."""
     scorer = (metrics.get("scorer") or {}).get("name")
     rows = [
+        ("reference", f"`{metrics['reference']['path']}`"),
         ("KL from the reference", pm(model["kl"], 2)),
         ("win rate", pm(model["win_rate"], 3)),
         ("score", pm(model["reward"], 3)),

@@ -89,7 +89,7 @@ def doubts_of(scorer: Scorer | None) -> list[str]:
     ]
 
 
-SHARED = 0.1  # of the pairs, from which on a scorer is said to have been trained on the policy's own
+SHARED = 0.1  # of the pairs' responses, from which on a scorer is said to have been trained on the policy's own
 
 
 def learnt_alike(scorer: Scorer | None, policies: Iterable[Mapping[str, Any] | None]) -> list[str]:
@@ -97,11 +97,11 @@ def learnt_alike(scorer: Scorer | None, policies: Iterable[Mapping[str, Any] | N
     record = scorer.reading.record if isinstance(scorer, RewardModelScorer) else None
     if scorer is None or record is None or record.trained_on is None:
         return []
-    most = max((shared(record.trained_on, sketch) for sketch in policies), default=0.0)
-    if most < SHARED:
+    share, error = max((shared(record.trained_on, sketch) for sketch in policies), default=(0.0, 0.0))
+    if share - error < SHARED:
         return []
     return [
-        f"scorer {scorer.name} was trained on the policy's own pairs (about {100 * most:.0f} % of them): it shares their "
+        f"scorer {scorer.name} was trained on the policy's own pairs (about {100 * share:.0f} % of them): it shares their "
         "mistakes, so that the win rate can rise while the text gets worse; look at KL, and judge by a reward model of other "
         "pairs or by a judge model (--judge_model)"
     ]
