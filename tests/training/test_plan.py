@@ -246,7 +246,8 @@ def test_shards_of_one_process_are_a_mistake(place: Path, capsys: pytest.Capture
         ("NVIDIA RTX A6000", 51.0, "a6000"),
         ("NVIDIA GeForce RTX 4090", 25.4, "rtx4090"),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", 17.2, None),
-        ("NVIDIA GeForce RTX 3090", 25.4, None),
+        ("NVIDIA GeForce RTX 3090", 25.4, "rtx3090"),
+        ("NVIDIA GeForce RTX 3080", 10.5, None),
     ],
 )
 def test_a_gpu_is_another_one_than_its_name_begins_like(name: str, gigabytes: float, preset: str | None) -> None:
