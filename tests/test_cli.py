@@ -369,7 +369,7 @@ def test_dashes_and_underscores_are_the_same(in_finished: Path, capsys: pytest.C
     output = in_finished / "records"
     for option in ("--model-path", "--model_path"):
         assert main(["evaluate", option, "run/model", "--output", str(output)]) == 0
-        assert "run/final" in capsys.readouterr().out
+        assert "run/model" in capsys.readouterr().out
     refused(capsys, ["train", "--config", "run.yaml", "--align.learning-rate", "x"], "--align.learning_rate")
 
 

@@ -33,7 +33,7 @@ def test_ten_lines_for_ones_own_data(tmp_path: Path) -> None:
     done = shell(block, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "KL (nats)" in done.stdout
-    assert "mine/final" in done.stdout
+    assert "mine/model" in done.stdout
     (record,) = tmp_path.rglob("model/isdaa.json")
     assert json.loads(record.read_text())["config"]["objective"]["method"] == "chi_po"
 

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from isdaa.evaluation.judge_types import JudgeSettings
     from isdaa.evaluation.python import evaluate
     from isdaa.objectives.objective import Objective, PairLogps
     from isdaa.objectives.presets import PRESETS
@@ -24,6 +25,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
 HOMES = {
+    "JudgeSettings": "evaluation.judge_types",
     "Objective": "objectives.objective",
     "PairLogps": "objectives.objective",
     "PRESETS": "objectives.presets",
@@ -35,6 +37,7 @@ HOMES = {
 }
 __all__ = [
     "PRESETS",
+    "JudgeSettings",
     "Objective",
     "PairLogps",
     "PreferenceConfig",

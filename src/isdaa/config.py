@@ -702,13 +702,12 @@ def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tupl
             yield f"{prefix}{name}", field, field.get_default(call_default_factory=True)
 
 
-def section_from(name: str, overrides: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> Any:
-    """One validated section: its recorded values, or its defaults, with the overrides of a command line on top."""
+def section_from(name: str, overrides: Mapping[str, Any]) -> Any:
+    """One validated section: its defaults, with the overrides of a command line, all of this section, on top."""
     section = Config.model_fields[name].annotation
     assert isinstance(section, type) and issubclass(section, BaseModel)
-    given = {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith(f"{name}.")}
     try:
-        return section.model_validate({**(base or {}), **given})
+        return section.model_validate({key.removeprefix(f"{name}."): value for key, value in overrides.items()})
     except ValidationError as error:
         found = error.errors()[0]
         first = {**found, "loc": (name, *found["loc"])}

@@ -38,7 +38,7 @@ def metrics(scorer: str | None = "gold") -> dict:
     reference = {key: interval(0.5, 0.0) for key in ("kl", "win_rate", "reward", "length")} | {"truncated": 0.0}
     settings = {"confidence": 0.95, "temperature": 1.0, "top_p": 1.0}
     named = {"name": scorer, "digest": "x"} if scorer else None
-    note = "A note." if scorer else "No scorer, no verdict."
+    note = "" if scorer else "No scorer, no verdict."
     return {
         "models": models, "reference": reference, "settings": settings, "prompts": 384, "scorer": named,
         "opponent": "reference", "note": note,
@@ -54,7 +54,7 @@ def printed(**options) -> str:
 def test_fits_80_columns_and_says_everything():
     text = printed(width=80)
     assert max(map(len, text.splitlines())) <= 80
-    lines = [line for line in text.splitlines() if "is_dpo/final" in line]
+    lines = [line for line in text.splitlines() if "is_dpo/model" in line]
     assert len(lines) == 1
     for value in ("1.24 ± 0.15", "0.721 ± 0.040", "0.713", "0.13", "3 %", "17.2"):
         assert value in lines[0]
@@ -80,7 +80,7 @@ def test_parts():
     assert pm({"mean": 0.5, "low": None, "high": None}, 2) == "0.50" == pm(interval(0.5, 0), 2)
     assert pm(None, 2) == ""
     assert [percent(x) for x in (0, 0.001, 0.034, 1)] == ["0 %", "<1 %", "3 %", "100 %"]
-    assert [short(x) for x in ("dpo/checkpoint-3", "dpo/model", "model", "a/b")] == ["dpo/3", "dpo/final", "model", "a/b"]
+    assert [short(x) for x in ("dpo/checkpoint-3", "dpo/model", "model", "a/b")] == ["dpo/3", "dpo/model", "model", "a/b"]
 
 
 def test_the_legend_counts_and_says_what_intervals_are_over():
@@ -91,7 +91,7 @@ def test_the_legend_counts_and_says_what_intervals_are_over():
 def test_a_hostile_name_is_text():
     stream, found = io.StringIO(), metrics()
     found["models"][0]["label"] = NAME
-    found |= {"note": NAME, "scorer": {"name": NAME, "digest": "x"}}
+    found |= {"no_verdict": {"dpo": NAME}, "scorer": {"name": NAME, "digest": "x"}}
     print_table(found, file=stream)
     harmless(stream.getvalue())
     assert unwrapped(stream.getvalue()).count(unwrapped(ESCAPED)) == 3
@@ -126,8 +126,16 @@ def test_columns_that_nobody_has_a_value_for_are_left_out():
 
 
 def test_where_there_is_no_verdict_it_still_says_that_none_is_better():
-    told = legend(metrics() | {"verdicts": {"dpo": None}, "better": {"dpo": False}})
-    assert told[-1] == "No checkpoint is shown to be better than the reference (95 %)." and "A note." in told
+    why = {"dpo": "No verdict: 1 checkpoint only."}
+    told = legend(metrics() | {"verdicts": {"dpo": None}, "better": {"dpo": False}, "no_verdict": why})
+    assert told[-2:] == ["No checkpoint is shown to be better than the reference (95 %).", "No verdict: 1 checkpoint only."]
     told = legend(metrics() | {"verdicts": {"a": None, "b": {"sentence": "S."}}, "better": {"a": False, "b": True}})
     assert told[-2:] == ["b: S.", "a: No checkpoint is shown to be better than the reference (95 %)."]
-    assert legend(metrics() | {"verdicts": {"dpo": None}, "better": {"dpo": True}})[-1] == "A note."
+
+
+def test_runs_without_a_verdict_say_why_once():
+    why = dict.fromkeys(("dpo", "ipo"), "No verdict: 1 checkpoint only.") | {"simpo": None}
+    told = legend(metrics() | {"verdicts": {"dpo": None, "ipo": None, "simpo": {"sentence": "Fine."}}, "no_verdict": why})
+    assert told[-2:] == ["simpo: Fine.", "dpo; ipo: No verdict: 1 checkpoint only."]
+    # Without a scorer the note says all.
+    assert legend(metrics(scorer=None) | {"verdicts": {"dpo": None}, "no_verdict": why})[-1] == "No scorer, no verdict."

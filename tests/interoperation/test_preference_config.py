@@ -59,6 +59,19 @@ def test_defaults_are_those_of_dpo_config() -> None:
     assert ours.objective_arguments() == {**ours.objective_arguments(), "loss": "logistic", "weight": "none", "beta": 0.1}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without an accelerator")
+def test_bf16_is_off_where_no_accelerator_has_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert PreferenceConfig("out").bf16 is False
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    with pytest.raises(UserError, match="bf16=True, and there is no accelerator here that has it") as caught:
+        PreferenceConfig("out", bf16=True)
+    assert "\n" not in str(caught.value)
+    # TRL's own word for the CPU leaves it on there, as in DPOConfig; what is said is said only of the default.
+    assert PreferenceConfig("out", use_cpu=True).bf16 is True
+    assert PreferenceConfig("out", bf16=False).bf16 is False
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", sorted(GONE))
 def test_a_name_of_trls_that_is_none_here_says_what_to_write(name: str) -> None:
     with pytest.raises(UserError) as caught:

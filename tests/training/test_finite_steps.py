@@ -441,7 +441,7 @@ class Letters:
     def score(self, rows: Any, progress: Any = None) -> list[float]:
         self.calls += 1
         if self.broken and self.calls > 2:
-            raise UserError("scorer letters: the score of row 1 is nan, not a finite number; check the reward model")
+            raise UserError("scorer letters: the score of row 1 is nan, not a finite number; check the scorer")
         return [float(len(row["response"]) % 7) for row in rows]
 
 

@@ -26,7 +26,6 @@ from isdaa.record import versions
 
 METRICS = "metrics.json"
 NO_SCORER = "No scorer was given, so there is no win rate and no verdict: {no_measure}"
-WITH_SCORER = "What a run's checkpoints together say of it stands in the verdict; one checkpoint's interval says less."
 N_GRAM = 4
 
 
@@ -95,7 +94,7 @@ def _metrics(folder: Path, settings: EvaluationConfig | None) -> dict[str, Any]:
     return {
         "format": plan["format"],
         "scorer": plan["scorer"],
-        "note": note if plan["scorer"] is None else WITH_SCORER,
+        "note": note if plan["scorer"] is None else "",
         "opponent": settings.opponent,
         "prompts": len(judged.kept),
         **told,

@@ -12,7 +12,7 @@ from isdaa.config import Position
 from isdaa.errors import UserError
 from isdaa.evaluation.judge_types import JudgeSettings
 from isdaa.evaluation.provenance import Records, records_of
-from isdaa.evaluation.requests import Checkpoint, checkpoints, expand, home_of, sections_of
+from isdaa.evaluation.requests import Checkpoint, check_keys, checkpoints, expand, home_of, sections_of
 from isdaa.files import located
 
 MISSING = ("error", "skip", "loss")
@@ -116,6 +116,7 @@ def benchmark_request(
     """
     sources = sources or Sources()
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    check_keys(given, ("dtype", "trust_remote_code"))
     _check(sources, model_paths, given, judge, asking)
     paths = list(dict.fromkeys(path for name in model_paths for path in expand(name)))
     found = records_of(paths)

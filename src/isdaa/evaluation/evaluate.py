@@ -32,7 +32,16 @@ from isdaa.evaluation.left_out import check_weights
 from isdaa.evaluation.own_scores import OwnScores, check_drawn
 from isdaa.evaluation.records import locked, read_metrics, read_plan
 from isdaa.evaluation.requests import Checkpoint, Request, checkpoints, home_of
-from isdaa.evaluation.scorers import Scorer, about, doubts_of, learnt_alike, load_scorer
+from isdaa.evaluation.scorers import (
+    GoldScorer,
+    OwnScorer,
+    RewardModelScorer,
+    Scorer,
+    about,
+    doubts_of,
+    learnt_alike,
+    load_scorer,
+)
 from isdaa.evaluation.scoring import score
 from isdaa.evaluation.steps import ordered
 from isdaa.evaluation.vocabulary import REFERENCE, base_remarks, check_ids, choose, vocabulary_of
@@ -76,7 +85,7 @@ def evaluate(
         models: model folders or Hub names, all with the vocabulary of the first one, in the order of the table.
         reference: π_ref; it is sampled and scored once for all models and all later calls.
         prompts: canonical prompt rows (`isdaa.data.sources.load_prompts`); the first `settings.prompts` are used.
-        scorer: a `Scorer`, `gold`, or a reward model's folder or Hub name. Without one: no win rate, no verdict.
+        scorer: `gold`, a reward model's folder or Hub name, or anything that `OwnScorer` takes. Without: no win rate, no verdict.
         held_out: canonical pairs (`load_pairs`) for accuracy, margins and drift.
         output_dir: folder of the records. One process at a time.
         dtype: of the policies' weights in memory; a reward model always runs in fp32.
@@ -108,6 +117,8 @@ def evaluate(
     judge = scorer
     if isinstance(scorer, str):
         judge = load_scorer(scorer, max_prompt_length=tokenization.max_prompt_length, position=position, label=label)
+    elif scorer is not None and not isinstance(scorer, OwnScorer | OwnScores | GoldScorer | RewardModelScorer):
+        judge = OwnScorer(scorer)
     assert not isinstance(judge, str)
     if judge is not None:
         for line in about(judge, prompts):
@@ -230,15 +241,17 @@ def _check_replaced(folder: Path, models: Sequence[Checkpoint]) -> None:
 
 
 def with_verdicts(folder: str | Path) -> dict[str, Any]:
-    """The metrics with `verdicts`: run -> what its checkpoints say together, null where they say nothing; and `better`: run ->
-    whether a checkpoint of it is shown to be better than the reference, null where that is not known. Written, too."""
-    from isdaa.evaluation.overoptimization import judge, shown_better
+    """The metrics with `verdicts`: run -> what its checkpoints say together, null where they say nothing; `no_verdict`: run ->
+    why they do not, null where they do; and `better`: run -> whether a checkpoint of it is shown to be better than the reference,
+    null where that is not known. Written, too."""
+    from isdaa.evaluation.overoptimization import judge, shown_better, why_none
     from isdaa.evaluation.trajectory import runs_ended, trajectories
 
     runs = trajectories(folder)
     metrics = read_metrics(Path(folder) / METRICS)
     verdicts = {run.name: judge(run, opponent=metrics["opponent"]) for run in runs}
     metrics["verdicts"] = {name: None if found is None else asdict(found) for name, found in verdicts.items()}
+    metrics["no_verdict"] = {run.name: why_none(run) for run in runs}
     metrics["better"] = {run.name: shown_better(run) for run in runs}
     if ended := runs_ended(folder):
         metrics["ended"] = ended

@@ -18,6 +18,7 @@ from isdaa.evaluation.trajectory import Trajectory
 
 Finding = Literal["over-optimised", "worse", "not detected", "underpowered", "diverged"]
 
+CHECKPOINTS, PROMPTS = 3, 4  # fewer have no verdict
 NONE_BETTER = "no checkpoint is shown to be better than the reference (95 %)"
 
 
@@ -85,7 +86,7 @@ def verdict_of(
     start_wins: np.ndarray | None = None,
     opponent: str = "reference",
 ) -> Verdict | None:
-    """The verdict from (C, N) win rates and (C,) or (C, N) KL; None from fewer than 3 checkpoints or 4 prompts.
+    """The verdict from (C, N) win rates and (C,) or (C, N) KL; None from fewer than `CHECKPOINTS` or `PROMPTS`.
 
     start: the reference's own win rate; start_wins: the same prompt by prompt, (N,), where it was measured. steps: of the
     checkpoints, where they are known. labels: their names or paths, by which the sentence goes. opponent: `reference` or
@@ -94,7 +95,7 @@ def verdict_of(
     wins, kl = np.asarray(wins, dtype=np.float64), np.asarray(kl, dtype=np.float64)
     if wins.ndim != 2 or len(kl) != len(wins):
         raise ValueError(f"wins must be (C, N) and kl (C,) or (C, N), got shapes {wins.shape} and {kl.shape}")
-    if len(wins) < 3 or wins.shape[1] < 4:
+    if len(wins) < CHECKPOINTS or wins.shape[1] < PROMPTS:
         return None
     kl = kl if kl.ndim == 1 else kl.mean(axis=1)
     found = measure(wins, kl, start, seed, start_wins)
@@ -125,7 +126,7 @@ def verdict_of(
 
 
 def judge(run: Trajectory, *, seed: int = 0, opponent: str = "reference") -> Verdict | None:
-    """The verdict on one run; None without win rates or with fewer than three checkpoints. opponent: of its win rates."""
+    """The verdict on one run; None where `why_none` says why. opponent: of its win rates."""
     if run.wins is None:
         return None
     steps = list(run.steps) if run.steps_known else None
@@ -146,6 +147,19 @@ def judge(run: Trajectory, *, seed: int = 0, opponent: str = "reference") -> Ver
         prompts_needed=None,
         below_start=False,
     )
+
+
+def why_none(run: Trajectory) -> str | None:
+    """Why there is no verdict on a run, a sentence; None where there is one."""
+    if run.wins is None:
+        return "No verdict: there is no scorer or judge, so no win rate."
+    checkpoints, prompts = run.wins.shape
+    if checkpoints < CHECKPOINTS:
+        have = "1 checkpoint only" if checkpoints == 1 else f"{checkpoints} checkpoints only"
+        return f"No verdict: {have}; it needs {CHECKPOINTS} or more of one run."
+    if prompts < PROMPTS:
+        return f"No verdict: {prompts} prompt{'s are' if prompts > 1 else ' is'} too few; it needs {PROMPTS} at the least."
+    return None
 
 
 def shown_better(run: Trajectory, *, seed: int = 0) -> bool | None:

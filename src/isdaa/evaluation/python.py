@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from isdaa.errors import UserError
+from isdaa.errors import DoneInPart, UserError
 from isdaa.files import digest, located, write_jsonl
 
 Model = Any  # a folder or Hub name, a model in memory, or a trainer
 MODELS = "models"  # in the evaluation's folder: those that were given in memory
+# Option of the command -> argument, where they are called differently.
+ARGUMENTS = {"model_path": "model", "data": "prompts", "output": "output_dir", "judge_model": "judge", "scores": "scorer"}
+ARGUMENTS |= {name: name for name in ("reference", "scorer", "tokenizer", "split", "dtype", "trust_remote_code")}
+SWITCHES = {"keep_thinking": 'settings={"evaluation.keep_thinking": True}', "adopt": "isdaa.adopt(RUN)"}
+# Commands in backticks stay; behind an option, a number is its value, and capitals stand for one.
+OPTION = re.compile(
+    r"`isdaa [^`]*`|--judge_model … --judge_base_url …|"
+    r"--(?P<name>[a-z_]+(?:\.[a-z_]+)?)(?: (?:(?P<value>\d+(?:\.\d+)?)|[A-Z]+\b))?"
+)
 
 
 @dataclass(frozen=True)
@@ -20,6 +33,7 @@ class Evaluation:
     """What an evaluation found; `print` shows the command's table and the verdicts.
 
     metrics: what `metrics.json` holds. folder: of the records. stopped: why it is not the whole result, or None.
+    `win_rate` and `kl` are the last model's of the table, in a run its last checkpoint's.
     """
 
     metrics: Mapping[str, Any]
@@ -38,19 +52,52 @@ class Evaluation:
         return float(self.metrics["models"][-1]["kl"]["mean"])
 
     @property
-    def verdicts(self) -> dict[str, str | None]:
-        """Run -> what its checkpoints say together, a sentence; None where a single model says nothing of a run."""
-        return {name: None if found is None else str(found["sentence"]) for name, found in self.metrics["verdicts"].items()}
+    def verdicts(self) -> dict[str, str]:
+        """Run -> what its checkpoints say together, or why they say nothing (`No verdict: …`), a sentence."""
+        whys = self.metrics["no_verdict"]
+        return {name: str(whys[name] or found["sentence"]) for name, found in self.metrics["verdicts"].items()}
 
     def __str__(self) -> str:
         from isdaa.evaluation.table import print_table
 
         shown = io.StringIO()
-        print_table(self.metrics, shown)
-        sentences = [sentence for sentence in self.verdicts.values() if sentence is not None]
-        return "\n".join([shown.getvalue().rstrip(), *sentences, *([self.stopped] if self.stopped else [])])
+        print_table(self.metrics, shown, worded=in_python)
+        return "\n".join([shown.getvalue().rstrip(), *([self.stopped] if self.stopped else [])])
 
 
+def in_python(text: str) -> str:
+    """A text of the command's, in which options become arguments."""
+    return OPTION.sub(_argument, text)
+
+
+def _argument(found: re.Match[str]) -> str:
+    name, value = found["name"], found["value"]
+    if name is None:
+        return found[0] if found[0].startswith("`") else "judge=…"
+    name = "judge_max_requests" if name == "max_requests" else name
+    if "." in name:
+        return f'settings={{"{name}": {value}}}' if value else f'settings["{name}"]'
+    if name in ARGUMENTS:
+        return f"{ARGUMENTS[name]}={value or '…'}"
+    if name.startswith("judge_"):
+        return f"JudgeSettings({name.removeprefix('judge_')}={value or '…'})"
+    return SWITCHES.get(name, found[0])
+
+
+@contextmanager
+def _in_python() -> Iterator[None]:
+    """Errors that name options, and what to type, name arguments."""
+    try:
+        yield
+    except UserError as error:
+        message, command = (*error.args, "")[:2]
+        options = {f"--{option}": name for option, name in ARGUMENTS.items() if option != "model_path"}
+        given = [f'{options[a]}="{b}"' for a, b in pairwise(shlex.split(command)) if a in options]
+        kind = DoneInPart if isinstance(error, DoneInPart) else UserError
+        raise kind(in_python(message), f"isdaa.evaluate({', '.join(['…', *given])})" if given else command) from None
+
+
+@_in_python()
 def evaluate(
     model: Model | Sequence[Model],
     reference: Model | None = None,
@@ -73,20 +120,28 @@ def evaluate(
         reference: π_ref, named or in memory; None: the one that the models' records name.
         prompts: a file, Hub name or `world:…`, or rows: texts, lists of messages, or dictionaries with `prompt` (and `chosen`,
             `rejected` for held-out accuracy). None: those that the models' records name.
-        scorer: a reward model's folder or Hub name, `gold`, or an object with `name`, `digest` and `score(rows)`, which gives a
-            number for each row's `response`. None: the one that the records name; `none`: KL alone.
+        scorer: a reward model's folder or Hub name, `gold`, a function that gives one number for each of a list of rows, or an
+            object with `score(rows)` (docs/python.md). None: the one that the records name; `none`: KL alone.
         judge: in place of a scorer, `JudgeSettings` of a judge model (docs/judging.md).
         output_dir: folder of the records; None: `evaluation` beside the first model. A second call reuses what is there.
-        tokenizer: of models in memory; a trainer has its own.
+        tokenizer: of models in memory; a trainer has its own. A folder or Hub name: of all models.
         split, dtype, trust_remote_code: as the command's options.
         settings: dotted keys of `evaluation`, `tokenization` and `scorer`: `{"evaluation.prompts": 128}`.
 
     Raises:
-        UserError: one line, as the command says it.
+        UserError: one line, as the command says it, in the words of the arguments.
     """
     from isdaa.evaluation.evaluate import evaluate_request
-    from isdaa.evaluation.requests import home_of, requests
+    from isdaa.evaluation.requests import check_keys, home_of, requests
+    from isdaa.evaluation.scorers import OwnScorer
 
+    settings = {} if settings is None else settings
+    if not isinstance(settings, Mapping):
+        raise UserError(f"settings: a {type(settings).__name__}; give a dictionary of dotted keys, {{'evaluation.prompts': 128}}")
+    check_keys(settings)
+    for key, value in settings.items():
+        if value is None or key == "evaluation.scorer":
+            raise UserError(f"settings: {key}: {'None says nothing; leave it out' if value is None else 'give it as scorer=…'}")
     entries = list(model) if isinstance(model, list | tuple) else [model]
     if not entries:
         raise UserError("isdaa.evaluate: no model is given")
@@ -94,8 +149,15 @@ def evaluate(
     if output_dir is None and not named:
         raise UserError("isdaa.evaluate: models in memory need a folder for their records; give output_dir")
     folder = Path(located(output_dir)) if output_dir is not None else Path(home_of(named))
+    own: Any = None if scorer is None or isinstance(scorer, str | Path) else OwnScorer(scorer)
+    named_tokenizer = located(tokenizer) if isinstance(tokenizer, str | Path) else None
+    if named_tokenizer is not None:
+        from isdaa.models.loading import load_tokenizer
+
+        tokenizer = load_tokenizer(named_tokenizer, trust_remote_code=trust_remote_code)
+    elif tokenizer is not None and all(isinstance(entry, str | Path) for entry in (*entries, reference or "")):
+        raise UserError("tokenizer: every model is named, and has its own; for another one give a folder or Hub name")
     paths = [_path(entry, folder, tokenizer, f"model-{number}") for number, entry in enumerate(entries)]
-    own = scorer if scorer is not None and not isinstance(scorer, str | Path) else None
     overrides: dict[str, Any] = {
         "reference": None if reference is None else _path(reference, folder, _tokenizer(entries[0], tokenizer), "reference"),
         "data": _data(prompts, folder),
@@ -105,14 +167,16 @@ def evaluate(
         "split": split,
         "dtype": dtype,
         "trust_remote_code": trust_remote_code or None,
-        **(settings or {}),
+        "tokenizer": named_tokenizer,
+        **settings,
     }
     request = requests(paths, overrides)
     if own is not None:
         request = replace(request, scorer=own)
     metrics = evaluate_request(request)
     judged = overrides["judge_model"]
-    return Evaluation(metrics, Path(request.output_dir), None if judged is None else judged.stopped)
+    stopped = None if judged is None or judged.stopped is None else in_python(judged.stopped)
+    return Evaluation(metrics, Path(request.output_dir), stopped)
 
 
 def _path(model: Model, folder: Path, tokenizer: Any, label: str) -> str:

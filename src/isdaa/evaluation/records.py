@@ -58,7 +58,8 @@ METRICS = {
     "scorer": (SCORER, None), "settings": dict, "prompts": int, "opponent": str, "note": str,
     "tokenization": dict, "versions": dict, "reference": FIGURES, "models": [{**FIGURES, **TOLD, "held_out?": HELD_OUT}, ...],
     "left_out?": LEFT_OUT, "ended?": {"*": str},
-    "verdicts?": {"*": (dict, None)}, "better?": {"*": (bool, None)}, "data?": TEXT, "split?": TEXT, "git_revision?": TEXT,
+    "verdicts?": {"*": (dict, None)}, "no_verdict?": {"*": TEXT}, "better?": {"*": (bool, None)},
+    "data?": TEXT, "split?": TEXT, "git_revision?": TEXT,
     "one_run?": bool, "doubts?": [str],
     "judged?": JUDGED, "thinking?": {"notes": [str]},
 }  # fmt: skip

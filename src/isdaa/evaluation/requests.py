@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from isdaa.config import EvaluationConfig, Position, ScorerConfig, TokenizationConfig, validate
+from isdaa.config import EvaluationConfig, Position, ScorerConfig, TokenizationConfig, fields, validate
 from isdaa.data.encoding import VERSION
 from isdaa.errors import UserError, nearest_path
 from isdaa.evaluation.hints import base_hint, data_hint
@@ -24,6 +24,7 @@ from isdaa.manifest import MANIFEST
 from isdaa.models.places import refuse_gguf
 from isdaa.ownership import completed
 from isdaa.record import GOLD, NAME, ModelRecord, read_record, run_folder
+from isdaa.synonyms import hint
 
 if TYPE_CHECKING:
     from isdaa.evaluation.judged_samples import SampleJudge
@@ -31,6 +32,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
+SECTIONS = ("evaluation", "tokenization", "scorer")
+PLAIN = (  # what else `requests` takes
+    *(
+        "reference",
+        "data",
+        "split",
+        "scorer",
+        "judge_model",
+        "scores",
+        "all_opponents",
+        "show_scorer_input",
+        "output_dir",
+        "dtype",
+    ),
+    *("trust_remote_code", "shared", "tokenizer"),
+)
 MODEL = ("config.json", "adapter_config.json", MANIFEST)  # a folder with one of them is, or was, a model
 
 
@@ -97,15 +114,15 @@ def requests(
     """The request for some models, from the records beside them and what the user said.
 
     model_paths: model folders, Hub names or run folders (all their checkpoints and the final model).
-    overrides: `reference`, `data`, `split`, `scorer` (`none`: no scorer), `judge_model` (a `SampleJudge`), `scores` (a file),
-    `all_opponents`, `show_scorer_input`, `output_dir`, `dtype`, `trust_remote_code`, `shared`, `tokenizer`, and dotted keys of
-    the sections `evaluation`, `tokenization` and `scorer` (`evaluation.prompts`). They win over records; keys whose value is None
-    are ignored.
+    overrides: `PLAIN` (`scorer` `none`: no scorer; `judge_model`: a `SampleJudge`; `scores`: a file), and dotted keys of
+    `SECTIONS` (`evaluation.prompts`). They win over records; keys whose value is None are ignored.
     as_runs: a trainer's output folder is its checkpoints and its final model, also where it is a model itself. as_one_run: as
     `trajectories` takes it. one_run: all models are one run's, in the order given.
-    Raises UserError naming the option to give where neither a record nor an override says it, records disagree, or the record of
-    a run that is not the user's names something outside its folder. Whose code may run, only `overrides` say.
+    Raises UserError for an unknown key; naming the option to give where neither a record nor an override says it, records
+    disagree, or the record of a run that is not the user's names something outside its folder. Whose code may run, only
+    `overrides` say.
     """
+    check_keys(overrides or {}, PLAIN)
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     places = ("reference", "data", "scorer", "output_dir", "tokenizer", "scores")
     given |= {key: located(given[key]) for key in places if key in given}
@@ -183,11 +200,28 @@ def requests(
         judge_model=given.get("judge_model"),
         scores=given.get("scores"),
         all_opponents=bool(given.get("all_opponents", False)),
-        told=(*found_records.told(list(given)), *order.told),
+        told=(*found_records.told(list(given)), *order.told, *_unscored(scorer, first, given)),
         doubts=(*order.doubts, *(line for name in model_paths if as_runs for line in _unread(Path(name), named_models))),
         one_run=one_run,
         tokenizer=str(given["tokenizer"]) if "tokenizer" in given else None,
     )
+
+
+def check_keys(given: Mapping[str, Any], plain: Sequence[str] = ()) -> None:
+    """Raises UserError for a key that is neither one of `plain` nor in one of `SECTIONS`: nothing would read it."""
+    known = [dotted for dotted, _, _ in fields() if dotted.startswith(tuple(f"{section}." for section in SECTIONS))]
+    for key in given:
+        section, dot, _ = str(key).partition(".")
+        if key not in plain and not (dot and section in SECTIONS):
+            raise UserError(f"settings: {key}: unknown key{hint(str(key), known)}")
+
+
+def _unscored(scorer: str | None, record: ModelRecord | None, given: Mapping[str, Any]) -> list[str]:
+    """A line where a run's guard had a scorer, and its evaluation has none."""
+    guard = ((record.config.get("guard") if record is not None else None) or {}).get("scorer")
+    if guard is None or scorer is not None or "judge_model" in given or "scores" in given:
+        return []
+    return [f"no win rate: `guard.scorer` ({guard}) is the guard's alone; name the evaluation's scorer, too"]
 
 
 def _once(paths: Iterable[str]) -> list[str]:
@@ -468,7 +502,7 @@ def sections_of(record: ModelRecord | None, given: Mapping[str, Any]) -> Any:
         data[name] = {key: value for key, value in recorded.items() if key in section.model_fields}
     if "scorer" in data["evaluation"] and record is not None:
         data["evaluation"]["scorer"] = record.scorer  # the same, as it is reached from here
-    dotted = {key: value for key, value in given.items() if key.startswith(("evaluation.", "tokenization.", "scorer."))}
+    dotted = {key: value for key, value in given.items() if "." in key}
     for key, value in dotted.items():
         section_name, _, field = key.partition(".")
         data[section_name][field] = value

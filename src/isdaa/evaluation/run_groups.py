@@ -9,7 +9,7 @@ from pathlib import Path
 from isdaa.evaluation.records import Record
 from isdaa.record import run_folder
 
-LONE = "checkpoints"  # name of the only run, where isdaa did not train it
+LONE = "checkpoints"  # name of the only run, where no record says that isdaa trained it
 # A checkpoint by its name: what stands before says whose it is, the number says when it was written.
 NUMBERED = re.compile(
     r"(?P<run>.*?)[-_. ]*(?P<word>checkpoint|ckpt|global[-_]?step|step|iteration|iter|epoch)[-_. ]*(?P<number>\d+)"
@@ -114,7 +114,8 @@ def names_of(groups: Mapping[tuple[Path, Identity], Sequence[tuple[Record, Recor
     """What each run is called: by its folder, and by its record where a folder holds several runs."""
     homes = [home for home, _ in groups]
     paths = [planned["path"] for members in groups.values() for planned, _ in members]
-    if len(groups) == 1 and all(run_folder(path) is None for path in paths):
+    known = any(identity != UNKNOWN for _, identity in groups)
+    if len(groups) == 1 and not known and all(run_folder(path) is None for path in paths):
         return [LONE]
     names = tails(list(dict.fromkeys(homes)))
     found = []

@@ -2,23 +2,26 @@
 
 A scorer takes rows and returns one number a row. A row is a canonical prompt row (`prompt`: text or messages; `facts`:
 a dict or None) with `response` (text, or one assistant message in a list) and `finished` (False: a limit cut
-it). Nothing else in the project can tell which scorer it holds.
+it). Nothing else in the project can tell which scorer it holds. `OwnScorer` makes one of what users write.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
+from uuid import uuid4
 
 from isdaa.config import Position
 from isdaa.data.chat import joined
 from isdaa.data.context import tokenize_text
 from isdaa.data.conversation import turns_of
 from isdaa.data.overlap import shared
+from isdaa.distributed import once
 from isdaa.errors import UserError, nearest
 from isdaa.evaluation.identity import model_digest
 from isdaa.evaluation.reading import Frame, Reading
@@ -152,6 +155,52 @@ def load_scorer(
     return RewardModelScorer(
         name, batch_size=batch_size, max_prompt_length=max_prompt_length, device=device, position=position, label=label
     )
+
+
+class OwnScorer:
+    """What a user wrote: a function of the rows, or an object with `score(rows)`, with `name` and `digest` where it has them.
+
+    A response is text for it, also of a conversation. Without a digest nothing says whether its scores would be the same again,
+    so each evaluation scores anew. Raises UserError for what cannot be called with rows alone.
+    """
+
+    def __init__(self, given: Any) -> None:
+        kind = type(given).__name__
+        if isinstance(given, type):
+            raise UserError(f"scorer {given.__name__}: a class; give one of its objects, {given.__name__}()")
+        if hasattr(given, "save_pretrained"):
+            raise UserError(f"scorer: a {kind} in memory; save it beside its tokenizer, and give the folder")
+        self._score = given if inspect.isroutine(given) else getattr(given, "score", given)
+        if not callable(self._score):
+            raise UserError(
+                f"scorer: {kind} is none; give a reward model's folder or Hub name, `gold`, `none`, a function of the rows, or "
+                "an object with score(rows)"
+            )
+        own = getattr(given, "name", None) or getattr(given, "__name__", kind)
+        self.name = own.strip("<>") if isinstance(own, str) else kind
+        try:
+            inspect.signature(self._score).bind([])
+        except TypeError:
+            raise UserError(
+                f"scorer {self.name}: takes {inspect.signature(self._score)}; it is called with the rows alone"
+            ) from None
+        except ValueError:  # of code that is not Python's
+            pass
+        told = getattr(given, "digest", None)
+        if told is not None and not isinstance(told, str):
+            raise UserError(
+                f"scorer {self.name}: its digest is {type(told).__name__}; give a text, another one where scores change"
+            )
+        self.digest = told or once(lambda: uuid4().hex)
+
+    def score(self, rows: Sequence[ScorerRow], progress: Bar | None = None) -> list[float]:
+        """What it gives. Raises UserError where that is not one finite number a row."""
+        given = self._score([{**row, "response": response_text(row)} for row in rows])
+        if isinstance(given, str | bytes | Mapping | set) or not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0:
+            raise UserError(f"scorer {self.name}: gave {type(given).__name__}; it must give a list with one number a row")
+        if progress is not None:
+            progress.update(len(rows))
+        return checked(list(given), rows, self.name)
 
 
 class GoldScorer:
@@ -511,14 +560,25 @@ def response_text(row: ScorerRow) -> str:
     return response if isinstance(response, str) else str(response[-1]["content"])
 
 
-def checked(scores: Sequence[float], rows: Sequence[ScorerRow], name: str) -> list[float]:
+def checked(scores: Sequence[Any], rows: Sequence[ScorerRow], name: str) -> list[float]:
     """The scores, if there is a finite one for every row. Raises UserError naming the first row without."""
     if len(scores) != len(rows):
-        raise UserError(f"scorer {name}: {len(scores)} scores for {len(rows)} rows")
-    for score, row in zip(scores, rows, strict=True):
-        if not math.isfinite(score):
-            raise UserError(f"scorer {name}: the score of {_place(row)} is {score}, not a finite number; check the reward model")
-    return list(scores)
+        raise UserError(
+            f"scorer {name}: {len(scores)} scores for {len(rows)} rows; it must give one number a row, in their order"
+        )
+    found = [_number(score) for score in scores]
+    for score, number, row in zip(scores, found, rows, strict=True):
+        if not math.isfinite(number):
+            raise UserError(f"scorer {name}: the score of {_place(row)} is {score!r:.60}, not a finite number; check the scorer")
+    return found
+
+
+def _number(value: Any) -> float:
+    """NaN for what is no number; text is none, whatever it says."""
+    try:
+        return math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def _place(row: ScorerRow) -> str:

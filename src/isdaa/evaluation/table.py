@@ -19,14 +19,22 @@ Column = tuple[str, Callable[[Mapping[str, Any]], str]]  # header, and what stan
 FRAGMENTS = "!"  # beside a win rate of fragments
 
 
-def print_table(metrics: Mapping[str, Any], file: IO[str] | None = None, width: int | None = None) -> None:
-    """Print the table, its legend and the note; ASCII rules and no colour where `file` (stdout) is no terminal."""
+def print_table(
+    metrics: Mapping[str, Any],
+    file: IO[str] | None = None,
+    width: int | None = None,
+    worded: Callable[[str], str] = str,
+) -> None:
+    """Print the table, its legend and the note; ASCII rules and no colour where `file` (stdout) is no terminal.
+
+    worded: what becomes of a line of the legend.
+    """
     console = terminal_for(file, width)
     for line in endings(metrics.get("ended", {}), len({**metrics.get("verdicts", {}), **metrics.get("ended", {})})):
         console.print(shown(line))
     console.print(evaluation_table(metrics, plain=not console.is_terminal))
     for line in legend(metrics):
-        console.print(shown(line), style="dim" if console.is_terminal else None)
+        console.print(shown(worded(line)), style="dim" if console.is_terminal else None)
 
 
 def evaluation_table(metrics: Mapping[str, Any], plain: bool = False) -> Table:
@@ -100,12 +108,16 @@ def legend(metrics: Mapping[str, Any]) -> list[str]:
     # A run of one or two checkpoints has no verdict, but they may be compared with the reference.
     none = f"{NONE_BETTER[:1].upper()}{NONE_BETTER[1:]}."
     verdicts |= {name: none for name, better in metrics.get("better", {}).items() if better is False and name not in verdicts}
-    if not any(found is not None for found in metrics.get("verdicts", {}).values()):
+    if scorer is None:
         lines.append(metrics["note"])
-    if not verdicts:
-        return lines
     several = len(metrics.get("verdicts", verdicts)) > 1
-    return [*lines, "", *(f"{name}: {sentence}" if several else sentence for name, sentence in verdicts.items())]
+    told = [f"{name}: {sentence}" if several else sentence for name, sentence in verdicts.items()]
+    whose: dict[str, list[str]] = {}
+    for name, why in metrics.get("no_verdict", {}).items():
+        if why is not None and scorer is not None:
+            whose.setdefault(why, []).append(name)
+    told += [f"{'; '.join(names)}: {why}" if several else why for why, names in whose.items()]
+    return [*lines, "", *told] if told else lines
 
 
 def pm(interval: Mapping[str, Any] | None, digits: int) -> str:
@@ -118,10 +130,9 @@ def pm(interval: Mapping[str, Any] | None, digits: int) -> str:
 
 
 def short(label: str) -> str:
-    """`dpo/30` for `dpo/checkpoint-30`, `dpo/final` for `dpo/model`: the table has to fit 80 columns."""
+    """`dpo/30` for `dpo/checkpoint-30`: the table has to fit 80 columns."""
     run, _, name = label.rpartition("/")
-    name = "final" if run and name == "model" else name.removeprefix("checkpoint-") if run else name
-    return f"{run}/{name}" if run else name
+    return f"{run}/{name.removeprefix('checkpoint-')}" if run else name
 
 
 def mean(interval: Mapping[str, Any] | None, digits: int) -> str:

@@ -66,7 +66,7 @@ def merged(study: Any) -> Mapping[str, Any]:
     found = {run.cell: read_json(run.evaluation / METRICS) for run in study.runs}
     said = {
         key: {cell: next(iter(each.get(key, {}).values()), None) for cell, each in found.items()}
-        for key in ("verdicts", "better")
+        for key in ("verdicts", "no_verdict", "better")
     }
     return {**study.metrics, **said, "models": [entry for run in study.runs for entry in _labelled(run)]}
 

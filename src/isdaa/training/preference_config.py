@@ -13,10 +13,12 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from isdaa.errors import UserError, nearest
 from isdaa.objectives.presets import DEFAULTS, resolve
 from isdaa.synonyms import SYNONYMS
+from isdaa.terminal import say
 
 MIGRATING = "docs/migrating.md"
 OBJECTIVE = (
@@ -111,7 +113,9 @@ class PreferenceConfig(TrainingArguments):
 
     learning_rate: float = _setting(1e-6, "as DPOConfig")
     logging_steps: float = _setting(10, "as DPOConfig")
-    bf16: bool | None = _setting(None, "autocast to bfloat16; None: True, as DPOConfig")  # type: ignore[assignment]
+    bf16: bool | None = _setting(
+        None, "autocast to bfloat16; None: as DPOConfig, True, where there is an accelerator that has it"
+    )  # type: ignore[assignment]
     gradient_checkpointing: bool = _setting(True, "as DPOConfig")
 
     method: str = _setting("dpo", "preset of the objective")
@@ -177,7 +181,14 @@ class PreferenceConfig(TrainingArguments):
             raise UserError(f"PreferenceConfig: truncation must be keep_end or keep_start, got {self.truncation!r}")
         if self.prompt_repeated not in (None, "strip", "keep"):
             raise UserError(f"PreferenceConfig: prompt_repeated must be strip or keep, got {self.prompt_repeated!r}")
-        self.bf16 = True if self.bf16 is None else self.bf16
+        lacking = not self.use_cpu and not is_torch_bf16_gpu_available() and not is_torch_xla_available()
+        if self.bf16 and lacking:
+            raise UserError(
+                "PreferenceConfig: bf16=True, and there is no accelerator here that has it; leave it out, or bf16=False"
+            )
+        if self.bf16 is None and lacking:
+            say("PreferenceConfig: bf16 is off, for there is no accelerator here that has it: float32 throughout")
+        self.bf16 = not lacking if self.bf16 is None else self.bf16
         self.gradient_checkpointing_kwargs = {"use_reentrant": False, **(as_dict(self.gradient_checkpointing_kwargs) or {})}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the name of gradient_checkpointing

@@ -3,8 +3,10 @@ in the order of the `align` stage, and returns the project's one trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +52,30 @@ SHOWN = (
 )
 
 
+# Keys of `isdaa train` that are arguments here, and what they are set to.
+KEY = re.compile(r"\b(?P<section>objective|tokenization|data|behaviour)\.(?P<name>[a-z_]+)(?:: (?P<value>[a-z_]+))?")
+
+
+@contextmanager
+def _in_python() -> Iterator[None]:
+    """Errors that name keys of the configuration name arguments."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (KEY.sub(_argument, error.args[0]), *error.args[1:])
+        raise
+
+
+def _argument(found: re.Match[str]) -> str:
+    name, value = found["name"], found["value"]
+    if found["section"] == "behaviour":
+        return "behaviour_model"
+    if name not in {field.name for field in fields(PreferenceConfig)}:
+        return found[0]
+    return name if value is None else f"{name}={value.title() if value in ('true', 'false') else repr(value)}"
+
+
+@_in_python()
 def preference_trainer(
     model: str | nn.Module,
     ref_model: str | nn.Module | None = None,
