@@ -8,7 +8,7 @@ import pytest
 
 from isdaa import evaluation
 from isdaa.evaluation.falls import BOUNCES, MARGIN, above, bounce_of, simultaneous, smoothing
-from isdaa.evaluation.overoptimization import Law, fit_law, judge, law_of, places_of, shown_better, verdict_of
+from isdaa.evaluation.overoptimization import Law, fit_law, judge, law_of, places_of, shown_better, verdict_of, why_none
 from isdaa.evaluation.trajectory import Trajectory
 
 
@@ -202,8 +202,16 @@ def test_three_checkpoints_are_enough_for_a_large_fall():
 
 def test_no_verdict():
     wins = simulated(FALLING)[0]
-    assert judge(a_run(wins[:2])) is None
-    assert judge(replace(a_run(wins), wins=None)) is None
+    none = {
+        "2 checkpoints only; it needs 3 or more of one run": a_run(wins[:2]),
+        "1 checkpoint only; it needs 3 or more of one run": a_run(wins[:1]),
+        "3 prompts are too few; it needs 4 at the least": a_run(wins[:, :3]),
+        "there is no scorer or judge, so no win rate": replace(a_run(wins), wins=None),
+    }
+    for why, run in none.items():
+        assert judge(run) is None and why_none(run) == f"No verdict: {why}."
+    for run in (a_run(wins[:3]), a_run(wins[:, :4])):
+        assert judge(run) is not None and why_none(run) is None
     assert verdict_of(wins[:, :3], np.arange(8.0)) is None
     with pytest.raises(ValueError, match="shapes"):
         verdict_of(wins, np.arange(7.0))

@@ -252,6 +252,17 @@ def test_mistakes_in_what_is_trained(place: Path, given: dict[str, Any], words: 
         assert word in str(caught.value)
 
 
+def test_keys_of_isdaa_train_are_said_as_arguments(place: Path) -> None:
+    rows = [row | {"behaviour_chosen_logps": -0.5, "behaviour_rejected_logps": -0.5} for row in MESSAGES]
+    with pytest.raises(UserError, match="hardly any pair would teach") as caught:
+        preference_trainer("my_model", args=arguments(method="is_dpo"), train_dataset=rows)
+    assert "(`isdaa logps`, behaviour_model)" in str(caught.value)
+    assert "method='dpo'" in str(caught.value) and str(caught.value).endswith("or allow_stall=True")
+    assert "objective." not in str(caught.value)
+    trainer = preference_trainer("my_model", args=arguments(method="is_dpo", allow_stall=True), train_dataset=rows)
+    assert isinstance(trainer, PreferenceTrainer)
+
+
 def test_a_frozen_model_a_shared_one_and_an_adapter_twice(place: Path) -> None:
     from peft import PeftModel
 
