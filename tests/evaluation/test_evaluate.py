@@ -141,7 +141,7 @@ def test_analysis_and_scoring_can_be_repeated_from_the_files(finished, no_models
     metrics, folder = finished
     for name in ("plan.json", "samples.jsonl", "pairs.jsonl", "scores.jsonl"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    assert analyse(tmp_path) == {key: value for key, value in metrics.items() if key not in ("verdicts", "better")}
+    assert analyse(tmp_path) == {key: value for key, value in metrics.items() if key not in ("verdicts", "no_verdict", "better")}
     assert with_verdicts(tmp_path) == metrics
     other = analyse(tmp_path, settings(ties="loss", opponent="chosen"))
     assert other["models"][0]["win_rate"] == other["models"][0]["win_rate_chosen"]
