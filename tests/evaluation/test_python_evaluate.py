@@ -179,6 +179,12 @@ def test_options_become_arguments(text: str, words: str) -> None:
     assert in_python(text) == words
 
 
+def test_the_rows_of_a_table_are_prompts_and_not_its_columns(home: Path) -> None:
+    table = pytest.importorskip("pandas").DataFrame(plain_pairs(5))
+    found = isdaa.evaluate("run/model", prompts=table, scorer="none", output_dir="table", settings=SMALL)
+    assert found.metrics["prompts"] == 5 and found.metrics["models"][0]["held_out"]["accuracy"] is not None
+
+
 def test_a_name_of_the_tokenizer_is_for_all_models(home: Path) -> None:
     found = isdaa.evaluate("run/model", tokenizer="my_model", scorer="none", output_dir="tokens", settings=SMALL)
     assert found.metrics["tokenizer_path"] == "my_model"
@@ -205,6 +211,8 @@ def test_a_judge_judges(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"model": "runn"}, r'runn: .*did you mean "run"'),
         ({"model": "my_model", "prompts": "pairs.jsonl"}, "from .reference=…."),
         ({"model": "run/model", "prompts": []}, "no prompt is given"),
+        ({"model": "run/model", "prompts": 3}, "prompts: a int; give a file"),
+        ({"model": "run/model", "prompts": {"prompt": ["a"]}}, "prompts: a dict; give a file"),
         ({"model": "run/model", "judge": "gpt"}, "give JudgeSettings"),
         ({"model": "run/model", "scorer": "rm/reward", "judge": JudgeSettings("j")}, "both say who judges"),
         (

@@ -79,10 +79,11 @@ def load_pairs(
 def pairs_of(rows: Any, name: str, repeated: Repeated = None) -> tuple[Dataset, Counts]:
     """As `load_pairs`, of rows in memory: mappings in any iterable, or a DataFrame; errors call them `name:row`, from 1."""
     reading = Reading(name, PAIR_COLUMNS, repeated)
-    return _different(reading.canonical(Located(name, None), _numbered(rows, name), canonical_pair), reading)
+    return _different(reading.canonical(Located(name, None), numbered(rows, name), canonical_pair), reading)
 
 
-def _numbered(rows: Any, name: str) -> Numbered:
+def numbered(rows: Any, name: str) -> Numbered:
+    """Rows in memory, each with its place (`name:row`, from 1). Raises UserError for one that is no mapping."""
     if hasattr(rows, "to_dict") and hasattr(rows, "iloc"):  # pandas
         twice = [str(column) for column in rows.columns[rows.columns.duplicated()]]
         if twice:

@@ -206,7 +206,15 @@ def _data(prompts: Any, folder: Path) -> str | None:
     """Where prompts lie; rows are written beside the records, under a name of their own, so that others' records stay valid."""
     if prompts is None or isinstance(prompts, str | Path):
         return None if prompts is None else str(prompts)
-    rows = [dict(row) if isinstance(row, Mapping) else {"prompt": row} for row in prompts]
+    from isdaa.data.sources import numbered
+
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise UserError(
+            f"prompts: a {type(prompts).__name__}; give a file, a Hub name, or a list of texts, of lists of messages or of rows"
+        )
+    # A table's columns are no prompts.
+    given = (row for row, _ in numbered(prompts, "prompts")) if hasattr(prompts, "columns") else prompts
+    rows = [dict(row) if isinstance(row, Mapping) else {"prompt": row} for row in given]
     if not rows:
         raise UserError("isdaa.evaluate: no prompt is given")
     file = folder / f"prompts-{digest(rows)[:8]}.jsonl"
