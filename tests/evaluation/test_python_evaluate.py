@@ -97,6 +97,17 @@ def test_a_trainer_has_its_win_rate_in_three_lines(home: Path) -> None:
     assert again.kl == pytest.approx(found.kl, abs=1e-5) and again.metrics["models"][0]["held_out"]["accuracy"] is not None
 
 
+def test_two_trainers_at_the_same_step_are_two_models(home: Path) -> None:
+    trainers = []
+    for rate in (1e-3, 1e-2):
+        args = isdaa.PreferenceConfig(f"rate-{rate}", max_steps=1, bf16=False, learning_rate=rate, report_to="none")
+        trainers.append(isdaa.preference_trainer("my_model", args=args, train_dataset=plain_pairs(12)))
+        trainers[-1].train()
+    found = isdaa.evaluate(trainers, "my_model", plain_pairs(6), Letters(), output_dir="both", settings=SMALL)
+    assert [Path(model["path"]).name for model in found.metrics["models"]] == ["model-0-step-1", "model-1-step-1"]
+    assert len({model["kl"]["mean"] for model in found.metrics["models"]}) == 2
+
+
 def test_anything_that_scores_rows_is_a_scorer(home: Path) -> None:
     def score(scorer: Any) -> Evaluation:
         return isdaa.evaluate("run/model", scorer=scorer, output_dir="any", settings=SMALL)

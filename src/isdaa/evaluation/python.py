@@ -157,7 +157,8 @@ def evaluate(
         tokenizer = load_tokenizer(named_tokenizer, trust_remote_code=trust_remote_code)
     elif tokenizer is not None and all(isinstance(entry, str | Path) for entry in (*entries, reference or "")):
         raise UserError("tokenizer: every model is named, and has its own; for another one give a folder or Hub name")
-    paths = [_path(entry, folder, tokenizer, f"model-{number}") for number, entry in enumerate(entries)]
+    alone = len(entries) == 1 and hasattr(entries[0], "state")  # a trainer, whose model is named by its step
+    paths = [_path(entry, folder, tokenizer, "" if alone else f"model-{number}") for number, entry in enumerate(entries)]
     overrides: dict[str, Any] = {
         "reference": None if reference is None else _path(reference, folder, _tokenizer(entries[0], tokenizer), "reference"),
         "data": _data(prompts, folder),
@@ -193,7 +194,7 @@ def _path(model: Model, folder: Path, tokenizer: Any, label: str) -> str:
         raise UserError("isdaa.evaluate: a model in memory has no tokenizer of its own; give tokenizer")
     from isdaa.models.saving import save_model
 
-    place = folder / MODELS / (label if step is None else f"step-{step}")
+    place = folder / MODELS / "-".join([*([label] if label else []), *([f"step-{step}"] if step is not None else [])])
     save_model(inner, tokenizer, place)
     return str(place)
 
