@@ -188,6 +188,7 @@ def test_each_look_is_one_whole_line(place: Path, judge: Letters, capsys: pytest
     found = looks(place / "run")
     assert [line["step"] for line in found] == [2, 4, 5]  # and at the last step
     keys = {"kl", "kl_low", "kl_high", "win_rate", "win_rate_low", "win_rate_high", "reward", "length", "truncated", "best_step"}
+    keys.add("reference_length")
     assert all({"step", "epoch", *(f"guard/{key}" for key in keys)} == set(line) for line in found)
     assert 0 <= found[0]["guard/win_rate_low"] <= found[0]["guard/win_rate"] <= found[0]["guard/win_rate_high"] <= 1
     assert 0 < found[0]["guard/kl"] < found[-1]["guard/kl"]
@@ -197,19 +198,20 @@ def test_each_look_is_one_whole_line(place: Path, judge: Letters, capsys: pytest
     assert "guard.max_new_tokens (5) cut" in said and "give --guard.max_new_tokens 10" in said and "of the reference's" in said
     assert "no look is shown to be better than the reference (95 %)" in said
     assert all("time/guard_seconds" in line for line in read_lines(place / "run" / "metrics.jsonl") if "guard/kl" in line)
+    opponents = read_lines(place / "run/guard/samples.jsonl")[1:]
+    lengths = np.mean([len(row["ids"]) for row in opponents])
+    assert {line["guard/reference_length"] for line in found} == {lengths}
     best = max(found, key=lambda line: line["guard/win_rate"])
     assert found[-1]["guard/best_step"] == best["step"]
-    assert (
-        json.loads((place / "run" / "run.json").read_text())["stages"]["align"]["guard"]
-        == {
-            "use": None,
-            "best_step": best["step"],
-            "best_win_rate": best["guard/win_rate"],
-            "stopped": None,
-            "better": False,  # on six prompts nothing is
-            "reference_truncated": np.mean([not row["finished"] for row in read_lines(place / "run/guard/samples.jsonl")[1:]]),
-        }
-    )
+    assert json.loads((place / "run" / "run.json").read_text())["stages"]["align"]["guard"] == {
+        "use": None,
+        "best_step": best["step"],
+        "best_win_rate": best["guard/win_rate"],
+        "stopped": None,
+        "better": False,  # on six prompts nothing is
+        "reference_truncated": np.mean([not row["finished"] for row in opponents]),
+        "reference_length": lengths,
+    }
     assert not (place / "run" / "best").exists()
 
 
@@ -281,6 +283,7 @@ def test_without_a_scorer_the_proxies_are_logged_and_nothing_is_kept(place: Path
     assert train("run", GUARDED, evaluation__scorer=None) == 0
     for line in looks(place / "run"):
         assert {"guard/kl", "guard/accuracy", "guard/drift_chosen", "guard/drift_rejected", "guard/length"} <= line.keys()
+        assert "guard/reference_length" not in line  # of samples that nobody needs
         assert not any("win_rate" in key or "best" in key or "fall" in key for key in line)
     assert not (place / "run" / "best").exists()
     assert not (place / "run" / "guard").exists()

@@ -28,10 +28,16 @@ def section(title: str) -> str:
 
 
 def rows(file: str) -> list[tuple[list[str], list[str]]]:
-    """Of every row of the section's tables: keys of the file, names in the trackers."""
-    lines = [line for line in section(file).splitlines() if ROW.match(line)]
-    cells = [[re.findall(r"`([^`]+)`", cell) for cell in line.split("|")[1:3]] for line in lines]
-    return [(keys, names) for keys, names in cells]
+    """Of every row of the section's tables: keys of the file, the cells behind them."""
+    lines = [line.replace("\\|", "/") for line in section(file).splitlines() if ROW.match(line)]
+    return [(re.findall(r"`([^`]+)`", cells[0]), cells[1:]) for cells in (line.strip("|").split("|") for line in lines)]
+
+
+def in_the_trackers(key: str) -> str:
+    """The page's rule for the name of a key in TensorBoard, W&B and Trackio."""
+    if key.startswith("time/eval_"):
+        return "eval/" + key.removeprefix("time/eval_")
+    return key if key.startswith("eval/") else f"train/{key}"
 
 
 def logged_as(key: str) -> str:
@@ -80,14 +86,26 @@ def test_every_key_that_runs_write_is_explained_and_no_other(file: str, written:
 
 @pytest.mark.parametrize("file", FILES)
 def test_names_in_the_trackers_are_those_of_the_page(file: str, written: dict[str, Any]) -> None:
-    told = set()
-    for keys, names in rows(file):
-        assert names == list(rewrite_logs(dict.fromkeys(map(logged_as, keys)))), keys
-        told |= set(names)
+    keys = [key for keys, _ in rows(file) for key in keys]
+    told = {in_the_trackers(key) for key in keys}
+    assert [in_the_trackers(key) for key in keys] == list(rewrite_logs(dict.fromkeys(map(logged_as, keys))))
     summary = {name for name in written["tensorboard"][file] if re.match(r"train/(train_|total_flos)", name)}
     assert written["tensorboard"][file] - told - summary == set()
     for name in summary:
         assert f"`{name}`" in PAGE, name
+
+
+def test_the_rule_for_names_in_the_trackers_is_on_the_page() -> None:
+    rule = "`train/` before the key (`train/weights/mean`), but for held-out figures, `eval/…`, which keep theirs, "
+    rule += "and `time/eval_…`, which are `eval/…`."
+    assert rule in re.sub(r"\s+", " ", PAGE)
+    assert in_the_trackers("weights/mean") == "train/weights/mean" and in_the_trackers("eval/loss") == "eval/loss"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_key_has_a_meaning_what_is_healthy_and_when_to_worry(file: str) -> None:
+    for keys, cells in rows(file):
+        assert len(cells) == 3 and all(cell.strip() for cell in cells), keys
 
 
 def test_the_names_that_are_compared_are_those_that_are_written() -> None:
@@ -102,7 +120,17 @@ def test_limits_are_those_of_the_code() -> None:
         module, _, name = dotted.rpartition(".")
         assert float(told.replace("−", "-").split()[0]) == getattr(importlib.import_module(module), name), dotted
     # In the prose and the tables of meanings, too.
-    for name in ("STALL_ESS", "STALL_MEAN_WEIGHT", "STALL_STEPS", "START_MEAN", "START_RMS", "LOG_WEIGHT_CAP", "MANY", "FIRST"):
+    for name in (
+        "STALL_ESS",
+        "STALL_MEAN_WEIGHT",
+        "STALL_STEPS",
+        "STALL_PAIRS",
+        "START_MEAN",
+        "START_RMS",
+        "LOG_WEIGHT_CAP",
+        "MANY",
+        "FIRST",
+    ):
         assert any(dotted.endswith(f".{name}") for dotted, _ in limits), name
 
 

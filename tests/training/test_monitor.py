@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from training_helpers import tiny_model, token_rows, trainer_of, with_reference
@@ -52,21 +53,57 @@ def test_a_checkpoint_ends_an_interval() -> None:
         assert control.should_log is expected
 
 
-def test_the_stall_warning_needs_twenty_steps_on_end(caplog: pytest.LogCaptureFixture) -> None:
+def fed(batches: list[list[float]]) -> tuple[StallWarning, list[int]]:
+    """A warning that has seen the weights of these global batches, and the steps (from 1) after which it spoke."""
+    stall, spoke = StallWarning(), []
+    for step, weights in enumerate(batches):
+        before, squares = len(stall.said), sum(w * w for w in weights)
+        ess = sum(weights) ** 2 / (len(weights) * squares) if squares else 0.0
+        stall.update(step, ess, sum(weights) / len(weights), len(weights))
+        spoke += [step + 1] * (len(stall.said) - before)
+    return stall, spoke
+
+
+def test_the_stall_warning_needs_twenty_steps_and_says_it_once(caplog: pytest.LogCaptureFixture) -> None:
+    few = [1.0] + [0.0] * 99  # ESS/N 0.01
     with caplog.at_level(logging.WARNING):
-        stall = StallWarning()
-        for step in range(19):
-            stall.update(step, ess=0.01, mean_weight=0.5)
-        stall.update(19, ess=0.03, mean_weight=0.5)
-        for step in range(20, 39):
-            stall.update(step, ess=0.01, mean_weight=0.5)
-        assert not caplog.text
-        stall.update(39, ess=0.01, mean_weight=0.5)
-        assert "step 40" in caplog.text and "effective sample size" in caplog.text
-        assert len(caplog.records) == 1
-        for step in range(40, 100):
-            stall.update(step, ess=0.01, mean_weight=0.0)
-        assert len(caplog.records) == 2 and "mean importance weight" in caplog.records[1].message
+        assert fed([few] * 19)[1] == [] and not caplog.text
+        assert fed([few] * 100)[1] == [20]
+        assert (
+            len(caplog.records) == 1
+            and "step 20: the effective sample size of the pairs of the last 20 steps is 0.01" in caplog.text
+        )
+        caplog.clear()
+        assert fed([[1e-4] * 8] * 100)[1] == [20]
+        assert len(caplog.records) == 1 and "mean importance weight of the pairs of the last 20 steps is 0.0001" in caplog.text
+        assert fed([[1.0] * 8] * 30 + [[1e-5] * 8] * 20)[1] == [50]
+        assert fed([[0.0] * 8] * 20)[0].said == {"the effective sample size", "the mean importance weight"}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8, 16, 64, 512])
+def test_a_few_pairs_that_teach_alone_are_seen_at_any_batch_size(size: int) -> None:
+    """One pair in a hundred teaches: a batch of less than 50 has an ESS/N above the limit of 0.02 all the same."""
+    weights = [1.0 if i % 100 == 50 else 2e-3 for i in range(max(400, 40 * size))]
+    batches = [weights[i : i + size] for i in range(0, len(weights), size)]
+    stall, spoke = fed(batches)
+    assert stall.said == {"the effective sample size"} and spoke[0] >= 20
+    assert sum(map(len, batches[: spoke[0]])) >= 100
+    # Where each pair teaches, or one in ten, or the weights have fallen evenly to a tenth, nothing is said.
+    for steady in (lambda i: 1.0, lambda i: float(i % 10 == 3), lambda i: max(1 - i / 200, 0.1)):
+        weights = [steady(i) for i in range(max(400, 40 * size))]
+        assert fed([weights[i : i + size] for i in range(0, len(weights), size)])[1] == []
+
+
+def test_the_stall_warning_speaks_wherever_each_of_twenty_steps_is_below_a_limit() -> None:
+    """METHOD.md's rule, on random batches that differ by orders of magnitude."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        batches = [(rng.exponential(10.0 ** rng.uniform(-3, 0)) * (rng.random(200) < 0.01)).tolist() for _ in range(20)]
+        for batch in batches:
+            batch[0] = max(batch[0], 1e-9)
+        shares = [sum(b) ** 2 / (len(b) * sum(w * w for w in b)) for b in batches]
+        if max(shares) < 0.02:
+            assert "the effective sample size" in fed(batches)[0].said
 
 
 def test_a_run_that_stalls_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -114,7 +151,7 @@ def test_figures_forget_fill_ins_and_count_ties_half() -> None:
     metrics = figures.metrics()
     assert len(figures) == 4
     assert metrics["rewards/accuracy"] == pytest.approx((0.5 + 1 + 0 + 0.5) / 4)
-    assert figures.steps() == [(0, pytest.approx(16 / (2 * 10)), 2.0), (1, 0.0, 0.0)]
+    assert figures.steps() == [(0, pytest.approx(16 / (2 * 10)), 2.0, 2), (1, 0.0, 0.0, 2)]
     assert metrics["weights/ess"] == pytest.approx(0.4) and metrics["weights/mean"] == 1.0 and metrics["weights/max"] == 3.0
     start = figures.start()
     assert start["start/drift_mean"] == 0.25 and start["start/drift_max"] == 1.0

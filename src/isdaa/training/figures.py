@@ -86,12 +86,12 @@ class Figures:
         """Mean of one column over the pairs."""
         return self[name].mean().item()
 
-    def steps(self) -> list[tuple[int, float, float]]:
-        """`(step, ESS/N, mean weight)` of each global batch: both are figures of one batch, never of an interval."""
+    def steps(self) -> list[tuple[int, float, float, int]]:
+        """`(step, ESS/N, mean weight, N)` of each global batch: figures of one batch, never of an interval."""
         found = []
         for step in self["step"].unique().tolist():
             weights = self["raw_weight"][self["step"] == step]
-            found.append((int(step), effective_sample_size(weights).item(), weights.mean().item()))
+            found.append((int(step), effective_sample_size(weights).item(), weights.mean().item(), len(weights)))
         return found
 
     def metrics(self, weighted: bool = True, chi_squared: bool = False) -> dict[str, float]:
@@ -124,7 +124,7 @@ class Figures:
         if weighted:
             found |= weight_metrics(self["log_weight"], self["raw_weight"], self["clipped"] > 0)
             steps = self.steps()
-            found["weights/ess"] = sum(ess for _, ess, _ in steps) / len(steps)
+            found["weights/ess"] = sum(ess for _, ess, *_ in steps) / len(steps)
         return found
 
     def start(self) -> dict[str, float]:

@@ -252,7 +252,11 @@ class Guard(TrainerCallback, ExportableState):
         """The same as data, for `run.json`."""
         told: dict[str, Any] = {"use": None if self.stopped is None else self._to_use()}
         told |= {"best_step": self.best_step, "best_win_rate": self.best_win_rate, "stopped": self.stopped}
-        return told | {"better": self.better(), "reference_truncated": self.looks.opponents_cut}
+        return told | {
+            "better": self.better(),
+            "reference_truncated": self.looks.opponents_cut,
+            "reference_length": self.looks.opponents_length,
+        }
 
 
 def _end(args: TrainingArguments, control: TrainerControl) -> None:

@@ -209,8 +209,9 @@ class Looks:
         self.batch_size = config.guard.batch_size or config.evaluation.batch_size
         self.opponents: np.ndarray | None = None  # (N, K) scores of the reference's samples
         self.opponents_cut: float | None = None  # the share of them that the limit cut
+        self.opponents_length: float | None = None  # their mean tokens
         if scorer is not None:
-            self.opponents, self.opponents_cut = self._opponents(scorer, dict(identity), folder)
+            self.opponents, self.opponents_cut, self.opponents_length = self._opponents(scorer, dict(identity), folder)
 
     @property
     def reference_wins(self) -> np.ndarray | None:
@@ -232,11 +233,15 @@ class Looks:
                 bar.within = f"scoring {len(drawn)} responses"
                 wins, more = self._win_rate(self.scorer, drawn)
                 metrics |= more
-        keep = self.config.evaluation.keep_thinking
-        lengths = [len(record["ids"]) if keep else record.get("answer_tokens", len(record["ids"])) for record in drawn]
-        metrics["guard/length"] = float(np.mean(lengths))
+        metrics["guard/length"] = self._length(drawn)
+        if self.opponents_length is not None:
+            metrics["guard/reference_length"] = self.opponents_length
         metrics["guard/truncated"] = float(np.mean([not record["finished"] for record in drawn]))
         return Measurement(metrics, kl, wins)
+
+    def _length(self, drawn: Sequence[Record]) -> float:
+        keep = self.config.evaluation.keep_thinking
+        return float(np.mean([len(r["ids"]) if keep else r.get("answer_tokens", len(r["ids"])) for r in drawn]))
 
     def _divergence(self, policy: PairForward, drawn: Sequence[Record], bar: Bar) -> tuple[dict[str, float], float]:
         pairs = [(row["prompt_ids"], record["ids"]) for row, record in zip(self.prompts.rows, drawn, strict=True)]
@@ -260,8 +265,8 @@ class Looks:
         settings = self.config.evaluation
         return {"resamples": settings.bootstrap, "confidence": settings.confidence, "seed": self.config.guard.seed}
 
-    def _opponents(self, scorer: Scorer, identity: dict[str, Any], folder: Path) -> tuple[np.ndarray, float]:
-        """(N, K) scores of the reference's samples and the share that was cut, from disk where they are there."""
+    def _opponents(self, scorer: Scorer, identity: dict[str, Any], folder: Path) -> tuple[np.ndarray, float, float]:
+        """(N, K) scores of the reference's samples, the share that was cut, their mean tokens; from disk where they are there."""
         k, config = self.config.guard.opponent_samples, self.config
         key = digest([FORMAT, identity, config.align.precision, asdict(self.sampling), config.guard.seed, k, self.prompts.key])
         samples, scores = Blocks(folder / SAMPLES), Blocks(folder / SCORES)
@@ -283,7 +288,7 @@ class Looks:
             ]
             scores.add("scores", score_key, {"of": key, "scorer": scorer.name, "scorer_digest": scorer.digest}, found)
         points = np.array([record["score"] for record in scores[score_key]]).reshape(-1, k)
-        return points, float(np.mean([not record["finished"] for record in drawn]))
+        return points, float(np.mean([not record["finished"] for record in drawn])), self._length(drawn)
 
     def _scorer_rows(self, drawn: Sequence[Record]) -> list[Record]:
         prompts = {row["prompt_id"]: row for row in self.prompts.rows}

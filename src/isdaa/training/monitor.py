@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections import deque
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 STALL_ESS = 0.02
 STALL_MEAN_WEIGHT = 1e-3
 STALL_STEPS = 20
+STALL_PAIRS = round(2 / STALL_ESS)  # of fewer, the limit would be less than two pairs
 START_MEAN = 0.05  # nats; a policy that starts as its reference differs from it by rounding alone
 START_RMS = 0.3
 
@@ -184,33 +186,48 @@ class TrainingProgress(TrainerCallback):
 
 
 class StallWarning:
-    """Says when a run has stopped learning: for 20 steps ESS/N below 0.02, or a mean weight below 1e-3 (METHOD.md).
+    """Says, once, when a run has stopped learning: over the pairs of the last 20 steps together, ESS/N is below 0.02, or the mean
+    weight below 1e-3.
 
-    The steps are counted from the figures of each logging interval; a resumed process counts from 0 again.
+    So it speaks wherever each of 20 steps is below a limit (METHOD.md). A batch alone has an ESS/N of at least 1/N, so that of a
+    small one the limit would be out of reach; of many steps together it is not. Where 20 steps have less than 100 pairs, of which
+    the limit would be less than two, ESS/N is that of as many steps as have 100. A resumed process counts from 0 again.
     """
 
     def __init__(self, steps: int = STALL_STEPS) -> None:
         self.steps = steps
-        self.low_ess = self.low_mean = 0
+        self._seen: deque[tuple[float, float, float]] = deque()  # per step: pairs, Σw, Σw²
         self.said: set[str] = set()
 
-    def update(self, step: int, ess: float, mean_weight: float) -> None:
-        """Take in one optimiser step (counted from 0)."""
-        self.low_ess = self.low_ess + 1 if ess < STALL_ESS else 0
-        self.low_mean = self.low_mean + 1 if mean_weight < STALL_MEAN_WEIGHT else 0
-        if self.low_ess == self.steps:
-            self._say(f"the effective sample size has been below {STALL_ESS:g} of the batch", step)
-        if self.low_mean == self.steps:
-            self._say(f"the mean importance weight has been below {STALL_MEAN_WEIGHT:g}", step)
+    def update(self, step: int, ess: float, mean_weight: float, pairs: int) -> None:
+        """Take in the global batch of one optimiser step (counted from 0)."""
+        total = mean_weight * pairs
+        self._seen.append((pairs, total, total**2 / (pairs * ess) if ess else 0.0))
+        while len(self._seen) > self.steps and sum(count for count, _, _ in self._seen) - self._seen[0][0] >= STALL_PAIRS:
+            self._seen.popleft()
+        if len(self._seen) < self.steps:
+            return
+        count, total, squares = (sum(column) for column in zip(*self._seen, strict=True))
+        share = total**2 / (count * squares) if squares else 0.0
+        if count >= STALL_PAIRS and share < STALL_ESS:
+            self._say("the effective sample size", share, STALL_ESS, len(self._seen), step)
+        count, total, _ = (sum(column) for column in zip(*list(self._seen)[-self.steps :], strict=True))
+        if total / count < STALL_MEAN_WEIGHT:
+            self._say("the mean importance weight", total / count, STALL_MEAN_WEIGHT, self.steps, step)
 
-    def _say(self, what: str, step: int) -> None:
+    def _say(self, what: str, found: float, limit: float, steps: int, step: int) -> None:
+        if what in self.said:
+            return
         self.said.add(what)
         logger.warning(
-            "step %d: %s for %d steps. The run has stalled: hardly any pair teaches any more. "
-            "A larger beta, a smaller learning rate or an earlier checkpoint is what helps",
+            "step %d: %s of the pairs of the last %d steps is %.2g%s, below %g. The run has stalled: hardly any pair teaches any "
+            "more. A larger beta, a smaller learning rate or an earlier checkpoint is what helps",
             step + 1,
             what,
-            self.steps,
+            steps,
+            found,
+            " of their number" if limit == STALL_ESS else "",
+            limit,
         )
 
 

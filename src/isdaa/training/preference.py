@@ -342,8 +342,8 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
         elif not self.went_on and self.objective.weight not in ("none", "wpo") and figures["step"].min().item() == 0:
             self._warn_about_weights(figures)
         if self.objective.weight != "none":
-            for step, ess, mean in figures.steps():
-                self.stall.update(step, ess, mean)
+            for found in figures.steps():
+                self.stall.update(*found)
         if self._interval_started is not None:
             metrics["time/pairs_per_second"] = self._interval_pairs / max(now - self._interval_started, 1e-9)
         self._tables, self._interval_started, self._interval_pairs = [], None, 0
