@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chains import CHAIN, read_lines, train
 from training_helpers import EOS, VOCABULARY, tiny_model, token_rows, trainer_of, with_reference
 
-from isdaa import Objective
+from isdaa import Objective, PreferenceConfig, preference_trainer
+from isdaa.cli import main
 from isdaa.data.pairs import Counts
 from isdaa.models.forward import prepare
 from isdaa.models.sampling import SamplingSettings, sample
@@ -120,3 +122,39 @@ def test_a_start_far_from_its_reference_is_told(
         trainer.train()
         assert ("weights are far from 1" in caplog.text) is warned
     torch.manual_seed(0)
+
+
+def test_the_best_against_the_worst_is_told_where_weights_are_made_of_mu_and_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the label stage's own run, in a later run on its file, before either, and from Python."""
+    monkeypatch.chdir(tmp_path)
+    told = "which is no draw from μ × μ: importance weights on them are biased"
+    label = CHAIN | {"stages": ["sft", "label", "align"], "data.limit": 12, "label.samples": 3, "align.max_steps": 1}
+    label |= {"label.pairing": "best_worst", "data.eval_fraction": 0.0, "sft.max_steps": 1}
+    assert train("weighted", label) == 0
+    assert f"align: warning: 12 pairs are the best against the worst of several samples (pairing: best_worst), {told}" in (
+        said := capsys.readouterr().err
+    )
+    assert "not read: pairing" not in said and said.count("μ × μ") == 1
+    assert train("plain", label | {"objective.method": "chi_po"}) == 0
+    assert "μ × μ" not in capsys.readouterr().err
+    later = {k: v for k, v in CHAIN.items() if k not in ("model.random", "data.sft", "data.prompts")}
+    later |= {"stages": ["align"], "model.path": "weighted/sft", "data.pairs": "weighted/pairs/train.jsonl", "align.max_steps": 1}
+    for method, weight, biased in (
+        ("is_dpo", "preset", True), ("is_chi_po", "preset", True), ("is_ipo", "shuffled", True), ("is_slic", "mean", True),
+        ("dpo", "preset", False), ("chi_po", "preset", False), ("wpo", "preset", False),
+    ):  # fmt: skip
+        given = {"objective.method": method} | ({} if weight == "preset" else {"objective.weight": weight})
+        assert train(f"{method}-{weight}", later | given) == 0
+        said = capsys.readouterr().err
+        assert (told in said) is biased and "not read: pairing" not in said, method
+        assert main(["inspect", *(f"--{key}={value}" for key, value in {"model.path": "weighted/sft", **given}.items()),
+                     "--data.pairs", "weighted/pairs/train.jsonl", "--output_dir", "none"]) == 0  # fmt: skip
+        assert (told in " ".join("".join(capsys.readouterr()).split())) is biased, method
+        args = PreferenceConfig("out", method=method, bf16=False, report_to="none", use_cpu=True)
+        preference_trainer("weighted/sft", args=args, train_dataset=read_lines(Path("weighted/pairs/train.jsonl")))
+        assert (told in capsys.readouterr().err) is biased, method
+    # Random pairs are draws, and bear no mark.
+    assert train("random", label | {"label.pairing": "random"}) == 0
+    assert "μ × μ" not in capsys.readouterr().err

@@ -9,6 +9,7 @@ Canonical pair, by column:
   behaviour_chosen_logps, behaviour_rejected_logps  float or None: log μ, sums over the response, both or neither
   weight, chosen_reward, rejected_reward            float or None
   facts                                             dict or None: what the embedded world's judge knows
+A file's `pairing` is counted, and no column of a canonical pair.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ SFT_COLUMNS = frozenset({"id", "messages", "text", *PROMPT_NAMES, *RESPONSE_NAME
 PAIR_COLUMNS = frozenset(
     {
         *("id", "chosen", "rejected", "messages", "weight", "chosen_reward", "rejected_reward", "chosen_finished"),
-        *("rejected_finished", "facts", "behaviour_tokens", *PROMPT_NAMES, *PAIR_IDS, *formats.COLUMNS),
+        *("rejected_finished", "facts", "behaviour_tokens", "pairing", *PROMPT_NAMES, *PAIR_IDS, *formats.COLUMNS),
         *(name for names in BEHAVIOUR_NAMES for name in names),
     }
 )
@@ -85,6 +86,7 @@ class Counts:
     turns_apart: int = 0
     not_learnt: int = 0
     no_template: int = 0
+    best_worst: int = 0  # rows that the label stage marked
     unread: tuple[str, ...] = ()
 
     def drop(self, error: Exception) -> None:
@@ -168,6 +170,7 @@ def canonical_pair(
         counts.empty_prompts += not prompt
         counts.other_speakers += any(len(side) > 1 for side in (chosen, rejected) if isinstance(side, list))
     behaviour_chosen, behaviour_rejected = _behaviour_logps(row, where)
+    counts.best_worst += row.get("pairing") == "best_worst"
     return {
         "id": row_id(row, where, source),
         "prompt": prompt,

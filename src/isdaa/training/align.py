@@ -25,7 +25,7 @@ from isdaa.models.saving import weights_digest
 from isdaa.objectives.objective import Objective
 from isdaa.record import ModelRecord
 from isdaa.training.arguments import total_steps, training_arguments
-from isdaa.training.authors import foreign_text, naming_columns, takes_reference_for_author
+from isdaa.training.authors import foreign_text, naming_columns, not_drawn, takes_reference_for_author
 from isdaa.training.batches import TokenisedPairs
 from isdaa.training.checkpoints import named, sampled_digest
 from isdaa.training.continued import OPTIMIZER, Ancestor, ancestor_of, ancestry, seen_before, told
@@ -227,6 +227,7 @@ def _pairs(run: Run, tokenizer: Any, ancestor: Ancestor | None = None) -> tuple[
         run.say("align", seen_before(ancestor, config, held))
     tokens, more = _tokens(run, rows, tokenizer)
     run.say("align", [f"training pairs: {line}" for line in (counts + more).lines()])
+    run.say("align", not_drawn(config.objective.arguments(), counts))
     cut = [not finished for name in ("chosen_finished", "rejected_finished") for finished in rows[name]]
     if fragments.many(share := sum(cut) / len(cut)):
         told = "no end is learnt from them; sample them again with a larger limit on new tokens (label.max_new_tokens)"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +37,17 @@ def takes_reference_for_author(config: Config, pairs: TokenisedPairs) -> bool:
     """Whether weights depend on μ, and neither the configuration nor a row says what μ is."""
     known = config.behaviour.model_path is not None or set(pairs.floats) & set(BEHAVIOUR_COLUMNS)
     return weighs_by_behaviour(config.objective.arguments()) and not known
+
+
+def not_drawn(objective: Mapping[str, Any], counts: Counts) -> list[str]:
+    """A line where weights are made of μ, and the label stage has marked pairs as no draw from μ × μ."""
+    if not counts.best_worst or not weighs_by_behaviour(objective):
+        return []
+    return [
+        f"warning: {counts.best_worst} pairs are the best against the worst of several samples (pairing: best_worst), which is "
+        "no draw from μ × μ: importance weights on them are biased; make pairs with label.pairing: random, or take a method "
+        "without μ, such as chi_po"
+    ]
 
 
 def naming_columns(counts: Counts) -> list[str]:

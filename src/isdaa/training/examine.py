@@ -24,7 +24,7 @@ from isdaa.data.pairs import Counts
 from isdaa.data.sources import load_prompts, load_sft
 from isdaa.data.tokenization import tokenize_pairs, tokenize_prompts, tokenize_sft
 from isdaa.errors import UserError
-from isdaa.training.authors import ASSUMED, naming_columns, takes_reference_for_author
+from isdaa.training.authors import ASSUMED, naming_columns, not_drawn, takes_reference_for_author
 from isdaa.training.batches import TokenisedPairs
 from isdaa.training.reading import read_pairs
 from isdaa.training.stall import unmeasured
@@ -154,6 +154,8 @@ def _pairs(stage: str, config: Config, tokenizer: Any, source: str, cache: Path,
         result.notes += naming_columns(counts) or [ASSUMED]
     elif behaviour:
         result.notes.append(unmeasured(config, pairs))
+    if stage == "align":
+        result.notes += not_drawn(config.objective.arguments(), counts)
     if read.common:
         result.notes.append(f"{read.common} prompts are in both the training and the held-out pairs")
     chat = _chat(read.rows, "prompt")
@@ -252,6 +254,8 @@ def written_by_label(config: Config, tokenizer: Any, prompts: Examined, cache: P
     result.held_out, result.held_lengths = held, every[:held] if held else None
     result.highest_id, result.different_prompts = prompts.highest_id, (count - held) // pairs
     result.groups = np.repeat(np.arange(len(prompts.lengths)), pairs)[held:]
+    if label.pairing == "best_worst" and "align" in config.stages:
+        result.notes += not_drawn(config.objective.arguments(), Counts(best_worst=count - held))
     result.assumed = f"not written yet: taken to be {count:,} pairs, each response as long as {like}"
     return result
 

@@ -71,8 +71,6 @@ def label(run: Run) -> Path:
     for row in rows:
         answers = [{**r, "text": _text(r["ids"], row, tokenizer, stop)} for r in responses[str(row["id"])]]
         pairs += label_prompt(row, answers, settings, seed)
-    if settings.pairing == "best_worst":
-        run.say("label", ["best against worst is not a draw from μ × μ: importance weights on these pairs are biased"])
     if _is_plain_sampling(settings):
         pairs = _with_behaviour_logps(run, pairs, model, weights, tokenizer)
     else:

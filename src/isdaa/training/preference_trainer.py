@@ -29,7 +29,7 @@ from isdaa.objectives.formulas import one_line
 from isdaa.objectives.objective import Objective
 from isdaa.record import ModelRecord, base_of
 from isdaa.terminal import say
-from isdaa.training.authors import foreign_text
+from isdaa.training.authors import foreign_text, not_drawn
 from isdaa.training.batches import BEHAVIOUR_COLUMNS, TokenisedPairs
 from isdaa.training.checkpoints import named
 from isdaa.training.monitor import MetricsFile, metrics_at
@@ -231,9 +231,10 @@ def _pairs(rows: Any, which: str, tokenizer: Any, settings: TokenizationSettings
 
     def read() -> tuple[TokenisedPairs, list[str]]:
         canonical, counts = pairs_of(rows, which, repeated=args.prompt_repeated)
-        behaviour = weighs_by_behaviour(args.objective_arguments())
-        tokens, more = tokenize_pairs(canonical, tokenizer, settings, behaviour=behaviour)
-        return TokenisedPairs(tokens), (counts + more).lines()
+        objective = args.objective_arguments()
+        tokens, more = tokenize_pairs(canonical, tokenizer, settings, behaviour=weighs_by_behaviour(objective))
+        biased = not_drawn(objective, counts) if which == "train_dataset" else []
+        return TokenisedPairs(tokens), [*(counts + more).lines(), *biased]
 
     pairs, lines = once(read)
     for line in lines:
