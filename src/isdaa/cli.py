@@ -450,6 +450,7 @@ def _report(arguments: argparse.Namespace) -> int:
         _adopted(arguments.checkpoints or [arguments.path])
     from isdaa.evaluation.left_out import check_done
     from isdaa.report.make import report_on, written
+    from isdaa.report.words import keep_lines
 
     page, sentences = report_on(
         arguments.checkpoints or [arguments.path],
@@ -458,10 +459,10 @@ def _report(arguments: argparse.Namespace) -> int:
         as_one_run=arguments.checkpoints is not None,
         one_run=arguments.one_run,
     )
-    for sentence in sentences:
-        print(shown(sentence))
-    print(f"report: {shown(page)}")
-    check_done(written(page))
+    report = written(page)
+    for line in [*sentences, *keep_lines(report), f"report: {page}"]:
+        print(shown(line))
+    check_done(report)
     _stop_in_part(overrides)
     return 0
 

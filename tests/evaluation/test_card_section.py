@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 from chains import ALIGN, chat_model, jsonl, plain_pairs, train
-from pytest import MonkeyPatch
+from pytest import CaptureFixture, MonkeyPatch
 
 from isdaa.cli import main
 from isdaa.evaluation.card_section import BEGIN, with_section
 from isdaa.manifest import MANIFEST
+from isdaa.training.cards import title
 
 
 def test_the_section_is_put_in_and_replaced_wherever_the_card_has_been_edited() -> None:
@@ -22,7 +23,17 @@ def test_the_section_is_put_in_and_replaced_wherever_the_card_has_been_edited() 
     assert with_section("# edited", "words").startswith("# edited\n\n" + BEGIN)
 
 
-def test_an_evaluated_run_has_its_figures_and_its_verdict_in_its_cards(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+def test_a_sweeps_run_is_called_by_its_cell_and_seed() -> None:
+    run = Path("/runs/s/runs/dpo-beta0.01/seed-1")
+    assert title(run / "model") == title(run) == "dpo-beta0.01 seed-1"
+    assert title(run / "best") == "dpo-beta0.01 seed-1, best" and title(run / "sft") == "dpo-beta0.01 seed-1, SFT"
+    assert title(run / "checkpoints" / "checkpoint-20") == "dpo-beta0.01 seed-1, checkpoint-20"
+    assert title(Path("/runs/my-seed-1/model")) == "my-seed-1" and title(Path("/seed-1/model")) == "seed-1"
+
+
+def test_an_evaluated_run_has_its_figures_and_its_verdict_in_its_cards(
+    tmp_path: Path, monkeypatch: MonkeyPatch, capsys: CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     chat_model(tmp_path / "my_model")
     jsonl(tmp_path / "pairs.jsonl", plain_pairs(40))
@@ -36,7 +47,13 @@ def test_an_evaluated_run_has_its_figures_and_its_verdict_in_its_cards(tmp_path:
     assert main(["evaluate", "--model_path", "mine", *small]) == 0
     metrics = json.loads((tmp_path / "mine" / "evaluation" / "metrics.json").read_text())
     (verdict,) = metrics["verdicts"].values()
-    for folder in (card.parent, tmp_path / "mine" / "checkpoints" / "checkpoint-2"):
+    # The last checkpoint, which is evaluated as model/, and best/ are the same weights twice.
+    checkpoints = tmp_path / "mine" / "checkpoints"
+    assert "the figures are in the model card: " in (told := capsys.readouterr().err) and "(and 4 more)" in told
+    assert (checkpoints / "checkpoint-4" / "README.md").read_text().split("## Evaluation")[1].split("## Versions")[0] == (
+        card.read_text().split("## Evaluation")[1].split("## Versions")[0]
+    )
+    for folder in (card.parent, checkpoints / "checkpoint-2", checkpoints / "checkpoint-4"):
         words = (folder / "README.md").read_text()
         assert words.count("## Evaluation") == 1 and f"**Verdict on its run:** {verdict['sentence']}" in words
         assert "| win rate | 0." in words and "as `reward` scores" in words and (folder / MANIFEST).is_file()

@@ -36,6 +36,14 @@ def test_one_seed_has_no_bounds():
     assert np.isnan(seed_mean([]).mean) and seed_mean([]).seeds == 0
 
 
+@pytest.mark.parametrize("values", [[0.0, 0.0], [0.2, 0.9], [0.0, 0.0, 0.0], [0.1 + 0.2, 0.3, 0.3, 0.3]])
+def test_two_seeds_and_seeds_that_all_gave_the_same_have_no_bounds(values):
+    """An interval of width 0 read as certain, beside one from 0 to 1 of the same two seeds."""
+    found = seed_mean(values)
+    assert (found.low, found.high, found.seeds) == (None, None, len(values)) and found.mean == pytest.approx(np.mean(values))
+    assert seed_mean([*values, 0.5]).low is not None or len(values) < 2
+
+
 def test_the_t_interval_covers():
     rng = np.random.default_rng(0)
     found = [seed_mean(values) for values in rng.standard_normal((2000, 5))]
@@ -69,11 +77,11 @@ def test_runs_without_win_rates():
 
 
 def test_differences_are_paired_by_seed():
-    a = summarise([a_run([0.5, 0.5, 0.5 + 0.1 * s], [1, 2, 3], "a", s) for s in (1, 2, 3)])[0]
-    b = summarise([a_run([0.5, 0.5, 0.4 + 0.1 * s], [1, 2, 3], "b", s) for s in (3, 2, 5)])[0]
+    a = summarise([a_run([0.5, 0.5, 0.5 + 0.1 * s], [1, 2, 3], "a", s) for s in (1, 2, 3, 4)])[0]
+    b = summarise([a_run([0.5, 0.5, 0.4 + 0.1 * s + 1e-4 * (s == 3)], [1, 2, 3], "b", s) for s in (4, 3, 2, 5)])[0]
     found = difference(a, b)
-    assert found.seeds == 2 and found.values == (pytest.approx(0.1), pytest.approx(0.1))
-    assert found.high - found.low < 1e-12  # the seeds' own spread is gone
+    assert found.seeds == 3 and found.values == pytest.approx((0.1, 0.1 - 1e-4, 0.1))
+    assert found.high - found.low < 1e-3  # the seeds' own spread is gone
     assert difference(a, summarise([a_run([0.5] * 3, [1, 2, 3], "c", 9)])[0]).seeds == 0
     with pytest.raises(ValueError, match="best, final, final_kl, fall"):
         difference(a, b, "kl")

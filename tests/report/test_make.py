@@ -21,9 +21,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_is_evaluated_and_reported_on(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(trained)]) == 0
-    sentence, place = capsys.readouterr().out.splitlines()[-2:]
-    page = trained / "report" / "report.html"
-    assert place == f"report: {page}" and sentence in json.loads((trained / "report/report.json").read_text())["headline"]
+    *_, sentence, place = (printed := capsys.readouterr().out.splitlines())
+    page, report = trained / "report" / "report.html", json.loads((trained / "report/report.json").read_text())
+    if keep := report["keep"]:
+        sentence = printed[-4]
+        assert printed[-3:-1] == [f"keep: {keep['path']}", f"upload: hf upload OWNER/NAME {keep['path']}"]
+    assert place == f"report: {page}" and sentence in report["headline"]
     assert "<script" not in page.read_text(encoding="utf-8")
     metrics = json.loads((trained / "evaluation/metrics.json").read_text())
     assert metrics["verdicts"]["mine"]["sentence"] == sentence

@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from hostile import ESCAPED, NAME, harmless
@@ -17,7 +18,7 @@ from isdaa.report.content import COLUMNS, find, report_of
 from isdaa.report.figures import figures_of
 from isdaa.report.lines import lines_of, panels_of
 from isdaa.report.style import PALETTE
-from isdaa.report.words import number
+from isdaa.report.words import keep_lines, number
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +79,9 @@ def shown(value, digits=2) -> str:
     if value is None or value["mean"] is None:
         return "–"
     text = number(value["mean"], digits)
-    return text if value["low"] is None else f"{text} [{number(value['low'], digits)}, {number(value['high'], digits)}]"
+    if value["low"] is None:
+        return f"{text} [–]" if value.get("seeds", 1) > 1 else text
+    return f"{text} [{number(value['low'], digits)}, {number(value['high'], digits)}]"
 
 
 def test_one_run_begins_with_its_verdict_and_the_checkpoint_to_keep(tmp_path):
@@ -118,15 +121,65 @@ def test_numbers_on_the_page_are_those_of_the_data(tmp_path):
         assert squeezed(row[9]) == shown(entry["accuracy"]) and squeezed(row[11]) == shown(entry["rejected_drift"], 1)
 
 
-def test_a_sweep_says_who_fell_and_who_keeps_most(tmp_path):
+def test_a_sweep_says_who_fell_and_who_ends_highest(tmp_path):
     html, report, _ = written(sweep(seeds=4, prompts=300), tmp_path)
     finals = [cell["final"]["mean"] for cell in report["cells"]]
     assert finals == sorted(finals, reverse=True)
     assert "over-optimised on 4 of 4 seeds" in report["headline"]
-    assert f"{report['cells'][0]['label']} keeps most, with a final win rate of {finals[0]:.2f}" in report["headline"]
+    best = report["cells"][0]
+    assert f"is_dpo (β = {best['beta']:g}) ends highest, with a win rate of {finals[0]:.2f}" in report["headline"]
     assert len(report["cells"]) == 4 and all(len(cell["seeds"]) == 4 for cell in report["cells"])
     assert report["comparison"]["end"] and report["comparison"]["matched_kl"]
     assert html.count('class="chip over-optimised"') > 8
+
+
+def test_two_seeds_have_no_interval_and_the_page_says_why(tmp_path):
+    for seeds, told in ((2, True), (3, False)):
+        html, report, _ = written(sweep(seeds=seeds), tmp_path / str(seeds))
+        assert ("[–]: too few seeds for an interval" in html) is told and ("[–]</span>" in html) is told
+        assert all((cell["final"]["low"] is None) is told for cell in report["cells"])
+        assert ("interval" in report["headline"]) is not told
+    # The run alone has its own, over prompts.
+    html, report, _ = written(sweep(seeds=1), tmp_path / "1")
+    assert "[–]" not in html and all(cell["final"]["low"] is not None for cell in report["cells"])
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_folder_to_keep_stands_in_a_line_with_the_upload(tmp_path, there):
+    """Of one run, the best cell's, or another cell's that was higher, as the sentence says; none where none is better."""
+    home = tmp_path / "my runs"
+    one = study([trajectory(prompts=300, folder=str(home))])
+    runs = [
+        trajectory(method, 0.01, seed, curve=curve, prompts=300, folder=str(home))
+        for seed in (1, 2)
+        for method, curve in (("dpo", [0.85, 0.7, 0.6, 0.5]), ("is_dpo", [0.6, 0.62, 0.62, 0.62]))
+    ]
+    for number_, (case, whose) in enumerate(
+        ((one, "dpo-0.01-1"), (study(runs), "dpo-0.01-"), (study(runs[1::2]), "is_dpo-0.01-"))
+    ):
+        _, report, _ = written(case, tmp_path / f"page-{number_}")
+        folder = Path(report["keep"]["path"])
+        assert folder.is_relative_to(home) and folder.parts[len(home.parts)].startswith(whose)
+        assert folder.name == f"checkpoint-{report['keep']['step']}"
+        if len(report["runs"]) > 1:
+            assert f"step {report['keep']['step']} of" in report["headline"] or "keep its" in report["headline"]
+        if there:
+            folder.mkdir(parents=True, exist_ok=True)
+        lines = [f"keep: {folder}"] + [f"upload: hf upload OWNER/NAME '{folder}'"] * there
+        assert keep_lines(report) == lines
+    for none in ([trajectory(curve=FLAT, prompts=120)], [trajectory("dpo", b, 1, curve=FLAT, prompts=120) for b in (0.01, 0.1)]):
+        _, report, _ = written(study(none), tmp_path / "none" / str(len(none)))
+        assert report["keep"] is None and keep_lines(report) == []
+    _, report, _ = written(study([trajectory(scored=False)]), tmp_path / "unscored")
+    assert report["keep"] is None and keep_lines(report) == []
+
+
+def test_commas_of_a_cell_are_not_those_of_a_list(tmp_path):
+    runs = [trajectory("chi_po", beta, 1, curve=[0.8, 0.81, 0.8, 0.81], prompts=400) for beta in (0.01, 0.05)]
+    runs += [trajectory("dpo", beta, 1, curve=FLAT[:4], prompts=400) for beta in (0.05, 0.1)]
+    _, report, _ = written(study(runs), tmp_path)
+    assert "; no checkpoint of dpo (β = 0.05) and dpo (β = 0.1) is shown to be better" in report["headline"]
+    assert ", β" not in report["headline"] and {cell["label"] for cell in report["cells"]} >= {"dpo, β = 0.1"}
 
 
 def test_without_a_scorer_there_is_no_verdict(tmp_path):
@@ -359,7 +412,7 @@ def test_of_several_runs_the_sentence_says_which_are_not_better(tmp_path):
     runs = [trajectory(None, None, None, name=name, curve=curve, prompts=300) for name, curve in (("up", RISES), ("flat", FLAT))]
     _, report, _ = written(study(runs), tmp_path / "one")
     assert report["headline"].endswith("; no checkpoint of flat is shown to be better than the reference (95 %).")
-    assert "up keeps most" in report["headline"] and "keep its up" not in report["headline"]
+    assert "up ends highest" in report["headline"] and "keep its up" not in report["headline"]
     flat = [trajectory("dpo", beta, 1, curve=FLAT, prompts=120) for beta in (0.01, 0.1)]
     _, report, _ = written(study(flat), tmp_path / "none")
     assert report["headline"].endswith("no checkpoint is shown to be better than the reference (95 %): keep the reference.")
@@ -375,8 +428,8 @@ def test_the_checkpoint_to_keep_is_the_best_of_all_runs(tmp_path):
         for method, curve in (("dpo", [0.85, 0.7, 0.6, 0.5]), ("is_dpo", [0.6, 0.62, 0.62, 0.62]))
     ]
     _, report, _ = written(study(runs), tmp_path)
-    assert "is_dpo, β = 0.01 keeps most" in report["headline"]
-    assert "but the best of all is step 40 of dpo, β = 0.01, with 0.8" in report["headline"]
+    assert "is_dpo (β = 0.01) ends highest" in report["headline"]
+    assert "but the best of all is step 40 of dpo (β = 0.01), with 0.8" in report["headline"]
 
 
 def test_a_run_that_ends_worse_is_named(tmp_path):
@@ -387,7 +440,7 @@ def test_a_run_that_ends_worse_is_named(tmp_path):
     html, report, rows = written(study(runs), tmp_path / "both")
     assert [run["verdict"]["finding"] for run in report["runs"]] == ["over-optimised", "worse"]
     down = f"(win rate against the reference down {number(report['runs'][0]['verdict']['fall'])})"
-    assert f"dpo, β = 0.01 over-optimised {down}, ipo, β = 0.01 is worse at the end; " in report["headline"]
+    assert f"dpo (β = 0.01) over-optimised {down}, ipo (β = 0.01) is worse at the end; " in report["headline"]
     assert 'class="chip worse"' in html and {row["finding"] for row in rows} == {"over-optimised", "worse"}
     _, report, _ = written(study(runs[1:]), tmp_path / "one")
     assert (
@@ -396,7 +449,7 @@ def test_a_run_that_ends_worse_is_named(tmp_path):
     )
     two = [runs[1], trajectory("ipo", 0.1, 1, curve=[0.8, 0.65, 0.8, 0.65, 0.8, 0.65], prompts=300)]
     _, report, _ = written(study(two), tmp_path / "two")
-    assert report["headline"].startswith("No run over-optimised beyond doubt (2 of 2 worse at the end);")
+    assert report["headline"].startswith("No run is shown to have over-optimised (2 of 2 worse at the end);")
 
 
 def test_a_law_without_a_peak_among_the_checkpoints_is_not_drawn_and_it_says_why(tmp_path):

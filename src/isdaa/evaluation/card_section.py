@@ -10,6 +10,7 @@ from typing import Any
 from isdaa.evaluation.table import pm
 from isdaa.files import write_atomically
 from isdaa.record import read_record, run_folder
+from isdaa.terminal import say
 
 CARD = "README.md"
 BEGIN, END = "<!-- evaluation by isdaa -->", "<!-- end of the evaluation -->"
@@ -18,17 +19,34 @@ _SECTION = re.compile(rf"{re.escape(BEGIN)}.*?{re.escape(END)}\n+", re.DOTALL)
 
 
 def write_sections(metrics: Mapping[str, Any]) -> list[Path]:
-    """Put the evaluation into the cards of the models in `metrics` that are this user's own; returns the cards."""
-    written = []
+    """Put the evaluation into the cards of the models in `metrics` that are this user's own; says so, and returns the cards.
+
+    A run keeps some of its models twice: `model/` and `best/` are checkpoints, too, and each card is of the same weights.
+    """
+    words: dict[Path, str] = {}
     for model in metrics["models"]:
-        card = Path(model["path"]) / CARD
-        record = read_record(card.parent) if card.is_file() else None
-        if record is None or not record.own:
-            continue
-        text = card.read_text(encoding="utf-8")
-        write_atomically(card, with_section(text, section(model, metrics)))
-        written.append(card)
-    return written
+        words |= {card: section(model, metrics) for card in _cards(Path(model["path"]))}
+    for card, told in words.items():
+        write_atomically(card, with_section(card.read_text(encoding="utf-8"), told))
+    if words:
+        first = next(iter(words))
+        say(f"the figures are in the model card: {first}" + (f" (and {len(words) - 1} more)" if len(words) > 1 else ""))
+    return list(words)
+
+
+def _cards(folder: Path) -> list[Path]:
+    """The cards, where they are this user's own, of a model and of its run's others of the same step."""
+    record, run = read_record(folder), run_folder(folder)
+    if record is None or not record.own or not folder.is_dir():
+        return []
+    found = [folder]
+    if run is not None and record.step is not None:
+        alike = [run / "model", run / "best", run / "checkpoints" / f"checkpoint-{record.step}"]
+        twins = [(other, read_record(other)) for other in alike if other.is_dir() and not other.samefile(folder)]
+        found += [
+            other for other, its in twins if its is not None and its.own and (its.kind, its.step) == (record.kind, record.step)
+        ]
+    return [other / CARD for other in found if (other / CARD).is_file()]
 
 
 def with_section(card: str, words: str) -> str:

@@ -15,13 +15,14 @@ from isdaa.evaluation.statistics import Interval, Numbers
 from isdaa.evaluation.trajectory import Trajectory
 
 WHAT = ("best", "final", "final_kl", "fall")
+FEW = 3  # seeds from which a t-interval says something; two are nearly always told to lie anywhere
 # A cell that goes less than this share of the way in √KL that the median cell goes is left out: it would end everyone's range.
 HARDLY = 0.5
 
 
 @dataclass(frozen=True)
 class SeedMean:
-    """A mean over S seeds with its t-interval; no bounds from one seed."""
+    """A mean over S seeds with its t-interval; no bounds from fewer than three seeds, nor from seeds that all gave the same."""
 
     mean: float
     low: float | None
@@ -55,15 +56,19 @@ class MatchedKl:
 
 
 def seed_mean(values: Sequence[float], *, confidence: float = 0.95) -> SeedMean:
-    """Mean of one value a seed with its t-interval; a bootstrap over five seeds would cover 84 %. NaN from no seed."""
+    """Mean of one value a seed with its t-interval; a bootstrap over five seeds would cover 84 %. NaN from no seed.
+
+    Seeds that all gave the same value (falls of 0) have no spread to tell an interval from: one of width 0 would read as certain.
+    """
     numbers = np.asarray(values, dtype=np.float64)
     if len(numbers) == 0:
         return SeedMean(float("nan"), None, None, 0, ())
     mean = float(numbers.mean())
-    if len(numbers) < 2:
-        return SeedMean(mean, None, None, 1, (mean,))
+    values = tuple(float(value) for value in numbers)
+    if len(numbers) < FEW or np.ptp(numbers) < 1e-9:
+        return SeedMean(mean, None, None, len(numbers), values)
     half = float(student.ppf((1 + confidence) / 2, len(numbers) - 1) * numbers.std(ddof=1) / np.sqrt(len(numbers)))
-    return SeedMean(mean, mean - half, mean + half, len(numbers), tuple(float(value) for value in numbers))
+    return SeedMean(mean, mean - half, mean + half, len(numbers), values)
 
 
 def summarise(runs: Sequence[Trajectory], *, confidence: float = 0.95) -> list[CellSummary]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from isdaa.evaluation.analysis import no_measure
+from isdaa.evaluation.comparison import FEW
 from isdaa.evaluation.left_out import endings
 from isdaa.evaluation.overoptimization import NONE_BETTER
 
@@ -14,6 +16,7 @@ MINUS = str.maketrans("-", "−")  # of a number
 MOST_NAMED = 4  # cells in a sentence
 REFERENCE = "the reference"  # what is kept where no checkpoint is
 OVER, WORSE, UNDER, DIVERGED = "over-optimised", "worse", "underpowered", "diverged"
+UNBOUNDED = "[–]"  # for an interval over seeds
 TOO_FEW = "No verdict: it takes at least three checkpoints of a run to tell a fall from noise."
 
 
@@ -30,21 +33,22 @@ def percent(confidence: float) -> str:
 
 
 def interval(value: Mapping[str, Any] | None, digits: int = 2) -> str:
-    """`0.61 [0.57, 0.65]`, without brackets where there are no bounds."""
+    """`0.61 [0.57, 0.65]`, without brackets where there are no bounds, `0.61 [–]` where seeds are too few for them."""
     if not value or value.get("mean") is None:
         return "–"
     text = number(value["mean"], digits)
     if value.get("low") is None or value.get("high") is None:
-        return text
+        return f"{text} {UNBOUNDED}" if value.get("seeds", 1) > 1 else text
     return f"{text} [{number(value['low'], digits)}, {number(value['high'], digits)}]"
 
 
-def headline(report: Mapping[str, Any]) -> dict[str, str]:
-    """`{"headline", "tone", "summary"}`: the verdict in one sentence, its colour, and what the sentence rests on.
+def headline(report: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"headline", "tone", "summary", "keep"}`: the verdict in one sentence, its colour, what the sentence rests on, and the
+    checkpoint that it says to keep (label, path, step), or None.
 
     What comes first of all: which runs ended in weights that are not finite.
     """
-    found, ended = _headline(report), report.get("ended") or {}
+    found, ended = {"keep": None} | _headline(report), report.get("ended") or {}
     if not ended:
         return found
     more = len(ended.keys() - {run["name"] for run in report["runs"]})  # of which nothing is left
@@ -53,7 +57,7 @@ def headline(report: Mapping[str, Any]) -> dict[str, str]:
     return found | {"headline": " ".join([*first, found["headline"]]), "tone": "over"}
 
 
-def _headline(report: Mapping[str, Any]) -> dict[str, str]:
+def _headline(report: Mapping[str, Any]) -> dict[str, Any]:
     runs, cells = report["runs"], report["cells"]
     judged = [run for run in runs if run["verdict"] is not None]
     basis = _basis(report)
@@ -69,13 +73,17 @@ def _headline(report: Mapping[str, Any]) -> dict[str, str]:
     found = {run["verdict"]["finding"] for run in judged}
     tone = "over" if found & {OVER, WORSE} else "under" if UNDER in found or nothing else "not"
     if all(cell["final"]["mean"] is None for cell in cells) and len(runs) > 1:
-        sentences = [f"{run['label']}: {run['verdict']['sentence']}" for run in judged]
+        sentences = [f"{_cell(run)}: {run['verdict']['sentence']}" for run in judged]
         return {"headline": " ".join(sentences), "tone": tone, "summary": basis}
     if len(runs) == 1:
-        return {"headline": runs[0]["verdict"]["sentence"], "tone": tone, "summary": basis}
+        only = runs[0]["recommended"]
+        keep = None if only is None or only["label"] == REFERENCE else only
+        return {"headline": runs[0]["verdict"]["sentence"], "tone": tone, "summary": basis, "keep": keep}
     keeps = "" if nothing else f"; {_who_keeps(cells, report['confidence'])}"
+    words, keep = _to_keep(report)
     return {
-        "headline": f"{_who_fell(cells, opponent_of(report))}{keeps}{_to_keep(report)}{_not_better(report)}.",
+        "headline": f"{_who_fell(cells, opponent_of(report))}{keeps}{words}{_not_better(report)}.",
+        "keep": keep,
         "tone": "mixed" if len(found) > 1 else tone,
         "summary": basis,
     }
@@ -92,27 +100,33 @@ def _who_fell(cells: Sequence[Mapping[str, Any]], opponent: str) -> str:
     judged = [cell for cell in cells if cell["findings"]]
     if not falling:
         seeds = sum(sum(cell["findings"].values()) for cell in judged)
-        told = {WORSE: "worse at the end", UNDER: "not decided", DIVERGED: "with no end to judge"}
+        told = {WORSE: "worse at the end", UNDER: "with too little data to tell", DIVERGED: "with no end to judge"}
         counts = {words: sum(cell["findings"].get(finding, 0) for cell in judged) for finding, words in told.items()}
         doubts = ", ".join(f"{count} of {seeds} {words}" for words, count in counts.items() if count)
-        return f"No run over-optimised beyond doubt ({doubts})" if doubts else "No run over-optimised"
+        return f"No run is shown to have over-optimised ({doubts})" if doubts else "No run over-optimised"
     if len(judged) <= MOST_NAMED:
         seeds = any(sum(cell["findings"].values()) > 1 for cell in judged)
         parts = [
-            f"{cell['label']} over-optimised{f' on {_count(cell)}' if seeds else ''} "
+            f"{_cell(cell)} over-optimised{f' on {_count(cell)}' if seeds else ''} "
             f"({f'win rate against {opponent} ' * (cell is falling[0])}down {number(cell['fall']['mean'])}){_worse(cell)}"
             for cell in falling
         ]
         worse = [cell for cell in judged if cell not in falling and _worse(cell)]
-        parts += [f"{cell['label']}{f' on none{_worse(cell)}' if seeds else ' is worse at the end'}" for cell in worse]
-        spared = [cell["label"] for cell in judged if cell not in falling and cell not in worse]
+        parts += [f"{_cell(cell)}{f' on none{_worse(cell)}' if seeds else ' is worse at the end'}" for cell in worse]
+        spared = [_cell(cell) for cell in judged if cell not in falling and cell not in worse]
         return ", ".join(parts) + (f", {_and(spared)} {'on none' if seeds else 'did not'}" if spared else "")
     always = [cell for cell in falling if cell["findings"][OVER] == sum(cell["findings"].values())]
     worst = falling[0]
     return (
         f"{len(falling)} of {len(judged)} cells over-optimised on some seed, {len(always) or 'none'} on every seed, "
-        f"worst {worst['label']} ({_count(worst)}, win rate against {opponent} down {number(worst['fall']['mean'])})"
+        f"worst {_cell(worst)} ({_count(worst)}, win rate against {opponent} down {number(worst['fall']['mean'])})"
     )
+
+
+def _cell(named: Mapping[str, Any]) -> str:
+    """A cell's or a run's label within a sentence, whose commas must not be taken for those of a list: `dpo (β = 0.01)`."""
+    method, comma, settings = str(named["label"]).partition(", ")
+    return f"{method} ({settings})" if comma and named["method"] is not None else str(named["label"])
 
 
 def _worse(cell: Mapping[str, Any]) -> str:
@@ -134,32 +148,42 @@ def _who_keeps(cells: Sequence[Mapping[str, Any]], confidence: float) -> str:
     if final["low"] is not None:
         spread = f" ({percent(confidence)} interval {number(final['low'])} to {number(final['high'])})"
     gaps = [cell["below_best"] for cell in others if "below_best" in cell]
-    # From two seeds a t-interval tells nothing apart, and saying so of every cell would say nothing.
-    alike = sum(gap["seeds"] > 2 and gap["low"] <= 0 for gap in gaps)
+    # Two seeds tell nothing apart, and saying so of every cell would say nothing.
+    alike = sum(gap["seeds"] >= FEW and (gap["low"] is None or gap["low"] <= 0) for gap in gaps)
     cannot = f", though {alike} other{'s' * (alike != 1)} cannot be told from it with these seeds" if alike else ""
-    return f"{best['label']} keeps most, with a final win rate of {number(final['mean'])}{spread}{cannot}"
+    return f"{_cell(best)} ends highest, with a win rate of {number(final['mean'])}{spread}{cannot}"
 
 
-def _to_keep(report: Mapping[str, Any]) -> str:
-    """The checkpoint to keep of the best cell's run that ends highest; the page lists every run's."""
+def _to_keep(report: Mapping[str, Any]) -> tuple[str, Mapping[str, Any] | None]:
+    """What to keep, in words, and the checkpoint: of the best cell, of its run that ends highest; the page lists every run's."""
     best = next(cell for cell in report["cells"] if cell["final"]["mean"] is not None)
     runs = [run for run in report["runs"] if run["cell"] == best["cell"] and run["recommended"] is not None]
     runs = [run for run in runs if run["verdict"]["finding"] != DIVERGED]
     if all(run["better"] is False for run in report["runs"]):
-        return f"; {NONE_BETTER}: keep the reference"
+        return f"; {NONE_BETTER}: keep the reference", None
     if not runs:
-        return ""
+        return "", None
     top = max(runs, key=lambda run: run["checkpoints"][-1]["win_rate"]["mean"])  # judged, so it has one
     other = max(report["runs"], key=lambda run: _kept(run)["mean"])
     if other["cell"] != best["cell"] and (_kept(other)["low"] or 0.0) > _kept(top)["mean"]:
-        where = other["label"] if sum(run["cell"] == other["cell"] for run in report["runs"]) == 1 else other["name"]
+        where = _cell(other) if sum(run["cell"] == other["cell"] for run in report["runs"]) == 1 else other["name"]
         rate = number(_kept(other)["mean"])
-        return f"; but the best of all is {_name(other['recommended'])} of {where}, with {rate}: keep that"
+        return f"; but the best of all is {_name(other['recommended'])} of {where}, with {rate}: keep that", other["recommended"]
     if top["recommended"]["label"] == REFERENCE:
         whose = "of it" if len(runs) == 1 else f"of {top['name']}, its run that ends highest,"
-        return f"; but no checkpoint {whose} is shown to be better than the reference"
+        return f"; but no checkpoint {whose} is shown to be better than the reference", None
     what = _name(top["recommended"])
-    return f"; keep its {what}" if len(runs) == 1 else f"; of its runs {top['name']} ends highest: keep {what} of it"
+    words = f"; keep its {what}" if len(runs) == 1 else f"; of its runs {top['name']} ends highest: keep {what} of it"
+    return words, top["recommended"]
+
+
+def keep_lines(report: Mapping[str, Any]) -> list[str]:
+    """The folder of the checkpoint that the headline says to keep, and what puts it on the Hub; no line where it names none."""
+    kept = report.get("keep")
+    if kept is None:
+        return []
+    upload = [f"upload: hf upload OWNER/NAME {shlex.quote(kept['path'])}"] if Path(kept["path"]).is_dir() else []
+    return [f"keep: {kept['path']}", *upload]
 
 
 def _name(checkpoint: Mapping[str, Any]) -> str:
@@ -177,7 +201,7 @@ def _not_better(report: Mapping[str, Any]) -> str:
     for run in report["runs"]:
         better.setdefault(run["cell"], []).append(run["better"])
     best, *others = [cell for cell in report["cells"] if cell["final"]["mean"] is not None]
-    names = [cell["label"] for cell in others if all(found is False for found in better[cell["cell"]])]
+    names = [_cell(cell) for cell in others if all(found is False for found in better[cell["cell"]])]
     if not names or (len(others) == len(names) and all(found is False for found in better[best["cell"]])):
         return ""  # none at all, which is said
     which = _and(names) if len(names) <= MOST_NAMED else f"{len(names)} other cells"

@@ -74,14 +74,21 @@ def model_card(record: ModelRecord, folder: str | Path, adapter: bool = False) -
 
 
 def title(folder: Path) -> str:
-    """The run's name, and what of it the folder is where it is not the final policy: `mini, best`, `mini, checkpoint-120`."""
+    """The run's name, and what of it the folder is where it is not the final policy: `mini, best`, `mini, checkpoint-120`.
+
+    A sweep's run is called by its cell and its seed, `dpo-beta0.01 seed-1`.
+    """
     folder = folder.absolute()
     if folder.parent.name == "checkpoints":
-        return f"{folder.parent.parent.name}, {folder.name}"
+        return f"{_run(folder.parent.parent)}, {folder.name}"
     if folder.name in PARTS and folder.parent.name:
         part = PARTS[folder.name]
-        return f"{folder.parent.name}, {part}" if part else folder.parent.name
-    return folder.name
+        return f"{_run(folder.parent)}, {part}" if part else _run(folder.parent)
+    return _run(folder)
+
+
+def _run(folder: Path) -> str:
+    return f"{folder.parent.name} {folder.name}".strip() if re.fullmatch(r"seed-\d+", folder.name) else folder.name
 
 
 def _gone_on_from(before: dict[str, Any]) -> str:
