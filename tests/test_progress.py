@@ -187,7 +187,12 @@ def test_a_phase_that_counts_nothing_shows_no_count_and_no_time_left() -> None:
 
 
 def steps(
-    capsys: pytest.CaptureFixture[str], every: int, begin: int = 0, end: int = 5, evaluating: bool = False
+    capsys: pytest.CaptureFixture[str],
+    every: int,
+    begin: int = 0,
+    end: int = 5,
+    evaluating: bool = False,
+    tick: Callable[[], None] = lambda: None,
 ) -> Iterator[Any]:
     """The lines of a run of `end` steps that logs every so many, in the Trainer's order of events."""
     progress = TrainingProgress("train")
@@ -197,6 +202,7 @@ def steps(
     for step in range(begin, end):
         callback.on_step_begin(None, state, control)
         state.global_step = step + 1
+        tick()
         control.should_log = (step + 1) % every == 0 or step + 1 == end
         callback.on_step_end(None, state, control)
         yield from capsys.readouterr().err.splitlines()
@@ -218,6 +224,31 @@ def test_the_line_of_a_step_has_its_own_figures_and_comes_once(
     lines = list(steps(capsys, every=1, begin=begin, evaluating=True))
     found = [re.search(r"(\d)/5 .*loss (\d)  unweighted 0.5  weight 1$", line) for line in lines]
     assert [match and match.groups() for match in found] == [(str(n), str(n)) for n in range(begin + 1, 6)]
+
+
+def test_a_short_run_has_a_line_of_its_first_figures_and_one_of_its_last(capsys: pytest.CaptureFixture[str]) -> None:
+    """34 seconds of stages of less than ten each said nothing but that they had ended."""
+    lines = list(steps(capsys, every=2, end=7))
+    assert [line.partition(" after ")[0] for line in lines] == ["train: 2/7", "train: 7/7"]
+    assert "loss 2  unweighted 0.5  weight 1" in lines[0] and "loss 7  unweighted 0.5  weight 1" in lines[1]
+    assert len(list(steps(capsys, every=1, end=1))) == 1
+
+
+def test_lines_of_training_come_every_ten_seconds_at_most(
+    hands: Callable[[float], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "SILENCE", 1e9)
+    lines = []
+    for line in steps(capsys, every=1, end=40, tick=lambda: hands(2.5)):
+        lines.append(int(re.search(r"(\d+)/40", line).group(1)))  # type: ignore[union-attr]
+    assert lines == [1, *range(5, 40, 4), 40]
+
+
+def test_on_a_terminal_the_bar_alone_shows_the_first_figures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "console", terminal.Terminal(file=io.StringIO(), force_terminal=True))
+    assert list(steps(capsys, every=1)) == []
 
 
 def test_figures_of_several_steps_say_of_which(eager: None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -147,6 +147,7 @@ class Bar:
         self._part: tuple[float, float, str] | None = None  # done before it, its weight, the bar that leads it
         self._live = live
         self._line: tuple[Any, ...] | None = None  # what the last plain line showed
+        self._told = False  # whether a plain line has shown what is done
         self._task: TaskID | None = live.add_task(self.description, total=total, completed=first, bar=self) if live else None  # type: ignore[arg-type]
 
     def update(self, n: float = 1, note: str | None = None, total: float | None = None) -> None:
@@ -235,7 +236,7 @@ class Bar:
         _note_line()
         now, self._line = time.monotonic(), self._state()
         if not within:  # else the figures of the next unit that is done would have to wait
-            self.printed = now
+            self.printed, self._told = now, True
         count = f"{self.share():.0%}" if self.in_parts else self.count()
         left = self.left()
         rest = f", about {clock(left)} left" if left else ""
@@ -243,6 +244,11 @@ class Bar:
         words = (within and self.within) or self.note
         line = f"{self.description}: {counted}{clock(now - self.started)}{rest}  {words}"
         print(shown(line.rstrip()) + "\n", end="", file=sys.stderr, flush=True)
+
+    def begin(self) -> None:
+        """Print the first plain line without waiting for its time; the last one then comes, too, however short the work is."""
+        if self._live is None and not self._told:
+            self.say()
 
     def _state(self) -> tuple[Any, ...]:
         return self.done, self.total, self.note

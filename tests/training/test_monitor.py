@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training_helpers import tiny_model, token_rows, trainer_of, with_reference
+from training_helpers import logged, tiny_model, token_rows, trainer_of, with_reference
 from transformers import TrainerControl, TrainerState
 
 from isdaa import Objective
@@ -145,7 +145,7 @@ def test_figures_forget_fill_ins_and_count_ties_half() -> None:
             step=[0.0, 0.0, 0.0, 1.0, 1.0],
             raw_weight=[1.0, 3.0, 50.0, 0.0, 0.0],
             chosen_drift=[0.5, -0.5, 70.0, 0.0, 0.0],
-            rejected_drift=[1.0, 0.0, 70.0, 0.0, 0.0],
+            rejected_drift=[1.0, 0.0, 70.0, 0.1, 0.0],
         )
     )
     metrics = figures.metrics()
@@ -156,3 +156,34 @@ def test_figures_forget_fill_ins_and_count_ties_half() -> None:
     start = figures.start()
     assert start["start/drift_mean"] == 0.25 and start["start/drift_max"] == 1.0
     assert start["start/drift_rms"] == pytest.approx((1.5 / 4) ** 0.5)
+
+
+def test_rounding_is_no_accuracy() -> None:
+    """At the first step every Δ is rounding: 0.406 and 0.875 of few pairs were seen, and looked like learning."""
+    moved = {"chosen_reward": [2e-8, 2e-8, -1e-8, 3e-8], "rejected_reward": [-1e-8, 0.0, -2e-8, 1e-8]}
+    rounding = {"chosen_drift": [2e-7, 9e-4, -1e-7, 3e-7], "rejected_drift": [-1e-7, 0.0, -2e-7, 1e-7]}
+    later = {"step": [7.0] * 4}
+    assert Figures(table(**moved, **rounding, **later)).accuracy() == 0.5
+    assert Figures(table(**moved, **rounding | {"chosen_drift": [2e-3, 9e-4, -1e-7, 3e-7]}, **later)).accuracy() == 0.625
+    # The coarser rounding of bfloat16, before the first step of a policy that is its reference, and of no other.
+    coarse = {"chosen_drift": [0.2, -0.2, 0.1, -0.1], "rejected_drift": [-0.1, 0.1, -0.2, 0.2], "chosen_reward": [1.0] * 4}
+    coarse |= {"rejected_reward": [0.0] * 4}
+    first = {"step": [0.0] * 4}
+    for columns, at_reference, expected in (
+        (coarse | first, True, 0.5),
+        (coarse | first, False, 1.0),
+        (coarse | later, True, 1.0),
+        (coarse | first | {"chosen_drift": [9.0] * 4}, True, 1.0),  # two models, of which the run warns
+        (coarse | {"step": [0.0, 0.0, 1.0, 1.0]}, True, 0.75),
+    ):
+        assert Figures(table(**columns)).accuracy(at_reference) == expected
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_policy_equal_to_its_reference_has_an_accuracy_of_a_half(tmp_path: Path, precision: str) -> None:
+    data = with_reference(token_rows(9), tiny_model())
+    trainer = trainer_of(tiny_model(), tmp_path, data, data, batch_size=3, max_steps=1, precision=precision)
+    assert trainer.evaluate()["eval_rewards/accuracy"] == trainer.held_out_metrics(data)["rewards/accuracy"] == 0.5
+    trainer.train()
+    assert logged(trainer, "rewards/accuracy") == [0.5]
+    assert trainer.evaluate()["eval_rewards/accuracy"] != 0.5

@@ -20,6 +20,8 @@ from isdaa.files import digest
 
 logger = logging.getLogger(__name__)
 
+STILL = 1e-3  # nats; a policy equal to its reference may differ from it by as much in float32 (METHOD.md)
+
 
 def common_pairs(files: Sequence[str]) -> list[dict[str, Any]] | None:
     """Pairs of the first file whose prompt is in every file, so held out from all runs; None and a logged line, if there is none.
@@ -85,14 +87,15 @@ def pair_logps(
 def held_out_summary(policy: Sequence[Record], reference: Sequence[Record], **bootstrap: Any) -> dict[str, Any]:
     """Means over prompts (pairs of one prompt averaged first), with intervals.
 
-    accuracy: share of pairs with Δ_w > Δ_l, a tie counting ½; margin: Δ_w − Δ_l; chosen_drift: Δ_w; rejected_drift:
-    Δ_l, in nats.
+    accuracy: share of pairs with Δ_w > Δ_l, ½ for a tie and where both are rounding (`STILL`); margin: Δ_w − Δ_l;
+    chosen_drift: Δ_w; rejected_drift: Δ_l, in nats.
     """
     rows: dict[str, list[tuple[float, float, float, float]]] = defaultdict(list)
     for ours, theirs in zip(policy, reference, strict=True):
         chosen = ours["chosen_logps"] - theirs["chosen_logps"]
         rejected = ours["rejected_logps"] - theirs["rejected_logps"]
-        right = 0.5 if chosen == rejected else float(chosen > rejected)
+        still = max(abs(chosen), abs(rejected)) <= STILL
+        right = 0.5 if still or chosen == rejected else float(chosen > rejected)
         rows[ours["prompt"]].append((right, chosen - rejected, chosen, rejected))
     means = np.array([np.mean(values, axis=0) for values in rows.values()])
     names = ("accuracy", "margin", "chosen_drift", "rejected_drift")

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from isdaa.data.collation import PairBatch
+from isdaa.evaluation.held_out import STILL
 from isdaa.models.forward import ResponseLogps
 from isdaa.objectives.objective import Objective, ObjectiveOutput
 from isdaa.objectives.weights import effective_sample_size, weight_metrics
+from isdaa.training.monitor import differs
 
 COLUMNS = (
     *("step", "index", "valid", "log_weight", "raw_weight", "clipped", "unweighted", "weighted", "sft", "pair_weight"),
@@ -94,11 +96,25 @@ class Figures:
             found.append((int(step), effective_sample_size(weights).item(), weights.mean().item(), len(weights)))
         return found
 
-    def metrics(self, weighted: bool = True, chi_squared: bool = False) -> dict[str, float]:
+    def accuracy(self, at_reference: bool = False) -> float:
+        """Share of pairs whose chosen response has the larger reward, a tie counting half.
+
+        A pair on whose responses policy and reference differ by rounding alone is a tie: which is larger is chance. So are all
+        pairs before the first step of a policy that starts as its reference (at_reference), as rounding in bfloat16 is coarser;
+        not where the two differ so much that the run warns of it.
+        """
+        chosen, rejected = self["chosen_reward"], self["rejected_reward"]
+        tie = torch.maximum(self["chosen_drift"].abs(), self["rejected_drift"].abs()) <= STILL
+        tie |= chosen == rejected
+        if at_reference and (self["step"] == 0).any() and not differs(self.start()):
+            tie |= self["step"] == 0
+        return torch.where(tie, 0.5, (chosen > rejected).double()).mean().item()
+
+    def metrics(self, weighted: bool = True, chi_squared: bool = False, at_reference: bool = False) -> dict[str, float]:
         """The figures by metric name. `weighted` False (an objective without weights) leaves the `weights/…` out.
 
         `weights/…` are of the pairs' own weights, before normalisation over the batch would hide that all of them
-        shrink; `weights/ess` is the mean over global batches. Ties count half in `rewards/accuracy`.
+        shrink; `weights/ess` is the mean over global batches. at_reference: of `accuracy`.
 
         `rewards/…` are β·Δ, as TRL logs them, whatever the implicit reward is. chi_squared: with it, the median of β·h, what
         the loss sees: the exponential in it makes any mean that of its largest pair.
@@ -111,7 +127,7 @@ class Figures:
             "rewards/chosen": chosen.mean().item(),
             "rewards/rejected": rejected.mean().item(),
             "rewards/margin": (chosen - rejected).mean().item(),
-            "rewards/accuracy": ((chosen > rejected).double() + 0.5 * (chosen == rejected)).mean().item(),
+            "rewards/accuracy": self.accuracy(at_reference),
             "logps/chosen": self.mean("chosen_logps"),
             "logps/rejected": self.mean("rejected_logps"),
             "drift/chosen": self.mean("chosen_drift"),

@@ -163,6 +163,7 @@ class TrainingProgress(TrainerCallback):
         note = self._note(state.global_step)
         if "loss" in logs:
             self._to(state.global_step, note)
+            self._bar.begin()
         else:
             self._bar.update(0, note=note)
 
@@ -231,19 +232,23 @@ class StallWarning:
         )
 
 
-def warn_about_start(start: dict[str, float]) -> bool:
-    """Say loudly that policy and reference, which are the same model, give different logps. True where they do."""
-    mean, rms = start["start/drift_mean"], start["start/drift_rms"]
+def differs(start: Mapping[str, float]) -> bool:
+    """Whether policy and reference, which are the same model, give logps that differ by more than rounding."""
     # A NaN is no small difference.
-    if abs(mean) <= START_MEAN and rms <= START_RMS:
+    return not (abs(start["start/drift_mean"]) <= START_MEAN and start["start/drift_rms"] <= START_RMS)
+
+
+def warn_about_start(start: Mapping[str, float]) -> bool:
+    """Say loudly that policy and reference, which are the same model, give different logps. True where they do."""
+    if not differs(start):
         return False
     logger.warning(
         "BEFORE the first step the log-probabilities of the policy differ from those of its reference, though both are "
         "the same model: mean %.3g (limit %g), RMS %.3g (limit %g), largest %.3g nats. Weights and margins carry this "
         "error. Compute the reference with the same precision and packing, or train in float32",
-        mean,
+        start["start/drift_mean"],
         START_MEAN,
-        rms,
+        start["start/drift_rms"],
         START_RMS,
         start["start/drift_max"],
     )

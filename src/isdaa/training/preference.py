@@ -331,10 +331,14 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
             logs.update(self._interval_metrics())
         super().log(logs, start_time)
 
+    def _metrics_of(self, figures: Figures) -> dict[str, float]:
+        weighted, chi_squared = self.objective.weight != "none", self.objective.implicit_reward == "chi_squared"
+        return figures.metrics(weighted, chi_squared, self.starts_at_reference)
+
     def _interval_metrics(self) -> dict[str, float]:
         figures = gathered(self._tables, self.accelerator.gather if self.args.world_size > 1 else None)
         now = time.perf_counter()
-        metrics = figures.metrics(self.objective.weight != "none", self.objective.implicit_reward == "chi_squared")
+        metrics = self._metrics_of(figures)
         metrics["pairs_seen"] = self.sampler.pairs_seen(self.state.global_step)
         if self.starts_at_reference and figures["step"].min().item() == 0:
             metrics |= figures.start()
@@ -363,7 +367,7 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
 
     def held_out_metrics(self, dataset: TokenisedPairs) -> dict[str, float]:
         """The figures of some held-out pairs under the policy as it is now, without logging them."""
-        return self._held_out_figures(dataset).metrics(weighted=False)
+        return self._held_out_figures(dataset).metrics(weighted=False, at_reference=self.starts_at_reference)
 
     def evaluate(  # type: ignore[override]
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -375,8 +379,7 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
         dataset = _with_reference(rows, "eval")
         started = time.perf_counter()
         figures = self._held_out_figures(dataset)
-        more = figures.metrics(self.objective.weight != "none", self.objective.implicit_reward == "chi_squared")
-        found = {"loss": self._held_out_loss(figures), **more}
+        found = {"loss": self._held_out_loss(figures), **self._metrics_of(figures)}
         found["time/pairs_per_second"] = len(figures) / max(time.perf_counter() - started, 1e-9)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
