@@ -4,7 +4,7 @@ import io
 
 from hostile import ESCAPED, NAME, harmless, unwrapped
 
-from isdaa.evaluation.table import legend, percent, pm, print_table, short
+from isdaa.evaluation.table import fine, legend, percent, pm, print_table, short, unmoved
 
 
 def interval(mean: float, half: float) -> dict:
@@ -81,6 +81,38 @@ def test_parts():
     assert pm(None, 2) == ""
     assert [percent(x) for x in (0, 0.001, 0.034, 1)] == ["0 %", "<1 %", "3 %", "100 %"]
     assert [short(x) for x in ("dpo/checkpoint-3", "dpo/model", "model", "a/b")] == ["dpo/3", "dpo/model", "model", "a/b"]
+
+
+def test_small_figures_keep_their_digits():
+    """1e-5 and 0.004 both stood as 0.00."""
+    assert fine(interval(1.2e-5, 3e-6), 2) == "1.2e-05 ± 3e-06" and fine(interval(0.0042, 0.001), 2) == "0.0042 ± 0.001"
+    assert fine(interval(0.0042, 0.001), 1, bare=True) == "0.0042" and fine(interval(-0.003, 0), 1, bare=True) == "-0.003"
+    assert fine(interval(1.24, 0.15), 2) == "1.24 ± 0.15" and fine(interval(0.0, 0), 2) == "0.00" and fine(None, 2) == ""
+    assert fine(interval(-3.14, 0.1), 1, bare=True) == "-3.1" and fine(interval(0.01, 0.001), 2) == "0.01 ± 0.00"
+
+
+def test_a_run_that_has_hardly_moved_is_told_so():
+    found = metrics()
+    assert not any("hardly changed" in line for line in legend(found)), "it has moved"
+    for model in found["models"]:
+        model["kl"] = interval(1e-5, 2e-6)
+    (line,) = [line for line in legend(found) if "hardly changed" in line]
+    assert "at a KL of 1e-05 or less a win rate differs by 0.002 or less" in line and "larger learning rate" in line
+    found["models"][0]["kl"] = interval(0.01, 2e-6)
+    assert unmoved(found["models"]) is None, "one has moved"
+    assert unmoved([]) is None and unmoved([{"kl": {}}]) is None
+    assert unmoved([{"kl": {"mean": 1e-5, "low": None, "high": None}}]) is not None
+    assert unmoved([{"kl": {"mean": 1e-5, "low": 0.0, "high": 0.5}}]) is None, "it may have moved"
+
+
+def test_a_judge_that_contradicts_itself_is_told_once():
+    flips = "contradicts itself on 75 % of 40 comparisons when their order is swapped"
+    scorer = {"name": "judge", "digest": "x", "about": ["asked in both orders", flips]}
+    found = metrics() | {"scorer": scorer}
+    assert sum("contradicts itself" in line for line in legend(found)) == 1
+    note = "The judge contradicts itself on 75 % of 40 comparisons when their order is swapped."
+    told = [line for line in legend(found | {"judged": {"notes": [note]}}) if "contradicts itself" in line]
+    assert told == [note]
 
 
 def test_the_legend_counts_and_says_what_intervals_are_over():

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from isdaa.evaluation.table import pm
+from isdaa.evaluation.table import fine, pm
 from isdaa.files import write_atomically
 from isdaa.record import read_record, run_folder
 from isdaa.terminal import say
@@ -62,7 +62,7 @@ def section(model: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     scorer = (metrics.get("scorer") or {}).get("name")
     rows = [
         ("reference", f"`{metrics['reference']['path']}`"),
-        ("KL from the reference", pm(model["kl"], 2)),
+        ("KL from the reference", fine(model["kl"], 2)),
         ("win rate", pm(model["win_rate"], 3)),
         ("score", pm(model["reward"], 3)),
     ]

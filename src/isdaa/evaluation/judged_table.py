@@ -168,7 +168,9 @@ class JudgedTable:
             lines.append(f"The answers to prompts that are left out are {told} tokens.")
         if (count["flip_rate"] or 0) > 0.5:
             share = f"{100 * count['flip_rate']:.0f} %"
-            lines.append(f"The judge contradicts itself on {share} of the comparisons when their order is swapped.")
+            lines.append(
+                f"The judge contradicts itself on {share} of {count['comparisons']} comparisons when their order is swapped."
+            )
         return lines
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
@@ -9,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from isdaa.errors import shown
+from isdaa.evaluation.falls import MARGIN
 from isdaa.evaluation.fragments import is_fragmentary, percent, warnings_of
 from isdaa.evaluation.left_out import endings
 from isdaa.evaluation.left_out import lines as left_out
@@ -16,6 +18,7 @@ from isdaa.evaluation.overoptimization import NONE_BETTER
 from isdaa.terminal import terminal_for
 
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]  # header, and what stands in a row's cell
+FLIPS = "contradicts itself"  # of a judge
 FRAGMENTS = "!"  # beside a win rate of fragments
 
 
@@ -49,7 +52,7 @@ def evaluation_table(metrics: Mapping[str, Any], plain: bool = False) -> Table:
         return (model.get("held_out") or {}).get(key)
 
     columns: list[Column] = [
-        ("KL (nats)", lambda m: pm(m["kl"], 2)),
+        ("KL (nats)", lambda m: fine(m["kl"], 2)),
         ("length", lambda m: mean(m["length"], 1)),
         ("cut", lambda m: percent(m["truncated"])),
     ]
@@ -58,8 +61,8 @@ def evaluation_table(metrics: Mapping[str, Any], plain: bool = False) -> Table:
     else:
         columns += [
             ("accuracy", lambda m: pm(held_out(m, "accuracy"), 3)),
-            ("drift chosen", lambda m: mean(held_out(m, "chosen_drift"), 1)),
-            ("rejected", lambda m: mean(held_out(m, "rejected_drift"), 1)),
+            ("drift chosen", lambda m: fine(held_out(m, "chosen_drift"), 1, bare=True)),
+            ("rejected", lambda m: fine(held_out(m, "rejected_drift"), 1, bare=True)),
         ]
     columns += [("weight", lambda m: number(m.get("weight_mean"), 3)), ("ESS", lambda m: number(m.get("ess"), 2))]
     columns = filled(columns, [reference, *models])
@@ -99,7 +102,9 @@ def legend(metrics: Mapping[str, Any]) -> list[str]:
         opponent = "the reference's samples" if metrics["opponent"] == "reference" else "the data's chosen responses"
         at = f"temperature {settings['temperature']:g}, top-p {settings['top_p']:g}"
         lines.append(f"Win rate by {scorer['name']} against {opponent} ({at}); KL at temperature 1.")
-        lines += [f"{scorer['name']}: {line}." for line in scorer.get("about", ())]
+        told = any(FLIPS in note for note in (metrics.get("judged") or {}).get("notes", []))  # in more words
+        lines += [f"{scorer['name']}: {line}." for line in scorer.get("about", ()) if not (told and line.startswith(FLIPS))]
+    lines += [] if (line := unmoved(metrics["models"])) is None else [line]
     lines += (metrics.get("judged") or {}).get("notes", [])
     lines += (metrics.get("thinking") or {}).get("notes", [])
     lines += [f"{FRAGMENTS} {line}." for line in warnings_of(metrics)]
@@ -127,6 +132,32 @@ def pm(interval: Mapping[str, Any] | None, digits: int) -> str:
     if interval["low"] is None or interval["low"] == interval["high"]:
         return f"{interval['mean']:z.{digits}f}"
     return f"{interval['mean']:z.{digits}f} ± {(interval['high'] - interval['low']) / 2:.{digits}f}"
+
+
+def fine(interval: Mapping[str, Any] | None, digits: int, bare: bool = False) -> str:
+    """As `pm` (bare: the mean alone); where that would show as 0, two significant digits: 1e-05 and 0.004 differ."""
+    if interval is None or round(abs(interval["mean"]), digits) or abs(interval["mean"]) < 1e-9:
+        return mean(interval, digits) if bare else pm(interval, digits)
+    told = f"{interval['mean']:.2g}"
+    if bare or interval["low"] is None or interval["low"] == interval["high"]:
+        return told
+    return f"{told} ± {(interval['high'] - interval['low']) / 2:.1g}"
+
+
+def unmoved(models: Sequence[Mapping[str, Any]]) -> str | None:
+    """A sentence where every model's KL is so small that no win rate could tell it from its reference.
+
+    Distributions of that KL differ by √(KL/2) at most in the probability of anything (Pinsker), winning included.
+    """
+    measured = [model["kl"] for model in models if model.get("kl")]
+    bounds = [kl["mean"] if kl.get("high") is None else kl["high"] for kl in measured]
+    if len(bounds) < len(models) or not bounds or not all(math.sqrt(max(bound, 0.0) / 2) < MARGIN for bound in bounds):
+        return None
+    most = max(*bounds, 0.0)
+    return (
+        f"Training has hardly changed the model: at a KL of {most:.1g} or less a win rate differs by {math.sqrt(most / 2):.1g} "
+        "or less from the reference's own. More steps or a larger learning rate teach more."
+    )
 
 
 def short(label: str) -> str:

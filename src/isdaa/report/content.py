@@ -14,6 +14,7 @@ from isdaa.evaluation import fragments, left_out
 from isdaa.evaluation.comparison import WHAT, CellSummary, MatchedKl, difference, summarise, to_json
 from isdaa.evaluation.overoptimization import Law, Verdict, fit_law, judge, places_of, shown_better
 from isdaa.evaluation.requests import METRICS as HISTORY
+from isdaa.evaluation.table import unmoved
 from isdaa.evaluation.trajectory import Study, Trajectory
 from isdaa.files import csv_text
 from isdaa.record import versions
@@ -121,6 +122,7 @@ def report_of(found: Findings) -> dict[str, Any]:
         best = found.summaries[cells[0]["cell"]]
         for cell in cells[1:]:
             cell["below_best"] = asdict(difference(best, found.summaries[cell["cell"]], confidence=found.confidence))
+    still = unmoved(found.evaluated["models"])
     report: dict[str, Any] = {
         "format": FORMAT,
         "title": study.title,
@@ -133,7 +135,7 @@ def report_of(found: Findings) -> dict[str, Any]:
         "cells": cells,
         "runs": [_run(found, line, run) for line in found.lines for run in line.runs],
         "missing": list(study.missing),
-        "notes": [*study.notes, *left_out.lines(metrics.get("left_out") or ())],
+        "notes": [*study.notes, *left_out.lines(metrics.get("left_out") or ()), *filter(None, [still])],
         **({"judged": dict(judged)} if (judged := metrics.get("judged") or {}).get("lacks") and not study.cells else {}),
         "left_out": list(metrics.get("left_out") or ()),
         "ended": dict(study.ended),
