@@ -146,7 +146,7 @@ def test_two_runs_that_both_ended_so_are_reported_on(run: Path, monkeypatch) -> 
     assert main(["report", "--checkpoints", *paths, *options(run), "--output", str(run / "page")]) == 3
     report = json.loads((run / "page/report.json").read_text())
     assert "out ended in weights" in report["headline"] and "other ended in weights" in report["headline"]
-    assert "keeps most" not in report["headline"] and "over-optimised" not in report["headline"].lower()
+    assert "ends highest" not in report["headline"] and "over-optimised" not in report["headline"].lower()
 
 
 def test_an_evaluation_that_was_made_says_the_same_later(run: Path, no_sample: None, monkeypatch) -> None:
