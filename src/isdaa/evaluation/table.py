@@ -102,8 +102,8 @@ def legend(metrics: Mapping[str, Any]) -> list[str]:
         opponent = "the reference's samples" if metrics["opponent"] == "reference" else "the data's chosen responses"
         at = f"temperature {settings['temperature']:g}, top-p {settings['top_p']:g}"
         lines.append(f"Win rate by {scorer['name']} against {opponent} ({at}); KL at temperature 1.")
-        told = any(FLIPS in note for note in (metrics.get("judged") or {}).get("notes", []))  # in more words
-        lines += [f"{scorer['name']}: {line}." for line in scorer.get("about", ()) if not (told and line.startswith(FLIPS))]
+        twice = any(FLIPS in note for note in (metrics.get("judged") or {}).get("notes", []))  # in more words
+        lines += [f"{scorer['name']}: {line}." for line in scorer.get("about", ()) if not (twice and line.startswith(FLIPS))]
     lines += [] if (line := unmoved(metrics["models"])) is None else [line]
     lines += (metrics.get("judged") or {}).get("notes", [])
     lines += (metrics.get("thinking") or {}).get("notes", [])
