@@ -7,9 +7,10 @@ import pytest
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from isdaa.config import ObjectiveConfig, allowed, fields, load_config, preset_value, resolved
+from isdaa.config import ObjectiveConfig, allowed, departures, fields, load_config, preset_value, resolved
 from isdaa.errors import UserError
 from isdaa.objectives.presets import resolve
+from isdaa.settings_text import dump_settings
 from isdaa.synonyms import SYNONYMS, WITHOUT_KEY, hint
 
 ROOT = Path(__file__).parents[1]
@@ -129,6 +130,41 @@ def test_options_override_the_file_and_are_named_as_options(tmp_path: Path) -> N
     assert load_config(path, {"objective.beta": 0.05}).objective.arguments()["beta"] == 0.05
     with pytest.raises(UserError, match=r"--objective\.beta"):
         load_config(path, {"objective.beta": "x"})
+
+
+METHODS = ("dpo", "is_dpo", "chi_po", "is_chi_po", "rpo", "cdpo", "ipo", "r_slic", "wpo")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("before", METHODS)
+def test_a_method_over_a_run_s_own_file_is_that_method(before: str, method: str, tmp_path: Path) -> None:
+    """The file spells out all of the method before; what was chosen there, and is no method's, stays."""
+    chosen = {"beta": 0.07, "length_normalized": True}
+    path = write(tmp_path, objective={"method": before, **chosen}, align={"max_steps": 4, "epochs": 3.0})
+    (tmp_path / "config.yaml").write_text(dump_settings(resolved(load_config(path))))
+    found = load_config(tmp_path / "config.yaml", {"objective.method": method})
+    assert found.objective.arguments() == resolve(method, **chosen)
+    assert departures(resolved(found)["objective"]) == ["length_normalized true (false)"]
+    assert found.align.max_steps == 4
+
+
+def test_what_an_option_replaces_takes_with_it_what_it_implied(tmp_path: Path) -> None:
+    objective = {"method": "rpo", "sft_coefficient": 0.02, "clip_eps": "preset"}
+    path = write(tmp_path, objective=objective, align={"max_steps": 4}, label={"pairing": "best_worst", "label": "argmax"})
+    found = load_config(path, {"objective.method": "dpo", "label.pairing": "random"})
+    assert departures(resolved(found)["objective"]) == ["sft_coefficient 0.02 (0.0)"]  # which the run says
+    assert found.label.label == "sample" and found.align.max_steps == 4
+    assert load_config(path, {"objective.method": "dpo", "objective.sft_coefficient": "preset"}).objective.arguments() == resolve(
+        "dpo"
+    )
+    assert load_config(path, {"objective.method": "rpo"}).objective.arguments()["sft_coefficient"] == 0.02
+    assert load_config(path, {"align.epochs": 2}).align.max_steps is None
+    assert load_config(path, {"sft.epochs": 2}).align.max_steps == 4
+    both = load_config(path, {"align.epochs": 2, "align.max_steps": 3}).align
+    assert (both.epochs, both.max_steps) == (2, 3)
+    for wrong in ([1], {"a": 1}, 3, "none of them"):
+        with pytest.raises(UserError, match="objective"):
+            load_config(write(tmp_path, objective={"method": wrong}), {"objective.method": "dop"})
 
 
 def test_a_section_that_an_option_made_wrong_names_the_option(tmp_path: Path) -> None:

@@ -543,14 +543,35 @@ def layers(path: str | Path | None, overrides: Mapping[str, Any] | None = None) 
         if loaded and "grids" in loaded:
             raise UserError(f"{path}: describes a sweep; run it with `isdaa sweep --config {path}`")
         data = loaded or {}
-    for key, value in (overrides or {}).items():
-        lay_over(data, key, value)
-    return data
+    return laid_over(data, overrides or {})
 
 
 def _kind_of(path: Sequence[str]) -> Any:
     field = _field(path)
     return None if field is None else field.annotation
+
+
+def laid_over(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain data, which is changed, with dotted overrides over it, and without what would undo them.
+
+    A run's own file spells everything out: what another method or pairing had by itself goes with it, and `max_steps` where
+    `epochs` are given.
+    """
+    before: Any = data.get("objective")
+    method = before.get("method") if isinstance(before, dict) else None
+    if isinstance(method, str) and method in PRESETS and overrides.get("objective.method") not in (None, method):
+        own = resolve(method)
+        data["objective"] = {key: value for key, value in before.items() if key not in own or value not in (own[key], "preset")}
+    label = data.get("label")
+    if isinstance(label, dict) and "pairing" in label and overrides.get("label.pairing") not in (None, label["pairing"]):
+        label.pop("label", None)
+    for key, value in overrides.items():
+        section, _, name = key.partition(".")
+        if name == "epochs" and value is not None and isinstance(data.get(section), dict):
+            data[section].pop("max_steps", None)
+    for key, value in overrides.items():
+        lay_over(data, key, value)
+    return data
 
 
 def lay_over(data: dict[str, Any], dotted: str, value: Any) -> None:
@@ -721,6 +742,16 @@ def resolved(config: Config) -> dict[str, Any]:
     if config.objective.allow_stall:
         data["objective"]["allow_stall"] = True
     return data
+
+
+def departures(objective: Mapping[str, Any]) -> list[str]:
+    """What of a resolved objective is not as its method has it, in words. β is no method's own."""
+    own = resolve(objective["method"]) if objective["method"] in PRESETS else {}
+    return [
+        f"{key} {as_written(objective[key])} ({as_written(value)})"
+        for key, value in own.items()
+        if key != "beta" and key in objective and objective[key] != value
+    ]
 
 
 def methods_table() -> list[tuple[str, str, str]]:

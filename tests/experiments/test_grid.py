@@ -10,7 +10,7 @@ import yaml
 from chains import CHAIN, config_file
 
 from isdaa.cli import main
-from isdaa.config import load_config, validate
+from isdaa.config import load_config, resolved, validate
 from isdaa.errors import UserError
 from isdaa.experiments.grid import SweepConfig, cells_of, load_sweep, tasks_of
 
@@ -37,6 +37,17 @@ def test_a_cell_that_two_grids_name_is_one_cell(tmp_path: Path) -> None:
     ]
     assert cells["is_dpo-beta0.1"].grids == ["main", "clip"]
     assert cells["is_dpo-beta0.1-clip_epsnone"].seeds == [5]
+
+
+def test_methods_over_the_file_of_a_run_are_those_methods(tmp_path: Path) -> None:
+    """Such a base spells out all settings of one of them."""
+    sweep, base = sweep_of(tmp_path, {"a": {"objective.method": ["dpo", "is_dpo", "chi_po"], "align.epochs": [2.0]}})
+    plain = tasks_of(sweep, base, cells_of(sweep, base))
+    base = validate(resolved(base), "config.yaml")
+    tasks = tasks_of(sweep, base, cells_of(sweep, base))
+    assert [task.config.objective.arguments() for task in tasks] == [task.config.objective.arguments() for task in plain]
+    assert {task.config.align.max_steps for task in tasks if task.cell} == {None}
+    assert [task.key for task in tasks] == [task.key for task in plain]
 
 
 def test_runs_of_a_seed_share_one_world_which_comes_first(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from isdaa.config import REWARD, Config, Float, Int, Location, Section, Seed, fields, load_config, resolved, validate
+from isdaa.config import REWARD, Config, Float, Int, Location, Section, Seed, fields, laid_over, load_config, resolved, validate
 from isdaa.errors import UserError, nearest
 from isdaa.files import digest, located
 from isdaa.settings_text import or_list, read_settings
@@ -219,16 +219,7 @@ def _identity(base: Config, settings: Mapping[str, Any], where: str) -> str:
 
 def _laid_over(base: Config, settings: Mapping[str, Any], where: str, **top: Any) -> Config:
     """`base` with dotted settings over it. Another method brings its own preset's values, not the base method's."""
-    data = base.model_dump()
-    data["objective"] = {key: value for key, value in data["objective"].items() if value != "preset"}
-    for dotted, value in settings.items():
-        section, _, key = dotted.partition(".")
-        if key:
-            data[section][key] = value
-        else:
-            data[section] = value
-    data.update(top)
-    return validate(data, where)
+    return validate(laid_over(base.model_dump(), settings) | top, where)
 
 
 def cell_name(settings: Mapping[str, Any], base: Config) -> str:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from isdaa.config import departures, resolved
 from isdaa.data.overlap import joined, sketch
 from isdaa.data.pairs import Counts
 from isdaa.data.tokenization import tokenize_pairs, tokenizer_digest
@@ -103,6 +104,9 @@ def _align(run: Run) -> Path:
     config = run.config
     start = starting_path(run)
     tokenizer = tokenizer_of(config, start)
+    if others := departures(resolved(config)["objective"]):
+        method = config.objective.method
+        run.say("align", [f"objective.method: {method}, but with {', '.join(others)}; in brackets what {method} has"])
     ancestor = once(lambda: None if config.continue_from is None else ancestor_of(config.continue_from))
     if ancestor is not None:
         run.say("align", told(ancestor, config))

@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 
-from isdaa.errors import shown
+from isdaa.config import departures
+from isdaa.errors import UserError, shown
 from isdaa.evaluation.reading import worth_in_words
 from isdaa.objectives.objective import Objective
-from isdaa.record import ModelRecord, git_revision, versions
+from isdaa.record import ModelRecord, git_revision, read_record, versions
 
 PARTS = {"model": "", "best": "best", "sft": "SFT", "reward": "reward model"}  # folders in a run's, and what of it they are
 TITLES = {"sft": "Supervised fine-tuning", "reward": "Reward model", "policy": "Preference alignment"}
@@ -33,14 +34,16 @@ def model_card(record: ModelRecord, folder: str | Path, adapter: bool = False) -
     lines += [f"{TITLES[record.kind]} with isdaa{step}.", "", f"- base model: {_base(record)}", ""]
     if record.kind == "policy":
         arguments = {key: value for key, value in config["objective"].items() if key not in ("method", "allow_stall")}
+        others = departures(config["objective"])
         lines += [
-            f"## Method: {_code(config['objective']['method'])}",
+            f"## Method: {_code(config['objective']['method'])}{', changed' if others else ''}",
             "",
             "```text",
             Objective(**arguments).formula(),
             "```",
             "",
         ]
+        lines += [f"- not as the method has it (in brackets): {_plain(', '.join(others))}"] if others else []
         lines += [f"- reference π_ref: {_code(_local(record.reference))}"]
         lines += [] if record.continued is None else [f"- goes on from: {_gone_on_from(record.continued)}"]
         lines += [f"- behaviour μ: {_code(_local(config['behaviour']['model_path']) or 'the rows’ own logps, else π_ref')}", ""]
@@ -110,8 +113,22 @@ def _position(record: ModelRecord) -> str:
     )
 
 
+def _first(record: ModelRecord) -> ModelRecord:
+    """The record of the first run that this one goes on from; as far back as they are there."""
+    seen: set[str] = set()
+    while record.continued is not None and record.continued["from"] not in seen:
+        seen.add(record.continued["from"])
+        try:
+            record = read_record(record.continued["from"]) or record
+        except UserError:
+            break
+    return record
+
+
 def _base(record: ModelRecord) -> str:
-    """The model that the weights come from in the end, and the one that this run began with, where that is another."""
+    """The model that the weights come from in the end, and the one that this run, or the first that it goes on from, began with,
+    where that is another."""
+    record = _first(record)
     model = record.config["model"]
     start = (record.config["reward"].get("path") if record.kind == "reward" else None) or model["path"]
     if start is None:
