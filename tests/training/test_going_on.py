@@ -28,8 +28,14 @@ from own_records import write_own
 from safetensors.torch import load_file
 
 from isdaa.cli import main
+from isdaa.config import Config, resolved
+from isdaa.data.sources import opened
+from isdaa.errors import UserError
+from isdaa.models.loading import load_model, load_tokenizer
+from isdaa.models.saving import save_model
 from isdaa.record import read_record
-from isdaa.training.continued import config_of
+from isdaa.training.cards import model_card
+from isdaa.training.continued import ancestor_of, config_of, told
 from isdaa.training.inputs import revision_of
 from isdaa.training.preference import PreferenceTrainer
 
@@ -287,6 +293,27 @@ def test_another_method_and_more_data(place: Path, capsys: pytest.CaptureFixture
     assert state("y")["trained_on"]["responses"] == len(trained)
 
 
+@pytest.mark.parametrize("own_file", [False, True])
+def test_another_method_is_that_method(own_file: bool, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the old run's file and without: β and what else was chosen stay, what the old method brings goes."""
+    chosen = {"objective.method": "is_rpo", "objective.beta": 0.07, "objective.sft_coefficient": 0.02, "align.max_steps": 1}
+    assert train("chosen", SETTINGS | chosen) == 0
+    assert "objective.method: is_rpo, but with sft_coefficient 0.02 (0.005); in brackets" in capsys.readouterr().err
+    file = ["--config", "chosen/config.yaml"] if own_file else []
+    assert go_on("chosen", *file, "--objective.method", "chi_po", "--align.max_steps", "1") == 0
+    said = capsys.readouterr().err
+    assert "objective.method: chi_po, but with sft_coefficient 0.02 (0.0); in brackets what chi_po has" in said
+    assert "objective.weight is 'none'; it was 'importance' in chosen" in said and "objective.beta" not in said
+    card = (place / "new" / "model" / "README.md").read_text()
+    assert "## Method: `chi_po`, changed\n" in card and "in brackets): sft_coefficient 0.02 (0.0)" in card
+    plain = ["--objective.method", "chi_po", "--objective.sft_coefficient", "preset", "--align.max_steps", "1"]
+    assert go_on("chosen", *file, *plain, output="plain") == 0
+    assert "but with" not in capsys.readouterr().err
+    assert "## Method: `chi_po`\n" in (place / "plain" / "model" / "README.md").read_text()
+    named = {"continue_from": "chosen", "output_dir": "x", "align.epochs": 2}
+    assert config_of(file[-1] if own_file else None, named).align.max_steps is None
+
+
 def test_all_runs_before_are_asked_for_held_out_prompts(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     jsonl(place / "more.jsonl", plain_pairs(30)[12:])
     more = ["--data.pairs", "more.jsonl", "--align.max_steps", "1"]
@@ -354,9 +381,259 @@ def test_a_reference_of_the_hub_keeps_its_revision(place: Path, monkeypatch: pyt
     write_own(place / "old" / "checkpoints" / "checkpoint-4" / "isdaa.json", record | {"reference": "me/base"})
     shutil.rmtree("old/checkpoints/checkpoint-2")
     (place / "old" / "checkpoints" / "checkpoint-4" / "isdaa_manifest.json").unlink()
-    settings = yaml.safe_load(Path("old/config.yaml").read_text())
-    settings["model"] |= {"path": "me/base", "revision": "v2"}
-    Path("old/config.yaml").write_text(yaml.safe_dump(settings))
-    config = config_of(None, {"continue_from": "old/checkpoint-4", "output_dir": "new"})
+    run = json.loads(Path("old/run.json").read_text())
+    begun = run["stages"]["align"]
+    begun["values"] |= {"model.path": "me/base", "model.revision": "v2"}
+    begun["inputs"]["model.path"] = {"revision": "a" * 40}
+    write_own(place / "old" / "run.json", run)
+    named = {"continue_from": "old/checkpoint-4", "output_dir": "new"}
+    config = config_of(None, named)
     assert (config.reference.path, config.reference.revision, config.model.revision) == ("me/base", "v2", None)
     assert revision_of(config, "me/base") == "v2" and revision_of(config, str(config.model.path)) is None
+    ref = place / "hub" / "models--me--base" / "refs" / "v2"
+    ref.parent.mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "hub"))
+    ref.write_text("a" * 40)
+    assert config_of(None, named) == config
+    ref.write_text("b" * 40)  # the branch has moved on
+    with pytest.raises(UserError, match=f"me/base, is not what it was .*--reference.revision {'a' * 40}"):
+        config_of(None, named)
+    assert config_of(None, named | {"reference.revision": "a" * 40}).reference.revision == "a" * 40
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the old run read is no longer what it was, or lies elsewhere
+
+
+def _adapter_of_this_base() -> None:
+    """In the copied folder, `lora` still names the base in the first one."""
+    shutil.rmtree("lora")
+    assert train("lora", SETTINGS | {"lora.rank": 2}) == 0
+
+
+@pytest.mark.parametrize("name", ["old", "old/checkpoint-2", "old/model", "old/best", "lora", "lora/checkpoint-2"])
+def test_another_model_in_the_reference_s_place_is_refused(name: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if name == "old/best":
+        shutil.copytree("old/model", name)
+    if name.startswith("lora"):
+        _adapter_of_this_base()
+    for file in Path("my_model").iterdir():  # touched alone
+        file.touch()
+    named = {"continue_from": name, "output_dir": "new"}
+    assert config_of(None, named).reference.path == "my_model"
+    shutil.copytree("my_model", "kept")
+    chat_model(place / "my_model", seed=1)
+    argv = ["train", "--continue_from", name, "--output_dir", "new"]
+    words = ["reference, my_model, is not what it was (changed: model.safetensors)", "--reference.path"]
+    refused(capsys, argv, *words)
+    refused(capsys, [*argv, "--reference.path", "my_model"], *words)
+    assert not (place / "new").exists()
+    other = [*argv, "--reference.path", "kept", "--align.max_steps", "1"]
+    if name.startswith("lora"):  # the adapter would still sit on another base
+        refused(capsys, other, "the base of this adapter", "my_model, is not what it was", "--model.path lora/model")
+    elif name == "old":
+        assert main(other) == 0
+        assert "π_ref is that run's, kept" in capsys.readouterr().err
+
+
+def test_a_base_that_an_adapter_s_second_run_inherited(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second run noted its base beneath the first one's adapter, and another reference."""
+    chat_model(place / "other", seed=3)
+    _adapter_of_this_base()
+    assert (
+        go_on("lora", "--reference.path", "other", "--align.max_steps", "1", "--objective.allow_stall", "true", output="second")
+        == 0
+    )
+    named = {"continue_from": "second", "output_dir": "third"}
+    assert config_of(None, named).reference.path == "other"
+    chat_model(place / "my_model", seed=1)
+    refused(
+        capsys, ["train", "--continue_from", "second", "--output_dir", "third"], "the base of this adapter", "model.safetensors"
+    )
+
+
+def test_a_reference_and_a_base_that_are_gone(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _adapter_of_this_base()
+    shutil.move("my_model", "moved")
+    argv = ["train", "--continue_from", "old", "--output_dir", "new", "--align.max_steps", "1"]
+    refused(capsys, argv, "my_model, is not there", "--reference.path")
+    assert main([*argv, "--reference.path", "moved"]) == 0
+    assert "π_ref is that run's, moved" in capsys.readouterr().err  # the same files
+    chat_model(place / "different", seed=1)
+    assert main([*argv[:4], "more", *argv[5:], "--reference.path", "different"]) == 0
+    assert "π_ref is different, not " in capsys.readouterr().err
+    refused(
+        capsys, ["train", "--continue_from", "lora", "--output_dir", "x", "--reference.path", "moved"], "the base of this adapter"
+    )
+
+
+def test_data_that_was_changed_in_place_is_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in read_lines(place / "pairs.jsonl")]
+    assert go_on("old", "--align.max_steps", "1", output="before") == 0
+    assert "is not what it was" not in capsys.readouterr().err
+    jsonl(place / "pairs.jsonl", rows)
+    assert go_on("old", "--align.max_steps", "1") == 0
+    said = capsys.readouterr().err
+    assert "data.pairs: pairs.jsonl is not what it was for the old run (changed: pairs.jsonl)" in said
+    assert "whether old was trained on held-out prompts is not known" in said and "old/eval_pairs.jsonl holds out" in said
+    jsonl(place / "other.jsonl", plain_pairs(12))
+    assert go_on("old", "--align.max_steps", "1", "--data.pairs", "other.jsonl", output="elsewhere") == 0
+    assert "is not what it was" not in capsys.readouterr().err  # it does not read that file
+
+
+def test_places_are_the_old_run_s_from_any_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each name that a run takes has its like in the other folder, which the old run did not mean."""
+    for name in ("held.jsonl", "author", "rewards", "prompts.jsonl"):
+        shutil.copytree("my_model", name) if "." not in name else shutil.copy("pairs.jsonl", name)
+    given = {
+        "data.eval_pairs": "held.jsonl",
+        "behaviour.model_path": "author",
+        "evaluation.scorer": "rewards",
+        "data.prompts": "prompts.jsonl",
+        "model.tokenizer": "my_model",
+        "label.scorer": "gold",
+    }
+    assert train("runs/all", SETTINGS | given | {"align.max_steps": 1}) == 0
+    assert go_on("runs/all", "--align.max_steps", "1", output="runs/second") == 0
+    away = place / "away"
+    shutil.copytree(place, away, ignore=shutil.ignore_patterns("runs", "away"))
+    for folder in (place, away, place / "runs", place / "runs" / "all"):
+        monkeypatch.chdir(folder)
+        for run, own_file in (("all", False), ("all", True), ("second", False)):
+            name = str(place / "runs" / run)
+            found = config_of(
+                f"{name}/config.yaml" if own_file else None, {"continue_from": name, "output_dir": str(place / "x")}
+            )
+            data, model = found.data, found.model
+            places = [data.pairs, data.eval_pairs, data.prompts, found.behaviour.model_path, found.evaluation.scorer]
+            wanted = ["pairs.jsonl", "held.jsonl", "prompts.jsonl", "author", "rewards"]
+            assert [Path(str(one)).resolve() for one in places] == [place / one for one in wanted]
+            assert Path(str(model.tokenizer)).resolve() == place / "my_model" == Path(str(found.reference.path)).resolve()
+            assert found.label.scorer == "gold"
+            if folder == place:
+                assert [*places, model.tokenizer] == [*wanted, "my_model"]  # as they were typed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+def test_an_edited_file_of_the_old_run_does_not_decide(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = yaml.safe_load(Path("old/config.yaml").read_text())
+    settings["objective"] |= {"beta": 0.4, "allow_stall": True}
+    settings["model"]["trust_remote_code"] = True
+    settings["tokenization"] |= {"max_length": 150, "chat_template_kwargs": {"a": 1}}
+    Path("old/config.yaml").write_text(yaml.safe_dump(settings))
+    found = config_of(None, {"continue_from": "old", "output_dir": "new"})
+    assert found.objective.arguments()["beta"] == 0.1 and not found.objective.allow_stall and not found.model.trust_remote_code
+    assert (found.tokenization.max_length, found.tokenization.chat_template_kwargs) == (200, {})
+    assert go_on("old", "--align.max_steps", "1") == 0
+    said = capsys.readouterr().err
+    assert "old/config.yaml was changed; the run was trained with objective.beta 0.1 (not 0.4)" in said
+    assert "tokenization.max_length 200 (not 150)" in said and "objective.beta is" not in said
+    assert "objective.beta 0.1 (not 0.4)" in Path("new/run.json").read_text()
+    named = ["--config", "old/config.yaml", "--model.trust_remote_code", "false", "--align.max_steps", "1"]
+    assert go_on("old", *named, output="given") == 0
+    said = capsys.readouterr().err
+    assert "objective.beta is 0.4; it was 0.1 in old" in said
+    assert "tokenization.chat_template_kwargs.a is 1; it was None in old" in said
+
+
+def test_stages_that_are_named_are_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = json.loads(Path("old/run.json").read_text())
+    run["stages"] = {"sft": {"done": True}, "label": {"done": True, "values": {"label.scorer": "gold", "label.top_k": 3}}} | run[
+        "stages"
+    ]
+    run["stages"]["align"]["values"]["data.pairs"] = None
+    write_own(place / "old" / "run.json", run)
+    settings = yaml.safe_load(Path("old/config.yaml").read_text())
+    settings |= {"stages": ["sft", "label", "align"]}
+    settings["data"] |= {"pairs": None, "prompts": "pairs.jsonl", "sft": "pairs.jsonl"}
+    settings["label"] |= {"scorer": "gold", "top_k": 5}
+    Path("old/config.yaml").write_text(yaml.safe_dump(settings))
+    named: dict[str, Any] = {"continue_from": "old", "output_dir": "new"}
+    for path in (None, "old/config.yaml"):
+        assert config_of(path, named).stages == ["align"]
+        again = config_of(path, named | {"stages": ["label", "align"]})
+        assert again.stages == ["label", "align"] and again.trains_on_labelled and again.data.pairs is None
+        assert again.label.top_k == (3 if path is None else 5)  # of `run.json`, but where the file is given
+        both = config_of(path, named | {"stages": ["reward", "align"]})
+        assert both.stages == ["reward", "align"] and both.data.pairs == "old/pairs/train.jsonl"
+        with pytest.raises(UserError, match="stages: sft would begin"):
+            config_of(path, named | {"stages": ["sft", "label", "align"]})
+    Path("next.yaml").write_text(yaml.safe_dump(named | {"stages": ["label", "align"]}))
+    assert config_of("next.yaml").stages == ["label", "align"]
+    settings |= {"stages": ["label", "align"], "output_dir": "old"}  # and a second run of the kind resumes by its own file
+    Path("old/config.yaml").write_text(yaml.safe_dump(settings))
+    written = resolved(config_of(None, named | {"stages": ["label", "align"]}))
+    Path("written.yaml").write_text(yaml.safe_dump(written))
+    assert resolved(config_of("written.yaml")) == written
+
+
+def test_prompts_and_pairs_of_an_old_label_stage_that_changed(place: Path) -> None:
+    rows = [row for row, _ in opened("world:small", "train", "prompts", limit=24)[1]]
+    jsonl(place / "prompts.jsonl", rows)
+    assert train("chain", CHAIN | {"data.prompts": "prompts.jsonl", "data.limit": 24}) == 0
+    named = {"continue_from": "chain", "output_dir": "new"}
+    again, alone = config_of(None, named | {"stages": ["label", "align"]}), config_of(None, named)
+
+    def changed(config: Config) -> list[str]:
+        return [line for line in told(ancestor_of("chain"), config) if "is not what it was" in line]
+
+    assert changed(again) == changed(alone) == []
+    assert "stages: align; the old run had sft, label, align" in told(ancestor_of("chain"), alone)
+    jsonl(place / "prompts.jsonl", rows[1:])
+    assert changed(alone) == [] and [line.split(" is ")[0] for line in changed(again)] == ["data.prompts: prompts.jsonl"]
+    file = place / "chain" / "pairs" / "train.jsonl"
+    jsonl(file, read_lines(file)[1:])
+    assert [line.split(" is ")[0] for line in changed(alone)] == ["pairs/train.jsonl: chain/pairs/train.jsonl"]
+    assert len(changed(again)) == 1  # which makes others
+    model = load_file("chain/sft/model.safetensors")
+    shutil.rmtree("chain/sft")  # its reference; another one in its place, whole
+    save_model(load_model("chain/model"), load_tokenizer("chain/model"), place / "chain" / "sft")
+    assert not all(tensor.equal(model[key]) for key, tensor in load_file("chain/sft/model.safetensors").items())
+    with pytest.raises(UserError, match="its reference, chain/sft, is not what it was"):
+        config_of(None, named)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model.revision", "x"], ["model.revision: x", "one of them is where training starts"]),
+        (["--model.random", "{model_type: llama}"], ["model.random", "one of them is where training starts"]),
+        (["--reference.path", "null"], ["reference.path: null would be the trained weights", "old/checkpoints/checkpoint-4"]),
+        (
+            ["--guard.steps", "1", "--guard.scorer", "reward"],
+            ["guard.scorer: reward: no such folder, and this run has no reward stage", "--stages"],
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_no_option_is_dropped_in_silence(
+    options: list[str], words: list[str], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["train", "--continue_from", "old", "--output_dir", "new", *options]
+    refused(capsys, argv, *words)
+    refused(capsys, [*argv, "--config", "old/config.yaml"], *words)
+
+
+def test_what_is_no_run_is_called_what_it_is(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["train", "--output_dir", "new", "--reference.path", "my_model", "--data.pairs", "pairs.jsonl", "--continue_from"]
+    refused(capsys, [*argv, "old/config.yaml"], "a file; name the run's folder: old")
+    record = json.loads(Path("old/model/isdaa.json").read_text())
+    for kind, words in (("sft", "begin with it by --model.path old/sft"), ("reward", "a reward model")):
+        shutil.copytree("old/model", f"old/{kind}")
+        write_own(place / "old" / kind / "isdaa.json", record | {"kind": kind})
+        refused(capsys, [*argv, f"old/{kind}"], words)
+
+
+def test_the_card_names_what_the_first_run_began_with(place: Path) -> None:
+    assert go_on("old", "--align.max_steps", "1", output="second") == 0
+    assert go_on("second", "--align.max_steps", "1", output="third") == 0
+    for run in ("second", "third"):
+        assert "- base model: `my_model`\n" in Path(run, "model", "README.md").read_text()
+    record = read_record("third/model")
+    assert record is not None and record.continued is not None
+    for damaged in ("{", json.dumps(json.loads(Path("old/model/isdaa.json").read_text()) | {"continued": record.continued})):
+        Path(record.continued["from"], "isdaa.json").write_text(damaged)  # the second leads back to itself
+        assert "- base model: " in model_card(record, "third/model")

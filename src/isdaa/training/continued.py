@@ -7,28 +7,35 @@ run from any other, and the same command goes on with it after a kill.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from isdaa.config import REWARD, Config, fields, layers, resolved, validate
+from isdaa.config import REWARD, Config, Location, fields, laid_over, lay_over, layers, resolved, validate
 from isdaa.data.sources import common_prompts
 from isdaa.errors import UserError, nearest_path
 from isdaa.evaluation.provenance import records_of
 from isdaa.files import located
 from isdaa.foreign import check_shape, read_json
 from isdaa.manifest import MANIFEST, defect
-from isdaa.models.places import is_adapter
+from isdaa.models.places import adapter_base, is_adapter
 from isdaa.ownership import is_own
-from isdaa.record import RUN, ModelRecord, run_folder
+from isdaa.record import RUN, ModelRecord, read_record, resolve_from, run_folder
 from isdaa.training.checkpoints import PREFIX, check_resumable, checkpoints, complete_checkpoints
 from isdaa.training.reading import read_pairs
 from isdaa.training.run import SHAPE, flattened
+from isdaa.training.unchanged import WORLD, changed_inputs, changed_model, places_read
 
 OPTIMIZER = "optimizer.pt"
+CONFIG = "config.yaml"  # in a run's folder, its settings
 BEST = "best"  # in a run's folder, what its guard keeps
+NO_POLICY = {
+    "sft": "a model of `sft`, which has no reference of its own; begin with it by --model.path",
+    "reward": "a reward model, and only a policy is gone on from; the guard and the evaluation take it by --guard.scorer",
+}
 NEEDED = ("sft", "prompts", "pairs")  # data, of some stage
 # Said in words of their own, or of no meaning for what comes out.
 NO_DIFFERENCE = ("output_dir", "stages", "continue_from", "continue_optimizer", "model.path", "model.random", "model.revision")
@@ -39,7 +46,8 @@ class Ancestor:
     """What a new run goes on from.
 
     folder: of the trained weights. run: the folder of the run that trained them; None where another program did. reference: of
-    that run, a folder or Hub name, with its revision. config: of that run, resolved. begun: what `run.json` says of its `align`.
+    that run, a folder or Hub name, with its revision. config: of that run, resolved, with places as they are named from here.
+    stages: what `run.json` says of them. edited: settings that its `config.yaml` has no longer as it was trained with them.
     """
 
     folder: Path
@@ -48,7 +56,8 @@ class Ancestor:
     reference: str | None = None
     revision: str | None = None
     config: dict[str, Any] | None = None
-    begun: dict[str, Any] | None = None
+    stages: Mapping[str, Any] = field(default_factory=dict)
+    edited: tuple[str, ...] = ()
 
     @property
     def step(self) -> int | None:
@@ -59,6 +68,22 @@ class Ancestor:
     def name(self) -> str:
         """The folder as messages call it."""
         return spelled(self.folder)
+
+    def noted(self, stage: str) -> dict[str, Any]:
+        """Facts of what a stage of the run read (`training.unchanged`)."""
+        found: dict[str, Any] = self.stages.get(stage, {}).get("inputs", {})
+        return found
+
+    @property
+    def began(self) -> dict[str, Any] | None:
+        """Facts of the model that the run's `align` began with."""
+        return self.noted("align").get("sft", self.noted("align").get("model.path"))
+
+    @property
+    def was(self) -> dict[str, Any] | None:
+        """Facts of the run's reference."""
+        assert self.config is not None
+        return self.began if self.config["reference"]["path"] is None else self.noted("align").get("reference.path")
 
 
 def config_of(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -77,8 +102,12 @@ def config_of(path: str | Path | None, overrides: Mapping[str, Any] | None = Non
         {"model": {"path": "-"}, "data": dict.fromkeys(NEEDED, "-"), "label": {"scorer": "-"}} | named, where, overrides or {}
     )
     ancestor = ancestor_of(name)
-    laid = _laid_over(ancestor, data)
-    config = validate(laid, where if path or ancestor.run is None else f"{ancestor.run / 'config.yaml'}", overrides or {})
+    # A file that does not say `continue_from` may be the old run's own: what it says of stages and reference held for that one.
+    file = {} if path is None else layers(path)
+    if path is not None and ancestor.run is not None and _same(located(path), ancestor.run / CONFIG):
+        data = laid_over(_placed(ancestor.run, ancestor.stages["align"], layers(path)), overrides or {})
+    laid = _laid_over(ancestor, data, data if file.get("continue_from") == name else layers(None, overrides))
+    config = validate(laid, where if path or ancestor.run is None else f"{ancestor.run / CONFIG}", overrides or {})
     if config.continue_optimizer:
         _check_optimizer(ancestor, config)
     return config
@@ -101,6 +130,8 @@ def place_of(name: str) -> Path:
         return path
     if path.name.startswith(PREFIX) and (found := [p.name for p in checkpoints(path.parent / "checkpoints")]):
         raise UserError(f"continue_from: {name}: no such checkpoint; {path.parent} has {', '.join(found)}")
+    if path.exists():
+        raise UserError(f"continue_from: {name}: a file; name the run's folder: {path.parent}")
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
     raise UserError(f"continue_from: {name}: no such folder{nearest_path(name, beside)}; name a run or RUN/checkpoint-N")
 
@@ -127,7 +158,7 @@ def ancestor_of(name: str) -> Ancestor:
         made = ", ".join(state["stages"]) or "none"
         raise UserError(f"continue_from: {run}: has no align stage to go on from (stages: {made}); name a model by --model.path")
     folder = _of_run(run, begun) if place == run else place
-    config = _settings_of(run, begun)
+    config, edited = _settings_of(run, state["stages"])
     folder = _with_adapter(run, folder) if config["lora"]["rank"] and not is_adapter(str(folder)) else folder
     _check_whole(folder)
     if config["model"].get("quantization") and is_adapter(str(folder)):
@@ -141,15 +172,16 @@ def ancestor_of(name: str) -> Ancestor:
     reference = None if record is None else record.reference
     if reference is None and (run / "base").is_dir():  # of an adapter that began on new random weights
         reference = str(run / "base")
-    if reference is not None and reference.startswith((".", "/")) and not Path(reference).exists():
-        raise UserError(f"continue_from: {folder}: the reference that its record names, {reference}, is not there; restore it")
     model, own = config["model"], config["reference"]
     revision = own.get("revision") if own.get("path") is not None else model.get("revision")
     at_hub = reference is not None and not Path(reference).exists()
-    return Ancestor(folder, run, record, reference, revision if at_hub else None, config, begun)
+    return Ancestor(folder, run, record, reference, revision if at_hub else None, config, state["stages"], edited)
 
 
 def _foreign(place: Path) -> Ancestor:
+    record = read_record(place)
+    if record is not None and record.kind in NO_POLICY:
+        raise UserError(f"continue_from: {place}: {NO_POLICY[record.kind]} {place}")
     if is_adapter(str(place)):
         raise UserError(
             f"continue_from: {place}: an adapter of another program; a new one on its merged weights is trained by --model.path "
@@ -168,7 +200,7 @@ def _of_run(run: Path, begun: Mapping[str, Any]) -> Path:
     if not begun.get("done"):
         there = complete_checkpoints(run / "checkpoints")
         named = f", or name a checkpoint: --continue_from {run / Path(there[-1]).name}" if there else ""
-        again = f"isdaa train --config {run / 'config.yaml'}"
+        again = f"isdaa train --config {run / CONFIG}"
         raise UserError(f"continue_from: {run}: its align stage has not finished; finish it ({again}){named}")
     record = records_of([str(run / "model")]).by_path[str(run / "model")]
     last = None if record is None else record.step
@@ -206,11 +238,41 @@ def _check_whole(folder: Path) -> None:
         raise UserError(f"continue_from: {folder}: not the weights that were written ({wrong}); restore them, or name others")
 
 
-def _settings_of(run: Path, begun: Mapping[str, Any]) -> dict[str, Any]:
-    """The run's resolved configuration. Whose code may run, its own record says: the file could be anybody's."""
-    path = run / "config.yaml"
-    data = resolved(validate(layers(path), str(path)))
+def _settings_of(run: Path, stages: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The run's resolved configuration, and what of it is no longer so in its file.
+
+    What decided its stages, whose code may run among it, its record says: the file could be anybody's.
+    """
+    path, begun = run / CONFIG, stages["align"]
+    read = validate(layers(path), str(path))
+    data, known = resolved(read), {key for key, _, _ in fields()}
+    for stage in sorted(stages, key=lambda stage: stage == "align"):
+        values = stages[stage].get("values", {})
+        if values:  # which of these keys there are is noted with them
+            data["tokenization"]["chat_template_kwargs"] = {}
+            data["objective"].pop("allow_stall", None)
+        for key, value in values.items():
+            if key in known or key.startswith("tokenization.chat_template_kwargs."):
+                lay_over(data, key, value)
     data["model"]["trust_remote_code"] = begun.get("values", {}).get("model.trust_remote_code") is True
+    old, new = flattened(resolved(read)), flattened(data)
+    edited = [f"{key} {new.get(key)!r} (not {old.get(key)!r})" for key in {**old, **new} if old.get(key) != new.get(key)]
+    data = _placed(run, begun, data) | {"output_dir": str(run)}
+    return resolved(validate(data, str(run / RUN))), tuple(edited)
+
+
+def _placed(run: Path, begun: Mapping[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """Settings as the run's command named them, with places as they are called from here."""
+    flat = flattened(data)
+    for key, kind, _ in fields():
+        place = flat.get(key)
+        if Location not in get_args(kind.annotation) or not isinstance(place, str) or "cwd" not in begun:
+            continue
+        if place.startswith(WORLD) or place in ("none", REWARD):
+            continue
+        found = resolve_from(run / begun["cwd"], place)
+        if found not in (place, resolve_from(Path(), place)):
+            lay_over(data, key, spelled(str(found)))
     return data
 
 
@@ -232,35 +294,36 @@ def _check_optimizer(ancestor: Ancestor, config: Config) -> None:
 # The new run's configuration
 
 
-def _laid_over(ancestor: Ancestor, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The old run's configuration with what was given on top, and the old weights and reference in their places."""
-    old = ancestor.config or {}
-    data = old | {"continue_optimizer": False}  # of an old run that went on itself
-    for key, value in given.items():
-        both = isinstance(value, dict) and isinstance(old.get(key), dict)
-        data[key] = {**old[key], **value} if both else value
+def _laid_over(ancestor: Ancestor, given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The old run's configuration with what was given on top, and the old weights and reference in their places.
 
-    def said(section: str, key: str) -> Any:
-        return (given.get(section) or {}).get(key) if isinstance(given.get(section), dict) else None
+    own: what was given of the new run for sure, and does not come from a file of the old one.
+    """
+    old = ancestor.config or {}
+    once = {"continue_optimizer": False}  # of an old run that went on itself
+    data = laid_over(copy.deepcopy(dict(old)) | once, _dotted(given))
 
     _check_output(ancestor, given.get("output_dir"))
-    if old and said("objective", "method") not in (None, old["objective"]["method"]):
-        data["objective"] = given["objective"]  # what is spelled out of the old method is not the new one's
-    if said("align", "epochs") is not None and said("align", "max_steps") is None:
-        data["align"] = {**data["align"], "max_steps": None}  # or it would end them
-    data["model"] = _model(ancestor, given, said("model", "path"), data.get("model"))
-    reference = _reference(ancestor, old, said("reference", "path"))
-    told = said("reference", "revision")
+    data["model"] = _model(ancestor, given, data.get("model"))
+    reference = _reference(ancestor, given, own)
+    told = (given.get("reference") or {}).get("revision")
     revision = told if told is not None or reference != ancestor.reference else ancestor.revision
     data["reference"] = {**(data.get("reference") or {}), "path": spelled(reference), "revision": revision}
-    if given.get("stages") in (None, old.get("stages")):
+    if "stages" not in own and given.get("stages") in (None, old.get("stages")):
         data["stages"] = ["align"]
     elif "sft" in data["stages"]:
         raise UserError("stages: sft would begin the new run with another model than continue_from; leave it out")
     if ancestor.run is not None:
         _own_files(ancestor.run, data, old)
         _check_adapter(ancestor, data["lora"])
+        _check_unchanged(ancestor, reference, revision)
     return data
+
+
+def _dotted(data: Mapping[str, Any]) -> dict[str, Any]:
+    sections = {key: value for key, value in data.items() if isinstance(value, dict)}
+    named = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+    return named | {key: value for key, value in data.items() if key not in sections}
 
 
 def _check_output(ancestor: Ancestor, output: Any) -> None:
@@ -272,20 +335,67 @@ def _check_output(ancestor: Ancestor, output: Any) -> None:
         raise UserError(f"output_dir: {output} is the old run's own folder, or lies in it; a new run needs one of its own")
 
 
-def _model(ancestor: Ancestor, given: Mapping[str, Any], path: Any, model: Any) -> dict[str, Any]:
-    old = (ancestor.config or {}).get("model", {})
-    if path is not None and path != old.get("path") and Path(str(path)).resolve() != ancestor.folder.resolve():
-        raise UserError(f"model.path: {path}, and continue_from: {given['continue_from']}: one of them is where training starts")
+def _model(ancestor: Ancestor, given: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    old, said = (ancestor.config or {}).get("model", {}), given.get("model") or {}
+    for key in ("path", "random", "revision"):
+        value = said.get(key)
+        if value in (None, old.get(key)) or (key == "path" and _same(value, old.get(key), ancestor.folder)):
+            continue
+        shown = f" {value}" if isinstance(value, str) else ""
+        raise UserError(f"model.{key}:{shown}, and continue_from: {given['continue_from']}: one of them is where training starts")
     return {**(model or {}), "path": spelled(ancestor.folder), "random": None, "revision": None}
 
 
-def _reference(ancestor: Ancestor, old: Mapping[str, Any], path: Any) -> str:
-    if path is not None and path != old.get("reference", {}).get("path"):
+def _reference(ancestor: Ancestor, given: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    path, said = (given.get("reference") or {}).get("path"), (own.get("reference") or {}).get("path", ...)
+    if said is None:
+        raise UserError(
+            f"reference.path: null would be the trained weights; leave it out for the old run's π_ref, or name {ancestor.name}"
+        )
+    if path is not None and (said is not ... or path != (ancestor.config or {}).get("reference", {}).get("path")):
         return str(path)
     if ancestor.reference is None:
         why = "not a run of isdaa, so nothing says" if ancestor.run is None else "its record does not say"
         raise UserError(f"continue_from: {ancestor.name}: {why} what its reference π_ref was; name it with --reference.path")
+    if ancestor.reference.startswith((".", "/")) and not Path(ancestor.reference).exists():
+        gone = f"the reference that its record names, {spelled(ancestor.reference)}, is not there"
+        raise UserError(f"continue_from: {ancestor.name}: {gone}; restore it, or say by --reference.path where it is now")
     return ancestor.reference
+
+
+def _check_unchanged(ancestor: Ancestor, reference: str, revision: str | None) -> None:
+    """Raises UserError where the old run's reference, or the base under its adapter, is not what it was."""
+    assert ancestor.config is not None and ancestor.run is not None
+    if _same(reference, ancestor.reference) and revision == ancestor.revision:
+        then = (ancestor.was or {}).get("revision")
+        way = "restore it, or name another by --reference.path"
+        way = way if then is None else f"name the one that it was: --reference.revision {then}"
+        _check_model(ancestor, "its reference", reference, ancestor.was, revision, way)
+    if not is_adapter(str(ancestor.folder)):
+        return
+    base, model = adapter_base(ancestor.folder), ancestor.config["model"]
+    way = f"restore it, or train a new adapter: --model.path {spelled(ancestor.run / 'model')} --reference.path …"
+    if base is None:
+        raise UserError(f"continue_from: {ancestor.name}: the base of this adapter is not there; {way}")
+    if not _same(base, ancestor.run / "base"):  # made by the run, with a manifest of its own
+        # Where the run itself went on, it began with an adapter, whose base is this one.
+        began = base if ancestor.config["continue_from"] is None else str(model["path"])
+        _check_model(ancestor, "the base of this adapter", began, ancestor.began, model["revision"], way)
+
+
+def _check_model(
+    ancestor: Ancestor, what: str, place: str, before: dict[str, Any] | None, revision: str | None, way: str
+) -> None:
+    changed = changed_model(before, place, revision)
+    if changed is not None:
+        raise UserError(
+            f"continue_from: {ancestor.name}: {what}, {spelled(place)}, is not what it was (changed: {changed}); {way}"
+        )
+
+
+def _same(place: Any, *others: Any) -> bool:
+    """Whether a place is one of others, whatever it is called."""
+    return any(other is not None and Path(str(place)).resolve() == Path(str(other)).resolve() for other in others)
 
 
 def _own_files(run: Path, data: dict[str, Any], old: Mapping[str, Any]) -> None:
@@ -296,12 +406,13 @@ def _own_files(run: Path, data: dict[str, Any], old: Mapping[str, Any]) -> None:
         data["data"] = {**data["data"], "pairs": spelled(run / "pairs" / "train.jsonl")}
     if "label" in data["stages"] and same and REWARD not in data["stages"]:
         data["data"] = {**data["data"], "pairs": None}  # it makes others
-    if REWARD in data["stages"]:
+    if REWARD in data["stages"] or not (run / REWARD).is_dir():
         return
     for section in ("guard", "evaluation", "label"):
         if data[section].get("scorer") == REWARD:
             data[section] = {**data[section], "scorer": spelled(run / REWARD)}
-    if before.guard_scorer is not None and not (data["guard"]["scorer"] or data["evaluation"]["scorer"]):
+    implied = before.guard_scorer is not None and not (before.guard.scorer or before.evaluation.scorer)
+    if implied and not (data["guard"]["scorer"] or data["evaluation"]["scorer"]):
         data["guard"] = {**data["guard"], "scorer": spelled(run / REWARD)}
 
 
@@ -333,7 +444,7 @@ def told(ancestor: Ancestor, config: Config) -> list[str]:
     at = "" if ancestor.step is None else f" (step {ancestor.step})"
     where = config.reference.path
     reference = f"π_ref is that run's, {where}"
-    if ancestor.reference is None or spelled(ancestor.reference) != where:
+    if ancestor.reference is None or (spelled(ancestor.reference) != where and not _moved(ancestor, where)):
         reference = f"π_ref is {where}" + ("" if ancestor.reference is None else f", not {ancestor.reference} as before")
     schedule = "the learning rate's schedule begins anew"
     state = (
@@ -342,20 +453,49 @@ def told(ancestor: Ancestor, config: Config) -> list[str]:
         else "the optimiser and the learning rate's schedule begin anew"
     )
     lines = [f"goes on from {ancestor.name}{at}; {reference}; {state}"]
-    return lines + _differences(ancestor, config)
+    if ancestor.config is None or ancestor.run is None:
+        return lines
+    if ancestor.edited:
+        lines.append(f"{spelled(ancestor.run)}/{CONFIG} was changed; the run was trained with {', '.join(ancestor.edited)}")
+    if set(ancestor.config["stages"]) - set(config.stages):
+        lines.append(f"stages: {', '.join(config.stages)}; the old run had {', '.join(ancestor.config['stages'])}")
+    if "inputs" not in ancestor.stages["align"]:
+        lines.append("an earlier isdaa did not note what the old run read: changes of its data and models since are not seen")
+    return lines + _differences(ancestor, config) + _changes(ancestor, config)
+
+
+def _moved(ancestor: Ancestor, where: str | None) -> bool:
+    """Whether the old run's reference lies at another place now, file by file."""
+    there = where is not None and Path(where).is_dir() and ancestor.config is not None and ancestor.was is not None
+    return there and changed_model(ancestor.was, str(where), None) is None
+
+
+def _changes(ancestor: Ancestor, config: Config) -> list[str]:
+    """A line for each source, other than the models that are trained and compared with, that is not what the old run read."""
+    lines = {}
+    for stage in config.stages:
+        for key, (place, what) in _changed(ancestor, stage).items():
+            if key not in ("model.path", "sft", "reference.path") and Path(place).resolve() in places_read(config, stage):
+                lines[key] = f"{key}: {place} is not what it was for the old run (changed: {what})"
+    return [*lines.values()]
+
+
+def _changed(ancestor: Ancestor, stage: str) -> dict[str, tuple[str, str]]:
+    assert ancestor.config is not None and ancestor.run is not None
+    before, noted = Config.model_validate(ancestor.config), ancestor.noted(stage)
+    return changed_inputs(before, ancestor.run, stage, noted, sft="sft" in noted)
 
 
 def _differences(ancestor: Ancestor, config: Config) -> list[str]:
-    if ancestor.config is None or ancestor.run is None:
-        return []
+    assert ancestor.config is not None and ancestor.run is not None
     old, new = flattened(ancestor.config), flattened(resolved(config))
     unused = {"sft", "label", "reward"} - set(config.stages)
     made = {"data.pairs": ancestor.run / "pairs" / "train.jsonl"}
     lines = []
-    for key, _, _ in fields():
+    for key in {**old, **new}:
         if key in NO_DIFFERENCE or key.startswith("reference.") or key.split(".")[0] in unused or old.get(key) == new.get(key):
             continue
-        if key in made and new[key] == spelled(made[key]):
+        if key in made and new[key] == spelled(made[key]) and REWARD not in config.stages:
             continue
         lines.append(f"{key} is {new.get(key)!r}; it was {old.get(key)!r} in {spelled(ancestor.run)}")
     kept = {"data.limit": None, "data.subset": None, "data.pairs_split": "train"}
@@ -371,15 +511,18 @@ def seen_before(ancestor: Ancestor, config: Config, held: Any) -> list[str]:
         return []
     before, run = Config.model_validate(ancestor.config), spelled(ancestor.run)
     lines = []
-    if not _same_held_out(ancestor.run, before, config):
+    changed = {"data.pairs", "data.eval_pairs", "pairs/train.jsonl"} & set(_changed(ancestor, "align"))
+    if changed or not _same_held_out(ancestor.run, before, config):
         kept = ancestor.run / "eval_pairs.jsonl"
         advice = f"; data.eval_pairs {spelled(kept)} holds out what that run did" if kept.is_file() else ""
         try:
+            if changed:
+                raise UserError("they cannot be read any more")
             count = common_prompts(read_pairs(before, _pairs_of(ancestor.run, before)).rows, held)
             if count:
                 lines.append(f"{run} was trained on {count} of the held-out prompts: the held-out figures flatter{advice}")
         except UserError:
-            lines.append(f"whether {run} was trained on held-out prompts is not known: its pairs are not there{advice}")
+            lines.append(f"whether {run} was trained on held-out prompts is not known: its pairs are not there any more{advice}")
     if before.continue_from is None:
         return lines
     try:

@@ -38,6 +38,8 @@ def check_inputs(config: Config, stages: Sequence[str]) -> None:
             continue
         if name.startswith((".", "/", "~")) or home in Path(name).resolve().parents:
             raise UserError(f"{key}: {name}: no such folder{_made(made)}")
+        if key.endswith("scorer") and name == REWARD:
+            raise UserError(f"{key}: {REWARD}: no such folder, and this run has no reward stage; add it to --stages")
         if key.endswith("scorer") and name not in (GOLD, "none") and name.count("/") != 1:  # no name of the Hub
             raise UserError(f"{key}: {name}: no such folder{nearest(name, [GOLD, REWARD])}{_made(made)}")
     if config.model.quantization is not None:

@@ -5,6 +5,7 @@ Of several processes, the main one holds the lock and writes; all of them know t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -77,6 +78,8 @@ SHAPE = {
             "done?": bool,
             "values?": dict,
             "pinned?": {"*": str},
+            "inputs?": {"*": {"files?": [list], "rows?": str, "revision?": str}},
+            "cwd?": str,
             "notes?": [str],
             "tokens?": int,
             "processes?": int,
@@ -259,6 +262,7 @@ class Run:
             "values": deciding_values(self.config, stage),
             "pinned": before.get("pinned", {}),
             "inputs": before.get("inputs") or inputs_of(self.config, self.folder, stage, self.is_done("sft")),
+            "cwd": before.get("cwd") or os.path.relpath(Path.cwd(), self.folder.resolve()),  # from which paths were typed
             "tokens": VERSION,
         }
         return begun if processes == 1 else begun | {"processes": processes}

@@ -67,17 +67,12 @@ def check_inputs_unchanged(
     noted: `inputs_of` as the stage began; times in it are brought up to date. finished: False for a stage that was stopped.
     """
     said = []
-    for key, look, place in _read(config, folder, stage, sft):
-        before = noted.get(key)
-        if before is None or (key in PINNED and not finished):
+    for key, place, before, now, name in _compared(config, folder, stage, noted, sft):
+        if key in PINNED and not finished:
             continue
-        try:
-            now = look(before)
-        except UserError:  # a place that says what is missing
-            now = None
-        if now is None or not (now.get("files") or "files" not in now):
+        if now is None:
             said.append(f"{key}: {place} is not there any more; what was made of it is reused")
-        elif (name := _difference(before, now)) is None:
+        elif name is None:
             noted[key] = now
         elif "revision" in before:
             said.append(
@@ -91,6 +86,23 @@ def check_inputs_unchanged(
                 "another --output_dir"
             )
     return said
+
+
+def changed_inputs(config: Config, folder: Path, stage: str, noted: dict[str, Facts], *, sft: bool) -> dict[str, tuple[str, str]]:
+    """What lies at the same place with other content than when a stage read it: key -> place, and what has changed."""
+    compared = _compared(config, folder, stage, noted, sft)
+    return {key: (place, name) for key, place, _, _, name in compared if name is not None}
+
+
+def changed_model(before: Facts | None, name: str, revision: str | None) -> str | None:
+    """What of the model of that name is not as it was noted; None: nothing, or it cannot be told."""
+    now = None if before is None else _of_model(name, revision, before)
+    return None if before is None or not now or not now.get("files", True) else _difference(before, now)
+
+
+def places_read(config: Config, stage: str) -> set[Path]:
+    """Where a stage of a run that has no model of its own reads."""
+    return {Path(place).resolve() for _, _, place in _read(config, Path(config.output_dir), stage, False)}
 
 
 def check_outputs_unchanged(folder: Path, stage: str, noted: dict[str, Facts], *, needed: bool) -> list[str]:
@@ -114,6 +126,23 @@ def check_outputs_unchanged(folder: Path, stage: str, noted: dict[str, Facts], *
         else:
             noted[name] = now
     return said
+
+
+def _compared(
+    config: Config, folder: Path, stage: str, noted: dict[str, Facts], sft: bool
+) -> Iterator[tuple[str, str, Facts, Facts | None, str | None]]:
+    """Of all that a stage has read: key, place, facts then and now (None: it is gone), and what differs."""
+    for key, look, place in _read(config, folder, stage, sft):
+        before = noted.get(key)
+        if before is None:
+            continue
+        try:
+            now = look(before)
+        except UserError:  # a place that says what is missing
+            now = None
+        if now is not None and not now.get("files", True):
+            now = None
+        yield key, place, before, now, None if now is None else _difference(before, now)
 
 
 def _read(config: Config, folder: Path, stage: str, sft: bool) -> Iterator[tuple[str, Callable[..., Facts | None], str]]:
@@ -200,7 +229,8 @@ def _on_hub(kind: str, name: str, revision: str | None) -> Facts | None:
 def _difference(before: Facts, now: Facts) -> str | None:
     """What differs, in a word; None: the contents are the same, in the same order, whatever the files are called now."""
     if "files" not in before or "files" not in now:
-        return None if before == now else "its rows" if "rows" in before else "its place"
+        kinds = {"rows": "its rows", "revision": "its revision on the Hub"}
+        return None if before == now else next((word for key, word in kinds.items() if key in before and key in now), "its place")
     old, new = before["files"], now["files"]
     if [entry[4] for entry in old] == [entry[4] for entry in new]:
         return None
