@@ -66,6 +66,23 @@ def test_permissions_and_leftovers(tmp_path: Path) -> None:
     assert (tmp_path / "cache" / "f").read_text() == "x"
 
 
+def test_files_that_a_library_writes_for_their_owner_alone_are_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    def fill(aside: Path) -> None:
+        (aside / "inner").mkdir()
+        for path in (aside / "model.safetensors", aside / "inner" / "run.sh"):
+            path.write_text("x")
+        (aside / "model.safetensors").chmod(0o600)
+        (aside / "inner" / "run.sh").chmod(0o700)
+
+    mask = os.umask(0o027)
+    try:
+        write_folder_atomically(tmp_path / "model", fill)
+    finally:
+        os.umask(mask)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == {"model.safetensors": 0o640, "run.sh": 0o740}
+
+
 def test_json_lines_come_back_as_they_were_written(tmp_path: Path) -> None:
     records = [{"a": "x\u2028y\x85z\x00\r\n\ufeff", "b": [{"c": None}, {"c": 1}]}, {"": {"": {}}}, {}]
     write_jsonl(tmp_path / "a.jsonl", records)

@@ -188,9 +188,17 @@ def _remove_leftovers(folder: Path) -> None:
                     remove_tree(left)
 
 
+def share(files: Iterable[Path]) -> None:
+    """Let those read the files whom the umask lets: safetensors writes files that their owner alone can read."""
+    mode = 0o666 & ~current_umask()
+    for path in files:
+        path.chmod(path.stat().st_mode | mode)
+
+
 def sync_tree(folder: Path) -> None:
-    """Flush every file and folder below `folder` to disk."""
+    """Flush every file and folder below `folder`, which this program wrote, to disk, with the umask's modes."""
     for root, _, names in os.walk(folder):
+        share(Path(root, name) for name in names)
         for name in names:
             descriptor = os.open(os.path.join(root, name), os.O_RDONLY)
             try:

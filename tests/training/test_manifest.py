@@ -15,6 +15,7 @@ from chains import ALIGN, chat_model, jsonl, plain_pairs, refused, train
 from isdaa import manifest
 from isdaa.cli import main
 from isdaa.errors import UserError
+from isdaa.files import current_umask
 from isdaa.manifest import MANIFEST, check_manifest, defect, write_manifest
 from isdaa.models.loading import add_lora, load_model, load_sequence_classifier, load_tokenizer, save_model
 
@@ -189,8 +190,18 @@ def test_a_model_saved_over_ones_own_has_a_manifest_of_its_own(place: Path) -> N
                             bf16=False, save_strategy="no")  # fmt: skip
     trainer = preference_trainer("run/sft", args=args, train_dataset=plain_pairs(8))
     trainer.train()
+    key = place / "run/sft/key.env"
+    key.touch(0o600)
     trainer.save_model("run/sft")
     assert defect("run/sft") is None and load_model("run/sft")
+    assert (place / "run/sft/model.safetensors").stat().st_mode & 0o777 == 0o666 & ~current_umask()
+    assert key.stat().st_mode & 0o777 == 0o600  # the user's own is none of ours
+
+
+def test_all_that_a_run_leaves_is_read_by_whom_the_umask_lets(home: Path) -> None:
+    mode = 0o666 & ~current_umask()
+    kept = [path for path in home.rglob("*") if path.is_file() and path.stat().st_mode & mode != mode]
+    assert not [path for path in kept if "my_model" not in path.parts]  # what a test has saved by transformers itself
 
 
 def test_a_sweep_that_frees_the_disk_blesses_no_damage(place: Path) -> None:

@@ -18,6 +18,7 @@ from transformers.trainer_callback import ExportableState
 
 from isdaa.distributed import once
 from isdaa.errors import UserError
+from isdaa.files import share
 from isdaa.foreign import check_shape, read_json, readable
 from isdaa.manifest import MANIFEST, write_manifest
 from isdaa.models.saving import savable
@@ -230,6 +231,8 @@ class WholeCheckpoints(FiniteSteps):
     def _save(self: Any, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with savable(self.accelerator.unwrap_model(self.model)):
             super()._save(output_dir, state_dict)  # type: ignore[misc]
+        if self.args.should_save:  # what a script saves is written in place, beside files of its own
+            share(Path(str(self.args.output_dir if output_dir is None else output_dir)).glob("*.safetensors"))
 
     # ---- models that a script saves, and the Hub ----
 
