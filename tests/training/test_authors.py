@@ -79,6 +79,18 @@ def test_probabilities_that_are_small_are_told_apart(model: Any) -> None:
     assert "probability 0.0004 on average, its own would have 0.0005" in line
 
 
+def test_a_named_model_is_told_by_its_name_and_of_the_rows_alone_that_it_was_asked_of(model: Any) -> None:
+    pairs = drawn(model, 0.3)
+    found = measure(prepare(model), pairs, key={}, cache_dir=None)
+    (line,) = foreign_text(found, pairs, "other_model")
+    assert "not samples of other_model" in line and "named as μ" in line and "π_ref" not in line
+    for count in (len(pairs), len(pairs) - 4):  # rows with logps of their own; the rest are too few
+        known = np.where(np.arange(len(pairs)) < count, -9.0, np.nan)
+        of_their_own = copy.copy(pairs)
+        of_their_own.floats = {"behaviour_chosen_logps": known, "behaviour_rejected_logps": known}
+        assert foreign_text(found, of_their_own) == foreign_text(found, of_their_own, "other_model") == []
+
+
 def test_of_a_few_responses_nothing_is_said(model: Any) -> None:
     assert said(model, drawn(model, 0.3, count=7)) == [] != said(model, drawn(model, 0.3, count=16))
 

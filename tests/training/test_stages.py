@@ -30,6 +30,7 @@ from chains import (
 from own_records import write_own
 from safetensors import safe_open
 
+from isdaa import PreferenceConfig, preference_trainer
 from isdaa.cli import main
 from isdaa.data.sources import prompt_key
 from isdaa.models import forward, fused_head
@@ -784,3 +785,30 @@ def test_a_run_says_that_it_takes_the_reference_for_the_author(
         assert main(["inspect", "--config", str(config), "--no_plan", "--json"]) == 0
         (stage,) = json.loads(capsys.readouterr().out)["stages"]
         assert any("the rows name the models" in note for note in stage["notes"]) is expected[1]
+
+
+def test_a_behaviour_model_that_did_not_write_the_pairs_is_told_wherever_it_is_named(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for limit in ("GAP", "SURE"):  # a random model gives every token about the same
+        monkeypatch.setattr(authors, limit, 0.0)
+    jsonl(place / "pairs.jsonl", plain_pairs(24))
+    chat_model(place / "writer", seed=5)
+    said = "the responses are not samples of writer"
+    weighted = {**ALIGN, "objective.method": "is_dpo", "behaviour.model_path": "writer"}
+    for folder, settings, told in (("is", weighted, 1), ("dpo", weighted | {"objective.method": "dpo"}, 0)):
+        assert train(folder, settings) == 0
+        text = capsys.readouterr().err
+        assert text.count(said) == told and "samples of the reference" not in text
+    options = ["--model_path", "writer", "--tokenization.max_length", "200", "--tokenization.max_prompt_length", "120"]
+    assert main(["logps", "--data", "pairs.jsonl", "--output", "own.jsonl", *options]) == 0
+    assert capsys.readouterr().err.count(said) == 1
+    # Rows with logps of their own are not asked; those without, in the same file, are.
+    own = read_lines(place / "own.jsonl")
+    jsonl(place / "half.jsonl", own[:12] + plain_pairs(36)[24:])
+    for data, told in (("own.jsonl", 0), ("half.jsonl", 1)):
+        assert train(f"run-{data}", {**weighted, "behaviour.model_path": None, "data.pairs": data}) == 0
+        assert capsys.readouterr().err.count("the responses are not samples of the reference") == told
+    args = PreferenceConfig("out", max_length=200, method="is_dpo", bf16=False, use_cpu=True, report_to="none")
+    preference_trainer("my_model", args=args, train_dataset=plain_pairs(24), behaviour_model="writer")
+    assert capsys.readouterr().err.count(said) == 1

@@ -339,6 +339,7 @@ def _filled(
             progress=f"align: {which} logps",
         )
         filled.append(pairs.with_reference(*found[:2]) if which == "reference" else pairs.with_behaviour(*found[:2]))
-        if which == "reference" and len(filled) == 1 and takes_reference_for_author(run.config, pairs):
-            run.say("align", foreign_text(found, pairs))
+        named_model = run.config.behaviour.model_path
+        if len(filled) == 1 and uses_behaviour(run.config) and (named_model is None) == (which == "reference"):
+            run.say("align", foreign_text(found, pairs, named_model))
     return filled

@@ -1,4 +1,4 @@
-"""Did π_ref write the responses? Without behaviour logps an importance weight takes for granted that it did (μ = π_ref)."""
+"""Did μ write the responses? An importance weight takes for granted that it did: the model that was named, else π_ref."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from isdaa.config import Config
 from isdaa.data.pairs import Counts
 from isdaa.training.batches import BEHAVIOUR_COLUMNS, TokenisedPairs
+from isdaa.training.stall import own_logps
 from isdaa.training.start import weighs_by_behaviour
 
 LEAST = 16  # responses; nothing is said of fewer
@@ -26,7 +27,10 @@ HELP = (
     "responses of the reference itself (docs/method.md)"
 )
 
-
+NAMED = (
+    "It is named as μ, and its logps make weights that mean something for text that it wrote itself, at temperature 1 and with "
+    "nothing cut off: name the model that wrote this, or take a method without μ (docs/which_method.md)"
+)
 ASSUMED = (
     "μ = π_ref is assumed, since the rows carry no behaviour logps: the weights take the reference for the model that wrote the "
     "responses; `isdaa train` says whether they look like its samples"
@@ -59,18 +63,20 @@ def naming_columns(counts: Counts) -> list[str]:
     return [f"the rows name the models that wrote the responses ({columns}), and μ = π_ref is assumed: {HELP}"]
 
 
-def foreign_text(measured: np.ndarray, pairs: TokenisedPairs) -> list[str]:
-    """A line where the responses are not draws from the model that measured them, at temperature 1.
+def foreign_text(measured: np.ndarray, pairs: TokenisedPairs, model: str | None = None) -> list[str]:
+    """A line where responses are not draws from the model that measured them, at temperature 1; of rows without behaviour logps.
 
     A token drawn from π has, on average, the probability Σ_v π(v)². The sum over a response of π(y_t) − Σ_v π(v)² is then a
     martingale: its mean over responses is zero but for chance, whatever the prompts, lengths and cuts are. Pairs of equal
     responses are left out; a response y is weighed with 1 / (1 − π(y)), which makes up for those that it would have been in.
 
-    measured: (6, N) of `reference.measure`. Nothing is said of few responses, nor of a difference that chance may explain.
+    measured: (6, N) of `reference.measure`. model: its name, where it was named as μ; None: the reference. Nothing is said of few
+    responses, nor of a difference that chance may explain.
     """
     probability, own = measured[2:4].astype(np.float64).ravel(), measured[4:6].astype(np.float64).ravel()
     scored = pairs.scored_lengths().ravel()
-    there = (own > 0) & np.tile(measured[0] != measured[1], 2)  # a fused head measures neither; equal responses are no pair
+    asked = (measured[0] != measured[1]) & ~own_logps(pairs)  # equal responses are no pair
+    there = (own > 0) & np.tile(asked, 2)  # a fused head measures neither
     if there.sum() < LEAST:
         return []
     kept = -1 / np.expm1(np.minimum(measured[:2].astype(np.float64).ravel()[there], CERTAIN))
@@ -82,7 +88,8 @@ def foreign_text(measured: np.ndarray, pairs: TokenisedPairs) -> list[str]:
     if abs(gap) < GAP or away < SURE:
         return []
     found, expected = (float(kept @ values[there] / tokens) for values in (probability, own))
+    means = f"μ = π_ref is assumed: {HELP}" if model is None else NAMED
     return [
-        f"the responses are not samples of the reference: their tokens have probability {found:.3g} on average, its own would "
-        f"have {expected:.3g} ({away:.0f} standard errors apart). μ = π_ref is assumed: {HELP}"
+        f"warning: the responses are not samples of {model or 'the reference'}: their tokens have probability {found:.3g} on "
+        f"average, its own would have {expected:.3g} ({away:.0f} standard errors apart). {means}"
     ]

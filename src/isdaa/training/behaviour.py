@@ -15,8 +15,9 @@ from isdaa.files import located, write_jsonl
 from isdaa.models.forward import prepare
 from isdaa.models.loading import load_model, load_tokenizer
 from isdaa.terminal import say
-from isdaa.training.batches import TokenisedPairs
-from isdaa.training.reference import reference_logps
+from isdaa.training.authors import foreign_text
+from isdaa.training.batches import TOKEN_COLUMNS, TokenisedPairs
+from isdaa.training.reference import measure
 from isdaa.training.start import check_rows, device, logps_key
 
 
@@ -45,17 +46,16 @@ def write_behaviour_logps(
     check_rows(model, model_path, *TokenisedPairs(tokens).extent())
     forward = prepare(model)
     key = logps_key(model, forward.mode, tokenizer, settings)
-    chosen, rejected = reference_logps(
-        forward, tokens, key=key, cache_dir=output.resolve().parent / ".isdaa_cache", progress="behaviour logps"
-    )
+    found = measure(forward, tokens, key=key, cache_dir=output.resolve().parent / ".isdaa_cache", progress="behaviour logps")
     with_logps = []
-    for pair, c, r in zip(tokens, chosen, rejected, strict=True):
+    for pair, c, r in zip(tokens, *found[:2], strict=True):
         kept = {name: value for name, value in rows[int(pair["id"])].items() if value is not None and name != "where"}
         logps = {"behaviour_chosen_logps": float(c), "behaviour_rejected_logps": float(r)}
         of = pair_digest(pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"])
         with_logps.append({**kept, **logps, "behaviour_tokens": of})
     once(lambda: write_jsonl(output, with_logps))
-    for line in (counts + more).lines():
+    unmarked = TokenisedPairs(tokens.select_columns(list(TOKEN_COLUMNS)))
+    for line in (counts + more).lines() + foreign_text(found, unmarked, model_path):
         say(line)
     replaced = sum(row["behaviour_chosen_logps"] is not None for row in rows)
     if replaced:

@@ -30,7 +30,7 @@ from isdaa.objectives.objective import Objective
 from isdaa.record import ModelRecord, base_of
 from isdaa.terminal import say
 from isdaa.training.authors import foreign_text, not_drawn
-from isdaa.training.batches import BEHAVIOUR_COLUMNS, TokenisedPairs
+from isdaa.training.batches import TokenisedPairs
 from isdaa.training.checkpoints import named
 from isdaa.training.monitor import MetricsFile, metrics_at
 from isdaa.training.preference import PreferenceTrainer
@@ -127,15 +127,14 @@ def preference_trainer(
             "peft_config: the model carries an adapter already; merge it (model.merge_and_unload()), save that and give it"
         )
     forward = prepare(policy, probe=args.probe, longest_row=longest, attention=args.attention)
-    assumed = behaviour_model is None and weighs_by_behaviour(args.objective_arguments())
     source = forward if ref_model is None else ref_model
-    sets = _with_logps(sets, "reference", source, args, tokenizer, settings, longest, assumed)
+    mu = None if behaviour_model is None else _name(behaviour_model) or "a model in memory"
+    sets = _with_logps(sets, "reference", source, args, tokenizer, settings, longest, mu)
     own = own_logps(sets[0])
     if behaviour_model is not None:
-        sets = _with_logps(sets, "behaviour", behaviour_model, args, tokenizer, settings, longest)
+        sets = _with_logps(sets, "behaviour", behaviour_model, args, tokenizer, settings, longest, mu)
     options: Any = {"key": {}, "cache_dir": None, "precision": _precision(args)}
     measured = partial(measure, forward, progress="preference: the policy's logps at the start", **options)
-    mu = None if behaviour_model is None else _name(behaviour_model) or "a model in memory"
     for line in starting_weights(
         args.objective_arguments(), sets[0], measured if ref_model is not None else None, own, mu, args.allow_stall
     ):
@@ -250,10 +249,10 @@ def _with_logps(
     tokenizer: Any,
     settings: TokenizationSettings,
     longest: int,
-    assumed: bool = False,
+    mu: str | None,
 ) -> list[TokenisedPairs]:
-    """The sets with logps under the prepared policy, or under another model, which is prepared here. assumed: weights take it for
-    the model that wrote the responses, where the rows have no behaviour logps."""
+    """The sets with logps under the prepared policy, or under another model, which is prepared here. mu: the name of the model
+    that wrote the responses; None: the reference is taken for it."""
     forward = source
     if not isinstance(forward, PairForward):
         other = _loaded(forward, args)
@@ -269,8 +268,9 @@ def _with_logps(
     for pairs in sets:
         found = measure(forward, pairs, key=key, cache_dir=cache, precision=precision, progress=f"preference: {which} logps")
         filled.append(pairs.with_reference(*found[:2]) if which == "reference" else pairs.with_behaviour(*found[:2]))
-        if which == "reference" and len(filled) == 1 and assumed and not set(pairs.floats) & set(BEHAVIOUR_COLUMNS):
-            for line in foreign_text(found, pairs):
+        weighs = weighs_by_behaviour(args.objective_arguments())
+        if len(filled) == 1 and weighs and (mu is None) == (which == "reference"):
+            for line in foreign_text(found, pairs, mu):
                 say(f"preference: {line}")
     return filled
 
