@@ -1,15 +1,17 @@
 """The configuration: every file loads, every mistake is one line that names file, key and mend."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from isdaa.cli import build_parser
 from isdaa.config import ObjectiveConfig, allowed, departures, fields, load_config, preset_value, resolved
 from isdaa.errors import UserError
 from isdaa.objectives.presets import resolve
+from isdaa.options import overrides_of
 from isdaa.settings_text import dump_settings
 from isdaa.synonyms import SYNONYMS, WITHOUT_KEY, hint
 
@@ -100,6 +102,20 @@ def test_a_mistake_is_one_line(tmp_path: Path, changes: dict, words: list[str]) 
     assert "\n" not in message
     for word in words:
         assert word in message, message
+
+
+@pytest.mark.parametrize(
+    ("given", "trackers"),
+    [("none", []), (["none"], []), (None, []), ("wandb", ["wandb"]), (["wandb", "trackio"], ["wandb", "trackio"])],
+)
+def test_trackers_are_named_as_other_programs_name_them(tmp_path: Path, given: Any, trackers: list[str]) -> None:
+    for stage in ("sft", "reward", "align"):
+        assert getattr(load_config(write(tmp_path, **{stage: {"report_to": given}})), stage).report_to == trackers
+    words = given if isinstance(given, list) else ["null" if given is None else given]
+    command = ["train", "--config", str(write(tmp_path)), "--align.report_to", *words]
+    assert load_config(write(tmp_path), overrides_of(build_parser().parse_args(command))).align.report_to == trackers
+    with pytest.raises(UserError, match="report_to"):
+        load_config(write(tmp_path, align={"report_to": ["none", "wandb"]}))
 
 
 def test_the_label_that_a_pairing_implies_is_its_default(tmp_path: Path) -> None:

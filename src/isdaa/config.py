@@ -244,8 +244,14 @@ class OptimisationConfig(Section):
     seed: Seed | None = Field(None, description="null: the run's seed")
     logging_steps: Int = Field(10, ge=1, description="a line of `metrics.jsonl` every n optimiser steps (docs/metrics.md)")
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        default_factory=list, description="trackers that get the metrics, too; `[]`: none"
+        default_factory=list, description="trackers that get the metrics, too; `[]` or `none`: none"
     )
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _none_or_one(cls, value: Any) -> Any:
+        """`none` and a tracker's bare name, as transformers and TRL take them."""
+        return [] if value in (None, "none", ["none"], [None]) else [value] if isinstance(value, str) else value
 
 
 class SftConfig(OptimisationConfig):
