@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -196,12 +197,15 @@ def test_each_look_is_one_whole_line(place: Path, judge: Letters, capsys: pytest
     said = capsys.readouterr().err
     assert "guard: 3 looks and 6 prompts: hardly any fall is seen" in said  # before the first step
     assert "guard.max_new_tokens (5) cut" in said and "give --guard.max_new_tokens 10" in said and "of the reference's" in said
-    assert "no look is shown to be better than the reference (95 %)" in said
-    assert all("time/guard_seconds" in line for line in read_lines(place / "run" / "metrics.jsonl") if "guard/kl" in line)
     opponents = read_lines(place / "run/guard/samples.jsonl")[1:]
     lengths = np.mean([len(row["ids"]) for row in opponents])
     assert {line["guard/reference_length"] for line in found} == {lengths}
     best = max(found, key=lambda line: line["guard/win_rate"])
+    bounds = "{guard/win_rate:.3f} [{guard/win_rate_low:.3f}, {guard/win_rate_high:.3f}]".format(**best)
+    place_of = "model/ (step 5, the last)" if best["step"] == 5 else f"the checkpoint nearest to step {best['step']} (guard.keep"
+    assert f"guard: keep the reference, or judge {place_of}" in " ".join(said.split())
+    assert f"best win rate {bounds} on its 6 prompts; nothing shows that a look is better than" in " ".join(said.split())
+    assert all("time/guard_seconds" in line for line in read_lines(place / "run" / "metrics.jsonl") if "guard/kl" in line)
     assert found[-1]["guard/best_step"] == best["step"]
     assert json.loads((place / "run" / "run.json").read_text())["stages"]["align"]["guard"] == {
         "use": None,
@@ -213,6 +217,18 @@ def test_each_look_is_one_whole_line(place: Path, judge: Letters, capsys: pytest
         "reference_length": lengths,
     }
     assert not (place / "run" / "best").exists()
+
+
+@pytest.mark.parametrize(("wins", "advice"), [(1.0, "use run/best (step 4): "), (0.5, "keep the reference, or judge run/best")])
+def test_the_end_says_what_to_use_and_how_sure_it_is(wins: float, advice: str) -> None:
+    told = guard.Guard.__new__(guard.Guard)
+    told.test, told.steps, told.best_step, told.stopped, told.cut = Scripted(9), [2, 4], 4, None, []
+    told.test.wins = [np.full(24, 0.5), np.full(24, wins)]
+    told.looks = SimpleNamespace(bootstrap={}, scorer=Letters(), reference_wins=np.full(24, 0.5), opponents_cut=None)
+    told.best, told.trainer = SimpleNamespace(folder=Path("run/best")), None
+    (line,) = told.summary()
+    assert line.startswith(f"guard: {advice}") and f"{wins:.3f} [{wins:.3f}, {wins:.3f}] on its 24 prompts" in line
+    assert ("nothing shows" in line) is (wins == 0.5)
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora.rank": 2}, {"align.precision": "bfloat16"}, {"model.dtype": "bfloat16"}], ids=str)
@@ -277,6 +293,8 @@ def test_its_prompts_lie_behind_those_of_the_evaluation(place: Path, capsys: pyt
     capsys.readouterr()
     assert train("more", GUARDED, align__max_steps=2, evaluation__prompts=12) == 0
     assert "2 of its 6 prompts are among the first 12 held-out ones" in capsys.readouterr().err
+    assert train("all", GUARDED, align__max_steps=2, evaluation__prompts=512) == 0
+    assert "6 of its 6 prompts are among all 16 held-out ones" in capsys.readouterr().err
 
 
 def test_without_a_scorer_the_proxies_are_logged_and_nothing_is_kept(place: Path) -> None:
@@ -289,8 +307,11 @@ def test_without_a_scorer_the_proxies_are_logged_and_nothing_is_kept(place: Path
     assert not (place / "run" / "guard").exists()
     assert train("asked", GUARDED, guard__scorer="none") == 0
     assert looks(place / "asked") == looks(place / "run")
-    notes = json.loads((place / "run" / "run.json").read_text())["stages"]["align"]["notes"]
-    (told,) = [note for note in notes if note.startswith("guard: no scorer is named")]
+    folders = (place / name / "run.json" for name in ("run", "asked"))
+    stages = [json.loads(path.read_text())["stages"]["align"] for path in folders]
+    told, asked = (next(note for note in stage["notes"] if "KL, length" in note) for stage in stages)
+    assert asked.startswith("guard: without a scorer, as named") and "judge" not in asked
+    assert told.startswith("guard: no scorer is named")
     assert "KL" in told and "they do not say whether" in told and "--judge_model" in told
 
 
@@ -403,7 +424,7 @@ def test_a_run_that_falls_is_stopped_and_not_trained_on(
         f"guard: use run/best (step {best}): over-optimised, the win rate fell by 0.250 (at least 0.125) from step 2, and "
         "training stopped at step 4, whose weights are in model/"
     )
-    assert expected in said
+    assert expected in said and "guard: the reference may be as good as that: nothing shows" in " ".join(said.split())
     assert f"align: finished: use run/best (step {best}); run/model has the weights of the stop" in " ".join(said.split())
     state = json.loads((run / "run.json").read_text())["stages"]["align"]
     assert state["done"]

@@ -29,6 +29,7 @@ from isdaa.errors import UserError
 from isdaa.evaluation.falls import gains_shown
 from isdaa.evaluation.fragments import many, warning
 from isdaa.evaluation.scorers import about, learnt_alike, load_scorer
+from isdaa.evaluation.statistics import mean_interval
 from isdaa.files import remove_tree, write_folder_atomically
 from isdaa.models.forward import PairForward, prepare
 from isdaa.models.saving import save_model
@@ -49,6 +50,7 @@ NO_SCORER = (
     "the text gets better or worse. Name a reward model (guard.scorer) for win rates, keep: best and stop: over-optimised; or "
     "ask for a verdict afterwards by a judge model (isdaa report RUN --judge_model NAME)"
 )
+ASKED_FOR_NONE = "guard: without a scorer, as named, it measures KL, length and, on held-out pairs, accuracy and drift"
 FOLDER, BEST = "guard", "best"  # in a run's folder: opponents and candidates; the best model
 
 
@@ -228,24 +230,33 @@ class Guard(TrainerCallback, ExportableState):
         more = [] if cut is None else [cut]
         if self.best_step is None:
             return more
-        if self.better() is False:
-            more.append("guard: no look is shown to be better than the reference (95 %)")
-        best = f"step {self.best_step}, not kept" if self.best is None else f"{self.best.folder} (step {self.best_step})"
-        if self.stopped is None:
-            worth = "".join(f" (its reward model {line})" for line in about(self.looks.scorer)[1:])
-            found = f"best win rate {self.best_win_rate:.3f} on its {len(self.looks.prompts.rows)} prompts{worth}: {best}"
-            return [f"guard: {found}", *more]
-        at = self.stopped
+        unsure, shown = self.better() is False, "that a look is better than the reference (95 %, over all looks)"
+        if (at := self.stopped) is None:
+            advice = f"keep the reference, or judge {self._to_use()} on more prompts" if unsure else f"use {self._to_use()}"
+            doubt = f"; nothing shows {shown}" if unsure else ""
+            return [f"guard: {advice}: {self._best()}{doubt}", *more]
         return [
             f"guard: use {self._to_use()}: over-optimised, the win rate fell by {at['fall']:.3f} (at least {at['lower']:.3f}) "
             f"from step {at['peak_step']}, and training stopped at step {at['step']}, whose weights are in model/",
+            *([f"guard: the reference may be as good as that: nothing shows {shown}"] if unsure else []),
             *more,
         ]
+
+    def _best(self) -> str:
+        """The best look's win rate, with its interval, and what the reward model that says so is worth."""
+        assert self.test is not None and self.best_step is not None
+        wins = self.test.wins[self.steps.index(self.best_step)]
+        interval = mean_interval(wins, **self.looks.bootstrap)
+        bounds = "" if interval.low is None or interval.high is None else f" [{interval.low:.3f}, {interval.high:.3f}]"
+        worth = "".join(f" (its reward model {line})" for line in about(self.looks.scorer)[1:])
+        return f"best win rate {interval.mean:.3f}{bounds} on its {len(wins)} prompts{worth}"
 
     def _to_use(self) -> str:
         """The folder of the best model, or where it may be found."""
         if self.best is not None:
             return f"{self.best.folder} (step {self.best_step})"
+        if self.trainer is not None and self.trainer.state.global_step == self.best_step:
+            return f"model/ (step {self.best_step}, the last)"
         return f"the checkpoint nearest to step {self.best_step} (guard.keep: best would have kept that one)"
 
     def facts(self) -> dict[str, Any]:
@@ -392,7 +403,7 @@ def guard_of(
         own = run.state["stages"]["align"].get("trained_on")
         run.say("align", [f"warning: guard: {line}" for line in learnt_alike(scorer, [own])])
     else:
-        run.say("align", [NO_SCORER])
+        run.say("align", [ASKED_FOR_NONE if "none" in (settings.scorer, config.evaluation.scorer) else NO_SCORER])
     prompts = guard_prompts(run, tokenizer)
     if settings.stop != "never" and scorer is not None:
         run.pin("align", **{"guard prompts": prompts.block, "guard scorer": scorer.digest})

@@ -154,13 +154,9 @@ def guard_prompts(run: Run, tokenizer: Any) -> Prompts:
     chosen = list(rows.select(range(start, min(start + wanted, len(rows)))))
     shared = max(0, min(reserved, len(rows)) - start)
     if shared:
-        run.say(
-            "align",
-            [
-                f"guard: {shared} of its {len(chosen)} prompts are among the first {reserved} held-out ones, which "
-                "`isdaa evaluate` takes: there, what the guard chose will look somewhat better than it is"
-            ],
-        )
+        whose = f"all {len(rows)}" if len(rows) <= reserved else f"the first {reserved}"
+        told = f"{shared} of its {len(chosen)} prompts are among {whose} held-out ones, which `isdaa evaluate` takes"
+        run.say("align", [f"guard: {told}: there, what the guard chose will look somewhat better than it is"])
     settings = config.evaluation.model_copy(update={"prompts": wanted})
     return tokenize(chosen, tokenizer, settings, config.tokenization)
 
@@ -225,6 +221,7 @@ class Looks:
         rows = self.prompts.rows
         samples = 1 if self.scorer is None else 2
         with progress(f"guard at step {step}", len(rows) * (samples + 2 * FORWARD)) as bar:
+            bar.in_parts = True  # not all units of work are prompts
             drawn = self._draw(policy.model, kl_sampling, f"kl/{step}", bar)
             metrics, kl = self._divergence(policy, drawn, bar)
             wins = None
@@ -249,19 +246,20 @@ class Looks:
         with self.reference.in_memory() as reference:
             rows = divergences(ours, reference, pairs, progress=lambda done: bar.update(2 * FORWARD * done))
             found = [values["kl"] for values in rows]
-        interval = mean_interval(found, **self._bootstrap)
+        interval = mean_interval(found, **self.bootstrap)
         return _named("kl", interval.mean, interval.low, interval.high), interval.mean
 
     def _win_rate(self, scorer: Scorer, drawn: Sequence[Record]) -> tuple[np.ndarray, dict[str, float]]:
         assert self.opponents is not None
         scores = scorer.score(self._scorer_rows(drawn))
         wins = win_rates(scores, self.opponents, self.config.evaluation.ties)
-        interval = mean_interval(wins, **self._bootstrap)
+        interval = mean_interval(wins, **self.bootstrap)
         metrics = _named("win_rate", interval.mean, interval.low, interval.high)
         return wins, metrics | {"guard/reward": float(np.mean(scores))}
 
     @property
-    def _bootstrap(self) -> dict[str, Any]:
+    def bootstrap(self) -> dict[str, Any]:
+        """How intervals over the prompts are drawn."""
         settings = self.config.evaluation
         return {"resamples": settings.bootstrap, "confidence": settings.confidence, "seed": self.config.guard.seed}
 
