@@ -76,6 +76,10 @@ def test_every_config_file_loads_and_resolves_to_itself(path: Path, tmp_path: Pa
         ({"stages": ["sft", "sft"]}, ["stages", "once"]),
         ({"stages": ["train"]}, ["stages", "sft", "align"]),
         ({"stages": ["label"]}, ["label", "data.prompts"]),
+        (
+            {"stages": ["label"], "data": {"prompts": "p.jsonl"}, "label": {"scorer": "none"}},
+            ["run.yaml: label.scorer: none makes no pairs", "`reward`", "docs/how_to.md"],
+        ),
         ({"data": {}}, ["data.pairs"]),
         ({"model": {}}, ["model.path", "model.random"]),
         ({"model": {"path": "m", "random": {"model_type": "llama"}}}, ["not both"]),

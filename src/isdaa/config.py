@@ -464,6 +464,11 @@ class Config(Section):
             raise ValueError("data.sft: the sft stage needs examples")
         if "label" in self.stages and (self.data.prompts is None or self.label.scorer is None):
             raise ValueError("label: the label stage needs data.prompts and label.scorer")
+        if "label" in self.stages and self.label.scorer == "none":
+            raise ValueError(
+                "label.scorer: none makes no pairs; name a reward model's folder or Hub name, `reward` (this run's) or `gold`; "
+                "by a scorer of your own you write them yourself (docs/how_to.md, Make pairs)"
+            )
         needs_pairs = {"align", "reward"} & set(self.stages)
         if needs_pairs and self.data.pairs is None and "label" not in self.stages:
             raise ValueError(f"data.pairs: the {sorted(needs_pairs)[0]} stage needs preference pairs")

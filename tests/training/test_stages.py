@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gc
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,7 @@ from isdaa.models import forward, fused_head
 from isdaa.models.loading import add_lora, load_model, load_tokenizer, save_model
 from isdaa.models.sampling import sample
 from isdaa.training import align as align_stage
-from isdaa.training import authors, preference, reference, supervised
+from isdaa.training import authors, inputs, preference, reference, stages, supervised
 from isdaa.training import label as label_stage
 from isdaa.world.tokenizer import build_tokenizer
 
@@ -612,6 +613,27 @@ def test_chat_and_plain_prompts_are_labelled_in_one_file(place: Path) -> None:
     pairs = read_lines(place / "run" / "pairs" / "train.jsonl")
     assert {type(pair["prompt"]) for pair in pairs} == {str, list}
     assert all(type(pair["chosen"]) is type(pair["prompt"]) for pair in pairs)
+
+
+def test_wandb_keeps_its_files_in_the_run_and_goes_on_with_its_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("WANDB_DIR", "WANDB_RUN_ID", "WANDB_RESUME")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(inputs, "_installed", lambda *_: None)
+    seen: list[Any] = []
+
+    def noted(run: Any) -> Path:
+        seen.append(tuple(os.environ.get(name) for name in names))
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(stages.STAGE_FUNCTIONS, "align", noted)
+    for folder, changes in (("run", {}), ("run", {}), ("other", {}), ("without", {"align.report_to": []})):
+        assert train(folder, {**ALIGN, "align.report_to": ["wandb"], **changes}) == 130
+    assert seen[0] == seen[1] == (str(place / "run"), seen[0][1], "allow") and len(seen[0][1]) == 8
+    assert seen[2][0] == str(place / "other") and seen[2][1] not in (None, seen[0][1]) and seen[3] == (None, None, None)
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    train("run", {**ALIGN, "align.report_to": ["wandb"]})
+    assert seen[4][1] == os.environ["WANDB_RUN_ID"] == "mine" and "WANDB_DIR" not in os.environ
 
 
 def test_tensorboard_gets_the_metrics(place: Path) -> None:

@@ -40,7 +40,8 @@ def test_where_mu_comes_from_is_said_with_mean_weight_and_effective_sample_size(
         "1 and ESS/N 1"
     )
     assert told(mu=lambda i: (-10.0, -10.0)).startswith("μ comes from the rows' own behaviour logps; before")
-    assert "is assumed to be π_ref in 16 rows that have none" in told(mu=lambda i: (-10.0, -10.0) if i % 4 else None)
+    mixed = told(mu=lambda i: (-10.0, -10.0) if i % 4 else None)
+    assert mixed.startswith("warning: μ") and "π_ref in 16 rows that have none: weights of two meanings; before" in mixed
     assert told(mu=lambda i: (-10.0, -9.0), model="writer").startswith(
         "μ comes from the rows' own behaviour logps; writer (behaviour.model_path) is not asked; before"
     )

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from isdaa.config import Config, fields, resolved
 from isdaa.data.encoding import VERSION
@@ -327,6 +328,12 @@ class Run:
         """Keep something worth knowing of a stage in `run.json`."""
         self.state["stages"][stage].update(facts)
         self._save()
+
+    def tracker_id(self) -> str:
+        """The id of the W&B run that this run, with its resumes, is."""
+        found: str = self.state.setdefault("wandb", once(lambda: uuid4().hex[:8]))
+        self._save()
+        return found
 
     def say(self, stage: str, lines: Iterable[str]) -> None:
         """Show what happened to the data, one line each, and keep it in `run.json`."""

@@ -59,7 +59,7 @@ def run(config: Config) -> Path:
         for stage in config.stages:
             if stage in missing:
                 current.begin(stage)
-                with working(stage), _tensorboard(current.folder / "tensorboard" / stage):
+                with working(stage), _trackers(current, stage):
                     output = STAGE_FUNCTIONS[stage](current)
                 current.finish(stage, output=str(output.relative_to(current.folder)))
                 use = current.state["stages"][stage].get("guard", {}).get("use")
@@ -91,13 +91,16 @@ def _saved_otherwise(config: Config, stage: str) -> list[str]:
 
 
 @contextmanager
-def _tensorboard(folder: Path) -> Iterator[None]:
-    """Where TensorBoard's events go, unless the user's environment says so: not among checkpoints, which are removed."""
-    name = "TENSORBOARD_LOGGING_DIR"
-    given = os.environ.get(name)
-    os.environ.setdefault(name, str(folder))
+def _trackers(current: Run, stage: str) -> Iterator[None]:
+    """Where trackers keep their files, unless the user's environment says so: with the run, and not among checkpoints, which are
+    removed. A run and its resumes are one run of W&B's."""
+    wanted = {"TENSORBOARD_LOGGING_DIR": str(current.folder / "tensorboard" / stage)}
+    if "wandb" in getattr(getattr(current.config, stage), "report_to", ()):
+        wanted |= {"WANDB_DIR": str(current.folder.absolute()), "WANDB_RUN_ID": current.tracker_id(), "WANDB_RESUME": "allow"}
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        if given is None:
-            del os.environ[name]
+        for name in added:
+            os.environ.pop(name, None)

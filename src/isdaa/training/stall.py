@@ -69,6 +69,7 @@ def starting_weights(
     few, small = ess < least and objective["weight"] != "mean", mean < STALL_MEAN_WEIGHT and objective["normalize"] is None
     if not (few or small):
         if at_clip < CLIPPED:
+            source = f"warning: {source}" if model is None and len(set(own.tolist())) == 2 else source
             return [f"{source}; {figures}" + (f", {at_clip:.0%} of them at the clip" if at_clip else "")]
         return [
             f"warning: {source}; {figures}, but {at_clip:.0%} of them are at the clip (median log w {float(logs.median()):.3g}): "
@@ -121,5 +122,6 @@ def _source(model: str | None, own: np.ndarray) -> str:
         where = f" in {rest:,} rows, and the other {len(own) - rest:,} have behaviour logps of their own" if own.any() else ""
         return f"μ is {model} (behaviour.model_path){where}"
     if own.any():
-        return f"μ comes from the rows' own behaviour logps, and is assumed to be π_ref in {rest:,} rows that have none"
+        assumed = f"is assumed to be π_ref in {rest:,} rows that have none: weights of two meanings"
+        return f"μ comes from the rows' own behaviour logps, and {assumed}"
     return "μ is assumed to be π_ref, since the rows carry no behaviour logps"
