@@ -48,6 +48,7 @@ SHAPE = {
     },
     **dict.fromkeys(("reference?", "evaluation?", "evaluation_split?", "scorer?", "git_revision?", "base?"), (str, None)),
     "position?": (str, None),
+    "own_logps?": ([int], None),
     "trained_on?": ({"responses?": int, "least": str}, None),
     "held_out?": ({**dict.fromkeys(("accuracy", "low", "high"), float), "pairs": int, "prompts": int}, None),
     "continued?": (
@@ -86,6 +87,7 @@ class ModelRecord:
     versions: dict[str, str] = field(default_factory=dict)
     git_revision: str | None = None
     continued: dict[str, Any] | None = None  # of a policy: what its run goes on from (`training.continued.ancestry`)
+    own_logps: list[int] | None = None  # of a weighted policy: pairs with behaviour logps of their own, of how many
     base: str | None = None  # Hub name of the model that the weights come from in the end, where it is known
     own: bool = field(default=False, compare=False)  # read from a file that carries this user's digest; never written
 

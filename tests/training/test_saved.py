@@ -198,6 +198,20 @@ def test_the_base_is_followed_to_the_hub(tmp_path: Path) -> None:
     assert found is not None and found.base == "owner/name"
 
 
+def test_the_card_says_what_mu_was() -> None:
+    for weight, model, own, told in (
+        ("none", "writer", [2, 2], "not used: no weight is made of it"),
+        ("importance", "/a/writer", [0, 9], "`writer`"),
+        ("importance", "writer", [3, 9], "the rows’ own logps in 3 of 9 pairs; in the others `writer`"),
+        ("importance", None, [9, 9], "the rows’ own logps"),
+        ("importance", None, [0, 9], "`π_ref`, which is assumed"),
+        ("mean", None, None, "the rows’ own logps, else `π_ref`"),
+    ):
+        config = config_of("owner/name")
+        config["objective"]["weight"], config["behaviour"]["model_path"] = weight, model
+        assert f"\n- behaviour μ: {told}\n" in model_card(ModelRecord("policy", config, own_logps=own), "model")
+
+
 def test_the_card_names_the_whole_base_and_no_place_on_this_machine(tmp_path: Path) -> None:
     folder = tmp_path / "sft"
     card = model_card(ModelRecord("policy", config_of(str(folder)), base="owner/name"), "model")

@@ -831,6 +831,8 @@ def test_a_behaviour_model_that_did_not_write_the_pairs_is_told_wherever_it_is_n
     for data, told in (("own.jsonl", 0), ("half.jsonl", 1)):
         assert train(f"run-{data}", {**weighted, "behaviour.model_path": None, "data.pairs": data}) == 0
         assert capsys.readouterr().err.count("the responses are not samples of the reference") == told
+        card = (place / f"run-{data}" / "model" / "README.md").read_text()
+        assert "- behaviour μ: the rows’ own logps" in card and ("pairs; in the others `π_ref`" in card) == bool(told)
     args = PreferenceConfig("out", max_length=200, method="is_dpo", bf16=False, use_cpu=True, report_to="none")
     preference_trainer("my_model", args=args, train_dataset=plain_pairs(24), behaviour_model="writer")
     assert capsys.readouterr().err.count(said) == 1

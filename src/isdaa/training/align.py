@@ -134,6 +134,7 @@ def _align(run: Run) -> Path:
     # The reference is the policy exactly as loaded: its logps come before a new adapter.
     key = logps_key(policy, forward.mode, tokenizer, token_settings(config), weights)
     own = own_logps(train)
+    run.note("align", own_logps=[int(own.sum()), len(own)])
     train, held_out = _with_logps(run, train, held_out, start, forward, key, tokenizer)
     alone = config.reference.path is None or is_start(config, config.reference.path, start)
     options: Any = {"key": key, "cache_dir": cache_folder(run), "precision": config.align.precision}

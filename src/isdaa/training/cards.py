@@ -46,7 +46,7 @@ def model_card(record: ModelRecord, folder: str | Path, adapter: bool = False) -
         lines += [f"- not as the method has it (in brackets): {_plain(', '.join(others))}"] if others else []
         lines += [f"- reference π_ref: {_code(_local(record.reference))}"]
         lines += [] if record.continued is None else [f"- goes on from: {_gone_on_from(record.continued)}"]
-        lines += [f"- behaviour μ: {_code(_local(config['behaviour']['model_path']) or 'the rows’ own logps, else π_ref')}", ""]
+        lines += [f"- behaviour μ: {_author(record)}", ""]
     if record.kind == "reward":
         lines += ["## Scores", "", f"- {_position(record)}"]
         if record.held_out is not None:
@@ -92,6 +92,18 @@ def title(folder: Path) -> str:
 
 def _run(folder: Path) -> str:
     return f"{folder.parent.name} {folder.name}".strip() if re.fullmatch(r"seed-\d+", folder.name) else folder.name
+
+
+def _author(record: ModelRecord) -> str:
+    """What μ was."""
+    if record.config["objective"]["weight"] in ("none", "wpo"):
+        return "not used: no weight is made of it"
+    model = record.config["behaviour"]["model_path"]
+    rest = "`π_ref`, which is assumed" if model is None else _code(_local(model))
+    own, total = record.own_logps or (0, 0)
+    if not own:
+        return rest if record.own_logps is not None or model is not None else "the rows’ own logps, else `π_ref`"
+    return "the rows’ own logps" + ("" if own == total else f" in {own:,} of {total:,} pairs; in the others {rest}")
 
 
 def _gone_on_from(before: dict[str, Any]) -> str:

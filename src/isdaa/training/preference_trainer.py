@@ -159,6 +159,7 @@ def preference_trainer(
     def describe(folder: Path, step: int) -> None:
         metrics = metrics_at(trainer.state.log_history, step)
         record = ModelRecord("policy", config, step=step, reference=reference or None, metrics=metrics, base=base_of(name))
+        record.own_logps = [int(own.sum()), len(own)]
         for file, text in described(record, named(folder), adapter=isinstance(policy, PeftModel)).items():
             (folder / file).write_text(text, encoding="utf-8")
 

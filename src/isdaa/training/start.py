@@ -186,7 +186,7 @@ def record_of(run: Run, kind: str, **facts: Any) -> ModelRecord:
     scorer = config.evaluation_scorer
     facts["trained_on"] = run.state["stages"].get({"policy": "align"}.get(kind, kind), {}).get("trained_on")
     if kind == "policy":
-        facts["continued"] = run.state["stages"].get("align", {}).get("continued")
+        facts |= {name: run.state["stages"].get("align", {}).get(name) for name in ("continued", "own_logps")}
     base = base_of((config.reward.path if kind == "reward" else None) or config.model.path)
     return ModelRecord(kind, resolved(config), base=base, evaluation=evaluation, evaluation_split=split, scorer=scorer, **facts)
 
