@@ -49,7 +49,7 @@ def test_less_than_ten_seconds_pass_between_two_lines() -> None:
 def test_a_call_that_counts_nothing_is_heard_of(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
     with terminal.working("loading a model"):
         said = heard(capsys, 2)
-        assert len(said) >= 2 and all(re.fullmatch(r"loading a model: \d:\d\d", line) for line in said)
+        assert len(said) >= 2 and all(re.fullmatch(r"loading a model: at work for \d:\d\d", line) for line in said)
         with terminal.progress("logps", 8) as bar:
             bar.update(3, note="of before")
             bar.within = "pass 2 of 4"

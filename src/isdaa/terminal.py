@@ -242,6 +242,7 @@ class Bar:
         rest = f", about {clock(left)} left" if left else ""
         counted = f"{count} after " if self.total or self.done else ""
         words = (within and self.within) or self.note
+        counted = counted or ("" if words else "at work for ")
         line = f"{self.description}: {counted}{clock(now - self.started)}{rest}  {words}"
         print(shown(line.rstrip()) + "\n", end="", file=sys.stderr, flush=True)
 

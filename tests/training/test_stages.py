@@ -836,3 +836,29 @@ def test_a_behaviour_model_that_did_not_write_the_pairs_is_told_wherever_it_is_n
     args = PreferenceConfig("out", max_length=200, method="is_dpo", bf16=False, use_cpu=True, report_to="none")
     preference_trainer("my_model", args=args, train_dataset=plain_pairs(24), behaviour_model="writer")
     assert capsys.readouterr().err.count(said) == 1
+
+
+def test_a_resume_does_not_repeat_long_warnings_whole(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for limit in ("GAP", "SURE"):  # a random model gives every token about the same
+        monkeypatch.setattr(authors, limit, 0.0)
+    jsonl(place / "pairs.jsonl", plain_pairs(24))
+    settings = {**ALIGN, "objective.method": "is_dpo", "align.max_steps": 2, "align.save_steps": 1}
+    original = preference.PreferenceTrainer.training_step
+
+    def once_only(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 1:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    said = []
+    for step in (once_only, original):
+        monkeypatch.setattr(preference.PreferenceTrainer, "training_step", step)
+        train("run", settings)
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if "not samples of the reference" in line)
+        said.append(line)
+    assert said[0].startswith("align: warning: the responses are not samples") and said[0].endswith("(docs/method.md)")
+    assert said[1].endswith("… (said before, whole in run/run.json)") and len(said[1]) < 160
+    notes = json.loads((place / "run" / "run.json").read_text())["stages"]["align"]["notes"]
+    assert said[0].removeprefix("align: ") in notes

@@ -25,6 +25,7 @@ from isdaa.models.places import is_adapter
 from isdaa.models.saving import weights_digest
 from isdaa.objectives.objective import Objective
 from isdaa.record import ModelRecord
+from isdaa.terminal import working
 from isdaa.training.arguments import total_steps, training_arguments
 from isdaa.training.authors import foreign_text, naming_columns, not_drawn, takes_reference_for_author
 from isdaa.training.batches import TokenisedPairs
@@ -110,7 +111,8 @@ def _align(run: Run) -> Path:
     ancestor = once(lambda: None if config.continue_from is None else ancestor_of(config.continue_from))
     if ancestor is not None:
         run.say("align", told(ancestor, config))
-    train, held_out = once(lambda: _pairs(run, tokenizer, ancestor))
+    with working("align: reading pairs"):
+        train, held_out = once(lambda: _pairs(run, tokenizer, ancestor))
     if start is not None:
         check_start(config, "align", start)
     policy, grown = _policy(run, tokenizer, start)
@@ -153,9 +155,8 @@ def _align(run: Run) -> Path:
         compile_layers(policy)
     steps = total_steps(config.align, len(train), world_size())
     if config.align.warmup_steps >= steps:
-        run.say(
-            "align", [f"warm-up ({config.align.warmup_steps} steps) is as long as the run ({steps}): the learning rate stays low"]
-        )
+        slow = f"warm-up ({config.align.warmup_steps} steps) is as long as the run ({steps}): the learning rate stays low"
+        run.say("align", [f"warning: {slow}"])
     reference = config.reference.path or start
     checkpoints = run.folder / "checkpoints"
 
@@ -225,7 +226,7 @@ def _pairs(run: Run, tokenizer: Any, ancestor: Ancestor | None = None) -> tuple[
     if read.common:
         run.say(
             "align",
-            [f"{read.common} prompts are in data.pairs and in data.eval_pairs: the held-out figures flatter the policy"],
+            [f"warning: {read.common} prompts are in data.pairs and in data.eval_pairs: the held-out figures flatter the policy"],
         )
     rows, held, counts, held_counts = read.rows, read.held, read.counts, read.held_counts
     if ancestor is not None:

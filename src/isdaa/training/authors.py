@@ -60,7 +60,7 @@ def naming_columns(counts: Counts) -> list[str]:
     if not names:
         return []
     columns = f"column{'s' if len(names) > 1 else ''} {', '.join(map(repr, names[:4]))}"
-    return [f"the rows name the models that wrote the responses ({columns}), and μ = π_ref is assumed: {HELP}"]
+    return [f"warning: the rows name the models that wrote the responses ({columns}), and μ = π_ref is assumed: {HELP}"]
 
 
 def foreign_text(measured: np.ndarray, pairs: TokenisedPairs, model: str | None = None) -> list[str]:

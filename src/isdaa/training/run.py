@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 from uuid import uuid4
 
@@ -27,6 +28,7 @@ from isdaa.training.unchanged import check_inputs_unchanged, check_outputs_uncha
 
 ONE_PROCESS = "guard.steps: the guard works in one process for now; set it to null"
 METRICS = "metrics.jsonl"
+LONG, SHORT = 240, 100  # characters: of lines that a resume does not repeat whole, and what it says of them
 READING = ("data.limit", "data.subset", "data.prompt_repeated")
 # What decides the outcome of a stage. A stage that began with other values is another run.
 DECIDES: dict[str, tuple[str, ...]] = {
@@ -136,6 +138,7 @@ class Run:
         self.path = self.folder / RUN
         self.state: dict[str, Any] = {"stages": {}}
         self.writes = True
+        self._said: list[str] = []  # by the start before this one
 
     @contextmanager
     def opened(self) -> Iterator[Run]:
@@ -252,7 +255,7 @@ class Run:
 
     def _begun(self, stage: str, processes: int) -> dict[str, Any]:
         before = self.state["stages"][stage] if self._left(stage) else {}
-        had = before.get("processes", 1)
+        had, self._said = before.get("processes", 1), before.get("notes", [])
         if before and had != processes and stage in TRAINS:
             raise UserError(
                 f"{self.folder}: its {stage} stage began with {had} processes, this start has {processes}: its batches would be "
@@ -339,7 +342,9 @@ class Run:
         """Show what happened to the data, one line each, and keep it in `run.json`."""
         for line in lines:
             if self.writes:
-                say(f"{stage}: {line}")
+                again = len(line) > LONG and line in self._said
+                brief = f"{shorten(line, SHORT, placeholder=' …')} (said before, whole in {self.path})"
+                say(f"{stage}: {brief if again else line}")
             self.state["stages"].setdefault(stage, {"done": False, "values": {}}).setdefault("notes", []).append(line)
         self._save()
 

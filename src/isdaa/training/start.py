@@ -222,9 +222,9 @@ def rounded_away(of: str, rate: float, share: float | None = None) -> str:
     rate does not move; None: not measured."""
     most = "most weights" if share is None else f"{share:.0%} of the weights"
     return (
-        f"{of} and all weights are trained: an update is about the learning rate ({rate:g}), and one below half of their spacing "
-        f"(1/256 of the weight in bfloat16) is rounded away, so that {most} never move; set model.dtype float32 (and precision "
-        "bfloat16), or lora.rank"
+        f"warning: {of} and all weights are trained: an update is about the learning rate ({rate:g}), and one below half of "
+        f"their spacing (1/256 of the weight in bfloat16) is rounded away, so that {most} never move; set model.dtype float32 "
+        "(and precision bfloat16), or lora.rank"
     )
 
 
