@@ -242,7 +242,7 @@ def _padded(rows: Sequence[dict[str, list[int]]], device: str) -> list[Tensor]:
 
 def parts(job: dict[str, Any]) -> dict[str, Any]:
     """Forward and backward of attention in one layer, and of the head, each way by itself: median seconds."""
-    from isdaa.models import choice, fused_head, kernels
+    from isdaa.models import choice, kernels
     from isdaa.models.layout import Layout
     from isdaa.models.logprobs import LinearHead, token_logps
     from isdaa.models.shared_prefix import shared_prefix_attention
@@ -276,9 +276,6 @@ def parts(job: dict[str, Any]) -> dict[str, Any]:
         torch.autograd.grad((logps[0] if isinstance(logps, tuple) else logps).sum(), (hidden, head.weight))
 
     found["head chunked"] = _median(lambda: score(token_logps), job)
-    fused_head.ENABLED = True
-    lack = fused_head.lacks(hidden, head)
-    found["head fused"] = lack or _median(lambda: score(fused_head.fused_token_logps), job)
     return {"parts": found}
 
 

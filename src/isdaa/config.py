@@ -6,6 +6,7 @@ language and get the same one-line errors.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ from isdaa.files import at_home, located, usable
 from isdaa.objectives.presets import DEFAULTS, PRESETS, known_method, resolve
 from isdaa.settings_text import read_settings
 from isdaa.synonyms import SYNONYMS, hint
+
+logger = logging.getLogger(__name__)
 
 FromPreset = Literal["preset"]
 Stage = Literal["sft", "reward", "label", "align"]
@@ -328,7 +331,6 @@ class AlignConfig(OptimisationConfig):
     attention: Literal["auto", "sdpa", "blocks", "flex", "varlen"] = Field(
         "auto", description="kernel of the shared prefix; auto: the fastest that proves itself on this device"
     )
-    fused_head: bool = Field(False, description="token logps by cut_cross_entropy on a GPU, where it is exact (half precision)")
     compile_layers: bool = Field(False, description="torch.compile of every decoder layer; not with gradient_checkpointing")
     eval_steps: Int | None = Field(None, ge=1, description="held-out loss and accuracy every n steps; null: at each save")
     save_steps: Int | None = Field(None, ge=1, description="a checkpoint every n optimiser steps; null: ten a run")
@@ -595,10 +597,31 @@ def lay_over(data: dict[str, Any], dotted: str, value: Any) -> None:
     data[last] = value
 
 
+# Keys of earlier versions -> (default, why it was taken away). At the default they are accepted, with a word, for one release.
+TAKEN_AWAY: dict[str, tuple[Any, str]] = {
+    "align.fused_head": (False, "the kernel that it asked for is in no release of cut-cross-entropy"),
+}
+
+
+def _of_this_version(data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The data without keys of earlier versions. Raises UserError where one has a value that has no effect any more."""
+    found = dict(data)
+    for dotted, (default, why) in TAKEN_AWAY.items():
+        section, _, key = dotted.rpartition(".")
+        given = found.get(section)
+        if not isinstance(given, Mapping) or key not in given:
+            continue
+        if given[key] != default:
+            raise UserError(f"{where}: {dotted}: taken away, since {why}; leave it out")
+        logger.warning("%s: %s is known no longer, and its default is what is done: leave it out", where, dotted)
+        found[section] = {name: value for name, value in given.items() if name != key}
+    return found
+
+
 def validate(data: Mapping[str, Any], where: str, overrides: Mapping[str, Any] = {}) -> Config:
     """Validate plain data; the first error becomes a `UserError` of one line."""
     try:
-        return Config.model_validate(data)
+        return Config.model_validate(_of_this_version(data, where))
     except ValidationError as error:
         # Unknown keys come first: they are usually the cause of what else is missing.
         first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")

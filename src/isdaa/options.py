@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from isdaa.config import allowed, as_written, fields, preset_value
+from isdaa.config import TAKEN_AWAY, allowed, as_written, fields, preset_value
 from isdaa.errors import UserError
 from isdaa.files import at_home
 from isdaa.settings_text import item_kind, listed_value, option_value
@@ -120,6 +120,9 @@ def add_options(parser: argparse.ArgumentParser, only: Sequence[str] = ()) -> No
             metavar="VALUE",
         )
 
+    for dotted in TAKEN_AWAY if not only else ():
+        parser.add_argument(f"--{dotted}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
 
 def overrides_of(namespace: argparse.Namespace) -> dict[str, Any]:
     """The configuration options of a parsed command line: text as it is, all else read as YAML."""
@@ -133,4 +136,7 @@ def overrides_of(namespace: argparse.Namespace) -> dict[str, Any]:
             )
         elif value is not None:
             found[name] = option_value(value, kind, option)
+    for name, (default, _) in TAKEN_AWAY.items():
+        if name in given:
+            found[name] = option_value(given[name], type(default), f"--{name}")
     return found

@@ -34,7 +34,7 @@ from safetensors import safe_open
 from isdaa import PreferenceConfig, preference_trainer
 from isdaa.cli import main
 from isdaa.data.sources import prompt_key
-from isdaa.models import forward, fused_head
+from isdaa.models import forward
 from isdaa.models.loading import add_lora, load_model, load_tokenizer, save_model
 from isdaa.models.sampling import sample
 from isdaa.training import align as align_stage
@@ -450,13 +450,9 @@ def test_the_config_chooses_the_kernels(place: Path, monkeypatch: pytest.MonkeyP
     asked: list[str] = []
     choose = forward.choose_attention
     monkeypatch.setattr(forward, "choose_attention", lambda model, name: asked.append(name) or choose(model, name))
-    enabled: list[bool] = []
-    logps_of = align_stage._with_logps
-    monkeypatch.setattr(align_stage, "_with_logps", lambda *args: enabled.append(fused_head.ENABLED) or logps_of(*args))
-    changes = {"align__attention": "flex", "align__fused_head": True, "align__compile_layers": True, "align__max_steps": 1}
+    changes = {"align__attention": "flex", "align__compile_layers": True, "align__max_steps": 1}
     assert train("run", ALIGN, **changes) == 0
     assert asked[0] == "flex" and len(compiled) == 1
-    assert enabled == [True] and not fused_head.ENABLED  # on for the reference, too, and off at the end
     assert train("other", ALIGN, align__compile_layers=True, align__gradient_checkpointing=True) == 2
     assert "align.compile_layers" in capsys.readouterr().err
     assert train("other", ALIGN, align__attention="flash") == 2

@@ -108,11 +108,6 @@ def token_logps(
         raise ValueError(f"hidden (N, D) and targets (N,) are needed, not {tuple(hidden.shape)} and {tuple(targets.shape)}")
     chunk = chunk or chunk_rows(head, hidden.device)
     if isinstance(head, LinearHead):
-        from isdaa.models.fused_head import fused_token_logps  # which knows LinearHead
-
-        fused = None if with_wpo or tie is not None else fused_token_logps(hidden, head, targets)
-        if fused is not None:
-            return fused, None
         settings = (chunk, head.scale, head.softcap, with_wpo, torch.is_grad_enabled(), tie)
         logps, wpo = _LinearLogps.apply(hidden, head.weight, head.bias, targets, settings)
         return logps, wpo if with_wpo else None

@@ -17,7 +17,6 @@ from isdaa.errors import UserError
 from isdaa.evaluation import fragments
 from isdaa.evaluation.collect import check_tokenizers
 from isdaa.files import write_jsonl
-from isdaa.models import fused_head
 from isdaa.models.forward import PairForward, prepare
 from isdaa.models.kernels import compile_layers
 from isdaa.models.loading import load_model, load_tokenizer
@@ -69,13 +68,6 @@ from isdaa.training.supervised import pairs_source
 from isdaa.training.whole import TakenOver
 
 
-def align(run: Run) -> Path:
-    """Train the policy on preference pairs. Returns the final model's folder."""
-    # Policy and reference alike: one numerics for both.
-    with fused_head.enabled(run.config.align.fused_head):
-        return _align(run)
-
-
 def weights_at_start(run: Run) -> list[str]:
     """What a run would say of its weights before its first step, from a sample of its pairs: `isdaa inspect --weights`.
 
@@ -101,7 +93,8 @@ def weights_at_start(run: Run) -> list[str]:
         return [*notes, f"`isdaa train` will refuse this: {error}"]
 
 
-def _align(run: Run) -> Path:
+def align(run: Run) -> Path:
+    """Train the policy on preference pairs. Returns the final model's folder."""
     config = run.config
     start = starting_path(run)
     tokenizer = tokenizer_of(config, start)

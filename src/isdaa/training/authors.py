@@ -76,7 +76,7 @@ def foreign_text(measured: np.ndarray, pairs: TokenisedPairs, model: str | None 
     probability, own = measured[2:4].astype(np.float64).ravel(), measured[4:6].astype(np.float64).ravel()
     scored = pairs.scored_lengths().ravel()
     asked = (measured[0] != measured[1]) & ~own_logps(pairs)  # equal responses are no pair
-    there = (own > 0) & np.tile(asked, 2)  # a fused head measures neither
+    there = (own > 0) & np.tile(asked, 2)
     if there.sum() < LEAST:
         return []
     kept = -1 / np.expm1(np.minimum(measured[:2].astype(np.float64).ravel()[there], CERTAIN))

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from isdaa.distributed import everyones, is_main, rank, world_size
 from isdaa.errors import UserError
 from isdaa.files import digest, own_file, write_atomically
-from isdaa.models import fused_head
 from isdaa.models.forward import PairForward, ResponseLogps, pass_tokens
 from isdaa.models.inner import SHARED_PREFIX
 from isdaa.models.layout import Layout
@@ -277,8 +276,7 @@ def _share(
             for group in groups:
                 if np.isnan(values[:, group]).any():  # batches stay as they are, so that their bits do
                     input_ids, layout = packed(pairs.batch(group))
-                    # The fused head, which training then uses as well, knows the logps alone.
-                    logps = forward(model, input_ids.to(device), None, layout, with_wpo=not fused_head.ENABLED)
+                    logps = forward(model, input_ids.to(device), None, layout, with_wpo=True)
                     values[:, group] = _sums(logps, layout).float().cpu().numpy()
                     if part is not None:
                         part.keep(values)

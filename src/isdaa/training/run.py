@@ -13,7 +13,7 @@ from textwrap import shorten
 from typing import Any
 from uuid import uuid4
 
-from isdaa.config import Config, fields, resolved
+from isdaa.config import TAKEN_AWAY, Config, fields, resolved
 from isdaa.data.encoding import VERSION
 from isdaa.distributed import is_main, once, world_size
 from isdaa.errors import UserError
@@ -217,6 +217,7 @@ class Run:
                 )
             now = deciding_values(self.config, stage)
             values = begun.get("values", {})
+            values = {key: value for key, value in values.items() if key not in TAKEN_AWAY or value != TAKEN_AWAY[key][0]}
             begun = {**begun, "values": {**_defaults_of_new_keys(now, values), **values}}
             keys = {*now, *begun["values"]}
             if stage not in self.config.stages:  # its settings may be absent, but the later stages start from its model

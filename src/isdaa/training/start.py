@@ -18,7 +18,6 @@ from isdaa.distributed import once
 from isdaa.errors import UserError
 from isdaa.evaluation.identity import model_digest
 from isdaa.files import digest
-from isdaa.models import fused_head
 from isdaa.models.adapters import add_lora
 from isdaa.models.loading import load_model, load_tokenizer, random_model
 from isdaa.models.places import is_adapter
@@ -142,7 +141,7 @@ def logps_key(
         "weights": weights or weights_digest(model),
         "config": config_digest(model),
         "dtype": str(next(model.parameters()).dtype),
-        "mode": f"{mode}, fused head" if fused_head.ENABLED else mode,
+        "mode": mode,
         "tokenizer": tokenizer_digest(tokenizer),
         "tokenization": asdict(settings),
     }
