@@ -14,9 +14,8 @@ from judge_server import Answer, JudgeServer, completion, replying, serving, sid
 
 from isdaa.cli import main
 from isdaa.errors import DoneInPart, UserError
-from isdaa.evaluation.benchmark_request import Asking
 from isdaa.evaluation.evaluate import evaluate
-from isdaa.evaluation.judge_types import JudgeSettings
+from isdaa.evaluation.judge_types import Asking, JudgeSettings
 from isdaa.evaluation.judged_samples import SampleJudge, question_of
 from isdaa.evaluation.trajectory import trajectories
 from isdaa.foreign import read_json

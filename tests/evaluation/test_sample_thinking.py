@@ -11,9 +11,8 @@ from tokenizers_for_tests import byte_level
 
 import isdaa.models.sampling
 from isdaa.evaluation.analysis import analyse
-from isdaa.evaluation.benchmark_request import Asking
 from isdaa.evaluation.evaluate import evaluate
-from isdaa.evaluation.judge_types import JudgeSettings
+from isdaa.evaluation.judge_types import Asking, JudgeSettings
 from isdaa.evaluation.judged_samples import SampleJudge
 from isdaa.evaluation.scoring import score
 from isdaa.evaluation.table import legend

@@ -16,10 +16,10 @@ from typing import Any, Literal
 from isdaa.distributed import dealt, once, world_size
 from isdaa.errors import UserError
 from isdaa.evaluation.benchmarks.benchmark import Answer, Generation, Question, next_prompt
+from isdaa.evaluation.checkpoint import Checkpoint
 from isdaa.evaluation.identity import model_digest
 from isdaa.evaluation.records import Lines, Record
 from isdaa.evaluation.replies import TAIL, Parts, opened_by, split
-from isdaa.evaluation.requests import Checkpoint
 from isdaa.files import clean, digest
 from isdaa.terminal import Bar, progress
 

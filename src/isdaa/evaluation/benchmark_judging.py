@@ -10,10 +10,11 @@ from typing import Any, Protocol
 
 from isdaa.data.pairs import TEMPLATE_COLUMNS
 from isdaa.errors import UserError
-from isdaa.evaluation.benchmark_request import Asking, BenchmarkRequest
+from isdaa.evaluation.benchmark_request import BenchmarkRequest
 from isdaa.evaluation.benchmarks.arena_hard import ARENA_HARD
 from isdaa.evaluation.benchmarks.benchmark import Answer, Benchmark, Judged, JudgeQuestion, Question, Verdict
 from isdaa.evaluation.benchmarks.games import MODEL_FIRST, OPPONENT_FIRST, no_reply
+from isdaa.evaluation.judge_types import Asking
 from isdaa.evaluation.judges import Judge, NoReply
 from isdaa.evaluation.judges import Question as Request
 from isdaa.evaluation.records import Lines

@@ -10,27 +10,15 @@ from typing import Any
 
 from isdaa.config import Position
 from isdaa.errors import UserError
-from isdaa.evaluation.judge_types import JudgeSettings
+from isdaa.evaluation.checkpoint import Checkpoint
+from isdaa.evaluation.judge_types import Asking
 from isdaa.evaluation.provenance import Records, records_of
-from isdaa.evaluation.requests import Checkpoint, check_keys, checkpoints, expand, home_of, sections_of
+from isdaa.evaluation.requests import check_keys, checkpoints, expand, home_of, sections_of
 from isdaa.files import located
 
 MISSING = ("error", "skip", "loss")
 # Keys of the section `evaluation` that mean the same for a benchmark; the others are the benchmark's own.
 SHARED_KEYS = ("seed", "bootstrap", "confidence", "batch_size", "keep_thinking")
-
-
-@dataclass(frozen=True)
-class Asking:
-    """A judge model and which of its settings the user chose: those win over the benchmark's own.
-
-    logprobs: whether log-probabilities are asked for where a benchmark wants them.
-    """
-
-    settings: JudgeSettings
-    own_temperature: bool = False
-    own_max_tokens: bool = False
-    logprobs: bool = True
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from typing import Any
 from isdaa.config import EvaluationConfig, TokenizationConfig
 from isdaa.distributed import dealt, once, world_size
 from isdaa.errors import UserError
+from isdaa.evaluation.checkpoint import Checkpoint
 from isdaa.evaluation.identity import model_digest, stat_of
 from isdaa.evaluation.kl import KL_SETTINGS, divergences
 from isdaa.evaluation.records import Blocks, Record, blocks_of
 from isdaa.evaluation.replies import TAIL, opened_by, parts_of
-from isdaa.evaluation.requests import Checkpoint
 from isdaa.evaluation.vocabulary import Vocabulary
 from isdaa.files import clean, digest, write_json
 from isdaa.record import git_revision, relative_to, versions
@@ -418,25 +418,3 @@ def length_of_answer(record: Record, prompt: Record, tokenizer: Any) -> Record:
     if not parts.marked:
         return {}
     return {"answer_tokens": len(tokenizer(parts.answer, add_special_tokens=False)["input_ids"])}
-
-
-def check_tokenizers(paths: Sequence[str], tokenizers: Sequence[Any]) -> None:
-    """Raises UserError where a token has different ids in two tokenizers: there is no KL between such models."""
-    first = tokenizers[0].get_vocab()
-    for path, tokenizer in zip(paths[1:], tokenizers[1:], strict=True):
-        other = tokenizer.get_vocab()
-        strange = next((token for token, index in first.items() if other.get(token, index) != index), None)
-        if strange is not None:
-            raise UserError(
-                f"{path}: its tokenizer gives {strange!r} id {other[strange]}, that of {paths[0]} {first[strange]}: "
-                "policies and reference must share one vocabulary; name the model that training began with as the reference"
-            )
-        texts = {index: token for token, index in first.items()} if other != first else {}
-        added = {*tokenizers[0].added_tokens_decoder, *tokenizer.added_tokens_decoder}  # one may be called otherwise
-        renamed = ((token, index) for token, index in other.items() if texts.get(index, token) != token and index not in added)
-        token, index = next(renamed, (None, 0))
-        if token is not None:
-            raise UserError(
-                f"{path}: id {index} of its tokenizer is {token!r}, in that of {paths[0]} {texts[index]!r}: policies and "
-                "reference must share one vocabulary; name the model that training began with as the reference"
-            )

@@ -24,6 +24,7 @@ from isdaa.distributed import is_main, once
 from isdaa.errors import UserError
 from isdaa.evaluation.analysis import METRICS, analyse, check_opponent
 from isdaa.evaluation.card_section import write_sections
+from isdaa.evaluation.checkpoint import Checkpoint
 from isdaa.evaluation.collect import PLAN, SAMPLES, Collection, tokenize
 from isdaa.evaluation.held_out import common_pairs, tokenize_held_out
 from isdaa.evaluation.identity import model_digest
@@ -31,7 +32,7 @@ from isdaa.evaluation.kept import merged
 from isdaa.evaluation.left_out import check_weights
 from isdaa.evaluation.own_scores import OwnScores, check_drawn
 from isdaa.evaluation.records import locked, read_metrics, read_plan
-from isdaa.evaluation.requests import Checkpoint, Request, checkpoints, home_of
+from isdaa.evaluation.requests import Request, checkpoints, home_of
 from isdaa.evaluation.scorers import (
     GoldScorer,
     OwnScorer,

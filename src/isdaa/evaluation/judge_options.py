@@ -6,9 +6,10 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from isdaa.errors import UserError
+from isdaa.evaluation.judge_wording import WAY_OPTIONS
 
 if TYPE_CHECKING:
-    from isdaa.evaluation.benchmark_request import Asking
+    from isdaa.evaluation.judge_types import Asking
     from isdaa.evaluation.judged_samples import SampleJudge
 
 # Option -> field of `JudgeSettings`.
@@ -24,12 +25,6 @@ SETTINGS = {
     "judge_price_out": "price_out",
     "judge_key_variable": "key_variable",
     "judge_api_version": "api_version",
-}
-# Option -> what an endpoint does not take (`judge_wording.WAYS`); the first complaint teaches the same.
-WAY_OPTIONS = {
-    "judge_max_completion_tokens": "max_completion_tokens",
-    "judge_no_system": "no system",
-    "judge_stream": "stream",
 }
 
 
@@ -84,8 +79,7 @@ def asking_of(arguments: argparse.Namespace) -> Asking | None:
         if given or ways or temperature is not None or not logprobs:
             raise UserError("options of a judge model are given, and no judge model; name it with --judge_model")
         return None
-    from isdaa.evaluation.benchmark_request import Asking
-    from isdaa.evaluation.judge_types import LIMITS, JudgeSettings, check_limit, check_variable
+    from isdaa.evaluation.judge_types import LIMITS, Asking, JudgeSettings, check_limit, check_variable
 
     if not arguments.judge_model.strip():
         raise UserError("--judge_model is empty; name a model that the endpoint serves")

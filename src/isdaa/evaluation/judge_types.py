@@ -200,3 +200,16 @@ def request_key(body: dict[str, Any]) -> str:
     told = {name: value for name, value in body.items() if name != "max_tokens"}
     json.dumps(told, ensure_ascii=False).encode()
     return digest(told)
+
+
+@dataclass(frozen=True)
+class Asking:
+    """A judge model and which of its settings the user chose: those win over the benchmark's own.
+
+    logprobs: whether log-probabilities are asked for where a benchmark wants them.
+    """
+
+    settings: JudgeSettings
+    own_temperature: bool = False
+    own_max_tokens: bool = False
+    logprobs: bool = True

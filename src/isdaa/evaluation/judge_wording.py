@@ -171,3 +171,11 @@ def quoted(text: str) -> str:
 def valid(text: str) -> str:
     """What JSON can carry, and files cannot, cleaned; no verdict is as long as `LONGEST`."""
     return clean(text, LONGEST)
+
+
+# Option -> what an endpoint does not take (`judge_wording.WAYS`); the first complaint teaches the same.
+WAY_OPTIONS = {
+    "judge_max_completion_tokens": "max_completion_tokens",
+    "judge_no_system": "no system",
+    "judge_stream": "stream",
+}

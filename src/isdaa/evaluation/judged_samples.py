@@ -19,14 +19,13 @@ from isdaa.distributed import once
 from isdaa.errors import DoneInPart, UserError, nearest
 from isdaa.evaluation.benchmark_judging import REPLIES, Case, ModelJudge
 from isdaa.evaluation.benchmark_notes import awaited
-from isdaa.evaluation.benchmark_request import Asking
 from isdaa.evaluation.benchmarks import HH, TLDR
 from isdaa.evaluation.benchmarks.benchmark import Answer, Benchmark, JudgeQuestion, Question, Verdict
 from isdaa.evaluation.benchmarks.games import inside
 from isdaa.evaluation.benchmarks.preference_sets import Wording, judge_questions
 from isdaa.evaluation.collect import PLAN, SAMPLES
-from isdaa.evaluation.judge_options import WAY_OPTIONS
-from isdaa.evaluation.judge_types import MOMENTARY, request_body
+from isdaa.evaluation.judge_types import MOMENTARY, Asking, request_body
+from isdaa.evaluation.judge_wording import WAY_OPTIONS
 from isdaa.evaluation.judged_table import ASKED, JUDGE, JUDGED, LEFT, SAME, JudgedTable, Side, sides_of
 from isdaa.evaluation.records import Blocks, Record, blocks_of, read_plan
 from isdaa.evaluation.scoring import answer

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.errors import DoneInPart, UserError
+from isdaa.evaluation.checkpoint import Checkpoint
 from isdaa.evaluation.identity import model_digest
 from isdaa.evaluation.records import Record
-from isdaa.evaluation.requests import Checkpoint
 from isdaa.terminal import say, working
 
 NOT_FINITE = "weights are not finite"

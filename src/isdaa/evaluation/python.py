@@ -226,8 +226,7 @@ def _data(prompts: Any, folder: Path) -> str | None:
 def _judge(settings: Any) -> Any:
     if settings is None:
         return None
-    from isdaa.evaluation.benchmark_request import Asking
-    from isdaa.evaluation.judge_types import JudgeSettings
+    from isdaa.evaluation.judge_types import Asking, JudgeSettings
     from isdaa.evaluation.judged_samples import SampleJudge
 
     if not isinstance(settings, JudgeSettings):

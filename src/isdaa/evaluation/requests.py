@@ -6,14 +6,15 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from isdaa.config import EvaluationConfig, Position, ScorerConfig, TokenizationConfig, fields, validate
 from isdaa.data.encoding import VERSION
 from isdaa.errors import UserError, nearest_path
+from isdaa.evaluation.checkpoint import Checkpoint
 from isdaa.evaluation.hints import base_hint, data_hint
 from isdaa.evaluation.provenance import OPTIONS, check_stays, records_of
 from isdaa.evaluation.run_groups import tails
@@ -25,9 +26,6 @@ from isdaa.models.places import refuse_gguf
 from isdaa.ownership import completed
 from isdaa.record import GOLD, NAME, ModelRecord, read_record, run_folder
 from isdaa.synonyms import hint
-
-if TYPE_CHECKING:
-    from isdaa.evaluation.judged_samples import SampleJudge
 
 logger = logging.getLogger(__name__)
 
@@ -49,24 +47,6 @@ PLAIN = (  # what else `requests` takes
     *("trust_remote_code", "shared", "tokenizer"),
 )
 MODEL = ("config.json", "adapter_config.json", MANIFEST)  # a folder with one of them is, or was, a model
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model to evaluate, with what its record says of it."""
-
-    path: str
-    label: str
-    method: str | None = None
-    beta: float | None = None
-    seed: int | None = None
-    step: int | None = None
-    weight_mean: float | None = None  # over the training steps since the checkpoint before
-    ess: float | None = None  # ESS/N over those steps
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields, as plain data."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -94,7 +74,7 @@ class Request:
     told: tuple[str, ...] = ()  # what comes from records and how checkpoints are ordered, one line each, to be said first
     doubts: tuple[str, ...] = ()  # what a reader must know before believing that order, a sentence each
     one_run: bool = False  # the models are one run's, in the order given, whatever their folders are
-    judge_model: SampleJudge | None = None  # in place of a scorer
+    judge_model: Any = None  # a `SampleJudge`, in place of a scorer
     scores: str | None = None  # file of the user's own scores, in place of a scorer
     all_opponents: bool = False  # draw all samples of the reference without a scorer, too
 

@@ -216,3 +216,8 @@ def _check_number(
         raise ValueError(f"{name} must be {kind}{' or null' if optional else ''}; got {value!r}")
     if abs(value) > LARGEST:  # type: ignore[arg-type]
         raise ValueError(f"{name} must not be beyond {LARGEST:g}; got {value!r}")
+
+
+def weighs_by_behaviour(objective: Mapping[str, Any]) -> bool:
+    """The same of an objective's arguments: all weights but `none` and `wpo` are importance weights, or made of them."""
+    return objective.get("weight", "none") not in ("none", "wpo")

@@ -15,7 +15,7 @@ from isdaa.data.tokenization import tokenize_pairs, tokenizer_digest
 from isdaa.distributed import once, world_size
 from isdaa.errors import UserError
 from isdaa.evaluation import fragments
-from isdaa.evaluation.collect import check_tokenizers
+from isdaa.evaluation.vocabulary import check_tokenizers
 from isdaa.files import write_jsonl
 from isdaa.models.forward import PairForward, prepare
 from isdaa.models.kernels import compile_layers

@@ -17,6 +17,7 @@ import torch
 from isdaa.config import Config
 from isdaa.errors import UserError
 from isdaa.models.loading import model_config, random_config
+from isdaa.objectives.presets import weighs_by_behaviour
 from isdaa.terminal import Bar, progress
 from isdaa.training.arguments import total_steps
 from isdaa.training.devices import check_name, here
@@ -25,7 +26,7 @@ from isdaa.training.fits import Fit, fits
 from isdaa.training.inputs import check_start, revision_of, starts_of
 from isdaa.training.plan import Plan, Sharding, dtype_of, own_memory, plan
 from isdaa.training.run import Run
-from isdaa.training.start import cache_folder, rounded_away, starting_path, tokenizer_of, weighs_by_behaviour
+from isdaa.training.start import cache_folder, rounded_away, starting_path, tokenizer_of
 from isdaa.training.supervised import NO_BASE, not_for_reward, pairs_source
 
 BUSY = 0.1  # share of the cores; two threads that wait for each other lose far more than that in speed

@@ -27,6 +27,7 @@ from isdaa.models.loading import load_model, load_tokenizer
 from isdaa.models.quantised import check_trainable
 from isdaa.objectives.formulas import one_line
 from isdaa.objectives.objective import Objective
+from isdaa.objectives.presets import weighs_by_behaviour
 from isdaa.record import ModelRecord, base_of
 from isdaa.terminal import say
 from isdaa.training.authors import foreign_text, not_drawn
@@ -37,7 +38,7 @@ from isdaa.training.preference import PreferenceTrainer
 from isdaa.training.preference_config import MIGRATING, PreferenceConfig, as_dict
 from isdaa.training.reference import measure
 from isdaa.training.stall import own_logps, starting_weights
-from isdaa.training.start import check_rows, coarse_weights, described, logps_key, weighs_by_behaviour
+from isdaa.training.start import check_rows, coarse_weights, described, logps_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback

@@ -10,10 +10,10 @@ import torch
 
 from isdaa.config import Config
 from isdaa.errors import UserError
+from isdaa.objectives.presets import weighs_by_behaviour
 from isdaa.objectives.weights import effective_sample_size, importance_weights
 from isdaa.training.batches import BEHAVIOUR_COLUMNS, REFERENCE_COLUMNS, TokenisedPairs
 from isdaa.training.monitor import STALL_ESS, STALL_MEAN_WEIGHT
-from isdaa.training.start import weighs_by_behaviour
 
 EVEN = 0.5  # ESS/N from which weights are alike enough that dividing them by their mean helps
 CLIPPED = 0.9  # share of pairs at the clip from which the weights say nothing

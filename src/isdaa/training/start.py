@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from isdaa.models.adapters import add_lora
 from isdaa.models.loading import load_model, load_tokenizer, random_model
 from isdaa.models.places import is_adapter
 from isdaa.models.saving import save_model, weights_digest
+from isdaa.objectives.presets import weighs_by_behaviour
 from isdaa.record import NAME as RECORD
 from isdaa.record import ModelRecord, base_of, record_text
 from isdaa.terminal import say, working
@@ -118,11 +119,6 @@ def device() -> str | None:
 def uses_behaviour(config: Config) -> bool:
     """Whether the rows' own behaviour logps decide anything: the objective weighs pairs by μ."""
     return weighs_by_behaviour(config.objective.arguments())
-
-
-def weighs_by_behaviour(objective: Mapping[str, Any]) -> bool:
-    """The same of an objective's arguments: all weights but `none` and `wpo` are importance weights, or made of them."""
-    return objective.get("weight", "none") not in ("none", "wpo")
 
 
 def token_settings(config: Config) -> TokenizationSettings:
