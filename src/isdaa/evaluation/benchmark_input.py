@@ -11,14 +11,16 @@ from typing import Any
 from isdaa.data.checks import check_asked
 from isdaa.errors import UserError
 from isdaa.evaluation.benchmark_answers import Answering, Drawn, parted
-from isdaa.evaluation.benchmark_judging import check_judge
+from isdaa.evaluation.benchmark_judging import REPLIES, SCORES, BenchmarkJudge, ModelJudge, ScorerJudge
 from isdaa.evaluation.benchmark_request import BenchmarkRequest
 from isdaa.evaluation.benchmarks.alpaca_eval import ALPACA_EVAL, BASELINE, QUESTIONS, gamed, is_official
 from isdaa.evaluation.benchmarks.benchmark import Answer, Benchmark, Question, counted, prompt_text
 from isdaa.evaluation.benchmarks.mt_bench import MT_BENCH, with_references
 from isdaa.evaluation.benchmarks.rows import shortened, without_repeats
+from isdaa.evaluation.judges import Judge
 from isdaa.evaluation.length_control import Gamed
-from isdaa.evaluation.scorers import load_scorer
+from isdaa.evaluation.scorers import GoldScorer, RewardModelScorer, about, load_scorer
+from isdaa.terminal import say
 
 
 @dataclass(frozen=True)
@@ -204,3 +206,38 @@ def _opponents(bench: Benchmark, request: BenchmarkRequest, questions: Sequence[
         f"{bench.name} compares each answer with an opponent's, and neither these questions nor the models' records name one; "
         "give its answers with --opponent FILE, or a model that answers with --baseline MODEL"
     )
+
+
+def judge_of(request: BenchmarkRequest, folder: Path) -> BenchmarkJudge | None:
+    """The judge that the request names; it keeps what it says in `folder`."""
+    if request.asking is not None:
+        return ModelJudge(request.asking, folder / REPLIES)
+    if request.judge is not None:
+        limit = request.max_prompt_length
+        scorer = load_scorer(request.judge, max_prompt_length=limit, position=request.position, label=request.label)
+        for line in about(scorer):
+            say(f"judge {scorer.name}: {line}")
+        return ScorerJudge(scorer, folder / SCORES)
+    return None
+
+
+def check_judge(bench: Benchmark, request: BenchmarkRequest, questions: Sequence[Question]) -> None:
+    """Raises UserError where the judge cannot be asked or cannot judge these questions: called before long work."""
+    if request.asking is not None:
+        Judge(request.asking.settings).ready()
+    if request.judge is None:
+        return
+    scorer = load_scorer(request.judge)
+    if bench.opponent is None:
+        raise UserError(
+            f"{bench.name} grades every answer from 1 to 10, which a reward model cannot; name a judge model with --judge_model"
+        )
+    bare = next((question for question in questions if not question.row.get("facts")), None)
+    if isinstance(scorer, GoldScorer) and bare is not None:
+        raise UserError(
+            f"{bare.where}: the gold judge needs the facts of the embedded world, as the questions of "
+            "`isdaa benchmark tldr --questions world:small` have them; name a reward model's path or a judge model"
+        )
+    chat = any(not isinstance(question.prompt, str) for question in questions)
+    if isinstance(scorer, RewardModelScorer) and chat and not scorer.tokenizer.chat_template:
+        raise UserError(f"{scorer.name}: the questions are conversations, and the reward model's tokenizer has no chat template")

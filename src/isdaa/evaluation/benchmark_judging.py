@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from isdaa.data.pairs import TEMPLATE_COLUMNS
-from isdaa.errors import UserError
-from isdaa.evaluation.benchmark_request import BenchmarkRequest
 from isdaa.evaluation.benchmarks.arena_hard import ARENA_HARD
 from isdaa.evaluation.benchmarks.benchmark import Answer, Benchmark, Judged, JudgeQuestion, Question, Verdict
 from isdaa.evaluation.benchmarks.games import MODEL_FIRST, OPPONENT_FIRST, no_reply
@@ -18,9 +16,9 @@ from isdaa.evaluation.judge_types import Asking
 from isdaa.evaluation.judges import Judge, NoReply
 from isdaa.evaluation.judges import Question as Request
 from isdaa.evaluation.records import Lines
-from isdaa.evaluation.scorers import GoldScorer, RewardModelScorer, Scorer, about, facts, load_scorer
+from isdaa.evaluation.scorers import Scorer, facts
 from isdaa.files import digest
-from isdaa.terminal import progress, say
+from isdaa.terminal import progress
 
 REPLIES, SCORES = "replies.jsonl", "scores.jsonl"
 CHUNK = 256  # responses that a reward model scores between two writes
@@ -53,41 +51,6 @@ class BenchmarkJudge(Protocol):
     def to_json(self) -> dict[str, Any]:
         """What `metrics.json` says of the judge."""
         ...
-
-
-def judge_of(request: BenchmarkRequest, folder: Path) -> BenchmarkJudge | None:
-    """The judge that the request names; it keeps what it says in `folder`."""
-    if request.asking is not None:
-        return ModelJudge(request.asking, folder / REPLIES)
-    if request.judge is not None:
-        limit = request.max_prompt_length
-        scorer = load_scorer(request.judge, max_prompt_length=limit, position=request.position, label=request.label)
-        for line in about(scorer):
-            say(f"judge {scorer.name}: {line}")
-        return ScorerJudge(scorer, folder / SCORES)
-    return None
-
-
-def check_judge(bench: Benchmark, request: BenchmarkRequest, questions: Sequence[Question]) -> None:
-    """Raises UserError where the judge cannot be asked or cannot judge these questions: called before long work."""
-    if request.asking is not None:
-        Judge(request.asking.settings).ready()
-    if request.judge is None:
-        return
-    scorer = load_scorer(request.judge)
-    if bench.opponent is None:
-        raise UserError(
-            f"{bench.name} grades every answer from 1 to 10, which a reward model cannot; name a judge model with --judge_model"
-        )
-    bare = next((question for question in questions if not question.row.get("facts")), None)
-    if isinstance(scorer, GoldScorer) and bare is not None:
-        raise UserError(
-            f"{bare.where}: the gold judge needs the facts of the embedded world, as the questions of "
-            "`isdaa benchmark tldr --questions world:small` have them; name a reward model's path or a judge model"
-        )
-    chat = any(not isinstance(question.prompt, str) for question in questions)
-    if isinstance(scorer, RewardModelScorer) and chat and not scorer.tokenizer.chat_template:
-        raise UserError(f"{scorer.name}: the questions are conversations, and the reward model's tokenizer has no chat template")
 
 
 class ModelJudge:

@@ -18,8 +18,8 @@ from typing import Any
 from isdaa.distributed import once
 from isdaa.errors import DoneInPart, UserError
 from isdaa.evaluation.benchmark_answers import Answering, Respondent, answer
-from isdaa.evaluation.benchmark_input import Control, Plan, Side, check, length_control, plan_of, questions_of
-from isdaa.evaluation.benchmark_judging import BenchmarkJudge, Case, ModelJudge, judge_of, judged
+from isdaa.evaluation.benchmark_input import Control, Plan, Side, check, judge_of, length_control, plan_of, questions_of
+from isdaa.evaluation.benchmark_judging import BenchmarkJudge, Case, ModelJudge, judged
 from isdaa.evaluation.benchmark_judgments import among_the_official, judgments_of
 from isdaa.evaluation.benchmark_notes import lack_remarks, lacks_of, thinking_of, thinking_remarks, waiting
 from isdaa.evaluation.benchmark_outcome import (
