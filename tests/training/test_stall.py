@@ -10,8 +10,8 @@ import pytest
 
 from isdaa.errors import UserError
 from isdaa.objectives.presets import resolve
-from isdaa.training.batches import TokenisedPairs
-from isdaa.training.stall import SAMPLE, own_logps, starting_weights
+from isdaa.training.batches import TokenisedPairs, own_logps
+from isdaa.training.stall import SAMPLE, starting_weights
 
 
 def pairs(count: int, mu: Any = None) -> TokenisedPairs:

@@ -27,7 +27,7 @@ from isdaa.record import ModelRecord
 from isdaa.terminal import working
 from isdaa.training.arguments import total_steps, training_arguments
 from isdaa.training.authors import foreign_text, naming_columns, not_drawn, takes_reference_for_author
-from isdaa.training.batches import TokenisedPairs
+from isdaa.training.batches import TokenisedPairs, own_logps
 from isdaa.training.checkpoints import named, sampled_digest
 from isdaa.training.continued import OPTIMIZER, Ancestor, ancestor_of, ancestry, seen_before, told
 from isdaa.training.guard import guard_of
@@ -39,7 +39,7 @@ from isdaa.training.reading import read_pairs
 from isdaa.training.reference import measure
 from isdaa.training.room import check_training
 from isdaa.training.run import Run
-from isdaa.training.stall import Stalled, own_logps, sample, starting_weights
+from isdaa.training.stall import Stalled, sample, starting_weights
 from isdaa.training.start import (
     adapter_base,
     cache_folder,

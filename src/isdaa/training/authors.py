@@ -11,8 +11,7 @@ import numpy as np
 from isdaa.config import Config
 from isdaa.data.pairs import Counts
 from isdaa.objectives.presets import weighs_by_behaviour
-from isdaa.training.batches import BEHAVIOUR_COLUMNS, TokenisedPairs
-from isdaa.training.stall import own_logps
+from isdaa.training.batches import BEHAVIOUR_COLUMNS, TokenisedPairs, own_logps
 
 LEAST = 16  # responses; nothing is said of fewer
 SURE = 4.0  # standard errors

@@ -269,3 +269,10 @@ def shard(indices: np.ndarray, world: int, rank: int) -> list[int]:
     part = -(-len(indices) // world)
     mine = indices[rank * part : (rank + 1) * part].tolist()
     return [int(i) for i in mine] + [~int(indices[0])] * (part - len(mine))
+
+
+def own_logps(pairs: TokenisedPairs) -> np.ndarray:
+    """(N,) whether a row has behaviour logps of both its responses."""
+    columns = [pairs.floats.get(name, np.full(len(pairs), np.nan)) for name in BEHAVIOUR_COLUMNS]
+    found: np.ndarray = ~np.isnan(np.stack(columns)).any(axis=0)
+    return found

@@ -31,13 +31,13 @@ from isdaa.objectives.presets import weighs_by_behaviour
 from isdaa.record import ModelRecord, base_of
 from isdaa.terminal import say
 from isdaa.training.authors import foreign_text, not_drawn
-from isdaa.training.batches import TokenisedPairs
+from isdaa.training.batches import TokenisedPairs, own_logps
 from isdaa.training.checkpoints import named
 from isdaa.training.monitor import MetricsFile, metrics_at
 from isdaa.training.preference import PreferenceTrainer
 from isdaa.training.preference_config import MIGRATING, PreferenceConfig, as_dict
 from isdaa.training.reference import measure
-from isdaa.training.stall import own_logps, starting_weights
+from isdaa.training.stall import starting_weights
 from isdaa.training.start import check_rows, coarse_weights, described, logps_key
 
 if TYPE_CHECKING:

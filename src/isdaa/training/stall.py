@@ -12,7 +12,7 @@ from isdaa.config import Config
 from isdaa.errors import UserError
 from isdaa.objectives.presets import weighs_by_behaviour
 from isdaa.objectives.weights import effective_sample_size, importance_weights
-from isdaa.training.batches import BEHAVIOUR_COLUMNS, REFERENCE_COLUMNS, TokenisedPairs
+from isdaa.training.batches import BEHAVIOUR_COLUMNS, REFERENCE_COLUMNS, TokenisedPairs, own_logps
 from isdaa.training.monitor import STALL_ESS, STALL_MEAN_WEIGHT
 
 EVEN = 0.5  # ESS/N from which weights are alike enough that dividing them by their mean helps
@@ -103,13 +103,6 @@ def unmeasured(config: Config, pairs: TokenisedPairs) -> str:
         f"{source}; `isdaa train` measures mean weight and ESS/N before its first step, and stops where the mean is "
         f"below {STALL_MEAN_WEIGHT:g} or ESS/N below {STALL_ESS:g} (--weights measures them now, of {SAMPLE} pairs)"
     )
-
-
-def own_logps(pairs: TokenisedPairs) -> np.ndarray:
-    """(N,) whether a row has behaviour logps of both its responses."""
-    columns = [pairs.floats.get(name, np.full(len(pairs), np.nan)) for name in BEHAVIOUR_COLUMNS]
-    found: np.ndarray = ~np.isnan(np.stack(columns)).any(axis=0)
-    return found
 
 
 def _source(model: str | None, own: np.ndarray) -> str:
