@@ -113,15 +113,15 @@ def isdaa(job: dict[str, Any], attention: str, compiled: bool = False) -> dict[s
     from transformers.trainer_utils import SaveStrategy
 
     from isdaa.config import AlignConfig
-    from isdaa.models import kernels
-    from isdaa.models.forward import prepare
-    from isdaa.models.layout import Layout
+    from isdaa.models.attention import gpu_attention
+    from isdaa.models.attention.layout import Layout
+    from isdaa.models.packed.forward import prepare
     from isdaa.objectives.objective import Objective
     from isdaa.objectives.presets import resolve
-    from isdaa.training.arguments import training_arguments
-    from isdaa.training.batches import GlobalBatchSampler, TokenisedPairs
-    from isdaa.training.preference import PreferenceTrainer
-    from isdaa.training.reference import reference_logps
+    from isdaa.training.trainer.batches import GlobalBatchSampler, TokenisedPairs
+    from isdaa.training.trainer.preference_trainer import PreferenceTrainer
+    from isdaa.training.trainer.reference_logps import reference_logps
+    from isdaa.training.trainer.training_arguments import training_arguments
 
     rows, steps, batch = _rows(job), Steps(job), job["batch_size"]
     model = _model(job, "sdpa")
@@ -130,7 +130,7 @@ def isdaa(job: dict[str, Any], attention: str, compiled: bool = False) -> dict[s
     if forward.mode != "shared_prefix":
         raise RuntimeError(f"isdaa chose the mode {forward.mode} for this model")
     if compiled:
-        kernels.compile_layers(model)
+        gpu_attention.compile_layers(model)
     precision = "bfloat16" if job["dtype"] == "bfloat16" else "float32"
     order = GlobalBatchSampler(len(rows), batch, 1, 1, 0, SEED).order(0).tolist()  # it permutes: lay the rows accordingly
     rows = [row for _, row in sorted(zip(order, rows, strict=True), key=lambda both: both[0])]
@@ -242,10 +242,10 @@ def _padded(rows: Sequence[dict[str, list[int]]], device: str) -> list[Tensor]:
 
 def parts(job: dict[str, Any]) -> dict[str, Any]:
     """Forward and backward of attention in one layer, and of the head, each way by itself: median seconds."""
-    from isdaa.models import choice, kernels
-    from isdaa.models.layout import Layout
-    from isdaa.models.logprobs import LinearHead, token_logps
-    from isdaa.models.shared_prefix import shared_prefix_attention
+    from isdaa.models.attention import attention_choice, gpu_attention
+    from isdaa.models.attention.layout import Layout
+    from isdaa.models.attention.shared_prefix import shared_prefix_attention
+    from isdaa.models.packed.logprobs import LinearHead, token_logps
 
     size, device, dtype = _task(job).size, job["device"], getattr(torch, job["dtype"])
     rows = _rows(job)[: job["batch_size"]]
@@ -253,17 +253,21 @@ def parts(job: dict[str, Any]) -> dict[str, Any]:
     layout, found = Layout.of_pairs(*lengths), {}
     heads = (size.heads, size.kv_heads, size.kv_heads)
     inputs = [torch.randn(1, h, layout.tokens, size.head_dim, device=device, dtype=dtype, requires_grad=True) for h in heads]
-    for way in (choice.SDPA, choice.VARLEN, choice.FLEX):
+    for way in (attention_choice.SDPA, attention_choice.VARLEN, attention_choice.FLEX):
         module = torch.nn.Module()
-        choice.choose_attention(module, way)
-        lack = kernels.lacks(way, inputs[0], inputs[1], None) if way != choice.SDPA else None
+        attention_choice.choose_attention(module, way)
+        lack = gpu_attention.lacks(way, inputs[0], inputs[1], None) if way != attention_choice.SDPA else None
 
         def attend(module: torch.nn.Module = module) -> None:
             out, _ = shared_prefix_attention(module, *inputs, None, isdaa_layout=layout)
             torch.autograd.grad(out.sum(), inputs)
 
-        fast = None if lack else choice.fast_attention(module, *inputs[:2], dropout=0.0, scaling=None, window=None, softcap=None)
-        if way == choice.SDPA or fast is not None:
+        fast = (
+            None
+            if lack
+            else attention_choice.fast_attention(module, *inputs[:2], dropout=0.0, scaling=None, window=None, softcap=None)
+        )
+        if way == attention_choice.SDPA or fast is not None:
             found[f"attention {way}"] = _median(attend, job)
         else:
             found[f"attention {way}"] = lack or "it failed its proof"

@@ -196,7 +196,9 @@ def train(config: Config, cell: Cell, scale: Scale, phases: Phases, steps: Steps
     """`sft`, `reward` or `align`."""
     import transformers.trainer
 
-    from isdaa.training import align, stages, supervised, whole
+    from isdaa.training import run_stages
+    from isdaa.training.stages import align, sft_and_reward
+    from isdaa.training.trainer import whole_checkpoints
 
     with ExitStack() as patched:
 
@@ -204,39 +206,41 @@ def train(config: Config, cell: Cell, scale: Scale, phases: Phases, steps: Steps
             patched.enter_context(patch.object(place, name, value))
 
         replace(transformers.trainer, "DEFAULT_CALLBACKS", [*transformers.trainer.DEFAULT_CALLBACKS, steps.callback()])
-        replace(whole.WholeCheckpoints, "train", _method(phases, "training", whole.WholeCheckpoints.train))
+        replace(
+            whole_checkpoints.WholeCheckpoints, "train", _method(phases, "training", whole_checkpoints.WholeCheckpoints.train)
+        )
         replace(align, "measure", phases.of("reference logps", align.measure))
         if cell.saves:
-            for module in (align, supervised):
+            for module in (align, sft_and_reward):
                 replace(module, "keep_model", phases.of("saving the model", module.keep_model))
         else:
-            replace(whole.WholeCheckpoints, "_save_checkpoint", lambda *args, **kwargs: None)
-            for module in (align, supervised):
+            replace(whole_checkpoints.WholeCheckpoints, "_save_checkpoint", lambda *args, **kwargs: None)
+            for module in (align, sft_and_reward):
                 replace(module, "keep_model", lambda *args, **kwargs: None)
-        stages.run(config)
+        run_stages.run(config)
     return {}
 
 
 def label(config: Config, cell: Cell, scale: Scale, phases: Phases, steps: Steps) -> dict[str, Any]:
     """Samples, scores, behaviour logps."""
-    from isdaa.training import label as stage
-    from isdaa.training import stages
+    from isdaa.training import run_stages
+    from isdaa.training.stages import label as stage
 
     with (
         patch.object(stage, "sample", phases.of("sampling", stage.sample)),
         patch.object(stage, "reference_logps", phases.of("behaviour logps", stage.reference_logps)),
         _scoring(phases),
     ):
-        stages.run(config)
+        run_stages.run(config)
     responses = config.label.samples * scale.prompts
     return _rates(phases, {"sampling": responses, "scoring": responses, "behaviour logps": responses // 2})
 
 
 def evaluate(config: Config, cell: Cell, scale: Scale, phases: Phases, steps: Steps) -> dict[str, Any]:
     """Samples, KL and scores of a policy against its reference."""
-    from isdaa.evaluation.collect import Collection
+    from isdaa.evaluation.checkpoints.sample_and_kl import Collection
+    from isdaa.evaluation.checkpoints.what_to_evaluate import requests
     from isdaa.evaluation.evaluate import evaluate_request
-    from isdaa.evaluation.requests import requests
 
     assert config.model.path is not None
     folder = Path(config.model.path).parent
@@ -285,7 +289,7 @@ def embedded(config: Config) -> dict[str, Any]:
     """The embedded experiment as a sweep, whose finished parts a later call finds; with a report where charts can be drawn."""
     from importlib.util import find_spec
 
-    from isdaa.evaluation.analysis import METRICS
+    from isdaa.evaluation.checkpoints.analysis import METRICS
     from isdaa.experiments.grid import SweepConfig
     from isdaa.experiments.sweep import run_sweep
 
@@ -336,7 +340,7 @@ def planned(config: Config, cell: Cell, device: str) -> dict[str, Any] | None:
     `gib`: what PyTorch allocates in training, or in the phase that needs most: without CUDA's own memory and what lies between
     pieces, which `max_memory_allocated` does not count either.
     """
-    from isdaa.training.inspect import inspect
+    from isdaa.preview.inspect import inspect
 
     if cell.stage not in (*TRAINING, "label"):
         return None

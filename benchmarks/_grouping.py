@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from isdaa.models.forward import PairForward
+from isdaa.models.packed.forward import PairForward
 from isdaa.objectives.objective import Objective, PairLogps
-from isdaa.training.batches import TokenisedPairs
-from isdaa.training.pieces import Piece
+from isdaa.training.trainer.batches import TokenisedPairs
+from isdaa.training.trainer.packing import Piece
 
 
 def pair_losses(forward: PairForward, objective: Objective, pairs: TokenisedPairs, batch: Sequence[int]) -> tuple[Tensor, int]:

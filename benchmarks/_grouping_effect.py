@@ -20,23 +20,23 @@ from _grouping import pair_losses
 from rich.table import Table
 
 from isdaa.config import Config, load_config
-from isdaa.data.sources import hold_out, load_pairs
-from isdaa.data.tokenization import tokenize_pairs
-from isdaa.evaluation.comparison import SeedMean, seed_mean, to_json
-from isdaa.evaluation.trajectory import Trajectory, read_study
+from isdaa.data.reading.sources import hold_out, load_pairs
+from isdaa.data.tokenize_pairs import tokenize_pairs
+from isdaa.evaluation.checkpoints.trajectory import Trajectory, read_study
+from isdaa.evaluation.verdict.comparison import SeedMean, seed_mean, to_json
 from isdaa.experiments.grid import SweepConfig
 from isdaa.experiments.sweep import run_sweep
 from isdaa.files import write_jsonl
 from isdaa.foreign import iterate_jsonl
-from isdaa.models.forward import PairForward, prepare
 from isdaa.models.loading import load_model, load_tokenizer
+from isdaa.models.packed.forward import PairForward, prepare
 from isdaa.objectives.objective import Objective
 from isdaa.objectives.presets import resolve
 from isdaa.terminal import progress, say
-from isdaa.training.batches import GlobalBatchSampler, TokenisedPairs
-from isdaa.training.reference import reference_logps
-from isdaa.training.stages import run as run_stages
-from isdaa.training.start import token_settings
+from isdaa.training.run_stages import run as run_stages
+from isdaa.training.stage_inputs import token_settings
+from isdaa.training.trainer.batches import GlobalBatchSampler, TokenisedPairs
+from isdaa.training.trainer.reference_logps import reference_logps
 from isdaa.world import make_posts
 
 BASE = Path(__file__).resolve().parents[1] / "configs" / "mini" / "demo.yaml"

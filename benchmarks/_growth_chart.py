@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from isdaa.report.style import INK, MUTED, PALETTE, PAPER, Drawing, configured, field, frame, layer
+from isdaa.report.charts.style import INK, MUTED, PALETTE, PAPER, Drawing, configured, field, frame, layer
 
 TIME, MEMORY = PALETTE[0], PALETTE[1]
 WIDTH, HEIGHT, MARGIN, COLUMNS = 1020, 220, 66, 3

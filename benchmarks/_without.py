@@ -10,15 +10,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from unittest.mock import patch
 
-from isdaa.models import choice, fused, inner, last_layer, logprobs
+from isdaa.models.attention import attention_choice
+from isdaa.models.packed import fused_layers, last_layer, logprobs, patched_forward
 
 Left = Callable[[], AbstractContextManager[object]]
 
 LEFT: dict[str, Left] = {
-    "without_blocks": lambda: patch.object(choice, "FAST", {}),
+    "without_blocks": lambda: patch.object(attention_choice, "FAST", {}),
     "without_last_layer": lambda: patch.object(last_layer, "install", lambda model: False),
     "without_direction": lambda: patch.object(logprobs, "_KEPT_BYTES", {}),
-    "without_tie": lambda: patch.object(inner, "tie_of", lambda model: None),
-    "without_fused": lambda: patch.object(fused, "install", lambda model: 0),
+    "without_tie": lambda: patch.object(patched_forward, "tie_of", lambda model: None),
+    "without_fused": lambda: patch.object(fused_layers, "install", lambda model: 0),
     "without_huge_pages": nullcontext,  # of the environment: `_cell.AS_IT_COMES`
 }

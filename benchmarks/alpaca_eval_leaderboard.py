@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from isdaa.data.readers import iterate_rows
+from isdaa.data.reading.readers import iterate_rows
 from isdaa.errors import UserError
-from isdaa.evaluation.benchmarks.alpaca_eval import BASELINE, read_gamed, read_judgments, read_questions, score
-from isdaa.evaluation.benchmarks.benchmark import Scoring
+from isdaa.evaluation.benchmarks.sets.alpaca_eval import BASELINE, read_gamed, read_judgments, read_questions, score
+from isdaa.evaluation.benchmarks.sets.benchmark import Scoring
 
 JUDGE = "weighted_alpaca_eval_gpt4_turbo"
 LEADERBOARD = f"src/alpaca_eval/leaderboards/data_AlpacaEval_2/{JUDGE}_leaderboard.csv"

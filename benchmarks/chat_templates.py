@@ -23,7 +23,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from isdaa.data.encoding import Encoder, TokenizationSettings
+from isdaa.data.encoder import Encoder, TokenizationSettings
 from isdaa.data.pairs import Counts, canonical_pair, canonical_sft
 from isdaa.errors import UserError
 from isdaa.files import write_atomically

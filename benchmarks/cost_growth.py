@@ -40,7 +40,7 @@ from rich.table import Table
 from isdaa.errors import UserError, nearest
 from isdaa.files import write_json
 from isdaa.options import OneLineParser
-from isdaa.report.style import save_chart
+from isdaa.report.charts.style import save_chart
 from isdaa.terminal import Bar, clock, progress, say
 
 OUT = Path("runs/bench")

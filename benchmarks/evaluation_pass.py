@@ -5,7 +5,8 @@
 The work: N held-out posts of the embedded world, one sample of the policy each at temperature 1, then logps of policy and
 reference and the KL of their next-token distributions. Two ways take turns, so that other load meets both:
 
-* ours: `isdaa.models.sampling.sample`, which keeps the policy's states, and `isdaa.evaluation.kl.divergences`;
+* ours: `isdaa.models.sampling.sampling.sample`, which keeps the policy's states, and
+  `isdaa.evaluation.checkpoints.kl.divergences`;
 * plain: `model.generate(do_sample=True, top_k=0)` on batches in the order of the posts, padded on the left, and then each model
   on the padded rows, logits of all positions, log-softmax of both. The same number of rows a batch.
 
@@ -28,13 +29,13 @@ import torch
 from torch import Tensor
 
 from isdaa.config import load_config
-from isdaa.data.sources import load_prompts
-from isdaa.evaluation.collect import tokenize
-from isdaa.evaluation.kl import KL_SETTINGS, divergences
-from isdaa.models.forward import PairForward, prepare
+from isdaa.data.reading.sources import load_prompts
+from isdaa.evaluation.checkpoints.kl import KL_SETTINGS, divergences
+from isdaa.evaluation.checkpoints.sample_and_kl import tokenize
 from isdaa.models.loading import load_model, load_tokenizer
-from isdaa.models.sampling import SamplingSettings, sample
-from isdaa.training.stages import run
+from isdaa.models.packed.forward import PairForward, prepare
+from isdaa.models.sampling.sampling import SamplingSettings, sample
+from isdaa.training.run_stages import run
 
 Row = tuple[list[int], list[int]]  # ids of a prompt and of its response
 States = list[Tensor | None]  # of the policy at its samples, per row

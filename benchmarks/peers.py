@@ -45,17 +45,18 @@ from trl.trainer import utils as trl_utils
 
 from isdaa.config import AlignConfig
 from isdaa.data.collation import PairBatch, collate
-from isdaa.models import fused, shared_prefix
-from isdaa.models.forward import PairForward, prepare
-from isdaa.models.inner import SHARED_PREFIX, TWO_ROWS
-from isdaa.models.layout import Layout
+from isdaa.models.attention import shared_prefix
+from isdaa.models.attention.layout import Layout
+from isdaa.models.packed import fused_layers
+from isdaa.models.packed.forward import PairForward, prepare
+from isdaa.models.packed.patched_forward import SHARED_PREFIX, TWO_ROWS
 from isdaa.objectives.objective import Objective, PairLogps
 from isdaa.objectives.presets import resolve
-from isdaa.training.arguments import training_arguments
-from isdaa.training.batches import GlobalBatchSampler, TokenisedPairs
-from isdaa.training.monitor import MetricsFile
-from isdaa.training.preference import PreferenceTrainer
-from isdaa.training.reference import reference_logps
+from isdaa.training.trainer.batches import GlobalBatchSampler, TokenisedPairs
+from isdaa.training.trainer.callbacks import MetricsFile
+from isdaa.training.trainer.preference_trainer import PreferenceTrainer
+from isdaa.training.trainer.reference_logps import reference_logps
+from isdaa.training.trainer.training_arguments import training_arguments
 
 LEARNING_RATE, MAX_GRAD_NORM, SEED = 1e-4, 1.0, 17
 # At 1e-8 Adam makes whole steps of gradients that are rounding alone, in entries of the embedding that no token touches.
@@ -165,7 +166,7 @@ def isdaa_bare(job: Job, gate: Gate) -> nn.Module:
     """The same forward, loss and optimiser in a loop by hand, over batches that were collated beforehand."""
     model = load(job.model)
     forward = _forward(model, job, SHARED_PREFIX)
-    fused.install(model)  # as the trainer does
+    fused_layers.install(model)  # as the trainer does
     pairs = TokenisedPairs(job.rows)
     pairs = pairs.with_reference(*reference_logps(forward, pairs, key={}, cache_dir=None))
     batches = [collate([pairs[i] for i in range(s, s + job.batch_size)]) for s in range(0, len(pairs), job.batch_size)]

@@ -150,8 +150,8 @@ def _cells(arguments: Any) -> list[tuple[str, Shape, Size]]:
 
 def _real_cells(arguments: Any) -> list[tuple[str, Any, Size]]:
     """The shapes, or the pairs of a file, with the model of a folder."""
-    from isdaa.data.sources import load_pairs
-    from isdaa.data.tokenization import TokenizationSettings, tokenize_pairs
+    from isdaa.data.reading.sources import load_pairs
+    from isdaa.data.tokenize_pairs import TokenizationSettings, tokenize_pairs
     from isdaa.models.loading import load_tokenizer, model_config
 
     config: Any = model_config(arguments.model_path)

@@ -15,9 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from isdaa.evaluation.comparison import CellSummary, SeedMean, at_matched_kl, difference, paired_bootstrap, summarise, to_json
-from isdaa.evaluation.overoptimization import fit_law
-from isdaa.evaluation.trajectory import SWEEP, Study, read_study
+from isdaa.evaluation.checkpoints.trajectory import SWEEP, Study, read_study
+from isdaa.evaluation.verdict.comparison import (
+    CellSummary,
+    SeedMean,
+    at_matched_kl,
+    difference,
+    paired_bootstrap,
+    summarise,
+    to_json,
+)
+from isdaa.evaluation.verdict.overoptimization import fit_law
 from isdaa.files import csv_text, write_atomically, write_json
 from isdaa.foreign import read_json
 
@@ -51,9 +59,9 @@ def main() -> None:
 
 
 def _figures(study: Study, summaries: Sequence[CellSummary], out: Path) -> None:
-    from isdaa.report.curves import final_chart, matched_charts, study_chart
-    from isdaa.report.lines import lines_of
-    from isdaa.report.style import save_chart
+    from isdaa.report.charts.lines import lines_of
+    from isdaa.report.charts.style import save_chart
+    from isdaa.report.charts.win_rate_curves import final_chart, matched_charts, study_chart
 
     names = {summary.cell for summary in summaries}
     main = [cell for cell in dict.fromkeys(run.cell for run in study.runs) if cell and _is_main(cell)]
@@ -201,7 +209,7 @@ def _differences(study: Study, by_cell: dict[str, CellSummary], against: str) ->
 
 
 def _seed_average(values: Sequence[tuple[float, ...]]) -> SeedMean:
-    from isdaa.evaluation.comparison import seed_mean
+    from isdaa.evaluation.verdict.comparison import seed_mean
 
     return seed_mean(np.mean(np.array(values), axis=0).tolist())
 

@@ -31,9 +31,9 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from isdaa.data import tokens
-from isdaa.data.sources import load_pairs
-from isdaa.data.tokenization import tokenize_pairs
+from isdaa.data import token_cache
+from isdaa.data.reading.sources import load_pairs
+from isdaa.data.tokenize_pairs import tokenize_pairs
 
 SPECIAL = ["<|begin|>", "<|end|>"]
 VOCABULARY = 32_000
@@ -166,8 +166,8 @@ def measure(
             pairs, _ = load_pairs(str(source))
         read = _peak()
         with (
-            patch.object(tokens, "content_digest", clock.wrapped("  digest of the content", tokens.content_digest)),
-            patch.object(tokens, "_write", clock.wrapped("  write", tokens._write)),
+            patch.object(token_cache, "content_digest", clock.wrapped("  digest of the content", token_cache.content_digest)),
+            patch.object(token_cache, "_write", clock.wrapped("  write", token_cache._write)),
             clock.part("tokenise into a fresh cache"),
         ):
             result, counts = tokenize_pairs(pairs, tokenizer, cache_dir=cache)

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtri
 
-from isdaa.evaluation.falls import MARGIN, NEGLIGIBLE
-from isdaa.evaluation.overoptimization import law_of, verdict_of
-from isdaa.evaluation.power import LOOKS, looks_needed, smallest_fall
-from isdaa.evaluation.sequential import ALPHA, PATIENCE, RECENT, FallTest, stops_at
+from isdaa.evaluation.verdict.fall_statistics import MARGIN, NEGLIGIBLE
+from isdaa.evaluation.verdict.overoptimization import law_of, verdict_of
+from isdaa.evaluation.verdict.power import LOOKS, looks_needed, smallest_fall
+from isdaa.evaluation.verdict.sequential import ALPHA, PATIENCE, RECENT, FallTest, stops_at
 
 START = 0.5  # the reference against itself
 OPPONENTS = 4

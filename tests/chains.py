@@ -18,7 +18,7 @@ from tokenizers_for_tests import byte_level
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from isdaa.cli import main
-from isdaa.training.preference import PreferenceTrainer
+from isdaa.training.trainer.preference_trainer import PreferenceTrainer
 
 # The Trainer collects garbage at each start; without the imported libraries' objects this takes no time.
 gc.freeze()

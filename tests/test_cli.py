@@ -379,7 +379,7 @@ def test_an_interruption_says_that_the_same_command_goes_on(
     def interrupted(run: Any) -> Path:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(__import__("isdaa.training.stages", fromlist=["_"]).STAGE_FUNCTIONS, "align", interrupted)
+    monkeypatch.setitem(__import__("isdaa.training.run_stages", fromlist=["_"]).STAGE_FUNCTIONS, "align", interrupted)
     assert main(["train", "--config", "run.yaml"]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "isdaa: interrupted; the same command goes on from here"
 
@@ -415,7 +415,7 @@ def test_evaluate_in_another_dtype(in_finished: Path) -> None:
 
 def test_a_card_shows_no_path_of_this_machine(in_finished: Path) -> None:
     from isdaa.record import read_record
-    from isdaa.training.cards import model_card
+    from isdaa.training.model_card import model_card
 
     record = read_record(in_finished / "run" / "model")
     assert record is not None

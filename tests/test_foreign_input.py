@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from isdaa.cli import main
-from isdaa.data.readers import iterate_rows
-from isdaa.data.sources import load_pairs
+from isdaa.data.reading.readers import iterate_rows
+from isdaa.data.reading.sources import load_pairs
 from isdaa.errors import LONGEST, UserError
 from isdaa.foreign import DEPTH, ROW, check_limits, check_shape, no_panics, read_json, readable, readable_jsonl
 from isdaa.models.loading import load_model, load_tokenizer, random_config, random_model

@@ -25,9 +25,9 @@ from isdaa.errors import UserError
 from isdaa.experiments.worker import died
 from isdaa.files import append_jsonl, write_atomically, write_folder_atomically
 from isdaa.foreign import read_jsonl
-from isdaa.training.checkpoints import write_checkpoint
-from isdaa.training.room import check_labels
-from isdaa.training.run import Run
+from isdaa.training.disk_room import check_labels
+from isdaa.training.run_folder import Run
+from isdaa.training.trainer.checkpoints import write_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What libraries raise
@@ -257,7 +257,7 @@ def test_a_run_on_a_full_disk_goes_on_when_there_is_room(
 ) -> None:
     with small_disk(disks, size):
         with monkeypatch.context() as patched:
-            patched.setattr("isdaa.training.room.check_room", lambda *_: None)
+            patched.setattr("isdaa.training.disk_room.check_room", lambda *_: None)
             status = train(disks / "run", RUN)
         line = one_line(capsys, status)
         assert "/checkpoint-" in line and "No space left on device, it needs " in line and "are free there" in line
@@ -354,7 +354,7 @@ def test_the_estimate_is_what_the_stage_writes(changes: dict[str, Any], tmp_path
         wanted.append(sum(needs.values()))
         original(what, needs, *arguments)
 
-    monkeypatch.setattr("isdaa.training.room.check_room", noted)
+    monkeypatch.setattr("isdaa.training.disk_room.check_room", noted)
     largest = 0.0
 
     def measure() -> None:
@@ -362,7 +362,7 @@ def test_the_estimate_is_what_the_stage_writes(changes: dict[str, Any], tmp_path
         files = [path for name in ("checkpoints", "model") for path in (tmp_path / "run").rglob("*") if f"/{name}" in str(path)]
         largest = max(largest, sum(path.stat().st_size for path in set(files) if path.is_file()))
 
-    from isdaa.training import checkpoints
+    from isdaa.training.trainer import checkpoints
 
     rotate = checkpoints.remove_tree
     monkeypatch.setattr(checkpoints, "remove_tree", lambda path: (measure(), rotate(path)))
@@ -387,14 +387,16 @@ def test_a_stage_that_misses_its_model_alone_needs_no_room_for_checkpoints(
         patched.setattr(f"isdaa.training.{module}.keep_model", interrupted)
         assert train(tmp_path / "run", settings) == 130
     asked: list[str] = []
-    monkeypatch.setattr("isdaa.training.room.check_room", lambda what, needs, how, parts="": asked.append(parts))
+    monkeypatch.setattr("isdaa.training.disk_room.check_room", lambda what, needs, how, parts="": asked.append(parts))
     assert train(tmp_path / "run", settings) == 0
     assert len(asked) == 1 and asked[0].startswith("0 checkpoints of ") and ", 1 model of " in asked[0]
 
 
 def test_responses_that_are_there_need_no_room_again(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[float] = []
-    monkeypatch.setattr("isdaa.training.room.check_room", lambda what, needs, how, parts="": asked.append(sum(needs.values())))
+    monkeypatch.setattr(
+        "isdaa.training.disk_room.check_room", lambda what, needs, how, parts="": asked.append(sum(needs.values()))
+    )
     run = Run(load_config(whole / "config.yaml", {"output_dir": str(tmp_path / "other")}))
     rows = [{"prompt_ids": [1] * 20}] * 40
     check_labels(run, rows)

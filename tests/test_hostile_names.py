@@ -91,7 +91,7 @@ def test_texts_of_a_spreadsheet_are_never_formulas_and_numbers_stay_numbers() ->
 def test_a_card_shows_hostile_values_and_does_nothing_else() -> None:
     from isdaa.config import Config, resolved
     from isdaa.record import ModelRecord
-    from isdaa.training.cards import model_card
+    from isdaa.training.model_card import model_card
 
     value = f"```\n\n`x`|{NAME}"
     config = resolved(Config.model_validate({"model": {"path": "m"}, "data": {"pairs": value, "pairs_split": value}}))

@@ -30,10 +30,12 @@ from chains import (
 
 from isdaa import files
 from isdaa.experiments.worker import PRELOAD
-from isdaa.training import align as align_module
-from isdaa.training import checkpoints, guard, label, look, supervised
-from isdaa.training.run import Run
-from isdaa.training.whole import WholeCheckpoints
+from isdaa.training.guard import guard, measurement
+from isdaa.training.run_folder import Run
+from isdaa.training.stages import align as align_module
+from isdaa.training.stages import label, sft_and_reward
+from isdaa.training.trainer import checkpoints
+from isdaa.training.trainer.whole_checkpoints import WholeCheckpoints
 
 KILLS = 8
 # A few more steps and blocks than elsewhere, so that there is something to be killed in.
@@ -177,7 +179,7 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "a checkpoint half written": lambda: before(checkpoints, "write_manifest", later(2), half_a_file),
     "a checkpoint not yet named": lambda: before(checkpoints, "sync_tree", later(2)),
     "rotation": lambda: before(shutil, "rmtree", half_removed, lambda folder, *_: half_a_file(Path(folder))),
-    "after the last checkpoint": lambda: [before(place, "keep_model") for place in (supervised, align_module)] and None,
+    "after the last checkpoint": lambda: [before(place, "keep_model") for place in (sft_and_reward, align_module)] and None,
     "the final model half written": lambda: before(
         files, "sync_tree", lambda folder: folder.name.startswith((".writing-sft-", ".writing-reward-", ".writing-model-"))
     ),
@@ -185,9 +187,9 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "second block": lambda: before(label, "append_jsonl", later(2), half_a_line),
     "behaviour logps": lambda: before(label, "reference_logps"),
     "pairs": lambda: before(label, "write_jsonl"),
-    "opponents": lambda: before(look, "sample"),
-    "opponents not scored": lambda: before(look.Blocks, "add", lambda blocks, kind, *_: kind == "scores"),
-    "a look": lambda: before(look.Looks, "look", later(2)),
+    "opponents": lambda: before(measurement, "sample"),
+    "opponents not scored": lambda: before(measurement.Blocks, "add", lambda blocks, kind, *_: kind == "scores"),
+    "a look": lambda: before(measurement.Looks, "look", later(2)),
     "a best model half written": lambda: before(files, "sync_tree", lambda folder: folder.name.startswith(".writing-best")),
     "a best model not yet linked": lambda: before(guard.BestModel, "_link"),
     "a best model before its checkpoint": lambda: before(WholeCheckpoints, "_save_checkpoint", later(2)),

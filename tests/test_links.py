@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from isdaa.errors import UserError, refused
-from isdaa.evaluation.judge_cache import ReplyCache
+from isdaa.evaluation.judges.cache import ReplyCache
 from isdaa.evaluation.records import locked
 from isdaa.files import append_jsonl, locked_file, own_file, write_atomically, write_folder_atomically
-from isdaa.training.checkpoints import rotate, write_checkpoint
-from isdaa.training.reference import reference_logps
+from isdaa.training.trainer.checkpoints import rotate, write_checkpoint
+from isdaa.training.trainer.reference_logps import reference_logps
 
 
 @pytest.fixture

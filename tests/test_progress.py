@@ -13,7 +13,7 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from isdaa import terminal
-from isdaa.training.monitor import TrainingProgress
+from isdaa.training.trainer.callbacks import TrainingProgress
 
 
 @pytest.fixture

@@ -388,7 +388,7 @@ def test_home_is_expanded_everywhere_alike(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_home_is_expanded_for_callers_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from isdaa.evaluation.requests import requests
+    from isdaa.evaluation.checkpoints.what_to_evaluate import requests
 
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("m", "r", "s"):
@@ -456,6 +456,6 @@ def test_nothing_is_ever_made_in_a_folder_called_tilde(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("isdaa.experiments.gaussians.run_gaussians", lambda folder, seed: seen.append(folder))
-    monkeypatch.setattr("isdaa.training.behaviour.write_behaviour_logps", lambda *given: seen.append(given[3]))
+    monkeypatch.setattr("isdaa.training.stages.behaviour_logps.write_behaviour_logps", lambda *given: seen.append(given[3]))
     assert main(argv) == 0
     assert seen == [tmp_path / "home" / argv[-1][2:]] and not (tmp_path / "~").exists()

@@ -86,14 +86,14 @@ def message(call: Any) -> str:
 
 def train(config: str) -> None:
     from isdaa.config import load_config
-    from isdaa.training.stages import run
+    from isdaa.training.run_stages import run
 
     run(load_config(config, {"output_dir": Path(config).stem}))
 
 
 def stop_and_go_on(config: str) -> None:
     """Alignment that ends behind its second checkpoint, and is started again."""
-    from isdaa.training.whole import WholeCheckpoints
+    from isdaa.training.trainer.whole_checkpoints import WholeCheckpoints
 
     save: Any = WholeCheckpoints._save_checkpoint
 
@@ -114,8 +114,8 @@ def stop_and_go_on(config: str) -> None:
 
 
 def evaluate(model: str, output: str) -> None:
+    from isdaa.evaluation.checkpoints.what_to_evaluate import requests
     from isdaa.evaluation.evaluate import evaluate_request
-    from isdaa.evaluation.requests import requests
 
     evaluate_request(requests([model], {"output_dir": output}))
 
@@ -143,7 +143,7 @@ def fully_shard() -> dict[str, list[float]]:
     from forward_helpers import lengths_of, loss_of, packed, tiny
     from torch.distributed.fsdp import fully_shard as shard
 
-    from isdaa.models.forward import prepare
+    from isdaa.models.packed.forward import prepare
 
     differences = {}
     for name in ("llama", "llama, head apart", "gemma2", "gemma2, head apart"):  # gemma2's embeddings are tied

@@ -6,18 +6,19 @@ Everything that it offers by name is loaded on first use, so that importing the 
 from __future__ import annotations
 
 import os
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from isdaa.lazy import lazy
 
 if TYPE_CHECKING:
-    from isdaa.evaluation.judge_types import JudgeSettings
+    from isdaa.evaluation.judges.types import JudgeSettings
     from isdaa.evaluation.python import evaluate
     from isdaa.objectives.objective import Objective, PairLogps
     from isdaa.objectives.presets import PRESETS
-    from isdaa.training.checkpoints import adopt
-    from isdaa.training.preference import PreferenceTrainer
-    from isdaa.training.preference_config import PreferenceConfig
-    from isdaa.training.preference_trainer import preference_trainer
+    from isdaa.training.trainer.checkpoints import adopt
+    from isdaa.training.trainer.preference_trainer import PreferenceTrainer
+    from isdaa.training.trl_api.drop_in import preference_trainer
+    from isdaa.training.trl_api.preference_config import PreferenceConfig
 
 # torch reads this when it makes its first tensor: large blocks of CPU memory in huge pages, which are mapped hundreds of
 # times faster. A training step maps and frees gigabytes, and spends 5 % of its time on that otherwise.
@@ -25,15 +26,15 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
 HOMES = {
-    "JudgeSettings": "evaluation.judge_types",
+    "JudgeSettings": "evaluation.judges.types",
     "Objective": "objectives.objective",
     "PairLogps": "objectives.objective",
     "PRESETS": "objectives.presets",
-    "PreferenceConfig": "training.preference_config",
-    "PreferenceTrainer": "training.preference",
-    "adopt": "training.checkpoints",
+    "PreferenceConfig": "training.trl_api.preference_config",
+    "PreferenceTrainer": "training.trainer.preference_trainer",
+    "adopt": "training.trainer.checkpoints",
     "evaluate": "evaluation.python",
-    "preference_trainer": "training.preference_trainer",
+    "preference_trainer": "training.trl_api.drop_in",
 }
 __all__ = [
     "PRESETS",
@@ -48,8 +49,4 @@ __all__ = [
     "preference_trainer",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in HOMES:
-        return getattr(import_module(f"isdaa.{HOMES[name]}"), name)
-    raise AttributeError(f"module 'isdaa' has no attribute {name!r}")
+__getattr__, __dir__ = lazy(__name__, HOMES)

@@ -9,7 +9,7 @@ from isdaa.errors import UserError
 from isdaa.evaluation.judge_options import add_judge_options, asking_of
 
 if TYPE_CHECKING:
-    from isdaa.evaluation.benchmark_request import BenchmarkRequest
+    from isdaa.evaluation.benchmarks.request import BenchmarkRequest
 
 KEYS = (
     "evaluation.seed", "evaluation.bootstrap", "evaluation.confidence", "evaluation.batch_size", "evaluation.keep_thinking",
@@ -61,7 +61,7 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
 
 def request_of(arguments: argparse.Namespace, overrides: dict[str, Any]) -> BenchmarkRequest:
     """The request of a parsed command line. overrides: `dtype`, `trust_remote_code` and dotted keys."""
-    from isdaa.evaluation.benchmark_request import Sources, benchmark_request
+    from isdaa.evaluation.benchmarks.request import Sources, benchmark_request
 
     if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
         raise UserError(f"--max_new_tokens is {arguments.max_new_tokens}; it must be 1 or more")

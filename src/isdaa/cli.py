@@ -47,8 +47,8 @@ class _CommandsHelp(argparse.RawDescriptionHelpFormatter):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command. Dashes and underscores in option names are the same."""
     from isdaa import benchmark_options
-    from isdaa.evaluation import tax as tax_options
     from isdaa.evaluation.judge_options import add_judge_options
+    from isdaa.evaluation.tax import tax as tax_options
     from isdaa.options import OneLineParser, add_options, point_to_each_other
 
     parser = OneLineParser(
@@ -281,7 +281,7 @@ def _adopt_option(parser: argparse.ArgumentParser) -> None:
 
 def _adopted(folders: Sequence[str]) -> None:
     """Take folders over, said first; the main process does it. Among several, those with nothing to take over are passed by."""
-    from isdaa.training.checkpoints import adopt
+    from isdaa.training.trainer.checkpoints import adopt
 
     refusals = []
     for folder in folders:
@@ -339,7 +339,7 @@ def _renamed(argv: list[str]) -> list[str]:
 def _train(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     if arguments.adopt and settings.get("continue_from") is not None:
-        from isdaa.training.continued import place_of
+        from isdaa.training.stages.continued import place_of
 
         _quiet_libraries()
         _adopted([str(place_of(settings["continue_from"]))])
@@ -347,7 +347,7 @@ def _train(arguments: argparse.Namespace) -> int:
     _quiet_libraries()
     if arguments.adopt and (config.continue_from is None or Path(config.output_dir).exists()):
         _adopted([config.output_dir])
-    from isdaa.training.stages import run
+    from isdaa.training.run_stages import run
 
     run(config)
     return 0
@@ -362,9 +362,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
     config = _run_config(arguments.config, _settings(arguments))
     _quiet_libraries()
     from isdaa.files import write_json
-    from isdaa.training.fits import memory_of
-    from isdaa.training.inspect import inspect
-    from isdaa.training.inspect_page import print_inspection
+    from isdaa.preview.fits import memory_of
+    from isdaa.preview.inspect import inspect
+    from isdaa.preview.inspect_page import print_inspection
 
     memory, device = None, arguments.device
     if arguments.memory is not None:
@@ -402,7 +402,7 @@ def _config_of(path: str | None, settings: dict[str, Any]) -> Any:
     if layers(path, settings).get("continue_from") is None:
         return load_config(path, settings)
     _quiet_libraries()
-    from isdaa.training.continued import config_of
+    from isdaa.training.stages.continued import config_of
 
     return once(partial(config_of, path, settings))
 
@@ -481,7 +481,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         _adopted(arguments.model_path)
     overrides = _evaluation_overrides(arguments) | {"output_dir": arguments.output}
     _quiet_libraries()
-    from isdaa.evaluation.requests import requests
+    from isdaa.evaluation.checkpoints.what_to_evaluate import requests
 
     request = once(partial(requests, arguments.model_path, overrides))  # before what takes seconds to import
     from isdaa.evaluation.evaluate import evaluate_request
@@ -506,7 +506,7 @@ def _tax(arguments: argparse.Namespace) -> int:
     names = ("reference", "tokenizer", "dtype", "trust_remote_code")
     overrides = overrides_of(arguments) | {name: getattr(arguments, name) for name in names} | {"output_dir": arguments.output}
     _quiet_libraries()
-    from isdaa.evaluation.tax import tax_command
+    from isdaa.evaluation.tax.tax import tax_command
 
     folder = tax_command(arguments, overrides)
     from isdaa.report.benchmarks import renew_benchmark_reports
@@ -527,8 +527,8 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     overrides = overrides_of(arguments) | {name: getattr(arguments, name) for name in names}
     request = once(partial(request_of, arguments, overrides))
     _quiet_libraries()
-    from isdaa.evaluation.benchmark_run import run_benchmark
-    from isdaa.evaluation.benchmark_table import print_outcome
+    from isdaa.evaluation.benchmarks.run import run_benchmark
+    from isdaa.evaluation.benchmarks.table import print_outcome
     from isdaa.report.benchmarks import write_benchmark_report
 
     outcome = run_benchmark(request)
@@ -555,7 +555,7 @@ def _logps(arguments: argparse.Namespace) -> int:
 
     tokenization = section_from("tokenization", overrides_of(arguments))
     _quiet_libraries()
-    from isdaa.training.behaviour import write_behaviour_logps
+    from isdaa.training.stages.behaviour_logps import write_behaviour_logps
 
     write_behaviour_logps(
         arguments.model_path, arguments.data, arguments.split, Path(arguments.output), tokenization, arguments.prompt_repeated

@@ -80,13 +80,15 @@ class ModelRecord:
     evaluation_split: str | None = None
     scorer: str | None = None  # "gold", a reward model's folder or name, or null
     metrics: dict[str, float] = field(default_factory=dict)  # last training metrics
-    position: str | None = None  # of a reward model: where it is read (`evaluation.reading`); None: at the response's last token
+    position: str | None = (
+        None  # of a reward model: where it is read (`evaluation.reward_reading`); None: at the response's last token
+    )
     held_out: dict[str, Any] | None = None  # of a reward model: accuracy, low, high, pairs, prompts on pairs it never saw
     trained_on: dict[str, Any] | None = None  # sketch of its pairs (`data.overlap`), by which shared ones are known
-    tokens: int | None = None  # version of the rules by which text became tokens (`data.encoding.VERSION`); None: the first
+    tokens: int | None = None  # version of the rules by which text became tokens (`data.encoder.VERSION`); None: the first
     versions: dict[str, str] = field(default_factory=dict)
     git_revision: str | None = None
-    continued: dict[str, Any] | None = None  # of a policy: what its run goes on from (`training.continued.ancestry`)
+    continued: dict[str, Any] | None = None  # of a policy: what its run goes on from (`training.stages.continued.ancestry`)
     own_logps: list[int] | None = None  # of a weighted policy: pairs with behaviour logps of their own, of how many
     base: str | None = None  # Hub name of the model that the weights come from in the end, where it is known
     own: bool = field(default=False, compare=False)  # read from a file that carries this user's digest; never written

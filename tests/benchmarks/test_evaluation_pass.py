@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from isdaa.models.forward import prepare
+from isdaa.models.packed.forward import prepare
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import evaluation_pass

@@ -16,8 +16,8 @@ from chains import ROOT
 from isdaa.config import load_config
 from isdaa.experiments import sweep as sweeps
 from isdaa.foreign import read_json
-from isdaa.training import plan
-from isdaa.training.devices import Speed
+from isdaa.preview import plan
+from isdaa.preview.devices import Speed
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import _gpu_stages

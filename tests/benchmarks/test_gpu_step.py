@@ -46,9 +46,9 @@ def trl_losses(tmp_path_factory):
 
 @pytest.mark.parametrize("arm", ["isdaa_sdpa", "isdaa_compiled"])
 def test_isdaa_does_the_work_that_trl_does(arm, trl_losses, tmp_path, monkeypatch):
-    from isdaa.models import kernels
+    from isdaa.models.attention import gpu_attention
 
-    monkeypatch.setattr(kernels, "compile_layers", partial(kernels.compile_layers, backend="eager"))
+    monkeypatch.setattr(gpu_attention, "compile_layers", partial(gpu_attention.compile_layers, backend="eager"))
     told = run(arm, tmp_path)
     assert "failed" not in told, told
     assert told["attention"] == "sdpa" and len(told["seconds"]) == 2 and min(told["seconds"]) > 0

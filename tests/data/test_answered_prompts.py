@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from isdaa.data.pairs import Counts, canonical_pair, canonical_prompt
-from isdaa.data.sources import load_prompts
+from isdaa.data.reading.sources import load_prompts
 from isdaa.errors import UserError
 
 WHERE = "data.jsonl:4"

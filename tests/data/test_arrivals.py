@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from isdaa.data.arrivals import Arrivals
 from isdaa.data.chat import ChatFormat
-from isdaa.data.encoding import Encoder, TokenizationSettings
+from isdaa.data.encoder import Encoder, TokenizationSettings
 from isdaa.data.pairs import canonical_pair, canonical_prompt, canonical_sft
 from isdaa.errors import UserError
 

@@ -16,7 +16,7 @@ from datasets import Dataset, IterableDataset
 from isdaa.data.formats import standard
 from isdaa.data.implied import NoResponseError
 from isdaa.data.pairs import Counts, canonical_pair, canonical_prompt, canonical_sft
-from isdaa.data.sources import load_pairs, load_prompts, load_sft, pairs_of
+from isdaa.data.reading.sources import load_pairs, load_prompts, load_sft, pairs_of
 from isdaa.errors import UserError
 
 WHERE = "pairs.jsonl:3"

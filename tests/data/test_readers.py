@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from isdaa.data.readers import SUFFIXES, divided, has_split, iterate_rows, kind_of
+from isdaa.data.reading.readers import SUFFIXES, divided, has_split, iterate_rows, kind_of
 from isdaa.errors import UserError
 
 ROWS = [

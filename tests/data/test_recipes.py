@@ -11,10 +11,10 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from isdaa.config import validate
-from isdaa.data.recipes import RECIPES
-from isdaa.data.sources import load_pairs, load_prompts, load_sft
+from isdaa.data.reading.recipes import RECIPES
+from isdaa.data.reading.sources import load_pairs, load_prompts, load_sft
 from isdaa.errors import UserError
-from isdaa.training.inputs import check_inputs
+from isdaa.training.preflight import check_inputs
 
 Write = Callable[..., str]
 QUERY = "SUBREDDIT: r/cats\n\nTITLE: My cat\n\nPOST: She sleeps.\n\nTL;DR:"

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from isdaa.data.sources import as_dataset, common_prompts, hold_out, load_pairs, load_prompts, load_rows, load_sft
+from isdaa.data.reading.sources import as_dataset, common_prompts, hold_out, load_pairs, load_prompts, load_rows, load_sft
 from isdaa.errors import UserError
 
 ROWS = [

@@ -14,11 +14,11 @@ from tokenizers_for_tests import CHATML, byte_level, ids_of
 from transformers import AutoTokenizer
 
 from isdaa.data import context as context_room
-from isdaa.data import encoding as encoding_room
-from isdaa.data import tokens as tokens_room
+from isdaa.data import encoder as encoding_room
+from isdaa.data import token_cache as tokens_room
 from isdaa.data.pairs import Counts, canonical_pair, canonical_sft
-from isdaa.data.sources import as_dataset
-from isdaa.data.tokenization import (
+from isdaa.data.reading.sources import as_dataset
+from isdaa.data.tokenize_pairs import (
     TokenizationSettings,
     stop_token_ids,
     template_hash,

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from isdaa.data.context import Before, Context
 from isdaa.data.pairs import Counts, canonical_pair, canonical_sft
-from isdaa.data.sources import as_dataset
-from isdaa.data.tokenization import TokenizationSettings, tokenize_pairs, tokenize_prompt, tokenize_response, tokenize_sft
+from isdaa.data.reading.sources import as_dataset
+from isdaa.data.tokenize_pairs import TokenizationSettings, tokenize_pairs, tokenize_prompt, tokenize_response, tokenize_sft
 
 NOTHING_CUT = TokenizationSettings(max_length=100_000, max_prompt_length=50_000)
 # What ends an assistant's turn.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from isdaa.evaluation.judges import Judge, JudgeSettings, Question
+from isdaa.evaluation.judges.judge import Judge, JudgeSettings, Question
 
 
 @dataclass

@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 
 from isdaa.cli import main
 from isdaa.data.checks import LONGEST, check_asked
-from isdaa.data.sources import load_prompts
+from isdaa.data.reading.sources import load_prompts
 from isdaa.errors import UserError
-from isdaa.evaluation.benchmark_outcome import examples
 from isdaa.evaluation.benchmarks import BENCHMARKS
-from isdaa.evaluation.benchmarks.benchmark import Answer, Judged, Question, Scoring, Verdict, prompt_text
-from isdaa.evaluation.judge_cache import ReplyCache
-from isdaa.evaluation.judge_types import Reply
+from isdaa.evaluation.benchmarks.outcome import examples
+from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Judged, Question, Scoring, Verdict, prompt_text
+from isdaa.evaluation.judges.cache import ReplyCache
+from isdaa.evaluation.judges.types import Reply
 from isdaa.evaluation.records import Blocks, Lines
 from isdaa.files import append_jsonl, clean, csv_text, digest, whole_jsonl, write_atomically, write_json, write_jsonl
 from isdaa.foreign import ROW, iterate_jsonl, read_json, read_jsonl, readable_jsonl
@@ -271,7 +271,7 @@ def rows_of(name: str, question: str, answer: str) -> tuple[list[dict[str, Any]]
 def test_a_benchmark_refuses_what_could_not_be_kept_before_anything_is_asked(
     name: str, kind: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("isdaa.evaluation.judges.Judge.ask", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr("isdaa.evaluation.judges.judge.Judge.ask", lambda *_: pytest.fail("asked"))
     bad, words = BAD[kind]
     questions, answers = rows_of(name, **{"question": "why?", "answer": "so", what: bad})
     files = [

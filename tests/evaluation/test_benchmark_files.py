@@ -9,7 +9,7 @@ import pytest
 from benchmark_run_helpers import between, judge_server
 
 from isdaa.cli import main
-from isdaa.evaluation.benchmarks import alpaca_eval
+from isdaa.evaluation.benchmarks.sets import alpaca_eval
 from isdaa.files import digest, write_jsonl
 from isdaa.foreign import read_json, read_jsonl
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from benchmark_run_helpers import chat_model
 
-import isdaa.models.sampling
+import isdaa.models.sampling.sampling
 from isdaa.cli import main
 from isdaa.foreign import read_jsonl
 
@@ -44,13 +44,13 @@ def test_a_kill_while_generating_costs_no_finished_answer(tmp_path: Path, monkey
     assert BEFORE <= len(lines) < 2 * QUESTIONS, "it was not met while it generated"
 
     drawn: list[int] = []
-    sample = isdaa.models.sampling.sample
+    sample = isdaa.models.sampling.sampling.sample
 
     def counting(model: Any, prompts: Any, *rest: Any, **more: Any) -> Any:
         drawn.append(len(prompts))
         return sample(model, prompts, *rest, **more)
 
-    monkeypatch.setattr(isdaa.models.sampling, "sample", counting)
+    monkeypatch.setattr(isdaa.models.sampling.sampling, "sample", counting)
     assert main(command(models, tmp_path / "out", 64)) == 0
     assert sum(drawn) == 2 * QUESTIONS - len(lines)
     assert store.read_bytes().split(b"\n")[: len(lines)] == lines

@@ -8,11 +8,11 @@ from hostile import ESCAPED, NAME, harmless, unwrapped
 from scipy.stats import binomtest
 
 from isdaa.cli import main
-from isdaa.evaluation.benchmark_outcome import comparisons, gap_between, headline_of, sentence, table_csv
-from isdaa.evaluation.benchmark_request import file_name
-from isdaa.evaluation.benchmark_table import cut_notes, pairs_of, print_outcome, raw_mark, signed, spread
 from isdaa.evaluation.benchmarks import BENCHMARKS, TLDR
-from isdaa.evaluation.benchmarks.benchmark import Answer, Judged, Question, Scoring, Verdict
+from isdaa.evaluation.benchmarks.outcome import comparisons, gap_between, headline_of, sentence, table_csv
+from isdaa.evaluation.benchmarks.request import file_name
+from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Judged, Question, Scoring, Verdict
+from isdaa.evaluation.benchmarks.table import cut_notes, pairs_of, print_outcome, raw_mark, signed, spread
 from isdaa.evaluation.statistics import fewest
 from isdaa.report.benchmark_charts import _domain, benchmark_figures
 from isdaa.report.benchmarks import tone

@@ -14,7 +14,7 @@ from benchmark_run_helpers import between, chat_model, chat_reward_model, judge_
 from evaluation_helpers import save, tiny
 
 import isdaa.models.loading
-import isdaa.models.sampling
+import isdaa.models.sampling.sampling
 from isdaa.cli import main
 from isdaa.evaluation.benchmarks import BENCHMARKS
 from isdaa.evaluation.records import Lines
@@ -321,7 +321,7 @@ def test_what_does_not_fit_the_context_is_shorter_or_empty_and_said(tmp_path, ca
 
 def test_an_interrupted_generation_loses_one_batch(models, tmp_path, monkeypatch):
     drawn = []
-    true = isdaa.models.sampling.sample
+    true = isdaa.models.sampling.sampling.sample
 
     def counting(model, prompts, *rest, **more):
         if len(drawn) == 3:
@@ -329,7 +329,7 @@ def test_an_interrupted_generation_loses_one_batch(models, tmp_path, monkeypatch
         drawn.append(len(prompts))
         return true(model, prompts, *rest, **more)
 
-    monkeypatch.setattr(isdaa.models.sampling, "sample", counting)
+    monkeypatch.setattr(isdaa.models.sampling.sampling, "sample", counting)
     options = [*project(models, "one", "two", baseline=False), "--evaluation.batch_size", "2"]
     assert evaluate("alpaca_eval", tmp_path / "out", *options, limit=8) == 130
     kept = read_jsonl(tmp_path / "out/generations.jsonl")

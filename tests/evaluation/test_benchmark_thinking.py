@@ -6,13 +6,13 @@ import pytest
 from benchmark_run_helpers import between, chat_model, judge_server
 from judge_server import Answer, completion, serving
 
-import isdaa.models.sampling
+import isdaa.models.sampling.sampling
 from isdaa.cli import main
-from isdaa.evaluation.benchmark_answers import Respondent, parted
-from isdaa.evaluation.benchmark_notes import lack_remarks, lacks_of, thinking_remarks, waiting
+from isdaa.evaluation.answer_notes import lack_remarks, lacks_of, thinking_remarks, waiting
 from isdaa.evaluation.benchmarks import benchmark
-from isdaa.evaluation.benchmarks.benchmark import Answer as Said
-from isdaa.evaluation.benchmarks.benchmark import Judged, Question, Verdict
+from isdaa.evaluation.benchmarks.answers import Respondent, parted
+from isdaa.evaluation.benchmarks.sets.benchmark import Answer as Said
+from isdaa.evaluation.benchmarks.sets.benchmark import Judged, Question, Verdict
 from isdaa.files import write_json, write_jsonl
 from isdaa.foreign import read_json, read_jsonl
 
@@ -68,7 +68,7 @@ def test_thinking_is_stored_and_counted_and_not_judged(text, template, models, t
             raise AssertionError("an answer was drawn again")
 
         # The records are the same: nothing is drawn again to judge the thinking, too.
-        monkeypatch.setattr(isdaa.models.sampling, "sample", refuse)
+        monkeypatch.setattr(isdaa.models.sampling.sampling, "sample", refuse)
         assert run("tldr", tmp_path / "out", *options, *asking, "--keep_thinking") == 0
         assert any("hm" in between(body["messages"][-1]["content"], "<<<summary A\n", "\nsummary A>>>") for body in judge.asked)
     answers = read_json(tmp_path / "out/metrics.json")["models"][0]["answers"]

@@ -11,7 +11,7 @@ from pytest import CaptureFixture, MonkeyPatch
 from isdaa.cli import main
 from isdaa.evaluation.card_section import BEGIN, with_section
 from isdaa.manifest import MANIFEST
-from isdaa.training.cards import title
+from isdaa.training.model_card import title
 
 
 def test_the_section_is_put_in_and_replaced_wherever_the_card_has_been_edited() -> None:

@@ -5,8 +5,16 @@ import json
 import numpy as np
 import pytest
 
-from isdaa.evaluation.comparison import at_matched_kl, difference, paired_bootstrap, path_of, seed_mean, summarise, to_json
-from isdaa.evaluation.trajectory import Trajectory
+from isdaa.evaluation.checkpoints.trajectory import Trajectory
+from isdaa.evaluation.verdict.comparison import (
+    at_matched_kl,
+    difference,
+    paired_bootstrap,
+    path_of,
+    seed_mean,
+    summarise,
+    to_json,
+)
 
 
 def a_run(means, kl, cell, seed, prompts=6, wins=True):

@@ -19,20 +19,20 @@ from evaluation_helpers import (
     world_rows,
 )
 
-import isdaa.models.forward
 import isdaa.models.loading
-import isdaa.models.sampling
+import isdaa.models.packed.forward
+import isdaa.models.sampling.sampling
 from isdaa.errors import UserError
-from isdaa.evaluation import collect
-from isdaa.evaluation.analysis import analyse, repetition
+from isdaa.evaluation.checkpoints import sample_and_kl
+from isdaa.evaluation.checkpoints.analysis import analyse, repetition
+from isdaa.evaluation.checkpoints.scoring import score
+from isdaa.evaluation.checkpoints.what_to_evaluate import requests
+from isdaa.evaluation.checkpoints.win_rate import win_rates
 from isdaa.evaluation.evaluate import evaluate, evaluate_request, with_verdicts
-from isdaa.evaluation.identity import model_digest
+from isdaa.evaluation.model_digest import model_digest
 from isdaa.evaluation.records import Blocks
-from isdaa.evaluation.requests import requests
-from isdaa.evaluation.scoring import score
-from isdaa.evaluation.winrate import win_rates
 from isdaa.foreign import read_json, read_jsonl
-from isdaa.models.sampling import Sample
+from isdaa.models.sampling.sampling import Sample
 from isdaa.terminal import Bar
 from isdaa.world import build_tokenizer
 from isdaa.world.reward import explain
@@ -74,7 +74,7 @@ def no_models(monkeypatch):
 
     monkeypatch.setattr(isdaa.models.loading, "load_model", refuse)
     monkeypatch.setattr(isdaa.models.loading, "load_sequence_classifier", refuse)
-    monkeypatch.setattr(isdaa.models.forward, "prepare", refuse)
+    monkeypatch.setattr(isdaa.models.packed.forward, "prepare", refuse)
 
 
 def test_metrics_say_what_was_measured(finished, models):
@@ -168,13 +168,13 @@ def test_what_changed_is_computed_anew_and_the_rest_reused(finished, models, tmp
     for name in ("samples.jsonl", "pairs.jsonl", "scores.jsonl"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     drawn: list[tuple[str, list[str]]] = []
-    original = collect.Collection._sample
+    original = sample_and_kl.Collection._sample
 
     def listed(self, path, rows, sampling, purposes, **more):
         drawn.append((Path(path).name, list(purposes)))
         return original(self, path, rows, sampling, purposes, **more)
 
-    monkeypatch.setattr(collect.Collection, "_sample", listed)
+    monkeypatch.setattr(sample_and_kl.Collection, "_sample", listed)
     run(models, tmp_path, settings=settings(opponent_samples=3, bootstrap=200))
     assert drawn == [("reference", ["opponent/2"])]
     drawn.clear()
@@ -188,7 +188,7 @@ def test_what_changed_is_computed_anew_and_the_rest_reused(finished, models, tmp
 @pytest.mark.parametrize("stop_at", [0, 1, 2, 4])
 def test_an_interruption_loses_only_the_block_in_work(finished, models, tmp_path, monkeypatch, stop_at):
     metrics, _ = finished
-    original = collect.Collection._sample
+    original = sample_and_kl.Collection._sample
     calls: list[str] = []
 
     def interrupted(self, path, rows, sampling, purposes, **more):
@@ -197,7 +197,7 @@ def test_an_interruption_loses_only_the_block_in_work(finished, models, tmp_path
             raise KeyboardInterrupt
         return original(self, path, rows, sampling, purposes, **more)
 
-    monkeypatch.setattr(collect.Collection, "_sample", interrupted)
+    monkeypatch.setattr(sample_and_kl.Collection, "_sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(models, tmp_path)
     assert not (tmp_path / "metrics.json").exists()
@@ -210,7 +210,7 @@ def test_an_interruption_loses_only_the_block_in_work(finished, models, tmp_path
         again.append(purposes[0])
         return original(self, path, rows, sampling, purposes, **more)
 
-    monkeypatch.setattr(collect.Collection, "_sample", listed)
+    monkeypatch.setattr(sample_and_kl.Collection, "_sample", listed)
     assert run(models, tmp_path) == metrics
     assert calls[:-1] + again == ["opponent/0", "policy/0", "kl/0", "policy/0", "kl/0"]
 
@@ -345,7 +345,7 @@ def test_the_judge_sees_special_tokens_inside_a_response(models, tmp_path, monke
     def written(model, prompts, *args, n=1, **kwargs):
         return [Sample((word, special, word, eos), True) for _ in range(n * len(prompts))]
 
-    monkeypatch.setattr(isdaa.models.sampling, "sample", written)
+    monkeypatch.setattr(isdaa.models.sampling.sampling, "sample", written)
     words = WordCount()
     run(models, tmp_path, names=("near",), scorer=words, held_out=None)
     assert words.seen[-1]["response"] == f"my {tokenizer.bos_token} my"

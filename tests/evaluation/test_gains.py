@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from isdaa.evaluation.falls import gains_shown
+from isdaa.evaluation.verdict.fall_statistics import gains_shown
 
 
 def drawn(gain: float, count: int, prompts: int, seed: int, kept: float = 0.7) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from isdaa.evaluation.held_out import held_out_summary
+from isdaa.evaluation.checkpoints.held_out import held_out_summary
 
 
 def test_a_pair_that_has_not_moved_is_a_tie() -> None:

@@ -15,9 +15,9 @@ import pytest
 from judge_server import Answer, ask, asks, completion, judge, replying, serving
 
 from isdaa.errors import UserError
-from isdaa.evaluation.judge_cache import ReplyCache
-from isdaa.evaluation.judge_types import request_key
-from isdaa.evaluation.judges import Reply
+from isdaa.evaluation.judges.cache import ReplyCache
+from isdaa.evaluation.judges.judge import Reply
+from isdaa.evaluation.judges.types import request_key
 
 CHILD = """
 import sys
@@ -191,7 +191,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 def test_a_claim_is_held_against_other_processes_and_ends_with_its_process(tmp_path: Path) -> None:
     cache = tmp_path / "replies.jsonl"
     program = (
-        "import sys, time\nfrom isdaa.evaluation.judge_cache import ReplyCache\n"
+        "import sys, time\nfrom isdaa.evaluation.judges.cache import ReplyCache\n"
         "with ReplyCache(sys.argv[1]).claim('ab' * 12) as mine:\n    print(mine, flush=True)\n    time.sleep(60)\n"
     )
     paths = os.pathsep.join(filter(None, sys.path))

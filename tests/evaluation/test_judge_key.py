@@ -18,9 +18,9 @@ from judge_server import Answer, asks, completion, judge, scripted, serving
 
 from isdaa.cli import main
 from isdaa.errors import UserError
-from isdaa.evaluation.judge_client import address
-from isdaa.evaluation.judge_secret import Secret, key_from_environment
-from isdaa.evaluation.judges import JudgeSettings, NoReply, Reply
+from isdaa.evaluation.judges.client import address
+from isdaa.evaluation.judges.judge import JudgeSettings, NoReply, Reply
+from isdaa.evaluation.judges.secret import Secret, key_from_environment
 
 KEY = "sk-9QzX7vLw3RbT5yKd1MnP"
 

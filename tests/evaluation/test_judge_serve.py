@@ -18,10 +18,11 @@ from judge_server import judge
 
 from isdaa.cli import main
 from isdaa.errors import UserError
-from isdaa.evaluation.benchmarks import TLDR, games
-from isdaa.evaluation.benchmarks.benchmark import Answer, Judged, Question, Scoring
-from isdaa.evaluation.judges import Question as Asked
-from isdaa.evaluation.judges import Reply
+from isdaa.evaluation.benchmarks import TLDR
+from isdaa.evaluation.benchmarks.sets import games
+from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Judged, Question, Scoring
+from isdaa.evaluation.judges.judge import Question as Asked
+from isdaa.evaluation.judges.judge import Reply
 from isdaa.foreign import read_json
 
 PATIENCE = 90  # seconds until the server must have come up

@@ -12,9 +12,9 @@ import pytest
 from judge_server import Answer, ask, asks, completion, judge, replying, serving
 
 from isdaa.errors import UserError
-from isdaa.evaluation.judge_client import address, read_answer, without_system
-from isdaa.evaluation.judge_wording import WAYS, is_too_long, room, way_of
-from isdaa.evaluation.judges import NoReply, Question, Reply
+from isdaa.evaluation.judges.client import address, read_answer, without_system
+from isdaa.evaluation.judges.judge import NoReply, Question, Reply
+from isdaa.evaluation.judges.wording import WAYS, is_too_long, room, way_of
 
 SYSTEM = Question(({"role": "system", "content": "You judge."}, {"role": "user", "content": "Which?"}))
 

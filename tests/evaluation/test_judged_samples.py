@@ -14,10 +14,10 @@ from judge_server import Answer, JudgeServer, completion, replying, serving, sid
 
 from isdaa.cli import main
 from isdaa.errors import DoneInPart, UserError
+from isdaa.evaluation.checkpoints.judged_samples import SampleJudge, question_of
+from isdaa.evaluation.checkpoints.trajectory import trajectories
 from isdaa.evaluation.evaluate import evaluate
-from isdaa.evaluation.judge_types import Asking, JudgeSettings
-from isdaa.evaluation.judged_samples import SampleJudge, question_of
-from isdaa.evaluation.trajectory import trajectories
+from isdaa.evaluation.judges.types import Asking, JudgeSettings
 from isdaa.foreign import read_json
 from isdaa.world import make_posts
 
@@ -303,7 +303,7 @@ def test_replies_are_parsed_again_and_not_asked_again(
     with serving(shorter) as server:
         before, _ = run(models, tmp_path, server, keep=True)
         asked = len(server.asked)
-        monkeypatch.setattr("isdaa.evaluation.judged_samples.FORMAT", 3)
+        monkeypatch.setattr("isdaa.evaluation.checkpoints.judged_samples.FORMAT", 3)
         _, judge = run(models, tmp_path / "other", server)
         with monkeypatch.context() as patch:
             patch.setattr(SampleJudge, "digests", property(lambda self: (self.digest, before["scorer"]["digest"])))
@@ -365,8 +365,8 @@ def test_a_file_is_the_question_and_texts_bring_no_places_in(
     file = tmp_path / "mine.txt"
     file.write_text('Post {prompt}\nX: {first}\nY: {second}\nAs JSON {"why": …}. "Better: A" for X.', encoding="utf-8")
     bench = question_of(str(file))
-    from isdaa.evaluation.benchmarks.benchmark import Answer as Said
-    from isdaa.evaluation.benchmarks.benchmark import Question
+    from isdaa.evaluation.benchmarks.sets.benchmark import Answer as Said
+    from isdaa.evaluation.benchmarks.sets.benchmark import Question
 
     asked = bench.judge_questions(Question("1", "{second}"), Said("1", "m", ("ours",)), Said("1", "o", ("{prompt}",)))
     words = [one.messages[-1]["content"].splitlines() for one in asked]
@@ -414,7 +414,7 @@ def test_what_can_be_known_is_said_before_a_sample(
     said: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("isdaa.evaluation.collect.Collection.run", lambda self: pytest.fail("sampled"))
+    monkeypatch.setattr("isdaa.evaluation.checkpoints.sample_and_kl.Collection.run", lambda self: pytest.fail("sampled"))
     (tmp_path / "bare.txt").write_text("only {prompt}")
     jsonl(tmp_path / "nul.jsonl", [{"prompt": "a\0", "chosen": "b", "rejected": "c"}])
     jsonl(tmp_path / "long.jsonl", [{"prompt": "a", "chosen": "b" * ((1 << 20) + 1), "rejected": "c"}])

@@ -14,8 +14,8 @@ import pytest
 from judge_server import Answer, Sleeps, ask, asks, completion, judge, replying, scripted, serving
 
 from isdaa.errors import UserError
-from isdaa.evaluation.judge_client import address, read_answer, retry_after
-from isdaa.evaluation.judges import JudgeSettings, NoReply, Reply
+from isdaa.evaluation.judges.client import address, read_answer, retry_after
+from isdaa.evaluation.judges.judge import JudgeSettings, NoReply, Reply
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ import torch
 from evaluation_helpers import moved, settings, tiny, world_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from isdaa.evaluation.kl import KL_SETTINGS, divergences, kl_summary
-from isdaa.models.forward import prepare
-from isdaa.models.sampling import SamplingSettings, sample
+from isdaa.evaluation.checkpoints.kl import KL_SETTINGS, divergences, kl_summary
+from isdaa.models.packed.forward import prepare
+from isdaa.models.sampling.sampling import SamplingSettings, sample
 
 VOCABULARY, EOS, LENGTH = 5, 2, 3
 PROMPT = [1, 3, 4]
@@ -123,8 +123,8 @@ def test_kl_does_not_depend_on_the_win_rates_settings_nor_on_generation_config(t
     """Hotter or greedier win-rate samples, and a model that asks for top-k 1: the KL samples stay the same."""
     from evaluation_helpers import TOKENIZATION, save
 
-    from isdaa.evaluation.collect import Collection, tokenize
-    from isdaa.evaluation.requests import checkpoints
+    from isdaa.evaluation.checkpoints.sample_and_kl import Collection, tokenize
+    from isdaa.evaluation.checkpoints.what_to_evaluate import checkpoints
 
     reference = save(tiny(), tmp_path / "reference")
     policy = moved(tiny(), 0.1)

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from isdaa.cli import main
 from isdaa.errors import UserError
-from isdaa.evaluation import collect
+from isdaa.evaluation.checkpoints import sample_and_kl
 from isdaa.evaluation.evaluate import evaluate
 from isdaa.evaluation.records import read_metrics, read_plan
 from isdaa.evaluation.table import print_table
 from isdaa.files import write_jsonl
-from isdaa.models.adapters import add_lora
+from isdaa.models.lora import add_lora
 from isdaa.report.make import report_on
 
 NAN = "model.layers.0.mlp.down_proj.weight"
@@ -47,7 +47,7 @@ def no_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a sample was drawn")
 
-    monkeypatch.setattr(collect.Collection, "_sample", never)
+    monkeypatch.setattr(sample_and_kl.Collection, "_sample", never)
 
 
 def break_weights(folder: Path, value: float = float("nan"), name: str = NAN, file: str = "model.safetensors") -> None:

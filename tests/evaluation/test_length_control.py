@@ -12,8 +12,8 @@ from sklearn.linear_model import LogisticRegressionCV
 from sklearn.metrics import make_scorer
 from sklearn.model_selection import GroupKFold
 
-from isdaa.evaluation.length_control import Gamed, discrete, length_adjusted, length_controlled, win_rate
-from isdaa.evaluation.logistic import fit_logistic, separates, sigmoid
+from isdaa.evaluation.benchmarks.sets.length_control import Gamed, discrete, length_adjusted, length_controlled, win_rate
+from isdaa.evaluation.benchmarks.sets.logistic import fit_logistic, separates, sigmoid
 from isdaa.evaluation.statistics import bootstrap_counts
 
 QUESTIONS = 240
@@ -353,7 +353,7 @@ def test_the_fit_weights_rows_as_repeats_would() -> None:
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
 def test_the_ridge_moves_no_rate(hard: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twenty prompts, where it is largest: less than a thousandth of a point."""
-    from isdaa.evaluation import logistic
+    from isdaa.evaluation.benchmarks.sets import logistic
 
     for seed in range(20):
         arguments = simulated(20, seed, hard)

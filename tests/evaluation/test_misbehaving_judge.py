@@ -17,7 +17,7 @@ import pytest
 from judge_server import Answer, completion, serving, sides
 
 from isdaa.cli import main
-from isdaa.evaluation import judges
+from isdaa.evaluation.judges import judge
 from isdaa.foreign import read_json
 
 RIGHT, DROPPED = 5 / 8, 1.0
@@ -165,7 +165,7 @@ def evaluated(command: list[str], out: Path, url: str, *more: str) -> tuple[int,
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr(judges, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(judge, "FIRST_PAUSE", 0.001)
 
 
 def reasons(metrics: dict[str, Any]) -> dict[str, int]:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from isdaa import evaluation
-from isdaa.evaluation.falls import BOUNCES, MARGIN, above, bounce_of, simultaneous, smoothing
-from isdaa.evaluation.overoptimization import Law, fit_law, judge, law_of, places_of, shown_better, verdict_of, why_none
-from isdaa.evaluation.trajectory import Trajectory
+from isdaa.evaluation.checkpoints.trajectory import Trajectory
+from isdaa.evaluation.verdict.fall_statistics import BOUNCES, MARGIN, above, bounce_of, simultaneous, smoothing
+from isdaa.evaluation.verdict.overoptimization import Law, fit_law, judge, law_of, places_of, shown_better, verdict_of, why_none
 
 
 def a_run(wins, kl=None, start=0.5, seed=1, cell=None):

@@ -14,8 +14,8 @@ from evaluation_helpers import TOKENIZATION, WordCount, moved, save, settings, t
 
 from isdaa.cli import main
 from isdaa.errors import UserError
+from isdaa.evaluation.checkpoints.own_scores import OwnScores
 from isdaa.evaluation.evaluate import evaluate
-from isdaa.evaluation.own_scores import OwnScores
 from isdaa.foreign import read_json
 from isdaa.world import make_posts
 
@@ -89,7 +89,7 @@ def test_a_file_gives_what_the_same_scores_from_a_scorer_give(
     models: dict[str, str], drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     told = draw(models, tmp_path / "scorer", WordCount())
-    monkeypatch.setattr("isdaa.evaluation.collect.Models.get", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("isdaa.evaluation.checkpoints.sample_and_kl.Models.get", lambda *_: pytest.fail("a model was loaded"))
     own = written(tmp_path / name, rows_of(drawn, lambda model: model["path"]))
     found = draw(models, drawn, own)
     for mine, theirs in zip(found["models"], told["models"], strict=True):
@@ -190,7 +190,7 @@ def test_a_second_file_goes_into_a_folder_of_its_own(
     """Its samples are those of the evaluation whose records are shared."""
     rows = rows_of(drawn, lambda model: model["label"])
     first = draw(models, drawn, written(tmp_path / "a.jsonl", rows))
-    monkeypatch.setattr("isdaa.evaluation.collect.Models.get", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("isdaa.evaluation.checkpoints.sample_and_kl.Models.get", lambda *_: pytest.fail("a model was loaded"))
     other = written(tmp_path / "b.jsonl", [row | {"score": -row["score"]} for row in rows])
     second = draw(models, tmp_path / "page/evaluation", other, shared=drawn)
     for one, two in zip(first["models"], second["models"], strict=True):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from isdaa.config import load_config
-from isdaa.evaluation.overoptimization import verdict_of
-from isdaa.evaluation.power import looks_needed, seen, smallest_fall, stoppable
-from isdaa.evaluation.sequential import FallTest
+from isdaa.evaluation.verdict.overoptimization import verdict_of
+from isdaa.evaluation.verdict.power import looks_needed, seen, smallest_fall, stoppable
+from isdaa.evaluation.verdict.sequential import FallTest
 
 
 def judged(curve, prompts, runs, seed):

@@ -17,12 +17,12 @@ from evaluation_helpers import reward_model, save, tiny, world_pairs
 from isdaa import adopt
 from isdaa.cli import main
 from isdaa.errors import UserError
-from isdaa.evaluation.requests import requests
+from isdaa.evaluation.checkpoints.what_to_evaluate import requests
 from isdaa.files import write_json
 from isdaa.foreign import read_json
 from isdaa.ownership import SEAL
 from isdaa.record import ModelRecord, read_record, record_text
-from isdaa.training.checkpoints import MANIFEST, defect, write_manifest
+from isdaa.training.trainer.checkpoints import MANIFEST, defect, write_manifest
 
 EVIL = """
 from pathlib import Path

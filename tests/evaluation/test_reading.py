@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from isdaa.data.chat import pad_apart
 from isdaa.errors import UserError
-from isdaa.evaluation.reading import Reading
+from isdaa.evaluation.reward_reading import Reading
 from isdaa.evaluation.scorers import RewardModelScorer, about, doubts_of, facts, load_scorer
-from isdaa.models.adapters import add_lora
 from isdaa.models.loading import load_sequence_classifier
+from isdaa.models.lora import add_lora
 from isdaa.record import ModelRecord, record_text
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "initializer_range": 0.3}

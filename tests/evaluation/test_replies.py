@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from real_tokenizers import trl_template
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from isdaa.evaluation.replies import Parts, begins_thought, opened_by, split
+from isdaa.evaluation.judges.replies import Parts, begins_thought, opened_by, split
 
 PAIRS = [
     ("<think>", "</think>"),

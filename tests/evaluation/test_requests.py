@@ -11,10 +11,10 @@ from evaluation_helpers import save, tiny
 
 import isdaa.record as record_module
 from isdaa import adopt
-from isdaa.data.encoding import VERSION
+from isdaa.data.encoder import VERSION
 from isdaa.errors import UserError
-from isdaa.evaluation.held_out import common_pairs
-from isdaa.evaluation.requests import expand, requests
+from isdaa.evaluation.checkpoints.held_out import common_pairs
+from isdaa.evaluation.checkpoints.what_to_evaluate import expand, requests
 from isdaa.record import NAME, ModelRecord, read_record, record_text, relative_to, resolve_from
 
 

@@ -9,16 +9,16 @@ from evaluation_helpers import WordCount, settings
 from judge_server import replying, serving
 from tokenizers_for_tests import byte_level
 
-import isdaa.models.sampling
-from isdaa.evaluation.analysis import analyse
+import isdaa.models.sampling.sampling
+from isdaa.evaluation.checkpoints.analysis import analyse
+from isdaa.evaluation.checkpoints.judged_samples import SampleJudge
+from isdaa.evaluation.checkpoints.scoring import score
+from isdaa.evaluation.checkpoints.trajectory import read_study
 from isdaa.evaluation.evaluate import evaluate
-from isdaa.evaluation.judge_types import Asking, JudgeSettings
-from isdaa.evaluation.judged_samples import SampleJudge
-from isdaa.evaluation.scoring import score
+from isdaa.evaluation.judges.types import Asking, JudgeSettings
 from isdaa.evaluation.table import legend
-from isdaa.evaluation.trajectory import read_study
 from isdaa.foreign import read_json, read_jsonl
-from isdaa.models.sampling import Sample
+from isdaa.models.sampling.sampling import Sample
 from isdaa.report.samples import samples_of
 
 WORDS = byte_level("chatml")
@@ -43,14 +43,14 @@ def writing(monkeypatch, *texts: str) -> None:
         ids = [(*WORDS(text, add_special_tokens=False)["input_ids"], WORDS.eos_token_id) for text in texts]
         return [Sample(ids[i % len(ids)], True) for i in range(n * len(prompts))]
 
-    monkeypatch.setattr(isdaa.models.sampling, "sample", written)
+    monkeypatch.setattr(isdaa.models.sampling.sampling, "sample", written)
 
 
 def drawn_again(monkeypatch) -> None:
     def refuse(*args, **kwargs):
         raise AssertionError("a sample was drawn again")
 
-    monkeypatch.setattr(isdaa.models.sampling, "sample", refuse)
+    monkeypatch.setattr(isdaa.models.sampling.sampling, "sample", refuse)
 
 
 def run(models, out: Path, keep: bool = False, **more):

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from isdaa.cli import main
 from isdaa.errors import UserError
-from isdaa.evaluation import collect
+from isdaa.evaluation.checkpoints import sample_and_kl
 from isdaa.evaluation.evaluate import evaluate
 from isdaa.evaluation.scorers import PLACEHOLDER, RewardModelScorer, about, facts, load_scorer
 from isdaa.files import write_jsonl
@@ -271,7 +271,7 @@ def policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a sample was drawn")
 
-    monkeypatch.setattr(collect.Collection, "_sample", never)
+    monkeypatch.setattr(sample_and_kl.Collection, "_sample", never)
     tokenizer = build("qwen2")
     return save(tiny_of(tokenizer), tmp_path / "policy", tokenizer)
 

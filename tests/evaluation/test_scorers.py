@@ -8,7 +8,7 @@ import torch
 from evaluation_helpers import TOKENIZER, config, reward_model, save, tiny, world_rows
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
-from isdaa.data.tokenization import tokenize_prompt, tokenize_response
+from isdaa.data.tokenize_pairs import tokenize_prompt, tokenize_response
 from isdaa.errors import UserError
 from isdaa.evaluation.scorers import GoldScorer, RewardModelScorer, load_scorer
 from isdaa.world import build_tokenizer, gold_reward

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from isdaa.evaluation.sequential import ALPHA, FIRST, FallTest, evidence, share_of
+from isdaa.evaluation.verdict.sequential import ALPHA, FIRST, FallTest, evidence, share_of
 
 FLAT = [0.75] * 20
 FALLING = [0.65, 0.72, 0.75, 0.75] + [0.75 - 0.2 * k / 15 for k in range(1, 17)]

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from isdaa.errors import UserError
-from isdaa.evaluation.hints import base_hint, data_hint
-from isdaa.evaluation.requests import Request, expand, requests
-from isdaa.evaluation.steps import Order, ordered
+from isdaa.evaluation.checkpoints.hints import base_hint, data_hint
+from isdaa.evaluation.checkpoints.steps import Order, ordered
+from isdaa.evaluation.checkpoints.what_to_evaluate import Request, expand, requests
 
 
 def model(folder: Path, weights: str = "", state: dict[str, Any] | None = None) -> str:

@@ -16,8 +16,8 @@ from chains import chat_model, jsonl, read_lines, refused
 from hostile import ESCAPED, NAME, harmless, unwrapped
 
 from isdaa.cli import main
-from isdaa.evaluation.tax_scores import Answers, scores, sentence
-from isdaa.evaluation.tax_table import MEAN, print_tax, tax_rows
+from isdaa.evaluation.tax.scores import Answers, scores, sentence
+from isdaa.evaluation.tax.table import MEAN, print_tax, tax_rows
 
 FRUITS = ("pear", "plum", "fig", "quince", "apple")
 PLACES = [
@@ -109,7 +109,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*args: Any, **options: Any) -> None:
         raise AssertionError("a model is loaded for what is on disk")
 
-    monkeypatch.setattr("isdaa.evaluation.tax._load", load)
+    monkeypatch.setattr("isdaa.evaluation.tax.tax._load", load)
 
 
 def plain_lm_eval(model: str, task: str, shots: int | None = None) -> dict[str, float]:
@@ -192,7 +192,7 @@ def test_the_table_and_its_rows(place: Path, monkeypatch: pytest.MonkeyPatch, ca
 def test_a_killed_call_goes_on_and_a_changed_task_is_asked_again(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from isdaa.evaluation.harness import Harness
+    from isdaa.evaluation.tax.harness import Harness
 
     output, tasks = tmp_path / "records", tmp_path / "tasks"
     write_tasks(tasks)
@@ -305,7 +305,7 @@ def test_a_benchmarks_page_shows_the_tax_of_its_models(place: Path, tmp_path: Pa
 
 
 def test_the_five_tasks_are_known_with_the_leaderboards_examples(place: Path) -> None:
-    from isdaa.evaluation.harness import SHOTS, Harness
+    from isdaa.evaluation.tax.harness import SHOTS, Harness
 
     harness = Harness(list(SHOTS), {"gsm8k": 8})
     asked = {task.name: task for task in harness.asked}

@@ -15,7 +15,7 @@ from real_tokenizers import CHATML, build
 from transformers import AutoModelForCausalLM
 
 from isdaa.errors import UserError
-from isdaa.evaluation.requests import requests
+from isdaa.evaluation.checkpoints.what_to_evaluate import requests
 from isdaa.evaluation.vocabulary import choose
 from isdaa.foreign import read_json
 from isdaa.models.loading import load_model, load_tokenizer

@@ -10,9 +10,9 @@ import pytest
 from evaluation_helpers import TOKENIZATION, WordCount, moved, save, settings, tiny, world_rows
 
 from isdaa.errors import UserError
-from isdaa.evaluation import collect
+from isdaa.evaluation.checkpoints import sample_and_kl
+from isdaa.evaluation.checkpoints.trajectory import read_study, trajectories
 from isdaa.evaluation.evaluate import evaluate
-from isdaa.evaluation.trajectory import read_study, trajectories
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +65,10 @@ def test_without_a_scorer_there_are_no_win_rates(models, tmp_path: Path) -> None
 def test_shared_records_are_read_and_not_made_again(models, tmp_path: Path, monkeypatch) -> None:
     run(models, tmp_path / "first", "a")
     sampled = []
-    draw = collect.Collection.draw
-    monkeypatch.setattr(collect.Collection, "draw", lambda self, path, names: sampled.append(path) or draw(self, path, names))
+    draw = sample_and_kl.Collection.draw
+    monkeypatch.setattr(
+        sample_and_kl.Collection, "draw", lambda self, path, names: sampled.append(path) or draw(self, path, names)
+    )
     metrics = run(models, tmp_path / "second", "ab", shared=tmp_path / "first")
     assert sampled == [models["b"]]
     alone = run(models, tmp_path / "third", "ab")

@@ -21,7 +21,7 @@ from isdaa.evaluation.records import Blocks
 from isdaa.evaluation.vocabulary import REFERENCE, Vocabulary
 from isdaa.foreign import read_json
 from isdaa.models.loading import load_model
-from isdaa.models.vocabulary import cut_vocabulary, vocabulary_rows
+from isdaa.models.vocabulary_rows import cut_vocabulary, vocabulary_rows
 
 TOKENS = len(QWEN)
 TOKENIZATION = TokenizationConfig.model_validate({"max_length": 128, "max_prompt_length": 96})

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from isdaa.evaluation.winrate import own_win_rates, tie_rate, win_rates
+from isdaa.evaluation.checkpoints.win_rate import own_win_rates, tie_rate, win_rates
 
 OPPONENTS = [[0.0, 1.0, 2.0, 3.0], [1.0, 1.0, 1.0, 1.0], [5.0, 5.0, 0.0, 5.0]]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from isdaa.cli import main
-from isdaa.evaluation.trajectory import read_study
+from isdaa.evaluation.checkpoints.trajectory import read_study
 from isdaa.experiments.demo import merged
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ from chains import CHAIN, config_file, refused, same_weights
 from isdaa import adopt
 from isdaa.cli import main
 from isdaa.errors import UserError
-from isdaa.evaluation.trajectory import read_study
+from isdaa.evaluation.checkpoints.trajectory import read_study
 from isdaa.experiments.grid import load_sweep
 from isdaa.experiments.sweep import run_sweep
 
@@ -78,7 +78,7 @@ def test_shared_work_is_done_once(swept: Path) -> None:
 
 
 def test_what_only_a_resume_reads_is_tidied_away(swept: Path) -> None:
-    from isdaa.training.checkpoints import complete_checkpoints
+    from isdaa.training.trainer.checkpoints import complete_checkpoints
 
     folder = swept / "runs/dpo/seed-5/checkpoints"
     assert not list(folder.glob("*/optimizer*"))
@@ -100,8 +100,8 @@ def test_a_report_on_a_run_of_a_sweep_reads_what_there_is(swept: Path, monkeypat
 def test_an_evaluation_of_checkpoints_that_are_gone_is_not_replaced(swept: Path, tmp_path: Path) -> None:
     import shutil
 
+    from isdaa.evaluation.checkpoints.what_to_evaluate import requests
     from isdaa.evaluation.evaluate import evaluate_request
-    from isdaa.evaluation.requests import requests
 
     shutil.copytree(swept, tmp_path / "copy")
     run = tmp_path / "copy/runs/dpo/seed-5"

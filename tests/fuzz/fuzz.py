@@ -260,7 +260,7 @@ def _write_manifest(folder: Path) -> None:
     try:
         from isdaa.manifest import write_manifest
     except ImportError:
-        from isdaa.training.checkpoints import write_manifest
+        from isdaa.training.trainer.checkpoints import write_manifest
     write_manifest(folder)
 
 
@@ -504,19 +504,19 @@ def warm() -> None:
     )
 
     import isdaa.cli
-    import isdaa.evaluation.benchmark_run
+    import isdaa.evaluation.benchmarks.run
     import isdaa.evaluation.evaluate
-    import isdaa.evaluation.tax
+    import isdaa.evaluation.tax.tax
     import isdaa.experiments.sweep
+    import isdaa.preview.inspect
+    import isdaa.preview.inspect_page
     import isdaa.report.benchmarks
     import isdaa.report.make
-    import isdaa.training.align
-    import isdaa.training.behaviour
-    import isdaa.training.inspect
-    import isdaa.training.inspect_page
-    import isdaa.training.label
-    import isdaa.training.stages
-    import isdaa.training.supervised
+    import isdaa.training.run_stages
+    import isdaa.training.stages.align
+    import isdaa.training.stages.behaviour_logps
+    import isdaa.training.stages.label
+    import isdaa.training.stages.sft_and_reward
 
     torch.set_num_threads(1)
     isdaa.cli.build_parser()

@@ -95,7 +95,7 @@ def test_a_case_is_the_same_whenever_it_is_made(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("name", sorted(ROWS))
 def test_the_inputs_that_are_mutated_are_valid(name: str, suffix: str, tmp_path: Path) -> None:
-    from isdaa.data.sources import load_pairs
+    from isdaa.data.reading.sources import load_pairs
 
     path = tmp_path / f"{name}{suffix}"
     path.write_bytes(encoded(ROWS[name], suffix))

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_layout import model_defects
 
 from isdaa import PreferenceConfig, preference_trainer
-from isdaa.training.checkpoints import defect
+from isdaa.training.trainer.checkpoints import defect
 
 SECRET = "hf_NobodyShallReadThis"
 MODEL = {

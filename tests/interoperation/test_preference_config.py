@@ -21,7 +21,7 @@ from isdaa import PreferenceConfig, PreferenceTrainer, preference_trainer
 from isdaa.cli import main
 from isdaa.config import fields as config_fields
 from isdaa.errors import UserError
-from isdaa.training.preference_config import DEFAULT_ALONE, GONE
+from isdaa.training.trl_api.preference_config import DEFAULT_ALONE, GONE
 
 MIGRATING = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
 OURS = {f.name: f for f in fields(PreferenceConfig) if f.init}

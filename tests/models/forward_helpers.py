@@ -24,7 +24,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from isdaa.models.layout import Layout
+from isdaa.models.attention.layout import Layout
 
 VOCABULARY = 61
 SMALL = {

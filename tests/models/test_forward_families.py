@@ -22,10 +22,11 @@ from forward_helpers import (
     untouched,
 )
 
-from isdaa.models import logprobs, shared_prefix
-from isdaa.models.forward import prepare
-from isdaa.models.inner import head_of, own_head
-from isdaa.models.layout import Layout
+from isdaa.models.attention import shared_prefix
+from isdaa.models.attention.layout import Layout
+from isdaa.models.packed import logprobs
+from isdaa.models.packed.forward import prepare
+from isdaa.models.packed.patched_forward import head_of, own_head
 
 
 def compare(model, truth_model, forward, pairs: int) -> None:

@@ -20,8 +20,8 @@ from forward_helpers import (
 )
 from torch import nn
 
-from isdaa.models import fused
-from isdaa.models.forward import prepare
+from isdaa.models.packed import fused_layers
+from isdaa.models.packed.forward import prepare
 
 # Two norms a layer and the last one, and a gated unit a layer; Qwen 3 has norms in its attention, too.
 MODULES = {"llama": 7, "llama_tied": 7, "mistral_short_window": 7, "qwen2": 7, "qwen3": 11, "granite": 7}
@@ -31,7 +31,7 @@ MODULES = {"llama": 7, "llama_tied": 7, "mistral_short_window": 7, "qwen2": 7, "
 def test_the_same_logps_and_gradients(name):
     model = tiny(name)
     truth_model = copy.deepcopy(model)
-    installed = fused.install(model)
+    installed = fused_layers.install(model)
     assert installed == MODULES.get(name, installed)
     assert name not in ("gpt2", "opt", "bloom", "gpt_neox") or installed == 0
     forward = prepare(model, probe=False)
@@ -43,14 +43,14 @@ def test_the_same_logps_and_gradients(name):
     assert_close(out.chosen_logps, truth[0])
     ours = gradients(model, loss_of(out.chosen_logps, out.rejected_logps))
     assert_same_gradients(ours, gradients(truth_model, loss_of(*truth)))
-    assert fused.install(model) == installed  # a second time changes nothing
+    assert fused_layers.install(model) == installed  # a second time changes nothing
 
 
-@pytest.mark.parametrize("operation", [fused._RMSNorm, fused._Gated])
+@pytest.mark.parametrize("operation", [fused_layers._RMSNorm, fused_layers._Gated])
 def test_gradients_by_finite_differences(operation):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
-    if operation is fused._Gated:
+    if operation is fused_layers._Gated:
         other, settings = torch.randn_like(x).requires_grad_(), ()
     else:
         other, settings = torch.randn(5, dtype=torch.float64, requires_grad=True), (1e-6,)
@@ -84,10 +84,10 @@ def test_what_computes_something_else_keeps_its_forward():
             return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) + x
 
     model = nn.Sequential(OddRMSNorm(), OddMLP())
-    assert fused.install(model) == 0
+    assert fused_layers.install(model) == 0
     assert "forward" not in model[0].__dict__ and "forward" not in model[1].__dict__
     low = tiny("llama").bfloat16()
-    assert fused.install(low) == 2  # norms in bf16 keep theirs, and gated units hand their bf16 on
+    assert fused_layers.install(low) == 2  # norms in bf16 keep theirs, and gated units hand their bf16 on
     assert torch.equal(low(torch.arange(5)[None]).logits, copy.deepcopy(low)(torch.arange(5)[None]).logits)
 
 
@@ -104,7 +104,7 @@ def test_gates_that_are_cut_off_somewhere_keep_their_forward():
 
     torch.manual_seed(0)
     model = nn.ModuleList([CutMLP(float("inf")), CutMLP(10.0), CutMLP(5000.0)])
-    assert fused.install(model) == 1
+    assert fused_layers.install(model) == 1
     assert ["forward" in module.__dict__ for module in model] == [True, False, False]
 
 
@@ -117,7 +117,7 @@ def test_autocast_is_left_to_the_module():
     module, x = CarefulMLP(), torch.randn(3, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = module(x)
-        assert fused.install(module) == 1
+        assert fused_layers.install(module) == 1
         assert torch.equal(module(x), expected)
 
 
@@ -128,7 +128,7 @@ def test_copies_pickles_lora_and_checkpointing():
     truth_model = copy.deepcopy(model)
     model = get_peft_model(model, LoraConfig(r=2, target_modules=["gate_proj", "q_proj"], init_lora_weights=False))
     truth_model.load_state_dict(copy.deepcopy(model).merge_and_unload().state_dict())
-    fused.install(model)
+    fused_layers.install(model)
     forward = prepare(model, probe=False)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -138,11 +138,11 @@ def test_copies_pickles_lora_and_checkpointing():
     assert_close(out.rejected_logps, plain_logps(truth_model, ids, layout)[1])
     assert all(g.abs().max() > 0 for n, g in gradients(model, out.token_logps.sum()).items() if "lora_B" in n)
     fused_model = tiny("llama")
-    assert fused.install(fused_model) == 7
+    assert fused_layers.install(fused_model) == 7
     clone = copy.deepcopy(fused_model)
     assert clone.model.norm.forward.__self__ is clone.model.norm
     revived = pickle.loads(pickle.dumps(fused_model))
     row = torch.arange(6)[None]
     assert_close(revived(row).logits, fused_model(row).logits)
-    assert fused.install(revived) == 7
+    assert fused_layers.install(revived) == 7
     assert torch.equal(revived(row).logits, fused_model(row).logits)

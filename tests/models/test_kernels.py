@@ -29,9 +29,9 @@ from torch.nn import functional as F
 from torch.nn.attention import flex_attention as flex_module
 
 from isdaa.errors import UserError
-from isdaa.models import choice, kernels, shared_prefix
-from isdaa.models.forward import prepare
-from isdaa.models.layout import Layout
+from isdaa.models.attention import attention_choice, gpu_attention, shared_prefix
+from isdaa.models.attention.layout import Layout
+from isdaa.models.packed.forward import prepare
 
 LAYOUTS = {
     "pairs": Layout.of_pairs(*(torch.tensor(n) for n in ([150, 1, 60], [20, 3, 31], [41, 9, 1]))),
@@ -71,21 +71,21 @@ def on_cpu(monkeypatch):
     """Lets the GPU's ways run here."""
     monkeypatch.setattr(flex_module, "_validate_device", lambda *unused: None)  # refuses gradients on a CPU
     monkeypatch.setattr(flex_module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)  # traces for seconds
-    monkeypatch.setattr(kernels, "lacks", lambda *unused: None)
-    monkeypatch.setattr(kernels, "varlen_kernel", lambda softcap: loop_kernel)
-    monkeypatch.setattr(choice, "_proofs", {})
-    monkeypatch.setattr(choice, "_said", set())
+    monkeypatch.setattr(gpu_attention, "lacks", lambda *unused: None)
+    monkeypatch.setattr(gpu_attention, "varlen_kernel", lambda softcap: loop_kernel)
+    monkeypatch.setattr(attention_choice, "_proofs", {})
+    monkeypatch.setattr(attention_choice, "_said", set())
 
 
 def attend(way, inputs, layout, scaling, window, softcap):
     how = shared_prefix._Kernel(scaling, 0.0, window, softcap)
     settings = (layout, scaling, window, softcap)
     return {
-        "flex": lambda: kernels.attend_flex(*inputs, *settings),
-        "varlen": lambda: kernels.attend_varlen(*inputs, *settings, kernel=loop_kernel),
+        "flex": lambda: gpu_attention.attend_flex(*inputs, *settings),
+        "varlen": lambda: gpu_attention.attend_varlen(*inputs, *settings, kernel=loop_kernel),
         "one by one": lambda: shared_prefix._attend_one_by_one(*inputs, layout, how),
         "block": lambda: shared_prefix._attend_in_block(*inputs, layout, how),
-        "dense": lambda: choice._dense(*inputs, *settings),
+        "dense": lambda: attention_choice._dense(*inputs, *settings),
     }[way]()
 
 
@@ -126,8 +126,8 @@ def test_bf16_is_as_near_to_fp32_as_plain_attention_in_bf16(on_cpu, way):
 def test_blocks_hold_what_is_visible(name, window):
     """Blocks that are left out have nothing visible in them, and in those called full everything is."""
     layout = LAYOUTS[name]
-    mask = kernels.block_mask(layout, window, torch.device("cpu"))
-    blocks = mask.shape[-1] // kernels.BLOCK
+    mask = gpu_attention.block_mask(layout, window, torch.device("cpu"))
+    blocks = mask.shape[-1] // gpu_attention.BLOCK
     place = torch.arange(mask.shape[-1])
     visible = mask.mask_mod(None, None, place[:, None], place)
     for i in range(layout.tokens):
@@ -138,12 +138,12 @@ def test_blocks_hold_what_is_visible(name, window):
         truth &= distance < (window or layout.tokens)
         assert torch.equal(visible[i, : layout.tokens], truth)
     assert torch.equal(visible[layout.tokens :], torch.eye(len(place), dtype=torch.bool)[layout.tokens :])
-    seen = visible.view(blocks, kernels.BLOCK, blocks, kernels.BLOCK).sum((1, 3))
+    seen = visible.view(blocks, gpu_attention.BLOCK, blocks, gpu_attention.BLOCK).sum((1, 3))
     part, full = torch.zeros_like(seen, dtype=torch.bool), torch.zeros_like(seen, dtype=torch.bool)
     for row in range(blocks):
         part[row, mask.kv_indices[0, 0, row, : mask.kv_num_blocks[0, 0, row]].long()] = True
         full[row, mask.full_kv_indices[0, 0, row, : mask.full_kv_num_blocks[0, 0, row]].long()] = True
-    assert torch.equal(full, seen == kernels.BLOCK**2)
+    assert torch.equal(full, seen == gpu_attention.BLOCK**2)
     assert torch.equal(part | full, seen > 0)
 
 
@@ -152,8 +152,8 @@ def test_a_long_row_needs_no_square_mask(monkeypatch):
     original = torch.Tensor.view
     monkeypatch.setattr(torch.Tensor, "view", lambda x, *shape: (largest.append(x.numel()), original(x, *shape))[1])
     layout = Layout.of_pairs(*(torch.full((20,), n) for n in (700, 100, 100)))  # T = 18 000
-    kernels.block_mask(layout, None, torch.device("cpu"))
-    assert 0 < max(largest) <= layout.tokens * (layout.tokens // kernels.BLOCK + 2)
+    gpu_attention.block_mask(layout, None, torch.device("cpu"))
+    assert 0 < max(largest) <= layout.tokens * (layout.tokens // gpu_attention.BLOCK + 2)
 
 
 @pytest.mark.parametrize("way", [*WAYS, "sdpa"])
@@ -202,8 +202,8 @@ def test_auto_on_a_cpu_and_unknown_names():
 
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_not_there_is_said(way, caplog, monkeypatch):
-    monkeypatch.setattr(choice, "_proofs", {})
-    monkeypatch.setattr(choice, "_said", set())
+    monkeypatch.setattr(attention_choice, "_proofs", {})
+    monkeypatch.setattr(attention_choice, "_said", set())
     model = tiny("llama")
     with caplog.at_level(logging.WARNING):
         forward = prepare(model, attention=way)
@@ -233,7 +233,7 @@ def no_gradient(*arguments):
 
 @pytest.mark.parametrize("kernel", [broken, not_aligned_at_the_end, no_gradient])
 def test_a_kernel_that_is_wrong_is_not_used(on_cpu, monkeypatch, caplog, kernel):
-    monkeypatch.setattr(kernels, "varlen_kernel", lambda softcap: kernel)
+    monkeypatch.setattr(gpu_attention, "varlen_kernel", lambda softcap: kernel)
     model = tiny("llama")
     truth_model = untouched(model)
     with caplog.at_level(logging.WARNING):
@@ -246,7 +246,7 @@ def test_a_kernel_that_is_wrong_is_not_used(on_cpu, monkeypatch, caplog, kernel)
 def test_a_kernel_that_is_wrong_in_this_model_alone(on_cpu, monkeypatch, caplog):
     """Right on the small layout of its own proof, wrong on the probe: the model falls back to SDPA, not to two rows."""
     wrong = lambda q, *rest: loop_kernel(q, *rest) * (1.0 if len(q) > 200 else 1.01)  # noqa: E731
-    monkeypatch.setattr(kernels, "varlen_kernel", lambda softcap: wrong)
+    monkeypatch.setattr(gpu_attention, "varlen_kernel", lambda softcap: wrong)
     model, other = tiny("llama"), tiny("llama")
     truth_model = untouched(model)
     with caplog.at_level(logging.WARNING):
@@ -259,22 +259,22 @@ def test_a_kernel_that_is_wrong_in_this_model_alone(on_cpu, monkeypatch, caplog)
 
 def test_dropout_is_left_to_sdpa(on_cpu, caplog):
     module = torch.nn.Module()
-    choice.choose_attention(module, "flex")
+    attention_choice.choose_attention(module, "flex")
     x = torch.zeros(1, 2, 3, 8)
     settings = {"scaling": None, "window": None, "softcap": None}
     with caplog.at_level(logging.WARNING):
-        assert choice.fast_attention(module, x, x, dropout=0.1, **settings) is None
+        assert attention_choice.fast_attention(module, x, x, dropout=0.1, **settings) is None
     assert "dropout" in caplog.text
-    assert choice.fast_attention(module, x, x, dropout=0.0, **settings)[0] == "flex"
+    assert attention_choice.fast_attention(module, x, x, dropout=0.0, **settings)[0] == "flex"
 
 
 def test_what_kernels_need():
     half, single = torch.zeros(1, 2, 3, 8, dtype=torch.bfloat16), torch.zeros(1, 2, 3, 8)
-    assert "half precision" in kernels.lacks("varlen", single, single, None)
-    assert "GPU" in kernels.lacks("varlen", half, half, None)
-    assert "size 12" in kernels.lacks("varlen", *[torch.zeros(1, 2, 3, 12, dtype=torch.float16)] * 2, None)
-    assert "size 512" in kernels.lacks("varlen", *[torch.zeros(1, 2, 3, 512, dtype=torch.float16)] * 2, None)
-    assert kernels.lacks("flex", single, single, 2.0) is None
+    assert "half precision" in gpu_attention.lacks("varlen", single, single, None)
+    assert "GPU" in gpu_attention.lacks("varlen", half, half, None)
+    assert "size 12" in gpu_attention.lacks("varlen", *[torch.zeros(1, 2, 3, 12, dtype=torch.float16)] * 2, None)
+    assert "size 512" in gpu_attention.lacks("varlen", *[torch.zeros(1, 2, 3, 512, dtype=torch.float16)] * 2, None)
+    assert gpu_attention.lacks("flex", single, single, 2.0) is None
 
 
 @pytest.fixture
@@ -302,9 +302,9 @@ def stand_ins(monkeypatch):
         module = ModuleType(name)
         setattr(module, function.__name__, function)
         monkeypatch.setitem(sys.modules, name, module)
-    kernels._varlen_parameters.cache_clear()
+    gpu_attention._varlen_parameters.cache_clear()
     yield calls
-    kernels._varlen_parameters.cache_clear()
+    gpu_attention._varlen_parameters.cache_clear()
 
 
 @pytest.mark.parametrize(("softcap", "library"), [(None, "torch"), (1.5, "flash_attn")])
@@ -312,16 +312,16 @@ def stand_ins(monkeypatch):
 def test_libraries_are_called_as_they_want(stand_ins, softcap, library, window):
     layout = LAYOUTS["pairs"]
     inputs = [torch.randn(1, h, layout.tokens, 8) for h in (6, 2, 2)]
-    ours = kernels.attend_varlen(*inputs, layout, 0.3, window, softcap, kernel=kernels.varlen_kernel(softcap))
-    torch.testing.assert_close(ours, choice._dense(*inputs, layout, 0.3, window, softcap))
+    ours = gpu_attention.attend_varlen(*inputs, layout, 0.3, window, softcap, kernel=gpu_attention.varlen_kernel(softcap))
+    torch.testing.assert_close(ours, attention_choice._dense(*inputs, layout, 0.3, window, softcap))
     assert stand_ins == [library]
 
 
 def test_flash_attn_without_pytorchs_own(stand_ins, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
-    assert kernels.varlen_kernel(None) is kernels._flash_attn
+    assert gpu_attention.varlen_kernel(None) is gpu_attention._flash_attn
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    assert kernels.varlen_kernel(None) is None
+    assert gpu_attention.varlen_kernel(None) is None
 
 
 def test_pytorchs_own_without_grouped_heads(stand_ins, monkeypatch):
@@ -332,13 +332,13 @@ def test_pytorchs_own_without_grouped_heads(stand_ins, monkeypatch):
     monkeypatch.setattr(sys.modules["torch.nn.attention.varlen"], "varlen_attn", older)
     layout = LAYOUTS["pairs"]
     inputs = [torch.randn(1, h, layout.tokens, 8) for h in (6, 2, 2)]
-    ours = kernels.attend_varlen(*inputs, layout, None, None, None, kernel=kernels._torch_varlen)
-    torch.testing.assert_close(ours, choice._dense(*inputs, layout, None, None, None))
+    ours = gpu_attention.attend_varlen(*inputs, layout, None, None, None, kernel=gpu_attention._torch_varlen)
+    torch.testing.assert_close(ours, attention_choice._dense(*inputs, layout, None, None, None))
 
 
 def test_pytorchs_own_kernel_has_the_arguments_that_are_used():
     varlen = pytest.importorskip("torch.nn.attention.varlen")
-    assert varlen.varlen_attn and kernels.varlen_kernel(None) is kernels._torch_varlen
+    assert varlen.varlen_attn and gpu_attention.varlen_kernel(None) is gpu_attention._torch_varlen
 
 
 def test_one_compiled_kernel_for_all_lengths(monkeypatch):
@@ -373,7 +373,7 @@ def test_layers_are_compiled_once(checkpointing):
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-    assert kernels.compile_layers(model, backend=counter) == 2
+    assert gpu_attention.compile_layers(model, backend=counter) == 2
     counts = []
     for pairs in (2, 1, 5, 3):
         compare(model, truth_model, forward, pairs)

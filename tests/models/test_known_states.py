@@ -9,10 +9,10 @@ import pytest
 import torch
 from forward_helpers import tiny
 
-from isdaa.models.forward import prepare
-from isdaa.models.known_states import kl_from_states, states_agree
-from isdaa.models.rows import kl_pass
-from isdaa.models.sampling import SamplingSettings, sample
+from isdaa.models.packed.forward import prepare
+from isdaa.models.packed.plain_rows import kl_pass
+from isdaa.models.sampling.kl_from_samples import kl_from_states, states_agree
+from isdaa.models.sampling.sampling import SamplingSettings, sample
 
 Row = tuple[list[int], list[int]]
 

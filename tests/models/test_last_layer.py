@@ -19,9 +19,9 @@ from forward_helpers import (
     tiny,
 )
 
-from isdaa.models import last_layer
-from isdaa.models.forward import prepare
-from isdaa.models.layout import Layout
+from isdaa.models.attention.layout import Layout
+from isdaa.models.packed import last_layer
+from isdaa.models.packed.forward import prepare
 
 NARROWED = {"llama", "llama_tied", "qwen2", "qwen3", "mistral", "mistral_long_window", "mistral_short_window"}
 

@@ -9,12 +9,12 @@ import torch
 from forward_helpers import tiny as any_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from isdaa.models import decoding, sampling
-from isdaa.models.forward import prepare
-from isdaa.models.lean import lean_parts
-from isdaa.models.lean_decoding import LeanRun, lean_sampler
 from isdaa.models.loading import add_lora
-from isdaa.models.sampling import Sample, SamplingSettings, sample
+from isdaa.models.packed.forward import prepare
+from isdaa.models.sampling import decoding, sampling
+from isdaa.models.sampling.lean import lean_parts
+from isdaa.models.sampling.lean_decoding import LeanRun, lean_sampler
+from isdaa.models.sampling.sampling import Sample, SamplingSettings, sample
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 40, "max_position_embeddings": 64}
 KINDS: dict[str, dict[str, Any]] = {

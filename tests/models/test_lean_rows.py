@@ -9,15 +9,15 @@ import pytest
 import torch
 from test_lean_decoding import KINDS, tiny
 
-from isdaa.models import fused
-from isdaa.models import lean as lean_module
-from isdaa.models.forward import prepare
-from isdaa.models.known_states import kl_from_states
-from isdaa.models.layout import Layout
-from isdaa.models.lean import lean_parts
-from isdaa.models.lean_rows import lean_reader, lean_states
+from isdaa.models.attention.layout import Layout
 from isdaa.models.loading import add_lora
-from isdaa.models.rows import kl_pass
+from isdaa.models.packed import fused_layers
+from isdaa.models.packed.forward import prepare
+from isdaa.models.packed.plain_rows import kl_pass
+from isdaa.models.sampling import lean as lean_module
+from isdaa.models.sampling.kl_from_samples import kl_from_states
+from isdaa.models.sampling.lean import lean_parts
+from isdaa.models.sampling.lean_rows import lean_reader, lean_states
 
 Row = tuple[list[int], list[int]]
 
@@ -50,7 +50,7 @@ def test_states_are_the_models_own(kind: str, short: int, monkeypatch: pytest.Mo
 def test_isdaas_own_forwards_are_no_strangers() -> None:
     model = tiny()
     prepare(model)
-    assert fused.install(model) > 0 and lean_parts(model) is not None
+    assert fused_layers.install(model) > 0 and lean_parts(model) is not None
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from isdaa.errors import UserError
-from isdaa.models import logprobs
-from isdaa.models.logprobs import LinearHead, OwnHead, full_vocabulary_kl, token_logps
+from isdaa.models.packed import logprobs
+from isdaa.models.packed.logprobs import LinearHead, OwnHead, full_vocabulary_kl, token_logps
 
 N, D, V = 11, 6, 17
 

@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from isdaa.models.forward import prepare
-from isdaa.models.layout import Layout
+from isdaa.models.packed.forward import prepare
+from isdaa.models.attention.layout import Layout
 
 vocabulary, hidden, tokens, way = {vocabulary}, {hidden}, {tokens}, sys.argv[1]
 torch.manual_seed(0)

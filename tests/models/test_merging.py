@@ -19,10 +19,10 @@ from transformers import GenerationConfig
 from isdaa.errors import UserError
 from isdaa.manifest import MANIFEST
 from isdaa.models import merging
-from isdaa.models.adapters import add_lora, merged_copy
-from isdaa.models.forward import prepare
 from isdaa.models.loading import load_model, random_model, save_model
+from isdaa.models.lora import add_lora, merged_copy
 from isdaa.models.merging import settle_ties
+from isdaa.models.packed.forward import prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # peft's own, of tied weights
 TIED = CONFIG | {"tie_word_embeddings": True, "initializer_range": 0.3}

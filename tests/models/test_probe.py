@@ -20,9 +20,10 @@ from forward_helpers import (
 from torch import nn
 
 from isdaa.errors import UserError
-from isdaa.models import forward as forward_module
-from isdaa.models import probe, shared_prefix
-from isdaa.models.forward import inner_model, prepare
+from isdaa.models.attention import shared_prefix
+from isdaa.models.packed import forward as forward_module
+from isdaa.models.packed import probe
+from isdaa.models.packed.forward import inner_model, prepare
 
 
 def test_an_ignored_window_is_noticed(monkeypatch, caplog):

@@ -14,10 +14,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from isdaa.errors import UserError
-from isdaa.models.adapters import add_lora
-from isdaa.models.forward import prepare
-from isdaa.models.layout import Layout
+from isdaa.models.attention.layout import Layout
 from isdaa.models.loading import load_model, random_model, save_model
+from isdaa.models.lora import add_lora
+from isdaa.models.packed.forward import prepare
 from isdaa.models.quantised import check_trainable, keep_gradients, quantisation
 
 FOUR = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}

@@ -7,8 +7,8 @@ import torch
 from forward_helpers import plain_token_logps, tiny, untouched
 
 from isdaa.errors import UserError
-from isdaa.models.forward import prepare
-from isdaa.models.rows import kl_pass, sequence_logps
+from isdaa.models.packed.forward import prepare
+from isdaa.models.packed.plain_rows import kl_pass, sequence_logps
 
 
 def rows_of(count: int) -> list[tuple[list[int], list[int]]]:

@@ -15,11 +15,11 @@ from scipy import stats
 from transformers import GenerationConfig
 
 from isdaa.errors import UserError
-from isdaa.models import decoding, kv_cache, sampling
-from isdaa.models.forward import prepare
-from isdaa.models.kv_cache import RoomyLayer
 from isdaa.models.loading import add_lora, random_model
-from isdaa.models.sampling import Sample, SamplingSettings, _without, draw, probabilities, sample, uniforms
+from isdaa.models.packed.forward import prepare
+from isdaa.models.sampling import decoding, kv_cache, sampling
+from isdaa.models.sampling.kv_cache import RoomyLayer
+from isdaa.models.sampling.sampling import Sample, SamplingSettings, _without, draw, probabilities, sample, uniforms
 
 VOCABULARY, EOS = 40, 2
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -10,10 +10,10 @@ import pytest
 import torch
 from forward_helpers import assert_close, lengths_of, packed, plain_logps, tiny, untouched
 
-from isdaa.models import shared_prefix
-from isdaa.models.forward import PairForward, disable_dropout, inner_model, prepare
-from isdaa.models.layout import Layout
-from isdaa.models.shared_prefix import plain_attention
+from isdaa.models.attention import shared_prefix
+from isdaa.models.attention.layout import Layout
+from isdaa.models.attention.shared_prefix import plain_attention
+from isdaa.models.packed.forward import PairForward, disable_dropout, inner_model, prepare
 
 
 def test_layout_by_hand():

@@ -6,8 +6,8 @@ import pytest
 import torch
 from forward_helpers import assert_same_gradients, gradients, lengths_of, loss_of, packed, plain_logps, tiny, untouched
 
-from isdaa.models import logprobs, tied
-from isdaa.models.forward import prepare
+from isdaa.models.packed import logprobs, tied_embeddings
+from isdaa.models.packed.forward import prepare
 
 
 @pytest.fixture(params=["kept", "recomputed"], autouse=True)
@@ -49,8 +49,8 @@ def test_one_tie_carries_the_gradient(monkeypatch):
     """What the test above compares did go through a tie; a frozen or an untied matrix has none."""
     model = tiny("llama_tied")
     forward = prepare(model)
-    ties, make = [], tied.tie_of
-    monkeypatch.setattr("isdaa.models.inner.tie_of", lambda m: ties.append(make(m)) or ties[-1])
+    ties, make = [], tied_embeddings.tie_of
+    monkeypatch.setattr("isdaa.models.packed.patched_forward.tie_of", lambda m: ties.append(make(m)) or ties[-1])
     ids, layout = packed(lengths_of(2))
     out = forward(model, ids, None, layout)
     head = torch.autograd.grad(out.token_logps.sum(), model.lm_head.weight, retain_graph=True)[0]

@@ -11,9 +11,9 @@ from forward_helpers import SMALL, assert_close, packed, plain_logps, tiny, unto
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from isdaa.errors import UserError
-from isdaa.models import shared_prefix
-from isdaa.models.forward import prepare
-from isdaa.models.layout import Layout
+from isdaa.models.attention import shared_prefix
+from isdaa.models.attention.layout import Layout
+from isdaa.models.packed.forward import prepare
 
 
 def made(model_type: str, **options) -> torch.nn.Module:

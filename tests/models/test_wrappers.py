@@ -16,7 +16,7 @@ from forward_helpers import (
     untouched,
 )
 
-from isdaa.models.forward import inner_model, prepare
+from isdaa.models.packed.forward import inner_model, prepare
 
 
 def test_bf16_model_and_fp16_model():

@@ -22,17 +22,17 @@ from trl import DPOConfig, DPOTrainer
 
 from isdaa.cli import main
 from isdaa.config import AlignConfig
-from isdaa.data.sources import load_pairs
-from isdaa.data.tokenization import TokenizationSettings, tokenize_pairs
-from isdaa.models.forward import prepare
+from isdaa.data.reading.sources import load_pairs
+from isdaa.data.tokenize_pairs import TokenizationSettings, tokenize_pairs
 from isdaa.models.gguf import get_model
 from isdaa.models.loading import load_model, load_tokenizer
+from isdaa.models.packed.forward import prepare
 from isdaa.objectives.objective import Objective
 from isdaa.objectives.presets import resolve
-from isdaa.training.arguments import training_arguments
-from isdaa.training.batches import GlobalBatchSampler, TokenisedPairs
-from isdaa.training.preference import PreferenceTrainer
-from isdaa.training.reference import reference_logps
+from isdaa.training.trainer.batches import GlobalBatchSampler, TokenisedPairs
+from isdaa.training.trainer.preference_trainer import PreferenceTrainer
+from isdaa.training.trainer.reference_logps import reference_logps
+from isdaa.training.trainer.training_arguments import training_arguments
 
 pytestmark = pytest.mark.real
 

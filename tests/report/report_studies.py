@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from isdaa.evaluation.collect import PLAN, SAMPLES
+from isdaa.evaluation.checkpoints.sample_and_kl import PLAN, SAMPLES
+from isdaa.evaluation.checkpoints.scoring import SCORES, scores_key
+from isdaa.evaluation.checkpoints.trajectory import Study, Trajectory
 from isdaa.evaluation.records import Blocks
-from isdaa.evaluation.scoring import SCORES, scores_key
 from isdaa.evaluation.statistics import mean_interval
-from isdaa.evaluation.trajectory import Study, Trajectory
 from isdaa.files import write_json
 
 SCRIPT = "<script>alert(1)</script>"

@@ -7,7 +7,7 @@ import pytest
 from test_browser import BROWSER, PROBE, dump
 
 from isdaa.errors import UserError
-from isdaa.evaluation.tax_scores import Answers, scores
+from isdaa.evaluation.tax.scores import Answers, scores
 from isdaa.files import write_json
 from isdaa.foreign import read_object
 from isdaa.report.benchmarks import write_benchmark_report

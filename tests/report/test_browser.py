@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from report_studies import write_evaluation
 
-from isdaa.evaluation.trajectory import read_study
+from isdaa.evaluation.checkpoints.trajectory import read_study
 from isdaa.report.page import write_report
 
 BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)

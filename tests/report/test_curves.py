@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from report_studies import cells, study, sweep, trajectory
 
-from isdaa.evaluation.comparison import MatchedKl, SeedMean, at_matched_kl, summarise
-from isdaa.evaluation.overoptimization import Law
-from isdaa.report.courses import Quantity, course_chart, thin, weights_of
-from isdaa.report.curves import final_chart, matched_kl_chart, study_chart
-from isdaa.report.lines import lines_of, panels_of
-from isdaa.report.style import PALETTE, inline_svg, legend_columns, save_chart, svg_of
+from isdaa.evaluation.verdict.comparison import MatchedKl, SeedMean, at_matched_kl, summarise
+from isdaa.evaluation.verdict.overoptimization import Law
+from isdaa.report.charts.lines import lines_of, panels_of
+from isdaa.report.charts.style import PALETTE, inline_svg, legend_columns, save_chart, svg_of
+from isdaa.report.charts.training_curves import Quantity, course_chart, thin, weights_of
+from isdaa.report.charts.win_rate_curves import final_chart, matched_kl_chart, study_chart
 
 ENDS = {"dpo": (0.731, 0.709), "is_dpo": (0.725, 0.731)}
 

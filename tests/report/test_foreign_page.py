@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from report_studies import FALLS, RISES, cells, study, sweep, trajectory, write_evaluation
 
+from isdaa.evaluation.checkpoints.scoring import SCORES, scores_key
+from isdaa.evaluation.checkpoints.trajectory import Study, read_study
 from isdaa.evaluation.records import Blocks
-from isdaa.evaluation.scoring import SCORES, scores_key
 from isdaa.evaluation.table import pm, print_table
-from isdaa.evaluation.trajectory import Study, read_study
 from isdaa.report import page
 from isdaa.report.answers import answer_turns
+from isdaa.report.charts.lines import lines_of, panels_of
 from isdaa.report.content import find, report_of
 from isdaa.report.figures import figures_of
-from isdaa.report.lines import lines_of, panels_of
 from isdaa.report.samples import samples_of
 from isdaa.report.words import number
 

@@ -12,12 +12,12 @@ from hostile import ESCAPED, NAME, harmless
 from report_studies import FALLS, RISES, SCRIPT, cells, study, sweep, trajectory, write_evaluation
 
 from isdaa.errors import UserError
-from isdaa.evaluation.trajectory import Study, read_study
+from isdaa.evaluation.checkpoints.trajectory import Study, read_study
 from isdaa.report import page
+from isdaa.report.charts.lines import lines_of, panels_of
+from isdaa.report.charts.style import PALETTE
 from isdaa.report.content import COLUMNS, find, report_of
 from isdaa.report.figures import figures_of
-from isdaa.report.lines import lines_of, panels_of
-from isdaa.report.style import PALETTE
 from isdaa.report.words import keep_lines, number
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from report_studies import cells, study, trajectory
 
+from isdaa.report.charts.lines import lines_of
 from isdaa.report.content import find, report_of
-from isdaa.report.lines import lines_of
 from isdaa.report.pairs import baselines, drawn_groups, weighted_groups
 
 SGD = {"optimizer": "sgd", "learning_rate": 1.0}

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from report_studies import study, trajectory
 
-from isdaa.report import figures, pictures
+from isdaa.report import figures
+from isdaa.report.charts import render
+from isdaa.report.charts.render import PictureError, painter
+from isdaa.report.charts.style import Drawing, configured, frame, layer, save_chart, svg_of
 from isdaa.report.page import drawings_of, write_report
-from isdaa.report.pictures import PictureError, painter
-from isdaa.report.style import Drawing, configured, frame, layer, save_chart, svg_of
 
 NASTY = "a\x00\x01\x1b[31m\x85\u202e\ufffe\uffff\ud800b"
 # The real program, but for charts whose texts say what is to happen to it.
@@ -45,9 +46,9 @@ def chart(name: str = "bar") -> Drawing:
 @pytest.fixture
 def breakable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     program = tmp_path / "program.py"
-    program.write_text(STAND_IN.format(folder=str(Path(pictures.__file__).parent)))
+    program.write_text(STAND_IN.format(folder=str(Path(render.__file__).parent)))
     painter.close()
-    monkeypatch.setattr(pictures, "PROGRAM", str(program))
+    monkeypatch.setattr(render, "PROGRAM", str(program))
     yield
     painter.close()
 
@@ -58,7 +59,7 @@ def figure(name: str, drawing: Any) -> figures.Figure:
 
 def test_the_library_aborts_a_process_on_such_a_name() -> None:
     program = (
-        "import json, sys, vl_convert; from isdaa.report.pictures import draw\n"
+        "import json, sys, vl_convert; from isdaa.report.charts.render import draw\n"
         "draw({'specification': json.loads(sys.argv[1]), 'version': '6.1'})"
     )
     spoilt = json.dumps(chart("a\x01").specification)
@@ -87,7 +88,7 @@ def test_each_failure_costs_one_picture_and_is_said(
     broken = dict(chart().specification) | {"layer": 3, "mark": {"type": "no such mark"}}
     drawn[4] = figure("bad", Drawing(broken))
     svg_of(chart("warm").to_dict())
-    monkeypatch.setattr(pictures, "LIMIT", 20.0)
+    monkeypatch.setattr(render, "LIMIT", 20.0)
     (tmp_path / "crash.png").write_bytes(b"of an earlier report")
     found = drawings_of(drawn, tmp_path)
     said = capsys.readouterr().err
@@ -107,7 +108,7 @@ def test_a_report_is_written_where_every_picture_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     painter.close()
-    monkeypatch.setattr(pictures, "PROGRAM", str(tmp_path / "absent.py"))
+    monkeypatch.setattr(render, "PROGRAM", str(tmp_path / "absent.py"))
     written = write_report(study([trajectory()]), tmp_path / "report")
     painter.close()
     text = written.read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from report_studies import cells, metrics_of, study, sweep, trajectory, write_ev
 
 from isdaa.cli import build_parser
 from isdaa.config import EvaluationConfig, TokenizationConfig
-from isdaa.evaluation.trajectory import read_study
+from isdaa.evaluation.checkpoints.trajectory import read_study
 from isdaa.record import ModelRecord, record_text
 from isdaa.report.reproduce import commands
 

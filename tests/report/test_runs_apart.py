@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from report_studies import write_evaluation
 
+from isdaa.evaluation.checkpoints.run_groups import LONE
+from isdaa.evaluation.checkpoints.trajectory import Trajectory, trajectories
 from isdaa.evaluation.evaluate import with_verdicts
-from isdaa.evaluation.run_groups import LONE
-from isdaa.evaluation.trajectory import Trajectory, trajectories
 from isdaa.files import write_json
 from isdaa.report.content import find, report_of
 from isdaa.report.make import read_study

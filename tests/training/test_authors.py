@@ -14,11 +14,11 @@ from training_helpers import EOS, VOCABULARY, tiny_model, token_rows, trainer_of
 from isdaa import Objective, PreferenceConfig, preference_trainer
 from isdaa.cli import main
 from isdaa.data.pairs import Counts
-from isdaa.models.forward import prepare
-from isdaa.models.sampling import SamplingSettings, sample
-from isdaa.training.authors import foreign_text, naming_columns
-from isdaa.training.batches import TokenisedPairs
-from isdaa.training.reference import measure
+from isdaa.models.packed.forward import prepare
+from isdaa.models.sampling.sampling import SamplingSettings, sample
+from isdaa.training.trainer.authors import foreign_text, naming_columns
+from isdaa.training.trainer.batches import TokenisedPairs
+from isdaa.training.trainer.reference_logps import measure
 
 PROMPTS = [[3 + i % 30, 5, 7 + i % 11] for i in range(200)]
 

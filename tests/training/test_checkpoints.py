@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM
 from isdaa import Objective, manifest
 from isdaa.errors import UserError
 from isdaa.files import sync_tree
-from isdaa.training import checkpoints as checkpoints_module
-from isdaa.training.checkpoints import (
+from isdaa.training.trainer import checkpoints as checkpoints_module
+from isdaa.training.trainer.callbacks import MetricsFile
+from isdaa.training.trainer.checkpoints import (
     MANIFEST,
     checkpoints,
     complete_checkpoints,
@@ -32,7 +33,6 @@ from isdaa.training.checkpoints import (
     write_checkpoint,
     write_manifest,
 )
-from isdaa.training.monitor import MetricsFile
 
 # Two epochs of 6 steps; checkpoints and evaluations at 4, 8 and 12; logs every 3 steps, so that a checkpoint falls
 # within a logging interval; and weights that span two micro-batches and are permuted by the step.

@@ -20,17 +20,17 @@ from transformers import TrainerCallback
 
 from isdaa import Objective
 from isdaa.errors import UserError
-from isdaa.models.finite import files_not_finite, not_finite
-from isdaa.models.forward import prepare
+from isdaa.models.finite_weights import files_not_finite, not_finite
 from isdaa.models.loading import load_model, load_sequence_classifier, random_model
+from isdaa.models.packed.forward import prepare
 from isdaa.record import read_record
-from isdaa.training import guard
-from isdaa.training.batches import TokenisedPairs
-from isdaa.training.checkpoints import newest_complete_checkpoint, write_manifest
-from isdaa.training.monitor import metrics_at
-from isdaa.training.preference import PreferenceTrainer
-from isdaa.training.preference_config import PreferenceConfig
-from isdaa.training.preference_trainer import preference_trainer
+from isdaa.training.guard import guard
+from isdaa.training.trainer.batches import TokenisedPairs
+from isdaa.training.trainer.callbacks import metrics_at
+from isdaa.training.trainer.checkpoints import newest_complete_checkpoint, write_manifest
+from isdaa.training.trainer.preference_trainer import PreferenceTrainer
+from isdaa.training.trl_api.drop_in import preference_trainer
+from isdaa.training.trl_api.preference_config import PreferenceConfig
 
 NAN, INF = float("nan"), float("inf")
 STAGES = {"sft": "sft-checkpoints", "reward": "reward-checkpoints", "align": "checkpoints"}
@@ -275,7 +275,7 @@ def test_a_learning_rate_of_zero_is_no_gradient_of_zero(tmp_path: Path, caplog: 
 def test_a_stage_that_breaks_is_not_finished_and_keeps_its_last_finite_checkpoint(
     place: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from isdaa.training.whole import WholeCheckpoints
+    from isdaa.training.trainer.whole_checkpoints import WholeCheckpoints
 
     original: Any = WholeCheckpoints.train
 
@@ -320,7 +320,7 @@ def test_a_learning_rate_too_large_ends_each_stage_and_a_smaller_one_elsewhere_d
 def test_a_row_that_cannot_be_learnt_is_named_by_the_supervised_stages(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from isdaa.training.finite import FiniteSteps
+    from isdaa.training.trainer.finite_steps import FiniteSteps
 
     original: Any = FiniteSteps.training_step
 
@@ -448,10 +448,10 @@ class Letters:
 def test_a_guard_that_sees_logits_that_are_not_finite_ends_the_run(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from isdaa.training import look
+    from isdaa.training.guard import measurement
 
     monkeypatch.setattr(guard, "load_scorer", lambda name, **kwargs: Letters())
-    draw = look.Looks._draw
+    draw = measurement.Looks._draw
 
     def broken(self: Any, model: Any, sampling: Any, purpose: str, *args: Any, **kwargs: Any) -> Any:
         if not purpose.endswith("/4"):
@@ -463,7 +463,7 @@ def test_a_guard_that_sees_logits_that_are_not_finite_ends_the_run(
         finally:
             hook.remove()
 
-    monkeypatch.setattr(look.Looks, "_draw", broken)
+    monkeypatch.setattr(measurement.Looks, "_draw", broken)
     assert train("run", GUARDED, align__save_steps=1) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("isdaa: error: step 4: guard: sample guard/kl/4/")

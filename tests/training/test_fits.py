@@ -8,9 +8,9 @@ import pytest
 
 from isdaa.config import Config, load_config
 from isdaa.errors import UserError
-from isdaa.training.devices import Speed
-from isdaa.training.fits import EIGHT_BIT, ROOM, Fit, _micro_batches, fits, memory_of
-from isdaa.training.plan import Phase, Plan
+from isdaa.preview.devices import Speed
+from isdaa.preview.fits import EIGHT_BIT, ROOM, Fit, _micro_batches, fits, memory_of
+from isdaa.preview.plan import Phase, Plan
 
 
 def config_of(**changes: Any) -> Config:

@@ -20,8 +20,8 @@ from training_helpers import (
 
 from isdaa import Objective, PairLogps
 from isdaa.objectives.weights import batch_weights
-from isdaa.training.batches import GlobalBatchSampler, TokenisedPairs, shard
-from isdaa.training.pieces import MicroBatch, Piece, packed, split_by_tokens
+from isdaa.training.trainer.batches import GlobalBatchSampler, TokenisedPairs, shard
+from isdaa.training.trainer.packing import MicroBatch, Piece, packed, split_by_tokens
 
 OBJECTIVES = {
     "none": {"weight": "none"},
@@ -235,7 +235,7 @@ def shared_rows(prompts: int = 7, seed: int = 0) -> list[dict[str, list[int]]]:
 
 
 def test_equal_prompts_and_responses_are_packed_once(reference: Any) -> None:
-    from isdaa.models.forward import prepare
+    from isdaa.models.packed.forward import prepare
 
     forward = prepare(reference)
     data = TokenisedPairs(shared_rows())

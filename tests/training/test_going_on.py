@@ -29,15 +29,15 @@ from safetensors.torch import load_file
 
 from isdaa.cli import main
 from isdaa.config import Config, resolved
-from isdaa.data.sources import opened
+from isdaa.data.reading.sources import opened
 from isdaa.errors import UserError
 from isdaa.models.loading import load_model, load_tokenizer
 from isdaa.models.saving import save_model
 from isdaa.record import read_record
-from isdaa.training.cards import model_card
-from isdaa.training.continued import ancestor_of, config_of, told
-from isdaa.training.inputs import revision_of
-from isdaa.training.preference import PreferenceTrainer
+from isdaa.training.model_card import model_card
+from isdaa.training.preflight import revision_of
+from isdaa.training.stages.continued import ancestor_of, config_of, told
+from isdaa.training.trainer.preference_trainer import PreferenceTrainer
 
 SETTINGS = ALIGN | {"objective.method": "is_dpo", "align.max_steps": 4, "align.learning_rate": 1e-2}
 

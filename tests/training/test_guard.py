@@ -35,15 +35,17 @@ from test_kill import finish, start
 from training_helpers import largest_difference, tiny_model, token_rows, trainer_of, weights_of, with_reference
 
 from isdaa.cli import main
-from isdaa.evaluation.sequential import Look
+from isdaa.evaluation.verdict.sequential import Look
 from isdaa.files import digest, write_json
-from isdaa.models.adapters import add_lora
-from isdaa.models.forward import prepare
 from isdaa.models.loading import load_model
+from isdaa.models.lora import add_lora
+from isdaa.models.packed.forward import prepare
 from isdaa.record import read_record
-from isdaa.training import align, guard, look, preference
-from isdaa.training.guard import BestModel, untouched_random_state
-from isdaa.training.look import Reference
+from isdaa.training.guard import guard, measurement
+from isdaa.training.guard.guard import BestModel, untouched_random_state
+from isdaa.training.guard.measurement import Reference
+from isdaa.training.stages import align
+from isdaa.training.trainer import preference_trainer
 
 GUARDED: dict[str, Any] = ALIGN | {
     "data.eval_fraction": 0.4,
@@ -248,7 +250,7 @@ def test_an_adapter_switched_off_is_the_model_as_loaded(place: Path) -> None:
     found = []
     for reference in (Reference(None, forward), Reference(lambda: base)):
         with reference.in_memory() as frozen:
-            found.append(look.divergences(forward, frozen, rows))
+            found.append(measurement.divergences(forward, frozen, rows))
     for ours, theirs in zip(*found, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
         assert ours["kl"] > 1e-3
@@ -262,9 +264,9 @@ def test_a_large_reference_is_loaded_for_each_look_and_a_small_one_once(monkeypa
         loaded.append(1)
         return prepare(tiny_model(), probe=False)
 
-    for limit, times in ((look.KEPT, 1), (10, 3)):
+    for limit, times in ((measurement.KEPT, 1), (10, 3)):
         loaded.clear()
-        monkeypatch.setattr(look, "KEPT", limit)
+        monkeypatch.setattr(measurement, "KEPT", limit)
         reference = Reference(load)
         for _ in range(3):
             with reference.in_memory():
@@ -336,7 +338,7 @@ def test_a_scorer_that_was_trained_on_the_same_pairs_is_flagged(
 def test_weights_that_broke_end_the_run_before_the_look(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = preference.PreferenceTrainer.training_step
+    original = preference_trainer.PreferenceTrainer.training_step
 
     def breaking(self: Any, *args: Any, **kwargs: Any) -> Any:
         loss = original(self, *args, **kwargs)
@@ -344,7 +346,7 @@ def test_weights_that_broke_end_the_run_before_the_look(
             next(self.model.parameters()).data.fill_(torch.nan)
         return loss
 
-    monkeypatch.setattr(preference.PreferenceTrainer, "training_step", breaking)
+    monkeypatch.setattr(preference_trainer.PreferenceTrainer, "training_step", breaking)
     assert train("run", GUARDED) == 2
     assert [line["step"] for line in looks(place / "run")] == [2]
     assert "step 4: weights are not finite after its update" in capsys.readouterr().err.splitlines()[-1]
@@ -437,7 +439,7 @@ def test_a_run_that_falls_is_stopped_and_not_trained_on(
     assert same_weights(run / "model", run / "checkpoints" / "checkpoint-4")
     record = read_record(run / "model")
     assert record is not None and record.step == 4
-    monkeypatch.setattr(preference.PreferenceTrainer, "training_step", None)
+    monkeypatch.setattr(preference_trainer.PreferenceTrainer, "training_step", None)
     assert train("run", ACTING) == 0
     assert "finished earlier, reused" in capsys.readouterr().err
 
@@ -459,7 +461,7 @@ def test_the_real_test_tells_a_falling_run_from_a_healthy_one(
         return [share + 0.01 * (int(digest([row["id"], number])[:4], 16) % 5) for row in rows]
 
     monkeypatch.setattr(judge, "score", score)
-    monkeypatch.setattr("isdaa.evaluation.winrate._wins", lambda one, other, ties: np.clip(one - other + 0.5, 0, 1))
+    monkeypatch.setattr("isdaa.evaluation.checkpoints.win_rate._wins", lambda one, other, ties: np.clip(one - other + 0.5, 0, 1))
     assert train("run", ACTING, guard__steps=1, align__max_steps=12, align__save_steps=6) == 0
     stopped = json.loads((place / "run" / "run.json").read_text())["stages"]["align"]["guard"]["stopped"]
     assert (stopped is not None) is falling
@@ -486,13 +488,13 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("owner", "name", "calls"),
     [
-        (preference.PreferenceTrainer, "training_step", 0),
-        (preference.PreferenceTrainer, "training_step", 2),  # after a look, before any checkpoint
-        (preference.PreferenceTrainer, "training_step", 5),  # after a look that no checkpoint knows
-        (preference.PreferenceTrainer, "training_step", 7),
+        (preference_trainer.PreferenceTrainer, "training_step", 0),
+        (preference_trainer.PreferenceTrainer, "training_step", 2),  # after a look, before any checkpoint
+        (preference_trainer.PreferenceTrainer, "training_step", 5),  # after a look that no checkpoint knows
+        (preference_trainer.PreferenceTrainer, "training_step", 7),
         (BestModel, "keep", 1),
         (BestModel, "committed", 1),
-        (look.Looks, "look", 2),
+        (measurement.Looks, "look", 2),
         (align, "keep_model", 0),  # after the stop, before the final model
     ],
     ids=lambda value: getattr(value, "__name__", value),
@@ -550,14 +552,14 @@ def test_kill_9_costs_a_guarded_run_nothing(tmp_path: Path) -> None:
 
 def test_opponents_are_drawn_once(place: Path, judge: Letters, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[str] = []
-    original = look.sample
+    original = measurement.sample
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         drawn.extend(key for key in args[6] if "opponent" in key)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(look, "sample", counted)
-    interrupted(preference.PreferenceTrainer, "training_step", 4, GUARDED)
+    monkeypatch.setattr(measurement, "sample", counted)
+    interrupted(preference_trainer.PreferenceTrainer, "training_step", 4, GUARDED)
     assert len(drawn) == len(set(drawn)) == 12
     assert judge.seen.count(12) == 1
 

@@ -5,8 +5,8 @@ from typing import Any, cast
 
 import pytest
 
-from isdaa.evaluation.collect import length_of_answer
-from isdaa.training.look import Looks
+from isdaa.evaluation.checkpoints.sample_and_kl import length_of_answer
+from isdaa.training.guard.measurement import Looks
 
 
 @pytest.mark.parametrize(("keep", "expected"), [(False, ["SO", "so", ""]), (True, ["<think>hm</think>SO", "so", "hm"])])

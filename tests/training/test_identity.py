@@ -11,9 +11,9 @@ from chains import ALIGN, CHAIN, chat_model, jsonl, plain_pairs, read_lines, ref
 from own_records import write_own
 from transformers import AutoTokenizer, GPTNeoConfig, GPTNeoForCausalLM
 
-from isdaa.models.forward import TWO_ROWS
-from isdaa.training import label as label_stage
-from isdaa.training import preference, reference
+from isdaa.models.packed.forward import TWO_ROWS
+from isdaa.training.stages import label as label_stage
+from isdaa.training.trainer import preference_trainer, reference_logps
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_changed_architecture_is_another_reference(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert train("one", ALIGN) == 0
     computed = []
-    original = reference._compute
-    monkeypatch.setattr(reference, "_compute", lambda *a, **k: computed.append(1) or original(*a, **k))
+    original = reference_logps._compute
+    monkeypatch.setattr(reference_logps, "_compute", lambda *a, **k: computed.append(1) or original(*a, **k))
     assert train("two", ALIGN) == 0
     assert not computed, "the same model and data need no second pass"
     config = json.loads(Path("my_model/config.json").read_text())
@@ -48,9 +48,9 @@ def test_a_model_that_falls_back_falls_back_under_lora_too(place: Path, monkeypa
     GPTNeoForCausalLM(config).save_pretrained("neo")
     tokenizer.save_pretrained("neo")
     modes = []
-    original = preference.PreferenceTrainer.__init__
+    original = preference_trainer.PreferenceTrainer.__init__
     monkeypatch.setattr(
-        preference.PreferenceTrainer,
+        preference_trainer.PreferenceTrainer,
         "__init__",
         lambda self, *a, **k: (modes.append(k["forward"].mode), original(self, *a, **k))[1],
     )

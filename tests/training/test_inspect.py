@@ -22,15 +22,15 @@ from transformers import LlamaConfig
 
 from isdaa.cli import main
 from isdaa.config import LoraConfig, load_config
-from isdaa.models import query_blocks
-from isdaa.training.devices import Speed
-from isdaa.training.examine import Part, writes_date
-from isdaa.training.histogram import HEIGHT, heights, print_histogram
-from isdaa.training.inspect import _warn_of_plan, inspect
-from isdaa.training.inspect_page import print_to
-from isdaa.training.plan import Phase, Plan, batches_of, plan
-from isdaa.training.rehearsal import Rows, Setting, Stage, layout_of
-from isdaa.training.token_view import lines_of, readable, shown_pair
+from isdaa.models.attention import cpu_attention
+from isdaa.preview.devices import Speed
+from isdaa.preview.fake_step import Rows, Setting, Stage, layout_of
+from isdaa.preview.histogram import HEIGHT, heights, print_histogram
+from isdaa.preview.inspect import _warn_of_plan, inspect
+from isdaa.preview.inspect_page import print_to
+from isdaa.preview.plan import Phase, Plan, batches_of, plan
+from isdaa.preview.rows_seen import Part, writes_date
+from isdaa.preview.token_view import lines_of, readable, shown_pair
 
 SPEED = Speed(1e11, 1e8, "given", False)
 
@@ -253,7 +253,7 @@ def small(**changes: Any) -> LlamaConfig:
 
 
 def test_operations_are_those_of_the_mathematics(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(query_blocks, "_NARROWEST", 0)
+    monkeypatch.setattr(cpu_attention, "_NARROWEST", 0)
     architecture = small(num_hidden_layers=6)
     stage = Stage(Setting("pairs", architecture))
     layout = layout_of([(150, [(20, 30)]), (140, [(25, 15), (10, 10)])])
@@ -333,13 +333,13 @@ def test_a_busy_machine_is_said_to_be_one() -> None:
 # Plans, then trains, in one process: the libraries are loaded once. The rehearsal allocates next to nothing.
 PLAN_AND_TRAIN = """
 import sys
-import isdaa.training.align
+import isdaa.training.stages.align
 from isdaa.cli import main
 from isdaa.config import load_config
-from isdaa.training.devices import Speed
-from isdaa.training.inspect import architecture_of, inspect
-from isdaa.training.plan import own_memory, plan
-from isdaa.training.start import tokenizer_of
+from isdaa.preview.devices import Speed
+from isdaa.preview.inspect import architecture_of, inspect
+from isdaa.preview.plan import own_memory, plan
+from isdaa.training.stage_inputs import tokenizer_of
 config = load_config(sys.argv[1])
 (report,) = inspect(config, plans=False).stages
 architecture, speed = architecture_of(config, None, tokenizer_of(config)), Speed(1e11, 1e8, "given", False)

@@ -14,7 +14,7 @@ from training_helpers import moved, tiny_model, token_rows, trainer_of, with_ref
 from transformers.integrations.integration_utils import rewrite_logs
 
 from isdaa import Objective
-from isdaa.training.monitor import metrics_line
+from isdaa.training.trainer.callbacks import metrics_line
 
 PAGE = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 FILES = ("metrics.jsonl", "reward/metrics.jsonl", "sft/metrics.jsonl")

@@ -12,8 +12,8 @@ from training_helpers import logged, tiny_model, token_rows, trainer_of, with_re
 from transformers import TrainerControl, TrainerState
 
 from isdaa import Objective
-from isdaa.training.figures import COLUMNS, Figures
-from isdaa.training.monitor import MetricsFile, StallWarning, WholeIntervals, metrics_line, warn_about_start
+from isdaa.training.trainer.callbacks import MetricsFile, StallWarning, WholeIntervals, metrics_line, warn_about_start
+from isdaa.training.trainer.pair_metrics import COLUMNS, Figures
 
 
 def test_a_line_is_json_that_every_reader_knows() -> None:

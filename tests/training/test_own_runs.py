@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 from chains import ALIGN, chat_model, config_file, jsonl, plain_pairs, refused, stopped_at, train
 
-from isdaa import PreferenceConfig, adopt, preference_trainer
+from isdaa import PreferenceConfig, PreferenceTrainer, adopt, preference_trainer
 from isdaa.cli import main
 from isdaa.errors import UserError
-from isdaa.evaluation.requests import requests
+from isdaa.evaluation.checkpoints.what_to_evaluate import requests
 from isdaa.files import write_json
 from isdaa.foreign import read_json
 from isdaa.record import ModelRecord, read_record, record_text, without_places
-from isdaa.training import preference
-from isdaa.training.checkpoints import MANIFEST, check_own
+from isdaa.training.trainer.checkpoints import MANIFEST, check_own
 
 
 @pytest.fixture
@@ -67,7 +66,7 @@ def test_what_another_hand_changed_is_not_gone_on_from(place: Path, capsys: pyte
         (checkpoint / "optimizer.pt").write_bytes(b"another")
         listed = read_json(checkpoint / MANIFEST)
         if change == "manifest":  # that agrees with the file, as anyone can make it
-            from isdaa.training.checkpoints import write_manifest
+            from isdaa.training.trainer.checkpoints import write_manifest
 
             write_manifest(checkpoint, own=False)
             assert read_json(checkpoint / MANIFEST)["files"] != listed["files"]
@@ -80,7 +79,7 @@ def test_what_another_hand_changed_is_not_gone_on_from(place: Path, capsys: pyte
 
 
 def test_a_script_goes_on_from_its_own_checkpoints_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def trainer(steps: int) -> preference.PreferenceTrainer:
+    def trainer(steps: int) -> PreferenceTrainer:
         args = PreferenceConfig("out", max_steps=steps, save_steps=1, use_cpu=True, max_length=200, report_to="none")
         return preference_trainer("my_model", args=args, train_dataset=plain_pairs(12))
 

@@ -16,18 +16,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, Qwen2Config
 
 from isdaa.config import LoraConfig, load_config
-from isdaa.models.inner import head_of
-from isdaa.models.kv_cache import RoomyLayer, room_of
-from isdaa.models.logprobs import LinearHead
-from isdaa.models.place import kind_of, standing_for
-from isdaa.models.tied import tie_of
-from isdaa.training import devices, start, supervised
-from isdaa.training.devices import PRESENT, PRESETS, Speed, assumed_speed, device_of, here, preset_of
-from isdaa.training.examine import Examined
-from isdaa.training.inspect import inspect
-from isdaa.training.plan import Plan, plan
-from isdaa.training.plan_batches import batches_of
-from isdaa.training.rehearsal import Rows, Setting, Stage, layout_of
+from isdaa.models.device_kind import kind_of, standing_for
+from isdaa.models.packed.logprobs import LinearHead
+from isdaa.models.packed.patched_forward import head_of
+from isdaa.models.packed.tied_embeddings import tie_of
+from isdaa.models.sampling.kv_cache import RoomyLayer, room_of
+from isdaa.preview import devices
+from isdaa.preview.devices import PRESENT, PRESETS, Speed, assumed_speed, device_of, here, preset_of
+from isdaa.preview.fake_step import Rows, Setting, Stage, layout_of
+from isdaa.preview.inspect import inspect
+from isdaa.preview.plan import Plan, plan
+from isdaa.preview.plan_batches import batches_of
+from isdaa.preview.rows_seen import Examined
+from isdaa.training import stage_inputs
+from isdaa.training.stages import sft_and_reward
 
 SPEED = Speed(1e11, 1e8, "given", False)
 VOCABULARY, HIDDEN = 300, 64
@@ -308,7 +310,7 @@ def test_a_reward_model_reads_held_out_pairs_and_has_no_adapter(place: Path) -> 
     found = inspect(load_config(config_file(place / "run.yaml", settings)), plans=False)
     assert found.missing == [] and len(found.stages) == 1 and found.stages[0].examined.held_out == 2
     assert any("lora.rank" in note and "reward" in note for note in found.stages[0].examined.notes)
-    assert supervised.not_for_reward(aligned()) == []
+    assert sft_and_reward.not_for_reward(aligned()) == []
 
 
 def test_files_of_bfloat16_are_warned_of_too(place: Path) -> None:
@@ -323,11 +325,11 @@ def test_files_of_bfloat16_are_warned_of_too(place: Path) -> None:
 
 def test_the_models_revision_is_not_asked_of_another_repositorys_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, Any]] = []
-    monkeypatch.setattr(start, "load_tokenizer", lambda name, revision, **given: asked.append((name, revision)))
+    monkeypatch.setattr(stage_inputs, "load_tokenizer", lambda name, revision, **given: asked.append((name, revision)))
     config = load_config(None, {"model.path": "me/model", "model.revision": "v2", "data.pairs": "x"})
-    start.tokenizer_of(config)
+    stage_inputs.tokenizer_of(config)
     config.model.tokenizer = "you/tokenizer"
-    start.tokenizer_of(config)
+    stage_inputs.tokenizer_of(config)
     assert asked == [("me/model", "v2"), ("you/tokenizer", None)]
 
 

@@ -25,14 +25,14 @@ from training_helpers import (
 
 from isdaa import Objective
 from isdaa.config import AlignConfig
-from isdaa.models.adapters import add_lora
-from isdaa.models.forward import prepare
+from isdaa.models.lora import add_lora
+from isdaa.models.packed.forward import prepare
 from isdaa.terminal import Bar
-from isdaa.training import pieces, preference
-from isdaa.training.arguments import total_steps, training_arguments
-from isdaa.training.batches import TokenisedPairs
-from isdaa.training.monitor import MetricsFile
-from isdaa.training.preference import PreferenceTrainer
+from isdaa.training.trainer import packing, preference_trainer
+from isdaa.training.trainer.batches import TokenisedPairs
+from isdaa.training.trainer.callbacks import MetricsFile
+from isdaa.training.trainer.preference_trainer import PreferenceTrainer
+from isdaa.training.trainer.training_arguments import total_steps, training_arguments
 
 
 @pytest.fixture(scope="module")
@@ -423,7 +423,7 @@ def test_passes_of_a_few_seconds_change_no_figure_and_move_the_bar(
     found: list[dict[str, float]] = []
     moves: list[list[float]] = []
     for budget in (16_384, 25):
-        for module in (preference, pieces):
+        for module in (preference_trainer, packing):
             monkeypatch.setattr(module, "pass_tokens", lambda model, budget=budget: budget)
         trainer = trainer_of(moved(reference), tmp_path, pairs, held_out, max_steps=1, logging_steps=1)
         assert trainer.batch_tokens == budget

@@ -22,12 +22,12 @@ from training_helpers import largest_difference, moved, tiny_model, token_rows, 
 
 from isdaa import Objective
 from isdaa.cli import main
-from isdaa.models.forward import prepare
 from isdaa.models.loading import load_model, load_tokenizer
-from isdaa.training.batches import TokenisedPairs
-from isdaa.training.checkpoints import defect
-from isdaa.training.monitor import MetricsFile
-from isdaa.training.reference import _shares, reference_logps
+from isdaa.models.packed.forward import prepare
+from isdaa.training.trainer.batches import TokenisedPairs
+from isdaa.training.trainer.callbacks import MetricsFile
+from isdaa.training.trainer.checkpoints import defect
+from isdaa.training.trainer.reference_logps import _shares, reference_logps
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "tests" / "together.py"

@@ -12,10 +12,10 @@ import torch
 from training_helpers import moved, tiny_model, token_rows
 
 from isdaa.errors import UserError
-from isdaa.models.forward import LEAST_TOKENS, PASS_TOKENS, PairForward, cpu_pass_tokens, pass_tokens, prepare
-from isdaa.training import reference as reference_module
-from isdaa.training.batches import TokenisedPairs
-from isdaa.training.reference import cache_key, measure, read_cache, reference_logps
+from isdaa.models.packed.forward import LEAST_TOKENS, PASS_TOKENS, PairForward, cpu_pass_tokens, pass_tokens, prepare
+from isdaa.training.trainer import reference_logps as reference_module
+from isdaa.training.trainer.batches import TokenisedPairs
+from isdaa.training.trainer.reference_logps import cache_key, measure, read_cache, reference_logps
 
 KEY = {"weights": "abc", "template": "t", "truncation": "keep_end"}
 

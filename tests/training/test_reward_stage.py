@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 from isdaa.errors import UserError
 from isdaa.evaluation.scorers import RewardModelScorer, about
 from isdaa.evaluation.statistics import share_interval
-from isdaa.training import supervised
+from isdaa.training.stages import sft_and_reward
 
 PAIRS = 24
 
@@ -54,7 +54,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "reward.eval_steps": 2,
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(supervised, "WATCHED", 6)
+        patch.setattr(sft_and_reward, "WATCHED", 6)
         assert train(home / "run", settings) == 0
     return home
 
@@ -99,12 +99,12 @@ def test_a_tokenizer_with_nothing_to_pad_with_but_eos(tmp_path: Path) -> None:
 
 def test_it_is_trained_where_it_is_read(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
-    tokenize = supervised.tokenize_pairs
+    tokenize = sft_and_reward.tokenize_pairs
 
     def kept(rows: Any, *given: Any, **more: Any) -> Any:
         return seen.setdefault(len(rows), tokenize(rows, *given, **more))
 
-    monkeypatch.setattr(supervised, "tokenize_pairs", kept)
+    monkeypatch.setattr(sft_and_reward, "tokenize_pairs", kept)
     settings = {"stages": ["reward"], "model.path": str(home / "base"), "data.pairs": str(home / "pairs.jsonl")}
     assert train(tmp_path / "run", settings | {"reward.max_steps": 1, "data.eval_fraction": 0.4}) == 0
     row = read_lines(home / "pairs.jsonl")[0]
@@ -167,7 +167,7 @@ def test_its_accuracy_is_that_of_its_scores(home: Path) -> None:
         scorer.score([r | {"response": r[side], "finished": True} for r in rows]) for side in ("chosen", "rejected")
     )
     from isdaa.config import Config
-    from isdaa.training.reading import read_pairs
+    from isdaa.training.stages.pair_split import read_pairs
 
     data = {"pairs": str(home / "pairs.jsonl"), "eval_fraction": 0.4}
     held = read_pairs(Config.model_validate({"model": {"path": "x"}, "data": data}), str(home / "pairs.jsonl")).held
@@ -179,7 +179,7 @@ def test_its_accuracy_is_that_of_its_scores(home: Path) -> None:
 
 
 def test_of_very_many_held_out_pairs_the_first_are_measured(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervised, "MEASURED", 4)
+    monkeypatch.setattr(sft_and_reward, "MEASURED", 4)
     settings = {"stages": ["reward"], "model.path": str(home / "base"), "data.pairs": str(home / "pairs.jsonl")}
     assert train(tmp_path / "run", settings | {"reward.max_steps": 1, "data.eval_fraction": 0.4}) == 0
     stage = json.loads((tmp_path / "run" / "run.json").read_text())["stages"]["reward"]
@@ -188,7 +188,7 @@ def test_of_very_many_held_out_pairs_the_first_are_measured(home: Path, tmp_path
 
 
 def figures(scores: list[list[float]], prompts: list[str]) -> dict[str, float]:
-    return supervised.held_out_figures(prompts, SimpleNamespace(predictions=np.array(scores)))
+    return sft_and_reward.held_out_figures(prompts, SimpleNamespace(predictions=np.array(scores)))
 
 
 def test_figures_of_held_out_pairs() -> None:

@@ -12,10 +12,10 @@ from own_records import write_own
 from tokenizers_for_tests import byte_level
 
 from isdaa.cli import main
-from isdaa.data import tokens
-from isdaa.data.encoding import VERSION
-from isdaa.data.sources import load_pairs
-from isdaa.evaluation.requests import requests
+from isdaa.data import token_cache
+from isdaa.data.encoder import VERSION
+from isdaa.data.reading.sources import load_pairs
+from isdaa.evaluation.checkpoints.what_to_evaluate import requests
 
 OFF = "{% if enable_thinking is false %}<think></think>{% endif %}"
 THINKING = (
@@ -62,10 +62,10 @@ def test_tokens_of_other_rules_are_made_anew(place: Path, monkeypatch: pytest.Mo
     jsonl(place / "pairs.jsonl", conversations())
     assert train("one", ALIGN) == 0
     made: list[int] = []
-    original = tokens._in_order
-    monkeypatch.setattr(tokens, "_in_order", lambda *a: made.append(1) or original(*a))
+    original = token_cache._in_order
+    monkeypatch.setattr(token_cache, "_in_order", lambda *a: made.append(1) or original(*a))
     assert train("two", ALIGN) == 0 and not made
-    monkeypatch.setattr("isdaa.data.encoding.VERSION", VERSION + 1)
+    monkeypatch.setattr("isdaa.data.encoder.VERSION", VERSION + 1)
     assert train("three", ALIGN) == 0 and made
 
 

@@ -17,14 +17,14 @@ from isdaa import PreferenceConfig, preference_trainer
 from isdaa.cli import main
 from isdaa.config import load_config
 from isdaa.errors import UserError
-from isdaa.evaluation.requests import requests
+from isdaa.evaluation.checkpoints.what_to_evaluate import requests
 from isdaa.models import merging
 from isdaa.models.gguf import SOURCE
 from isdaa.models.loading import load_model
 from isdaa.record import ModelRecord, base_of, read_record, record_text
-from isdaa.training.cards import model_card
-from isdaa.training.inputs import check_inputs
-from isdaa.training.start import coarse_weights
+from isdaa.training.model_card import model_card
+from isdaa.training.preflight import check_inputs
+from isdaa.training.stage_inputs import coarse_weights
 
 HEAD = ALIGN | {"lora.rank": 2, "lora.target_modules": ["lm_head"], "align.learning_rate": 0.1}
 FOUR = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -136,7 +136,7 @@ def test_weights_that_lie_quantised_are_refused_before_any_work(place: Path, cap
 def test_quantised_weights_on_the_hub_are_refused_before_label_works_for_hours(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("isdaa.training.inputs.model_config", lambda name, **_: SimpleNamespace(quantization_config=FOUR))
+    monkeypatch.setattr("isdaa.training.preflight.model_config", lambda name, **_: SimpleNamespace(quantization_config=FOUR))
     settings = {"stages": ["label", "align"], "model.path": "owner/name", "data.prompts": "world:small", "label.scorer": "gold"}
     with pytest.raises(UserError, match=r"owner/name: its weights are quantised .* cannot be trained"):
         check_inputs(load_config(None, settings), ["label", "align"])

@@ -15,11 +15,11 @@ from trl import __file__ as trl_file
 from isdaa.data.collation import collate
 from isdaa.data.context import as_read, unscored
 from isdaa.data.pairs import canonical_pair
-from isdaa.data.sources import as_dataset
-from isdaa.data.tokenization import TokenizationSettings, tokenize_pairs
-from isdaa.models.forward import PairForward, prepare
-from isdaa.training.batches import TokenisedPairs
-from isdaa.training.pieces import packed
+from isdaa.data.reading.sources import as_dataset
+from isdaa.data.tokenize_pairs import TokenizationSettings, tokenize_pairs
+from isdaa.models.packed.forward import PairForward, prepare
+from isdaa.training.trainer.batches import TokenisedPairs
+from isdaa.training.trainer.packing import packed
 
 TEMPLATES = Path(trl_file).parent / "chat_templates"
 USER = {"role": "user", "content": "How much is 1 + 2?"}

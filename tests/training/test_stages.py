@@ -31,15 +31,17 @@ from chains import (
 from own_records import write_own
 from safetensors import safe_open
 
-from isdaa import PreferenceConfig, preference_trainer
+from isdaa import PreferenceConfig, PreferenceTrainer, preference_trainer
 from isdaa.cli import main
-from isdaa.data.sources import prompt_key
-from isdaa.models import forward
+from isdaa.data.reading.sources import prompt_key
 from isdaa.models.loading import add_lora, load_model, load_tokenizer, save_model
-from isdaa.models.sampling import sample
-from isdaa.training import align as align_stage
-from isdaa.training import authors, inputs, preference, reference, stages, supervised
-from isdaa.training import label as label_stage
+from isdaa.models.packed import forward
+from isdaa.models.sampling.sampling import sample
+from isdaa.training import preflight, run_stages
+from isdaa.training.stages import align as align_stage
+from isdaa.training.stages import label as label_stage
+from isdaa.training.stages import sft_and_reward
+from isdaa.training.trainer import authors, reference_logps
 from isdaa.world.tokenizer import build_tokenizer
 
 METRICS = {
@@ -193,7 +195,7 @@ def test_a_second_call_reuses_all_and_runs_no_model(
 
 def test_another_objective_reads_the_reference_logps_from_disk(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home.folder)
-    forbid(monkeypatch, (reference, "_compute"))
+    forbid(monkeypatch, (reference_logps, "_compute"))
     settings = {k: v for k, v in CHAIN.items() if not k.startswith(("model.", "data.sft", "data.prompts"))}
     changes = {"model.path": "study/run/sft", "data.pairs": "study/run/pairs/train.jsonl", "stages": ["align"]}
     assert train("study/other", settings | changes, objective__method="ipo", align__max_steps=1) == 0
@@ -394,13 +396,13 @@ def test_held_out_prompts_never_train(place: Path) -> None:
     jsonl(place / "pairs.jsonl", pairs + again)
     seen: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        original = preference.PreferenceTrainer.__init__
+        original = PreferenceTrainer.__init__
 
         def watch(self: Any, *args: Any, train_dataset: Any, eval_dataset: Any, **kwargs: Any) -> None:
             seen.extend({tuple(rows[i]["prompt_ids"]) for i in range(len(rows))} for rows in (train_dataset, eval_dataset))
             original(self, *args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
 
-        patch.setattr(preference.PreferenceTrainer, "__init__", watch)
+        patch.setattr(PreferenceTrainer, "__init__", watch)
         assert train("run", ALIGN, data__eval_fraction=0.3) == 0
     trained, held = seen
     assert len(trained) == 4
@@ -538,7 +540,7 @@ def test_what_four_bits_cannot_do_is_said(
 ) -> None:
     assert train("run", ALIGN, model__quantization="nf4") == 2
     assert "model.quantization: weights of 4 bits cannot be trained; set lora.rank" in capsys.readouterr().err
-    monkeypatch.setattr("isdaa.training.inputs.find_spec", lambda name: None)
+    monkeypatch.setattr("isdaa.training.preflight.find_spec", lambda name: None)
     assert train("run", ALIGN, model__quantization="nf4", lora__rank=4) == 2
     assert "model.quantization: bitsandbytes is not installed" in capsys.readouterr().err
 
@@ -615,14 +617,14 @@ def test_wandb_keeps_its_files_in_the_run_and_goes_on_with_its_run(place: Path, 
     names = ("WANDB_DIR", "WANDB_RUN_ID", "WANDB_RESUME")
     for name in names:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(inputs, "_installed", lambda *_: None)
+    monkeypatch.setattr(preflight, "_installed", lambda *_: None)
     seen: list[Any] = []
 
     def noted(run: Any) -> Path:
         seen.append(tuple(os.environ.get(name) for name in names))
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(stages.STAGE_FUNCTIONS, "align", noted)
+    monkeypatch.setitem(run_stages.STAGE_FUNCTIONS, "align", noted)
     for folder, changes in (("run", {}), ("run", {}), ("other", {}), ("without", {"align.report_to": []})):
         assert train(folder, {**ALIGN, "align.report_to": ["wandb"], **changes}) == 130
     assert seen[0] == seen[1] == (str(place / "run"), seen[0][1], "allow") and len(seen[0][1]) == 8
@@ -676,13 +678,13 @@ def test_align_resumes_bit_for_bit(home: Home, tmp_path: Path, calls: int) -> No
     state = json.loads((study / "run" / "run.json").read_text())
     del state["stages"]["align"]
     write_own(study / "run" / "run.json", state)
-    interrupted_run(study / "run", CHAIN, preference.PreferenceTrainer, "training_step", calls)
+    interrupted_run(study / "run", CHAIN, PreferenceTrainer, "training_step", calls)
     assert same_weights(study / "run" / "model", home.run / "model")
     assert without_time(study / "run" / "metrics.jsonl") == without_time(home.run / "metrics.jsonl")
 
 
 def test_align_stopped_after_its_last_step_only_saves(home: Home, tmp_path: Path) -> None:
-    from isdaa.training import align
+    from isdaa.training.stages import align
 
     study = tmp_path / "study"
     shutil.copytree(home.folder / "study", study, ignore=shutil.ignore_patterns("model", "checkpoints", "metrics.jsonl"))
@@ -698,7 +700,7 @@ def test_align_stopped_after_its_last_step_only_saves(home: Home, tmp_path: Path
 def test_sft_resumes_bit_for_bit(home: Home, tmp_path: Path, owner: str | None, name: str, calls: int) -> None:
     import trl
 
-    where = getattr(trl, owner) if owner else supervised
+    where = getattr(trl, owner) if owner else sft_and_reward
     interrupted_run(tmp_path / "run", CHAIN | {"stages": ["sft"]}, where, name, calls)
     assert same_weights(tmp_path / "run" / "sft", home.run / "sft")
     assert not (tmp_path / "run" / "sft-checkpoints").exists()
@@ -723,7 +725,7 @@ def test_label_goes_on_from_its_responses(home: Home, tmp_path: Path, monkeypatc
 def test_a_lora_run_resumes_bit_for_bit(place: Path) -> None:
     settings = ALIGN | {"lora.rank": 2, "align.max_steps": 4}
     assert train("whole", settings) == 0
-    interrupted_run(place / "run", settings, preference.PreferenceTrainer, "training_step", 3)
+    interrupted_run(place / "run", settings, PreferenceTrainer, "training_step", 3)
     assert same_weights(place / "run" / "model", place / "whole" / "model")
     assert without_time(place / "run" / "metrics.jsonl") == without_time(place / "whole" / "metrics.jsonl")
 
@@ -773,8 +775,8 @@ def test_the_model_that_training_starts_from_is_not_loaded_twice(
     shutil.copytree("my_model", "copy")
     forbid(monkeypatch, (align_stage, "other_model"))
     computed: list[int] = []
-    compute = reference._compute
-    monkeypatch.setattr(reference, "_compute", lambda *given: computed.append(1) or compute(*given))
+    compute = reference_logps._compute
+    monkeypatch.setattr(reference_logps, "_compute", lambda *given: computed.append(1) or compute(*given))
     assert train(place / "run", {**ALIGN, "objective.method": "is_dpo", which: "copy"}) == 0
     assert len(computed) == 2  # training and held-out pairs
     (first, *_) = read_lines(place / "run" / "metrics.jsonl")
@@ -841,7 +843,7 @@ def test_a_resume_does_not_repeat_long_warnings_whole(
         monkeypatch.setattr(authors, limit, 0.0)
     jsonl(place / "pairs.jsonl", plain_pairs(24))
     settings = {**ALIGN, "objective.method": "is_dpo", "align.max_steps": 2, "align.save_steps": 1}
-    original = preference.PreferenceTrainer.training_step
+    original = PreferenceTrainer.training_step
 
     def once_only(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == 1:
@@ -850,7 +852,7 @@ def test_a_resume_does_not_repeat_long_warnings_whole(
 
     said = []
     for step in (once_only, original):
-        monkeypatch.setattr(preference.PreferenceTrainer, "training_step", step)
+        monkeypatch.setattr(PreferenceTrainer, "training_step", step)
         train("run", settings)
         (line,) = (line for line in capsys.readouterr().err.splitlines() if "not samples of the reference" in line)
         said.append(line)

@@ -10,8 +10,8 @@ import pytest
 
 from isdaa.errors import UserError
 from isdaa.objectives.presets import resolve
-from isdaa.training.batches import TokenisedPairs, own_logps
-from isdaa.training.stall import SAMPLE, starting_weights
+from isdaa.training.stages.starting_weights import SAMPLE, starting_weights
+from isdaa.training.trainer.batches import TokenisedPairs, own_logps
 
 
 def pairs(count: int, mu: Any = None) -> TokenisedPairs:

@@ -13,7 +13,7 @@ from isdaa.cli import main
 from isdaa.config import TAKEN_AWAY, fields, load_config
 from isdaa.errors import UserError
 from isdaa.ownership import sealed
-from isdaa.training.run import RUN
+from isdaa.training.run_folder import RUN
 
 
 def test_none_of_them_is_a_key() -> None:

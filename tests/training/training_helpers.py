@@ -14,11 +14,11 @@ from transformers.trainer_utils import SaveStrategy
 
 from isdaa import Objective
 from isdaa.config import AlignConfig
-from isdaa.models.forward import prepare
-from isdaa.training.arguments import training_arguments
-from isdaa.training.batches import TokenisedPairs
-from isdaa.training.preference import PreferenceTrainer
-from isdaa.training.reference import reference_logps
+from isdaa.models.packed.forward import prepare
+from isdaa.training.trainer.batches import TokenisedPairs
+from isdaa.training.trainer.preference_trainer import PreferenceTrainer
+from isdaa.training.trainer.reference_logps import reference_logps
+from isdaa.training.trainer.training_arguments import training_arguments
 
 VOCABULARY = 40
 EOS = 2

@@ -1,20 +1,27 @@
-"""Samples, KL, win rates and records of checkpoints: did a run over-optimise, and which checkpoint should be kept?
-
-`verdict_of`, `judge` and `Verdict` are loaded on first use.
-"""
+"""Samples, KL, win rates and records of checkpoints: did a run over-optimise, and which checkpoint should be kept?"""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from isdaa.lazy import lazy
 
 if TYPE_CHECKING:
-    from isdaa.evaluation.overoptimization import Verdict, judge, verdict_of
+    from isdaa.evaluation.checkpoints.trajectory import read_study
+    from isdaa.evaluation.python import evaluate
+    from isdaa.evaluation.verdict.comparison import at_matched_kl, summarise
+    from isdaa.evaluation.verdict.overoptimization import Verdict, judge, verdict_of
 
-__all__ = ["Verdict", "judge", "verdict_of"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return getattr(import_module("isdaa.evaluation.overoptimization"), name)
-    raise AttributeError(f"module 'isdaa.evaluation' has no attribute {name!r}")
+__all__ = ["Verdict", "at_matched_kl", "evaluate", "judge", "read_study", "summarise", "verdict_of"]
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "Verdict": "evaluation.verdict.overoptimization",
+        "judge": "evaluation.verdict.overoptimization",
+        "verdict_of": "evaluation.verdict.overoptimization",
+        "evaluate": "evaluation.python",
+        "read_study": "evaluation.checkpoints.trajectory",
+        "at_matched_kl": "evaluation.verdict.comparison",
+        "summarise": "evaluation.verdict.comparison",
+    },
+)

@@ -22,17 +22,19 @@ from typing import TYPE_CHECKING, Any
 from isdaa.config import EvaluationConfig, Position, TokenizationConfig
 from isdaa.distributed import is_main, once
 from isdaa.errors import UserError
-from isdaa.evaluation.analysis import METRICS, analyse, check_opponent
 from isdaa.evaluation.card_section import write_sections
 from isdaa.evaluation.checkpoint import Checkpoint
-from isdaa.evaluation.collect import PLAN, SAMPLES, Collection, tokenize
-from isdaa.evaluation.held_out import common_pairs, tokenize_held_out
-from isdaa.evaluation.identity import model_digest
-from isdaa.evaluation.kept import merged
+from isdaa.evaluation.checkpoints.analysis import METRICS, analyse, check_opponent
+from isdaa.evaluation.checkpoints.held_out import common_pairs, tokenize_held_out
+from isdaa.evaluation.checkpoints.kept import merged
+from isdaa.evaluation.checkpoints.own_scores import OwnScores, check_drawn
+from isdaa.evaluation.checkpoints.sample_and_kl import PLAN, SAMPLES, Collection, tokenize
+from isdaa.evaluation.checkpoints.scoring import score
+from isdaa.evaluation.checkpoints.steps import ordered
+from isdaa.evaluation.checkpoints.what_to_evaluate import Request, checkpoints, home_of
 from isdaa.evaluation.left_out import check_weights
-from isdaa.evaluation.own_scores import OwnScores, check_drawn
+from isdaa.evaluation.model_digest import model_digest
 from isdaa.evaluation.records import locked, read_metrics, read_plan
-from isdaa.evaluation.requests import Request, checkpoints, home_of
 from isdaa.evaluation.scorers import (
     GoldScorer,
     OwnScorer,
@@ -43,15 +45,13 @@ from isdaa.evaluation.scorers import (
     learnt_alike,
     load_scorer,
 )
-from isdaa.evaluation.scoring import score
-from isdaa.evaluation.steps import ordered
 from isdaa.evaluation.vocabulary import REFERENCE, base_remarks, check_ids, choose, vocabulary_of
 from isdaa.files import write_atomically, write_json
 from isdaa.record import read_record, run_folder
 from isdaa.terminal import say
 
 if TYPE_CHECKING:
-    from isdaa.evaluation.judged_samples import SampleJudge
+    from isdaa.evaluation.checkpoints.judged_samples import SampleJudge
 
 Row = Mapping[str, Any]
 
@@ -85,7 +85,7 @@ def evaluate(
     Args:
         models: model folders or Hub names, all with the vocabulary of the first one, in the order of the table.
         reference: π_ref; it is sampled and scored once for all models and all later calls.
-        prompts: canonical prompt rows (`isdaa.data.sources.load_prompts`); the first `settings.prompts` are used.
+        prompts: canonical prompt rows (`isdaa.data.reading.sources.load_prompts`); the first `settings.prompts` are used.
         scorer: `gold`, a reward model's folder or Hub name, or anything that `OwnScorer` takes. Without: no win rate, no verdict.
         held_out: canonical pairs (`load_pairs`) for accuracy, margins and drift.
         output_dir: folder of the records. One process at a time.
@@ -245,8 +245,8 @@ def with_verdicts(folder: str | Path) -> dict[str, Any]:
     """The metrics with `verdicts`: run -> what its checkpoints say together, null where they say nothing; `no_verdict`: run ->
     why they do not, null where they do; and `better`: run -> whether a checkpoint of it is shown to be better than the reference,
     null where that is not known. Written, too."""
-    from isdaa.evaluation.overoptimization import judge, shown_better, why_none
-    from isdaa.evaluation.trajectory import runs_ended, trajectories
+    from isdaa.evaluation.checkpoints.trajectory import runs_ended, trajectories
+    from isdaa.evaluation.verdict.overoptimization import judge, shown_better, why_none
 
     runs = trajectories(folder)
     metrics = read_metrics(Path(folder) / METRICS)
@@ -262,7 +262,7 @@ def with_verdicts(folder: str | Path) -> dict[str, Any]:
 
 def evaluate_request(request: Request, keep: bool = True) -> dict[str, Any]:
     """`evaluate` for what `requests` found: reads the rows, then evaluates; the metrics also say where the rows came from."""
-    from isdaa.data.sources import load_prompts
+    from isdaa.data.reading.sources import load_prompts
 
     for line in (*request.told, *(f"warning: {doubt}" for doubt in request.doubts)):
         say(line)
@@ -311,7 +311,7 @@ def _drawn_at_home(request: Request) -> str | None:
 
 def _pairs_of(request: Request, prompts: Iterable[Row]) -> list[Row] | None:
     """The pairs of the prompts that are evaluated, where `request.data` holds pairs and not prompts alone."""
-    from isdaa.data.sources import load_pairs, load_rows, prompt_key
+    from isdaa.data.reading.sources import load_pairs, load_rows, prompt_key
 
     (first,) = load_rows(request.data, request.split, limit=1)
     if all(first.get(name) is None for name in ("rejected", "rejected_ids")):

@@ -6,11 +6,11 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from isdaa.errors import UserError
-from isdaa.evaluation.judge_wording import WAY_OPTIONS
+from isdaa.evaluation.judges.wording import WAY_OPTIONS
 
 if TYPE_CHECKING:
-    from isdaa.evaluation.judge_types import Asking
-    from isdaa.evaluation.judged_samples import SampleJudge
+    from isdaa.evaluation.checkpoints.judged_samples import SampleJudge
+    from isdaa.evaluation.judges.types import Asking
 
 # Option -> field of `JudgeSettings`.
 SETTINGS = {
@@ -65,7 +65,7 @@ def sample_judge_of(arguments: argparse.Namespace) -> SampleJudge | None:
         if arguments.judge_template is not None:
             raise UserError("--judge_template is given, and no judge model; name it with --judge_model")
         return None
-    from isdaa.evaluation.judged_samples import SampleJudge
+    from isdaa.evaluation.checkpoints.judged_samples import SampleJudge
 
     return SampleJudge(asking, arguments.judge_template or "hh")
 
@@ -79,7 +79,7 @@ def asking_of(arguments: argparse.Namespace) -> Asking | None:
         if given or ways or temperature is not None or not logprobs:
             raise UserError("options of a judge model are given, and no judge model; name it with --judge_model")
         return None
-    from isdaa.evaluation.judge_types import LIMITS, Asking, JudgeSettings, check_limit, check_variable
+    from isdaa.evaluation.judges.types import LIMITS, Asking, JudgeSettings, check_limit, check_variable
 
     if not arguments.judge_model.strip():
         raise UserError("--judge_model is empty; name a model that the endpoint serves")

@@ -8,7 +8,7 @@ from typing import Any
 
 from isdaa.errors import DoneInPart, UserError
 from isdaa.evaluation.checkpoint import Checkpoint
-from isdaa.evaluation.identity import model_digest
+from isdaa.evaluation.model_digest import model_digest
 from isdaa.evaluation.records import Record
 from isdaa.terminal import say, working
 
@@ -20,7 +20,7 @@ def broken_weights(path: str, trust_remote_code: bool = False, revision: str | N
 
     Raises UserError, naming the file, where it is damaged or incomplete.
     """
-    from isdaa.models.finite import NotFiniteError, loaded_not_finite
+    from isdaa.models.finite_weights import NotFiniteError, loaded_not_finite
     from isdaa.models.loading import check_complete
     from isdaa.models.places import adapter_config, base_of, local_folder
 
@@ -48,7 +48,7 @@ def check_weights(
 
     Raises UserError where the reference is one of them, or nothing else is left, or a model is damaged.
     """
-    from isdaa.models.finite import listed
+    from isdaa.models.finite_weights import listed
 
     paths = list(dict.fromkeys([reference, *(model.path for model in models)]))
     with working("weights of the models' files"):

@@ -131,8 +131,8 @@ def evaluate(
     Raises:
         UserError: one line, as the command says it, in the words of the arguments.
     """
+    from isdaa.evaluation.checkpoints.what_to_evaluate import check_keys, home_of, requests
     from isdaa.evaluation.evaluate import evaluate_request
-    from isdaa.evaluation.requests import check_keys, home_of, requests
     from isdaa.evaluation.scorers import OwnScorer
 
     settings = {} if settings is None else settings
@@ -207,7 +207,7 @@ def _data(prompts: Any, folder: Path) -> str | None:
     """Where prompts lie; rows are written beside the records, under a name of their own, so that others' records stay valid."""
     if prompts is None or isinstance(prompts, str | Path):
         return None if prompts is None else str(prompts)
-    from isdaa.data.sources import numbered
+    from isdaa.data.reading.sources import numbered
 
     if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
         raise UserError(
@@ -226,8 +226,8 @@ def _data(prompts: Any, folder: Path) -> str | None:
 def _judge(settings: Any) -> Any:
     if settings is None:
         return None
-    from isdaa.evaluation.judge_types import Asking, JudgeSettings
-    from isdaa.evaluation.judged_samples import SampleJudge
+    from isdaa.evaluation.checkpoints.judged_samples import SampleJudge
+    from isdaa.evaluation.judges.types import Asking, JudgeSettings
 
     if not isinstance(settings, JudgeSettings):
         raise UserError(f"isdaa.evaluate: judge is {type(settings).__name__}; give JudgeSettings(model, base_url=…)")

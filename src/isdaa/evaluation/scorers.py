@@ -23,8 +23,8 @@ from isdaa.data.conversation import turns_of
 from isdaa.data.overlap import shared
 from isdaa.distributed import once
 from isdaa.errors import UserError, nearest
-from isdaa.evaluation.identity import model_digest
-from isdaa.evaluation.reading import Frame, Reading
+from isdaa.evaluation.model_digest import model_digest
+from isdaa.evaluation.reward_reading import Frame, Reading
 from isdaa.files import digest, file_digest
 from isdaa.record import read_record
 from isdaa.terminal import Bar
@@ -142,7 +142,7 @@ def load_scorer(
     """`gold`, or a sequence-classification model's folder or Hub name. Nothing large is loaded before the first score.
 
     max_prompt_length: tokens of a prompt that a reward model reads, `tokenization.max_prompt_length` of the policies.
-    position: where a reward model is read (`isdaa.evaluation.reading`), `scorer.position` of the configuration.
+    position: where a reward model is read (`isdaa.evaluation.reward_reading`), `scorer.position` of the configuration.
     label: of a classifier with two, the one that means good, `scorer.label`.
     Raises UserError where there is no such folder.
     """
@@ -306,7 +306,7 @@ class RewardModelScorer:
         prompts: rows with `prompt`, `chosen` or None, and `prompt_id` or `id`.
         """
         from isdaa.evaluation.left_out import NOT_FINITE, broken_weights
-        from isdaa.models.finite import NotFiniteError, listed
+        from isdaa.models.finite_weights import NotFiniteError, listed
         from isdaa.models.places import local_folder
 
         try:
@@ -470,7 +470,7 @@ class RewardModelScorer:
 
     def _ids(self, rows: Sequence[ScorerRow]) -> list[Fed]:
         from isdaa.data.context import as_read
-        from isdaa.data.encoding import Encoder, TokenizationSettings, Whole
+        from isdaa.data.encoder import Encoder, TokenizationSettings, Whole
         from isdaa.data.pairs import TEMPLATE_COLUMNS
 
         positions = self._positions()

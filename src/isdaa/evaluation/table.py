@@ -10,11 +10,11 @@ from rich import box
 from rich.table import Table
 
 from isdaa.errors import shown
-from isdaa.evaluation.falls import MARGIN
 from isdaa.evaluation.fragments import is_fragmentary, percent, warnings_of
 from isdaa.evaluation.left_out import endings
 from isdaa.evaluation.left_out import lines as left_out
-from isdaa.evaluation.overoptimization import NONE_BETTER
+from isdaa.evaluation.verdict.fall_statistics import MARGIN
+from isdaa.evaluation.verdict.overoptimization import NONE_BETTER
 from isdaa.terminal import terminal_for
 
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]  # header, and what stands in a row's cell

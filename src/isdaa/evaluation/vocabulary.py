@@ -153,7 +153,7 @@ def vocabulary_of(
     models: Sequence[str], reference: str, trust_remote_code: bool = False, revision: str | None = None
 ) -> Vocabulary:
     """The rows of all models' embeddings, without their weights. Raises UserError where a configuration cannot be read."""
-    from isdaa.models.vocabulary import vocabulary_rows
+    from isdaa.models.vocabulary_rows import vocabulary_rows
 
     found = {
         path: vocabulary_rows(path, trust_remote_code=trust_remote_code, revision=revision if path == reference else None)

@@ -10,7 +10,7 @@ from typing import Any
 
 from isdaa.config import Config
 from isdaa.errors import UserError, shown
-from isdaa.evaluation.analysis import METRICS
+from isdaa.evaluation.checkpoints.analysis import METRICS
 from isdaa.experiments.grid import SweepConfig
 from isdaa.experiments.sweep import run_sweep
 from isdaa.foreign import read_json
@@ -44,7 +44,7 @@ def run_demo(config: Config, methods: Sequence[str]) -> Path:
     )
     folder = run_sweep(sweep, config, "demo", expected=(SHARED_SECONDS, RUN_SECONDS))
 
-    from isdaa.evaluation.trajectory import read_study
+    from isdaa.evaluation.checkpoints.trajectory import read_study
     from isdaa.report.page import write_report
 
     study = read_study(folder)

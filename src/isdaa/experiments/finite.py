@@ -62,7 +62,7 @@ def run_finite(output_dir: Path, seed: int = 0) -> Path:
     Deterministic in `seed`. Raises UserError for a negative seed or a folder that cannot be written.
     """
     output_dir = checked(output_dir, seed)
-    from isdaa.report.style import save_chart
+    from isdaa.report.charts.style import save_chart
 
     results = summary(problems(PROBLEMS, seed), seed)
     write_json(output_dir / "finite.json", results)
@@ -413,7 +413,7 @@ def panel(found: Mapping[str, Any], key: str, title: str, high: float, axis_titl
     """One panel: a line a weight, a band for the joint clip, rules for no weight and, in the error, for fresh samples."""
     import altair as alt
 
-    from isdaa.report.style import INK, MUTED, PALETTE
+    from isdaa.report.charts.style import INK, MUTED, PALETTE
 
     labels = [eps_label(eps) for eps in EPSILONS]
     colours = dict(zip(CLIPS, (PALETTE[1], PALETTE[0]), strict=True))

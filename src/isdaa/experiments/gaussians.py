@@ -75,7 +75,7 @@ def run_gaussians(output_dir: Path, seed: int = 0) -> Path:
     Deterministic in `seed`. Raises UserError for a negative seed or a folder that cannot be written.
     """
     output_dir = checked(output_dir, seed)
-    from isdaa.report.style import save_chart
+    from isdaa.report.charts.style import save_chart
 
     runs = planned()
     fits = {name: fit(runs, data, eps, seed) for name, (_, data, eps) in FITS.items()}
@@ -375,7 +375,7 @@ def draw(fits: Mapping[str, Fit]) -> alt.TopLevelMixin:
     import altair as alt
     import torch
 
-    from isdaa.report.style import MUTED, PALETTE
+    from isdaa.report.charts.style import MUTED, PALETTE
 
     y = torch.linspace(-6.0, 6.0, 241, dtype=torch.float64)
     colours = {"off_policy": PALETTE[0], "on_policy": PALETTE[4], "weighted": PALETTE[1]}
@@ -435,7 +435,7 @@ def dressed(chart: Any, title: str, subtitle: Sequence[str]) -> alt.TopLevelMixi
     """A chart with the header, fonts and axes of the project's other charts."""
     import altair as alt
 
-    from isdaa.report.style import FONT, GRID, INK, MUTED
+    from isdaa.report.charts.style import FONT, GRID, INK, MUTED
 
     header = alt.TitleParams(
         title, subtitle=list(subtitle), anchor="start", fontSize=18, fontWeight="bold", color=INK, offset=18,

@@ -11,8 +11,8 @@ from typing import Any
 
 from isdaa.config import Config
 from isdaa.errors import DoneInPart, UserError
+from isdaa.evaluation.checkpoints.trajectory import SWEEP, read_sweep
 from isdaa.evaluation.records import locked
-from isdaa.evaluation.trajectory import SWEEP, read_sweep
 from isdaa.experiments.grid import Cell, SweepConfig, Task, cells_of, tasks_of
 from isdaa.experiments.overview import Overview
 from isdaa.experiments.worker import RESULT, STATUS, ClusterJobs, Job, Launcher, LocalJobs, Work, died, outcome_of, status_of
@@ -74,7 +74,7 @@ def run_sweep(
 
 def _check_unchanged(task: Task) -> None:
     """Raises UserError where a finished run read data or models that have changed since: the others would read the new ones."""
-    from isdaa.training.run import Run
+    from isdaa.training.run_folder import Run
 
     for line in Run(task.config).finished_before().changes(outputs=False):
         say(f"{task.name}: {line}")

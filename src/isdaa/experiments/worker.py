@@ -32,8 +32,13 @@ STATUS_INTERVAL = 1.0  # seconds
 RESUME_FILES = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json")
 # What a new process would import first; forked from one that has them, it starts at once.
 PRELOAD = (
-    *("isdaa.training.align", "isdaa.training.label", "isdaa.training.supervised", "isdaa.training.stages"),
-    *("isdaa.evaluation.evaluate", "isdaa.evaluation.overoptimization", "isdaa.world", "isdaa.models.sampling"),
+    *(
+        "isdaa.training.stages.align",
+        "isdaa.training.stages.label",
+        "isdaa.training.stages.sft_and_reward",
+        "isdaa.training.run_stages",
+    ),
+    *("isdaa.evaluation.evaluate", "isdaa.evaluation.verdict.overoptimization", "isdaa.world", "isdaa.models.sampling.sampling"),
     *("transformers.models.llama.modeling_llama", "scipy.stats"),
 )
 
@@ -89,7 +94,7 @@ class Work:
 
 def _do(task: Task, keep: Keep, logs: Path) -> None:
     if not task.evaluates_alone:
-        from isdaa.training.stages import run
+        from isdaa.training.run_stages import run
 
         run(task.config)
     if task.cell is None:
@@ -112,8 +117,8 @@ def _evaluate_reference(task: Task) -> None:
 
 
 def _evaluate(task: Task, model: str, given: dict[str, Any]) -> None:
+    from isdaa.evaluation.checkpoints.what_to_evaluate import requests
     from isdaa.evaluation.evaluate import evaluate_request
-    from isdaa.evaluation.requests import requests
 
     settings = task.config.evaluation
     overrides: dict[str, Any] = {f"evaluation.{key}": value for key, value in settings.model_dump().items()}
@@ -131,12 +136,12 @@ def tidy(task: Task, keep: Keep) -> None:
     """
     if keep == "all":
         return
-    from isdaa.training.checkpoints import checkpoints, defect, write_manifest
+    from isdaa.training.trainer.checkpoints import checkpoints, defect, write_manifest
 
     kept: set[str] | None = None
     if keep == "best":
-        from isdaa.evaluation.overoptimization import judge
-        from isdaa.evaluation.trajectory import trajectories
+        from isdaa.evaluation.checkpoints.trajectory import trajectories
+        from isdaa.evaluation.verdict.overoptimization import judge
 
         (run,) = trajectories(task.evaluation)
         verdict = judge(run)

@@ -25,7 +25,7 @@ from isdaa.errors import UserError, nearest
 from isdaa.files import write_folder_atomically, write_json
 from isdaa.foreign import read_json
 from isdaa.manifest import check_manifest, write_manifest
-from isdaa.models.hub import quiet
+from isdaa.models.hub_access import quiet
 from isdaa.terminal import Bar, progress, say
 
 SOURCE = "source.json"  # what a folder of `get_model` was made from

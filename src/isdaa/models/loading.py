@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from isdaa.errors import UserError, nearest
-from isdaa.models.adapters import add_lora, fit_vocabulary
-from isdaa.models.finite import check_finite
-from isdaa.models.hub import offline, quiet
+from isdaa.models.finite_weights import check_finite
+from isdaa.models.hub_access import offline, quiet
+from isdaa.models.lora import add_lora, fit_vocabulary
 from isdaa.models.memory import check_fits
 from isdaa.models.merging import merge as merged
 from isdaa.models.merging import settle_ties
@@ -36,8 +36,8 @@ from isdaa.models.places import (
     short,
     tokenizer_places,
 )
-from isdaa.models.pooling import pool_by_mask
 from isdaa.models.quantised import dequantised, four_bits, keep_gradients, quantisation
+from isdaa.models.reward_pooling import pool_by_mask
 from isdaa.models.saving import save_model, weights_digest
 from isdaa.terminal import working
 

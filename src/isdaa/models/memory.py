@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from isdaa.errors import UserError
-from isdaa.models.hub import quiet
+from isdaa.models.hub_access import quiet
 
 LAYER = 100_000  # bytes of Python's objects in a decoder layer
 FEW = 64  # layers of a model that is made without numbers to count its parameters; of a deeper one, two are

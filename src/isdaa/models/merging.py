@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from isdaa.errors import UserError
-from isdaa.models.inner import evaluating
-from isdaa.models.probe import TOLERANCE
+from isdaa.models.packed.patched_forward import evaluating
+from isdaa.models.packed.probe import TOLERANCE
 
 if TYPE_CHECKING:
     from peft import PeftModel

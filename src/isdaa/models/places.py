@@ -15,7 +15,7 @@ from isdaa.disk import disk_error
 from isdaa.errors import UserError
 from isdaa.foreign import read_object
 from isdaa.manifest import check_manifest
-from isdaa.models.hub import offline, quiet
+from isdaa.models.hub_access import offline, quiet
 
 logger = logging.getLogger(__name__)
 

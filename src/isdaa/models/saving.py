@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from isdaa.files import write_folder_atomically
 from isdaa.manifest import write_manifest
-from isdaa.models.adapters import merged_copy
-from isdaa.models.hub import quiet
+from isdaa.models.hub_access import quiet
+from isdaa.models.lora import merged_copy
 from isdaa.models.merging import settle_ties
 
 if TYPE_CHECKING:

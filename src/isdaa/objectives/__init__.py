@@ -4,9 +4,9 @@ Shapes here and in every module of this folder: B pairs. A *logp* is the sum of 
 response, EOS included where the response ended, prompt excluded.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from isdaa.lazy import lazy
 from isdaa.objectives.presets import CHOICES, DEFAULTS, FIELDS, PRESETS, Preset, check_settings, resolve
 
 if TYPE_CHECKING:
@@ -31,16 +31,12 @@ __all__ = [
 
 # Imported on first use: the command line reads the presets for its help, which must not wait for torch.
 _LAZY = {
-    "Objective": "isdaa.objectives.objective",
-    "ObjectiveOutput": "isdaa.objectives.objective",
-    "PairLogps": "isdaa.objectives.objective",
-    "batch_weights": "isdaa.objectives.weights",
-    "effective_sample_size": "isdaa.objectives.weights",
-    "weight_metrics": "isdaa.objectives.weights",
+    "Objective": "objectives.objective",
+    "ObjectiveOutput": "objectives.objective",
+    "PairLogps": "objectives.objective",
+    "batch_weights": "objectives.weights",
+    "effective_sample_size": "objectives.weights",
+    "weight_metrics": "objectives.weights",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazy(__name__, _LAZY)

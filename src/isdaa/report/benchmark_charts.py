@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from isdaa.evaluation.benchmark_outcome import LENGTH_CONTROLLED, gap_between, is_share, name_of, ranked
+from isdaa.evaluation.benchmarks.outcome import LENGTH_CONTROLLED, gap_between, is_share, name_of, ranked
 from isdaa.evaluation.statistics import fewest
+from isdaa.report.charts.style import INK, LETTER, MUTED, PALETTE, PAPER, Drawing, configured, frame, layer
 from isdaa.report.figures import Figure
-from isdaa.report.style import INK, LETTER, MUTED, PALETTE, PAPER, Drawing, configured, frame, layer
 
 NARROW = 500  # pixels; below, labels are cut and letters smaller
 LONGEST, LONGEST_WIDE = 24, 44  # letters of a model's name on a narrow drawing, and on a wide one

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.errors import UserError
-from isdaa.evaluation.benchmark_notes import meanings, thinking_remarks
-from isdaa.evaluation.benchmark_outcome import (
+from isdaa.evaluation.answer_notes import meanings, thinking_remarks
+from isdaa.evaluation.benchmarks.outcome import (
     LENGTH_CONTROLLED,
     bounded,
     decided_of,
@@ -19,8 +19,8 @@ from isdaa.evaluation.benchmark_outcome import (
     ranked,
     told_apart,
 )
-from isdaa.evaluation.benchmark_run import EXAMPLES, METRICS
-from isdaa.evaluation.benchmark_table import characters, cut_notes, few, raw_mark, signed
+from isdaa.evaluation.benchmarks.run import EXAMPLES, METRICS
+from isdaa.evaluation.benchmarks.table import characters, cut_notes, few, raw_mark, signed
 from isdaa.evaluation.fragments import percent
 from isdaa.files import write_atomically
 from isdaa.foreign import read_json, read_object, readable

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from isdaa.evaluation.fragments import is_fragmentary
-from isdaa.report.content import Findings
-from isdaa.report.courses import (
+from isdaa.report.charts.lines import Line, Panel, grids_of, panels_of, training_settings
+from isdaa.report.charts.training_curves import (
     NUMBER,
     STEP,
     Quantity,
@@ -19,8 +19,8 @@ from isdaa.report.courses import (
     quantile_chart,
     weights_chart,
 )  # fmt: skip
-from isdaa.report.curves import final_chart, laws_of, matched_charts, mean_path, panels_chart
-from isdaa.report.lines import Line, Panel, grids_of, panels_of, training_settings
+from isdaa.report.charts.win_rate_curves import final_chart, laws_of, matched_charts, mean_path, panels_chart
+from isdaa.report.content import Findings
 from isdaa.report.pairs import drawn_groups
 from isdaa.report.words import percent
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.errors import UserError
-from isdaa.evaluation.analysis import METRICS
-from isdaa.evaluation.collect import PLAN
-from isdaa.evaluation.identity import model_digest, stat_of
-from isdaa.evaluation.provenance import check_stays
+from isdaa.evaluation.checkpoints.analysis import METRICS
+from isdaa.evaluation.checkpoints.provenance import check_stays
+from isdaa.evaluation.checkpoints.sample_and_kl import PLAN
+from isdaa.evaluation.checkpoints.trajectory import SWEEP, read_study
+from isdaa.evaluation.model_digest import model_digest, stat_of
 from isdaa.evaluation.records import read_metrics, read_plan
-from isdaa.evaluation.trajectory import SWEEP, read_study
 from isdaa.files import located
 from isdaa.foreign import read_json
 from isdaa.manifest import check_manifest
@@ -30,8 +30,8 @@ def report_on(
     """Report on a sweep's folder, on runs, or on models in the order of training. Returns the page and what it says first:
     warnings, if there are any, and the sentence at its top.
 
-    overrides: as `evaluation.requests.requests` takes them; a sweep is read as it is, and takes none. A run that has been
-    evaluated, however that was asked for, is read as it is, too, where nothing else is asked for now.
+    overrides: as `what_to_evaluate.requests` takes them; a sweep is read as it is, and takes none. A run that has been evaluated,
+    however that was asked for, is read as it is, too, where nothing else is asked for now.
     output: folder of the report; null: `report` beside the evaluation. Where the evaluation that lies beside the models would be
     replaced by another one, the new one goes into `output`, too; without one the call is refused.
     as_one_run: the paths are models, and those of one folder are one run's. one_run: all of them are, in the order given.
@@ -46,7 +46,7 @@ def report_on(
             raise UserError(f"{first}: a sweep's report takes neither other paths nor evaluation options; give its folder alone")
         study, home = read_study(first), first
     else:
-        from isdaa.evaluation.requests import requests
+        from isdaa.evaluation.checkpoints.what_to_evaluate import requests
 
         folder = first / "evaluation"
         if output is not None and (Path(located(output)) / "evaluation" / METRICS).is_file():
@@ -57,8 +57,8 @@ def report_on(
             request = requests(paths, given, as_runs=not as_one_run, as_one_run=as_one_run, one_run=one_run)
             if output is not None:
                 _check_page(Path(located(output)), [model.path for model in request.models])
+            from isdaa.evaluation.checkpoints.kept import Replaces
             from isdaa.evaluation.evaluate import evaluate_request
-            from isdaa.evaluation.kept import Replaces
 
             try:
                 evaluate_request(request)
@@ -118,7 +118,7 @@ def _check_page(folder: Path, models: Sequence[str], metrics: Mapping[str, Any] 
 
 def _is_evaluated(run: Path, evaluation: Path) -> bool:
     """Whether an evaluation with verdicts covers every checkpoint in a run's folder. Raises UserError for a damaged one."""
-    from isdaa.evaluation.requests import models_of
+    from isdaa.evaluation.checkpoints.what_to_evaluate import models_of
 
     if not (evaluation / METRICS).is_file():
         return False

@@ -14,14 +14,14 @@ from typing import Any
 
 from isdaa.data.conversation import turns_of
 from isdaa.errors import UserError, shown
-from isdaa.evaluation.trajectory import Study
+from isdaa.evaluation.checkpoints.trajectory import Study
 from isdaa.files import write_atomically, write_json
 from isdaa.report.answers import answer_turns
+from isdaa.report.charts.render import PictureError
+from isdaa.report.charts.style import DARK, inline_svg, save_chart, svg_of
 from isdaa.report.content import Findings, find, report_of, table_of
 from isdaa.report.figures import FOLDED, Figure, figures_of
-from isdaa.report.pictures import PictureError
 from isdaa.report.samples import FROM_WORST
-from isdaa.report.style import DARK, inline_svg, save_chart, svg_of
 from isdaa.report.tables import pruned
 from isdaa.report.words import interval, number, percent
 from isdaa.terminal import progress, say

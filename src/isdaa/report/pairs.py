@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from isdaa.evaluation.comparison import MatchedKl, at_matched_kl
+from isdaa.evaluation.verdict.comparison import MatchedKl, at_matched_kl
 from isdaa.objectives.presets import PRESETS
-from isdaa.report.lines import MOST, PRIVATE, Line, alignment, training_settings
+from isdaa.report.charts.lines import MOST, PRIVATE, Line, alignment, training_settings
 
 WEIGHT = "objective.weight"
 WEIGHT_KEYS = ("objective.method", WEIGHT, "objective.clip", "objective.clip_eps", "objective.normalize")

@@ -11,8 +11,8 @@ from typing import Any
 
 from isdaa.config import EvaluationConfig, TokenizationConfig
 from isdaa.errors import UserError
-from isdaa.evaluation.requests import Request, expand, requests
-from isdaa.evaluation.trajectory import SWEEP, Study, read_sweep
+from isdaa.evaluation.checkpoints.trajectory import SWEEP, Study, read_sweep
+from isdaa.evaluation.checkpoints.what_to_evaluate import Request, expand, requests
 from isdaa.record import run_folder
 
 DEMO = "demo"  # what a sweep of `isdaa demo` calls its file

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from isdaa.errors import UserError
-from isdaa.evaluation.collect import PLAN, SAMPLES
-from isdaa.evaluation.overoptimization import Verdict, places_of
+from isdaa.evaluation.checkpoints.sample_and_kl import PLAN, SAMPLES
+from isdaa.evaluation.checkpoints.scoring import SCORES, answer, scores_key
+from isdaa.evaluation.checkpoints.trajectory import Trajectory
+from isdaa.evaluation.judges.replies import parts_of
 from isdaa.evaluation.records import Blocks, blocks_of, read_plan
-from isdaa.evaluation.replies import parts_of
-from isdaa.evaluation.scoring import SCORES, answer, scores_key
-from isdaa.evaluation.trajectory import Trajectory
+from isdaa.evaluation.verdict.overoptimization import Verdict, places_of
 
 FIRST = WORST = 3  # prompts of each kind
 FROM_FIRST = "first in the order of the data"

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.evaluation.table import pm
-from isdaa.evaluation.tax import ITEMS, TAX
-from isdaa.evaluation.tax_scores import sentence, signed
-from isdaa.evaluation.tax_table import examples_of, task_name, tax_notes, tax_rows
+from isdaa.evaluation.tax.scores import sentence, signed
+from isdaa.evaluation.tax.table import examples_of, task_name, tax_notes, tax_rows
+from isdaa.evaluation.tax.tax import ITEMS, TAX
 from isdaa.foreign import read_json
 from isdaa.report.benchmark_charts import colours_of, dots, row_of
 from isdaa.report.figures import Figure

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from isdaa.evaluation.analysis import no_measure
-from isdaa.evaluation.comparison import FEW
+from isdaa.evaluation.checkpoints.analysis import no_measure
 from isdaa.evaluation.left_out import endings
-from isdaa.evaluation.overoptimization import NONE_BETTER
+from isdaa.evaluation.verdict.comparison import FEW
+from isdaa.evaluation.verdict.overoptimization import NONE_BETTER
 
 MINUS = str.maketrans("-", "−")  # of a number
 MOST_NAMED = 4  # cells in a sentence

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.config import Config
-from isdaa.data.readers import files_behind
-from isdaa.data.recipes import Purpose, located
-from isdaa.data.sources import opened
+from isdaa.data.reading.readers import files_behind
+from isdaa.data.reading.recipes import Purpose, located
+from isdaa.data.reading.sources import opened
 from isdaa.errors import UserError, shown
 from isdaa.files import digest, file_digest
 from isdaa.manifest import check_manifest, sampled_digest
-from isdaa.training.inputs import models_of, revision_of, sources_of
+from isdaa.training.preflight import models_of, revision_of, sources_of
 
 WEIGHTS = ("*.safetensors", "*.bin")
 # What decides a model's numbers and its tokens; cards, records and optimiser states do not.

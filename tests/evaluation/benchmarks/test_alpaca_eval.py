@@ -8,10 +8,10 @@ import pytest
 from benchmark_helpers import Said
 
 from isdaa.errors import UserError
-from isdaa.evaluation.benchmarks import alpaca_eval, games
-from isdaa.evaluation.benchmarks.alpaca_eval import ALPACA_EVAL as BENCH
-from isdaa.evaluation.benchmarks.alpaca_eval import BASELINE, is_official, read_gamed
-from isdaa.evaluation.benchmarks.benchmark import Answer, Judged, Scoring, Verdict
+from isdaa.evaluation.benchmarks.sets import alpaca_eval, games
+from isdaa.evaluation.benchmarks.sets.alpaca_eval import ALPACA_EVAL as BENCH
+from isdaa.evaluation.benchmarks.sets.alpaca_eval import BASELINE, is_official, read_gamed
+from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Judged, Scoring, Verdict
 from isdaa.files import digest
 
 ROWS = [

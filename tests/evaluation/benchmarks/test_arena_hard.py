@@ -8,11 +8,11 @@ from benchmark_helpers import Said, jsonl, lines
 from scipy.optimize import minimize
 
 from isdaa.errors import UserError
-from isdaa.evaluation.benchmarks import games
-from isdaa.evaluation.benchmarks.arena_hard import ARENA_HARD as BENCH
-from isdaa.evaluation.benchmarks.arena_hard import LABELS, _labelled, label_of
-from isdaa.evaluation.benchmarks.benchmark import Answer, Judged, Question, Scoring
-from isdaa.evaluation.benchmarks.style import markdown_counts, pieces, style_controlled, style_differences
+from isdaa.evaluation.benchmarks.sets import games
+from isdaa.evaluation.benchmarks.sets.arena_hard import ARENA_HARD as BENCH
+from isdaa.evaluation.benchmarks.sets.arena_hard import LABELS, _labelled, label_of
+from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Judged, Question, Scoring
+from isdaa.evaluation.benchmarks.sets.style import markdown_counts, pieces, style_controlled, style_differences
 
 V2 = [
     {"uid": "a1", "category": "hard_prompt", "subcategory": "coding", "prompt": "Sort {it}."},
@@ -370,7 +370,7 @@ def test_scores_with_answers_control_for_style(tmp_path: Path) -> None:
 
 def test_lengths_that_were_counted_differently_are_counted_anew(tmp_path: Path) -> None:
     """The baseline's file counts in gpt-4o's tokens, isdaa's in words and marks: then both are counted in the latter."""
-    from isdaa.evaluation.benchmarks.arena_hard import _length, _style
+    from isdaa.evaluation.benchmarks.sets.arena_hard import _length, _style
 
     jsonl(tmp_path / "q.jsonl", V2[:1])
     questions = BENCH.read_questions(str(tmp_path / "q.jsonl"))

@@ -7,9 +7,9 @@ from benchmark_helpers import Said
 
 from isdaa.errors import UserError
 from isdaa.evaluation.benchmarks import BENCHMARKS, benchmark
-from isdaa.evaluation.benchmarks.benchmark import Answer, Judged, Scoring, next_prompt
-from isdaa.evaluation.benchmarks.mt_bench import TEMPERATURES, WITH_REFERENCE
-from isdaa.evaluation.benchmarks.rows import project_rows
+from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Judged, Scoring, next_prompt
+from isdaa.evaluation.benchmarks.sets.mt_bench import TEMPERATURES, WITH_REFERENCE
+from isdaa.evaluation.benchmarks.sets.rows import project_rows
 
 REPLY = {"alpaca_eval": "M", "mt_bench": "[[8]]", "arena_hard": "[[B>A]]", "hh": "Better: B", "tldr": "Better: B"}
 

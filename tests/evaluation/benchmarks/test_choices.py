@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isdaa.evaluation.benchmarks.choices import choice
+from isdaa.evaluation.benchmarks.sets.choices import choice
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import pytest
 from benchmark_helpers import Said, jsonl, lines
 
 from isdaa.errors import UserError
-from isdaa.evaluation.benchmarks.benchmark import Answer, Judged, Scoring, Verdict, next_prompt
-from isdaa.evaluation.benchmarks.mt_bench import MT_BENCH as BENCH
-from isdaa.evaluation.benchmarks.mt_bench import with_references
+from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Judged, Scoring, Verdict, next_prompt
+from isdaa.evaluation.benchmarks.sets.mt_bench import MT_BENCH as BENCH
+from isdaa.evaluation.benchmarks.sets.mt_bench import with_references
 from isdaa.evaluation.statistics import bootstrap_counts
 
 QUESTIONS = [

@@ -6,8 +6,9 @@ import pytest
 from benchmark_helpers import Said, jsonl, lines
 
 from isdaa.errors import UserError
-from isdaa.evaluation.benchmarks import benchmark, games
-from isdaa.evaluation.benchmarks.benchmark import Answer, Judged, Scoring
+from isdaa.evaluation.benchmarks import benchmark
+from isdaa.evaluation.benchmarks.sets import games
+from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Judged, Scoring
 
 PAIRS = [
     {"prompt": "\n\nHuman: Hi {you}\n\nAssistant:", "chosen": " Hello!", "rejected": " No."},

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from isdaa.errors import UserError, nearest
-from isdaa.evaluation.benchmarks.alpaca_eval import ALPACA_EVAL
-from isdaa.evaluation.benchmarks.arena_hard import ARENA_HARD
-from isdaa.evaluation.benchmarks.benchmark import Benchmark
-from isdaa.evaluation.benchmarks.mt_bench import MT_BENCH
-from isdaa.evaluation.benchmarks.preference_sets import HH, TLDR
+from isdaa.evaluation.benchmarks.sets.alpaca_eval import ALPACA_EVAL
+from isdaa.evaluation.benchmarks.sets.arena_hard import ARENA_HARD
+from isdaa.evaluation.benchmarks.sets.benchmark import Benchmark
+from isdaa.evaluation.benchmarks.sets.mt_bench import MT_BENCH
+from isdaa.evaluation.benchmarks.sets.preference_sets import HH, TLDR
 
 BENCHMARKS: dict[str, Benchmark] = {one.name: one for one in (ALPACA_EVAL, MT_BENCH, ARENA_HARD, HH, TLDR)}
 

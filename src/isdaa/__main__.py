@@ -1,0 +1,5 @@
+"""`python -m isdaa`."""
+
+from isdaa.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""From checkpoints to numbers: which ones, samples and KL, scores, analysis, the table."""

@@ -1,0 +1,1 @@
+"""The alignment tax: what lm-eval's tasks say before and after."""

@@ -1,0 +1,271 @@
+"""Alignment tax: what a model lost, or won, on tasks that it was not aligned for (`isdaa tax`).
+
+lm-eval asks; this module decides what is asked of whom, keeps every answer, and compares models with their reference item by
+item. The options stand here too, and nothing heavy is imported before there is a tax to measure.
+
+    tax.jsonl   one block a model and task, one record an item: done once, found again
+    tax.json    scores and differences of the latest call
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from isdaa.distributed import world_size
+from isdaa.errors import UserError, shown
+from isdaa.terminal import say
+
+if TYPE_CHECKING:
+    from isdaa.evaluation.checkpoints.what_to_evaluate import Request
+    from isdaa.evaluation.records import Blocks
+    from isdaa.evaluation.tax.harness import Asked, Harness, Part
+
+Keys = dict[tuple[str, str], str]  # (name that was asked for, part of it) -> block of one model
+TAX, ITEMS = "tax.json", "tax.jsonl"
+FORMAT = 1  # of the records; raise it when the same work would give other records
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class TaxSettings:
+    """What is asked of lm-eval."""
+
+    tasks: tuple[str, ...] = ()  # none: the five of `harness.SHOTS`
+    shots: Mapping[str, int] | None = None  # task -> examples in the prompt
+    limit: int | None = None  # items a task
+    include_path: str | None = None  # folder of further tasks
+    batch_size: int | str = BATCH
+    chat_template: bool = False
+
+
+KEYS = ("evaluation.bootstrap", "evaluation.confidence", "evaluation.seed")
+INSTEAD = dict.fromkeys(
+    ("--data", "--split", "--scorer", "--scores", "--judge", "--judge_model", "--questions"),
+    "its items come from lm-eval, which scores them, too; leave it out",
+)
+
+
+def add_tax_options(parser: argparse.ArgumentParser) -> None:
+    """The tasks, and how they are asked."""
+    parser.add_argument(
+        "tasks", nargs="*", metavar="TASK",
+        help="lm-eval tasks, groups or tags (default: mmlu gsm8k arc_challenge hellaswag winogrande)",
+    )  # fmt: skip
+    group = parser.add_argument_group("tasks (see docs/evaluation.md; needs lm-eval)")
+    group.add_argument("--limit", metavar="N", help="the first N items of each task (of each subject of MMLU)")
+    group.add_argument(
+        "--shots", nargs="+", metavar="TASK=N",
+        help="examples in the prompt (default: mmlu 5, gsm8k 5, arc_challenge 25, hellaswag 10, winogrande 5, else the task's)",
+    )  # fmt: skip
+    group.add_argument("--include_path", metavar="DIR", help="folder of lm-eval task files of your own")
+    group.add_argument("--batch_size", metavar="N", help=f"requests at a time, or `auto` (default: {BATCH})")
+    group.add_argument("--chat_template", action="store_true", help="ask through the model's chat template (default: plain text)")
+
+
+def tax_command(arguments: argparse.Namespace, overrides: Mapping[str, Any]) -> Path:
+    """Measure and print the alignment tax that the command line asks for; returns the folder of its records.
+
+    overrides: as `requests` takes them. Raises UserError.
+    """
+    from isdaa.evaluation.tax.harness import SHOTS
+
+    swallowed = next((name for name in arguments.model_path if name in SHOTS and not Path(name).exists()), None)
+    if swallowed is not None:
+        raise UserError(
+            f"{swallowed}: is a task, and stands among the models; tasks come first: isdaa tax {swallowed} --model_path …"
+        )
+    settings = TaxSettings(
+        tasks=tuple(arguments.tasks),
+        shots=_shots(arguments.shots or []),
+        limit=_whole("--limit", arguments.limit),
+        include_path=arguments.include_path,
+        batch_size=_batch_size(arguments.batch_size),
+        chat_template=arguments.chat_template,
+    )
+    from isdaa.evaluation.checkpoints.what_to_evaluate import requests
+    from isdaa.evaluation.tax.table import print_tax
+
+    # Prompts and scorer are what a tax does without; the rest of the request it shares with every evaluation.
+    request = requests(arguments.model_path, {**overrides, "data": "none", "scorer": "none"})
+    for line in request.told:
+        say(line)
+    print_tax(measure_tax(request, settings))
+    print(f"records: {shown(Path(request.output_dir) / TAX)}")
+    return Path(request.output_dir)
+
+
+def measure_tax(request: Request, settings: TaxSettings) -> dict[str, Any]:
+    """The alignment tax of a request's models against its reference; returns what `tax.json` holds.
+
+    Each part (a task, a subject of MMLU) of each model is kept in `tax.jsonl` under a digest of weights, tokenizer, task and
+    settings: a second call asks nothing again, and a kill loses the part in work. Raises UserError.
+    """
+    from isdaa.evaluation.model_digest import model_digest
+    from isdaa.evaluation.records import Blocks, locked
+    from isdaa.evaluation.tax.harness import SHOTS, Harness
+    from isdaa.files import write_json
+    from isdaa.record import git_revision, versions
+
+    if world_size() > 1:
+        raise UserError("tax: works in one process; start it without torchrun or accelerate launch")
+    if settings.include_path is not None and not Path(settings.include_path).is_dir():
+        raise UserError(f"--include_path {settings.include_path}: no such folder")
+    harness = Harness(settings.tasks or tuple(SHOTS), settings.shots or {}, settings.include_path)
+    paths = list(dict.fromkeys([request.reference, *(model.path for model in request.models)]))
+    digests = {path: model_digest(path, request.trust_remote_code, request.revision_of(path)) for path in paths}
+    keys = {path: _keys(path, digests[path], request, harness, settings) for path in paths}
+    with locked(request.output_dir) as folder:
+        items = Blocks(folder / ITEMS)
+        _ask_all(paths, keys, digests, items, request, harness, settings)
+        tax = {
+            "settings": asdict(settings) | {"tasks": [asked.name for asked in harness.asked], "dtype": request.dtype},
+            "lm_eval": harness.version,
+            **_compared(request, harness.asked, keys, digests, items),
+            "versions": versions(),
+            "git_revision": git_revision(),
+        }
+        write_json(folder / TAX, tax)
+    return tax
+
+
+def _keys(path: str, weights: str, request: Request, harness: Harness, settings: TaxSettings) -> Keys:
+    """The blocks of one model."""
+    from isdaa.data.chat import ChatFormat, tokenizer_digest
+    from isdaa.files import digest
+    from isdaa.models.loading import load_tokenizer
+
+    place = request.tokenizer or path
+    tokenizer = load_tokenizer(place, trust_remote_code=request.trust_remote_code, revision=request.revision_of(place))
+    if settings.chat_template and not tokenizer.chat_template:
+        raise UserError(f"{path}: its tokenizer has no chat template; leave --chat_template out")
+    if settings.chat_template:
+        ChatFormat(tokenizer)  # can it be used?
+    who = [weights, tokenizer_digest(tokenizer), request.dtype]
+    how = [harness.version, settings.limit, settings.chat_template]
+    return {
+        (asked.name, part.name): digest([FORMAT, "tax", who, how, part.name, part.digest, asked.shots])
+        for asked in harness.asked
+        for part in asked.parts
+    }
+
+
+def _ask_all(
+    paths: Sequence[str],
+    keys: Mapping[str, Keys],
+    digests: Mapping[str, str],
+    items: Blocks,
+    request: Request,
+    harness: Harness,
+    settings: TaxSettings,
+) -> None:
+    """Ask what is not on disk yet, model by model, so that each is loaded once, and one is in memory at a time."""
+    from isdaa.record import git_revision, versions
+    from isdaa.terminal import progress
+
+    limit = settings.limit
+    todo: dict[str, list[tuple[Asked, Part]]] = {}
+    planned: set[str] = set()  # checkpoints with the same weights share their keys
+    for path in paths:
+        for asked in harness.asked:
+            for part in asked.parts:
+                key = keys[path][asked.name, part.name]
+                if key not in items and key not in planned:
+                    planned.add(key)
+                    todo.setdefault(path, []).append((asked, part))
+    if not todo:
+        return
+    labels = {model.path: model.label for model in request.models} | {request.reference: "reference"}
+    with progress("alignment tax", sum(asked.requests(part, limit) for work in todo.values() for asked, part in work)) as bar:
+        for path, work in todo.items():
+            lm = _load(path, request, settings)
+            for asked, part in work:
+                bar.update(0, note=f"{labels[path]}, {part.name}")
+                with bar.part(asked.requests(part, limit), "  requests"), progress("  requests") as inner:
+                    header, records = harness.run(lm, asked, part, inner, limit, settings.chat_template)
+                header = {
+                    "model": path,
+                    "model_digest": digests[path],
+                    "part": part.name,
+                    "dtype": request.dtype,
+                    "limit": limit,
+                    "chat_template": settings.chat_template,
+                    "batch_size": settings.batch_size,
+                    "lm_eval": harness.version,
+                    "versions": versions(),
+                    "git_revision": git_revision(),
+                    **header,
+                }
+                items.add("tax", keys[path][asked.name, part.name], header, records)
+            del lm
+
+
+def _load(path: str, request: Request, settings: TaxSettings) -> Any:
+    import torch
+
+    from isdaa.evaluation.tax.harness import as_lm_eval
+    from isdaa.models.loading import load_model, load_tokenizer
+
+    device = "cuda" if torch.cuda.is_available() else None
+    hub: Any = {"trust_remote_code": request.trust_remote_code, "revision": request.revision_of(path)}
+    model = load_model(path, dtype=request.dtype, device=device, **hub)
+    model.requires_grad_(False)
+    place = request.tokenizer or path
+    hub["revision"] = request.revision_of(place)
+    return as_lm_eval(model, load_tokenizer(place, **hub), settings.batch_size)
+
+
+def _compared(
+    request: Request,
+    tasks: Sequence[Asked],
+    keys: Mapping[str, Keys],
+    digests: Mapping[str, str],
+    items: Blocks,
+) -> dict[str, Any]:
+    """Reference and models with their scores; models with their differences, too."""
+    from isdaa.evaluation.tax.scores import Answers, scores, sentence
+
+    def answers(path: str) -> list[Answers]:
+        found = []
+        for asked in tasks:
+            blocks = [keys[path][asked.name, part.name] for part in asked.parts]
+            headers = [items.headers[block] for block in blocks]
+            found.append(Answers(asked.name, headers, [record for block in blocks for record in items[block]], asked.by_size))
+        return found
+
+    own = answers(request.reference)
+    chosen = {name: getattr(request.settings, name) for name in ("bootstrap", "confidence", "seed")}
+    models = []
+    for model in request.models:
+        measured = scores(answers(model.path), own, **chosen)
+        told = sentence(model.label, measured, chosen["confidence"])
+        models.append({**model.to_json(), "digest": digests[model.path], **measured, "sentence": told})
+    reference = {"path": request.reference, "digest": digests[request.reference], **scores(own, None, **chosen)}
+    return {"statistics": chosen, "reference": reference, "models": models}
+
+
+def _whole(option: str, text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"{option}: expected a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
+def _batch_size(text: str | None) -> int | str:
+    return "auto" if text == "auto" else _whole("--batch_size", text) or BATCH
+
+
+def _shots(texts: Sequence[str]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for text in texts:
+        name, equals, number = text.partition("=")
+        if not (name and equals and number.isdecimal()):
+            raise UserError(f"--shots: expected TASK=N (gsm8k=8), got {text!r}")
+        if found.get(name, int(number)) != int(number):
+            raise UserError(f"--shots: {name} is given twice, with {found[name]} and {number}; give it once")
+        found[name] = int(number)
+    return found

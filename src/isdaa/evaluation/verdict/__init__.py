@@ -1,0 +1,1 @@
+"""Did a run over-optimise? The statistics behind that sentence."""

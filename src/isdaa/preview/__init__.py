@@ -1,0 +1,1 @@
+"""`isdaa inspect`: what a run will read and need, before it begins."""

@@ -1,0 +1,1 @@
+"""Charts, and how one becomes a picture."""

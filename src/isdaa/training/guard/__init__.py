@@ -1,0 +1,1 @@
+"""The guard over a run: it measures the policy while it trains."""

@@ -1,0 +1,1 @@
+"""The stages `sft`, `label`, `reward` and `align`, and what they start from."""

@@ -1,0 +1,1 @@
+"""The Trainer of direct alignment: batches, loss, logs, checkpoints."""

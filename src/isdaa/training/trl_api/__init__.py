@@ -1,0 +1,1 @@
+"""What a script calls where it called TRL's `DPOTrainer`."""
