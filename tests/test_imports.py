@@ -26,6 +26,7 @@ GROUND = {"objectives", "models", "data", "world", "config", "record"}
 ALLOWED = {
     "errors": set(),
     "lazy": set(),
+    "shipped": {"errors", "files"},
     "__main__": {"cli"},
     "disk": {"errors"},
     "foreign": {"errors"},
@@ -53,7 +54,7 @@ ALLOWED = {
     "experiments": BASEMENT | GROUND | {"evaluation", "training", "report"},
     "cli": BASEMENT
     | GROUND
-    | {"exits", "options", "benchmark_options", "evaluation", "training", "preview", "report", "experiments"},
+    | {"exits", "options", "shipped", "benchmark_options", "evaluation", "training", "preview", "report", "experiments"},
 }
 
 

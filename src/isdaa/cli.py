@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from isdaa import __version__, ownership
+from isdaa import __version__, ownership, shipped
 from isdaa.distributed import finish, is_main, once, world_size
 from isdaa.errors import DoneInPart, UserError, shown
 from isdaa.exits import exit_status, tell
@@ -174,6 +174,13 @@ def build_parser() -> argparse.ArgumentParser:
     get_model.add_argument("folder", nargs="?", metavar="FOLDER", help="where it goes (default: models/NAME)")
     get_model.add_argument("--tokenizer", metavar="NAME", help="folder or Hub name of a file's own tokenizer")
 
+    configs = commands.add_parser(
+        "configs",
+        help="the configurations that come with isdaa: list them, copy one out",
+        usage="isdaa configs [copy NAME [FILE]]",
+    )
+    configs.add_argument("what", nargs="*", metavar="copy NAME [FILE]", help="write one into a file of your own")
+
     methods = commands.add_parser("methods", help="list the presets with formula and source")
     methods.add_argument("--json", action="store_true", help="as JSON")
 
@@ -305,6 +312,8 @@ def _run(argv: list[str]) -> int:
     argv = _renamed(argv)
     ownership.command = ["isdaa", *argv]
     arguments = build_parser().parse_args(argv)
+    if isinstance(getattr(arguments, "config", None), str):
+        arguments.config = shipped.found(arguments.config)
     if world_size() > 1 and arguments.command not in TOGETHER:
         raise UserError(f"{arguments.command}: works in one process; start it without torchrun or accelerate launch")
     with working(f"isdaa {arguments.command}") if arguments.command in HEARD else nullcontext():
@@ -572,6 +581,19 @@ def _get_model(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _configs(arguments: argparse.Namespace) -> int:
+    if not arguments.what:
+        listed = shipped.names()
+        width = max(map(len, listed))
+        for name, words in listed.items():
+            print(f"{name:<{width}}  {words}")
+        return 0
+    if arguments.what[0] != "copy" or len(arguments.what) not in (2, 3):
+        raise UserError("configs: write `isdaa configs`, or `isdaa configs copy NAME [FILE]`")
+    print(shown(f"written: {' and its base '.join(map(str, shipped.copy(*arguments.what[1:])))}"))
+    return 0
+
+
 def _methods(arguments: argparse.Namespace) -> int:
     from isdaa.config import ObjectiveConfig, methods_table
     from isdaa.objectives.presets import RECOMMENDED
@@ -689,6 +711,7 @@ COMMANDS = {
     "logps": _logps,
     "get-model": _get_model,
     "methods": _methods,
+    "configs": _configs,
     "sweep": _sweep,
     "demo": _demo,
 }

@@ -57,7 +57,7 @@ def check_split(source: str, split: str | None, hub_file: str | None = None) -> 
 
 def project_rows() -> list[Located]:
     """The project's own questions: rows of MT-Bench's format, with 'file:row'."""
-    text = resources.files("isdaa.evaluation.benchmarks").joinpath("questions", "project.jsonl").read_text(encoding="utf-8")
+    text = resources.files("isdaa.evaluation.benchmarks.sets").joinpath("questions", "project.jsonl").read_text(encoding="utf-8")
     return [(json.loads(line), f"project.jsonl:{number}") for number, line in enumerate(text.splitlines(), start=1)]
 
 
