@@ -61,7 +61,7 @@ def test_paper_scale_differs_from_the_embedded_world_in_values_alone() -> None:
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_the_published_settings(path: Path) -> None:
-    """METHOD.md, 'The paper's settings'."""
+    """docs/method.md, 'The paper's settings'."""
     data = yaml.safe_load(path.read_text(encoding="utf-8"))
     if "grids" in data:
         assert data["grids"]["methods"]["objective.beta"] == [0.01, 0.05, 0.1] and data["seeds"] == [1, 2, 3]

@@ -95,7 +95,7 @@ def test_a_few_pairs_that_teach_alone_are_seen_at_any_batch_size(size: int) -> N
 
 
 def test_the_stall_warning_speaks_wherever_each_of_twenty_steps_is_below_a_limit() -> None:
-    """METHOD.md's rule, on random batches that differ by orders of magnitude."""
+    """docs/method.md's rule, on random batches that differ by orders of magnitude."""
     rng = np.random.default_rng(0)
     for _ in range(50):
         batches = [(rng.exponential(10.0 ** rng.uniform(-3, 0)) * (rng.random(200) < 0.01)).tolist() for _ in range(20)]

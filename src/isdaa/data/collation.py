@@ -1,4 +1,4 @@
-"""Pairs of token ids to one packed shared-prefix batch (DESIGN.md, "What the shared prefix is").
+"""Pairs of token ids to one packed shared-prefix batch (docs/architecture.md).
 
 Legend: B pairs, T tokens of the packed row, T = Σ_b prompt_b + chosen_b + rejected_b. There is no padding anywhere.
 """

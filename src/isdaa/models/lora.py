@@ -30,7 +30,7 @@ def add_lora(
 ) -> PeftModel:
     """Freeze a model and put a new adapter on it; the new model computes what the old one did until it is trained.
 
-    METHOD 'reference under LoRA': the reference is the policy as loaded, so an adapter that the model already carries
+    The reference is the policy as loaded, so an adapter that the model already carries
     (a supervised one) is first merged into its weights. `with model.disable_adapter():` is then exactly the reference.
     `target_modules` are names (or ends of names) of linear layers, or "all-linear": every one but the output head.
 

@@ -1,4 +1,4 @@
-"""Reward models read at the last token that the attention mask shows, whatever its value (METHOD, "masks decide").
+"""Reward models read at the last token that the attention mask shows, whatever its value (docs/method.md).
 
 Transformers' decoder classifiers take the last token that is not the padding token. Where padding is EOS, as for every
 tokenizer without a padding token of its own, that is the token before the EOS, and the end of a response counts for nothing.

@@ -20,7 +20,7 @@ from isdaa.files import digest
 
 logger = logging.getLogger(__name__)
 
-STILL = 1e-3  # nats; a policy equal to its reference may differ from it by as much in float32 (METHOD.md)
+STILL = 1e-3  # nats; a policy equal to its reference may differ from it by as much in float32 (docs/method.md)
 
 
 def common_pairs(files: Sequence[str]) -> list[dict[str, Any]] | None:

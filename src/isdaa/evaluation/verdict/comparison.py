@@ -1,4 +1,4 @@
-"""Methods compared over seeds: at the end of training, at their peaks, and at matched KL (METHOD.md)."""
+"""Methods compared over seeds: at the end of training, at their peaks, and at matched KL (docs/method.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Did a run over-optimise, where was its best checkpoint, and what law does its curve follow? (METHOD.md)
+"""Did a run over-optimise, where was its best checkpoint, and what law does its curve follow? (docs/method.md)
 
 The numbers come from `falls.py`; here they become a finding, a sentence and a law. Legend: C checkpoints, N prompts, M draws.
 """

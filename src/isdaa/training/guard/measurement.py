@@ -1,4 +1,4 @@
-"""One look at a policy in training: its KL, win rate, length and reward on a few held-out prompts (METHOD.md).
+"""One look at a policy in training: its KL, win rate, length and reward on a few held-out prompts (docs/method.md).
 
 The opponents are samples of π_ref, drawn and scored before the first step and kept in the run's folder. Each look draws
 one response a prompt for the win rate, and another one at temperature 1 for the KL.

@@ -26,7 +26,7 @@ def write_behaviour_logps(
 ) -> None:
     """Write every usable pair of `source` with `behaviour_chosen_logps` and `behaviour_rejected_logps` (nats, summed).
 
-    Pairs that would be cut are left out and counted: their logps would not be those of the whole response (METHOD.md).
+    Pairs that would be cut are left out and counted: their logps would not be those of the whole response (docs/method.md).
     Raises UserError for bad input, and where `output` exists already.
     """
     output = Path(located(output))

@@ -97,7 +97,7 @@ def sft(run: Run) -> Path:
         folder,
         run,
         len(data),
-        max_length=None,  # cut by the rules of METHOD.md already
+        max_length=None,  # cut by the rules of docs/method.md already
         packing=False,
         completion_only_loss=False,  # the labels say what is learnt
         dataset_kwargs={"skip_prepare_dataset": True},

@@ -190,7 +190,7 @@ class StallWarning:
     """Says, once, when a run has stopped learning: over the pairs of the last 20 steps together, ESS/N is below 0.02, or the mean
     weight below 1e-3.
 
-    So it speaks wherever each of 20 steps is below a limit (METHOD.md). A batch alone has an ESS/N of at least 1/N, so that of a
+    So it speaks wherever each of 20 steps is below a limit (docs/method.md). A batch alone has an ESS/N of at least 1/N, so of a
     small one the limit would be out of reach; of many steps together it is not. Where 20 steps have less than 100 pairs, of which
     the limit would be less than two, ESS/N is that of as many steps as have 100. A resumed process counts from 0 again.
     """

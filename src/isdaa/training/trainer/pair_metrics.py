@@ -1,4 +1,4 @@
-"""What training and held-out evaluation show of a set of pairs: METHOD.md's drift, weights, rewards and accuracy.
+"""What training and held-out evaluation show of a set of pairs: docs/method.md's drift, weights, rewards and accuracy.
 
 Legend: P pairs of an interval, B pairs of one forward pass, K figures of a pair.
 """

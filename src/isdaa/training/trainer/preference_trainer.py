@@ -1,7 +1,7 @@
 """`PreferenceTrainer`: transformers' Trainer with the loss, the batches and the checkpoints of direct alignment.
 
 The Trainer keeps the loop, resuming, schedules, logging and the distributed strategies. Ours are: a loss that is the
-mean over the pairs of the GLOBAL batch (METHOD.md), weights that span it, figures that are read back only when they are
+mean over the pairs of the GLOBAL batch (docs/method.md), weights that span it, figures that are read back only when they are
 logged, evaluation on held-out pairs, and checkpoints that are whole or absent.
 
 Legend: B pairs of a piece or micro-batch, N pairs of the global batch.
@@ -59,7 +59,7 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
     batch_tokens: a micro-batch of more tokens goes through the model in pieces; loss and gradient stay the same. None:
         `pieces.piece_tokens`.
     group_by_prompt: pairs of one prompt are read one after the other and share its forward pass.
-    Dropout is switched off in the model, LoRA's included (METHOD.md).
+    Dropout is switched off in the model, LoRA's included (docs/method.md).
     """
 
     def __init__(

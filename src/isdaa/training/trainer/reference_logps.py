@@ -1,6 +1,6 @@
 """Logps of a frozen model on the pairs: the reference's and the behaviour policy's, computed once and kept on disk.
 
-The numbers come from the very forward that training uses (METHOD.md), and the file's name from everything they depend
+The numbers come from the very forward that training uses (docs/method.md), and the file's name from everything they depend
 on: the model's weights, the token ids, the numerics. Runs share the files. While they are computed, what there is so far lies
 beside the file, so that a kill loses less than a minute of it.
 """
