@@ -37,6 +37,7 @@ from isdaa.record import read_record
 from isdaa.training.model_card import model_card
 from isdaa.training.preflight import revision_of
 from isdaa.training.stages.continued import ancestor_of, config_of, told
+from isdaa.training.trainer import reference_logps
 from isdaa.training.trainer.preference_trainer import PreferenceTrainer
 
 SETTINGS = ALIGN | {"objective.method": "is_dpo", "align.max_steps": 4, "align.learning_rate": 1e-2}
@@ -637,3 +638,17 @@ def test_the_card_names_what_the_first_run_began_with(place: Path) -> None:
     for damaged in ("{", json.dumps(json.loads(Path("old/model/isdaa.json").read_text()) | {"continued": record.continued})):
         Path(record.continued["from"], "isdaa.json").write_text(damaged)  # the second leads back to itself
         assert "- base model: " in model_card(record, "third/model")
+
+
+@pytest.mark.parametrize("name", ["old", "lora"])
+def test_the_references_logps_are_those_that_the_old_run_kept(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logps were computed as the policy's own, now they are another model's: one key for both."""
+    computed: list[str] = []
+    compute = reference_logps._compute
+    monkeypatch.setattr(reference_logps, "_compute", lambda *args: computed.append(args[4]) or compute(*args))
+    assert go_on(name, "--align.max_steps", "1") == 0
+    assert [what for what in computed if "reference" in what] == []
+    for note in (place / ".isdaa_cache").glob("model-*.json"):
+        note.write_text("{")  # damaged: asked of the model again
+    assert go_on(name, "--align.max_steps", "1", output="again") == 0
+    assert [what for what in computed if "reference" in what] == []

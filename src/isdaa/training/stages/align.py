@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
+from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,15 @@ from isdaa.distributed import once, world_size
 from isdaa.errors import UserError
 from isdaa.evaluation import fragments
 from isdaa.evaluation.vocabulary import check_tokenizers
-from isdaa.files import write_jsonl
+from isdaa.files import digest, write_json, write_jsonl
+from isdaa.foreign import read_json
 from isdaa.models.attention.gpu_attention import compile_layers
 from isdaa.models.loading import load_model, load_tokenizer
 from isdaa.models.packed.forward import PairForward, prepare
 from isdaa.models.places import is_adapter
 from isdaa.models.saving import weights_digest
 from isdaa.objectives.objective import Objective
-from isdaa.record import ModelRecord
+from isdaa.record import ModelRecord, versions
 from isdaa.terminal import working
 from isdaa.training.disk_room import check_training
 from isdaa.training.guard.guard import guard_of
@@ -37,6 +40,7 @@ from isdaa.training.stage_inputs import (
     coarse_weights,
     config_digest,
     described,
+    device,
     is_start,
     keep_model,
     logps_key,
@@ -91,6 +95,9 @@ def weights_at_start(run: Run) -> list[str]:
         return notes + starting_weights(arguments, filled, ours, own, mu, False, went_on, total=len(every))
     except Stalled as error:
         return [*notes, f"`isdaa train` will refuse this: {error}"]
+
+
+OF_MODEL = ("weights", "config", "dtype", "mode")  # of `logps_key`, what a model and its way through the forward pass decide
 
 
 def align(run: Run) -> Path:
@@ -281,6 +288,7 @@ def _filled_by(run: Run, sets: list[TokenisedPairs], which: str, path: str, toke
     """Logps under another model, which is loaded only where they are not in the cache, and let go again."""
     settings = run.config
 
+    @cache
     def load() -> PairForward:
         model = other_model(settings, path)
         _check_vocabulary(path, model, tokenizer)
@@ -289,20 +297,49 @@ def _filled_by(run: Run, sets: list[TokenisedPairs], which: str, path: str, toke
         return prepare(
             model,
             probe=settings.align.probe,
-            longest_row=settings.tokenization.max_length,
+            longest_row=longest_row(settings),
             attention=settings.align.attention,
         )
 
-    key = {
-        "model": other_digest(settings, path),
-        "dtype": settings.model.dtype,
-        "probe": settings.align.probe,
-        "tokenizer": tokenizer_digest(tokenizer),
-        "tokenization": settings.tokenization.model_dump(),
-    }
-    filled = _filled(run, sets, which, load, key)
+    filled = _filled(run, sets, which, load, _key_of(run, path, tokenizer, load))
+    del load  # and with it the model
     gc.collect()
     return filled
+
+
+def _key_of(run: Run, path: str, tokenizer: Any, load: Callable[[], PairForward]) -> dict[str, Any]:
+    """`logps_key` of another model: the key under which a run that started from it has kept its logps, too.
+
+    It needs the model, which is loaded once for it: a note beside the logps says what its files hold.
+    """
+    config, settings = run.config, token_settings(run.config)
+    files = {
+        "model": other_digest(config, path),
+        "revision": config.model.revision,
+        "dtype": config.model.dtype,
+        "probe": config.align.probe,
+        "attention": config.align.attention,
+        "longest": longest_row(config),
+        "versions": versions(),
+        "device": str(device()),
+    }
+    note = cache_folder(run) / f"model-{digest(files)}.json"
+    known = once(lambda: _noted(note))
+    if known is not None:
+        return {**known, "tokenizer": tokenizer_digest(tokenizer), "tokenization": asdict(settings)}
+    forward = load()
+    key = logps_key(forward.model, forward.mode, tokenizer, settings)
+    once(lambda: write_json(note, {name: key[name] for name in OF_MODEL}))
+    return key
+
+
+def _noted(note: Path) -> dict[str, str] | None:
+    """What a note says; None where there is none that can be read."""
+    with suppress(UserError, OSError):
+        found = read_json(note)
+        if isinstance(found, dict) and found.keys() == set(OF_MODEL) and all(isinstance(value, str) for value in found.values()):
+            return found
+    return None
 
 
 def _check_vocabulary(path: str, model: Any, tokenizer: Any) -> None:
