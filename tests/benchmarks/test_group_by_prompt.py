@@ -114,10 +114,12 @@ def test_differences_are_paired_by_seed() -> None:
     def row(seed: int, value: float) -> dict[str, Any]:
         return {"seed": seed, "win_rate": value, "kl": 2 * value, "accuracy": 0.5, "loss_noise": value}
 
-    gaps = differences([row(1, 0.25), row(2, 0.5), row(4, 9.0)], [row(2, 0.75), row(1, 0.375), row(3, 7.0)])
-    assert sorted(gaps["win_rate"].values) == [0.125, 0.25]
-    assert gaps["kl"].mean == pytest.approx(0.375) and gaps["accuracy"].mean == 0
+    apart = [row(1, 0.25), row(2, 0.5), row(5, 0.5), row(4, 9.0)]
+    gaps = differences(apart, [row(2, 0.75), row(1, 0.375), row(5, 0.5), row(3, 7.0)])
+    assert sorted(gaps["win_rate"].values) == [0.0, 0.125, 0.25]
+    assert gaps["kl"].mean == pytest.approx(0.25) and gaps["accuracy"].mean == 0
     assert gaps["win_rate"].low is not None and gaps["win_rate"].low < 0
+    assert differences(apart[:2], [row(1, 0.375), row(2, 0.75)])["win_rate"].low is None  # two seeds say no interval
 
 
 # ---- the command ----
