@@ -27,7 +27,7 @@ from pydantic import (
 
 from isdaa.errors import UserError
 from isdaa.files import at_home, located, usable
-from isdaa.objectives.presets import DEFAULTS, PRESETS, known_method, resolve
+from isdaa.objectives.presets import DEFAULTS, PRESETS, Clip, ImplicitReward, Loss, Weight, known_method, resolve
 from isdaa.settings_text import read_settings
 from isdaa.synonyms import SYNONYMS, hint
 
@@ -101,12 +101,10 @@ class ObjectiveConfig(Section):
     beta: Annotated[Annotated[float, Field(gt=0)] | FromPreset, BeforeValidator(_yaml_float)] = Field(
         "preset", description="strength of the implicit KL penalty"
     )
-    implicit_reward: Literal["log_ratio", "chi_squared"] | FromPreset = Field("preset", description="r(Δ): Δ, or Δ + e^Δ (χPO)")
-    loss: Literal["logistic", "squared", "hinge"] | FromPreset = Field("preset", description="loss on the margin")
-    weight: Literal["none", "importance", "wpo", "shuffled", "mean"] | FromPreset = Field(
-        "preset", description="what each pair's loss is multiplied by"
-    )
-    clip: Literal["joint", "per_response"] | FromPreset = Field("preset", description="where the importance weight is clipped")
+    implicit_reward: ImplicitReward | FromPreset = Field("preset", description="r(Δ): Δ, or Δ + e^Δ (χPO)")
+    loss: Loss | FromPreset = Field("preset", description="loss on the margin")
+    weight: Weight | FromPreset = Field("preset", description="what each pair's loss is multiplied by")
+    clip: Clip | FromPreset = Field("preset", description="where the importance weight is clipped")
     clip_eps: Annotated[Annotated[float, Field(ge=0)] | FromPreset | None, BeforeValidator(_yaml_float)] = Field(
         "preset", description="upper clip ε of the log-weight; null: no clip"
     )

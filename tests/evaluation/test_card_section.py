@@ -57,6 +57,7 @@ def test_an_evaluated_run_has_its_figures_and_its_verdict_in_its_cards(
         words = (folder / "README.md").read_text()
         assert words.count("## Evaluation") == 1 and f"**Verdict on its run:** {verdict['sentence']}" in words
         assert "| win rate | 0." in words and "as `reward` scores" in words and (folder / MANIFEST).is_file()
+        assert "| reference | `my_model` |" in words and str(tmp_path) not in words
     assert "\n# mine, checkpoint-2\n" in (tmp_path / "mine" / "checkpoints" / "checkpoint-2" / "README.md").read_text()
     before = (tmp_path / "my_model").stat().st_mtime_ns, sorted(path.name for path in (tmp_path / "my_model").iterdir())
     assert (

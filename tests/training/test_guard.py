@@ -293,9 +293,11 @@ def test_its_prompts_lie_behind_those_of_the_evaluation(place: Path, capsys: pyt
     assert len(opponents) == 12
     assert not {row["prompt_id"] for row in opponents} & {row["prompt_id"] for row in samples if "header" not in row}
     capsys.readouterr()
-    assert train("more", GUARDED, align__max_steps=2, evaluation__prompts=12) == 0
+    assert train("watched", GUARDED, align__max_steps=2, evaluation__prompts=12) == 0
+    assert "prompts are among" not in capsys.readouterr().err  # nothing is chosen
+    assert train("more", GUARDED, align__max_steps=2, evaluation__prompts=12, guard__keep="best") == 0
     assert "2 of its 6 prompts are among the first 12 held-out ones" in capsys.readouterr().err
-    assert train("all", GUARDED, align__max_steps=2, evaluation__prompts=512) == 0
+    assert train("all", GUARDED, align__max_steps=2, evaluation__prompts=512, guard__keep="best") == 0
     assert "6 of its 6 prompts are among all 16 held-out ones" in capsys.readouterr().err
 
 

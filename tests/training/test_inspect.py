@@ -414,3 +414,15 @@ def test_weights_of_an_objective_without_them_are_named_as_missing(place: Path, 
     file = config_file(place / "run.yaml", ALIGN | {"objective.method": "dpo"})
     assert main(["inspect", "--config", str(file), "--no_plan", "--weights"]) == 2
     assert "no weights made of μ" in capsys.readouterr().err
+
+
+def test_a_guard_that_only_keeps_says_which_falls_it_sees_and_none_without_a_scorer(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat_model(place / "my_model", byte_level(bos=True), max_position_embeddings=1024)
+    jsonl(place / "pairs.jsonl", pairs())
+    settings = ALIGN | {"guard.steps": 1, "guard.keep": "best", "guard.scorer": "gold", "align.max_steps": 8}
+    (stage,) = told(place, capsys, settings)["stages"]
+    assert any(line.startswith("guard: 8 looks and") for line in stage["seen"])
+    (stage,) = told(place, capsys, settings | {"guard.keep": "all", "guard.scorer": "none"})["stages"]
+    assert not any("guard" in line for line in stage["seen"])

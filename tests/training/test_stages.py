@@ -587,6 +587,21 @@ def test_weights_that_let_nobody_teach_stop_before_the_first_step(place: Path, c
     assert "a mean weight of 1 and" not in line
 
 
+@pytest.mark.parametrize(("which", "instead"), [("behaviour.model_path", "without μ"), ("reference.path", "another reference")])
+def test_a_model_of_other_tokens_is_refused_by_what_it_was_named_as(
+    which: str, instead: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat_model(place / "other", seed=1)
+    tokenizer = place / "other" / "tokenizer.json"
+    content = json.loads(tokenizer.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    tokenizer.write_text(json.dumps(content))
+    assert train("run", ALIGN, **{which.replace(".", "__"): "other"}, objective__method="is_dpo") == 2
+    said = capsys.readouterr().err
+    assert f"the {which.partition('.')[0]} model must share the policy's tokenizer" in said and instead in said
+
+
 def test_a_model_of_another_vocabulary_cannot_be_the_reference(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chat_model(place / "small", vocab_size=100)
     assert train("run", ALIGN, reference__path="small") == 2

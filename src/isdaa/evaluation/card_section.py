@@ -9,7 +9,7 @@ from typing import Any
 
 from isdaa.evaluation.table import fine, pm
 from isdaa.files import write_atomically
-from isdaa.record import read_record, run_folder
+from isdaa.record import read_record, run_folder, without_places
 from isdaa.terminal import say
 
 CARD = "README.md"
@@ -61,7 +61,7 @@ def section(model: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     """What was measured of a model, and what its run's checkpoints say together, as Markdown."""
     scorer = (metrics.get("scorer") or {}).get("name")
     rows = [
-        ("reference", f"`{metrics['reference']['path']}`"),
+        ("reference", f"`{without_places(metrics['reference']['path'])}`"),
         ("KL from the reference", fine(model["kl"], 2)),
         ("win rate", pm(model["win_rate"], 3)),
         ("score", pm(model["reward"], 3)),

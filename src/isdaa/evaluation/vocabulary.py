@@ -241,23 +241,23 @@ def _several(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def check_tokenizers(paths: Sequence[str], tokenizers: Sequence[Any]) -> None:
-    """Raises UserError where a token has different ids in two tokenizers: there is no KL between such models."""
+def check_tokenizers(
+    paths: Sequence[str],
+    tokenizers: Sequence[Any],
+    advice: str = "policies and reference must share one vocabulary; name the model that training began with as the reference",
+) -> None:
+    """Raises UserError, with the advice, where a token has different ids in two tokenizers: their models have no KL."""
     first = tokenizers[0].get_vocab()
     for path, tokenizer in zip(paths[1:], tokenizers[1:], strict=True):
         other = tokenizer.get_vocab()
         strange = next((token for token, index in first.items() if other.get(token, index) != index), None)
         if strange is not None:
             raise UserError(
-                f"{path}: its tokenizer gives {strange!r} id {other[strange]}, that of {paths[0]} {first[strange]}: "
-                "policies and reference must share one vocabulary; name the model that training began with as the reference"
+                f"{path}: its tokenizer gives {strange!r} id {other[strange]}, that of {paths[0]} {first[strange]}: {advice}"
             )
         texts = {index: token for token, index in first.items()} if other != first else {}
         added = {*tokenizers[0].added_tokens_decoder, *tokenizer.added_tokens_decoder}  # one may be called otherwise
         renamed = ((token, index) for token, index in other.items() if texts.get(index, token) != token and index not in added)
         token, index = next(renamed, (None, 0))
         if token is not None:
-            raise UserError(
-                f"{path}: id {index} of its tokenizer is {token!r}, in that of {paths[0]} {texts[index]!r}: policies and "
-                "reference must share one vocabulary; name the model that training began with as the reference"
-            )
+            raise UserError(f"{path}: id {index} of its tokenizer is {token!r}, in that of {paths[0]} {texts[index]!r}: {advice}")

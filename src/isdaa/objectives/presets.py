@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from isdaa.objectives.formulas import one_line
 
@@ -24,10 +24,10 @@ Normalize = Literal["batch"]
 
 CHOICES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
-        "implicit_reward": ("log_ratio", "chi_squared"),
-        "loss": ("logistic", "squared", "hinge"),
-        "weight": ("none", "importance", "wpo", "shuffled", "mean"),
-        "clip": ("joint", "per_response"),
+        "implicit_reward": get_args(ImplicitReward),
+        "loss": get_args(Loss),
+        "weight": get_args(Weight),
+        "clip": get_args(Clip),
         "normalize": (None, "batch"),
     }
 )

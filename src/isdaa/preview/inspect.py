@@ -309,9 +309,9 @@ def _seen(config: Config, report: StageReport) -> list[str]:
     if judged.scorer not in (None, "none") and config.data.evaluation is not None:
         rivals = 1 if judged.opponent == "chosen" else judged.opponent_samples
         found.append(power.seen(report.checkpoints or 0, judged.prompts, rivals))
-    if guard.steps is not None and guard.stop != "never":
-        looks = -(-(report.steps or 0) // guard.steps)
-        found.append(f"guard: {power.stoppable(looks, guard.prompts, guard.opponent_samples)}")
+    if guard.steps is not None and config.guard_scorer is not None:
+        planned = (-(-(report.steps or 0) // guard.steps), guard.prompts, guard.opponent_samples)
+        found.append(f"guard: {power.seen(*planned, what='look') if guard.stop == 'never' else power.stoppable(*planned)}")
     return found
 
 
@@ -340,7 +340,7 @@ def _warn(found: Inspection, tokenizers: list[Any]) -> None:
         )
     for report in found.stages:
         _warn_of_stage(report, config, report.architecture, say)
-        if report.plan is not None:
+        if report.plan is not None and found.fits is None:  # else the list says what fits
             _warn_of_plan(report.plan, say)
 
 

@@ -23,11 +23,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from isdaa.config import GuardConfig
+from isdaa.config import Config, GuardConfig
 from isdaa.data.tokenize_pairs import ending_ids
 from isdaa.errors import UserError
 from isdaa.evaluation.fragments import many, warning
-from isdaa.evaluation.scorers import about, learnt_alike, load_scorer
+from isdaa.evaluation.scorers import GoldScorer, Scorer, about, learnt_alike, load_scorer
 from isdaa.evaluation.statistics import mean_interval
 from isdaa.evaluation.verdict.fall_statistics import gains_shown
 from isdaa.files import remove_tree, write_folder_atomically
@@ -261,7 +261,8 @@ class Guard(TrainerCallback, ExportableState):
 
     def facts(self) -> dict[str, Any]:
         """The same as data, for `run.json`."""
-        told: dict[str, Any] = {"use": None if self.stopped is None else self._to_use()}
+        named = self.stopped is not None or (self.best is not None and self.better())
+        told: dict[str, Any] = {"use": self._to_use() if named else None}
         told |= {"best_step": self.best_step, "best_win_rate": self.best_win_rate, "stopped": self.stopped}
         return told | {
             "better": self.better(),
@@ -376,6 +377,16 @@ def untouched_random_state() -> Iterator[None]:
 # From a run's configuration
 
 
+def _labeller(config: Config, scorer: Scorer) -> list[str]:
+    """A line where a reward model judges a policy that is trained on its own labels; the gold reward is what is meant."""
+    if not config.trains_on_labelled or config.label_scorer != config.guard_scorer or isinstance(scorer, GoldScorer):
+        return []
+    return [
+        f"scorer {scorer.name} labelled the pairs that the policy is trained on: its win rate rises whatever the responses are "
+        "worth; look at KL, and judge by a reward model of other pairs or by a judge model (--judge_model)"
+    ]
+
+
 def guard_of(
     run: Run,
     tokenizer: Any,
@@ -401,7 +412,7 @@ def guard_of(
         scorer = load_scorer(name, max_prompt_length=limit, position=position, label=config.scorer.label)
         run.say("align", [f"guard: scorer {scorer.name}: {line}" for line in about(scorer)])
         own = run.state["stages"]["align"].get("trained_on")
-        run.say("align", [f"warning: guard: {line}" for line in learnt_alike(scorer, [own])])
+        run.say("align", [f"warning: guard: {line}" for line in learnt_alike(scorer, [own]) + _labeller(config, scorer)])
     else:
         run.say("align", [ASKED_FOR_NONE if "none" in (settings.scorer, config.evaluation.scorer) else NO_SCORER])
     prompts = guard_prompts(run, tokenizer)

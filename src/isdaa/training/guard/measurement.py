@@ -153,7 +153,7 @@ def guard_prompts(run: Run, tokenizer: Any) -> Prompts:
     start = max(0, min(reserved, len(rows) - wanted))
     chosen = list(rows.select(range(start, min(start + wanted, len(rows)))))
     shared = max(0, min(reserved, len(rows)) - start)
-    if shared:
+    if shared and config.guard.acts:
         whose = f"all {len(rows)}" if len(rows) <= reserved else f"the first {reserved}"
         told = f"{shared} of its {len(chosen)} prompts are among {whose} held-out ones, which `isdaa evaluate` takes"
         run.say("align", [f"guard: {told}: there, what the guard chose will look somewhat better than it is"])

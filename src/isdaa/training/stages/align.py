@@ -291,7 +291,7 @@ def _filled_by(run: Run, sets: list[TokenisedPairs], which: str, path: str, toke
     @cache
     def load() -> PairForward:
         model = other_model(settings, path)
-        _check_vocabulary(path, model, tokenizer)
+        _check_vocabulary(path, model, tokenizer, which)
         for pairs in sets:
             check_rows(model, path, *pairs.extent())
         return prepare(
@@ -342,7 +342,7 @@ def _noted(note: Path) -> dict[str, str] | None:
     return None
 
 
-def _check_vocabulary(path: str, model: Any, tokenizer: Any) -> None:
+def _check_vocabulary(path: str, model: Any, tokenizer: Any, which: str) -> None:
     """Raises UserError where the policy's token ids mean something else to the model at `path`, or nothing."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if vocabulary < len(tokenizer):
@@ -354,7 +354,9 @@ def _check_vocabulary(path: str, model: Any, tokenizer: Any) -> None:
         own = load_tokenizer(path, require_eos=False)
     except UserError:
         return  # a folder of weights alone
-    check_tokenizers(["the policy", path], [tokenizer, own])
+    instead = "take a method without μ (docs/which_method.md)" if which == "behaviour" else "name another reference"
+    advice = f"the {which} model must share the policy's tokenizer; {instead}"
+    check_tokenizers(["the policy", path], [tokenizer, own], advice)
 
 
 def _filled(
