@@ -380,11 +380,11 @@ def test_a_stage_that_misses_its_model_alone_needs_no_room_for_checkpoints(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    module = {"sft": "supervised", "align": "align"}[stage]
+    module = {"sft": "sft_and_reward", "align": "align"}[stage]
     settings = RUN | {"stages": [stage], "model.path": str(whole / "sft"), "model.tokenizer": None, "model.random": None}
     settings |= {"data.pairs": str(whole / "pairs" / "train.jsonl")}
     with monkeypatch.context() as patched:
-        patched.setattr(f"isdaa.training.{module}.keep_model", interrupted)
+        patched.setattr(f"isdaa.training.stages.{module}.keep_model", interrupted)
         assert train(tmp_path / "run", settings) == 130
     asked: list[str] = []
     monkeypatch.setattr("isdaa.training.disk_room.check_room", lambda what, needs, how, parts="": asked.append(parts))

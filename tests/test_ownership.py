@@ -50,7 +50,7 @@ def _seal(_: int) -> str:
 
 
 def test_processes_that_make_a_key_at_once_have_the_same(home: Path) -> None:
-    with multiprocessing.get_context("fork").Pool(4) as pool:
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
         assert len(set(pool.map(_seal, range(16), chunksize=1))) == 1
 
 

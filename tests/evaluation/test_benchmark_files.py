@@ -27,8 +27,8 @@ def official(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", absent)
     monkeypatch.setattr(alpaca_eval, "INSTRUCTIONS", digest(INSTRUCTIONS))
-    for module in ("benchmarks.alpaca_eval", "benchmark_run", "benchmark_input", "benchmark_judgments"):
-        monkeypatch.setattr(f"isdaa.evaluation.{module}.QUESTIONS", 12)
+    for module in ("sets.alpaca_eval", "run", "inputs", "judgments"):
+        monkeypatch.setattr(f"isdaa.evaluation.benchmarks.{module}.QUESTIONS", 12)
     rows = [{"instruction": text, "output": "b" * (7 * i + 5), "generator": BASELINE} for i, text in enumerate(INSTRUCTIONS)]
     write(tmp_path / "questions.json", rows)
     header = "index,preference,std_delta_len,instruction_difficulty,not_gamed_baseline\n"

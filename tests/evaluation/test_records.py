@@ -63,7 +63,7 @@ def _try(folder, answer):
 
 
 def test_one_process_at_a_time(tmp_path):
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     answer = context.Queue()
     with locked(tmp_path / "evaluation"):
         process = context.Process(target=_try, args=(tmp_path / "evaluation", answer))

@@ -24,8 +24,8 @@ NASTY = "a\x00\x01\x1b[31m\x85\u202e\ufffe\uffff\ud800b"
 STAND_IN = """
 import json, os, sys, time
 sys.path.insert(0, {folder!r})
-import pictures
-original = pictures.draw
+import render
+original = render.draw
 def draw(request):
     text = json.dumps(request)
     if "crash" in text or ("no png" in text and "svg" in request):
@@ -33,8 +33,8 @@ def draw(request):
     if "sleep" in text:
         time.sleep(600)
     return original(request)
-pictures.draw = draw
-pictures.main()
+render.draw = draw
+render.main()
 """
 
 
