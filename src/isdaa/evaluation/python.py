@@ -194,7 +194,7 @@ def _path(model: Model, folder: Path, tokenizer: Any, label: str) -> str:
         raise UserError("isdaa.evaluate: a model in memory has no tokenizer of its own; give tokenizer")
     from isdaa.models.saving import save_model
 
-    place = folder / MODELS / "-".join([*([label] if label else []), *([f"step-{step}"] if step is not None else [])])
+    place = folder / MODELS / "-".join(filter(None, [label, f"step-{step}" if step is not None else ""]))
     save_model(inner, tokenizer, place)
     return str(place)
 

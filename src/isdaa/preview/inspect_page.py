@@ -35,14 +35,14 @@ def print_inspection(found: Inspection, file: IO[str] | None = None, width: int 
 def print_to(found: Inspection, console: Console, whole: bool = False) -> None:
     """The same on a console of the caller's."""
     colour = console.color_system is not None and not console.no_color
-    if found.fits is None or found.memory is None:
+    if found.memory is None:
         for report in found.stages:
             _stage(report, console, colour, whole)
         for report in found.stages:
             if report.plan is not None:
                 print_plan(report.plan, console, colour)
     else:
-        print_fits(found.fits, *found.memory, console)
+        print_fits(found.fits or [], *found.memory, console)
     _lines("missing", [f"{line}" for line in found.missing], "bold red", "✗", console)
     _lines("worth a look", found.warnings, "yellow", "!", console)
     if not found.warnings and not found.missing:
