@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -654,12 +655,10 @@ def _theory(arguments: argparse.Namespace) -> int:
     folder, seed = Path(located(str(given.get("output_dir", f"runs/{arguments.what}")))), given.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise UserError(f"--seed: expected a whole number from 0 on, got {seed!r}")
-    if arguments.what == "gaussians":
-        from isdaa.experiments.gaussians import run_gaussians as run
-    else:
-        from isdaa.experiments.finite import run_finite as run
-    run(folder, seed)
-    return 0
+    script = Path(__file__).parents[2] / "examples" / "theory" / f"{arguments.what}.py"
+    if not script.is_file():
+        raise UserError(f"demo {arguments.what}: needs a clone of the repository, where examples/theory/{script.name} lies")
+    return subprocess.run([sys.executable, str(script), "--output_dir", str(folder), "--seed", str(seed)]).returncode
 
 
 def _sweep(arguments: argparse.Namespace) -> int:

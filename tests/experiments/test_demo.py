@@ -49,10 +49,10 @@ def test_an_unknown_method_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("what", ["gaussians", "finite"])
-def test_the_theory_by_its_command(what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_theory_by_its_command(what: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", what, "--output_dir", str(tmp_path)]) == 0
     assert {path.suffix for path in tmp_path.glob(f"{what}.*")} == {".png", ".svg", ".json"}
-    assert capsys.readouterr().out.strip()
+    assert capfd.readouterr().out.strip()
 
 
 @pytest.mark.slow

@@ -3,12 +3,10 @@
 import json
 from pathlib import Path
 
+import finite
 import pytest
 import torch
-
-from isdaa.errors import UserError
-from isdaa.experiments import finite
-from isdaa.experiments.finite import (
+from finite import (
     EPSILONS,
     PRESETS,
     average,
@@ -24,6 +22,8 @@ from isdaa.experiments.finite import (
     run_finite,
     variance,
 )
+
+from isdaa.errors import UserError
 from isdaa.objectives import Objective, PairLogps, resolve
 
 CLIPS = ("joint", "per_response")

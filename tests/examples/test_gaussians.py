@@ -4,12 +4,10 @@ import json
 import math
 from pathlib import Path
 
+import gaussians
 import pytest
 import torch
-
-from isdaa.errors import UserError
-from isdaa.experiments import gaussians
-from isdaa.experiments.gaussians import (
+from gaussians import (
     CLIP_EPS,
     DATA_SPREAD,
     HEAVY,
@@ -28,6 +26,8 @@ from isdaa.experiments.gaussians import (
     run_gaussians,
     target_logp,
 )
+
+from isdaa.errors import UserError
 
 DOUBLE = torch.float64
 

@@ -9,13 +9,15 @@ Shapes: N problems, P prompts, K responses a prompt, M = P·K² rows of a proble
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gaussians import checked, command, counts, dressed, print_plain
+
 from isdaa.errors import shown
-from isdaa.experiments.gaussians import checked, counts, dressed, print_plain
 from isdaa.files import write_json
 
 if TYPE_CHECKING:
@@ -460,3 +462,7 @@ LABELS: Mapping[str, Mapping[str, tuple[int, str, int, int]]] = {
     "bias": {"joint": (3, "right", -12, 14), "per_response": (4, "left", 12, -10)},
     "rmse": {"joint": (0, "left", 0, 17), "per_response": (0, "left", 0, -15)},
 }
+
+
+if __name__ == "__main__":
+    sys.exit(command(run_finite, "finite"))

@@ -12,19 +12,24 @@ parabola. On-policy, with the sampling held fixed under differentiation, E_{y,y'
 log-variance loss at π is that of the KL (Richter et al. 2020, arXiv 2010.10436). The weight w = π(y)π(y')/(μ(y)μ(y'))
 turns the first into the second.
 
+    python examples/theory/gaussians.py --output_dir docs/results      # or: isdaa demo gaussians --output_dir docs/results
+
 Shapes: R independent runs side by side, B pairs, Y points of a grid.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isdaa.errors import UserError, shown
+from isdaa.exits import exit_status
 from isdaa.files import write_json
+from isdaa.options import OneLineParser
 
 if TYPE_CHECKING:
     import altair as alt
@@ -87,6 +92,20 @@ def run_gaussians(output_dir: Path, seed: int = 0) -> Path:
         print(sentence)
     print(f"\nchart:   {shown(chart)}\nnumbers: {shown(output_dir / 'gaussians.json')}")
     return chart
+
+
+def command(run: Callable[[Path, int], Path], name: str) -> int:
+    """`python examples/theory/NAME.py [--output_dir DIR] [--seed N]`; returns the exit status."""
+    parser = OneLineParser(prog=f"{name}.py", description="See docs/theory.md.")
+    parser.add_argument("--output_dir", default=f"runs/{name}", metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+
+    def drawn() -> int:
+        given = parser.parse_args(sys.argv[1:])
+        run(Path(given.output_dir), given.seed)
+        return 0
+
+    return exit_status(drawn)
 
 
 def checked(output_dir: str | Path, seed: int) -> Path:
@@ -450,3 +469,7 @@ def dressed(chart: Any, title: str, subtitle: Sequence[str]) -> alt.TopLevelMixi
             labelFontSize=12, titleFontSize=13, titleFontWeight="normal", titlePadding=10,
         )
     )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(command(run_gaussians, "gaussians"))
