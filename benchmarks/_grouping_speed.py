@@ -27,7 +27,6 @@ from shapes import EOS, FIRST_WORD, PAD, SHAPES, SHORTEST, TINY_SHAPE, TINY_VOCA
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from isdaa.models.packed import fused_layers
 from isdaa.models.packed.forward import PairForward, disable_dropout, prepare
 from isdaa.objectives.objective import Objective
 from isdaa.objectives.presets import resolve
@@ -207,7 +206,6 @@ class Stepper:
         self.model: nn.Module = LlamaForCausalLM(config)
         disable_dropout(self.model)
         self.forward: PairForward = prepare(self.model)
-        fused_layers.install(self.model)
         self.model.train()
         self.objective = Objective(**resolve("dpo", beta=BETA))
         self.optimiser = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, eps=EPSILON, weight_decay=0.0, fused=True)

@@ -25,7 +25,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from isdaa.data.collation import PairBatch, collate
 from isdaa.models.attention.layout import Layout
-from isdaa.models.packed import fused_layers
 from isdaa.models.packed.forward import PairForward, prepare
 from isdaa.models.packed.patched_forward import SHARED_PREFIX
 from isdaa.objectives.objective import Objective, PairLogps
@@ -83,7 +82,6 @@ class Step:
         self.forward: PairForward = prepare(self.model, longest_row=point.prompt + point.response)
         if self.forward.mode != SHARED_PREFIX:
             raise RuntimeError(f"the mode {self.forward.mode} was chosen: the shared prefix would not be measured")
-        fused_layers.install(self.model)
         self.batch: PairBatch = collate(point.rows(seed))
         self.objective = Objective(**resolve("dpo", beta=BETA))
         self.optimiser = torch.optim.AdamW(self.model.train().parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)

@@ -15,7 +15,7 @@ SHARE = 0.95  # of the memory that is free
 TILE = (4096, 32_768)  # tokens, words: the logits that TRL's head computes at a time
 BASE = "isdaa_dpo"  # everything is compared with it
 WITHOUT = (  # of isdaa_dpo
-    "without_blocks", "without_last_layer", "without_direction", "without_tie", "without_fused", "without_huge_pages",
+    "without_blocks", "without_last_layer", "without_direction", "without_tie", "without_huge_pages",
 )  # fmt: skip
 PACKED = ("isdaa_dpo", "isdaa_is_dpo", "isdaa_bare", *WITHOUT)
 ONE_BY_ONE = ("isdaa_one", "trl_best", "trl_gpu_head")

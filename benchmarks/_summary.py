@@ -36,7 +36,6 @@ LABELS = {
     "without_last_layer": "without the cut last layer",
     "without_direction": "without the kept direction",
     "without_tie": "without one tied gradient",
-    "without_fused": "without fused operations",
     "without_huge_pages": "without huge pages",
 }
 

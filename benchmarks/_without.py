@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from unittest.mock import patch
 
 from isdaa.models.attention import attention_choice
-from isdaa.models.packed import fused_layers, last_layer, logprobs, patched_forward
+from isdaa.models.packed import last_layer, logprobs, patched_forward
 
 Left = Callable[[], AbstractContextManager[object]]
 
@@ -20,6 +20,5 @@ LEFT: dict[str, Left] = {
     "without_last_layer": lambda: patch.object(last_layer, "install", lambda model: False),
     "without_direction": lambda: patch.object(logprobs, "_KEPT_BYTES", {}),
     "without_tie": lambda: patch.object(patched_forward, "tie_of", lambda model: None),
-    "without_fused": lambda: patch.object(fused_layers, "install", lambda model: 0),
     "without_huge_pages": nullcontext,  # of the environment: `_cell.AS_IT_COMES`
 }

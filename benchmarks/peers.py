@@ -47,7 +47,6 @@ from isdaa.config import AlignConfig
 from isdaa.data.collation import PairBatch, collate
 from isdaa.models.attention import shared_prefix
 from isdaa.models.attention.layout import Layout
-from isdaa.models.packed import fused_layers
 from isdaa.models.packed.forward import PairForward, prepare
 from isdaa.models.packed.patched_forward import SHARED_PREFIX, TWO_ROWS
 from isdaa.objectives.objective import Objective, PairLogps
@@ -166,7 +165,6 @@ def isdaa_bare(job: Job, gate: Gate) -> nn.Module:
     """The same forward, loss and optimiser in a loop by hand, over batches that were collated beforehand."""
     model = load(job.model)
     forward = _forward(model, job, SHARED_PREFIX)
-    fused_layers.install(model)  # as the trainer does
     pairs = TokenisedPairs(job.rows)
     pairs = pairs.with_reference(*reference_logps(forward, pairs, key={}, cache_dir=None))
     batches = [collate([pairs[i] for i in range(s, s + job.batch_size)]) for s in range(0, len(pairs), job.batch_size)]

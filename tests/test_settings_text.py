@@ -456,7 +456,9 @@ def test_nothing_is_ever_made_in_a_folder_called_tilde(
     seen: list[Path] = []
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("subprocess.run", lambda command: [seen.append(Path(command[3])), subprocess.CompletedProcess(command, 0)][1])
+    monkeypatch.setattr(
+        "subprocess.run", lambda command: [seen.append(Path(command[3])), subprocess.CompletedProcess(command, 0)][1]
+    )
     monkeypatch.setattr("isdaa.training.stages.behaviour_logps.write_behaviour_logps", lambda *given: seen.append(given[3]))
     assert main(argv) == 0
     assert seen == [tmp_path / "home" / argv[-1][2:]] and not (tmp_path / "~").exists()

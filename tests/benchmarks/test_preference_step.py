@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from isdaa.models.packed import fused_layers, last_layer, logprobs, patched_forward
+from isdaa.models.packed import last_layer, logprobs, patched_forward
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -161,7 +161,6 @@ def test_arms_by_name() -> None:
         ("without_last_layer", last_layer, "_keep"),
         ("without_direction", logprobs, "_scaled"),
         ("without_tie", patched_forward, "embed"),
-        ("without_fused", fused_layers._RMSNorm, "forward"),
     ],
 )
 def test_what_an_arm_does_without_is_not_called(

@@ -35,7 +35,6 @@ from isdaa.models.attention.shared_prefix import block_index
 from isdaa.models.device_kind import standing_for
 from isdaa.models.hub_access import quiet
 from isdaa.models.lora import add_lora
-from isdaa.models.packed import fused_layers
 from isdaa.models.packed.forward import PairForward, disable_dropout, prepare
 
 Kind = Literal["pairs", "sft", "reward"]
@@ -117,8 +116,6 @@ class Stage:
             if setting.kind == "pairs":
                 self.forward = prepare(model, probe=False, attention=setting.attention)
                 disable_dropout(model)
-                if setting.on_cpu:
-                    fused_layers.install(model, prove=real)
             if setting.checkpointing:
                 _checkpoint(model)
         adapter = [p for name, p in model.named_parameters() if "lora_" in name]

@@ -17,7 +17,6 @@ from isdaa.models.packed.forward import PairForward, evaluating
 from isdaa.models.packed.logprobs import full_vocabulary_kl, token_logps
 from isdaa.models.packed.patched_forward import head_of, inner_model
 from isdaa.models.packed.plain_rows import Progress, Row, RowDivergences, sequence_logps
-from isdaa.models.sampling.lean_rows import lean_reader, lean_states
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +64,6 @@ def kl_from_states(
     there, elsewhere = (next(side.model.parameters()).device for side in (policy, reference))
     out = RowDivergences(*(torch.zeros(len(rows)) for _ in range(3)))
     with evaluating(reference.model):
-        lean = lean_reader(reference, rows)
         for batch in _batches(rows, batch_tokens):
             of_batch = [rows[i] for i in batch]
             known = torch.cat([states[i] for i in batch]).to(there)
@@ -73,13 +71,9 @@ def kl_from_states(
             if len(known) != sum(lengths):
                 raise ValueError(f"{len(known)} states of {sum(lengths)} response tokens")
             targets = torch.tensor([token for _, response in of_batch for token in response], dtype=torch.int64, device=there)
-            if lean is not None:
-                hidden, reference_head = lean_states(lean, of_batch), head_of(inner_model(reference.model))
-            else:
-                ids = torch.tensor([token for row in of_batch for part in row for token in part], device=elsewhere)
-                prompts = torch.tensor([len(prompt) for prompt, _ in of_batch])
-                layout = Layout.of_rows(prompts, torch.tensor(lengths))
-                hidden, reference_head = reference.predicting_states(reference.model, ids, layout)
+            ids = torch.tensor([token for row in of_batch for part in row for token in part], device=elsewhere)
+            layout = Layout.of_rows(torch.tensor([len(prompt) for prompt, _ in of_batch]), torch.tensor(lengths))
+            hidden, reference_head = reference.predicting_states(reference.model, ids, layout)
             kl, logps, logps_ref = full_vocabulary_kl(known, head, hidden, reference_head, targets)
             tokens = torch.stack([logps, logps_ref.to(there), kl]).float().cpu()
             row = torch.arange(len(batch)).repeat_interleave(torch.tensor(lengths))

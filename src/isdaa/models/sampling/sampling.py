@@ -26,7 +26,6 @@ from isdaa.errors import UserError
 from isdaa.models.attention.shared_prefix import plain_attention
 from isdaa.models.packed.forward import inner_model
 from isdaa.models.sampling.decoding import CachedRun, Group, PlainRun, Run, cache_works
-from isdaa.models.sampling.lean_decoding import LeanRun, lean_sampler
 
 # Finished rows leave the batch once they are this share of it. Only rows that move into their places are copied.
 _FINISHED_SHARE = 1 / 16
@@ -161,8 +160,7 @@ def sample(
     results: dict[int, Sample] = {}
     with _evaluation_mode(model), plain_attention(model), torch.no_grad():
         longest = max(groups, key=len)
-        lean = lean_sampler(model, longest)
-        cached = lean is not None or cache_works(model, longest)
+        cached = cache_works(model, longest)
         kind: Callable[..., Run] = CachedRun if cached else PlainRun
         for batch in _batches(groups, batch_size, equal_lengths=not cached):
             rows = [index for _, indices in batch for index in indices]
@@ -170,7 +168,7 @@ def sample(
                 progress.within = f"reading {len(batch)} prompts"
             randoms = np.stack([uniforms(seed, keys[i], settings.max_new_tokens) for i in rows])
             began = time.monotonic()
-            run = kind(model, batch, pad_id, with_states) if lean is None else LeanRun(lean, batch, with_states)
+            run = kind(model, batch, pad_id, with_states)
             # How long answers are, those of earlier batches tell.
             usual = float(np.mean([len(done.ids) for done in results.values()])) if results else settings.max_new_tokens
             samples = _decode(run, settings, stop_ids, randoms, [keys[i] for i in rows], progress, usual, began)

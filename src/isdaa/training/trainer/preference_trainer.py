@@ -28,7 +28,6 @@ from isdaa.data.collation import PairBatch, collate
 from isdaa.data.encoder import VERSION
 from isdaa.data.tokenize_pairs import ending_ids
 from isdaa.errors import UserError
-from isdaa.models.packed import fused_layers
 from isdaa.models.packed.forward import PASS_TOKENS, PairForward, ResponseLogps, disable_dropout, pass_tokens
 from isdaa.models.packed.patched_forward import SHARED_PREFIX
 from isdaa.models.saving import write_generation_config
@@ -95,7 +94,6 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
         train = _with_reference(train_dataset, "train")
         held_out = None if eval_dataset is None else _with_reference(eval_dataset, "eval")
         disable_dropout(model)
-        fused_layers.install(model)
         super().__init__(
             model=model,
             args=args,
