@@ -46,7 +46,7 @@ def _training(report: Told) -> Iterator[str]:
         yield f"| {name} | {' | '.join(figures)} |"
     yield ""
     yield "Struck out: more than memory has room for. Tokens: no padding; a pair's prompt once in `align`, twice in `reward`."
-    yield "Planned: by `isdaa inspect`, without CUDA's own memory and what lies between pieces, as peaks are."
+    yield "Planned: by `isdaa inspect`, without CUDA's own memory and fragmentation, as the measured peaks."
     yield ""
 
 

@@ -43,7 +43,7 @@ from isdaa.config import Config
 from isdaa.foreign import read_json
 
 GIB = 2**30
-NOT_ALLOCATED = ("CUDA", "program and data", "between pieces")  # parts of a plan that are not PyTorch's
+NOT_ALLOCATED = ("CUDA", "program and data", "fragmentation")  # parts of a plan that are not PyTorch's
 
 
 class Phases:

@@ -300,7 +300,7 @@ def test_shards_divide_what_they_are_said_to() -> None:
     ddp, fsdp, zero2 = told["ddp"], told["fsdp2"], told["zero2"]
     assert fsdp["weights"] * 4 == ddp["weights"] == zero2["weights"]
     assert fsdp["optimiser states"] * 4 == zero2["optimiser states"] * 4 == ddp["optimiser states"]
-    assert "layers gathered" in fsdp and "layers gathered" not in ddp
+    assert "gathered layers" in fsdp and "gathered layers" not in ddp
     one, four = (plan(examined, config, small(), device="h100", processes=n, speed=SPEED) for n in (1, 4))
     assert one.epoch_seconds is not None and four.epoch_seconds is not None
     assert 2.5 < one.epoch_seconds / four.epoch_seconds < 4.5
@@ -327,7 +327,7 @@ def test_a_busy_machine_is_said_to_be_one() -> None:
     said: list[str] = []
     for elsewhere in (0.02, 0.4):
         _warn_of_plan(Plan("align", "cpu", [Phase("training", {})], replace(SPEED, elsewhere=elsewhere), 1, 1), said.append)
-    assert len(said) == 1 and "other programs had 40% of the cores" in said[0]
+    assert len(said) == 1 and "other programs used 40% of the cores" in said[0]
 
 
 # Plans, then trains, in one process: the libraries are loaded once. The rehearsal allocates next to nothing.
@@ -413,7 +413,7 @@ def test_weights_of_an_objective_without_them_are_named_as_missing(place: Path, 
     jsonl(place / "pairs.jsonl", pairs())
     file = config_file(place / "run.yaml", ALIGN | {"objective.method": "dpo"})
     assert main(["inspect", "--config", str(file), "--no_plan", "--weights"]) == 2
-    assert "no weights made of μ" in capsys.readouterr().err
+    assert "no importance weights" in capsys.readouterr().err
 
 
 def test_a_guard_that_only_keeps_says_which_falls_it_sees_and_none_without_a_scorer(
@@ -423,6 +423,6 @@ def test_a_guard_that_only_keeps_says_which_falls_it_sees_and_none_without_a_sco
     jsonl(place / "pairs.jsonl", pairs())
     settings = ALIGN | {"guard.steps": 1, "guard.keep": "best", "guard.scorer": "gold", "align.max_steps": 8}
     (stage,) = told(place, capsys, settings)["stages"]
-    assert any(line.startswith("guard: 8 looks and") for line in stage["seen"])
+    assert any(line.startswith("guard: 8 measurements and") for line in stage["seen"])
     (stage,) = told(place, capsys, settings | {"guard.keep": "all", "guard.scorer": "none"})["stages"]
     assert not any("guard" in line for line in stage["seen"])

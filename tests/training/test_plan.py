@@ -176,7 +176,7 @@ def test_weights_of_4_bits_are_the_policys_alone(examined: dict[str, Examined]) 
         rows = replace(examined["label" if stage == "label" else "align"], stage=stage)
         told[stage] = plan(rows, four, small(), device="h100", speed=SPEED).phases[-1].parts
     assert told["align"]["weights"] == told["label"]["weights"] < 0.6 * told["reward"]["weights"]
-    assert "weights taken out of 4 bits" in told["align"] and "weights taken out of 4 bits" not in told["reward"]
+    assert "dequantised weights" in told["align"] and "dequantised weights" not in told["reward"]
 
 
 @pytest.mark.parametrize("prompt", [3, 40, 100])
@@ -208,8 +208,8 @@ def test_what_lies_outside_of_layers_is_gathered_whole(examined: dict[str, Exami
     full, lora = planned(examined, **shards), planned(examined, **shards, **{"lora.rank": 2})
     rest = 4 * (VOCABULARY * HIDDEN + HIDDEN)
     layer = Stage(Setting("pairs", small())).largest_layer
-    assert full.phases[-1].parts["layers gathered"] == 3 * layer + 2 * rest
-    assert lora.phases[-1].parts["layers gathered"] < 3 * (layer + 4096) + 1.5 * rest  # frozen: no gradient of it
+    assert full.phases[-1].parts["gathered layers"] == 3 * layer + 2 * rest
+    assert lora.phases[-1].parts["gathered layers"] < 3 * (layer + 4096) + 1.5 * rest  # frozen: no gradient of it
     supervised_model = planned(examined, "sft", **shards)
     assert supervised_model.phases[0].name == "loading the model"
     assert supervised_model.phases[0].parts["weights"] == 4 * supervised_model.phases[1].parts["weights"]

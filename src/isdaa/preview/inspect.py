@@ -139,7 +139,9 @@ def inspect(
                         report.plan = plan(report.examined, config, report.architecture, device=on, **options)
                 except Exception as error:  # a model's own code, run without numbers, raises whatever it likes
                     why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-                    found.warnings.append(f"{report.examined.stage}: no plan, for this model's code cannot be rehearsed ({why})")
+                    found.warnings.append(
+                        f"{report.examined.stage}: no plan: this model's code does not run without real numbers ({why})"
+                    )
                 bar.update()
         made = [report for report in planned if report.plan is not None]
         if memory is not None and made:
@@ -155,7 +157,7 @@ def _measure_weights(found: Inspection, run: Run) -> None:
     """Replace what `align` says of its weights by what it will say."""
     reports = [one for one in found.stages if one.examined.stage == "align" and not one.examined.assumed]
     if not reports or not weighs_by_behaviour(found.config.objective.arguments()):
-        found.missing.append("--weights: there are no pairs yet, or the objective has no weights made of μ")
+        found.missing.append("--weights: there are no pairs yet, or the objective has no importance weights")
         return
     from isdaa.training.stages.align import weights_at_start
 
@@ -274,7 +276,7 @@ def _stage(stage: str, run: Run, found: Inspection, tokenizer: Any, row: int) ->
     if stage in ("reward", "align") and labelled and not Path(source).exists():
         prompts = next((report.examined for report in found.stages if report.examined.stage == "label"), None)
         if prompts is None:
-            raise UserError(f"{source}: not written yet, and the prompts that label will use could not be read")
+            raise UserError(f"{source}: not written yet, and the prompts of the label stage could not be read")
         written = written_by_label(config, tokenizer, prompts, cache)
         written.stage = stage
         return StageReport(written)
@@ -311,7 +313,7 @@ def _seen(config: Config, report: StageReport) -> list[str]:
         found.append(power.seen(report.checkpoints or 0, judged.prompts, rivals))
     if guard.steps is not None and config.guard_scorer is not None:
         planned = (-(-(report.steps or 0) // guard.steps), guard.prompts, guard.opponent_samples)
-        found.append(f"guard: {power.seen(*planned, what='look') if guard.stop == 'never' else power.stoppable(*planned)}")
+        found.append(f"guard: {power.seen(*planned, what='measurement') if guard.stop == 'never' else power.stoppable(*planned)}")
     return found
 
 
@@ -335,8 +337,8 @@ def _warn(found: Inspection, tokenizers: list[Any]) -> None:
     chat = any(run.kind == "given" and shown for report in found.stages for shown in report.examined.shown for run in shown.runs)
     if chat and any(writes_date(tokenizer) for tokenizer in tokenizers if tokenizer is not None):
         say(
-            "the chat template writes today's date into every conversation: a run that goes on tomorrow sees other tokens than "
-            "it began with, and its cached reference logps do not fit; name a tokenizer whose template does not (model.tokenizer)"
+            "the chat template writes today's date into every conversation: a run resumed tomorrow would see other tokens, and "
+            "its cached reference logps would not match; set model.tokenizer to one whose template does not write the date"
         )
     for report in found.stages:
         _warn_of_stage(report, config, report.architecture, say)
@@ -348,19 +350,25 @@ def _warn_of_stage(report: StageReport, config: Config, architecture: Any, say: 
     examined, stage = report.examined, report.examined.stage
     if report.steps is not None and getattr(config, stage).warmup_steps >= report.steps:
         warm = getattr(config, stage).warmup_steps
-        say(f"{stage}: warm-up ({warm} steps) is as long as the run ({report.steps}): the learning rate stays low")
+        say(
+            f"{stage}: the warm-up ({warm} steps) is as long as the run ({report.steps} steps), so the learning rate stays low; "
+            f"lower {stage}.warmup_steps"
+        )
     if architecture is not None:
         text = architecture.get_text_config()
         longest = _longest(examined, config)
         positions = getattr(text, "max_position_embeddings", None)
         if isinstance(positions, int) and 0 < positions < longest:
-            say(f"{stage}: rows of {longest} tokens, but the model has {positions} positions; lower tokenization.max_length")
+            say(f"{stage}: the longest row has {longest} tokens, the model {positions} positions; lower tokenization.max_length")
         if examined.highest_id >= getattr(text, "vocab_size", examined.highest_id + 1):
-            say(f"{stage}: token id {examined.highest_id} occurs, but the model's vocabulary has {text.vocab_size}")
+            say(
+                f"{stage}: token id {examined.highest_id} is outside the model's vocabulary of {text.vocab_size}; "
+                "does the tokenizer belong to the model?"
+            )
     if examined.ended is not None and examined.ended < 0.9:
         say(
-            f"{stage}: only {examined.ended:.0%} of the responses end with an end token; a model learns to stop from those alone "
-            "(raise tokenization.max_length, or see whether the data was cut)"
+            f"{stage}: only {examined.ended:.0%} of the responses end with an end token; only these teach the model to stop "
+            "(raise tokenization.max_length, or check whether the data was cut)"
         )
     cut = sum(int(part.cut.sum()) for part in examined.parts if part.name in ("prompt", "example"))
     share = cut / max(1, sum(len(part.lengths) for part in examined.parts if part.name in ("prompt", "example")))
@@ -371,19 +379,20 @@ def _warn_of_stage(report: StageReport, config: Config, architecture: Any, say: 
 def _warn_of_plan(plan: Plan, say: Any) -> None:
     if plan.speed.elsewhere > BUSY:
         say(
-            f"{plan.stage}: other programs had {plan.speed.elsewhere:.0%} of the cores while its speed was measured: times may "
-            "be many times too long; look again when the machine is idle"
+            f"{plan.stage}: other programs used {plan.speed.elsewhere:.0%} of the cores while the speed was measured, so the "
+            "times may be far too long; repeat on an idle machine"
         )
     if plan.available is not None and plan.peak.total > plan.available:
         say(
-            f"{plan.stage}: needs about {plan.peak.total / 1e9:.1f} GB, and there are {plan.available / 1e9:.1f}: lower "
-            f"batch_size and raise gradient_accumulation_steps, set {plan.stage}.gradient_checkpointing or lora.rank, or put "
-            "it in shards on more devices"
+            f"{plan.stage}: needs about {plan.peak.total / 1e9:.1f} GB of memory, has {plan.available / 1e9:.1f}: lower "
+            f"batch_size and raise gradient_accumulation_steps, set {plan.stage}.gradient_checkpointing or lora.rank, or "
+            "shard it over more devices (--memory lists settings that fit)"
         )
     if plan.disk_free is not None and plan.disk > plan.disk_free:
+        less = "raise align.save_steps, set align.save_total_limit, or " if plan.stage == "align" else ""
         say(
-            f"{plan.stage}: checkpoints will take {plan.disk / 1e9:.1f} GB, and {plan.disk_free / 1e9:.1f} GB are free: raise "
-            f"save_steps or set save_total_limit"
+            f"{plan.stage}: checkpoints will take {plan.disk / 1e9:.1f} GB, only {plan.disk_free / 1e9:.1f} GB are free: "
+            f"{less}free some space"
         )
 
 

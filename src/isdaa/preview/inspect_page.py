@@ -23,7 +23,7 @@ NAMES = {
     "label": "sampling and labelling",
     "align": "preference training",
 }
-MARKS = {True: "the end token is yellow", False: "between bars, the end token in brackets"}
+MARKS = {True: "the end token is yellow", False: "separated by bars, the end token in brackets"}
 
 
 def print_inspection(found: Inspection, file: IO[str] | None = None, width: int | None = None, whole: bool = False) -> None:
@@ -44,10 +44,10 @@ def print_to(found: Inspection, console: Console, whole: bool = False) -> None:
     else:
         print_fits(found.fits or [], *found.memory, console)
     _lines("missing", [f"{line}" for line in found.missing], "bold red", "✗", console)
-    _lines("worth a look", found.warnings, "yellow", "!", console)
+    _lines("warnings", found.warnings, "yellow", "!", console)
     if not found.warnings and not found.missing:
         console.print()
-        console.print(Text(" Nothing stands out.", style="green"))
+        console.print(Text(" No warnings.", style="green"))
 
 
 def _stage(report: StageReport, console: Console, colour: bool, whole: bool) -> None:
@@ -64,7 +64,7 @@ def _stage(report: StageReport, console: Console, colour: bool, whole: bool) -> 
     if examined.parts:
         console.print()
         note = f"; {len(examined.parts[0].lengths):,} rows sampled" if examined.sampled < examined.counts.kept else ""
-        console.print(Text.assemble((" lengths in tokens, before any cut", "bold")) + Text(note, style="dim"))
+        console.print(Text.assemble((" lengths in tokens, before cutting", "bold")) + Text(note, style="dim"))
         end = common_end(examined.parts)
         for part in examined.parts:
             print_histogram(part, console, end)
@@ -83,27 +83,27 @@ def _rows(report: StageReport, console: Console) -> None:
         entries.append(("held out", f"{examined.held_out:,} pairs"))
     if examined.different_prompts is not None:
         each = len(examined.lengths) / examined.different_prompts
-        entries.append(("prompts", f"{examined.different_prompts:,} different ones, {each:.2f} pairs each"))
+        entries.append(("prompts", f"{examined.different_prompts:,} different prompts, {each:.2f} pairs each"))
     if examined.ended is not None:
         entries.append(("ends", f"{examined.ended:.1%} of the responses end with an end token"))
     if examined.learnt is not None:
-        entries.append(("learnt", f"{examined.learnt:.1%} of the tokens"))
+        entries.append(("learnt", f"{examined.learnt:.1%} of the tokens are trained on"))
     if examined.merge:
-        entries.append(("merges", f"for example {examined.merge}"))
-    entries += [("look", f"{n:,} {FOUND[name]}") for name, n in examined.found.items() if n]
+        entries.append(("merges", f"a token spans prompt and response, for example {examined.merge}"))
+    entries += [("check", f"{n:,} {FOUND[name]}") for name, n in examined.found.items() if n]
     entries += [("note", note) for note in examined.notes]
     if report.steps is not None:
         entries.append(("steps", _steps(report)))
     entries += [("" if later else "verdict", line) for later, line in enumerate(report.seen)]
     for name, words in entries:
-        style = "yellow" if name == "look" else "bold" if name else ""
+        style = "yellow" if name == "check" else "bold" if name else ""
         console.print(_entry(name, words, style, console.width))
 
 
 def _steps(report: StageReport) -> str:
     noun = "examples" if report.examined.stage == "sft" else "pairs"
     kept = f"; {report.checkpoints} checkpoint{'s' * (report.checkpoints > 1)} kept" if report.checkpoints else ""
-    return f"{report.steps:,} of {report.batch:,} {noun} ({report.steps_per_epoch:,} an epoch){kept}"
+    return f"{report.steps:,} with {report.batch:,} {noun} each ({report.steps_per_epoch:,} per epoch){kept}"
 
 
 def _entry(name: str, words: str, style: str, width: int) -> Text:

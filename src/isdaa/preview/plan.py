@@ -30,16 +30,16 @@ from isdaa.training.trainer.training_arguments import STATES
 Sharding = Literal["ddp", "fsdp2", "zero2", "zero3"]
 SHARDINGS = ("ddp", "fsdp2", "zero2", "zero3")
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, and constants of blocks, themselves quantised
-# The C library's allocator hands memory on in pieces that do not quite fit, in layers' worth of activations (plan-check.json).
+# Memory lost to fragmentation by the C library's allocator, as a number of layers' activations (plan-check.json).
 SCATTERED_LAYERS = 3
 CUDA = 600e6  # bytes of a CUDA context with its kernels, assumed
-CUDA_SCATTERED = 0.06  # of the memory in use, lost between pieces, assumed
+CUDA_SCATTERED = 0.06  # of the memory in use, lost to fragmentation, assumed
 SAMPLING_STEP = 0.03  # seconds that a GPU needs for a token of each row, assumed
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Part of a stage, with its memory in bytes by part at the worst moment."""
+    """Part of a stage, with its memory in bytes by part at its peak."""
 
     name: str
     parts: dict[str, float]
@@ -54,7 +54,7 @@ class Phase:
 class Plan:
     """What a stage needs on each device. seconds: by activity, for the whole run; disk: bytes of all that is kept.
 
-    tokens: of an epoch, on all devices, as the model sees them; plain: were every response a row of its own.
+    tokens: of an epoch, on all devices, as the model sees them; plain: if every response were a separate row.
     """
 
     stage: str
@@ -146,7 +146,7 @@ def plan(
         "logits": float(memory.logits),
     }
     if _is_quantised(stage, config):
-        parts["weights taken out of 4 bits"] = float(stage.largest_linear * setting.dtype.itemsize)
+        parts["dequantised weights"] = float(stage.largest_linear * setting.dtype.itemsize)
     if processes > 1:
         rest = stage.rest_bytes * (1 if stage.adapter_bytes else 2)  # its gradients, too, are whole for a moment
         parts |= _shared(parts, sharding, processes, trained, float(stage.largest_layer), float(rest))
@@ -176,7 +176,7 @@ def plan(
     result.disk_free = _free_disk(Path(config.output_dir))
     result.available = _memory_of(device, processes)
     if device == "cpu" and processes > 1:
-        result.notes.append(f"{processes} processes share this CPU's speed and memory; planned is one of them")
+        result.notes.append(f"{processes} processes share this CPU's speed and memory; the plan is for one of them")
     return result
 
 
@@ -233,8 +233,8 @@ def _add_passes(
         every = config.align.eval_steps or config.align.save_steps or max(1, -(-steps // 10))
         result.seconds["held-out pairs"] = -(-steps // every) * held * _forward(stage, batches) / rate
     if config.guard.steps is not None:
-        beside = "" if stage.adapter_bytes else f", its reference ({stage.weight_bytes / 1e9:.2f} GB) beside the policy"
-        result.notes.append(f"the guard's samples and scores come on top{beside}")
+        model = "" if stage.adapter_bytes else f" and its reference model ({stage.weight_bytes / 1e9:.2f} GB)"
+        result.notes.append(f"not included: the guard's samples and scores{model}")
 
 
 def _another(stage: Stage, config: Config, architecture: Any) -> Stage:
@@ -255,23 +255,23 @@ def _shared(
     together and for as long as a micro-batch takes."""
     changed: dict[str, float] = {}
     if sharding == "ddp":
-        return {"gradients on their way": trained}
+        return {"gradients being reduced": trained}
     changed["optimiser states"] = parts["optimiser states"] / processes
     changed["gradients"] = trained / processes
     if sharding in ("fsdp2", "zero3"):
         changed["weights"] = parts["weights"] / processes
-        changed["layers gathered"] = 3 * layer + rest  # one in use, the next on its way, the gradients of one
+        changed["gathered layers"] = 3 * layer + rest  # one in use, the next on its way, the gradients of one
     else:
-        changed["gradients on their way"] = layer
+        changed["gradients being reduced"] = layer
     return changed
 
 
 def _around(parts: dict[str, float], device: str, program: float, kept: float) -> dict[str, float]:
     """The parts, with what a device needs whatever runs on it; those that are nothing left out."""
     if device == "cpu":
-        parts = {"program and data": program, **parts, "between pieces": kept}
+        parts = {"program and data": program, **parts, "fragmentation": kept}
     else:
-        parts = {"CUDA": CUDA, **parts, "between pieces": CUDA_SCATTERED * sum(parts.values())}
+        parts = {"CUDA": CUDA, **parts, "fragmentation": CUDA_SCATTERED * sum(parts.values())}
     return {name: size for name, size in parts.items() if size > 0}
 
 
@@ -360,8 +360,8 @@ def _label_plan(
         seconds = max(seconds, SAMPLING_STEP * batches * settings.max_new_tokens)
     result.seconds["sampling, at most"] = seconds
     result.tokens, result.available = tokens, _memory_of(device, processes)
-    what = "the scorer's work" if scorer is not None or settings.scorer == "gold" else "the scorer, whose size is not known yet,"
-    result.notes.append(f"{what} and behaviour logps of the samples come on top")
+    what = "scoring" if scorer is not None or settings.scorer == "gold" else "the scorer, whose size is not known yet,"
+    result.notes.append(f"not included: {what} and the behaviour logps of the samples")
     return result
 
 

@@ -20,24 +20,24 @@ SHADES = {
     "weights": "#3b82f6",
     "weights of the other model": "#1d4ed8",
     "weights of the scorer": "#1d4ed8",
-    "layers gathered": "#93c5fd",
+    "gathered layers": "#93c5fd",
     "weights cast by autocast": "#60a5fa",
-    "weights taken out of 4 bits": "#93c5fd",
+    "dequantised weights": "#93c5fd",
     "adapter": "#06b6d4",
     "optimiser states": "#8b5cf6",
     "gradients": "#f59e0b",
-    "gradients on their way": "#fcd34d",
+    "gradients being reduced": "#fcd34d",
     "activations": "#10b981",
     "logits": "#ef4444",
     "keys and values": "#10b981",
-    "between pieces": "grey35",
+    "fragmentation": "grey35",
 }
 WORDS = {
-    "program and data": "this process, with libraries and rows, as measured",
+    "program and data": "this process with libraries and rows, measured",
     "CUDA": "context and kernels, assumed",
-    "between pieces": "what an allocator cannot use again, estimated",
-    "logits": "of one chunk, not of the vocabulary at every position",
-    "gradients": "as many as there are at the worst moment",
+    "fragmentation": "memory that the allocator cannot reuse, estimated",
+    "logits": "of one chunk of positions, not of all",
+    "gradients": "those that exist at the memory peak",
 }
 
 
@@ -47,12 +47,12 @@ def print_plan(plan: Plan, console: Console, colour: bool) -> None:
     console.print()
     console.print(Rule(Text(f"plan · {plan.stage} on {name}", style="bold"), align="left", style="dim"))
     adapter = any("adapter" in phase.parts for phase in plan.phases)
-    trained = f", and an adapter of {count(plan.trainable)}, which alone is trained" if adapter else ""
+    trained = f"; only the adapter's {count(plan.trainable)} are trained" if adapter else ""
     _entry(console, "model", f"{count(plan.parameters)} parameters{trained}")
     peak = plan.peak
     room = f" of {size(plan.available)}" if plan.available else ""
     over = plan.available is not None and peak.total > plan.available
-    where = f", while {peak.name} is going on" if len(plan.phases) > 1 else ""
+    where = f" at the peak, during {peak.name}" if len(plan.phases) > 1 else ""
     _entry(console, "memory", f"{size(peak.total)}{room}{where}", "bold red" if over else "bold")
     _bar(peak, console, plan.available, colour)
     for phase in plan.phases:
@@ -61,29 +61,25 @@ def print_plan(plan: Plan, console: Console, colour: bool) -> None:
     _time(plan, console)
     if plan.checkpoint:
         free = f"; {size(plan.disk_free)} free" if plan.disk_free is not None else ""
-        _entry(console, "disk", f"{size(plan.disk)} in all, {size(plan.checkpoint)} a checkpoint with optimiser states{free}")
+        _entry(console, "disk", f"{size(plan.disk)} in total, {size(plan.checkpoint)} per checkpoint with optimiser states{free}")
     for note in plan.notes:
         _entry(console, "", note)
 
 
 def print_fits(fits: Sequence[Fit], memory: float, device: str, console: Console) -> None:
-    """The ways of training that fit into the memory asked about, best first, with what to type; then those that do not."""
-    name = "this CPU (for a GPU of that size name one like it: --device l4)" if device == "cpu" else device_of(device).name
+    """The settings that fit into the given memory, best first, with what to type; then those that do not fit."""
+    name = "this CPU (for a GPU of that size, name a similar one: --device l4)" if device == "cpu" else device_of(device).name
     console.print()
     console.print(Rule(Text("what fits, best first", style="bold"), align="left", style="dim"))
-    _entry(console, "memory", f"{size(memory)}, of which a tenth is left free, on {name}; as planned, not measured", "bold")
+    _entry(console, "memory", f"{size(memory)} on {name}, a tenth left free; estimated, not measured", "bold")
     for one in fits:
         cut = f", {one.cut:.0%} of the pairs cut" if one.cut else ""
-        told = (
-            f"{size(one.memory)}, {span(one.seconds)} in all{cut}" if one.fits else f"does not fit: {size(one.memory)} at least"
-        )
+        told = f"{size(one.memory)}, {span(one.seconds)} in total{cut}" if one.fits else f"does not fit: needs {size(one.memory)}"
         _entry(console, "✓" if one.fits else "✗", f"{one.form}: {told}", "" if one.fits else "dim")
         if one.fits:
-            _entry(
-                console, "", " ".join(f"--{key} {_typed(value)}" for key, value in one.options.items()) or "as it is configured"
-            )
+            _entry(console, "", " ".join(f"--{key} {_typed(value)}" for key, value in one.options.items()) or "as configured")
     if not any(one.fits for one in fits):
-        _entry(console, "", "a smaller model, or several devices (--processes, --sharding fsdp2), would")
+        _entry(console, "", "nothing fits; try a smaller model, or several devices (--processes, --sharding fsdp2)")
 
 
 def _typed(value: object) -> str:
@@ -93,17 +89,15 @@ def _typed(value: object) -> str:
 def _time(plan: Plan, console: Console) -> None:
     parts = [f"{name} {span(seconds)}" for name, seconds in plan.seconds.items()]
     if plan.epoch_seconds is not None and plan.step_seconds is not None:
-        pace = f"an epoch in {span(plan.epoch_seconds)}, a step in {plan.step_seconds:.2g} s"
-        _entry(console, "time", f"{span(sum(plan.seconds.values()))} in all: {', '.join(parts)}")
+        pace = f"{span(plan.epoch_seconds)} per epoch, {plan.step_seconds:.2g} s per step"
+        _entry(console, "time", f"{span(sum(plan.seconds.values()))} in total: {', '.join(parts)}")
         _entry(console, "", pace)
     else:
         _entry(console, "time", ", ".join(parts))
     _entry(console, "", plan.speed.how)
     if plan.plain:
         saved = 1 - plan.tokens / plan.plain
-        _entry(
-            console, "tokens", f"{plan.tokens:,} an epoch; {plan.plain:,} were each response a row of its own ({saved:.0%} saved)"
-        )
+        _entry(console, "tokens", f"{plan.tokens:,} per epoch; separate rows would have {plan.plain:,} ({saved:.0%} saved)")
 
 
 def _bar(phase: Phase, console: Console, available: float | None, colour: bool) -> None:

@@ -117,10 +117,10 @@ class Examined:
 
 # What `found` counts, in words.
 FOUND = {
-    "special_in_chat": "messages contain special tokens: a chat template may have been applied to them already",
-    "special_in_text": "texts contain special tokens: they bring their own template, and get none",
-    "bos_inside": "prompts have a BOS token in their middle: was a template applied twice?",
-    "eos_inside": "responses contain an end token before their last place: training goes on behind it",
+    "special_in_chat": "rows have special tokens in messages: was a chat template applied already?",
+    "special_in_text": "rows have special tokens in plain text: no chat template is applied to them",
+    "bos_inside": "prompts have a BOS token inside: was a template applied twice?",
+    "eos_inside": "responses have an end token before their end: what follows it is trained on, too",
 }
 
 
@@ -157,7 +157,7 @@ def _pairs(stage: str, config: Config, tokenizer: Any, source: str, cache: Path,
     if stage == "align":
         result.notes += not_drawn(config.objective.arguments(), counts)
     if read.common:
-        result.notes.append(f"{read.common} prompts are in both the training and the held-out pairs")
+        result.notes.append(f"{read.common} prompts are in both training and held-out pairs")
     chat = _chat(read.rows, "prompt")
     stops = stop_token_ids(tokenizer, chat and bool(tokenizer.chat_template))
     ended = np.stack([_last(*columns[name], stops) for name in names[1:]], 1)
@@ -239,7 +239,7 @@ def written_by_label(config: Config, tokenizer: Any, prompts: Examined, cache: P
     if known:
         encoder = Encoder(tokenizer, token_settings(config))
         lengths = np.array([len(response.ids) for _, (response,) in encoder.answered(known, ("chosen",))])
-        like = "the responses that stand beside the prompts"
+        like = "the responses in the prompts' file"
     else:
         lengths, like = np.array([most]), f"label.max_new_tokens ({most} tokens each)"
     lengths = np.minimum(lengths, most)
@@ -256,7 +256,7 @@ def written_by_label(config: Config, tokenizer: Any, prompts: Examined, cache: P
     result.groups = np.repeat(np.arange(len(prompts.lengths)), pairs)[held:]
     if label.pairing == "best_worst" and "align" in config.stages:
         result.notes += not_drawn(config.objective.arguments(), Counts(best_worst=count - held))
-    result.assumed = f"not written yet: taken to be {count:,} pairs, each response as long as {like}"
+    result.assumed = f"not written yet; assumed: {count:,} pairs with responses as long as {like}"
     return result
 
 
