@@ -35,7 +35,7 @@ SHADES = {
 WORDS = {
     "program and data": "this process with libraries and rows, measured",
     "CUDA": "context and kernels, assumed",
-    "fragmentation": "memory that the allocator cannot reuse, estimated",
+    "fragmentation": "lost in the allocator, estimated",
     "logits": "of one chunk of positions, not of all",
     "gradients": "those that exist at the memory peak",
 }
