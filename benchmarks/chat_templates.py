@@ -107,33 +107,33 @@ A column is a kind of row:
 
 - **pair**: a question and its answers, nothing more.
 - **system**, **developer**, **tool**: a message of that role before the answer.
-- **call**, **call before**: `tool_calls` in the answer, or in an earlier turn, their arguments an object.
-- **call as text**: in the answer, their arguments a JSON text, as OpenAI's interface gives them.
+- **call**, **call before**: `tool_calls` in the answer, or in an earlier turn; the arguments are an object.
+- **call as text**: `tool_calls` in the answer; the arguments are a JSON text, as in OpenAI's interface.
 - **tools**: the column `tools`, with one function.
-- **thinking**, **`<think>`**: the answer brings thinking, as `reasoning_content` or between `<think>` and `</think>`.
-  **thinking before**, **`<think>` before**: an earlier turn does.
-- **prefill**: the prompt ends with words that begin the answer.
+- **thinking**, **`<think>`**: the answer has thinking, as `reasoning_content` or between `<think>` and `</think>`.
+  **thinking before**, **`<think>` before**: an earlier turn has.
+- **prefill**: the prompt ends with the beginning of the answer.
 - **turns**: three questions and three answers, for SFT.
 - **off**: `chat_template_kwargs: {enable_thinking: false}`.
 
-A cell is what becomes of it:
+A cell says what happens to such a row:
 
-- **✓**: taken, and all that it says is among the tokens. Whether the model was made for such rows is another question:
-  a template may write a role or `<think>` as it stands, and the model may never have seen it.
-- **shorter**: taken, but the template opens thinking that it does not write before such an answer, so the prompt ends
-  where it writes the answer. Counted.
-- **counted**: taken without the thinking, which the template leaves out of earlier turns. Counted.
-- **refused**: the row stops the run; the message says what would be left out, or why the template refuses.
-- **alone**: taken where the turn is the call alone; words beside it are refused.
-- **after call**: taken behind a call, refused without one.
-- **otherwise**: taken, but the arguments are written otherwise than as an object, mostly quoted once more.
-- **asked**: refused, but taken with `chat_template_kwargs: {enable_thinking: true}`.
-- **one**: all three answers are learnt in one example.
-- **apart**: in three examples, as the template writes a turn otherwise once others follow.
+- **✓**: accepted, and all its words are among the tokens. Whether the model was trained on such rows is another
+  question: a template may write a role or `<think>` that the model has never seen.
+- **shorter**: accepted. The generation prompt opens thinking, but the template writes no thinking before such an answer,
+  so the prompt ends where the template starts the answer. Counted.
+- **counted**: accepted without the thinking, which the template drops from earlier turns. Counted.
+- **refused**: an error; the message says what would be dropped, or why the template refuses.
+- **alone**: accepted if the turn is only the call; with words beside the call, an error.
+- **after call**: accepted after a call, an error without one.
+- **otherwise**: accepted, but the arguments are written differently from an object, mostly quoted once more.
+- **asked**: an error, unless `chat_template_kwargs` is `{enable_thinking: true}`.
+- **one**: all three answers are trained on in one example.
+- **apart**: in three examples, because the template writes a turn differently once others follow.
 - **read**: the template reads it. **–**: it does not, and the run says so (in the configuration it is an error).
-- **pictures**: written for parts of text and pictures, it takes no text; every row is refused.
+- **pictures**: a template for messages with text and images; it takes no plain text, so every row is an error.
 
-No words are missing that nothing counted: the command would fail.
+The command fails if words are missing that nothing counted.
 """
 
 
@@ -174,8 +174,10 @@ def page(templates: Mapping[str, str]) -> str:
     lines = [
         "# What chat templates make of each kind of row",
         "",
-        f"Written by `python benchmarks/chat_templates.py` ({versions}). Rows are read and tokenised",
-        "by the code that training uses, and their words looked for among the tokens. Other templates: `--templates FILE`.",
+        "Which rows isdaa accepts with which published chat template. Each kind of row is read and tokenised by the code that",
+        "training uses, and its words are looked up among the tokens.",
+        "",
+        f"Written by `python benchmarks/chat_templates.py` ({versions}). Your own template: `--templates FILE`.",
         "",
         LEGEND,
         *table(templates),
