@@ -120,8 +120,8 @@ A cell says what happens to such a row:
 
 - **✓**: accepted, and all its words are among the tokens. Whether the model was trained on such rows is another
   question: a template may write a role or `<think>` that the model has never seen.
-- **shorter**: accepted. The generation prompt opens thinking, but the template writes no thinking before such an answer,
-  so the prompt ends where the template starts the answer. Counted.
+- **shorter**: accepted. The generation prompt opens thinking, but the template writes none before such an answer; so the
+  prompt ends where the template starts the answer. Counted.
 - **counted**: accepted without the thinking, which the template drops from earlier turns. Counted.
 - **refused**: an error; the message says what would be dropped, or why the template refuses.
 - **alone**: accepted if the turn is only the call; with words beside the call, an error.
@@ -177,7 +177,8 @@ def page(templates: Mapping[str, str]) -> str:
         "Which rows isdaa accepts with which published chat template. Each kind of row is read and tokenised by the code that",
         "training uses, and its words are looked up among the tokens.",
         "",
-        f"Written by `python benchmarks/chat_templates.py` ({versions}). Your own template: `--templates FILE`.",
+        f"Written by `python benchmarks/chat_templates.py` ({versions}).",
+        "Your own template: `--templates FILE`.",
         "",
         LEGEND,
         *table(templates),
