@@ -324,7 +324,7 @@ def test_long_equal_and_repeated_rows_are_counted_and_shown(place: Path, capsys:
     assert main(["train", "--config", "run.yaml", "--align.max_steps", "1", "--data.eval_fraction", "0"]) == 0
     shown = capsys.readouterr().err
     assert "11 of 12 rows kept" in shown
-    for line in ("1 dropped: chosen equals rejected", "1 prompts cut", "1 chosen responses cut", "no pair held out"):
+    for line in ("1 dropped: chosen equals rejected", "1 prompts cut", "1 chosen responses cut", "no held-out pairs"):
         assert line in shown, shown
     notes = json.loads((place / "runs" / "new" / "run.json").read_text())["stages"]["align"]["notes"]
     assert any("11 of 12" in note for note in notes)

@@ -306,7 +306,7 @@ def test_thinking_that_the_template_does_not_write(template: str, key: str) -> N
     prompt, _ = texts(taker, pair([QUESTION, answer, QUESTION]))
     assert "Hello." in prompt and "Hesitate." not in prompt
     assert taker.counts.thinking_left_out
-    assert any("with thinking in earlier turns" in line for line in taker.counts.lines())
+    assert any("have thinking in earlier turns" in line for line in taker.counts.lines())
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])

@@ -190,7 +190,7 @@ def test_a_run_is_adopted_beside_models_that_nobody_can_own(place: Path, capsys:
     refused(capsys, command, "with --adopt")
     assert main([*command, "--adopt"]) == 0
     assert "run/model: yours now" in capsys.readouterr().err
-    refused(capsys, ["evaluate", "--model_path", "outside", "--adopt"], "nothing of isdaa")
+    refused(capsys, ["evaluate", "--model_path", "outside", "--adopt"], "no run or model of isdaa")
 
 
 @pytest.mark.parametrize("link", ["evaluation", "evaluation/mt_bench", "report", "report/charts"])
@@ -260,7 +260,7 @@ def test_adopting_takes_over_all_that_is_below_and_nothing_behind_a_link(place: 
     record = read_record(place / "run" / "model")
     assert record is not None and record.own
     (place / "empty").mkdir()
-    with pytest.raises(UserError, match="nothing of isdaa"):
+    with pytest.raises(UserError, match="no run or model of isdaa"):
         adopt("empty")
     with pytest.raises(UserError, match="no such folder"):
         adopt("gone")

@@ -141,7 +141,7 @@ def test_the_best_against_the_worst_is_told_where_weights_are_made_of_mu_and_now
 ) -> None:
     """In the label stage's own run, in a later run on its file, before either, and from Python."""
     monkeypatch.chdir(tmp_path)
-    told = "which is no draw from μ × μ: importance weights on them are biased"
+    told = "not draws from μ × μ, so importance weights on them are biased"
     label = CHAIN | {"stages": ["sft", "label", "align"], "data.limit": 12, "label.samples": 3, "align.max_steps": 1}
     label |= {"label.pairing": "best_worst", "data.eval_fraction": 0.0, "sft.max_steps": 1}
     assert train("weighted", label) == 0

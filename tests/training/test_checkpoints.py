@@ -377,7 +377,7 @@ def test_the_same_global_batch_split_otherwise_reads_every_pair_once_an_epoch(wh
 def test_another_course_of_the_learning_rate_is_told(whole_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     again = other(tmp_path, epochs=1, learning_rate=0.5)
     again.train(resume_from_checkpoint=str(whole_run / "checkpoints" / "checkpoint-4"))
-    (line,) = [record.getMessage() for record in caplog.records if "another from here on" in record.getMessage()]
+    (line,) = [record.getMessage() for record in caplog.records if "follows the new schedule" in record.getMessage()]
     assert "length 2 epochs, now 1 epochs" in line and "learning_rate 0.01, now 0.5" in line
     assert again.state.global_step == 6
 

@@ -122,7 +122,7 @@ def test_a_weight_that_breaks_ends_the_run_within_its_step(tmp_path: Path, value
     assert message.count("pairs.jsonl:") == 4 and "(all of the step)" in message
     assert "a smaller learning rate (now 0.01)" in message and "a larger beta (now 0.5)" in message
     assert "max_grad_norm 1 (now 0: gradients are not clipped)" in message and "float16" not in message
-    assert f"the last finite checkpoint stays: {tmp_path / 'checkpoint-2'}" in message
+    assert f"the last finite checkpoint is {tmp_path / 'checkpoint-2'}" in message
     assert trainer.state.global_step == 3
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     assert max(entry["step"] for entry in trainer.state.log_history) < 3
@@ -289,7 +289,7 @@ def test_a_stage_that_breaks_is_not_finished_and_keeps_its_last_finite_checkpoin
     newest = place / "run" / STAGES[name] / "checkpoint-4"
     rows_named = "sft.jsonl:" if name == "sft" else "pairs.jsonl:"
     assert error.startswith("isdaa: error: step 5: weights are not finite after its update (") and rows_named in error
-    assert error.endswith(f"the last finite checkpoint stays: {Path('run') / STAGES[name] / 'checkpoint-4'}")
+    assert error.endswith(f"the last finite checkpoint is {Path('run') / STAGES[name] / 'checkpoint-4'}")
     assert ("beta" in error) == (name == "align")
     assert newest_complete_checkpoint(newest.parent) == str(newest) and all(map(all_finite, newest.parent.iterdir()))
     assert not json.loads((place / "run" / "run.json").read_text())["stages"][name]["done"]
@@ -394,7 +394,7 @@ def test_a_loss_that_is_not_finite_before_the_first_update_is_not_put_down_to_th
     assert train("run", stage("sft")) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("isdaa: error: ")]
     assert "step 1: the loss is not finite" in line and "in row" in line and "learning rate" not in line
-    assert "before the first update: look at these rows and at the model" in line
+    assert "no update has been made yet: check these rows and the model" in line
 
 
 def test_preference_trainer_ends_in_the_same_way(place: Path) -> None:

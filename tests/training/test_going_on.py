@@ -78,7 +78,7 @@ def test_one_more_epoch_begins_with_the_weights_and_keeps_the_reference(place: P
     assert "goes on from old/checkpoints/checkpoint-4 (step 4); π_ref is that run's, my_model" in said
     assert "align.epochs" not in said  # 1.0 as before
     assert "align.max_steps is None; it was 4 in old" in said and "align.learning_rate is 0.001; it was 0.01 in old" in said
-    assert "μ is assumed to be π_ref" in said and "left its reference already" in said
+    assert "μ is assumed to be π_ref" in said and "already moved away from its reference" in said
     assert content(place / "old") == before
     first = read_lines(place / "new" / "metrics.jsonl")[0]
     assert first["drift/chosen"] != 0 and abs(first["weights/mean"] - 1) > 1e-3  # not its own reference
@@ -159,7 +159,10 @@ def test_an_adapter_is_trained_on_and_its_base_stays(place: Path, capsys: pytest
     assert read_lines(place / "new" / "metrics.jsonl")[0]["drift/chosen"] != 0
     shutil.rmtree(place / "lora" / "checkpoints")
     refused(
-        capsys, ["train", "--continue_from", "lora", "--output_dir", "other"], "its adapter lies in its weights", "--model.path"
+        capsys,
+        ["train", "--continue_from", "lora", "--output_dir", "other"],
+        "its adapter is merged into its weights",
+        "--model.path",
     )
 
 
@@ -170,7 +173,7 @@ LAST_ADAPTERS = ("lora/checkpoints/checkpoint-4", "new/checkpoints/checkpoint-2"
     ("argv", "words"),
     [
         (["old"], ["output_dir", "--output_dir"]),
-        (["old", "--output_dir", "old"], ["output_dir: old", "a new run needs one of its own"]),
+        (["old", "--output_dir", "old"], ["output_dir: old", "name a new folder"]),
         (["old", "--output_dir", "old/again"], ["output_dir: old/again", "lies in it"]),
         (["old/checkpoint-3", "--output_dir", "new"], ["old/checkpoint-3", "checkpoint-2, checkpoint-4"]),
         (["odl", "--output_dir", "new"], ["odl", 'did you mean "old"']),
@@ -280,7 +283,7 @@ def test_another_method_and_more_data(place: Path, capsys: pytest.CaptureFixture
     said = capsys.readouterr().err
     assert "objective.weight is 'none'; it was 'importance' in old" in said
     held, before = ({row["prompt"] for row in read_lines(Path(run, "eval_pairs.jsonl"))} for run in ("new", "old"))
-    assert f"old was trained on {len(held - before)} of the held-out prompts: the held-out figures flatter" in said
+    assert f"old was trained on {len(held - before)} of the held-out prompts: held-out metrics look too good" in said
     assert "data.eval_pairs old/eval_pairs.jsonl" in said
     assert go_on("old", "--data.pairs", "more.jsonl", output="x") == 2
     jsonl(place / "more.jsonl", plain_pairs(30)[12:])
@@ -560,7 +563,7 @@ def test_stages_that_are_named_are_run(place: Path, capsys: pytest.CaptureFixtur
         assert again.label.top_k == (3 if path is None else 5)  # of `run.json`, but where the file is given
         both = config_of(path, named | {"stages": ["reward", "align"]})
         assert both.stages == ["reward", "align"] and both.data.pairs == "old/pairs/train.jsonl"
-        with pytest.raises(UserError, match="stages: sft would begin"):
+        with pytest.raises(UserError, match="stages: sft would start"):
             config_of(path, named | {"stages": ["sft", "label", "align"]})
     Path("next.yaml").write_text(yaml.safe_dump(named | {"stages": ["label", "align"]}))
     assert config_of("next.yaml").stages == ["label", "align"]
@@ -600,9 +603,9 @@ def test_prompts_and_pairs_of_an_old_label_stage_that_changed(place: Path) -> No
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--model.revision", "x"], ["model.revision: x", "one of them is where training starts"]),
-        (["--model.random", "{model_type: llama}"], ["model.random", "one of them is where training starts"]),
-        (["--reference.path", "null"], ["reference.path: null would be the trained weights", "old/checkpoints/checkpoint-4"]),
+        (["--model.revision", "x"], ["model.revision: x", "training starts from one of them"]),
+        (["--model.random", "{model_type: llama}"], ["model.random", "training starts from one of them"]),
+        (["--reference.path", "null"], ["reference.path: null would mean the trained weights", "old/checkpoints/checkpoint-4"]),
         (
             ["--guard.steps", "1", "--guard.scorer", "reward"],
             ["guard.scorer: reward: no such folder, and this run has no reward stage", "--stages"],

@@ -85,8 +85,8 @@ def test_a_tokenizer_with_nothing_to_pad_with_but_eos(tmp_path: Path) -> None:
     settings = {"stages": ["reward"], "model.path": str(tmp_path / "base"), "data.pairs": str(tmp_path / "pairs.jsonl")}
     assert train(tmp_path / "run", settings | {"reward.max_steps": 1, "data.eval_fraction": 0}) == 0
     stage = json.loads((tmp_path / "run" / "run.json").read_text())["stages"]["reward"]
-    assert any("does not see whether a response ended" in note for note in stage["notes"])
-    assert any("no pair held out" in note for note in stage["notes"]) and "held_out" not in stage
+    assert any("does not depend on whether a response ended" in note for note in stage["notes"])
+    assert any("no held-out pairs" in note for note in stage["notes"]) and "held_out" not in stage
     folder = tmp_path / "run" / "reward"
     model, found = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     batch = found([row["prompt"] + row["chosen"] + found.eos_token for row in rows], padding=True, return_tensors="pt")

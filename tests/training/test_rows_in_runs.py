@@ -98,7 +98,7 @@ def test_dpo_keeps_rows_whose_behaviour_logps_it_does_not_use(place: Path) -> No
         assert train(method, ALIGN | {"objective.method": method, "data.eval_fraction": 0.0}) == 0
         said[method] = notes(method)
     assert "12 of 12 rows kept" in said["dpo"] and "12 of 12 rows kept" in said["wpo"]
-    assert "11 of 12 rows kept" in said["is_dpo"] and "behaviour logps of the whole response" in said["is_dpo"]
+    assert "11 of 12 rows kept" in said["is_dpo"] and "behaviour logps are of the uncut response" in said["is_dpo"]
 
 
 def test_a_subset_and_repeated_prompts_by_their_keys(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +110,7 @@ def test_a_subset_and_repeated_prompts_by_their_keys(place: Path, capsys: pytest
     assert "data.prompt_repeated" in capsys.readouterr().err
     assert train("run", options | {"data.prompt_repeated": "strip", "data.eval_fraction": 0.3}) == 0
     said = notes("run")
-    assert "the prompt stands in column 'prompt' and once more" in said and "chat template is not applied" in said
+    assert "have the prompt in column 'prompt' and again" in said and "chat template is not applied" in said
     held, _ = load_pairs("run/eval_pairs.jsonl", repeated="keep")
     assert not any(row["chosen"].startswith(row["prompt"]) for row in held)
     assert main(["evaluate", "--model_path", "run/model", "--evaluation.max_new_tokens", "2"]) == 0

@@ -67,7 +67,7 @@ def test_weights_that_let_nobody_teach_are_refused_with_what_helps() -> None:
         "allow_stall",
     ):
         assert words in str(caught.value)
-    assert told(mu=distant, allow=True).startswith("warning: ") and "allow_stall trains nevertheless" in told(
+    assert told(mu=distant, allow=True).startswith("warning: ") and "training anyway (objective.allow_stall)" in told(
         mu=distant, allow=True
     )
     # Divided by their mean they are 1: nothing is lost.

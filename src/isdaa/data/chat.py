@@ -223,7 +223,7 @@ class ChatFormat:
         scored = "".join(piece for piece, own in seen or () if own)
         if pieces is None or seen is None or any(mark in scored for mark in marks.values()):
             raise UserError(
-                f"{where}: what others than the assistant say in a response cannot be told apart in the chat template's text"
+                f"{where}: the tool and user messages of a response cannot be found in the chat template's text"
                 f"{self._inside}; make pairs of single answers of it"
             )
         return prompt, pieces
@@ -355,7 +355,7 @@ def check_given(given: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise UserError(f"{where}: must be names with values, such as {{enable_thinking: false}}, not {given!r}")
     ours = [name for name in given if name in OURS]
     if ours:
-        raise UserError(f"{where}: '{ours[0]}' is not for the template to get from here; leave it out")
+        raise UserError(f"{where}: '{ours[0]}' is set by isdaa itself; leave it out")
     return dict(given)
 
 

@@ -148,7 +148,7 @@ def _read_told(row: Row, where: str) -> None:
     other = next((name for name in RESPONSES if name not in single), "")
     if len(single) == 1 and isinstance(row.get(other), str):
         raise UserError(
-            f"{where}: column '{single[0]}' looks like a conversation that became text, and '{other}' does not; save both as "
+            f"{where}: column '{single[0]}' looks like a conversation saved as text, and '{other}' does not; save both as "
             "messages (JSON Lines, Parquet), or both as text"
         )
     row |= told
@@ -208,7 +208,7 @@ def _parsed(text: str, column: str, where: str) -> Any:
 
 def _became_text(column: str, where: str) -> UserError:
     return UserError(
-        f"{where}: column '{column}' looks like messages or objects that became text, and is no valid JSON; save the "
+        f"{where}: column '{column}' looks like messages or objects saved as text, but is not valid JSON; save the "
         "data as JSON Lines or Parquet"
     )
 

@@ -166,5 +166,5 @@ def _read(folder: Path) -> tuple[Dataset, Counts] | None:
             raise ValueError("its counts are no numbers")
         return rows, counts
     except Exception as error:  # a cache is never worth a failed run: whatever is wrong with it, it is made anew
-        logger.warning("%s is damaged (%s) and is made anew", folder, error)
+        logger.warning("%s is damaged (%s) and is made again", folder, error)
         return None

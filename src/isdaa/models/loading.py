@@ -313,7 +313,7 @@ def _load(
     folder = local_folder(name)
     adapter = adapter_config(name, folder, options["revision"])
     if adapter is not None and "quantization_config" in options:
-        raise UserError(f"{name}: an adapter; weights of 4 bits cannot take it in, so merge it into its base model first")
+        raise UserError(f"{name}: an adapter cannot be loaded on 4-bit weights; merge it into its base model first")
     if adapter is not None:
         settings = adapter_settings(adapter)
         inner = options | {"revision": settings.get("revision")}
@@ -331,7 +331,7 @@ def _load(
             _check_folder(name, folder)
         lies = _quantised(name, options)
         if lies is not None and "quantization_config" in options:
-            raise UserError(f"{name}: its weights are quantised already ({lies}); take model.quantization out")
+            raise UserError(f"{name}: its weights are quantised already ({lies}); remove model.quantization")
         if lies is not None:
             options = options | {"device_map": {"": device or "cpu"}}
         options = {key: value for key, value in options.items() if not (key == "revision" and folder)}
@@ -359,7 +359,7 @@ def _load(
         try:
             _check_forward(model.eval())
         except Exception as error:
-            raise UserError(f"{name}: its config.json is wrong, for the model computes nothing ({short(error)})") from error
+            raise UserError(f"{name}: its config.json is wrong: the model cannot compute two tokens ({short(error)})") from error
     model = model.eval()
     settle_ties(model)
     if getattr(model, "is_quantized", False):
@@ -390,7 +390,7 @@ def _check_kernels(name: str, revision: str | None) -> None:
         if "implementation" in str(key) and isinstance(value, str) and "/" in value:
             entry = key.removesuffix("_internal").strip("_")
             raise UserError(
-                f"{name}: its config.json asks for {value!r}, a kernel of the Hub, which is code; take {entry} out of it, or set "
+                f"{name}: its config.json asks for {value!r}, a kernel of the Hub, which is code; remove {entry} from it, or set "
                 "trust_remote_code if you trust its authors"
             )
 
@@ -467,7 +467,7 @@ def _check_report(name: str, report: dict[str, Any], kind: str, new_head: bool) 
         raise UserError(f"{name}: {len(missing)} weights of {kind} are not in the folder ({missing[0]}, …): is it complete?")
     unexpected = sorted(report["unexpected_keys"])
     if unexpected:
-        logger.warning("%s: %d weights are not part of %s (%s, …)", name, len(unexpected), kind, unexpected[0])
+        logger.warning("%s: %d weights in the file are not used by %s (%s, …)", name, len(unexpected), kind, unexpected[0])
 
 
 def _shape(shape: Any) -> str:

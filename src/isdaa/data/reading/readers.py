@@ -166,7 +166,7 @@ def _files_of(folder: Path, split: str | None) -> list[Path]:
     if not files:
         raise UserError(f"{folder}: holds no data file ({', '.join(SUFFIXES)})")
     if (both := given_twice(map(_unpacked, files))) is not None:
-        raise UserError(f"{both}: is there twice, packed and not, or packed in two ways; remove one")
+        raise UserError(f"{both}: exists twice, compressed and not, or in two compressed formats; remove one")
     exact = [file for file in files if split is not None and _is_of(file, folder, split)]
     if exact:  # `train_prefs` where there is `train_sft`, too
         return exact
@@ -197,7 +197,7 @@ def _reader(path: Path) -> Callable[[Path], Numbered]:
     if kind not in readers:
         raise UserError(
             f"{path}: unknown kind of file '{path.name.removeprefix(_unpacked(path).stem)}'; known are {', '.join(SUFFIXES)}, "
-            f"the text kinds also packed ({', '.join(PACKED)})"
+            f"text formats also compressed ({', '.join(PACKED)})"
         )
     return readers[kind]
 

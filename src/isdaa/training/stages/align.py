@@ -107,7 +107,7 @@ def align(run: Run) -> Path:
     tokenizer = tokenizer_of(config, start)
     if others := departures(resolved(config)["objective"]):
         method = config.objective.method
-        run.say("align", [f"objective.method: {method}, but with {', '.join(others)}; in brackets what {method} has"])
+        run.say("align", [f"objective.method is {method} with {', '.join(others)} (in brackets: {method}'s own values)"])
     ancestor = once(lambda: None if config.continue_from is None else ancestor_of(config.continue_from))
     if ancestor is not None:
         run.say("align", told(ancestor, config))
@@ -155,8 +155,10 @@ def align(run: Run) -> Path:
         compile_layers(policy)
     steps = total_steps(config.align, len(train), world_size())
     if config.align.warmup_steps >= steps:
-        slow = f"warm-up ({config.align.warmup_steps} steps) is as long as the run ({steps}): the learning rate stays low"
-        run.say("align", [f"warning: {slow}"])
+        slow = (
+            f"the warm-up ({config.align.warmup_steps} steps) is as long as the run ({steps} steps): the learning rate stays low"
+        )
+        run.say("align", [f"warning: {slow}; lower align.warmup_steps"])
     reference = config.reference.path or start
     checkpoints = run.folder / "checkpoints"
 
@@ -195,7 +197,7 @@ def align(run: Run) -> Path:
         guard.attach(trainer)
     if ancestor is not None and config.continue_optimizer:
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            raise UserError("continue_optimizer: the state of a sharded optimiser is not taken over; leave it out")
+            raise UserError("continue_optimizer: a sharded optimiser's state cannot be loaded; leave it out")
         trainer.add_callback(TakenOver(ancestor.folder))
     trainer.train(resume_from_checkpoint=resumed("align", checkpoints, steps))
     if guard is not None:
@@ -222,11 +224,11 @@ def _pairs(run: Run, tokenizer: Any, ancestor: Ancestor | None = None) -> tuple[
     before = None if ancestor is None or ancestor.record is None else ancestor.record.trained_on
     run.note("align", trained_on=joined(sketch(read.rows), before))
     if config.trains_on_labelled and config.data.pairs is not None:
-        run.say("align", ["trains on what label wrote; data.pairs are those of the reward model"])
+        run.say("align", ["trains on the pairs that label wrote; data.pairs are for the reward model"])
     if read.common:
         run.say(
             "align",
-            [f"warning: {read.common} prompts are in data.pairs and in data.eval_pairs: the held-out figures flatter the policy"],
+            [f"warning: {read.common} prompts are in both data.pairs and data.eval_pairs: held-out metrics look too good"],
         )
     rows, held, counts, held_counts = read.rows, read.held, read.counts, read.held_counts
     if ancestor is not None:
@@ -236,12 +238,12 @@ def _pairs(run: Run, tokenizer: Any, ancestor: Ancestor | None = None) -> tuple[
     run.say("align", not_drawn(config.objective.arguments(), counts))
     cut = [not finished for name in ("chosen_finished", "rejected_finished") for finished in rows[name]]
     if fragments.many(share := sum(cut) / len(cut)):
-        told = "no end is learnt from them; sample them again with a larger limit on new tokens (label.max_new_tokens)"
+        told = "the model learns no end from them; sample again with a larger limit (label.max_new_tokens)"
         run.say("align", [f"warning: {fragments.percent(share)} of the training pairs' responses were cut: {told}"])
     if takes_reference_for_author(config, train := TokenisedPairs(tokens)):
         run.say("align", naming_columns(counts))
     if held is None:
-        run.say("align", ["no pair held out"])
+        run.say("align", ["no held-out pairs"])
         (run.folder / "eval_pairs.jsonl").unlink(missing_ok=True)
         return train, None
     write_jsonl(run.folder / "eval_pairs.jsonl", (_plain(row) for row in held))

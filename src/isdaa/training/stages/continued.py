@@ -33,8 +33,8 @@ OPTIMIZER = "optimizer.pt"
 CONFIG = "config.yaml"  # in a run's folder, its settings
 BEST = "best"  # in a run's folder, what its guard keeps
 NO_POLICY = {
-    "sft": "a model of `sft`, which has no reference of its own; begin with it by --model.path",
-    "reward": "a reward model, and only a policy is gone on from; the guard and the evaluation take it by --guard.scorer",
+    "sft": "a model of the sft stage, which has no reference; start from it with --model.path",
+    "reward": "a reward model, not a policy; to score with it, use --guard.scorer",
 }
 NEEDED = ("sft", "prompts", "pairs")  # data, of some stage
 # Said in words of their own, or of no meaning for what comes out.
@@ -156,15 +156,17 @@ def ancestor_of(name: str) -> Ancestor:
     begun = state["stages"].get("align")
     if begun is None:
         made = ", ".join(state["stages"]) or "none"
-        raise UserError(f"continue_from: {run}: has no align stage to go on from (stages: {made}); name a model by --model.path")
+        raise UserError(
+            f"continue_from: {run}: has no align stage to continue (stages: {made}); use --model.path to start from a model"
+        )
     folder = _of_run(run, begun) if place == run else place
     config, edited = _settings_of(run, state["stages"])
     folder = _with_adapter(run, folder) if config["lora"]["rank"] and not is_adapter(str(folder)) else folder
     _check_whole(folder)
     if config["model"].get("quantization") and is_adapter(str(folder)):
         raise UserError(
-            f"continue_from: {folder}: an adapter on weights of 4 bits, which is not gone on with; merge it (lora.merge true "
-            f"where it was trained), then --model.path {run / 'model'} with --reference.path and a new adapter"
+            f"continue_from: {folder}: an adapter on 4-bit weights cannot be continued; merge it (lora.merge: true in its own "
+            f"run), then use --model.path {run / 'model'} with --reference.path and a new adapter"
         )
     records = records_of([str(folder)])
     records.require({"reference": "reference.path"})
@@ -184,12 +186,12 @@ def _foreign(place: Path) -> Ancestor:
         raise UserError(f"continue_from: {place}: {NO_POLICY[record.kind]} {place}")
     if is_adapter(str(place)):
         raise UserError(
-            f"continue_from: {place}: an adapter of another program; a new one on its merged weights is trained by --model.path "
+            f"continue_from: {place}: an adapter of another program; train a new adapter on its merged weights: --model.path "
             f"{place} --lora.rank … --reference.path …"
         )
     if not (place / "config.json").is_file():
         found = [path.name for path in checkpoints(place)]
-        has = f"a trainer's output; name a checkpoint ({', '.join(found)})" if found else "no run of isdaa and no model"
+        has = f"a trainer's output; name a checkpoint ({', '.join(found)})" if found else "neither a run of isdaa nor a model"
         raise UserError(f"continue_from: {place}: {has}")
     _check_whole(place)
     return Ancestor(place)
@@ -209,10 +211,10 @@ def _of_run(run: Path, begun: Mapping[str, Any]) -> Path:
         best = begun["guard"].get("best_step")
         places = [run / BEST, run / "checkpoints" / f"{PREFIX}{best}"]
         found = next((path for path in places if path.is_dir()), None)
-        kept = f"{found} (step {best}, its best look)" if found is not None else f"a checkpoint near step {best}, its best look"
+        kept = f"{found} (step {best}, its highest win rate)" if found else f"a checkpoint near step {best}, its highest win rate"
         raise UserError(
-            f"continue_from: {run}: its guard stopped it at step {stopped['step']}, after its win rate had fallen; name which "
-            f"weights: {kept}, or {run / 'model'} (step {last}, the fallen ones)"
+            f"continue_from: {run}: its guard stopped it at step {stopped['step']}, after its win rate had fallen; name the "
+            f"weights to use: {kept}, or {run / 'model'} (step {last}, after the fall)"
         )
     checkpoint = run / "checkpoints" / f"{PREFIX}{last}"
     return checkpoint if checkpoint.is_dir() else run / "model"
@@ -224,18 +226,20 @@ def _with_adapter(run: Path, folder: Path) -> Path:
     checkpoint = run / "checkpoints" / f"{PREFIX}{None if record is None else record.step}"
     if not (checkpoint.is_dir() and is_adapter(str(checkpoint))):
         raise UserError(
-            f"continue_from: {folder}: its adapter lies in its weights, and no checkpoint of its step holds it; name "
-            f"RUN/checkpoint-N or train a new adapter on it: --model.path {folder} --reference.path …"
+            f"continue_from: {folder}: its adapter is merged into its weights, and no checkpoint of this step has it; name "
+            f"RUN/checkpoint-N, or train a new adapter on it: --model.path {folder} --reference.path …"
         )
     return checkpoint
 
 
 def _check_whole(folder: Path) -> None:
     if not folder.is_dir():
-        raise UserError(f"continue_from: {folder}: no such folder any more; name a checkpoint")
+        raise UserError(f"continue_from: {folder}: the folder is missing; name a checkpoint")
     wrong = defect(folder, resume=False) if (folder / MANIFEST).is_file() else None
     if wrong is not None:
-        raise UserError(f"continue_from: {folder}: not the weights that were written ({wrong}); restore them, or name others")
+        raise UserError(
+            f"continue_from: {folder}: its weights have changed since they were written ({wrong}); restore them, or name others"
+        )
 
 
 def _settings_of(run: Path, stages: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -279,9 +283,7 @@ def _placed(run: Path, begun: Mapping[str, Any], data: dict[str, Any]) -> dict[s
 def _check_optimizer(ancestor: Ancestor, config: Config) -> None:
     folder = ancestor.folder
     if not (folder / OPTIMIZER).is_file():
-        raise UserError(
-            f"continue_optimizer: {folder} holds no {OPTIMIZER}; name a checkpoint (RUN/checkpoint-N), or leave it out"
-        )
+        raise UserError(f"continue_optimizer: {folder} has no {OPTIMIZER}; name a checkpoint (RUN/checkpoint-N), or leave it out")
     check_resumable(folder)
     before = (ancestor.config or {}).get("align", {}).get("optimizer")
     if before != config.align.optimizer:
@@ -312,7 +314,7 @@ def _laid_over(ancestor: Ancestor, given: Mapping[str, Any], own: Mapping[str, A
     if "stages" not in own and given.get("stages") in (None, old.get("stages")):
         data["stages"] = ["align"]
     elif "sft" in data["stages"]:
-        raise UserError("stages: sft would begin the new run with another model than continue_from; leave it out")
+        raise UserError("stages: sft would start from another model than continue_from; leave it out")
     if ancestor.run is not None:
         _own_files(ancestor.run, data, old)
         _check_adapter(ancestor, data["lora"])
@@ -329,10 +331,10 @@ def _dotted(data: Mapping[str, Any]) -> dict[str, Any]:
 def _check_output(ancestor: Ancestor, output: Any) -> None:
     old = (ancestor.run or ancestor.folder).resolve()
     if not isinstance(output, str):
-        raise UserError(f"output_dir: a run that goes on from {spelled(old)} needs a folder of its own; add --output_dir")
+        raise UserError(f"output_dir: a run continued from {spelled(old)} needs a folder of its own; add --output_dir")
     new = Path(located(output)).resolve()
     if new == old or old in new.parents:
-        raise UserError(f"output_dir: {output} is the old run's own folder, or lies in it; a new run needs one of its own")
+        raise UserError(f"output_dir: {output} is the old run's folder, or inside it; name a new folder")
 
 
 def _model(ancestor: Ancestor, given: Mapping[str, Any], model: Any) -> dict[str, Any]:
@@ -342,7 +344,9 @@ def _model(ancestor: Ancestor, given: Mapping[str, Any], model: Any) -> dict[str
         if value in (None, old.get(key)) or (key == "path" and _same(value, old.get(key), ancestor.folder)):
             continue
         shown = f" {value}" if isinstance(value, str) else ""
-        raise UserError(f"model.{key}:{shown}, and continue_from: {given['continue_from']}: one of them is where training starts")
+        raise UserError(
+            f"model.{key}:{shown} and continue_from: {given['continue_from']}: training starts from one of them; leave one out"
+        )
     return {**(model or {}), "path": spelled(ancestor.folder), "random": None, "revision": None}
 
 
@@ -350,16 +354,16 @@ def _reference(ancestor: Ancestor, given: Mapping[str, Any], own: Mapping[str, A
     path, said = (given.get("reference") or {}).get("path"), (own.get("reference") or {}).get("path", ...)
     if said is None:
         raise UserError(
-            f"reference.path: null would be the trained weights; leave it out for the old run's π_ref, or name {ancestor.name}"
+            f"reference.path: null would mean the trained weights; leave it out for the old run's π_ref, or name {ancestor.name}"
         )
     if path is not None and (said is not ... or path != (ancestor.config or {}).get("reference", {}).get("path")):
         return str(path)
     if ancestor.reference is None:
-        why = "not a run of isdaa, so nothing says" if ancestor.run is None else "its record does not say"
-        raise UserError(f"continue_from: {ancestor.name}: {why} what its reference π_ref was; name it with --reference.path")
+        why = "not a run of isdaa" if ancestor.run is None else "its record is incomplete"
+        raise UserError(f"continue_from: {ancestor.name}: {why}, so its reference π_ref is unknown; give --reference.path")
     if ancestor.reference.startswith((".", "/")) and not Path(ancestor.reference).exists():
-        gone = f"the reference that its record names, {spelled(ancestor.reference)}, is not there"
-        raise UserError(f"continue_from: {ancestor.name}: {gone}; restore it, or say by --reference.path where it is now")
+        gone = f"its reference {spelled(ancestor.reference)} is missing"
+        raise UserError(f"continue_from: {ancestor.name}: {gone}; restore it, or give its new path with --reference.path")
     return ancestor.reference
 
 
@@ -368,15 +372,15 @@ def _check_unchanged(ancestor: Ancestor, reference: str, revision: str | None) -
     assert ancestor.config is not None and ancestor.run is not None
     if _same(reference, ancestor.reference) and revision == ancestor.revision:
         then = (ancestor.was or {}).get("revision")
-        way = "restore it, or name another by --reference.path"
-        way = way if then is None else f"name the one that it was: --reference.revision {then}"
+        way = "restore it, or name another with --reference.path"
+        way = way if then is None else f"give the old revision: --reference.revision {then}"
         _check_model(ancestor, "its reference", reference, ancestor.was, revision, way)
     if not is_adapter(str(ancestor.folder)):
         return
     base, model = adapter_base(ancestor.folder), ancestor.config["model"]
     way = f"restore it, or train a new adapter: --model.path {spelled(ancestor.run / 'model')} --reference.path …"
     if base is None:
-        raise UserError(f"continue_from: {ancestor.name}: the base of this adapter is not there; {way}")
+        raise UserError(f"continue_from: {ancestor.name}: the base of this adapter is missing; {way}")
     if not _same(base, ancestor.run / "base"):  # made by the run, with a manifest of its own
         # Where the run itself went on, it began with an adapter, whose base is this one.
         began = base if ancestor.config["continue_from"] is None else str(model["path"])
@@ -388,9 +392,7 @@ def _check_model(
 ) -> None:
     changed = changed_model(before, place, revision)
     if changed is not None:
-        raise UserError(
-            f"continue_from: {ancestor.name}: {what}, {spelled(place)}, is not what it was (changed: {changed}); {way}"
-        )
+        raise UserError(f"continue_from: {ancestor.name}: {what}, {spelled(place)}, has changed since ({changed}); {way}")
 
 
 def _same(place: Any, *others: Any) -> bool:
@@ -421,7 +423,7 @@ def _check_adapter(ancestor: Ancestor, lora: Mapping[str, Any]) -> None:
     changed = next((key for key in ("rank", "alpha", "target_modules") if lora[key] != old[key]), None)
     if changed is not None and is_adapter(str(ancestor.folder)):
         raise UserError(
-            f"lora.{changed}: the adapter that is gone on with has {old[changed]!r}, not {lora[changed]!r}; leave it out, or "
+            f"lora.{changed}: the adapter has {old[changed]!r}, not {lora[changed]!r}, and cannot change; leave it out, or "
             f"train a new one on the merged weights: --model.path {ancestor.name} --reference.path …"
         )
 
@@ -446,11 +448,11 @@ def told(ancestor: Ancestor, config: Config) -> list[str]:
     reference = f"π_ref is that run's, {where}"
     if ancestor.reference is None or (spelled(ancestor.reference) != where and not _moved(ancestor, where)):
         reference = f"π_ref is {where}" + ("" if ancestor.reference is None else f", not {ancestor.reference} as before")
-    schedule = "the learning rate's schedule begins anew"
+    schedule = "the learning-rate schedule starts again"
     state = (
-        f"the optimiser's state goes on, {schedule}"
+        f"the optimiser's state is kept, {schedule}"
         if config.continue_optimizer
-        else "the optimiser and the learning rate's schedule begin anew"
+        else "optimiser and learning-rate schedule start again"
     )
     lines = [f"goes on from {ancestor.name}{at}; {reference}; {state}"]
     if ancestor.config is None or ancestor.run is None:
@@ -460,7 +462,9 @@ def told(ancestor: Ancestor, config: Config) -> list[str]:
     if set(ancestor.config["stages"]) - set(config.stages):
         lines.append(f"stages: {', '.join(config.stages)}; the old run had {', '.join(ancestor.config['stages'])}")
     if "inputs" not in ancestor.stages["align"]:
-        lines.append("an earlier isdaa did not note what the old run read: changes of its data and models since are not seen")
+        lines.append(
+            "the old run is of an earlier isdaa, which recorded no inputs: later changes of its data and models are not seen"
+        )
     return lines + _differences(ancestor, config) + _changes(ancestor, config)
 
 
@@ -501,7 +505,7 @@ def _differences(ancestor: Ancestor, config: Config) -> list[str]:
     kept = {"data.limit": None, "data.subset": None, "data.pairs_split": "train"}
     if old["data.pairs"] != new["data.pairs"] != spelled(made["data.pairs"]):
         same = [f"{key} {new[key]!r}" for key, usual in kept.items() if new[key] == old[key] != usual]
-        lines += [f"of the old run's settings {', '.join(same)} holds for the new data.pairs, too"] if same else []
+        lines += [f"the old run's {', '.join(same)} also applies to the new data.pairs"] if same else []
     return lines
 
 
@@ -514,21 +518,21 @@ def seen_before(ancestor: Ancestor, config: Config, held: Any) -> list[str]:
     changed = {"data.pairs", "data.eval_pairs", "pairs/train.jsonl"} & set(_changed(ancestor, "align"))
     if changed or not _same_held_out(ancestor.run, before, config):
         kept = ancestor.run / "eval_pairs.jsonl"
-        advice = f"; data.eval_pairs {spelled(kept)} holds out what that run did" if kept.is_file() else ""
+        advice = f"; --data.eval_pairs {spelled(kept)} holds out the same pairs as that run" if kept.is_file() else ""
         try:
             if changed:
                 raise UserError("they cannot be read any more")
             count = common_prompts(read_pairs(before, _pairs_of(ancestor.run, before)).rows, held)
             if count:
-                lines.append(f"{run} was trained on {count} of the held-out prompts: the held-out figures flatter{advice}")
+                lines.append(f"{run} was trained on {count} of the held-out prompts: held-out metrics look too good{advice}")
         except UserError:
-            lines.append(f"whether {run} was trained on held-out prompts is not known: its pairs are not there any more{advice}")
+            lines.append(f"whether {run} was trained on held-out prompts is not known: its pairs are missing or changed{advice}")
     if before.continue_from is None:
         return lines
     try:
         return lines + seen_before(ancestor_of(before.continue_from), config, held)
     except UserError:
-        return [*lines, f"whether the run before {run} was trained on held-out prompts is not known: it is not there any more"]
+        return [*lines, f"whether the run before {run} was trained on held-out prompts is not known: it is missing"]
 
 
 def _pairs_of(run: Path, config: Config) -> str:

@@ -254,10 +254,10 @@ def _with_behaviour_logps(run: Run, pairs: list[Row], model: Any, weights: str, 
 
 def _lower(worse: int, equal: int, pairs: int, settings: Any) -> str:
     """How many chosen responses have the lower score, and why."""
-    why = "label.label is argmax"
+    why = "label.label: argmax"
     if settings.label == "sample":
-        why = f"label.label is sample: which is chosen is drawn with probability σ({settings.scale:g} · score difference)"
+        why = f"label.label: sample draws the chosen response with probability σ({settings.scale:g} · score difference)"
         if worse:
-            why += ", as people's choices vary; argmax chooses the higher score always"
-    ties = f"; {equal} pairs have equal scores, and a fair coin chose" if equal else ""
+            why += ", as people's choices vary; argmax always takes the higher score"
+    ties = f"; {equal} pairs with equal scores were decided by a fair coin" if equal else ""
     return f"the chosen response has the lower score in {worse} of {pairs} pairs ({why}){ties}"

@@ -268,11 +268,11 @@ def _pad_apart(tokenizer: Any, start: str, **options: Any) -> list[str]:
     token = pad_apart(tokenizer, vocabulary)
     if token is None:
         return [
-            f"the tokenizer has no token to pad with but {tokenizer.pad_token!r}: as in plain transformers, the reward model is "
-            "read before it, and does not see whether a response ended"
+            f"the tokenizer's only padding token is {tokenizer.pad_token!r}: as in plain transformers, the score is read "
+            "before it, and does not depend on whether a response ended"
         ]
     before, tokenizer.pad_token = tokenizer.pad_token, token
-    return [] if before == token else [f"rows are padded with {token!r}, not with {before!r}, which ends them"]
+    return [] if before == token else [f"rows are padded with {token!r}, because {before!r} ends a text"]
 
 
 def not_for_reward(config: Config) -> list[str]:
@@ -290,10 +290,10 @@ def _both(run: Run, tokenizer: Any) -> tuple[Any, Any | None]:
     read = read_pairs(config, pairs_source(run, "reward"))
     run.note("reward", trained_on=sketch(read.rows))
     if read.common:
-        run.say("reward", [f"{read.common} prompts are in data.pairs and in data.eval_pairs: the held-out accuracy flatters"])
+        run.say("reward", [f"{read.common} prompts are in both data.pairs and data.eval_pairs: held-out accuracy looks too good"])
     rows = _read_whole(run, tokenizer, read.rows, read.counts, "training pairs")
     if read.held is None:
-        run.say("reward", ["no pair held out: how often the reward model is right will not be known"])
+        run.say("reward", ["no held-out pairs: the reward model's accuracy is not measured"])
         return rows, None
     held, counts = read.held, read.held_counts
     if len(held) > MEASURED:

@@ -62,7 +62,9 @@ def starting_weights(
     chosen, rejected = (torch.from_numpy(np.asarray(gap, dtype=np.float32)) for gap in ours - behaviour)
     logs, weights, clipped = importance_weights(chosen, rejected, objective["clip"], objective["clip_eps"])
     mean, ess, at_clip = float(weights.mean()), float(effective_sample_size(weights)), float(clipped.float().mean())
-    source = _source(model, own) + ("; the policy has left its reference already, so w = π/μ need not be 1" if went_on else "")
+    source = _source(model, own) + (
+        "; the policy has already moved away from its reference, so w = π/μ need not be 1" if went_on else ""
+    )
     count = f"{len(pairs):,} pairs" if len(pairs) == total else f"{len(pairs)} of {total:,} pairs"
     figures = f"before the first step {count} have a mean weight of {mean:.3g} and ESS/N {ess:.3g}"
     least = max(STALL_ESS, min(0.1, 2 / len(pairs)))  # of few pairs, one alone is more than 0.02
@@ -73,16 +75,16 @@ def starting_weights(
             return [f"{source}; {figures}" + (f", {at_clip:.0%} of them at the clip" if at_clip else "")]
         return [
             f"warning: {source}; {figures}, but {at_clip:.0%} of them are at the clip (median log w {float(logs.median()):.3g}): "
-            "nearly all weigh the same, which says nothing; is this the μ that wrote the responses, and are its logps sums over "
-            "the response alone?"
+            "so nearly all pairs have the same weight; did this μ write the responses, and are its logps sums over the response "
+            "only?"
         ]
     limits = [f"ESS/N below {least:.2g}"] * few + [f"mean below {STALL_MEAN_WEIGHT:g}"] * small
-    told = f"{source}; {figures}: hardly any pair would teach ({', '.join(limits)})"
+    told = f"{source}; {figures}: almost nothing would be learnt ({', '.join(limits)})"
     if allow_stall:
-        return [f"warning: {told}; objective.allow_stall trains nevertheless"]
+        return [f"warning: {told}; training anyway (objective.allow_stall)"]
     even = "" if ess < EVEN or objective["weight"] == "mean" else ", objective.normalize: batch (the weights are even)"
     if went_on:
-        even = f"{even}, an earlier checkpoint to go on from"
+        even = f"{even}, an earlier checkpoint of the old run"
     raise Stalled(
         f"{told}. What helps: logps of the model that wrote them (`isdaa logps`, behaviour.model_path), the label stage, "
         f"objective.method: dpo{even}; or objective.allow_stall: true"
@@ -101,7 +103,7 @@ def unmeasured(config: Config, pairs: TokenisedPairs) -> str:
     source = _source(config.behaviour.model_path, own_logps(pairs))
     return (
         f"{source}; `isdaa train` measures mean weight and ESS/N before its first step, and stops where the mean is "
-        f"below {STALL_MEAN_WEIGHT:g} or ESS/N below {STALL_ESS:g} (--weights measures them now, of {SAMPLE} pairs)"
+        f"below {STALL_MEAN_WEIGHT:g} or ESS/N below {STALL_ESS:g} (--weights measures them now, on {SAMPLE} pairs)"
     )
 
 
@@ -109,12 +111,12 @@ def _source(model: str | None, own: np.ndarray) -> str:
     """Where μ comes from. own: (N,) whether a row has logps of its own."""
     rest = int((~own).sum())
     if not rest:
-        unused = "" if model is None else f"; {model} (behaviour.model_path) is not asked"
+        unused = "" if model is None else f"; {model} (behaviour.model_path) is not used"
         return f"μ comes from the rows' own behaviour logps{unused}"
     if model is not None:
         where = f" in {rest:,} rows, and the other {len(own) - rest:,} have behaviour logps of their own" if own.any() else ""
         return f"μ is {model} (behaviour.model_path){where}"
     if own.any():
-        assumed = f"is assumed to be π_ref in {rest:,} rows that have none: weights of two meanings"
+        assumed = f"is assumed to be π_ref in {rest:,} rows without any, so the weights have two meanings"
         return f"μ comes from the rows' own behaviour logps, and {assumed}"
-    return "μ is assumed to be π_ref, since the rows carry no behaviour logps"
+    return "μ is assumed to be π_ref, since the rows have no behaviour logps"

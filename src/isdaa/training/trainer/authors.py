@@ -21,18 +21,18 @@ CERTAIN = -0.1  # logp from which on a response counts as no likelier: it says n
 MODEL_NAMES = re.compile(r"(^|[ _.-])(models?|generators?)($|[ _.-])")  # columns that say who wrote a response
 
 HELP = (
-    "importance weights correct for text that the reference wrote; for other text give behaviour logps of the model that did "
-    "(`isdaa logps --model_path MODEL --data PAIRS --output FILE`, or behaviour.model_path), or let the label stage write "
-    "responses of the reference itself (docs/method.md)"
+    "importance weights are right only for text that the reference wrote; for other text, give behaviour logps of the model that "
+    "wrote it (`isdaa logps --model_path MODEL --data PAIRS --output FILE`, or behaviour.model_path), or sample new responses "
+    "from the reference with the label stage (docs/method.md)"
 )
 
 NAMED = (
-    "It is named as μ, and its logps make weights that mean something for text that it wrote itself, at temperature 1 and with "
-    "nothing cut off: name the model that wrote this, or take a method without μ (docs/which_method.md)"
+    "It is named as μ, but weights from its logps are right only for text that it wrote itself, at temperature 1 and uncut: "
+    "name the model that wrote these responses, or take a method without μ (docs/which_method.md)"
 )
 ASSUMED = (
-    "μ = π_ref is assumed, since the rows carry no behaviour logps: the weights take the reference for the model that wrote the "
-    "responses; `isdaa train` says whether they look like its samples"
+    "μ = π_ref is assumed, since the rows have no behaviour logps: the weights treat the reference as the author of the "
+    "responses; `isdaa train` tests whether they look like its samples"
 )
 
 
@@ -47,8 +47,8 @@ def not_drawn(objective: Mapping[str, Any], counts: Counts) -> list[str]:
     if not counts.best_worst or not weighs_by_behaviour(objective):
         return []
     return [
-        f"warning: {counts.best_worst} pairs are the best against the worst of several samples (pairing: best_worst), which is "
-        "no draw from μ × μ: importance weights on them are biased; make pairs with label.pairing: random, or take a method "
+        f"warning: {counts.best_worst} pairs are the best against the worst of several samples (pairing: best_worst), not "
+        "draws from μ × μ, so importance weights on them are biased; make pairs with label.pairing: random, or take a method "
         "without μ, such as chi_po"
     ]
 

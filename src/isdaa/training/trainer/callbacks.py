@@ -221,8 +221,8 @@ class StallWarning:
             return
         self.said.add(what)
         logger.warning(
-            "step %d: %s of the pairs of the last %d steps is %.2g%s, below %g. The run has stalled: hardly any pair teaches any "
-            "more. A larger beta, a smaller learning rate or an earlier checkpoint is what helps",
+            "step %d: %s of the pairs of the last %d steps is %.2g%s, below %g. The run has stalled: almost nothing is learnt "
+            "any more. Try a larger beta, a smaller learning rate or an earlier checkpoint",
             step + 1,
             what,
             steps,
@@ -244,7 +244,7 @@ def warn_about_start(start: Mapping[str, float]) -> bool:
         return False
     logger.warning(
         "BEFORE the first step the log-probabilities of the policy differ from those of its reference, though both are "
-        "the same model: mean %.3g (limit %g), RMS %.3g (limit %g), largest %.3g nats. Weights and margins carry this "
+        "the same model: mean %.3g (limit %g), RMS %.3g (limit %g), largest %.3g nats. Weights and margins have this "
         "error. Compute the reference with the same precision and packing, or train in float32",
         start["start/drift_mean"],
         START_MEAN,

@@ -50,7 +50,7 @@ def check_own(folder: str | Path) -> None:
     if not path.is_file() or not is_own(MANIFEST, read_json(path)):
         raise UserError(
             f"{folder}: not a checkpoint of yours on this machine ({MANIFEST} does not carry your digest), so training does not "
-            "go on from it; if you trust it:",
+            "resume from it; if you trust it:",
             shlex.join(["python", "-c", f"import isdaa; isdaa.adopt({str(folder)!r})"]),
         )
 
@@ -58,7 +58,7 @@ def check_own(folder: str | Path) -> None:
 def check_resumable(folder: str | Path) -> None:
     """Raises UserError where training cannot or may not go on from a checkpoint: it is damaged, or not of this user's own run."""
     if Path(folder, MANIFEST).is_file() and (wrong := unusable(folder)) is not None:
-        raise UserError(f"{folder}: not a complete checkpoint ({wrong}); go on from another one")
+        raise UserError(f"{folder}: not a complete checkpoint ({wrong}); resume from another one")
     check_own(folder)
 
 
@@ -92,7 +92,7 @@ def adopt(folder: str | Path) -> int:
             write_json(path, sealed(name, content))
             count += 1
     if not count:
-        raise UserError(f"{folder}: nothing of isdaa in it to take over ({RUN}, {RECORD})")
+        raise UserError(f"{folder}: it contains no run or model of isdaa ({RUN}, {RECORD})")
     return count
 
 
@@ -119,12 +119,12 @@ def newest_complete_checkpoint(folder: str | Path) -> str | None:
     """The newest complete checkpoint below `folder` whose weights are finite, or None. Others are passed over with a word."""
     folder = Path(folder)
     for path in sorted(folder.glob(f"{ASIDE}{PREFIX}*")):
-        logger.warning("%s: a checkpoint that was interrupted while it was written; passed over", path)
+        logger.warning("%s: a checkpoint that was not fully written; skipped", path)
     for path in reversed(checkpoints(folder)):
         wrong = unusable(path)
         if wrong is None:
             return str(path)
-        logger.warning("%s: not a complete checkpoint (%s); passed over", path, wrong)
+        logger.warning("%s: not a complete checkpoint (%s); skipped", path, wrong)
     return None
 
 
@@ -136,7 +136,7 @@ def complete_checkpoints(folder: str | Path) -> list[str]:
         if wrong is None:
             found.append(str(path))
         else:
-            logger.warning("%s: not a complete checkpoint (%s); passed over", path, wrong)
+            logger.warning("%s: not a complete checkpoint (%s); skipped", path, wrong)
     return found
 
 

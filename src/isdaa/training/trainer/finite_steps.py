@@ -126,7 +126,7 @@ class Watch(TrainerCallback):
         if self.still == STILL_STEPS:
             logger.warning(
                 "step %d: the gradient has been exactly 0 for %d steps, though the loss is not: nothing is learnt. The loss is "
-                "flat here, or its numbers are too small; a smaller beta, pair weights above 0 or float32 is what helps",
+                "flat here, or its numbers are too small; try a smaller beta, pair weights above 0, or float32",
                 state.global_step + 1,
                 STILL_STEPS,
             )
@@ -171,12 +171,12 @@ class Watch(TrainerCallback):
             rows += " (all of the step)" if names and not broken else ""
         hint = f"try {', '.join(trainer.advice())}, in another output_dir"
         if trainer.state.global_step == 0 and "loss" in what:  # which no step has had a part in
-            hint = "it is so before the first update: look at these rows and at the model that training starts from"
+            hint = "no update has been made yet: check these rows and the model that training starts from"
         folder = Path(trainer.args.output_dir)
         kept = once(lambda: newest_complete_checkpoint(folder))
         return UserError(
-            f"step {step}: {what}{rows}. The run has ended, and would end here again: {hint};",
-            f"the last finite checkpoint stays: {kept}" if kept else "there is no checkpoint yet",
+            f"step {step}: {what}{rows}. The run has stopped, and would stop here again: {hint};",
+            f"the last finite checkpoint is {kept}" if kept else "there is no checkpoint yet",
         )
 
     def _weights(self) -> list[Tensor]:

@@ -460,7 +460,7 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
         record = read_record(folder) if folder and Path(folder).is_dir() else None
         if record is not None and (record.tokens or 1) != VERSION:
             raise UserError(
-                f"{folder}: of an earlier isdaa, with other rules of tokenisation: to go on would mix the two; train anew"
+                f"{folder}: written by an earlier isdaa with other tokenisation rules, which resuming would mix; train anew"
             )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -29,7 +29,7 @@ from isdaa.training.trainer.hub_upload import model_files, push_checkpoint, uplo
 
 logger = logging.getLogger(__name__)
 
-ELSE = "go on from another checkpoint"
+ELSE = "resume from another checkpoint"
 STATE = {  # of a `trainer_state.json`, what decides how a run goes on
     "global_step": int,
     "stateful_callbacks?": {"*": (dict, list)},
@@ -61,8 +61,8 @@ class Basis(TrainerCallback, ExportableState):
         for name, value in self.must.items():
             if (before := kept["must"].get(name, value)) != value:
                 raise UserError(
-                    f"{checkpoint}: its run has {name} {before}, this one {value}: to go on would mix the two; "
-                    "give the same, or start anew from the checkpoint's model in another output_dir"
+                    f"{checkpoint}: its run has {name} {before}, this one {value}, and resuming would mix the two; give the old "
+                    "value, or start a new run from the checkpoint's model in another output_dir"
                 )
         changed = [
             f"{name} {kept['may'][name]}, now {value}"
@@ -71,7 +71,7 @@ class Basis(TrainerCallback, ExportableState):
         ]
         if changed:
             told = "; ".join(changed)
-            logger.warning("%s: the run began with %s: the learning rate's course is another from here on", checkpoint, told)
+            logger.warning("%s: the run began with %s; from here on the learning rate follows the new schedule", checkpoint, told)
 
 
 class TakenOver(TrainerCallback):
