@@ -159,7 +159,7 @@ def test_without_colour_the_mask_is_still_to_be_read() -> None:
     assert len(styles) >= 2 and any("yellow" in style or "facc15" in style for style in styles)
     long = prompt.__class__("prompt", "given", prompt.tokens * 100)
     assert all(line.cell_len <= 30 for line in lines_of(long, 30, colour=True, whole=True))
-    assert "tokens more" in "".join(map(str, lines_of(long, 60, colour=False)))
+    assert "more tokens" in "".join(map(str, lines_of(long, 60, colour=False)))
     assert readable(tokenizer, ids["b"][0]).startswith("·")
 
 

@@ -31,7 +31,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Fit:
-    """One way of training. options: what to type beside the configuration; memory: bytes at the worst moment of all stages;
+    """Settings to train with. options: what to type beside the configuration; memory: bytes at the worst moment of all stages;
     seconds: of the whole run; fits: into `ROOM` of the memory; cut: the share of pairs that a shorter max_length cuts."""
 
     form: str
@@ -53,13 +53,13 @@ def memory_of(text: str) -> tuple[float, str | None]:
     if found is None or found[2].upper() not in UNITS or not float(found[1]):
         raise UserError(
             f"--memory {text}: give an amount such as 8GB, or a GPU: {', '.join(PRESETS)}{nearest(text.lower(), PRESETS)}; "
-            "of another one its amount, with a like one as --device"
+            "for another GPU, its amount, and a similar GPU as --device"
         )
     return float(found[1]) * UNITS[found[2].upper()], None
 
 
 def fits(config: Config, memory: float, planner: Planner, *, on_gpu: bool, cuts: Callable[[int], float]) -> list[Fit]:
-    """The ways of training a configuration in so much memory: of each form the fastest that fits, best first; what does not
+    """The settings that train a configuration in so much memory: of each form the fastest that fits, best first; what does not
     fit comes last. The global batch stays as it is: a smaller micro-batch divides it, and accumulates more gradients. A tenth of
     the memory is left free.
 

@@ -120,7 +120,7 @@ def lines_of(run: Run, width: int, colour: bool, whole: bool = False) -> list[Te
     """
     tokens: list[Token | str] = list(run.tokens)
     if not whole and len(tokens) > 2 * EDGE + 8:
-        tokens = [*tokens[:EDGE], f" … {len(tokens) - 2 * EDGE} tokens more … ", *tokens[-EDGE:]]
+        tokens = [*tokens[:EDGE], f" … {len(tokens) - 2 * EDGE} more tokens … ", *tokens[-EDGE:]]
     lines, line = [], Text(no_wrap=True)
     for number, token in enumerate(tokens):
         piece = _piece(token, run.kind, number, colour)
