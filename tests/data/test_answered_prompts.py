@@ -83,4 +83,4 @@ def test_it_is_said_how_many_are_so(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ([ASK, SEVEN], [AGAIN, FOUR], [SYSTEM, ASK])))
     prompts, counts = load_prompts(str(file))
     assert [row["chosen"] for row in prompts] == [[SEVEN], [FOUR], None]
-    assert "2 prompts are whole conversations: their last answer is what to compare with, and is asked for anew" in counts.lines()
+    assert "2 prompts are whole conversations: the model answers again, and their last answer is for comparison" in counts.lines()

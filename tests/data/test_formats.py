@@ -261,8 +261,8 @@ def test_conversations_that_became_text_are_read_again(tmp_path: Path) -> None:
 
 def test_conversations_that_became_text_and_cannot_be_read_are_refused() -> None:
     broken = "[{'content': 'What?', 'role': 'user'}\n {'content': '3', 'role': 'assistant'}]"  # as pandas prints numpy's
-    assert "became text" in refusal({"chosen": broken, "rejected": broken})
-    assert "became text" in refusal({"messages": broken}, canonical_sft)
+    assert "saved as text" in refusal({"chosen": broken, "rejected": broken})
+    assert "saved as text" in refusal({"messages": broken}, canonical_sft)
     assert "'rejected' does not" in refusal(PLAIN | {"chosen": str([GOOD])})
     assert texts(PLAIN | {"chosen": "[{a: 1}]"})[1] == "[{a: 1}]"  # an answer that is no conversation
 

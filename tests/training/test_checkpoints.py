@@ -170,7 +170,7 @@ def test_a_run_that_dies_while_it_writes_a_checkpoint(
     assert (folder / ".writing-checkpoint-8").is_dir() and not (folder / "checkpoint-8").exists()
     with caplog.at_level(logging.WARNING):
         newest = newest_complete_checkpoint(folder)
-    assert newest == str(folder / "checkpoint-4") and "passed over" in caplog.text
+    assert newest == str(folder / "checkpoint-4") and "skipped" in caplog.text
     start(tmp_path).train(resume_from_checkpoint=newest)
     assert_same(state_of(tmp_path), state_of(whole_run))
     assert not list(folder.glob(".*"))
@@ -265,7 +265,7 @@ def test_damaged_checkpoints_are_passed_over_with_a_word(
         last.mkdir()
     with caplog.at_level(logging.WARNING):
         assert newest_complete_checkpoint(tmp_path / "c") == str(tmp_path / "c" / "checkpoint-8")
-    assert "checkpoint-12" in caplog.text and "passed over" in caplog.text
+    assert "checkpoint-12" in caplog.text and "skipped" in caplog.text
     assert [Path(path).name for path in complete_checkpoints(tmp_path / "c")] == ["checkpoint-4", "checkpoint-8"]
 
 

@@ -110,7 +110,7 @@ def test_the_optimiser_goes_on_too(place: Path, capsys: pytest.CaptureFixture[st
     assert train("whole", SETTINGS | constant) == 0
     capsys.readouterr()
     assert go_on("whole/checkpoint-2", "--continue_optimizer", "--align.max_steps", "2") == 0
-    assert "the optimiser's state goes on, the learning rate's schedule begins anew" in capsys.readouterr().err
+    assert "the optimiser's state is kept, the learning-rate schedule starts again" in capsys.readouterr().err
     assert go_on("whole/checkpoint-2", "--align.max_steps", "2", output="without") == 0
     wanted = weights(place / "whole" / "model")
 
@@ -174,7 +174,7 @@ LAST_ADAPTERS = ("lora/checkpoints/checkpoint-4", "new/checkpoints/checkpoint-2"
     [
         (["old"], ["output_dir", "--output_dir"]),
         (["old", "--output_dir", "old"], ["output_dir: old", "name a new folder"]),
-        (["old", "--output_dir", "old/again"], ["output_dir: old/again", "lies in it"]),
+        (["old", "--output_dir", "old/again"], ["output_dir: old/again", "or inside it"]),
         (["old/checkpoint-3", "--output_dir", "new"], ["old/checkpoint-3", "checkpoint-2, checkpoint-4"]),
         (["odl", "--output_dir", "new"], ["odl", 'did you mean "old"']),
         (
@@ -248,9 +248,11 @@ def test_a_run_that_its_guard_stopped_asks_which_weights(place: Path, capsys: py
     record["stages"]["align"]["guard"] = {"best_step": 2, "stopped": {"step": 4, "peak_step": 2}}
     write_own(place / "old" / "run.json", record)
     argv = ["train", "--output_dir", "new", "--continue_from", "old"]
-    refused(capsys, argv, "stopped it at step 4", "old/checkpoints/checkpoint-2 (step 2, its best look)", "old/model (step 4")
+    refused(
+        capsys, argv, "stopped it at step 4", "old/checkpoints/checkpoint-2 (step 2, its highest win rate)", "old/model (step 4"
+    )
     shutil.copytree("old/model", "old/best")
-    refused(capsys, argv, "old/best (step 2, its best look)", "old/model (step 4, the fallen ones)")
+    refused(capsys, argv, "old/best (step 2, its highest win rate)", "old/model (step 4, after the fall)")
     assert main([*argv[:-1], "old/best", "--align.max_steps", "1"]) == 0
     assert state()["continued"]["from"] == str(place / "old" / "best")
 
@@ -274,7 +276,7 @@ def test_a_moved_run_and_a_chain_of_runs_keep_the_first_reference(
     assert record.continued["optimizer"] is False  # asked for once
     assert "optimiser step 2 (6 with those of the runs before it)" in Path("third/model/README.md").read_text()
     shutil.rmtree("my_model")
-    refused(capsys, ["train", "--continue_from", "second", "--output_dir", "x"], "my_model", "is not there")
+    refused(capsys, ["train", "--continue_from", "second", "--output_dir", "x"], "my_model", "is missing")
 
 
 def test_another_method_and_more_data(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -306,13 +308,13 @@ def test_another_method_is_that_method(own_file: bool, place: Path, capsys: pyte
     file = ["--config", "chosen/config.yaml"] if own_file else []
     assert go_on("chosen", *file, "--objective.method", "chi_po", "--align.max_steps", "1") == 0
     said = capsys.readouterr().err
-    assert "objective.method: chi_po, but with sft_coefficient 0.02 (0.0); in brackets what chi_po has" in said
+    assert "objective.method is chi_po with sft_coefficient 0.02 (0.0) (in brackets: chi_po's own values)" in said
     assert "objective.weight is 'none'; it was 'importance' in chosen" in said and "objective.beta" not in said
     card = (place / "new" / "model" / "README.md").read_text()
     assert "## Method: `chi_po`, changed\n" in card and "in brackets): sft_coefficient 0.02 (0.0)" in card
     plain = ["--objective.method", "chi_po", "--objective.sft_coefficient", "preset", "--align.max_steps", "1"]
     assert go_on("chosen", *file, *plain, output="plain") == 0
-    assert "but with" not in capsys.readouterr().err
+    assert "own values" not in capsys.readouterr().err
     assert "## Method: `chi_po`\n" in (place / "plain" / "model" / "README.md").read_text()
     named = {"continue_from": "chosen", "output_dir": "x", "align.epochs": 2}
     assert config_of(file[-1] if own_file else None, named).align.max_steps is None
@@ -428,7 +430,7 @@ def test_another_model_in_the_reference_s_place_is_refused(name: str, place: Pat
     shutil.copytree("my_model", "kept")
     chat_model(place / "my_model", seed=1)
     argv = ["train", "--continue_from", name, "--output_dir", "new"]
-    words = ["reference, my_model, is not what it was (changed: model.safetensors)", "--reference.path"]
+    words = ["reference, my_model, has changed since (model.safetensors)", "--reference.path"]
     refused(capsys, argv, *words)
     refused(capsys, [*argv, "--reference.path", "my_model"], *words)
     assert not (place / "new").exists()
@@ -460,7 +462,7 @@ def test_a_reference_and_a_base_that_are_gone(place: Path, capsys: pytest.Captur
     _adapter_of_this_base()
     shutil.move("my_model", "moved")
     argv = ["train", "--continue_from", "old", "--output_dir", "new", "--align.max_steps", "1"]
-    refused(capsys, argv, "my_model, is not there", "--reference.path")
+    refused(capsys, argv, "my_model is missing", "--reference.path")
     assert main([*argv, "--reference.path", "moved"]) == 0
     assert "π_ref is that run's, moved" in capsys.readouterr().err  # the same files
     chat_model(place / "different", seed=1)
@@ -596,7 +598,7 @@ def test_prompts_and_pairs_of_an_old_label_stage_that_changed(place: Path) -> No
     shutil.rmtree("chain/sft")  # its reference; another one in its place, whole
     save_model(load_model("chain/model"), load_tokenizer("chain/model"), place / "chain" / "sft")
     assert not all(tensor.equal(model[key]) for key, tensor in load_file("chain/sft/model.safetensors").items())
-    with pytest.raises(UserError, match="its reference, chain/sft, is not what it was"):
+    with pytest.raises(UserError, match="its reference, chain/sft, has changed since"):
         config_of(None, named)
 
 

@@ -161,10 +161,10 @@ def test_another_reference_and_a_behaviour_model_lie_beside_the_policy(examined:
     assert both.phases[2].parts == alone.phases[1].parts
 
 
-def test_the_guard_is_said_to_come_on_top(examined: dict[str, Examined]) -> None:
+def test_the_guard_is_said_to_be_left_out(examined: dict[str, Examined]) -> None:
     guard = {"guard.steps": 5, "guard.scorer": "gold"}
-    assert any("guard" in note and "beside the policy" in note for note in planned(examined, **guard).notes)
-    assert any("guard" in note and "beside" not in note for note in planned(examined, **guard, **{"lora.rank": 2}).notes)
+    assert any("guard" in note and "reference model" in note for note in planned(examined, **guard).notes)
+    assert any("guard" in note and "reference model" not in note for note in planned(examined, **guard, **{"lora.rank": 2}).notes)
     assert planned(examined).notes == []
 
 

@@ -36,14 +36,14 @@ def told(
 
 def test_where_mu_comes_from_is_said_with_mean_weight_and_effective_sample_size() -> None:
     assert told() == (
-        "μ is assumed to be π_ref, since the rows carry no behaviour logps; before the first step 64 pairs have a mean weight of "
+        "μ is assumed to be π_ref, since the rows have no behaviour logps; before the first step 64 pairs have a mean weight of "
         "1 and ESS/N 1"
     )
     assert told(mu=lambda i: (-10.0, -10.0)).startswith("μ comes from the rows' own behaviour logps; before")
     mixed = told(mu=lambda i: (-10.0, -10.0) if i % 4 else None)
-    assert mixed.startswith("warning: μ") and "π_ref in 16 rows that have none: weights of two meanings; before" in mixed
+    assert mixed.startswith("warning: μ") and "π_ref in 16 rows without any, so the weights have two meanings; before" in mixed
     assert told(mu=lambda i: (-10.0, -9.0), model="writer").startswith(
-        "μ comes from the rows' own behaviour logps; writer (behaviour.model_path) is not asked; before"
+        "μ comes from the rows' own behaviour logps; writer (behaviour.model_path) is not used; before"
     )
     filled = pairs(64, lambda i: (-10.0, -9.0))
     for own, words in ((np.zeros(64, bool), "; before"), (np.arange(64) < 16, " in 48 rows, and the other 16 have")):
@@ -56,7 +56,7 @@ def test_where_mu_comes_from_is_said_with_mean_weight_and_effective_sample_size(
 
 def test_weights_that_let_nobody_teach_are_refused_with_what_helps() -> None:
     distant = lambda i: (-1.0, -2.0)  # noqa: E731 - the policy finds the pair e^-17 as likely
-    with pytest.raises(UserError, match=r"mean weight of 4.14e-08 and ESS/N 1: hardly any pair .*mean below 0.001") as caught:
+    with pytest.raises(UserError, match=r"mean weight of 4.14e-08 and ESS/N 1: almost nothing .*mean below 0.001") as caught:
         told(mu=distant)
     for words in (
         "isdaa logps",
@@ -109,7 +109,7 @@ def test_a_policy_beside_its_reference_is_measured_on_a_sample_spread_over_all_p
 
 def test_weights_that_vanish_in_training_s_precision_are_refused_however_they_are_normalised() -> None:
     for normalize in (None, "batch"):
-        with pytest.raises(UserError, match="ESS/N 0: hardly any pair") as caught:
+        with pytest.raises(UserError, match="ESS/N 0: almost nothing") as caught:
             told(mu=lambda i: (-1.0, -1.0 + 130.0), normalize=normalize)
         assert "normalize: batch" not in str(caught.value)
 
