@@ -233,8 +233,8 @@ def _add_passes(
         every = config.align.eval_steps or config.align.save_steps or max(1, -(-steps // 10))
         result.seconds["held-out pairs"] = -(-steps // every) * held * _forward(stage, batches) / rate
     if config.guard.steps is not None:
-        model = "" if stage.adapter_bytes else f" and its reference model ({stage.weight_bytes / 1e9:.2f} GB)"
-        result.notes.append(f"not included: the guard's samples and scores{model}")
+        beside = "" if stage.adapter_bytes else f" and its reference model ({stage.weight_bytes / 1e9:.2f} GB)"
+        result.notes.append(f"not included: the guard's samples and scores{beside}")
 
 
 def _another(stage: Stage, config: Config, architecture: Any) -> Stage:
