@@ -120,8 +120,8 @@ A cell says what happens to such a row:
 
 - **✓**: accepted, and all its words are among the tokens. Whether the model was trained on such rows is another
   question: a template may write a role or `<think>` that the model has never seen.
-- **shorter**: accepted. The generation prompt opens thinking, but the template writes none before such an answer; so the
-  prompt ends where the template starts the answer. Counted.
+- **shorter**: accepted. The generation prompt opens thinking, but the template writes none before such an answer, so
+  the prompt ends where the template starts the answer. Counted.
 - **counted**: accepted without the thinking, which the template drops from earlier turns. Counted.
 - **refused**: an error; the message says what would be dropped, or why the template refuses.
 - **alone**: accepted if the turn is only the call; with words beside the call, an error.
