@@ -136,10 +136,12 @@ def _page(study: Study, summaries: Sequence[CellSummary], against: str, folder: 
         f"`{settings['scorer']}` against {settings['opponent_samples']} samples of the reference a prompt. Together the "
         f"runs took {sum(seconds) / 3600:.2f} hours of CPU time.",
         "",
-        "Means over seeds with 95 % t-intervals. *best*: the highest checkpoint's win rate; *fall*: from the verdict's peak to "
-        "the last checkpoint; both a little too large, chosen on what they are measured on; *found*: verdicts over-optimised / "
-        "worse / underpowered / not detected, one a seed; *d\\** and *past*: the law's peak in √KL, where one is named, and "
-        "the share of bootstrap draws that see the last checkpoint beyond it.",
+        "Means over seeds with 95 % t-intervals.",
+        "",
+        "- *best*: the highest checkpoint's win rate; *fall*: from the verdict's peak to the last checkpoint. Both are chosen by "
+        "the numbers that measure them, so both are a little too large.",
+        "- *found*: number of seeds over-optimised / worse / underpowered / not detected.",
+        "- *d\\**: the law's peak in √KL, if one is named; *past*: share of bootstrap draws with the last checkpoint beyond it.",
         "",
     ]
     if study.missing:

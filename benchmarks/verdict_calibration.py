@@ -275,8 +275,8 @@ def plain(name: str, form: str = "{}") -> Callable[[dict[str, Any]], str]:
 
 def page(found: dict[str, list[dict[str, Any]]], scale: float, out: Path) -> str:
     """The Markdown of all tables."""
-    run = {"true curve": plain("shape"), "C": plain("checkpoints"), "N": plain("prompts"), "bounce": plain("bounce")}
-    watch = {"shape": plain("shape"), "looks": plain("looks"), "N": plain("prompts"), "bounce": plain("bounce")}
+    run = {"true curve": plain("shape"), "C": plain("checkpoints"), "N": plain("prompts"), "noise": plain("bounce")}
+    watch = {"shape": plain("shape"), "measurements": plain("looks"), "N": plain("prompts"), "noise": plain("bounce")}
     memory, rivals = {"memory": plain("memory")}, {"opponents": plain("opponents")}
     findings = {finding: rate(finding) for finding in FINDINGS}
     bounds = {"lower bound wrong": rate("wrong"), "upper bound holds": rate("bounded")}
@@ -289,7 +289,7 @@ def page(found: dict[str, list[dict[str, Any]]], scale: float, out: Path) -> str
         "interval holds it, %": lambda row: "–" if row["covered"] is None else f"{100 * row['covered']:.0f}",
     }
     stopped = {"stopped, ever": rate("stopped")}
-    late = {"looks after the peak": plain("delay", "{:.0f}"), "true fall by then": plain("fallen", "{:.2f}")}
+    late = {"measurements after the peak": plain("delay", "{:.0f}"), "true fall by then": plain("fallen", "{:.2f}")}
     flat = [row for row in found["healthy"] if row["shape"] == "flat"]
     alarm, naively = max(flat, key=lambda row: row["over-optimised"]), max(flat, key=lambda row: row["naive"])
     everything = [row for name in ("healthy", "usual", "marginal", "falls") for row in found[name]]
@@ -300,8 +300,8 @@ def page(found: dict[str, list[dict[str, Any]]], scale: float, out: Path) -> str
     stop = max(found["guard_healthy"], key=lambda row: row["stopped"])
 
     def where(row: dict[str, Any]) -> str:
-        size = f"C = {row['checkpoints']}" if "checkpoints" in row else f"{row['looks']} looks"
-        return f"{row['shape']}, {size}, N = {row['prompts']}, bounce {row['bounce']}"
+        size = f"C = {row['checkpoints']}" if "checkpoints" in row else f"{row['looks']} measurements"
+        return f"{row['shape']}, {size}, N = {row['prompts']}, noise {row['bounce']}"
 
     heeded = f"{100 * poor['decided']:.0f} % at worst ({where(poor)}; rows with 20 or more)" if poor else "no row"
     more = "" if scale == 1 else f" --scale {scale:g}"
@@ -309,37 +309,44 @@ def page(found: dict[str, list[dict[str, Any]]], scale: float, out: Path) -> str
     return f"""# Calibration of the verdict and of the guard
 
 Written by `python benchmarks/verdict_calibration.py --out {out.as_posix()}{more}`.
-Each row's runs are seeded by a checksum of the row's own settings; results do not depend on the machine beyond rounding. Rates
-are in per cent, ± their Monte-Carlo standard error; "0 (< x)" gives the 95 % bound where nothing was seen.
-{flat[0]["runs"]} runs a row, {found["falls"][0]["runs"]} on rising and falling shapes.
+How often verdict and guard are right and wrong, on simulated runs: {flat[0]["runs"]} per row, {found["falls"][0]["runs"]} for
+rising and falling shapes. C: checkpoints, N: prompts.
+Each row's runs are seeded by a checksum of the row's settings; results depend on the machine only by rounding.
+Rates are in per cent, ± their Monte-Carlo standard error; "0 (< x)" gives the 95 % bound if nothing was seen.
 
-What is simulated: {OPPONENTS} opponents a prompt, the same at all checkpoints; neighbouring checkpoints correlate over prompts by
-about 0.6, as in measured runs; the *bounce* moves a checkpoint on all prompts together. flat: 0.75 throughout. rising: from the
-reference's ½, saturating at 0.77. slow: ½ to 0.75 in a straight line. A fall starts from 0.75, *early* (at 15 % of the run) or
-*gradual* (from 45 % on), and ends lower by its size. Other falls are steps that last: *at once* (after the first checkpoint), or
-*halfway*. A list of numbers is the curve itself.
+What is simulated: {OPPONENTS} opponents per prompt, the same at all checkpoints. Neighbouring checkpoints correlate over
+prompts by about 0.6, as in measured runs. Step-to-step *noise* moves a checkpoint on all prompts together.
+
+| shape | true curve |
+| --- | --- |
+| flat | 0.75 throughout |
+| rising | from the reference's ½, saturating at 0.77 |
+| slow | ½ to 0.75 in a straight line |
+| a fall, early or gradual | from 0.75, at 15 % of the run or from 45 % on, ends lower by its size |
+| a fall, at once or halfway | a step that lasts, after the first checkpoint or halfway |
+| numbers | the curve itself |
 
 - A flat run called over-optimised: at worst {100 * alarm["over-optimised"]:.1f} % ({where(alarm)}).
 - The naive test (highest checkpoint against the last, paired over prompts, 95 %): at worst {100 * naively["naive"]:.0f} %
   ({where(naively)}).
-- "Worse by at least x", where these very models are not: at worst {100 * wrong["wrong"]:.1f} % ({where(wrong)}).
+- "Worse by at least x" about models that are not: at worst {100 * wrong["wrong"]:.1f} % ({where(wrong)}).
 - "Nothing lies more than x above the last" holds in {100 * loose["bounded"]:.1f} % at worst ({where(loose)}).
-- A last checkpoint that is 0.05 down before its bounce, the edge of what counts as none, is called "not detected" in at worst
-  {100 * missed["not detected"]:.1f} % ({where(missed)}).
+- A last checkpoint that is 0.05 down before its noise, the edge of what counts as none, is called "not detected" in at
+  worst {100 * missed["not detected"]:.1f} % ({where(missed)}).
 - Advice that is followed, on the same models, decides in {heeded}.
 - A healthy run ever stopped by the guard: at worst {100 * stop["stopped"]:.1f} % ({where(stop)}).
-- With a bounce, "worse" on flat runs is no false alarm: the last checkpoint is then truly below an earlier one, and the sentence
-  says that this may be ordinary variation.
-- Beyond the assumptions: a bounce with a memory (a slow wander of the whole run) looks like a trend to every estimate from
-  neighbours. Below are the rates, above 5 % where the wander is as large as 0.05.
+- With noise, "worse" on flat runs is no false alarm: the last checkpoint is then truly below an earlier one, and the
+  sentence says that this may be ordinary variation.
+- Beyond the assumptions: noise with a memory (a slow wander of the whole run) looks like a trend to every estimate from
+  neighbours. Its rates are below; they exceed 5 % if the wander is as large as 0.05.
 
-## Falls as people have them
+## Usual falls
 
 {table(found["usual"], run | findings | bounds | advice)}
 
 ## At the margins
 
-The last checkpoint is truly 0.03 or 0.05 below the peak, before its bounce.
+The last checkpoint is truly 0.03 or 0.05 below the peak, before its noise.
 
 {table(found["marginal"], run | findings | bounds | advice)}
 
@@ -351,13 +358,13 @@ The last checkpoint is truly 0.03 or 0.05 below the peak, before its bounce.
 
 {table(found["falls"], run | findings | bounds)}
 
-## What is promised beforehand
+## Falls that are said to be seen
 
 The smallest fall that `isdaa inspect` says will be seen in 80 % of runs (as over-optimised or worse).
 
 {table(found["least"], {"fall": plain("fall")} | run | findings)}
 
-## Healthy runs with what is shipped
+## Healthy runs with the shipped configurations
 
 configs/mini/demo.yaml evaluates 6 checkpoints on 256 prompts, config.yaml 8 on 384.
 
@@ -371,15 +378,15 @@ configs/mini/demo.yaml evaluates 6 checkpoints on 256 prompts, config.yaml 8 on 
 
 {table(found["laws"], run | named)}
 
-## Verdict where the bounce has a memory (flat runs)
+## Verdict if the noise has a memory (flat runs)
 
-memory: correlation of the bounce between neighbouring checkpoints.
+memory: correlation of the noise between neighbouring checkpoints.
 
 {table(found["wandering"], run | memory | findings | {"naive alarm": rate("naive")})}
 
 ## Guard on healthy runs
 
-{PATIENCE} warnings in a row stop a run; "now" is the mean of {RECENT} looks; the looks share {100 * ALPHA:.0f} %.
+{PATIENCE} warnings in a row stop a run; "now" is the mean of {RECENT} measurements; the measurements share {100 * ALPHA:.0f} %.
 
 {table(found["guard_healthy"], watch | stopped)}
 
@@ -389,7 +396,7 @@ Medians and means are over the runs that were stopped.
 
 {table(found["guard_falls"], watch | stopped | late)}
 
-## Guard where the bounce has a memory (flat runs)
+## Guard if the noise has a memory (flat runs)
 
 {table(found["guard_wandering"], watch | memory | stopped)}
 """

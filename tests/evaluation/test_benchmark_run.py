@@ -457,7 +457,7 @@ def test_a_question_without_a_reply_is_counted_and_asked_again(models, tmp_path,
         assert metrics["models"][0]["counts"]["left_out"] == 1 and metrics["judge"]["usage"]["failures"] == 2
         assert metrics["partial"] and metrics["sentence"].startswith("Partial, 3 of 4 questions judged: ")
         page = (tmp_path / "out/report.html").read_text()
-        assert "Partial: 3 of 4 questions are judged. Of 1 a reply did not come; the same command asks again." in page
+        assert "Partial: 3 of 4 questions are judged. For 1 no reply arrived; the same command asks again." in page
         well.append(True)
         before = len(judge.asked)
         assert evaluate("tldr", tmp_path / "out", *options) == 0

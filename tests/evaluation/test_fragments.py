@@ -35,7 +35,7 @@ def test_the_reference_s_own_samples_count():
 
 
 def test_samples_for_kl_are_cut_too():
-    assert "KL counts to that limit alone" in warnings_of(metrics((0.5,), kl=0.5))[0]
+    assert "KL counts tokens up to that limit only" in warnings_of(metrics((0.5,), kl=0.5))[0]
     (line,) = warnings_of(metrics((0.0,), kl=0.3))
     assert line.startswith("evaluation.max_new_tokens (64) cut 30 % of the samples for KL: KL counts")
     assert "win rate" not in warnings_of(metrics((0.5,), scorer=None))[0]

@@ -205,7 +205,7 @@ def test_no_verdict():
     none = {
         "2 checkpoints only; it needs 3 or more of one run": a_run(wins[:2]),
         "1 checkpoint only; it needs 3 or more of one run": a_run(wins[:1]),
-        "3 prompts are too few; it needs 4 at the least": a_run(wins[:, :3]),
+        "3 prompts are too few; it needs at least 4": a_run(wins[:, :3]),
         "there is no scorer or judge, so no win rate": replace(a_run(wins), wins=None),
     }
     for why, run in none.items():
@@ -401,7 +401,7 @@ def test_no_peak_is_named_whose_interval_has_no_end():
         fit_law([a_run(simulated([0.55, 0.58, 0.62, 0.68, 0.55], prompts=60, seed=s)[0], kl=kl)], resamples=200)
         for s in range(30)
     ]
-    open_ended = [law for law in laws if law.doubt is not None and "has no end" in law.doubt]
+    open_ended = [law for law in laws if law.doubt is not None and "is open-ended" in law.doubt]
     assert open_ended and all(law.peak is None for law in open_ended)
     assert all((law.peak is None) == (law.doubt is not None) for law in laws)
     assert all(1 <= law.peak <= 4 and law.peak_high is not None for law in laws if law.peak is not None)

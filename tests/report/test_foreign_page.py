@@ -214,7 +214,7 @@ def test_cut_answers_are_warned_of_without_a_scorer(tmp_path, where):
         assert (
             "cut 87 % of the" in text
             and "give --evaluation.max_new_tokens 64" in text
-            and "KL counts to that limit alone" in text
+            and "KL counts tokens up to that limit only" in text
         )
     assert ("of the samples for KL" in line) == (where == "kl")
 

@@ -57,7 +57,7 @@ def test_checkpoints_that_isdaa_did_not_train(
     assert main(["report", "--checkpoints", *names[::-1], *options, *small]) == 0
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert {run["name"]: len(run["checkpoints"]) for run in report["runs"]} == {"mine": 1, tmp_path.name: len(names) - 1}
-    said = f"these models are of 2 runs (mine, {tmp_path.name}), each with a curve of its own"
+    said = f"these models belong to 2 runs (mine, {tmp_path.name}), each with its own curve"
     assert report["notes"] == [said] and said in capsys.readouterr().out.splitlines()
     assert said in (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert (tmp_path / "out/report.html").is_file()

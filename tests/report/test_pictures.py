@@ -98,8 +98,8 @@ def test_each_failure_costs_one_picture_and_is_said(
     for name, why in (("crash", "ended with status -6"), ("sleep", "took longer than 20 seconds"), ("bad", "says")):
         assert "<svg" not in found[name] and "could not be drawn: the chart library" in found[name] and why in found[name]
         (line,) = (line for line in said.splitlines() if line.startswith(f"chart {name}: "))
-        assert line.startswith(f"chart {name}: not drawn, for the chart library") and why in line
-    assert "chart no-png: written without no-png.png, for the chart library ended with status -6" in said
+        assert line.startswith(f"chart {name}: not drawn: the chart library") and why in line
+    assert "chart no-png: written without no-png.png: the chart library ended with status -6" in said
     files = {path.name for path in tmp_path.glob("*.*g")}
     assert files == {"good.png", "good.svg", "no-png.svg", "last.png", "last.svg"}
 
@@ -115,7 +115,7 @@ def test_a_report_is_written_where_every_picture_fails(
     assert "This chart could not be drawn: the chart library ended with status 2." in text
     report = json.loads((written.parent / "report.json").read_text())
     assert report["charts"] and all(entry["files"] == [] for entry in report["charts"])
-    assert capsys.readouterr().err.count("not drawn, for") == len(report["charts"])
+    assert capsys.readouterr().err.count("not drawn:") == len(report["charts"])
 
 
 def test_one_process_draws_a_whole_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,7 +197,7 @@ def test_each_look_is_one_whole_line(place: Path, judge: Letters, capsys: pytest
     assert 0 < found[0]["guard/kl"] < found[-1]["guard/kl"]
     assert judge.seen == [12, 6, 6, 6]  # the opponents, once; then one response a prompt
     said = capsys.readouterr().err
-    assert "guard: 3 looks and 6 prompts: hardly any fall is seen" in said  # before the first step
+    assert "guard: 3 measurements and 6 prompts: hardly any fall is seen" in said  # before the first step
     assert "guard.max_new_tokens (5) cut" in said and "give --guard.max_new_tokens 10" in said and "of the reference's" in said
     opponents = read_lines(place / "run/guard/samples.jsonl")[1:]
     lengths = np.mean([len(row["ids"]) for row in opponents])
@@ -206,7 +206,7 @@ def test_each_look_is_one_whole_line(place: Path, judge: Letters, capsys: pytest
     bounds = "{guard/win_rate:.3f} [{guard/win_rate_low:.3f}, {guard/win_rate_high:.3f}]".format(**best)
     place_of = "model/ (step 5, the last)" if best["step"] == 5 else f"the checkpoint nearest to step {best['step']} (guard.keep"
     assert f"guard: keep the reference, or judge {place_of}" in " ".join(said.split())
-    assert f"best win rate {bounds} on its 6 prompts; nothing shows that a look is better than" in " ".join(said.split())
+    assert f"best win rate {bounds} on its 6 prompts; no measurement is shown to be better than" in " ".join(said.split())
     assert all("time/guard_seconds" in line for line in read_lines(place / "run" / "metrics.jsonl") if "guard/kl" in line)
     assert found[-1]["guard/best_step"] == best["step"]
     assert json.loads((place / "run" / "run.json").read_text())["stages"]["align"]["guard"] == {
@@ -428,7 +428,7 @@ def test_a_run_that_falls_is_stopped_and_not_trained_on(
         f"guard: use run/best (step {best}): over-optimised, the win rate fell by 0.250 (at least 0.125) from step 2, and "
         "training stopped at step 4, whose weights are in model/"
     )
-    assert expected in said and "guard: the reference may be as good as that: nothing shows" in " ".join(said.split())
+    assert expected in said and "guard: the reference may be as good: no measurement is shown" in " ".join(said.split())
     assert f"align: finished: use run/best (step {best}); run/model has the weights of the stop" in " ".join(said.split())
     state = json.loads((run / "run.json").read_text())["stages"]["align"]
     assert state["done"]

@@ -82,7 +82,7 @@ def test_which_falls_will_be_seen(place: Path, capsys: pytest.CaptureFixture[str
     (stage,) = told(place, capsys, ALIGN | changes | guarded)["stages"]
     steps = stage["steps"]
     assert stage["seen"][0] == f"{steps} checkpoints and 256 prompts: falls of 0.10 or more are seen in 8 of 10 runs"
-    assert stage["seen"][1].startswith(f"guard: {steps} looks on 128 prompts")
+    assert stage["seen"][1].startswith(f"guard: {steps} measurements on 128 prompts")
     (stage,) = told(place, capsys, ALIGN | changes | {"evaluation.prompts": 1})["stages"]
     assert "too few for a verdict" in stage["seen"][0] and len(stage["seen"]) == 1
     (stage,) = told(place, capsys, ALIGN | changes | {"evaluation.scorer": "none"})["stages"]

@@ -7,7 +7,7 @@ from typing import Any
 
 # The share of cut responses from which on a warning stands beside the numbers. Where the cut turns a sure win or loss into the
 # toss of a coin, half a comparison, a tenth of fragments moves a win rate by 0.05, and a fall below 0.05 is called none
-# (`falls.NEGLIGIBLE`). Below it the share stands in its column.
+# (`fall_statistics.NEGLIGIBLE`). Below it the share stands in its column.
 MANY = 0.1
 
 
@@ -37,10 +37,10 @@ def warnings_of(metrics: Mapping[str, Any]) -> list[str]:
         judged = (metrics["scorer"] or {}).get("kind") == "judge"  # which gives no scores
         what = "length and repetition" if metrics["scorer"] is None else "win rate and length" if judged else "win rate and score"
         what += " are of fragments"
-        what += ", and KL counts to that limit alone" if any(map(many, kl)) else ""
+        what += ", and KL counts tokens up to that limit only" if any(map(many, kl)) else ""
         cut = {"the checkpoints' responses": models, "the reference's": own}
     elif any(map(many, kl)):
-        what, cut = "KL counts to that limit alone", {"the samples for KL": kl}
+        what, cut = "KL counts tokens up to that limit only", {"the samples for KL": kl}
     else:
         return []
     return [warning(cut, what, "evaluation.max_new_tokens", limit)]
@@ -53,7 +53,7 @@ def warning(cut: Mapping[str, Sequence[float]], what: str, setting: str, limit: 
     """
     told = " and ".join(f"{_range(shares)} of {whose}" for whose, shares in cut.items() if shares)
     place, more = (setting, f"a larger --{setting}") if limit is None else (f"{setting} ({limit})", f"--{setting} {2 * limit}")
-    return f"{place} cut {told}: {what}; give {more}; what does not end then either has not learnt to end"
+    return f"{place} cut {told}: {what}; give {more}; if many are still cut then, the model has not learnt to end"
 
 
 def _range(shares: Sequence[float]) -> str:

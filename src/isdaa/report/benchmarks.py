@@ -43,8 +43,8 @@ def write_benchmark_report(folder: str | Path) -> Path:
     metrics = read_object(folder / METRICS)
     if not _current(metrics):
         raise UserError(
-            f"{folder / METRICS}: its length-controlled win rate is an older isdaa's, and not the leaderboard's figure; run "
-            "`isdaa benchmark` again, which asks nothing anew"
+            f"{folder / METRICS}: its length-controlled win rate is from an older isdaa and not the leaderboard's figure; run "
+            "`isdaa benchmark` again (it reuses all replies)"
         )
     read = read_json(folder / EXAMPLES) if (folder / EXAMPLES).is_file() else []
     with readable(folder, "its records are not those of a benchmark or tax of this isdaa", "run `isdaa benchmark` again"):

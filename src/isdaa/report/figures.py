@@ -30,7 +30,7 @@ CAPTIONS = {
         "is a checkpoint, the ring the last one. "
     ),
     "path": "Read along a line from left to right: each dot is a checkpoint, the ring the last one. ",
-    "path, fall": "A line that turns down while it goes on to the right has over-optimised.",
+    "path, fall": "A line that falls while it still moves right shows over-optimisation.",
     "path, means": " Thick lines are means over seeds, thin lines the seeds.",
     "path, seeds": " Thin lines are seeds.",
     "path, bars": " Bars are {level} intervals over prompts.",
@@ -40,24 +40,26 @@ CAPTIONS = {
         "95 % interval."
     ),
     "path, no law": " The fitted law R(d) = d·(a − b·log d) is not drawn, and no peak named: {why}.",
-    "fragments": " These are win rates of fragments: many responses were cut, see above.",
+    "fragments": " These win rates are of fragments: many responses were cut, see above.",
     "final": (
-        "Win rate at the end of training, best first. {discs}; the hollow square is the best that training passed through, so "
-        "the gap to it is what was lost."
+        "Win rate at the end of training, best first. {discs}; the hollow square is the best checkpoint, so the gap to it is "
+        "what was lost."
     ),
     "final, seeds": "Discs are means over seeds with their {level} t-intervals, small dots the seeds",
-    "final, both": "Discs are means over seeds with their {level} t-intervals, small dots the seeds; one without is a run",
+    "final, both": (
+        "Discs are means over seeds with their {level} t-intervals, small dots the seeds; a disc without an interval is one run"
+    ),
     "final, one": "A disc is a run",
-    "matched": "The same runs compared where they are equally far from the reference, over the range that all reach. ",
+    "matched": "The same runs compared at equal distance from the reference, over the range that all reach. ",
     "matched, seeds": "Lines are means over seeds, bands their {level} t-intervals.",
     "matched, one": "A line is a run.",
-    "matched, groups": " Cells are drawn together where they are trained alike but for method and weights.",
-    "matched, left": " Groups that share no such range are left out.",
+    "matched, groups": " Cells in one panel were trained alike but for method and weights.",
+    "matched, left": " Groups without a common range are left out.",
     "quantiles": (
         "Logarithm of the importance weight before the clip: median, middle half (dark) and middle nine tenths (pale) of the "
         "pairs of a batch. The further it sinks, the fewer pairs still teach."
     ),
-    "quantiles, clip": " Dashed: where a joint clip cuts.",
+    "quantiles, clip": " Dashed: the joint clip.",
 }
 WEIGHTS = {
     "mean": "mean weight of the pairs of a batch",
@@ -72,20 +74,20 @@ WIN = Quantity("win_rate", "Win rate", "win rate", "How often the judge prefers 
 REWARD = Quantity("reward", "Mean score (points)", "score", "Mean points that the scorer gives the policy's answers.", ".2~f")
 KL = Quantity("kl", "KL from the reference (nats)", "distance", "How far the policy has moved from the reference.", ".2~f")
 TEXTS = (
-    Quantity("length", "Length (tokens)", "length", "Longer and longer answers are how a policy often games its judge.", ".2~f"),
+    Quantity("length", "Length (tokens)", "length", "A policy often games its judge with longer and longer answers.", ".2~f"),
     Quantity(
         "truncated", "Share cut at the limit", "truncation",
         "Share of answers that did not end before the limit on new tokens.", ".3~f",
     ),
     Quantity(
         "repetition", "Share of repeated 4-grams", "repetition",
-        "Share of an answer's runs of four tokens that stood in it before.", ".3~f",
+        "Share of an answer's 4-grams that occurred in it before.", ".3~f",
     ),
 )  # fmt: skip
 HELD_OUT = (
     Quantity(
         "held_out.accuracy", "Implicit-reward accuracy", "accuracy",
-        "Share of held-out pairs that the policy ranks as their labels do; 0.5 is guessing.",
+        "Share of held-out pairs that the policy ranks as labelled; 0.5 is guessing.",
     ),
     Quantity(
         "held_out.chosen_drift", "Chosen drift (nats)", "drift of the chosen",

@@ -73,7 +73,7 @@ def report_on(
         home = folder.parent if folder.name == "evaluation" else folder
         study = read_study(folder, as_one_run)
         names = ", ".join(run.name for run in study.runs)
-        several = f"these models are of {len(study.runs)} runs ({names}), each with a curve of its own"
+        several = f"these models belong to {len(study.runs)} runs ({names}), each with its own curve"
         notes = [several] if as_one_run and len(study.runs) > 1 else []
         study = replace(study, title=home.resolve().name, notes=[*notes, *study.notes])
     if output is not None:
@@ -111,7 +111,7 @@ def _check_page(folder: Path, models: Sequence[str], metrics: Mapping[str, Any] 
         what = f"scored by {names[0]} and not by {names[1]}" if names[0] not in (None, names[1]) else ""
     if what:
         raise UserError(
-            f"{folder}: holds a report on {len(before)} checkpoints, {what}; it is not replaced: choose another folder with "
+            f"{folder}: holds a report on {len(before)} checkpoints, {what}; it is not replaced: name another folder with "
             "--output"
         )
 

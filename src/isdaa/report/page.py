@@ -140,7 +140,7 @@ def drawings_of(figures: list[Figure], folder: Path) -> dict[str, str]:
             try:
                 drawings[figure.name] = _drawing_of(figure, folder)
             except PictureError as error:
-                say(f"chart {figure.name}: not drawn, for {error}")
+                say(f"chart {figure.name}: not drawn: {error}")
                 drawings[figure.name] = f'<p class="note">This chart could not be drawn: {escape(str(error))}.</p>'
             bar.update(1)
     return drawings
@@ -153,7 +153,7 @@ def _drawing_of(figure: Figure, folder: Path) -> str:
     except PictureError as error:
         if not (folder / f"{figure.name}.svg").is_file():
             raise
-        say(f"chart {figure.name}: written without {figure.name}.png, for {error}")
+        say(f"chart {figure.name}: written without {figure.name}.png: {error}")
     svg = folder / f"{figure.name}.svg"
     both = {"wide": svg.read_text(encoding="utf-8"), "narrow": svg_of(figure.draw(NARROW).to_dict(validate=False))}
     told = f"{figure.title}. {figure.caption}"

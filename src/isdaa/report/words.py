@@ -17,7 +17,7 @@ MOST_NAMED = 4  # cells in a sentence
 REFERENCE = "the reference"  # what is kept where no checkpoint is
 OVER, WORSE, UNDER, DIVERGED = "over-optimised", "worse", "underpowered", "diverged"
 UNBOUNDED = "[–]"  # for an interval over seeds
-TOO_FEW = "No verdict: it takes at least three checkpoints of a run to tell a fall from noise."
+TOO_FEW = "No verdict: it needs at least three checkpoints of one run."
 
 
 def number(value: Any, digits: int = 2) -> str:
@@ -100,7 +100,7 @@ def _who_fell(cells: Sequence[Mapping[str, Any]], opponent: str) -> str:
     judged = [cell for cell in cells if cell["findings"]]
     if not falling:
         seeds = sum(sum(cell["findings"].values()) for cell in judged)
-        told = {WORSE: "worse at the end", UNDER: "with too little data to tell", DIVERGED: "with no end to judge"}
+        told = {WORSE: "worse at the end", UNDER: "with too little data to tell", DIVERGED: "diverged"}
         counts = {words: sum(cell["findings"].get(finding, 0) for cell in judged) for finding, words in told.items()}
         doubts = ", ".join(f"{count} of {seeds} {words}" for words, count in counts.items() if count)
         return f"No run is shown to have over-optimised ({doubts})" if doubts else "No run over-optimised"

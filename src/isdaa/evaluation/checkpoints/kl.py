@@ -1,4 +1,4 @@
-"""KL(π‖π_ref) of a policy from its reference, on the policy's own samples (docs/method.md, controlled experiment)."""
+"""KL(π‖π_ref) of a policy from its reference, on the policy's own samples (docs/method.md, "KL and win rate")."""
 
 from __future__ import annotations
 

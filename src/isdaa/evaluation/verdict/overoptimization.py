@@ -1,6 +1,7 @@
 """Did a run over-optimise, where was its best checkpoint, and what law does its curve follow? (docs/method.md)
 
-The numbers come from `falls.py`; here they become a finding, a sentence and a law. Legend: C checkpoints, N prompts, M draws.
+The numbers come from `fall_statistics.py`; here they become a finding, a sentence and a law.
+Legend: C checkpoints, N prompts, M draws.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ NONE_BETTER = "no checkpoint is shown to be better than the reference (95 %)"
 class Verdict:
     """What can be said of one run. Win rates in [0, 1], raw; falls are to the last checkpoint.
 
-    over-optimised: the last is worse, by more than checkpoints bounce, and further from the reference than the peak. worse: it
-    is, but that may be a bounce, or KL did not grow. not detected: no fall of `NEGLIGIBLE` or more. underpowered: none of them.
+    over-optimised: the last is worse, by more than step-to-step noise, and further from the reference than the peak. worse: it
+    is, but that may be noise, or KL did not grow. not detected: no fall of `NEGLIGIBLE` or more. underpowered: none of them.
     diverged: its last checkpoint has weights that are not finite, so nothing is said of its end; falls are none.
     """
 
@@ -62,9 +63,9 @@ class Verdict:
 class Law:
     """R(d) = d·(a − b·log d) (Gao et al. 2023, arXiv 2210.10760) with d = √KL, R the win rate's gain over the reference.
 
-    A description of the curve; whether it falls is the verdict's to say. A peak is named only where at least half of the runs
-    fall by more than a bounce, where it lies between the first and the furthest checkpoint, and its interval has two ends; else
-    `peak` and all that hangs on it are None, and `doubt` says why.
+    A description of the curve; the verdict decides whether it falls. A peak is named only where at least half of the runs fall
+    by more than step-to-step noise, where it lies between the first and the furthest checkpoint, and its interval has two ends;
+    else `peak` and all that hangs on it are None, and `doubt` says why.
     """
 
     a: float
@@ -167,12 +168,12 @@ def why_none(run: Trajectory) -> str | None:
         have = "1 checkpoint only" if checkpoints == 1 else f"{checkpoints} checkpoints only"
         return f"No verdict: {have}; it needs {CHECKPOINTS} or more of one run."
     if prompts < PROMPTS:
-        return f"No verdict: {prompts} prompt{'s are' if prompts > 1 else ' is'} too few; it needs {PROMPTS} at the least."
+        return f"No verdict: {prompts} prompt{'s are' if prompts > 1 else ' is'} too few; it needs at least {PROMPTS}."
     return None
 
 
 def shown_better(run: Trajectory, *, seed: int = 0) -> bool | None:
-    """Whether some checkpoint of the run is shown to be better than the reference (`falls.gains_shown`), however few there are;
+    """Whether some checkpoint of the run, however few there are, is shown to be better than the reference (`gains_shown`);
     None without win rates."""
     shown = None if run.wins is None else gains_shown(run.wins, run.start, run.start_wins, seed)
     return None if shown is None else bool(shown.any())
@@ -213,7 +214,7 @@ def _finding_told(
     if finding == "over-optimised":
         return f"Over-optimised: {fall}, while the distance from the reference still grew."
     if finding == "worse":
-        why = "that may be ordinary variation between checkpoints" if grown else "but the distance (KL) did not grow since"
+        why = "that may be ordinary variation between checkpoints" if grown else "but KL has not grown since then"
         return f"Worse at the end: {fall}; {why}."
     ends = f"the last checkpoint's win rate against {against}, {last},"
     if finding == "not detected":
@@ -258,7 +259,7 @@ def law_of(
     """`fit_law` on (wins (C, N), kl (C, N), start) of each run. start: the reference's win rate, one number or (N,).
 
     Prompts are resampled with win rate and KL of all checkpoints together, and of all runs: those with as many prompts are taken
-    to be measured on the same ones. Each draw's checkpoints bounce anew (`falls.bounce_of`). Where there are several runs, runs
+    to be measured on the same ones. Each draw has its own step-to-step noise (`bounce_of`). Where there are several runs, runs
     are resampled too. The interval of d* counts draws that have no peak as ∞.
     """
     full = [
@@ -291,9 +292,9 @@ def _doubt(
         where = f"beyond the furthest checkpoint, √KL {furthest:.2f}" if peak > furthest else f"before the first, √KL {first:.2f}"
         return f"its peak would lie {where}"
     if not fallen:
-        return "no fall that is more than a bounce is shown"
+        return "the run is not shown to fall by more than step-to-step noise"
     if low is None or high is None:
-        return "the 95 % interval of its peak has no end"
+        return "the 95 % interval of its peak is open-ended"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Which fall of the win rate can be seen with so many checkpoints, or looks, and prompts: asked before anything is measured.
+"""Which fall of the win rate can be seen with so many checkpoints (or measurements) and prompts: asked before a run.
 
 A fall is seen where the verdict, or the guard, finds it in `POWER` of all runs. What prompts differ by is taken from simulated
 judges of 1 to 8 opponents whose prompts correlate by ½ between checkpoints, as in measured runs.
@@ -31,7 +31,8 @@ def difference_variance(opponents: int) -> float:
 def smallest_fall(checkpoints: int, prompts: int, opponents: int = 4) -> float:
     """The smallest fall from one checkpoint to the last, or from the reference, that the verdict shows; rounded up to 0.01.
 
-    The bound is the largest of C correlated t values (`falls.simultaneous`); all falls have the last checkpoint in common.
+    The bound is the largest of C correlated t values (`fall_statistics.simultaneous`): all falls share the last
+    checkpoint.
     """
     rng = np.random.default_rng(0)
     normal = (rng.standard_normal((T_DRAWS, checkpoints)) + rng.standard_normal((T_DRAWS, 1))) / np.sqrt(2)
@@ -57,15 +58,15 @@ def looks_needed(prompts: int, opponents: int = 4) -> dict[float, int | None]:
 
 
 def stoppable(looks: int, prompts: int, opponents: int = 4) -> str:
-    """`8 looks on 128 prompts stop 8 of 10 runs that fall by 0.20 half-way and for good; a fall of 0.15 needs 16 looks`."""
+    """`8 measurements on 128 prompts stop 8 of 10 runs whose win rate falls by 0.20 half-way and stays there`."""
     needed = looks_needed(prompts, opponents)
-    words = f"{looks} look{'s' * (looks != 1)} on {prompts} prompts"
+    words = f"{looks} measurement{'s' * (looks != 1)} on {prompts} prompts"
     found = [fall for fall, least in needed.items() if least is not None and least <= looks]
-    others = [f"{fall:.2f} needs {least} looks" for fall, least in needed.items() if least is not None and least > looks]
+    others = [f"{fall:.2f} needs {least}" for fall, least in needed.items() if least is not None and least > looks]
     more = f"; a fall of {', of '.join(others)}" if others else ""
     if not found:
-        return f"{words} hardly stop any run{more} (guard.steps, guard.prompts)"
-    return f"{words} stop 8 of 10 runs that fall by {found[0]:.2f} half-way and for good{more}"
+        return f"{words} stop hardly any run{more} (lower guard.steps or raise guard.prompts)"
+    return f"{words} stop 8 of 10 runs whose win rate falls by {found[0]:.2f} half-way and stays there{more}"
 
 
 def _stopped(fall: float, looks: int, prompts: int, opponents: int) -> float:

@@ -1,8 +1,7 @@
 """A guard over a run: it measures KL and win rate during training, keeps the best model, and stops a run that falls.
 
-What it measures is in `look.py`; whether a fall is more than chance is `isdaa.evaluation.verdict.sequential`'s to say. A look
-leaves no trace in training: the weights of a guarded run are, bit for bit, those of the same run without a guard, until
-it is stopped.
+`measurement.py` measures; `isdaa.evaluation.verdict.sequential` decides whether a fall is more than chance. A measurement leaves
+no trace in training: until it is stopped, a guarded run has bit for bit the weights of the same run without a guard.
 """
 
 from __future__ import annotations
@@ -47,15 +46,15 @@ logger = logging.getLogger(__name__)
 
 NO_SCORER = (
     "guard: no scorer is named, so it measures KL, length and, on held-out pairs, accuracy and drift; they do not say whether "
-    "the text gets better or worse. Name a reward model (guard.scorer) for win rates, keep: best and stop: over-optimised; or "
-    "ask for a verdict afterwards by a judge model (isdaa report RUN --judge_model NAME)"
+    "the text gets better or worse. Name a reward model (guard.scorer) for win rates, guard.keep and guard.stop; or get a "
+    "verdict afterwards from a judge model (isdaa report RUN --judge_model NAME)"
 )
 ASKED_FOR_NONE = "guard: without a scorer, as named, it measures KL, length and, on held-out pairs, accuracy and drift"
 FOLDER, BEST = "guard", "best"  # in a run's folder: opponents and candidates; the best model
 
 
 class Guard(TrainerCallback, ExportableState):
-    """Looks every `settings.steps` optimiser steps, and at the last one.
+    """Measures every `settings.steps` optimiser steps, and at the last one.
 
     forward: of the policy that is trained. test: None where there are no win rates. best: None where nothing is kept.
     pairs: held-out pairs with reference logps, measured where there are no win rates.
@@ -114,7 +113,7 @@ class Guard(TrainerCallback, ExportableState):
         if type(self).__name__ in saved:
             self.load_state(saved[type(self).__name__])
         if self.best is not None and not self.best.restore(self.best_step):
-            logger.warning("guard: the model of its best step, %s, is not there; it looks for a new best one", self.best_step)
+            logger.warning("guard: the model of its best step, %s, is missing; it keeps the best one from now on", self.best_step)
             self.best_step = self.best_win_rate = None
         if self.stopped is not None:
             control.should_training_stop = True
@@ -123,7 +122,7 @@ class Guard(TrainerCallback, ExportableState):
 
             assert self.settings.steps is not None
             planned = (-(-state.max_steps // self.settings.steps), len(self.looks.prompts.rows), self.settings.opponent_samples)
-            said = power.seen(*planned, what="look") if self.settings.stop == "never" else power.stoppable(*planned)
+            said = power.seen(*planned, what="measurement") if self.settings.stop == "never" else power.stoppable(*planned)
             self.say(f"guard: {said}")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
@@ -196,12 +195,12 @@ class Guard(TrainerCallback, ExportableState):
         if not self.cut or not (many(max(self.cut)) or many(own)):
             return None
         cut = {"its responses": self.cut} | ({} if own is None else {"the reference's": [own]})
-        what = "KL and length count to that limit alone" if own is None else "win rate and score are of fragments"
+        what = "KL and length count tokens up to that limit only" if own is None else "win rate and score are of fragments"
         setting = "evaluation.max_new_tokens" if self.settings.max_new_tokens is None else "guard.max_new_tokens"
         return f"guard: {warning(cut, what, setting, self.looks.sampling.max_new_tokens)}"
 
     def better(self) -> bool | None:
-        """Whether some look is shown to be better than the reference (`falls.gains_shown`); None where that is not known."""
+        """Whether some measurement is shown to be better than the reference (`gains_shown`); None where that is not known."""
         reference = self.looks.reference_wins
         if self.test is None or not self.test.wins or reference is None:
             return None
@@ -230,15 +229,15 @@ class Guard(TrainerCallback, ExportableState):
         more = [] if cut is None else [cut]
         if self.best_step is None:
             return more
-        unsure, shown = self.better() is False, "that a look is better than the reference (95 %, over all looks)"
+        unsure, shown = self.better() is False, "no measurement is shown to be better than the reference (95 %)"
         if (at := self.stopped) is None:
             advice = f"keep the reference, or judge {self._to_use()} on more prompts" if unsure else f"use {self._to_use()}"
-            doubt = f"; nothing shows {shown}" if unsure else ""
+            doubt = f"; {shown}" if unsure else ""
             return [f"guard: {advice}: {self._best()}{doubt}", *more]
         return [
             f"guard: use {self._to_use()}: over-optimised, the win rate fell by {at['fall']:.3f} (at least {at['lower']:.3f}) "
             f"from step {at['peak_step']}, and training stopped at step {at['step']}, whose weights are in model/",
-            *([f"guard: the reference may be as good as that: nothing shows {shown}"] if unsure else []),
+            *([f"guard: the reference may be as good: {shown}"] if unsure else []),
             *more,
         ]
 
@@ -257,7 +256,7 @@ class Guard(TrainerCallback, ExportableState):
             return f"{self.best.folder} (step {self.best_step})"
         if self.trainer is not None and self.trainer.state.global_step == self.best_step:
             return f"model/ (step {self.best_step}, the last)"
-        return f"the checkpoint nearest to step {self.best_step} (guard.keep: best would have kept that one)"
+        return f"the checkpoint nearest to step {self.best_step} (guard.keep: best would have kept its model)"
 
     def facts(self) -> dict[str, Any]:
         """The same as data, for `run.json`."""
@@ -383,7 +382,7 @@ def _labeller(config: Config, scorer: Scorer) -> list[str]:
         return []
     return [
         f"scorer {scorer.name} labelled the pairs that the policy is trained on: its win rate rises whatever the responses are "
-        "worth; look at KL, and judge by a reward model of other pairs or by a judge model (--judge_model)"
+        "worth; watch KL, and judge by a reward model trained on other pairs or by a judge model (--judge_model)"
     ]
 
 

@@ -1,7 +1,7 @@
-"""One look at a policy in training: its KL, win rate, length and reward on a few held-out prompts (docs/method.md).
+"""One measurement of a policy in training: KL, win rate, length and reward on a few held-out prompts (docs/guard.md).
 
-The opponents are samples of π_ref, drawn and scored before the first step and kept in the run's folder. Each look draws
-one response a prompt for the win rate, and another one at temperature 1 for the KL.
+The opponents are samples of π_ref, drawn and scored before the first step and kept in the run's folder. Each
+measurement draws one response a prompt for the win rate, and another one at temperature 1 for the KL.
 
 Legend: N prompts, K opponent responses a prompt.
 """
@@ -149,14 +149,14 @@ def guard_prompts(run: Run, tokenizer: Any) -> Prompts:
     split, repeated = (None, KEEP) if held_out else (config.data.evaluation_split, config.data.prompt_repeated)
     rows, _ = load_prompts(source, split, repeated=repeated)
     if len(rows) < 2:
-        raise UserError(f"{source}: one held-out prompt; the guard needs two at least (data.evaluation, data.eval_fraction)")
+        raise UserError(f"{source}: one held-out prompt; the guard needs at least two (data.evaluation, data.eval_fraction)")
     start = max(0, min(reserved, len(rows) - wanted))
     chosen = list(rows.select(range(start, min(start + wanted, len(rows)))))
     shared = max(0, min(reserved, len(rows)) - start)
     if shared and config.guard.acts:
         whose = f"all {len(rows)}" if len(rows) <= reserved else f"the first {reserved}"
         told = f"{shared} of its {len(chosen)} prompts are among {whose} held-out ones, which `isdaa evaluate` takes"
-        run.say("align", [f"guard: {told}: there, what the guard chose will look somewhat better than it is"])
+        run.say("align", [f"guard: {told}: on these, what the guard chose will look somewhat better than it is"])
     settings = config.evaluation.model_copy(update={"prompts": wanted})
     return tokenize(chosen, tokenizer, settings, config.tokenization)
 
