@@ -144,7 +144,7 @@ def test_texts_end_with_eos_which_is_passed_over_where_it_pads(tmp_path: Path) -
         assert finished == close(plain(folder, TEXTS))
         assert finished == close(plain(folder, TEXTS, together=False))
         assert (finished != close(cut)) == sees_end
-        assert ("passed over" in about(scorer)[0]) != sees_end
+        assert ("is skipped" in about(scorer)[0]) != sees_end
 
 
 @pytest.mark.parametrize("pad", [None, -1])
@@ -235,9 +235,11 @@ def test_a_run_says_which_token_is_read(tmp_path: Path) -> None:
     said = {}
     for family in ("qwen2", "llama3", "phi3"):
         said[family] = about(load_scorer(saved(tmp_path / family, build(family))))
-    assert said["qwen2"] == ["read at '\\n' behind '<|im_end|>', the end of its chat template's output, as in plain transformers"]
-    assert "the last word" in said["llama3"][0] and "'<|eot_id|>', which also pads, is passed over" in said["llama3"][0]
-    assert "'<|end|>'" in said["phi3"][0] and "'<|endoftext|>', which also pads" in said["phi3"][0]
+    assert said["qwen2"] == ["read at '\\n' after '<|im_end|>', the end of its chat template's output, as in plain transformers"]
+    assert (
+        "the last word" in said["llama3"][0] and "'<|eot_id|>', which is also the padding token, is skipped" in said["llama3"][0]
+    )
+    assert "'<|end|>'" in said["phi3"][0] and "'<|endoftext|>', which is also the padding token" in said["phi3"][0]
     own(tmp_path / "qwen2", "template_end", {"accuracy": 0.714, "low": 0.66, "high": 0.76, "pairs": 300, "prompts": 280})
     scorer = load_scorer(str(tmp_path / "qwen2"), position="auto")
     assert about(scorer)[1:] == ["agrees with 0.71 (0.66–0.76) of 300 held-out pairs"]
@@ -256,7 +258,7 @@ def test_of_plain_texts_it_says_where_those_are_read(tmp_path: Path) -> None:
     folder = saved(tmp_path / "qwen2", build("qwen2"))
     for prompts, said in (
         (texts, ["read at the last token of the text, '<|im_end|>' where it ended, as in plain transformers"]),
-        (chats, ["read at '\\n' behind '<|im_end|>', the end of its chat template's output, as in plain transformers"]),
+        (chats, ["read at '\\n' after '<|im_end|>', the end of its chat template's output, as in plain transformers"]),
     ):
         scorer = load_scorer(folder)
         assert about(scorer, prompts) == said == facts(scorer)["about"]

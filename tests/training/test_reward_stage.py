@@ -71,7 +71,7 @@ def test_plain_transformers_gives_the_same_score(home: Path) -> None:
     scorer = RewardModelScorer(folder, batch_size=3)
     scores = scorer.score([row | {"response": row["chosen"], "finished": True} for row in rows])
     assert scores == pytest.approx(expected, abs=1e-5)
-    assert "'\\n' behind '<|im_end|>'" in about(scorer)[0]
+    assert "'\\n' after '<|im_end|>'" in about(scorer)[0]
 
 
 def test_a_tokenizer_with_nothing_to_pad_with_but_eos(tmp_path: Path) -> None:

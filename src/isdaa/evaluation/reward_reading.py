@@ -241,7 +241,7 @@ class Reading:
                 chat = ChatFormat(tokenizer)
         of_texts = f"the last token of the text, {eos} where it ended"
         if self.pad_id == tokenizer.eos_token_id:
-            of_texts = f"the last token before {eos}, which also pads and is passed over"
+            of_texts = f"the last token before {eos}, which is also the padding token and is skipped"
         if chat is None:
             return f"read at {of_texts}, as in plain transformers"
         text = chat.render([QUESTION, {"role": "assistant", "content": PROBE}], None, opening=False)
@@ -252,9 +252,9 @@ class Reading:
         if last.strip() and last in PROBE:
             last = "the last word"
         else:
-            last = repr(last) + (f" behind {chat.turn_end!r}" if chat.turn_end and chat.turn_end not in last else "")
+            last = repr(last) + (f" after {chat.turn_end!r}" if chat.turn_end and chat.turn_end not in last else "")
         skipped = tokenize_text(tokenizer, [text])[0][len(ids) :]
-        passed = f"; {tokenizer.decode(skipped[:1])!r}, which also pads, is passed over" if skipped else ""
+        passed = f"; {tokenizer.decode(skipped[:1])!r}, which is also the padding token, is skipped" if skipped else ""
         apart = f"; of plain-text prompts at {of_texts}" if texts else ""
         return f"read at {last}, the end of its chat template's output, as in plain transformers{passed}{apart}"
 

@@ -86,9 +86,8 @@ def doubts_of(scorer: Scorer | None) -> list[str]:
     if not isinstance(scorer, RewardModelScorer) or scorer.reading.record is not None or not scorer.reading.bare(scorer.asked):
         return []
     return [
-        f"scorer {scorer.name}: its tokenizer has a chat template, but the prompts are plain text, to which it is not applied: a "
-        "reward model that was trained on conversations is fed raw text, of which its scores may mean nothing; give prompts as "
-        "messages"
+        f"scorer {scorer.name}: its tokenizer has a chat template, but the prompts are plain text, to which it is not applied; "
+        "the scores of a reward model that was trained on conversations may mean nothing then: give prompts as messages"
     ]
 
 
@@ -105,7 +104,7 @@ def learnt_alike(scorer: Scorer | None, policies: Iterable[Mapping[str, Any] | N
         return []
     return [
         f"scorer {scorer.name} was trained on the policy's own pairs (about {100 * share:.0f} % of them): it shares their "
-        "mistakes, so that the win rate can rise while the text gets worse; look at KL, and judge by a reward model of other "
+        "mistakes, so the win rate can rise while the text gets worse; watch KL, and judge by a reward model trained on other "
         "pairs or by a judge model (--judge_model)"
     ]
 
@@ -116,7 +115,7 @@ def cut_by_positions(scorer: Scorer, lacking: Sequence[Sequence[str]]) -> list[s
     shares = " and ".join(f"{100 * count / len(lacking):.2g} % of the {words}" for count, words in counts if count)
     if not shares:
         return []
-    return [f"scorer {scorer.name}: {shares}, for prompt and response together do not fit into what it can read at once"]
+    return [f"scorer {scorer.name}: {shares}: prompt and response together are longer than its input may be"]
 
 
 def facts(scorer: Scorer) -> dict[str, Any]:
@@ -454,8 +453,8 @@ class RewardModelScorer:
         self._warn_of_cuts(found, positions + frame.size, sum(len(ids) > limit for ids in ones))
         self._warn(several, len(rows), "prompts have several turns: their texts are joined by blank lines, without their roles")
         self._warn(
-            sum(not row["finished"] for row in rows), len(rows), "responses did not end (a limit cut them): it cannot tell, for "
-            "what it is fed has no end of an answer"
+            sum(not row["finished"] for row in rows), len(rows), "responses did not end (a limit cut them): it cannot see the "
+            "cut, since its input has no end of an answer"
         )  # fmt: skip
         return found
 
@@ -513,8 +512,7 @@ class RewardModelScorer:
         self._warn(
             closed if reading.close_cut else 0,
             len(rows),
-            "responses did not end (a limit cut them); its chat template closes them all the same, for it knows no other rows: "
-            "it cannot tell",
+            "responses did not end (a limit cut them); its chat template closes them, so it cannot see the cut",
         )
         return found
 

@@ -95,9 +95,11 @@ def legend(metrics: Mapping[str, Any]) -> list[str]:
         f"{prompts}; ± is half of a {level} bootstrap interval over prompts; cut: ended by the length limit.",
     ]
     if scorer is None and any("held_out" in model for model in metrics["models"]):
-        lines.append("accuracy, drift (log π − log π_ref, nats): over the prompts of the held-out pairs, intervals too.")
+        lines.append(
+            "accuracy and drift (log π − log π_ref, nats), with their intervals: over the prompts of the held-out pairs."
+        )
     if any(model.get("ess") is not None for model in metrics["models"]):
-        lines.append("weight, ESS (a share of the batch): means over the training steps since the checkpoint before.")
+        lines.append("weight and ESS (a share of the batch): means over the training steps since the previous checkpoint.")
     if scorer is not None:
         opponent = "the reference's samples" if metrics["opponent"] == "reference" else "the data's chosen responses"
         at = f"temperature {settings['temperature']:g}, top-p {settings['top_p']:g}"

@@ -123,8 +123,8 @@ def requests(
     older = [path for path, record in records.items() if record is not None and (record.tokens or 1) != VERSION]
     if older:
         logger.warning(
-            "%s: trained by an earlier isdaa, whose rules of tokenisation were others: held-out accuracy and drift are of "
-            "other tokens than it saw",
+            "%s: trained by an earlier isdaa with other tokenisation rules: held-out accuracy and drift are measured on "
+            "other tokens than it was trained on",
             " ".join(older),
         )
 
@@ -360,7 +360,7 @@ def _written_by_trainer(folder: Path) -> list[str]:
         if not _is_checkpoint(path):
             held = ", ".join(sorted(inside.name for inside in path.iterdir())[:4]) or "nothing"
             raise UserError(
-                f"{path}: no model in it (it holds {held}), so the run’s course would have a gap; convert it to the form of "
+                f"{path}: no model in it (it holds {held}), so the run’s curve would have a gap; convert it to the form of "
                 "`save_pretrained`, remove it if it was never finished, or name the others with --checkpoints"
             )
     return [str(found[step]) for step in sorted(found)]
