@@ -192,7 +192,7 @@ def test_a_peak_at_the_first_checkpoint():
 
 def test_a_fall_without_more_kl_is_not_over_optimisation():
     verdict = judge(a_run(simulated(FALLING)[0], kl=[1, 8, 8, 7, 6, 5, 4, 3]))
-    assert verdict.finding == "worse" and "the distance (KL) did not grow" in verdict.sentence
+    assert verdict.finding == "worse" and "but KL has not grown since then" in verdict.sentence
     assert verdict.prompts_needed is None
 
 

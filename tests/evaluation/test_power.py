@@ -48,7 +48,7 @@ def test_a_guard_of_few_looks_says_that_it_cannot_stop():
     assert list(needed) == [0.1, 0.15, 0.2, 0.3] and 6 <= needed[0.3] <= needed[0.2] <= needed[0.15]
     few = stoppable(5, 128)
     assert "5 measurements on 128 prompts stop hardly any run" in few and f"0.20 needs {needed[0.2]}" in few
-    assert "stop 8 of 10 runs that fall by 0.20" in stoppable(needed[0.2], 128)
+    assert "stop 8 of 10 runs whose win rate falls by 0.20" in stoppable(needed[0.2], 128)
 
 
 def test_the_looks_that_are_asked_for_stop_the_run():

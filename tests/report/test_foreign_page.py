@@ -167,7 +167,7 @@ def test_captions_speak_of_marks_that_are_drawn(tmp_path):
         made = find(cells({"method": "dpo"}, {"method": "is_dpo"}, seeds=seeds))
         captions = {figure.name: figure.caption for figure in figures_of(made)}
         assert words in captions["matched-kl"] and other not in captions["matched-kl"]
-        assert "left out" not in captions["matched-kl"] and "drawn together" not in captions["matched-kl"]
+        assert "left out" not in captions["matched-kl"] and "in one panel" not in captions["matched-kl"]
     without = foreign(scored=False)
     headings = {figure.section: figure for figure in figures_of(find(study([without])))}
     assert headings["training"].title.startswith("KL") and "good" not in headings["training"].caption

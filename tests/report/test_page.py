@@ -194,7 +194,7 @@ def test_without_a_scorer_there_is_no_verdict(tmp_path):
 def test_models_that_nobody_knows_and_few_checkpoints(tmp_path):
     run = trajectory(None, None, None, name="checkpoints", curve=(0.6, 0.7), held_out=False)
     html, report, rows = written(study([run]), tmp_path)
-    assert report["headline"].startswith("No verdict: it takes at least three checkpoints")
+    assert report["headline"].startswith("No verdict: it needs at least three checkpoints")
     assert rows[0]["step"] == rows[0]["method"] == rows[0]["seed"] == ""
     assert not re.search(
         r"Held-out pairs|Weights of the training|Seeds|Chat template|fitted law|Peak|–<", html[html.index("<h2>") :]
@@ -485,6 +485,6 @@ def test_cut_responses_are_warned_of_beside_every_win_rate(tmp_path):
     assert html.count('title="of fragments">!') == len(runs[1].metrics)
     captions = {figure.name: figure.caption for figure in figures_of(find(study(runs)))}
     for name in ("win-rate-kl", "final", "training"):
-        assert "win rates of fragments" in captions[name]
+        assert "These win rates are of fragments" in captions[name]
     clean = study([trajectory(prompts=120)])
     assert report_of(find(clean))["warnings"] == [] and "fragments" not in figures_of(find(clean))[0].caption

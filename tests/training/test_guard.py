@@ -230,7 +230,7 @@ def test_the_end_says_what_to_use_and_how_sure_it_is(wins: float, advice: str) -
     told.best, told.trainer = SimpleNamespace(folder=Path("run/best")), None
     (line,) = told.summary()
     assert line.startswith(f"guard: {advice}") and f"{wins:.3f} [{wins:.3f}, {wins:.3f}] on its 24 prompts" in line
-    assert ("nothing shows" in line) is (wins == 0.5)
+    assert ("no measurement is shown" in line) is (wins == 0.5)
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora.rank": 2}, {"align.precision": "bfloat16"}, {"model.dtype": "bfloat16"}], ids=str)
