@@ -51,7 +51,7 @@ def test_a_run_that_began_under_other_rules_of_tokenisation_is_refused(place: Pa
     write_own(place / "run" / "run.json", state)
     capsys.readouterr()
     assert train("run", ALIGN | {"align.save_steps": 1, "align.max_steps": 4}) == 2
-    assert "tokenisation rules" in capsys.readouterr().err
+    assert "rules of tokenisation" in capsys.readouterr().err
     state["stages"]["align"]["tokens"] = VERSION
     write_own(place / "run" / "run.json", state)
     assert train("run", ALIGN | {"align.save_steps": 1, "align.max_steps": 4}) == 0
