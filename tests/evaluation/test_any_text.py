@@ -25,7 +25,7 @@ from isdaa.data.reading.sources import load_prompts
 from isdaa.errors import UserError
 from isdaa.evaluation.benchmarks import BENCHMARKS
 from isdaa.evaluation.benchmarks.outcome import examples
-from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Judged, Question, Scoring, Verdict, prompt_text
+from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Judged, Judgment, Question, Scoring, prompt_text
 from isdaa.evaluation.judges.cache import ReplyCache
 from isdaa.evaluation.judges.types import Reply
 from isdaa.evaluation.records import Blocks, Lines
@@ -178,7 +178,7 @@ def judged_by(name: str, text: str, label: str, question: Question) -> Judged:
     games = ("turn 1", "turn 2") if name == "mt_bench" else ("opponent first", "model first")
     value, kind, said = (5.0, "grade", "5") if name == "mt_bench" else (0.5, "hard", "A=B" if name == "arena_hard" else "A")
     messages = ({"role": "user", "content": prompt_text(question)},)
-    verdicts = tuple(Verdict(game, value, kind, said, reply=text, messages=messages, template="t") for game in games)
+    verdicts = tuple(Judgment(game, value, kind, said, reply=text, messages=messages, template="t") for game in games)
     return Judged(question, answer, None if name == "mt_bench" else opponent, verdicts, label)
 
 

@@ -11,7 +11,7 @@ from isdaa.cli import main
 from isdaa.evaluation.benchmarks import BENCHMARKS, TLDR
 from isdaa.evaluation.benchmarks.outcome import comparisons, gap_between, headline_of, sentence, table_csv
 from isdaa.evaluation.benchmarks.request import file_name
-from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Judged, Question, Scoring, Verdict
+from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Judged, Judgment, Question, Scoring
 from isdaa.evaluation.benchmarks.table import cut_notes, pairs_of, print_outcome, raw_mark, signed, spread
 from isdaa.evaluation.statistics import fewest
 from isdaa.report.benchmark_charts import _domain, benchmark_figures
@@ -26,7 +26,7 @@ def judged(model: str, values: list[float | None]) -> list[Judged]:
     for number, value in enumerate(values):
         kind = "unparsed" if value is None else "hard"
         sides = [Answer(str(number), name, ("text",)) for name in (model, "base")]
-        found.append(Judged(Question(str(number), "prompt"), sides[0], sides[1], (Verdict("", value, kind),), "judge"))
+        found.append(Judged(Question(str(number), "prompt"), sides[0], sides[1], (Judgment("", value, kind),), "judge"))
     return found
 
 

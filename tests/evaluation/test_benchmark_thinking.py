@@ -12,7 +12,7 @@ from isdaa.evaluation.answer_notes import lack_remarks, lacks_of, thinking_remar
 from isdaa.evaluation.benchmarks import benchmark
 from isdaa.evaluation.benchmarks.answers import Respondent, parted
 from isdaa.evaluation.benchmarks.sets.benchmark import Answer as Said
-from isdaa.evaluation.benchmarks.sets.benchmark import Judged, Question, Verdict
+from isdaa.evaluation.benchmarks.sets.benchmark import Judged, Judgment, Question
 from isdaa.files import write_json, write_jsonl
 from isdaa.foreign import read_json, read_jsonl
 
@@ -209,7 +209,7 @@ def test_reasons_survive_files_and_short_or_few_answers_are_no_bias(tmp_path) ->
     bench = benchmark("hh")
 
     def one(name: str, length: int, lack: str) -> Judged:
-        verdicts = tuple(Verdict(g, None if lack else 1.0, "unparsed" if lack else "hard", lack=lack) for g in ("a", "b"))
+        verdicts = tuple(Judgment(g, None if lack else 1.0, "unparsed" if lack else "hard", lack=lack) for g in ("a", "b"))
         return Judged(Question(name, "?"), Said(name, "mine", ("x" * length,)), Said(name, "other", ("y",)), verdicts)
 
     judged = [one("1", 10, ""), one("2", 90, "cut"), one("3", 90, "rate-limited")]

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from isdaa.data.pairs import TEMPLATE_COLUMNS
 from isdaa.evaluation.benchmarks.sets.arena_hard import ARENA_HARD
-from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Benchmark, Judged, JudgeQuestion, Question, Verdict
+from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Benchmark, Judged, JudgeQuestion, Judgment, Question
 from isdaa.evaluation.benchmarks.sets.games import MODEL_FIRST, OPPONENT_FIRST, no_reply
 from isdaa.evaluation.judges.judge import Judge, NoReply
 from isdaa.evaluation.judges.judge import Question as Request
@@ -44,7 +44,7 @@ class BenchmarkJudge(Protocol):
     @property
     def both_orders(self) -> bool: ...
 
-    def verdicts(self, bench: Benchmark, cases: Sequence[Case]) -> list[tuple[Verdict, ...] | None]:
+    def verdicts(self, bench: Benchmark, cases: Sequence[Case]) -> list[tuple[Judgment, ...] | None]:
         """What is said of each case; None where a budget left some of it unasked."""
         ...
 
@@ -71,13 +71,13 @@ class ModelJudge:
         """Tokens that a reply may have."""
         return self.asking.settings.max_tokens if self.asking.own_max_tokens else question.max_tokens
 
-    def verdicts(self, bench: Benchmark, cases: Sequence[Case]) -> list[tuple[Verdict, ...] | None]:
+    def verdicts(self, bench: Benchmark, cases: Sequence[Case]) -> list[tuple[Judgment, ...] | None]:
         """Every request of every case, case by case, so that a spent budget leaves whole cases behind."""
         asked = [bench.judge_questions(case.question, case.answer, case.opponent) for case in cases]
         flat = [question for questions in asked for question in questions]
         with progress("judging", len(flat)) as bar:
             replies = iter(self.judge.ask([self.request(question) for question in flat], bar))
-        found: list[tuple[Verdict, ...] | None] = []
+        found: list[tuple[Judgment, ...] | None] = []
         for questions in asked:
             pairs = list(zip(questions, islice(replies, len(questions)), strict=True))
             if any(isinstance(reply, NoReply) and reply.unasked for _, reply in pairs):
@@ -130,21 +130,21 @@ class ScorerJudge:
         """What the user called the scorer."""
         return self.scorer.name
 
-    def verdicts(self, bench: Benchmark, cases: Sequence[Case]) -> list[tuple[Verdict, ...] | None]:
+    def verdicts(self, bench: Benchmark, cases: Sequence[Case]) -> list[tuple[Judgment, ...] | None]:
         """Arena-Hard's files hold two games, so there the one verdict stands in both orders; elsewhere once."""
         ours = [self._row(case.question, case.answer, case.finished) for case in cases]
         theirs = [self._row(case.question, case.opponent, case.opponent_finished) for case in cases if case.opponent is not None]
         scores = self._scores([*ours, *theirs])
-        found: list[tuple[Verdict, ...] | None] = []
+        found: list[tuple[Judgment, ...] | None] = []
         for mine, other in zip(scores[: len(ours)], scores[len(ours) :], strict=True):
             value = 0.5 if mine == other else float(mine > other)
             reply = f"{mine:.6g} against the opponent's {other:.6g}"
             if bench.name != ARENA_HARD.name:
-                found.append((Verdict("", value, "hard", reply=reply),))
+                found.append((Judgment("", value, "hard", reply=reply),))
                 continue
             labels = {1.0: ("B>A", "A>B"), 0.0: ("A>B", "B>A"), 0.5: ("A=B", "A=B")}[value]
             orders = zip((OPPONENT_FIRST, MODEL_FIRST), labels, strict=True)
-            found.append(tuple(Verdict(game, value, "hard", label, reply=reply) for game, label in orders))
+            found.append(tuple(Judgment(game, value, "hard", label, reply=reply) for game, label in orders))
         return found
 
     def _row(self, question: Question, answer: Answer | None, finished: bool) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from isdaa.errors import UserError
 from isdaa.evaluation.benchmarks.sets import alpaca_eval, games
 from isdaa.evaluation.benchmarks.sets.alpaca_eval import ALPACA_EVAL as BENCH
 from isdaa.evaluation.benchmarks.sets.alpaca_eval import BASELINE, is_official, read_gamed
-from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Judged, Scoring, Verdict
+from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Judged, Judgment, Scoring
 from isdaa.files import digest
 
 ROWS = [
@@ -155,7 +155,7 @@ def judged(preferences: list[tuple[float | None, ...]], lengths: list[tuple[int,
     for i, (values, (mine, base)) in enumerate(zip(preferences, lengths, strict=True)):
         question = BENCH.read_questions("project", limit=len(preferences))[i]
         verdicts = tuple(
-            Verdict(game, value, "unparsed" if value is None else "soft")
+            Judgment(game, value, "unparsed" if value is None else "soft")
             for game, value in zip((games.OPPONENT_FIRST, games.MODEL_FIRST), values, strict=True)
         )
         answer, opponent = Answer(str(i), "mine", ("x" * mine,)), Answer(str(i), "base", ("y" * base,))

@@ -8,7 +8,7 @@ import pytest
 from benchmark_helpers import Said, jsonl, lines
 
 from isdaa.errors import UserError
-from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Judged, Scoring, Verdict, next_prompt
+from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Judged, Judgment, Scoring, next_prompt
 from isdaa.evaluation.benchmarks.sets.mt_bench import MT_BENCH as BENCH
 from isdaa.evaluation.benchmarks.sets.mt_bench import with_references
 from isdaa.evaluation.statistics import bootstrap_counts
@@ -194,7 +194,7 @@ def graded(questions: list, grades: list[tuple[float | None, float | None]]) -> 
             Answer(question.id, "mine", ("a", "b")),
             None,
             tuple(
-                Verdict(turn, value, "unparsed" if value is None else "grade", template="isdaa-single-1", reply="said")
+                Judgment(turn, value, "unparsed" if value is None else "grade", template="isdaa-single-1", reply="said")
                 for turn, value in zip(("turn 1", "turn 2"), pair, strict=True)
             ),
             "judge",

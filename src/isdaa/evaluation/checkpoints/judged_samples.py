@@ -19,7 +19,7 @@ from isdaa.distributed import once
 from isdaa.errors import DoneInPart, UserError, nearest
 from isdaa.evaluation.answer_notes import awaited
 from isdaa.evaluation.benchmarks import HH, TLDR
-from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Benchmark, JudgeQuestion, Question, Verdict
+from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Benchmark, JudgeQuestion, Judgment, Question
 from isdaa.evaluation.benchmarks.sets.games import inside
 from isdaa.evaluation.benchmarks.sets.preference_sets import Wording, judge_questions
 from isdaa.evaluation.checkpoints.judged_table import ASKED, JUDGE, JUDGED, LEFT, SAME, JudgedTable, Side, sides_of
@@ -288,7 +288,7 @@ def _bare(row: Mapping[str, Any]) -> Record:
     return {key: value for key, value in row.items() if key != "block"}
 
 
-def _came_to(said: tuple[Verdict, ...] | None) -> Record:
+def _came_to(said: tuple[Judgment, ...] | None) -> Record:
     if said is None:
         return {"orders": [None, None], "state": LEFT}
     return {"orders": [verdict.value for verdict in said], "state": ASKED} | (

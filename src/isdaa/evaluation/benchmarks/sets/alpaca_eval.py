@@ -26,11 +26,11 @@ from isdaa.evaluation.benchmarks.sets.benchmark import (
     Generation,
     Judged,
     JudgeQuestion,
+    Judgment,
     Question,
     Reply,
     Score,
     Scoring,
-    Verdict,
     prompt_text,
 )
 from isdaa.evaluation.benchmarks.sets.choices import choice
@@ -171,13 +171,13 @@ def judge_questions(question: Question, answer: Answer, opponent: Answer | None)
     ]
 
 
-def parse(asked: JudgeQuestion, reply: Reply) -> Verdict:
+def parse(asked: JudgeQuestion, reply: Reply) -> Judgment:
     """P(the model's letter) among `m` and `M` from the first token's log-probabilities; without them, a hard vote."""
     verdict = _soft(asked.game, reply) or _hard(asked.game, reply)
     return replace(verdict, messages=asked.messages, template=asked.template)
 
 
-def _soft(game: str, reply: Reply) -> Verdict | None:
+def _soft(game: str, reply: Reply) -> Judgment | None:
     """A vote of the first token, unless it is the first of a thought."""
     mass, thought = {"m": 0.0, "M": 0.0}, 0.0
     for token, logprob in (reply.first_token_logprobs or {}).items():
@@ -189,10 +189,10 @@ def _soft(game: str, reply: Reply) -> Verdict | None:
     if total < LEAST_MASS or thought > total or split(reply.text, reply.thinking).marked:
         return None
     value = games.oriented(mass["M"] / total, game)
-    return Verdict(game, value, "soft", "M" if mass["M"] > mass["m"] else "m", reply=reply.text)
+    return Judgment(game, value, "soft", "M" if mass["M"] > mass["m"] else "m", reply=reply.text)
 
 
-def _hard(game: str, reply: Reply) -> Verdict:
+def _hard(game: str, reply: Reply) -> Judgment:
     """What the answer says; of one that the limit cut, a letter that nothing can follow but an explanation."""
     answer, lack = games.heard(reply)
     if (
@@ -330,7 +330,7 @@ def read_judgments(path: str | Path, questions: Sequence[Question], answers: Seq
         sides = [Answer(identifier, name, (output,), where=where) for name, output in zip(names, outputs, strict=True)]
         orders = objects(row, "orders", where, "what each order gave, as isdaa writes it") if row.get("orders") else ()
         judge = _annotator(row)
-        told = games.unparsed("", "", "") if value is None else Verdict("", value, "soft" if judge in soft else "hard")
+        told = games.unparsed("", "", "") if value is None else Judgment("", value, "soft" if judge in soft else "hard")
         verdicts = tuple(games.read_game(order, where) for order in orders) or (told,)
         result.setdefault(names[1], []).append(Judged(question, sides[1], sides[0], verdicts, judge, row))
     texts.check(path)

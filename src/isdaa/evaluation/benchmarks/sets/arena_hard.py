@@ -29,11 +29,11 @@ from isdaa.evaluation.benchmarks.sets.benchmark import (
     Generation,
     Judged,
     JudgeQuestion,
+    Judgment,
     Question,
     Reply,
     Score,
     Scoring,
-    Verdict,
     counted,
     prompt_text,
 )
@@ -187,7 +187,7 @@ def judge_questions(question: Question, answer: Answer, opponent: Answer | None)
     return asked
 
 
-def parse(asked: JudgeQuestion, reply: Reply) -> Verdict:
+def parse(asked: JudgeQuestion, reply: Reply) -> Judgment:
     """The label that the answer ends with."""
     answer, lack = games.heard(reply)
     label = None if lack else label_of(answer)
@@ -221,11 +221,11 @@ def label_of(reply: str) -> str | None:
     return named if named in LABELS else None
 
 
-def _labelled(game: str, label: str | None, reply: str) -> Verdict:
+def _labelled(game: str, label: str | None, reply: str) -> Judgment:
     if label is None:
         return games.unparsed(game, reply, "")
     share, weight = LABELS[label]
-    return Verdict(game, games.oriented(1 - share, game), "hard", label, weight, reply)
+    return Judgment(game, games.oriented(1 - share, game), "hard", label, weight, reply)
 
 
 def score(judged: Mapping[str, Sequence[Judged]], scoring: Scoring) -> dict[str, Score]:
@@ -366,7 +366,7 @@ def read_judgments(path: str | Path, questions: Sequence[Question], answers: Seq
     return {model: list(judged.values()) for model, judged in result.items() if judged}
 
 
-def _played(row: Mapping[str, Any], where: str) -> tuple[Verdict, ...]:
+def _played(row: Mapping[str, Any], where: str) -> tuple[Judgment, ...]:
     played = objects(row, "games", where, "two games, the baseline as A first")
     if len(played) != 2:
         raise UserError(f"{where}: key 'games' has {len(played)} games; it must have two, the baseline as A first, then swapped")

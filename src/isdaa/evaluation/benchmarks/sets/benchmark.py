@@ -112,7 +112,7 @@ class Reply(Protocol):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judgment:
     """What a reply says: a preference for the model in [0, 1], or a grade. `value` is None where there is none.
 
     lack: why there is none; empty where there is one, or where a file does not say.
@@ -140,7 +140,7 @@ class Judged:
     question: Question
     answer: Answer
     opponent: Answer | None
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[Judgment, ...]
     judge: str = ""
     row: Row = field(default_factory=dict)
 
@@ -212,7 +212,7 @@ class Benchmark:
     read_answers: Callable[[str | Path, Sequence[Question]], list[Answer]]
     write_answers: Callable[[str | Path, Sequence[Question], Sequence[Answer]], None]
     judge_questions: Callable[[Question, Answer, Answer | None], list[JudgeQuestion]]
-    parse: Callable[[JudgeQuestion, Reply], Verdict]
+    parse: Callable[[JudgeQuestion, Reply], Judgment]
     score: Callable[[Mapping[str, Sequence[Judged]], Scoring], dict[str, Score]]
     write_judgments: Callable[[str | Path, Sequence[Judged]], None]
     read_judgments: Callable[[str | Path, Sequence[Question], Sequence[Answer]], dict[str, list[Judged]]]

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from isdaa.errors import UserError
-from isdaa.evaluation.benchmarks.sets.benchmark import Judged, JudgeQuestion, Reply, Verdict, counted
+from isdaa.evaluation.benchmarks.sets.benchmark import Judged, JudgeQuestion, Judgment, Reply, counted
 from isdaa.evaluation.judges.replies import split
 from isdaa.evaluation.judges.types import MOMENTARY, Lack
 
@@ -102,9 +102,9 @@ def oriented(share_of_second: float, game: str) -> float:
     return share_of_second if game == OPPONENT_FIRST else 1 - share_of_second
 
 
-def no_reply(asked: JudgeQuestion, reason: str, lack: Lack) -> Verdict:
+def no_reply(asked: JudgeQuestion, reason: str, lack: Lack) -> Judgment:
     """The verdict on a question that the judge never answered: counted with the replies that could not be read."""
-    return Verdict(asked.game, None, "unparsed", reply=reason, messages=asked.messages, template=asked.template, lack=lack)
+    return Judgment(asked.game, None, "unparsed", reply=reason, messages=asked.messages, template=asked.template, lack=lack)
 
 
 def heard(reply: Reply) -> tuple[str, Lack | Literal[""]]:
@@ -130,16 +130,16 @@ def bracketed(text: str) -> str:
     return text
 
 
-def preferred(game: str, reply: Reply, share: float | None, lack: Lack | Literal[""], label: str = "") -> Verdict:
+def preferred(game: str, reply: Reply, share: float | None, lack: Lack | Literal[""], label: str = "") -> Judgment:
     """A hard vote for the second response, by its share; none where there is a lack, or no share."""
     if lack or share is None:
         return unparsed(game, reply.text or reply.thinking, lack or "unreadable")
-    return Verdict(game, oriented(share, game), "hard", label, reply=reply.text)
+    return Judgment(game, oriented(share, game), "hard", label, reply=reply.text)
 
 
-def unparsed(game: str, reply: str, lack: Lack | Literal[""] = "unreadable") -> Verdict:
+def unparsed(game: str, reply: str, lack: Lack | Literal[""] = "unreadable") -> Judgment:
     """A reply that says nothing that counts; lack: empty where a file has no verdict and no reason."""
-    return Verdict(game, None, "unparsed", reply=reply, lack=lack)
+    return Judgment(game, None, "unparsed", reply=reply, lack=lack)
 
 
 def waits(judged: Judged) -> bool:
@@ -153,7 +153,7 @@ NO_ANSWER = "no answer in the file: counted as lost"
 def lost(judged: Judged, both: bool) -> Judged:
     """An answer that a file lacks, where that counts as lost. both: whether files of the benchmark hold two games."""
     orders = ((OPPONENT_FIRST, "A>B"), (MODEL_FIRST, "B>A")) if both else (("", ""),)
-    verdicts = tuple(Verdict(game, 0.0, "hard", label, reply=NO_ANSWER) for game, label in orders)
+    verdicts = tuple(Judgment(game, 0.0, "hard", label, reply=NO_ANSWER) for game, label in orders)
     return replace(judged, verdicts=verdicts)
 
 
@@ -165,12 +165,12 @@ def missing(judged: Judged) -> bool:
 GAME_KEYS = ("game", "value", "kind", "label", "reply", "template")
 
 
-def game_row(verdict: Verdict) -> dict[str, Any]:
+def game_row(verdict: Judgment) -> dict[str, Any]:
     """One order's verdict in a file of isdaa's own."""
     return {key: getattr(verdict, key) for key in GAME_KEYS} | ({"lack": verdict.lack} if verdict.lack else {})
 
 
-def read_game(row: Mapping[str, Any] | None, where: str) -> Verdict:
+def read_game(row: Mapping[str, Any] | None, where: str) -> Judgment:
     """The verdict that `game_row` wrote; keys that it does not write are not looked at."""
     row = row or {}
     value, kind = row.get("value"), row.get("kind")
@@ -182,4 +182,4 @@ def read_game(row: Mapping[str, Any] | None, where: str) -> Verdict:
         )
     game, label, reply, template = (str(row.get(key) or "") for key in ("game", "label", "reply", "template"))
     lack: Lack | Literal[""] = next((lack for lack in get_args(Lack) if value is None and lack == row.get("lack")), "")
-    return Verdict(game, None if value is None else float(value), kind, label, reply=reply, template=template, lack=lack)
+    return Judgment(game, None if value is None else float(value), kind, label, reply=reply, template=template, lack=lack)

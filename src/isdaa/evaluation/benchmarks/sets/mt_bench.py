@@ -25,11 +25,11 @@ from isdaa.evaluation.benchmarks.sets.benchmark import (
     Generation,
     Judged,
     JudgeQuestion,
+    Judgment,
     Question,
     Reply,
     Score,
     Scoring,
-    Verdict,
     prompt_text,
 )
 from isdaa.evaluation.benchmarks.sets.rows import (
@@ -178,14 +178,14 @@ def judge_questions(question: Question, answer: Answer, opponent: Answer | None 
     return asked
 
 
-def parse(asked: JudgeQuestion, reply: Reply) -> Verdict:
+def parse(asked: JudgeQuestion, reply: Reply) -> Judgment:
     """The grade that the answer ends with."""
     answer, lack = games.heard(reply)
     value = None if lack else grade_of(answer)
     if value is None:
         verdict = games.unparsed(asked.game, reply.text or reply.thinking, lack or "unreadable")
     else:
-        verdict = Verdict(asked.game, value, "grade", f"{value:g}", reply=reply.text)
+        verdict = Judgment(asked.game, value, "grade", f"{value:g}", reply=reply.text)
     return replace(verdict, messages=asked.messages, template=asked.template)
 
 
@@ -267,7 +267,7 @@ def write_judgments(path: str | Path, judged: Sequence[Judged]) -> None:
     write_jsonl(path, [_judgment_row(one, verdict) for one in judged for verdict in one.verdicts])
 
 
-def _judgment_row(one: Judged, verdict: Verdict) -> dict[str, Any]:
+def _judgment_row(one: Judged, verdict: Judgment) -> dict[str, Any]:
     if verdict.row:
         return dict(verdict.row)
     return {
@@ -293,7 +293,7 @@ def read_judgments(path: str | Path, questions: Sequence[Question], answers: Seq
     """
     by_id = {question.id: question for question in questions}
     known = {(answer.model, answer.question): answer for answer in answers}
-    verdicts: dict[tuple[str, str], dict[str, Verdict]] = {}
+    verdicts: dict[tuple[str, str], dict[str, Judgment]] = {}
     judges: dict[tuple[str, str], str] = {}
     for row, where in iterate_rows(str(path)):
         key = text(row, "model", where, "the model's name"), identity(row, ("question_id",), where)
@@ -319,7 +319,7 @@ def read_judgments(path: str | Path, questions: Sequence[Question], answers: Seq
     return result
 
 
-def _read_verdict(row: Mapping[str, Any], where: str) -> Verdict:
+def _read_verdict(row: Mapping[str, Any], where: str) -> Judgment:
     turn, value = row.get("turn"), number(row, "score", where)
     if turn not in (1, 2):
         raise UserError(f"{where}: key 'turn' is {turn!r}; it must be 1 or 2")
@@ -329,7 +329,7 @@ def _read_verdict(row: Mapping[str, Any], where: str) -> Verdict:
     template = str(judge[1]) if isinstance(judge, list) and len(judge) > 1 else ""
     if value == FAILED:
         return replace(games.unparsed(TURNS[turn - 1], reply, ""), row=row, template=template)
-    return Verdict(TURNS[turn - 1], value, "grade", f"{value:g}", reply=reply, row=row, template=template)
+    return Judgment(TURNS[turn - 1], value, "grade", f"{value:g}", reply=reply, row=row, template=template)
 
 
 MT_BENCH = Benchmark(

@@ -25,11 +25,11 @@ from isdaa.evaluation.benchmarks.sets.benchmark import (
     Generation,
     Judged,
     JudgeQuestion,
+    Judgment,
     Question,
     Reply,
     Score,
     Scoring,
-    Verdict,
     prompt_text,
 )
 from isdaa.evaluation.benchmarks.sets.choices import choice
@@ -191,7 +191,7 @@ def judge_questions(wording: Wording, question: Question, answer: Answer, oppone
     return asked
 
 
-def parse(asked: JudgeQuestion, reply: Reply) -> Verdict:
+def parse(asked: JudgeQuestion, reply: Reply) -> Judgment:
     """What the answer says of A and B (`choices`); the last `Better: …` counts."""
     answer, lack = games.heard(reply)
     share = None if lack else choice(answer, "A", "B")
