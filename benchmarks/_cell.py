@@ -53,7 +53,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CellPlan:
     """A cell to run: arms that fit into memory beside each other. limits: bytes for each; too_large: arms that fit nowhere."""
 
     name: str
@@ -69,7 +69,7 @@ class Plan:
         return len(self.arms) + settings.steps * (len(self.arms) + 1)
 
 
-def plans(settings: Settings, name: str, shape: Shape | Rows, size: Size, model: Path | None = None) -> list[Plan]:
+def plans(settings: Settings, name: str, shape: Shape | Rows, size: Size, model: Path | None = None) -> list[CellPlan]:
     """One, or several where memory is short: each has the arm that all others are compared with."""
     wanted = settings.steps * settings.batch_size
     if isinstance(shape, Shape):
@@ -83,7 +83,7 @@ def plans(settings: Settings, name: str, shape: Shape | Rows, size: Size, model:
     for number, arms in enumerate(parts, 1):
         limits = {arm: budget.limit(arm, arms) for arm in arms}
         title = name if len(parts) == 1 else f"{name}, part {number} of {len(parts)}"
-        found.append(Plan(title, size, rows, tuple(arms), limits, too_large if number == 1 else {}, model))
+        found.append(CellPlan(title, size, rows, tuple(arms), limits, too_large if number == 1 else {}, model))
     return found
 
 
@@ -112,7 +112,7 @@ class Recorded:
 class Cell:
     """What its arms did, and where their weights lie. out: arms that memory did not allow; failed: those by mistake."""
 
-    plan: Plan
+    plan: CellPlan
     folder: Path
     lengths: list[list[Lengths]]  # of each step's pairs
     arms: dict[str, Recorded] = field(default_factory=dict)
@@ -191,7 +191,7 @@ def _run(target: str, pipe: Connection, *arguments: Any) -> None:
 
 
 @contextmanager
-def running(settings: Settings, plan: Plan, bar: Bar) -> Iterator[Cell]:
+def running(settings: Settings, plan: CellPlan, bar: Bar) -> Iterator[Cell]:
     """Run a cell; its folder with the trained weights is there until the end of the block. Raises Ended."""
     folder = Path(tempfile.mkdtemp(prefix="preference_step-"))
     try:

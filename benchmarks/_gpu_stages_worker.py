@@ -289,7 +289,7 @@ def embedded(config: Config) -> dict[str, Any]:
     """The embedded experiment as a sweep, whose finished parts a later call finds; with a report where charts can be drawn."""
     from importlib.util import find_spec
 
-    from isdaa.evaluation.checkpoints.analysis import METRICS
+    from isdaa.evaluation.records import METRICS
     from isdaa.experiments.grid import SweepConfig
     from isdaa.experiments.sweep import run_sweep
 

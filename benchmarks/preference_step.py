@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _cell import HUGE_PAGES, MATMUL, Ended, Plan, Settings, plans, running
+from _cell import HUGE_PAGES, MATMUL, CellPlan, Ended, Settings, plans, running
 from _memory import BASE, WITHOUT, free_memory
 from _summary import DEFINITIONS, LABELS, below, summarise, table, wrong
 from rich.console import Console
@@ -215,7 +215,7 @@ def _environment(threads: int) -> None:
     )
 
 
-def _expected(plan: Plan, settings: Settings) -> float:
+def _expected(plan: CellPlan, settings: Settings) -> float:
     """Seconds of a cell, from how fast this process multiplies."""
     flops = sum(product.flops for product in products(plan.size, lengths_of(plan.rows))) / settings.steps
     slowness = sum(SLOWNESS[name] for name in (*plan.arms, MATMUL))

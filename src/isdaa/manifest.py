@@ -19,7 +19,8 @@ WHOLE = 64  # windows: files up to 64 MiB are read whole, of larger ones 64 MiB 
 # What a resume alone reads; people remove it to free the disk, and the model is none the worse.
 RESUME = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", "training_args.bin", "pytorch_model_fsdp*",
           "global_step*", "latest", "zero_to_fp32.py")  # fmt: skip
-UNLISTED = ("README.md", "metrics.jsonl")  # the card, which people edit, and the log: no part of the model
+HISTORY = "metrics.jsonl"  # what training logged
+UNLISTED = ("README.md", HISTORY)  # the card, which people edit, and the log: no part of the model
 _intact: dict[str, list[Any]] = {}  # folder -> its manifest's files as they were when they were last read
 
 

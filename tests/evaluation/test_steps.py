@@ -12,7 +12,7 @@ import pytest
 from isdaa.errors import UserError
 from isdaa.evaluation.checkpoints.hints import base_hint, data_hint
 from isdaa.evaluation.checkpoints.steps import Order, ordered
-from isdaa.evaluation.checkpoints.what_to_evaluate import Request, expand, requests
+from isdaa.evaluation.checkpoints.what_to_evaluate import EvaluationRequest, expand, requests
 
 
 def model(folder: Path, weights: str = "", state: dict[str, Any] | None = None) -> str:
@@ -42,7 +42,7 @@ def order_of(folder: Path, *members: str, given: bool = False, as_one_run: bool 
     return ordered(paths, paths, as_one_run, given)
 
 
-def asked(folder: Path, *paths: str | Path, **how: bool) -> Request:
+def asked(folder: Path, *paths: str | Path, **how: bool) -> EvaluationRequest:
     return requests(list(paths), {"reference": model(folder / "base"), "data": "prompts.jsonl"}, **how)
 
 

@@ -87,8 +87,10 @@ def test_rows_beyond_an_unprobed_window_are_two_rows(monkeypatch, caplog):
     forward = prepare(model)
     assert (forward.mode, forward.unprobed_window) == ("shared_prefix", 100)
     modes = []
-    real = forward_module.Request
-    monkeypatch.setattr(forward_module, "Request", lambda layout, mode, want: modes.append(mode) or real(layout, mode, want))
+    real = forward_module.ForwardRequest
+    monkeypatch.setattr(
+        forward_module, "ForwardRequest", lambda layout, mode, want: modes.append(mode) or real(layout, mode, want)
+    )
     with caplog.at_level(logging.WARNING):
         for lengths in ([(20, 5, 6)], [(105, 7, 9), (5, 1, 2)]):
             ids, layout = packed(lengths)

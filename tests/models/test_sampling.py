@@ -241,7 +241,7 @@ def test_left_padded_logits_equal_unpadded_ones(family: str) -> None:
     if family == "bloom":  # takes no position ids: sampled without a cache
         return
     with torch.no_grad():
-        cached = decoding.CachedRun(model, [(tuple(p), [i]) for i, p in enumerate(prompts)], pad_id=0)
+        cached = decoding.CachedDecoder(model, [(tuple(p), [i]) for i, p in enumerate(prompts)], pad_id=0)
         for step in range(6):
             expected = torch.stack([plain(model, row) for row in rows])
             assert torch.allclose(cached.logits.double().log_softmax(-1), expected, atol=2e-4)
@@ -261,7 +261,7 @@ def test_prompts_may_be_computed_apart(family: str, chunk: int) -> None:
     model = tiny(family).eval()
     groups = [((5, 6, 7, 8, 9, 3, 1, 4), [0]), ((9, 9, 4), [1, 2, 3]), ((7, 7, 1), [4]), ((5,), [5, 6])]
     rows = [list(prompt) for prompt, numbers in groups for _ in numbers]
-    cached = decoding.CachedRun(model, groups, pad_id=0, with_states=True, chunk=chunk)
+    cached = decoding.CachedDecoder(model, groups, pad_id=0, with_states=True, chunk=chunk)
     for step in range(4):
         expected = torch.stack([plain(model, row) for row in rows])
         assert torch.allclose(cached.logits.double().log_softmax(-1), expected, atol=2e-4)
@@ -559,13 +559,13 @@ def test_progress_goes_through_a_batch_evenly(monkeypatch: pytest.MonkeyPatch) -
     """A second for the prompts, a tenth of one for each token: how much of the batch is done follows the time."""
     now = [0.0]
     monkeypatch.setattr(sampling.time, "monotonic", lambda: now[0])
-    read, step = decoding.CachedRun.__init__, decoding.CachedRun.step
+    read, step = decoding.CachedDecoder.__init__, decoding.CachedDecoder.step
 
     def slowly(seconds: float, do: Any) -> Any:
         return lambda *args, **kwargs: (now.__setitem__(0, now[0] + seconds), do(*args, **kwargs))[1]
 
-    monkeypatch.setattr(decoding.CachedRun, "__init__", slowly(1.0, read))
-    monkeypatch.setattr(decoding.CachedRun, "step", slowly(0.1, step))
+    monkeypatch.setattr(decoding.CachedDecoder, "__init__", slowly(1.0, read))
+    monkeypatch.setattr(decoding.CachedDecoder, "step", slowly(0.1, step))
 
     class Bar:
         within, ahead = "", 0.0

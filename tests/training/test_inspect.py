@@ -29,7 +29,7 @@ from isdaa.preview.histogram import HEIGHT, heights, print_histogram
 from isdaa.preview.inspect import _warn_of_plan, inspect
 from isdaa.preview.inspect_page import print_to
 from isdaa.preview.plan import Phase, Plan, batches_of, plan
-from isdaa.preview.rows_seen import Part, writes_date
+from isdaa.preview.rows_seen import PartLengths, writes_date
 from isdaa.preview.token_view import lines_of, readable, shown_pair
 
 SPEED = Speed(1e11, 1e8, "given", False)
@@ -151,7 +151,7 @@ def test_without_colour_the_mask_is_still_to_be_read() -> None:
     ids = {name: tokenizer(text, add_special_tokens=False)["input_ids"] for name, text in (("a", "Hi\n you"), ("b", " yes"))}
     end = tokenizer.eos_token_id
     row = {"index": 0, "id": "x", "prompt_ids": ids["a"], "chosen_ids": [*ids["b"], end], "rejected_ids": ids["b"]}
-    prompt, chosen, rejected = shown_pair(row, tokenizer, {end}).runs
+    prompt, chosen, rejected = shown_pair(row, tokenizer, {end}).spans
     assert "".join(token.text for token in prompt.tokens) == "Hi↵·you"
     assert str(lines_of(chosen, 60, colour=False)[0]).endswith("|[<|end_of_text|>]")
     assert "[" not in str(lines_of(rejected, 60, colour=False)[0])
@@ -169,7 +169,7 @@ def test_histogram_counts_every_row_once() -> None:
     assert step == 1 and len(bars) == 21 and bars[9] == 8 * HEIGHT and bars[20] > 0 and bars[2] == 0
     assert heights(lengths, 10, 20)[1] == 3
     stream = io.StringIO()
-    part = Part("prompt", lengths, lengths > 10, 10)
+    part = PartLengths("prompt", lengths, lengths > 10, 10)
     print_histogram(part, Console(file=stream, width=60, color_system=None), 20)
     text = stream.getvalue()
     assert "limit 10: 12.5% cut" in text and "the longest 200" in text and all(len(line) <= 60 for line in text.splitlines()[1:])

@@ -24,17 +24,17 @@ from isdaa.distributed import is_main, once
 from isdaa.errors import UserError
 from isdaa.evaluation.card_section import write_sections
 from isdaa.evaluation.checkpoint import Checkpoint
-from isdaa.evaluation.checkpoints.analysis import METRICS, analyse, check_opponent
+from isdaa.evaluation.checkpoints.analysis import analyse, check_opponent
 from isdaa.evaluation.checkpoints.held_out import common_pairs, tokenize_held_out
 from isdaa.evaluation.checkpoints.kept import merged
 from isdaa.evaluation.checkpoints.own_scores import OwnScores, check_drawn
 from isdaa.evaluation.checkpoints.sample_and_kl import PLAN, SAMPLES, Collection, tokenize
 from isdaa.evaluation.checkpoints.scoring import score
 from isdaa.evaluation.checkpoints.steps import ordered
-from isdaa.evaluation.checkpoints.what_to_evaluate import Request, checkpoints, home_of
+from isdaa.evaluation.checkpoints.what_to_evaluate import EvaluationRequest, checkpoints, home_of
 from isdaa.evaluation.left_out import check_weights
 from isdaa.evaluation.model_digest import model_digest
-from isdaa.evaluation.records import locked, read_metrics, read_plan
+from isdaa.evaluation.records import METRICS, locked, read_metrics, read_plan
 from isdaa.evaluation.scorers import (
     GoldScorer,
     OwnScorer,
@@ -260,7 +260,7 @@ def with_verdicts(folder: str | Path) -> dict[str, Any]:
     return metrics
 
 
-def evaluate_request(request: Request, keep: bool = True) -> dict[str, Any]:
+def evaluate_request(request: EvaluationRequest, keep: bool = True) -> dict[str, Any]:
     """`evaluate` for what `requests` found: reads the rows, then evaluates; the metrics also say where the rows came from."""
     from isdaa.data.reading.sources import load_prompts
 
@@ -301,7 +301,7 @@ def evaluate_request(request: Request, keep: bool = True) -> dict[str, Any]:
     return metrics
 
 
-def _drawn_at_home(request: Request) -> str | None:
+def _drawn_at_home(request: EvaluationRequest) -> str | None:
     """Where a file of scores goes into another folder than the models' own: theirs, which holds the samples."""
     if request.scores is None or (Path(request.output_dir) / SAMPLES).is_file():
         return None
@@ -309,7 +309,7 @@ def _drawn_at_home(request: Request) -> str | None:
     return str(home) if (Path(home) / SAMPLES).is_file() else None
 
 
-def _pairs_of(request: Request, prompts: Iterable[Row]) -> list[Row] | None:
+def _pairs_of(request: EvaluationRequest, prompts: Iterable[Row]) -> list[Row] | None:
     """The pairs of the prompts that are evaluated, where `request.data` holds pairs and not prompts alone."""
     from isdaa.data.reading.sources import load_pairs, load_rows, prompt_key
 

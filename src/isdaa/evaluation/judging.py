@@ -13,7 +13,7 @@ from isdaa.evaluation.benchmarks.sets.arena_hard import ARENA_HARD
 from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Benchmark, Judged, JudgeQuestion, Judgment, Question
 from isdaa.evaluation.benchmarks.sets.games import MODEL_FIRST, OPPONENT_FIRST, no_reply
 from isdaa.evaluation.judges.judge import Judge, NoReply
-from isdaa.evaluation.judges.judge import Question as Request
+from isdaa.evaluation.judges.judge import Question as Asked
 from isdaa.evaluation.judges.types import Asking
 from isdaa.evaluation.records import Lines
 from isdaa.evaluation.scorers import Scorer, facts
@@ -91,9 +91,9 @@ class ModelJudge:
             )
         return found
 
-    def request(self, question: JudgeQuestion) -> Request:
+    def request(self, question: JudgeQuestion) -> Asked:
         """The question as the endpoint gets it: the user's own settings stand before the benchmark's."""
-        return Request(
+        return Asked(
             question.messages,
             temperature=None if self.asking.own_temperature else question.temperature,
             max_tokens=None if self.asking.own_max_tokens else question.max_tokens,

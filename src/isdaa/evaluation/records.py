@@ -19,6 +19,7 @@ from isdaa.files import append_jsonl, locked_file, whole_jsonl, write_jsonl
 from isdaa.foreign import check_shape, read_json, readable, readable_jsonl
 
 Record = dict[str, Any]
+METRICS = "metrics.json"  # what an evaluation, and a benchmark, found
 AWAY = "move the evaluation's folder away and run it again"
 
 NUMBER, WHOLE, TEXT = (float, None), (int, None), (str, None)
@@ -42,7 +43,7 @@ TOLD = {
     "ess?": NUMBER,
 }
 LEFT_OUT = [{"path": str, "reason": str, "after": TEXT, **TOLD}]  # checkpoints that could not be evaluated
-PLAN = {
+PLAN_SHAPE = {
     "left_out?": LEFT_OUT,
     "format": int, "settings": dict, "prompts": str, "tokenization": dict, "template": object, "tokenizer": object,
     "git_revision": TEXT, "scorer": (SCORER, None), "shared?": TEXT, "one_run?": bool, "doubts?": [str],
@@ -54,7 +55,7 @@ JUDGED = {
     "notes": [str], "prompts": int, "of": int, "dropped_tokens?": NUMBER, "kept_tokens?": NUMBER,
     "lacks?": [{"lack": str, "replies": int, "prompts": int, "tokens": NUMBER}],
 }  # fmt: skip
-METRICS = {
+METRICS_SHAPE = {
     "scorer": (SCORER, None), "settings": dict, "prompts": int, "opponent": str, "note": str,
     "tokenization": dict, "versions": dict, "reference": FIGURES, "models": [{**FIGURES, **TOLD, "held_out?": HELD_OUT}, ...],
     "left_out?": LEFT_OUT, "ended?": {"*": str},
@@ -100,12 +101,12 @@ def path_here(folder: Path, model: Record) -> str:
 
 def read_plan(path: Path) -> Record:
     """The `plan.json` of an evaluation. Raises UserError for one that isdaa did not write."""
-    return _checked(path, PLAN)
+    return _checked(path, PLAN_SHAPE)
 
 
 def read_metrics(path: Path) -> Record:
     """The `metrics.json` of an evaluation. Raises UserError for one that isdaa did not write."""
-    return _checked(path, METRICS)
+    return _checked(path, METRICS_SHAPE)
 
 
 def _checked(path: Path, shape: Record) -> Record:

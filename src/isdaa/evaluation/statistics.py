@@ -40,7 +40,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Estimate:
     """A number with its interval, and what it is on each resample (R,): equal seeds and prompts make those paired."""
 
     interval: Interval
@@ -55,7 +55,7 @@ class Figure:
         """`{"mean", "low", "high", "n"}`: the draws can be made again from the records."""
         return self.interval.to_json()
 
-    def minus(self, other: Figure, confidence: float = 0.95) -> Figure:
+    def minus(self, other: Estimate, confidence: float = 0.95) -> Estimate:
         """The paired difference, of figures over the same prompts in the same order, drawn with the same seed.
 
         Either may lack a value of some of them: n is the smaller.
@@ -64,7 +64,7 @@ class Figure:
             raise ValueError("a paired difference needs the same prompts and resamples")
         draws = self.draws - other.draws
         n = min(self.interval.n, other.interval.n)
-        return Figure(percentiles(self.value - other.value, draws, n, confidence), draws)
+        return Estimate(percentiles(self.value - other.value, draws, n, confidence), draws)
 
 
 def bootstrap_means(values: Numbers, *, resamples: int = 1000, seed: int = 0) -> np.ndarray:
@@ -101,9 +101,9 @@ def percentiles(value: float, draws: np.ndarray, n: int, confidence: float = 0.9
     return Interval(value, float(low), float(high), n)
 
 
-def mean_figure(
+def mean_estimate(
     values: Numbers, weights: Numbers | None = None, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
-) -> Figure:
+) -> Estimate:
     """Σ weights·values / Σ weights over N prompts; one of weight 0 is drawn like any other, adds nothing, is not in n.
 
     values: (N,); weights: (N,), 1 by default. Resamples in which all weights are 0 take the figure itself.
@@ -116,7 +116,7 @@ def mean_figure(
     mean = float(weights @ values / total)
     sums = bootstrap_means(np.stack([weights * (values - mean), weights], axis=1), resamples=resamples, seed=seed)
     draws = mean + np.divide(sums[:, 0], sums[:, 1], out=np.zeros(len(sums)), where=sums[:, 1] > 0)
-    return Figure(percentiles(mean, draws, int(np.count_nonzero(weights)), confidence), draws)
+    return Estimate(percentiles(mean, draws, int(np.count_nonzero(weights)), confidence), draws)
 
 
 def mean_interval(values: Numbers, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0) -> Interval:

@@ -10,7 +10,7 @@ from typing import Any
 
 from isdaa.config import Config
 from isdaa.errors import UserError, shown
-from isdaa.evaluation.checkpoints.analysis import METRICS
+from isdaa.evaluation.records import METRICS
 from isdaa.experiments.grid import SweepConfig
 from isdaa.experiments.sweep import run_sweep
 from isdaa.foreign import read_json

@@ -6,7 +6,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from isdaa.preview.rows_seen import Part
+from isdaa.preview.rows_seen import PartLengths
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 HEIGHT = 3  # lines
@@ -25,7 +25,7 @@ def heights(lengths: np.ndarray, room: int, end: int) -> tuple[np.ndarray, int]:
     return np.where(counts > 0, np.maximum(1, np.round(scaled)), 0).astype(int), step
 
 
-def print_histogram(part: Part, console: Console, end: int) -> None:
+def print_histogram(part: PartLengths, console: Console, end: int) -> None:
     """Bars, a mark at the limit, an axis, and the figures in words. end: tokens at the right edge."""
     bars, step = heights(part.lengths, max(20, console.width - LEFT - 2), end)
     columns = len(bars)
@@ -46,7 +46,7 @@ def print_histogram(part: Part, console: Console, end: int) -> None:
     console.print(_axis(part, columns, end, limit), no_wrap=True)
 
 
-def _axis(part: Part, columns: int, end: int, limit: int | None) -> Text:
+def _axis(part: PartLengths, columns: int, end: int, limit: int | None) -> Text:
     row = [" "] * columns
     marks = [(0, "0"), (columns, f"{end:,}")]
     if limit is not None:
@@ -60,7 +60,7 @@ def _axis(part: Part, columns: int, end: int, limit: int | None) -> Text:
     return Text(" " * LEFT + "".join(row), style="dim")
 
 
-def common_end(parts: list[Part]) -> int:
+def common_end(parts: list[PartLengths]) -> int:
     """The right edge that several histograms share: all but a few outliers, and every limit."""
     most = max(max(int(np.percentile(part.lengths, 99.5)), part.limit or 0) for part in parts)
     return max(8, most * 21 // 20)

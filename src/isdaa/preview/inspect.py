@@ -334,7 +334,9 @@ def _warn(found: Inspection, tokenizers: list[Any]) -> None:
         rate = max(getattr(config, stage).learning_rate for stage in coarse)
         of_file = ", which here is bfloat16," if config.model.dtype == "auto" else ""
         say(rounded_away(f"model.dtype is {config.model.dtype}{of_file}", rate))
-    chat = any(run.kind == "given" and shown for report in found.stages for shown in report.examined.shown for run in shown.runs)
+    chat = any(
+        span.kind == "given" and shown for report in found.stages for shown in report.examined.shown for span in shown.spans
+    )
     if chat and any(writes_date(tokenizer) for tokenizer in tokenizers if tokenizer is not None):
         say(
             "the chat template writes today's date into every conversation: a run resumed tomorrow would see other tokens, and "

@@ -40,7 +40,7 @@ Row = Mapping[str, Any]
 
 
 @dataclass
-class Part:
+class PartLengths:
     """Tokens of one part of the rows, before any cut. lengths: (M,); limit: where the part is cut, None where at no fixed
     place; cut: (M,) whether it is."""
 
@@ -78,7 +78,7 @@ class Examined:
     source: str
     counts: Counts
     lengths: np.ndarray
-    parts: list[Part] = field(default_factory=list)
+    parts: list[PartLengths] = field(default_factory=list)
     shown: list[Shown] = field(default_factory=list)
     found: dict[str, int] = field(default_factory=dict)
     sampled: int = 0
@@ -175,12 +175,12 @@ def _pairs(stage: str, config: Config, tokenizer: Any, source: str, cache: Path,
     settings = config.tokenization
     prompt, room = uncut[:, 0], settings.max_length - np.minimum(uncut[:, 0], settings.max_prompt_length)
     result.parts = [
-        Part("prompt", prompt, prompt > settings.max_prompt_length, settings.max_prompt_length),
-        Part("chosen", uncut[:, 1], uncut[:, 1] > room),
-        Part("rejected", uncut[:, 2], uncut[:, 2] > room),
+        PartLengths("prompt", prompt, prompt > settings.max_prompt_length, settings.max_prompt_length),
+        PartLengths("chosen", uncut[:, 1], uncut[:, 1] > room),
+        PartLengths("rejected", uncut[:, 2], uncut[:, 2] > room),
     ]
     both = np.minimum(prompt, settings.max_prompt_length) + uncut[:, 1:].max(1)
-    result.parts.append(Part("prompt + longer response", both, both > settings.max_length, settings.max_length))
+    result.parts.append(PartLengths("prompt + longer response", both, both > settings.max_length, settings.max_length))
     result.shown = [shown_pair(_row(tokens, row, "pair"), tokenizer, stops)]
     if counts.boundary_merges:
         result.merge = _merge(read.rows, tokenizer, config, ("chosen", "rejected"))
@@ -201,7 +201,7 @@ def _sft(stage: str, config: Config, tokenizer: Any, source: str, cache: Path, r
     whole = _uncut(rows, tokenizer, config, lambda encoder, some: [(e[0],) for row in encoder.examples(some) for e in row])[:, 0]
     limit = config.tokenization.max_length
     _add_texts(result, rows, tokenizer, ("prompt", "completion"))
-    result.parts = [Part("example", whole, whole > limit, limit)]
+    result.parts = [PartLengths("example", whole, whole > limit, limit)]
     result.shown = [shown_example(_row(tokens, row, "example"), tokenizer, stops)]
     if result.counts.boundary_merges:
         result.merge = _merge(rows, tokenizer, config, ("completion",))
@@ -218,7 +218,7 @@ def _label(stage: str, config: Config, tokenizer: Any, source: str, cache: Path,
     prompt = _uncut(rows, tokenizer, config, lambda encoder, some: [(p.ids,) for p in encoder.prompts(some)])[:, 0]
     limit = config.tokenization.max_prompt_length
     _add_texts(result, rows, tokenizer, ("prompt",))
-    result.parts = [Part("prompt", prompt, prompt > limit, limit)]
+    result.parts = [PartLengths("prompt", prompt, prompt > limit, limit)]
     if not 0 <= row < len(ids):
         raise UserError(f"--row {row}: there are {len(ids)} prompts, numbered from 0")
     result.shown = [shown_prompt(rows[row]["id"], ids[row], row, tokenizer)]

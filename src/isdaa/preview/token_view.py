@@ -35,7 +35,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Run:
+class Span:
     """Neighbouring tokens of one kind. name: what the row calls them; kind: a key of `SHADES`."""
 
     name: str
@@ -45,57 +45,57 @@ class Run:
 
 @dataclass(frozen=True)
 class Shown:
-    """A row's runs, in the order in which the model reads them. title: which row it is."""
+    """A row's spans, in the order in which the model reads them. title: which row it is."""
 
     title: str
-    runs: tuple[Run, ...]
+    spans: tuple[Span, ...]
 
     def facts(self) -> dict[str, Any]:
         """Plain data for a file: every token, none left out."""
-        runs = [
+        spans = [
             {
-                "name": run.name,
-                "ids": [token.id for token in run.tokens],
-                "tokens": [token.text for token in run.tokens],
-                "scored": [token.scored for token in run.tokens],
-                "ends": bool(run.tokens and run.tokens[-1].end),
+                "name": span.name,
+                "ids": [token.id for token in span.tokens],
+                "tokens": [token.text for token in span.tokens],
+                "scored": [token.scored for token in span.tokens],
+                "ends": bool(span.tokens and span.tokens[-1].end),
             }
-            for run in self.runs
+            for span in self.spans
         ]
-        return {"title": self.title, "runs": runs}
+        return {"title": self.title, "runs": spans}
 
 
 def shown_pair(row: Mapping[str, Any], tokenizer: Any, stops: set[int]) -> Shown:
     """A tokenised pair (`tokenize_pairs`)."""
-    runs = [_run("prompt", GIVEN, row["prompt_ids"], tokenizer, set())]
+    spans = [_span("prompt", GIVEN, row["prompt_ids"], tokenizer, set())]
     for name, kind in (("chosen", CHOSEN), ("rejected", REJECTED)):
-        runs.append(_run(name, kind, row[f"{name}_ids"], tokenizer, stops))
-    return Shown(f"pair {row['index']} · {row['id']}", tuple(runs))
+        spans.append(_span(name, kind, row[f"{name}_ids"], tokenizer, stops))
+    return Shown(f"pair {row['index']} · {row['id']}", tuple(spans))
 
 
 def shown_example(row: Mapping[str, Any], tokenizer: Any, stops: set[int]) -> Shown:
     """A tokenised SFT example (`tokenize_sft`), cut into what is given and what is learnt."""
     ids, mask = row["input_ids"], row["completion_mask"]
     starts = [i for i in range(len(ids)) if i == 0 or mask[i] != mask[i - 1]]
-    runs = []
+    spans = []
     for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
         name, kind = ("learnt", LEARNT) if mask[start] else ("given", GIVEN)
-        runs.append(_run(name, kind, ids[start:end], tokenizer, stops if mask[start] else set()))
-    return Shown(f"example {row['index']} · {row['id']}", tuple(runs))
+        spans.append(_span(name, kind, ids[start:end], tokenizer, stops if mask[start] else set()))
+    return Shown(f"example {row['index']} · {row['id']}", tuple(spans))
 
 
 def shown_prompt(name: str, ids: Sequence[int], index: int, tokenizer: Any) -> Shown:
     """A prompt that responses will be sampled for."""
-    return Shown(f"prompt {index} · {name}", (_run("prompt", GIVEN, ids, tokenizer, set()),))
+    return Shown(f"prompt {index} · {name}", (_span("prompt", GIVEN, ids, tokenizer, set()),))
 
 
-def _run(name: str, kind: str, ids: Sequence[int], tokenizer: Any, stops: set[int]) -> Run:
+def _span(name: str, kind: str, ids: Sequence[int], tokenizer: Any, stops: set[int]) -> Span:
     tokens = []
     for i in map(int, ids):
         scored = kind != GIVEN and i >= 0  # `~id`: what a tool or a user says in a response
         token = max(i, ~i)
         tokens.append(Token(token, readable(tokenizer, token), scored, scored and token in stops))
-    return Run(name, kind, tuple(tokens))
+    return Span(name, kind, tuple(tokens))
 
 
 def readable(tokenizer: Any, token: int) -> str:
@@ -113,17 +113,17 @@ def _visible(character: str) -> str:
     return {" ": "·", "\n": "↵", "\t": "⇥"}.get(character, character if character.isprintable() else repr(character)[1:-1])
 
 
-def lines_of(run: Run, width: int, colour: bool, whole: bool = False) -> list[Text]:
-    """A run as lines of at most `width` columns. Without colour tokens stand between bars, and the end in brackets.
+def lines_of(span: Span, width: int, colour: bool, whole: bool = False) -> list[Text]:
+    """A span as lines of at most `width` columns. Without colour tokens stand between bars, and the end in brackets.
 
     whole: all tokens; otherwise long parts show their two ends.
     """
-    tokens: list[Token | str] = list(run.tokens)
+    tokens: list[Token | str] = list(span.tokens)
     if not whole and len(tokens) > 2 * EDGE + 8:
         tokens = [*tokens[:EDGE], f" … {len(tokens) - 2 * EDGE} more tokens … ", *tokens[-EDGE:]]
     lines, line = [], Text(no_wrap=True)
     for number, token in enumerate(tokens):
-        piece = _piece(token, run.kind, number, colour)
+        piece = _piece(token, span.kind, number, colour)
         if line and line.cell_len + piece.cell_len > width:
             lines.append(line)
             line = Text(no_wrap=True)
@@ -147,14 +147,14 @@ def _piece(token: Token | str, kind: str, number: int, colour: bool) -> Text:
 def print_shown(shown: Shown, console: Console, colour: bool, whole: bool = False) -> None:
     """One row on a console."""
     console.print(Text(f" {escaped(shown.title)}"))
-    names = [run.name if run.name in ("given", "learnt") else f"{run.name}, {_state(run)}" for run in shown.runs]
+    names = [span.name if span.name in ("given", "learnt") else f"{span.name}, {_state(span)}" for span in shown.spans]
     label = max(cell_len(name) for name in names)
-    for run, name in zip(shown.runs, names, strict=True):
-        lines = lines_of(run, max(20, console.width - label - 8), colour, whole)
+    for span, name in zip(shown.spans, names, strict=True):
+        lines = lines_of(span, max(20, console.width - label - 8), colour, whole)
         for number, line in enumerate(lines):
-            left = f" {name:<{label}} {len(run.tokens):>4}  " if number == 0 else " " * (label + 8)
-            console.print(Text(left, style="dim" if run.kind == GIVEN else "") + line, soft_wrap=True)
+            left = f" {name:<{label}} {len(span.tokens):>4}  " if number == 0 else " " * (label + 8)
+            console.print(Text(left, style="dim" if span.kind == GIVEN else "") + line, soft_wrap=True)
 
 
-def _state(run: Run) -> str:
-    return "given" if run.kind == GIVEN else "scored"
+def _state(span: Span) -> str:
+    return "given" if span.kind == GIVEN else "scored"

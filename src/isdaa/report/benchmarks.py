@@ -19,9 +19,10 @@ from isdaa.evaluation.benchmarks.outcome import (
     ranked,
     told_apart,
 )
-from isdaa.evaluation.benchmarks.run import EXAMPLES, METRICS
+from isdaa.evaluation.benchmarks.run import EXAMPLES
 from isdaa.evaluation.benchmarks.table import characters, cut_notes, few, raw_mark, signed
 from isdaa.evaluation.fragments import percent
+from isdaa.evaluation.records import METRICS
 from isdaa.files import write_atomically
 from isdaa.foreign import read_json, read_object, readable
 from isdaa.report import words

@@ -12,11 +12,11 @@ import numpy as np
 
 from isdaa.evaluation import fragments, left_out
 from isdaa.evaluation.checkpoints.trajectory import Study, Trajectory
-from isdaa.evaluation.checkpoints.what_to_evaluate import METRICS as HISTORY
 from isdaa.evaluation.table import unmoved
 from isdaa.evaluation.verdict.comparison import WHAT, CellSummary, MatchedKl, difference, summarise, to_json
 from isdaa.evaluation.verdict.overoptimization import Law, Verdict, fit_law, judge, places_of, shown_better
 from isdaa.files import csv_text
+from isdaa.manifest import HISTORY
 from isdaa.record import versions
 from isdaa.report.charts.lines import Line, Panel, coloured, file_of, grids_of, history, lines_of, panels_of, training_settings
 from isdaa.report.charts.training_curves import thin, weights_of

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.errors import UserError
-from isdaa.evaluation.checkpoints.analysis import METRICS
 from isdaa.evaluation.checkpoints.provenance import check_stays
 from isdaa.evaluation.checkpoints.sample_and_kl import PLAN
 from isdaa.evaluation.checkpoints.trajectory import SWEEP, read_study
 from isdaa.evaluation.model_digest import model_digest, stat_of
-from isdaa.evaluation.records import read_metrics, read_plan
+from isdaa.evaluation.records import METRICS, read_metrics, read_plan
 from isdaa.files import located
 from isdaa.foreign import read_json
 from isdaa.manifest import check_manifest

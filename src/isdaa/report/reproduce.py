@@ -12,7 +12,7 @@ from typing import Any
 from isdaa.config import EvaluationConfig, TokenizationConfig
 from isdaa.errors import UserError
 from isdaa.evaluation.checkpoints.trajectory import SWEEP, Study, read_sweep
-from isdaa.evaluation.checkpoints.what_to_evaluate import Request, expand, requests
+from isdaa.evaluation.checkpoints.what_to_evaluate import EvaluationRequest, expand, requests
 from isdaa.record import run_folder
 
 DEMO = "demo"  # what a sweep of `isdaa demo` calls its file
@@ -114,7 +114,7 @@ def _options(names: Sequence[str], metrics: Mapping[str, Any]) -> list[str]:
     return options
 
 
-def _asked(names: Sequence[str], given: Mapping[str, Any]) -> Request | None:
+def _asked(names: Sequence[str], given: Mapping[str, Any]) -> EvaluationRequest | None:
     try:
         return requests(names, given)
     except UserError:  # models that are gone, or whose records do not say what is asked for

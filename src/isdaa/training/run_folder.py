@@ -19,6 +19,7 @@ from isdaa.distributed import is_main, once, world_size
 from isdaa.errors import UserError
 from isdaa.files import locked_file, remove_tree, write_atomically, write_json
 from isdaa.foreign import check_shape, read_json
+from isdaa.manifest import HISTORY
 from isdaa.ownership import SEAL, is_own, sealed
 from isdaa.record import RUN, git_revision, versions
 from isdaa.settings_text import dump_settings
@@ -27,7 +28,6 @@ from isdaa.training.trainer.checkpoints import checkpoints
 from isdaa.training.unchanged import check_inputs_unchanged, check_outputs_unchanged, inputs_of, outputs_of
 
 ONE_PROCESS = "guard.steps: the guard works in one process for now; set it to null"
-METRICS = "metrics.jsonl"
 LONG, SHORT = 240, 100  # characters: of lines that a resume does not repeat whole, and what it says of them
 READING = ("data.limit", "data.subset", "data.prompt_repeated")
 # What decides the outcome of a stage. A stage that began with other values is another run.
@@ -126,7 +126,7 @@ def flattened(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _holds(path: Path) -> bool:
     """Whether something is there: a file, or a folder with more than a log."""
-    return path.is_file() or (path.is_dir() and any(inside.name != METRICS for inside in path.iterdir()))
+    return path.is_file() or (path.is_dir() and any(inside.name != HISTORY for inside in path.iterdir()))
 
 
 class Run:

@@ -28,7 +28,7 @@ QUERY = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
 
 
 @dataclass(frozen=True)
-class Part:
+class RecipeSource:
     """What a recipe reads for one purpose. splits: what `train`, `validation` and `test` are called there, where not so."""
 
     hub: str
@@ -245,28 +245,28 @@ _FEEDBACK, _CHAT = "HuggingFaceH4/ultrafeedback_binarized", "HuggingFaceH4/ultra
 _PREFS = {"train": "train_prefs", "validation": "test_prefs", "test": "test_prefs"}
 _SFT = {"train": "train_sft", "validation": "test_sft", "test": "test_sft"}
 
-RECIPES: dict[str, dict[Purpose, Part]] = {
+RECIPES: dict[str, dict[Purpose, RecipeSource]] = {
     "tldr": {
-        "pairs": Part(_TLDR, {"test": "validation"}, _tldr_pair),
-        "prompts": Part(_TLDR_POSTS, {}, _tldr_prompt),
-        "sft": Part(_TLDR_POSTS, {}, _tldr_example),
+        "pairs": RecipeSource(_TLDR, {"test": "validation"}, _tldr_pair),
+        "prompts": RecipeSource(_TLDR_POSTS, {}, _tldr_prompt),
+        "sft": RecipeSource(_TLDR_POSTS, {}, _tldr_example),
     },
     "hh": {
-        "pairs": Part(_HH, _HH_SPLITS, _hh_pair),
-        "prompts": Part(_HH, _HH_SPLITS, _hh_prompt),
-        "sft": Part(_HH, _HH_SPLITS, _hh_example),
+        "pairs": RecipeSource(_HH, _HH_SPLITS, _hh_pair),
+        "prompts": RecipeSource(_HH, _HH_SPLITS, _hh_prompt),
+        "sft": RecipeSource(_HH, _HH_SPLITS, _hh_example),
     },
     "hh_chat": {
-        "pairs": Part(_HH, _HH_SPLITS, _as_chat(_hh_pair)),
-        "prompts": Part(_HH, _HH_SPLITS, _as_chat(_hh_prompt)),
-        "sft": Part(_HH, _HH_SPLITS, _as_chat(_hh_example)),
+        "pairs": RecipeSource(_HH, _HH_SPLITS, _as_chat(_hh_pair)),
+        "prompts": RecipeSource(_HH, _HH_SPLITS, _as_chat(_hh_prompt)),
+        "sft": RecipeSource(_HH, _HH_SPLITS, _as_chat(_hh_example)),
     },
     "ultrafeedback": {
-        "pairs": Part(_FEEDBACK, _PREFS, _ultrafeedback_pair),
-        "prompts": Part(_FEEDBACK, _PREFS, _ultrafeedback_prompt),
-        "sft": Part(_FEEDBACK, _SFT, _ultrafeedback_example),
+        "pairs": RecipeSource(_FEEDBACK, _PREFS, _ultrafeedback_pair),
+        "prompts": RecipeSource(_FEEDBACK, _PREFS, _ultrafeedback_prompt),
+        "sft": RecipeSource(_FEEDBACK, _SFT, _ultrafeedback_example),
     },
-    "ultrachat": {"prompts": Part(_CHAT, _SFT, _ultrachat), "sft": Part(_CHAT, _SFT, _ultrachat)},
+    "ultrachat": {"prompts": RecipeSource(_CHAT, _SFT, _ultrachat), "sft": RecipeSource(_CHAT, _SFT, _ultrachat)},
 }
 # What the recipes read beside `pairs.KNOWN_COLUMNS`; published columns of token ids stay undecoded.
 COLUMNS = frozenset({"info", "summaries", "choice", "subreddit", "title", "post", "score_chosen", "score_rejected"})

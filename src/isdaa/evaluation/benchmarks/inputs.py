@@ -43,7 +43,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Inputs:
     """What is read before any model. given: answers of files; baseline: the model that has yet to give the opponent's.
 
     control: of length (AlpacaEval), where there is a judge. notes: what is to be said of the questions.
@@ -66,7 +66,7 @@ class Control:
     why: str = ""
 
 
-def plan_of(bench: Benchmark, request: BenchmarkRequest) -> Plan:
+def read_inputs(bench: Benchmark, request: BenchmarkRequest) -> Inputs:
     """Reads the files. Raises UserError for what does not fit together, the judge included."""
     questions = questions_of(bench, request)
     check_judge(bench, request, questions)
@@ -94,7 +94,7 @@ def plan_of(bench: Benchmark, request: BenchmarkRequest) -> Plan:
     _check_texts(questions, [*(one for side in given for one in side.answers.values()), *filter(None, opponents.values())])
     names = {baseline.label} if baseline is not None else {one.model for one in opponents.values() if one is not None}
     control = length_control(bench, request, names) if wants_judge else Control()
-    return Plan(questions, given, settings, opponents, baseline, control, tuple(notes))
+    return Inputs(questions, given, settings, opponents, baseline, control, tuple(notes))
 
 
 def length_control(bench: Benchmark, request: BenchmarkRequest, opponents: Collection[str]) -> Control:

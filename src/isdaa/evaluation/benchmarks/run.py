@@ -20,7 +20,7 @@ from isdaa.errors import DoneInPart, UserError
 from isdaa.evaluation.answer_notes import lack_remarks, lacks_of, thinking_of, thinking_remarks, waiting
 from isdaa.evaluation.benchmarks import benchmark
 from isdaa.evaluation.benchmarks.answers import Answering, Respondent, answer
-from isdaa.evaluation.benchmarks.inputs import Control, Plan, Side, check, judge_of, length_control, plan_of, questions_of
+from isdaa.evaluation.benchmarks.inputs import Control, Inputs, Side, check, judge_of, length_control, questions_of, read_inputs
 from isdaa.evaluation.benchmarks.judgments import among_the_official, judgments_of
 from isdaa.evaluation.benchmarks.outcome import (
     LENGTH_CONTROLLED,
@@ -39,7 +39,7 @@ from isdaa.evaluation.benchmarks.sets.games import lost, waits
 from isdaa.evaluation.benchmarks.sets.mt_bench import MT_BENCH
 from isdaa.evaluation.benchmarks.sets.rows import PROJECT
 from isdaa.evaluation.judging import BenchmarkJudge, Case, ModelJudge, judged
-from isdaa.evaluation.records import Lines, locked
+from isdaa.evaluation.records import METRICS, Lines, locked
 from isdaa.files import write_atomically, write_json
 from isdaa.foreign import read_object
 from isdaa.record import git_revision, versions
@@ -48,7 +48,7 @@ from isdaa.terminal import say
 FORMAT = 2
 NO_CONTROL = "no length-controlled win rate"
 GENERATIONS, ANSWERS, JUDGMENTS = "generations.jsonl", "answers", "judgments"
-METRICS, TABLE, EXAMPLES = "metrics.json", "metrics.csv", "examples.json"
+TABLE, EXAMPLES = "metrics.csv", "examples.json"
 QUOTED = 80  # characters of a judge's reply in an error
 
 
@@ -72,40 +72,40 @@ def run_benchmark(request: BenchmarkRequest) -> Outcome:
     once(lambda: check(bench, request))
     if request.sources.judgments:
         return once(lambda: _score_again(bench, request))
-    plan = once(lambda: plan_of(bench, request))
+    inputs = once(lambda: read_inputs(bench, request))
     for line in request.told:
         say(line)
-    if plan.control.why and (request.judge is not None or request.asking is not None):
-        say(f"{NO_CONTROL}: {plan.control.why}")
-    models = [Respondent(model, plan.answering, plan.questions, "policy") for model in request.models]
-    if plan.baseline is not None:
-        models.append(Respondent(plan.baseline, plan.answering, plan.questions, "opponent"))
-    once(lambda: _check_narrower(Path(request.output_dir), request, plan))
+    if inputs.control.why and (request.judge is not None or request.asking is not None):
+        say(f"{NO_CONTROL}: {inputs.control.why}")
+    models = [Respondent(model, inputs.answering, inputs.questions, "policy") for model in request.models]
+    if inputs.baseline is not None:
+        models.append(Respondent(inputs.baseline, inputs.answering, inputs.questions, "opponent"))
+    once(lambda: _check_narrower(Path(request.output_dir), request, inputs))
     with locked(request.output_dir) as folder:
         judges: list[BenchmarkJudge | None] = []  # the main process's own: a client cannot be sent to others
         once(lambda: judges.append(judge_of(request, folder)))
-        drawn = answer(models, plan.questions, once(lambda: Lines(folder / GENERATIONS))) if models else []
+        drawn = answer(models, inputs.questions, once(lambda: Lines(folder / GENERATIONS))) if models else []
         sides = [
             Side(model.label, {key: one.answer for key, one in found.items()}, found, model.path, model.digest)
             for model, found in zip(models, drawn, strict=True)
         ]
-        return once(lambda: _concluded(bench, request, plan, sides, judges[0], folder))
+        return once(lambda: _concluded(bench, request, inputs, sides, judges[0], folder))
 
 
 def _concluded(
     bench: Benchmark,
     request: BenchmarkRequest,
-    plan: Plan,
+    inputs: Inputs,
     drawn: Sequence[Side],
     judge: BenchmarkJudge | None,
     folder: Path,
 ) -> Outcome:
     """Answers written, judged and scored. drawn: the models' own, the opponent's last where a model gave them."""
-    questions, opponents = plan.questions, plan.opponents
+    questions, opponents = inputs.questions, inputs.opponents
     _write_answers(bench, folder, questions, drawn)
-    other = drawn[-1] if plan.baseline is not None else None
-    sides = [*(drawn if other is None else drawn[:-1]), *plan.given]
-    metrics = _described(bench, request, questions, plan.answering if drawn else None)
+    other = drawn[-1] if inputs.baseline is not None else None
+    sides = [*(drawn if other is None else drawn[:-1]), *inputs.given]
+    metrics = _described(bench, request, questions, inputs.answering if drawn else None)
     metrics["opponent_answers"] = _entry(other)["answers"] if other is not None else None
     if judge is None:
         metrics |= {"models": [_entry(side) for side in sides], "opponent": other.label if other is not None else None}
@@ -118,14 +118,14 @@ def _concluded(
     found, left = judged(bench, judge, questions, cases)
     if request.sources.lacking == "loss":
         found = {side.label: _with_losses(bench, side, found, sides, opponents, questions) for side in sides}
-    metrics |= {"judge": judge.to_json(), "partial": left > 0, "notes": list(plan.notes)}
+    metrics |= {"judge": judge.to_json(), "partial": left > 0, "notes": list(inputs.notes)}
     if left and not any(found.values()):
         raise DoneInPart(f"{_stopped(request, judge, metrics['questions'])}; no question is judged yet")
     _write_judgments(bench, folder, judge.name, found)
     by_label = {side.label: side for side in sides}
     left_out = {side.label: len({q.id for q in questions}.intersection(side.missing)) for side in sides}
     gone = {label: [f"answer to {counted(count, 'question')}"] if count else [] for label, count in left_out.items()}
-    metrics = _scored(bench, request, metrics, found, by_label, judge.both_orders, folder, plan.control, gone)
+    metrics = _scored(bench, request, metrics, found, by_label, judge.both_orders, folder, inputs.control, gone)
     stopped = _stopped(request, judge, metrics["questions"]) if left else None
     missing = waiting([model["lacks"] for model in metrics["models"]])
     if not metrics["headline"]:
@@ -161,14 +161,14 @@ def _judged_before(folder: Path) -> bool:
     return (folder / METRICS).is_file() and read_object(folder / METRICS).get("judge") is not None
 
 
-def _check_narrower(folder: Path, request: BenchmarkRequest, plan: Plan) -> None:
+def _check_narrower(folder: Path, request: BenchmarkRequest, inputs: Inputs) -> None:
     """Raises UserError where figures of more models, or of more questions, would be replaced."""
     if (request.judge is None and request.asking is None) or not _judged_before(folder):
         return
     before = read_object(folder / METRICS)
-    labels = {model.label for model in request.models} | {side.label for side in plan.given}
+    labels = {model.label for model in request.models} | {side.label for side in inputs.given}
     gone = [model["model"] for model in before["models"] if model["model"] not in labels]
-    more = before["questions"]["count"] - len(plan.questions)
+    more = before["questions"]["count"] - len(inputs.questions)
     if gone or more > 0:
         lost = " and ".join(
             [*([f"of {gone[0]}"] if gone else []), *([f"on {counted(more, 'more question')}"] if more > 0 else [])]

@@ -19,12 +19,11 @@ from isdaa.evaluation.checkpoints.scoring import SCORES, chosen_key, scores_key
 from isdaa.evaluation.checkpoints.win_rate import own_win_rates, tie_rate, win_rates
 from isdaa.evaluation.fragments import percent
 from isdaa.evaluation.judges.replies import parts_of
-from isdaa.evaluation.records import Blocks, Record, blocks_of, fitting, read_plan
+from isdaa.evaluation.records import METRICS, Blocks, Record, blocks_of, fitting, read_plan
 from isdaa.evaluation.statistics import Interval, mean_interval
 from isdaa.files import write_json
 from isdaa.record import versions
 
-METRICS = "metrics.json"
 NO_SCORER = "No scorer was given, so there is no win rate and no verdict: {no_measure}"
 N_GRAM = 4
 

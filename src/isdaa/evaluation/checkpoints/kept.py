@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.errors import UserError
-from isdaa.evaluation.checkpoints.analysis import METRICS
 from isdaa.evaluation.checkpoints.sample_and_kl import PLAN, SAMPLES
 from isdaa.evaluation.checkpoints.what_to_evaluate import labels_of
 from isdaa.evaluation.model_digest import model_digest
-from isdaa.evaluation.records import Record, blocks_of, read_metrics, read_plan
+from isdaa.evaluation.records import METRICS, Record, blocks_of, read_metrics, read_plan
 from isdaa.ownership import completed
 from isdaa.terminal import say
 

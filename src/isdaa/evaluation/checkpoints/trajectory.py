@@ -15,12 +15,12 @@ import numpy as np
 
 from isdaa.config import EvaluationConfig
 from isdaa.errors import UserError
-from isdaa.evaluation.checkpoints.analysis import METRICS, win_table
+from isdaa.evaluation.checkpoints.analysis import win_table
 from isdaa.evaluation.checkpoints.run_groups import UNKNOWN, Identity, homes_of, in_order, names_of
 from isdaa.evaluation.checkpoints.sample_and_kl import PLAN, SAMPLES
-from isdaa.evaluation.checkpoints.what_to_evaluate import METRICS as HISTORY
-from isdaa.evaluation.records import Record, blocks_of, fitting, read_metrics, read_plan
+from isdaa.evaluation.records import METRICS, Record, blocks_of, fitting, read_metrics, read_plan
 from isdaa.foreign import check_shape, read_json
+from isdaa.manifest import HISTORY
 
 SWEEP = "sweep.json"  # what a sweep leaves: its runs and where each one's evaluation lies
 CONTENT = {

@@ -21,7 +21,7 @@ from isdaa.evaluation.checkpoints.run_groups import tails
 from isdaa.evaluation.checkpoints.steps import ordered
 from isdaa.files import file_digest, located
 from isdaa.foreign import check_shape, readable_jsonl
-from isdaa.manifest import MANIFEST
+from isdaa.manifest import HISTORY, MANIFEST
 from isdaa.models.places import refuse_gguf
 from isdaa.ownership import completed
 from isdaa.record import GOLD, NAME, ModelRecord, read_record, run_folder
@@ -29,7 +29,6 @@ from isdaa.synonyms import hint
 
 logger = logging.getLogger(__name__)
 
-METRICS = "metrics.jsonl"
 SECTIONS = ("evaluation", "tokenization", "scorer")
 PLAIN = (  # what else `requests` takes
     *(
@@ -50,7 +49,7 @@ MODEL = ("config.json", "adapter_config.json", MANIFEST)  # a folder with one of
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluationRequest:
     """All that `evaluate` needs, beside the rows themselves."""
 
     models: list[Checkpoint]
@@ -90,7 +89,7 @@ def requests(
     as_runs: bool = False,
     as_one_run: bool = False,
     one_run: bool = False,
-) -> Request:
+) -> EvaluationRequest:
     """The request for some models, from the records beside them and what the user said.
 
     model_paths: model folders, Hub names or run folders (all their checkpoints and the final model).
@@ -159,7 +158,7 @@ def requests(
     sections = sections_of(first, given)
     scorer = given.get("scorer") or sections.evaluation.scorer or next(iter(scorers), None)
     model = (first.config.get("model") if first else None) or {}
-    return Request(
+    return EvaluationRequest(
         models=[replace(model, step=order.steps.get(model.path, model.step)) for model in checkpoints(paths, records)],
         reference=reference,
         data=data,
@@ -393,10 +392,10 @@ def _checkpoint(path: str, label: str, record: ModelRecord | None) -> Checkpoint
 
 def _weights_since(run: Path | None, step: int | None) -> dict[str, float]:
     """Means of the logged weights over the steps since the checkpoint before; a line speaks for the steps since the last line."""
-    if run is None or not (run / METRICS).is_file():
+    if run is None or not (run / HISTORY).is_file():
         return {}
     earlier = [int(p.name.split("-")[1]) for p in (run / "checkpoints").glob("checkpoint-*") if _is_checkpoint(p)]
-    lines = [line for line in _lines(run / METRICS) if "weights/mean" in line]
+    lines = [line for line in _lines(run / HISTORY) if "weights/mean" in line]
     if step is not None:
         since = max((s for s in earlier if s < step), default=0)
         steps = [0, *(int(line["step"]) for line in lines)]

@@ -25,7 +25,7 @@ Record = dict[str, Any]
 # The tasks of the Open LLM Leaderboard (its first version) that are reported as alignment tax, with its number of examples.
 SHOTS = {"mmlu": 5, "gsm8k": 5, "arc_challenge": 25, "hellaswag": 10, "winogrande": 5}
 # The leaderboard's metric where it is not the first that lm-eval lists.
-METRICS = {"arc_challenge": "acc_norm,none", "hellaswag": "acc_norm,none"}
+METRIC_OF = {"arc_challenge": "acc_norm,none", "hellaswag": "acc_norm,none"}
 # Where lm-eval keeps them: reading these folders takes a second, reading all of its tasks more than ten.
 FOLDERS = {name: name for name in SHOTS} | {"mmlu": "mmlu/default", "arc_challenge": "arc"}
 # Requests of a part (an item times its choices): how the progress bar shares out the time. A generated answer counts as 40.

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from isdaa.errors import UserError
-from isdaa.evaluation.statistics import Figure, Interval, fewest, mean_figure, percentiles
-from isdaa.evaluation.tax.harness import METRICS
+from isdaa.evaluation.statistics import Estimate, Interval, fewest, mean_estimate, percentiles
+from isdaa.evaluation.tax.harness import METRIC_OF
 
 Record = Mapping[str, Any]
 
@@ -35,7 +35,7 @@ class Answers:
         """The metrics that all tasks have, in lm-eval's order, the one to report first."""
         first, *others = (result["metrics"] for result in self.results.values())
         common = [metric for metric in first if all(metric in other for other in others)]
-        named = {METRICS.get(task) for task in [self.name, *self.results]}
+        named = {METRIC_OF.get(task) for task in [self.name, *self.results]}
         return sorted(common, key=lambda metric: metric not in named)
 
     def higher(self, metric: str) -> bool:
@@ -78,7 +78,7 @@ def scores(
         for metric in answers.metrics:
             score = _figure(answers, metric, options)
             base = _figure(other, metric, options) if other is not None else None
-            gap = score.minus(base, confidence) if isinstance(score, Figure) and isinstance(base, Figure) else None
+            gap = score.minus(base, confidence) if isinstance(score, Estimate) and isinstance(base, Estimate) else None
             if metric == answers.metrics[0]:
                 figures.append(score if answers.higher(metric) else None)
                 gaps.append(gap if answers.higher(metric) else None)
@@ -102,7 +102,7 @@ def scores(
             }
         )
     mean = None
-    if len(tasks) > 1 and all(isinstance(figure, Figure) for figure in figures):
+    if len(tasks) > 1 and all(isinstance(figure, Estimate) for figure in figures):
         difference = _mean(gaps, confidence) if reference is not None else None
         differing = None
         if difference is not None:
@@ -149,13 +149,13 @@ def signed(difference: Record | None) -> str:
     return mean if difference["low"] is None else f"{mean} ± {(difference['high'] - difference['low']) / 2:.3f}"
 
 
-def _figure(answers: Answers, metric: str, options: Mapping[str, Any]) -> Figure | float | None:
+def _figure(answers: Answers, metric: str, options: Mapping[str, Any]) -> Estimate | float | None:
     """With draws where it is a mean over items; else lm-eval's own value, if there is one."""
     if metric not in answers.metrics:
         return None
     if not answers.by_item(metric):
         return answers.whole(metric)
-    return mean_figure([item["values"][metric] for item in answers.items], answers.weights(), **options)
+    return mean_estimate([item["values"][metric] for item in answers.items], answers.weights(), **options)
 
 
 def _differing(one: Answers, other: Answers, metric: str) -> int:
@@ -163,22 +163,22 @@ def _differing(one: Answers, other: Answers, metric: str) -> int:
     return sum(ours["values"][metric] != theirs["values"][metric] for ours, theirs in pairs)
 
 
-def _json(score: Figure | float | None, items: int) -> dict[str, Any] | None:
+def _json(score: Estimate | float | None, items: int) -> dict[str, Any] | None:
     if score is None:
         return None
-    return score.to_json() if isinstance(score, Figure) else Interval(score, None, None, items).to_json()
+    return score.to_json() if isinstance(score, Estimate) else Interval(score, None, None, items).to_json()
 
 
-def _plain_difference(score: Figure | float | None, base: Figure | float | None, items: int) -> dict[str, Any] | None:
+def _plain_difference(score: Estimate | float | None, base: Estimate | float | None, items: int) -> dict[str, Any] | None:
     """Of metrics that are no means over items: without an interval."""
     if not isinstance(score, float) or not isinstance(base, float):
         return None
     return Interval(score - base, None, None, items).to_json()
 
 
-def _mean(figures: Sequence[Figure | float | None], confidence: float) -> dict[str, Any] | None:
+def _mean(figures: Sequence[Estimate | float | None], confidence: float) -> dict[str, Any] | None:
     """The mean over tasks, whose items were drawn independently of each other's."""
-    known = [figure for figure in figures if isinstance(figure, Figure)]
+    known = [figure for figure in figures if isinstance(figure, Estimate)]
     if len(known) != len(figures):
         return None
     value = float(np.mean([figure.value for figure in known]))

@@ -20,7 +20,7 @@ from isdaa.errors import UserError, shown
 from isdaa.terminal import say
 
 if TYPE_CHECKING:
-    from isdaa.evaluation.checkpoints.what_to_evaluate import Request
+    from isdaa.evaluation.checkpoints.what_to_evaluate import EvaluationRequest
     from isdaa.evaluation.records import Blocks
     from isdaa.evaluation.tax.harness import Asked, Harness, Part
 
@@ -98,7 +98,7 @@ def tax_command(arguments: argparse.Namespace, overrides: Mapping[str, Any]) -> 
     return Path(request.output_dir)
 
 
-def measure_tax(request: Request, settings: TaxSettings) -> dict[str, Any]:
+def measure_tax(request: EvaluationRequest, settings: TaxSettings) -> dict[str, Any]:
     """The alignment tax of a request's models against its reference; returns what `tax.json` holds.
 
     Each part (a task, a subject of MMLU) of each model is kept in `tax.jsonl` under a digest of weights, tokenizer, task and
@@ -132,7 +132,7 @@ def measure_tax(request: Request, settings: TaxSettings) -> dict[str, Any]:
     return tax
 
 
-def _keys(path: str, weights: str, request: Request, harness: Harness, settings: TaxSettings) -> Keys:
+def _keys(path: str, weights: str, request: EvaluationRequest, harness: Harness, settings: TaxSettings) -> Keys:
     """The blocks of one model."""
     from isdaa.data.chat import ChatFormat, tokenizer_digest
     from isdaa.files import digest
@@ -158,7 +158,7 @@ def _ask_all(
     keys: Mapping[str, Keys],
     digests: Mapping[str, str],
     items: Blocks,
-    request: Request,
+    request: EvaluationRequest,
     harness: Harness,
     settings: TaxSettings,
 ) -> None:
@@ -203,7 +203,7 @@ def _ask_all(
             del lm
 
 
-def _load(path: str, request: Request, settings: TaxSettings) -> Any:
+def _load(path: str, request: EvaluationRequest, settings: TaxSettings) -> Any:
     import torch
 
     from isdaa.evaluation.tax.harness import as_lm_eval
@@ -219,7 +219,7 @@ def _load(path: str, request: Request, settings: TaxSettings) -> Any:
 
 
 def _compared(
-    request: Request,
+    request: EvaluationRequest,
     tasks: Sequence[Asked],
     keys: Mapping[str, Keys],
     digests: Mapping[str, str],

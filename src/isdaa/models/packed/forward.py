@@ -21,7 +21,7 @@ from isdaa.models.packed.patched_forward import (
     REQUEST,
     SHARED_PREFIX,
     TWO_ROWS,
-    Request,
+    ForwardRequest,
     disable_dropout,
     evaluating,
     head_of,
@@ -154,7 +154,7 @@ class PairForward:
                 f"a row of more than {self.switch} tokens changes the rotary positions of all rows of its batch: logps of shorter"
                 f" ones depend on what they meet; let none be longer (tokenization.max_length: {self.switch})"
             )
-        request = Request(layout, mode, want)
+        request = ForwardRequest(layout, mode, want)
         out = model(input_ids=input_ids, position_ids=position_ids.reshape(1, -1), **{REQUEST: request})
         if not isinstance(out, dict) or "token_logps" not in out:
             raise ValueError("the model was not prepared: call isdaa.models.packed.forward.prepare on it, or on what it wraps")

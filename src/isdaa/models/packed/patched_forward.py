@@ -33,7 +33,7 @@ REQUEST = "isdaa_request"
 _STATE = "_isdaa_state"
 
 
-class Request:
+class ForwardRequest:
     """What travels through the wrappers to the inner model's forward. `want` is "logps", "wpo" or "hidden".
 
     Not a dataclass, like the layout: FSDP would pass on a copy.
@@ -105,7 +105,7 @@ def _own_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(model).forward(model, *args, **kwargs) if state.original is None else state.original(*args, **kwargs)
 
 
-def _answer(model: nn.Module, request: Request, input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
+def _answer(model: nn.Module, request: ForwardRequest, input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
     """Runs inside the inner model's forward. A plain dict of tensors: every wrapper can walk through it."""
     layout = request.layout
     head = head_of(model)

@@ -27,7 +27,7 @@ PROMPT_TOKENS = {"cpu": 4096}
 Group = tuple[tuple[int, ...], list[int]]  # a prompt, and the numbers of its samples
 
 
-class Run(Protocol):
+class Decoder(Protocol):
     """Rows in flight; the order is that of the samples in their groups."""
 
     logits: Tensor
@@ -40,7 +40,7 @@ class Run(Protocol):
         """Append one token (R,) to each row."""
 
 
-class CachedRun:
+class CachedDecoder:
     """Rows padded on the left; keys and values are kept, so each step computes one token per row.
 
     The prompts are computed in chunks of similar length, which are padded to one length only in the cache.
@@ -162,7 +162,7 @@ def _predict(model: nn.Module, with_states: bool, **arguments: Any) -> tuple[Ten
     return logits, seen[0] if len(seen) == 1 else None
 
 
-class PlainRun:
+class PlainDecoder:
     """Without cache or padding, for models that cannot do with them: rows of one length, computed anew in each step."""
 
     def __init__(self, model: nn.Module, groups: Sequence[Group], pad_id: int, with_states: bool = False) -> None:
@@ -210,7 +210,7 @@ def cache_works(model: nn.Module, prompt: Sequence[int]) -> bool:
     """Whether left padding, position ids and a cache give the model's own logits; tried once a model, on few tokens."""
     known = _WORKS.setdefault(model, {})
     if "cache" not in known:
-        known["cache"] = gives_own_logits(model, prompt, CachedRun)
+        known["cache"] = gives_own_logits(model, prompt, CachedDecoder)
         if not known["cache"]:
             name = type(inner_model(model)).__name__
             logger.warning("%s does not support padded sampling with a cache; sampling without one, which is slow", name)
@@ -218,8 +218,8 @@ def cache_works(model: nn.Module, prompt: Sequence[int]) -> bool:
 
 
 @torch.no_grad()
-def gives_own_logits(model: nn.Module, prompt: Sequence[int], start: Callable[..., Run]) -> bool:
-    """Whether a kind of run gives the model's own logits on a few tokens: `start` as `CachedRun`."""
+def gives_own_logits(model: nn.Module, prompt: Sequence[int], start: Callable[..., Decoder]) -> bool:
+    """Whether a kind of decoder gives the model's own logits on a few tokens: `start` as `CachedDecoder`."""
     try:
         difference = _cache_error(model, (list(prompt) * 6)[:7], start)
     except Exception as error:  # whatever a model of unknown make raises, the plain way remains
@@ -230,7 +230,7 @@ def gives_own_logits(model: nn.Module, prompt: Sequence[int], start: Callable[..
     return not difference > (5e-3 if precise else 0.1)
 
 
-def _cache_error(model: nn.Module, tokens: list[int], start: Callable[..., Run]) -> float:
+def _cache_error(model: nn.Module, tokens: list[int], start: Callable[..., Decoder]) -> float:
     """Largest relative error of the cached logits after a padded prompt and after one more token."""
     if not {"position_ids", "past_key_values", "attention_mask"} <= set(_accepted(model)):
         return math.inf

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from isdaa.errors import UserError
 from isdaa.models.attention.shared_prefix import plain_attention
 from isdaa.models.packed.forward import inner_model
-from isdaa.models.sampling.decoding import CachedRun, Group, PlainRun, Run, cache_works
+from isdaa.models.sampling.decoding import CachedDecoder, Decoder, Group, PlainDecoder, cache_works
 
 # Finished rows leave the batch once they are this share of it. Only rows that move into their places are copied.
 _FINISHED_SHARE = 1 / 16
@@ -161,7 +161,7 @@ def sample(
     with _evaluation_mode(model), plain_attention(model), torch.no_grad():
         longest = max(groups, key=len)
         cached = cache_works(model, longest)
-        kind: Callable[..., Run] = CachedRun if cached else PlainRun
+        kind: Callable[..., Decoder] = CachedDecoder if cached else PlainDecoder
         for batch in _batches(groups, batch_size, equal_lengths=not cached):
             rows = [index for _, indices in batch for index in indices]
             if progress is not None:
@@ -200,7 +200,7 @@ def _batches(groups: dict[tuple[int, ...], list[int]], size: int, equal_lengths:
 
 
 def _decode(
-    run: Run,
+    run: Decoder,
     settings: SamplingSettings,
     stop_ids: Collection[int],
     randoms: np.ndarray,

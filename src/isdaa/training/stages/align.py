@@ -20,6 +20,7 @@ from isdaa.evaluation import fragments
 from isdaa.evaluation.vocabulary import check_tokenizers
 from isdaa.files import digest, write_json, write_jsonl
 from isdaa.foreign import read_json
+from isdaa.manifest import HISTORY
 from isdaa.models.attention.gpu_attention import compile_layers
 from isdaa.models.loading import load_model, load_tokenizer
 from isdaa.models.packed.forward import PairForward, prepare
@@ -185,7 +186,7 @@ def align(run: Run) -> Path:
         train_dataset=train,
         eval_dataset=held_out,
         tokenizer=tokenizer,
-        callbacks=[MetricsFile(run.folder / "metrics.jsonl"), *([guard] if guard is not None else [])],
+        callbacks=[MetricsFile(run.folder / HISTORY), *([guard] if guard is not None else [])],
         starts_at_reference=config.reference.path is None,
         went_on=ancestor is not None,
         batch_tokens=config.align.batch_tokens,

@@ -28,12 +28,13 @@ from isdaa.errors import UserError
 from isdaa.evaluation.reward_reading import worth_in_words
 from isdaa.evaluation.statistics import share_interval
 from isdaa.files import digest
+from isdaa.manifest import HISTORY
 from isdaa.models.loading import load_model, load_sequence_classifier, model_config
 from isdaa.models.saving import weights_digest
 from isdaa.terminal import Bar, progress, say
 from isdaa.training.disk_room import check_training
 from isdaa.training.preflight import check_start
-from isdaa.training.run_folder import METRICS, Run
+from isdaa.training.run_folder import Run
 from isdaa.training.stage_inputs import (
     adapter_base,
     cache_folder,
@@ -106,7 +107,7 @@ def sft(run: Run) -> Path:
     )
     settings.average_tokens_across_devices = world_size() > 1  # one mean over the tokens of all processes
     trainer = Trainer(model=model, args=settings, train_dataset=data, processing_class=tokenizer)
-    log = MetricsFile(folder / METRICS)
+    log = MetricsFile(folder / HISTORY)
     metrics = _train(trainer, "sft", config.sft, log)
     folder = run.folder / "sft"
     record = record_of(run, "sft", step=trainer.state.global_step, metrics=metrics)
@@ -214,7 +215,7 @@ def reward(run: Run) -> Path:
         processing_class=tokenizer,
         compute_metrics=None if held is None else partial(held_out_figures, held["prompt"], ended=ended),
     )
-    log, watch = MetricsFile(folder / METRICS), _HeldOut()
+    log, watch = MetricsFile(folder / HISTORY), _HeldOut()
     try:
         metrics = _train(trainer, "reward", config.reward, log, watch)
         worth = None if held is None else _worth(trainer, held)

@@ -21,6 +21,7 @@ from isdaa.data.tokenize_pairs import TokenizationSettings, tokenize_pairs
 from isdaa.distributed import once
 from isdaa.errors import UserError
 from isdaa.files import located
+from isdaa.manifest import HISTORY
 from isdaa.models.finite_weights import check_finite
 from isdaa.models.loading import load_model, load_tokenizer
 from isdaa.models.packed.forward import PairForward, disable_dropout, prepare
@@ -175,7 +176,7 @@ def preference_trainer(
         train_dataset=sets[0],
         eval_dataset=sets[1] if held_out is not None else None,
         tokenizer=tokenizer,
-        callbacks=[MetricsFile(Path(str(args.output_dir)) / "metrics.jsonl"), *callbacks],
+        callbacks=[MetricsFile(Path(str(args.output_dir)) / HISTORY), *callbacks],
         starts_at_reference=ref_model is None,
         batch_tokens=args.batch_tokens,
         group_by_prompt=args.group_by_prompt,

@@ -44,7 +44,7 @@ from isdaa.evaluation.benchmarks.sets.length_control import (
 )
 from isdaa.evaluation.benchmarks.sets.rows import PROJECT, Texts, downloaded, key_of, matched, objects, question_rows, text
 from isdaa.evaluation.judges.replies import begins_thought, split
-from isdaa.evaluation.statistics import Figure, Interval
+from isdaa.evaluation.statistics import Estimate, Interval
 from isdaa.files import digest, write_json
 
 SOURCE = "tatsu-lab/alpaca_eval"
@@ -225,10 +225,10 @@ def _score(judged: list[Judged], scoring: Scoring) -> Score:
     count, flips = games.counts(judged), games.flip_rate(judged)
     lines = games.notes(count, flips)
     raw = win_rate(preferences, **drawn)
-    figures: dict[str, Figure | None] = {"win_rate": raw, "discrete_win_rate": win_rate(discrete(preferences), **drawn)}
+    figures: dict[str, Estimate | None] = {"win_rate": raw, "discrete_win_rate": win_rate(discrete(preferences), **drawn)}
     if scoring.gamed is not None and {one.opponent.model for one in judged if one.opponent} == {BASELINE}:
         if judged[0].answer.model == BASELINE:
-            half = Figure(Interval(0.5, 0.5, 0.5, len(told)), np.full(scoring.resamples, 0.5))
+            half = Estimate(Interval(0.5, 0.5, 0.5, len(told)), np.full(scoring.resamples, 0.5))
             controlled = LengthControlled(half, note="the baseline itself: its length-controlled win rate is 50 % by definition")
         else:
             places = np.array([int(one.question.id) for one in judged])[asked]

@@ -55,7 +55,7 @@ from isdaa.evaluation.benchmarks.sets.style import (
     style_controlled,
     style_differences,
 )
-from isdaa.evaluation.statistics import Figure, mean_figure
+from isdaa.evaluation.statistics import Estimate, mean_estimate
 from isdaa.files import write_jsonl
 
 SOURCE, HUB_FILE = "lmarena-ai/arena-hard-auto", "data/arena-hard-v2.0/question.jsonl"
@@ -233,7 +233,7 @@ def score(judged: Mapping[str, Sequence[Judged]], scoring: Scoring) -> dict[str,
     drawn = scoring.drawn()
     categories = list(dict.fromkeys(one.question.category for answers in judged.values() for one in answers))
     parts = {"": categories} | ({f"/{name}": [name] for name in categories} if len(categories) > 1 else {})
-    figures: dict[str, dict[str, Figure]] = {model: {} for model in judged}
+    figures: dict[str, dict[str, Estimate]] = {model: {} for model in judged}
     details: dict[str, dict[str, float]] = {model: {} for model in judged}
     remarks: dict[str, list[str]] = {model: [] for model in judged}
     for suffix, kept in parts.items():
@@ -272,14 +272,14 @@ def _votes(one: Judged) -> tuple[float, float]:
     return sum(verdict.weight * verdict.value for verdict in one.verdicts if verdict.value is not None), cast
 
 
-def _win_rate(judged: Sequence[Judged], ids: Sequence[str], drawn: Mapping[str, Any]) -> Figure | None:
+def _win_rate(judged: Sequence[Judged], ids: Sequence[str], drawn: Mapping[str, Any]) -> Estimate | None:
     """Won votes over cast votes: Bradley–Terry where every comparison is with the one baseline."""
     votes = {one.question.id: _votes(one) for one in judged}
     table = np.array([votes.get(identifier, (0.0, 0.0)) for identifier in ids]).reshape(-1, 2)
     if not table[:, 1].any():
         return None
     shares = np.divide(table[:, 0], table[:, 1], out=np.zeros(len(table)), where=table[:, 1] > 0)
-    return mean_figure(shares, table[:, 1], **drawn)
+    return mean_estimate(shares, table[:, 1], **drawn)
 
 
 def _controlled(rows: Mapping[str, Sequence[Judged]], drawn: Mapping[str, Any]) -> StyleControl | None:

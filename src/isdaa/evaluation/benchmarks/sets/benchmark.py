@@ -19,7 +19,7 @@ from isdaa.errors import UserError
 from isdaa.evaluation.benchmarks.sets.length_control import Gamed
 from isdaa.evaluation.judges.replies import Parts
 from isdaa.evaluation.judges.types import Lack
-from isdaa.evaluation.statistics import Figure
+from isdaa.evaluation.statistics import Estimate
 
 Row = Mapping[str, Any]
 ChatMessage = dict[str, str]
@@ -168,7 +168,7 @@ class Score:
     """
 
     headline: str
-    figures: Mapping[str, Figure]
+    figures: Mapping[str, Estimate]
     counts: Mapping[str, int]
     by_question: Mapping[str, float]
     details: Mapping[str, float] = field(default_factory=dict)

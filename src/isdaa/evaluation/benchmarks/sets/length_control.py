@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from isdaa.evaluation.benchmarks.sets.logistic import fit_logistic, separates, sigmoid
-from isdaa.evaluation.statistics import Figure, Interval, Numbers, bootstrap_counts, mean_figure, percentiles
+from isdaa.evaluation.statistics import Estimate, Interval, Numbers, bootstrap_counts, mean_estimate, percentiles
 
 GAMED_WEIGHT = 0.1  # of a gamed row: half of the recipe's 0.2, as there are two gamed baselines
 FOLDS, STRENGTHS, SEED = 5, 10, 123
@@ -52,19 +52,19 @@ class LengthControlled:
     coefficients: w_l (above 0 where length wins), w_m, sd; w_d and the penalty's C of the leaderboard's fit.
     """
 
-    rate: Figure | None
+    rate: Estimate | None
     coefficients: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
 
 
-def win_rate(preferences: Numbers, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0) -> Figure | None:
+def win_rate(preferences: Numbers, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0) -> Estimate | None:
     """The mean of the preferences that could be read; None where there is none."""
     values = np.asarray(preferences, dtype=np.float64)
     read = ~np.isnan(values)
     if not read.any():
         return None
     filled = np.where(read, values, 0.0)
-    return mean_figure(filled, read.astype(float), resamples=resamples, confidence=confidence, seed=seed)
+    return mean_estimate(filled, read.astype(float), resamples=resamples, confidence=confidence, seed=seed)
 
 
 def discrete(preferences: Numbers) -> np.ndarray:
@@ -119,10 +119,10 @@ def length_controlled(
     notes = [] if coefficients["sd"] else [UNCONTROLLED]
     if separates(np.concatenate([own[votes.read], theirs]), np.concatenate([votes.values[votes.read], beside.targets])):
         notes.append("no interval: the votes are so one-sided that resamples say nothing of the error")
-        return LengthControlled(Figure(Interval(rate, None, None, n), np.empty(0)), coefficients, "; ".join(notes))
+        return LengthControlled(Estimate(Interval(rate, None, None, n), np.empty(0)), coefficients, "; ".join(notes))
     centre, draws = votes.resampled(beside, resamples, seed)
     draws = np.clip(draws + rate - float(votes.rates(centre[None], everyone)[0]), 0, 1)
-    return LengthControlled(Figure(percentiles(rate, draws, n, confidence), draws), coefficients, "; ".join(notes))
+    return LengthControlled(Estimate(percentiles(rate, draws, n, confidence), draws), coefficients, "; ".join(notes))
 
 
 def length_adjusted(
@@ -147,7 +147,7 @@ def length_adjusted(
     if np.unique(values).tolist() in ([0.0], [1.0]):
         rate = float(values[0])
         side = "the model" if rate else "the baseline"
-        figure = Figure(percentiles(rate, np.full(resamples, rate), n, confidence), np.full(resamples, rate))
+        figure = Estimate(percentiles(rate, np.full(resamples, rate), n, confidence), np.full(resamples, rate))
         return LengthControlled(figure, note=f"{side} wins every comparison, so length explains nothing")
     everyone = np.ones((1, n))
     if separates(votes.features(everyone)[0, votes.read], values):
@@ -158,7 +158,7 @@ def length_adjusted(
     rate = float(votes.rates(fit[None], everyone)[0])
     coefficients = votes.coefficients(fit)
     note = "" if coefficients["sd"] else UNCONTROLLED
-    return LengthControlled(Figure(percentiles(rate, draws, n, confidence), draws), coefficients, note)
+    return LengthControlled(Estimate(percentiles(rate, draws, n, confidence), draws), coefficients, note)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from isdaa.evaluation.benchmarks.sets.rows import (
     texts,
     without_repeats,
 )
-from isdaa.evaluation.statistics import Figure, mean_figure
+from isdaa.evaluation.statistics import Estimate, mean_estimate
 from isdaa.files import write_jsonl
 
 SOURCE, HUB_FILE = "lmsys/mt-bench", "data/mt_bench/question.jsonl"
@@ -253,13 +253,13 @@ def _grades(one: Judged, turns: Sequence[str]) -> list[float]:
     return [verdict.value for verdict in one.verdicts if verdict.value is not None and verdict.game in turns]
 
 
-def _mean(judged: Sequence[Judged], turns: Sequence[str], scoring: Scoring) -> Figure | None:
+def _mean(judged: Sequence[Judged], turns: Sequence[str], scoring: Scoring) -> Estimate | None:
     """Σ grades / number of grades; a question is drawn with all its turns."""
     grades = [_grades(one, turns) for one in judged]
     if not any(grades):
         return None
     means = [sum(g) / len(g) if g else 0.0 for g in grades]
-    return mean_figure(means, [float(len(g)) for g in grades], **scoring.drawn())
+    return mean_estimate(means, [float(len(g)) for g in grades], **scoring.drawn())
 
 
 def write_judgments(path: str | Path, judged: Sequence[Judged]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from isdaa.evaluation.benchmarks.sets.logistic import fit_logistic, separates, sigmoid
-from isdaa.evaluation.statistics import Figure, bootstrap_counts, percentiles
+from isdaa.evaluation.statistics import Estimate, bootstrap_counts, percentiles
 
 FEATURES = ("token_len", "header_count", "list_count", "bold_count")
 _BLOCK = 50
@@ -55,8 +55,8 @@ def style_differences(model: np.ndarray, baseline: np.ndarray) -> np.ndarray:
 class StyleControl:
     """Win rates against the baseline by model, at the pool's mean style and at equal style; coefficients by feature."""
 
-    at_mean_style: Mapping[str, Figure]
-    at_equal_style: Mapping[str, Figure]
+    at_mean_style: Mapping[str, Estimate]
+    at_equal_style: Mapping[str, Estimate]
     coefficients: Mapping[str, float]
     note: str = ""
 
@@ -114,12 +114,12 @@ def style_controlled(
         weights = counts[:, prompt] * votes
         draws.append(rates(fit_logistic(design, targets, weights * free, start=fit[0]), weights))
     centre = rates(fit, votes[None])
-    figures: list[dict[str, Figure]] = []
+    figures: list[dict[str, Estimate]] = []
     for kind in (0, 1):
         spread = np.concatenate([draw[kind] for draw in draws])
         figures.append(
             {
-                str(name): Figure(percentiles(float(centre[kind][0, m]), spread[:, m], len(places), confidence), spread[:, m])
+                str(name): Estimate(percentiles(float(centre[kind][0, m]), spread[:, m], len(places), confidence), spread[:, m])
                 for m, name in enumerate(names)
             }
         )
