@@ -37,7 +37,7 @@ ALLOWED = {
     "synonyms": {"errors"},
     "distributed": {"errors", "disk"},
     "terminal": {"distributed", "errors"},
-    "objectives": {"lazy"},
+    "objectives": {"errors", "lazy"},
     "world": BASEMENT,
     "models": BASEMENT,
     "data": BASEMENT | {"world"},

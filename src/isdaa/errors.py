@@ -6,7 +6,7 @@ import difflib
 import errno
 import os
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 LONGEST = 500  # characters of an error's line, whatever it quotes
@@ -75,12 +75,16 @@ def refused(error: OSError) -> UserError | None:
 
 def nearest_path(path: str | Path, known: Iterable[str | Path]) -> str:
     """The same of paths that lie beside it, by their last parts: what all have before them makes none of them alike."""
-    names = {Path(one).name: one for one in known}
-    close = difflib.get_close_matches(Path(path).name[:LONGEST], list(names), n=1, cutoff=0.5)
-    return f' (did you mean "{names[close[0]]}"?)' if close else ""
+    return _nearest(Path(path).name, {Path(one).name: str(one) for one in known})
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[object]) -> str:
     """` (did you mean "x"?)` for the known name closest to `name`, or an empty string where none is close."""
-    close = difflib.get_close_matches(str(name)[:LONGEST], list(known), n=1, cutoff=0.5)
-    return f' (did you mean "{close[0]}"?)' if close else ""
+    return _nearest(name, {str(one): str(one) for one in known if one is not None})
+
+
+def _nearest(name: object, known: Mapping[str, str]) -> str:
+    """known: what is compared -> what is shown. Upper and lower case, dashes and underscores are the same."""
+    folded = {one.lower().replace("-", "_"): shown for one, shown in known.items()}
+    close = difflib.get_close_matches(str(name)[:LONGEST].lower().replace("-", "_"), list(folded), n=1, cutoff=0.5)
+    return f' (did you mean "{folded[close[0]]}"?)' if close else ""

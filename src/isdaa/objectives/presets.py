@@ -6,14 +6,14 @@ own: `resolve("is_dpo", beta=0.01)` gives the complete arguments of `Objective`,
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+from isdaa.errors import nearest
 from isdaa.objectives.formulas import one_line
 
 ImplicitReward = Literal["log_ratio", "chi_squared"]
@@ -130,13 +130,6 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         for name, (settings, source) in _TABLE.items()
     }
 )
-
-
-def nearest(name: object, known: Iterable[object]) -> str:
-    """`' (did you mean "x"?)'` for the known name closest to `name`, or `''` where none is close."""
-    words = {str(word).lower(): str(word) for word in known if word is not None}
-    close = difflib.get_close_matches(str(name).lower().replace("-", "_"), list(words), n=1)
-    return f' (did you mean "{words[close[0]]}"?)' if close else ""
 
 
 def resolve(method: str, **overrides: Any) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import hashlib
 import torch
 from torch import Tensor
 
-from isdaa.objectives.presets import CHOICES, nearest
+from isdaa.errors import nearest
+from isdaa.objectives.presets import CHOICES
 
 LOG_WEIGHT_CAP = 40.0
 """No log-weight exceeds this before exp, whatever the clip: e^40 times the largest loss is still an fp32 number."""
