@@ -137,7 +137,7 @@ def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         # The same ids as below, in half the time: no offsets into the text are kept.
         encodings = tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
-    encoded = tokenizer(
+    encoded: dict[str, list[list[int]]] = tokenizer(
         list(texts),
         add_special_tokens=False,
         padding=False,

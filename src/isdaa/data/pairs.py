@@ -313,7 +313,8 @@ def row_id(row: Mapping[str, Any], where: str, source: str = "") -> str:
 def same_response(pair: Row) -> bool:
     """Chosen equals rejected, in token ids where the row has them; one that was cut differs from one that ended."""
     names = ("chosen", "rejected") if pair["chosen_ids"] is None else ("chosen_ids", "rejected_ids")
-    return pair[names[0]] == pair[names[1]] and pair["chosen_finished"] == pair["rejected_finished"]
+    same: bool = pair[names[0]] == pair[names[1]] and pair["chosen_finished"] == pair["rejected_finished"]
+    return same
 
 
 def competing(row: Mapping[str, Any], sft: bool) -> list[str]:

@@ -198,7 +198,8 @@ def _bent(differences: np.ndarray) -> np.ndarray:
     """
     steps = (differences[..., 1:] - differences[..., :-1]) / np.sqrt(2)
     best = np.maximum(np.maximum(-differences.min(axis=-1), steps.max(axis=-1)), differences[..., 0])
-    return np.maximum(best, 0.0) ** 2
+    found: np.ndarray = np.maximum(best, 0.0) ** 2
+    return found
 
 
 @lru_cache(maxsize=64)
@@ -266,7 +267,7 @@ def prompts_needed(rows: np.ndarray, offset: int, critical: float, seed: int = 0
         worse = (seen - critical * np.maximum(deviation / np.sqrt(wanted), 2 / wanted)).max(axis=1) > MARGIN
         none = (seen + _score(deviation, size, wanted)).max(axis=1) < NEGLIGIBLE
         if np.mean(worse | none) >= DECIDES:
-            digits = 10 ** (len(str(wanted)) - 2)
+            digits: int = 10 ** (len(str(wanted)) - 2)
             return -(-wanted // digits) * digits
         wanted *= 2
     return None
@@ -289,4 +290,5 @@ def _keep(means: np.ndarray, kl: np.ndarray, covariance: np.ndarray, shown: np.n
 def _root(covariance: np.ndarray) -> np.ndarray:
     """A with A·Aᵀ = covariance, also where checkpoints repeat each other."""
     values, vectors = np.linalg.eigh(covariance)
-    return vectors * np.sqrt(np.maximum(values, 0.0))
+    root: np.ndarray = vectors * np.sqrt(np.maximum(values, 0.0))
+    return root

@@ -341,7 +341,8 @@ def _peaked(a: float, b: float) -> bool:
 
 
 def _root_kl(kl: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.maximum(kl, 0.0))
+    root: np.ndarray = np.sqrt(np.maximum(kl, 0.0))
+    return root
 
 
 def _finite(value: float) -> float | None:

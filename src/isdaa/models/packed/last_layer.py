@@ -12,7 +12,7 @@ Legend: T tokens of the packed row, K of them kept, D hidden.
 from __future__ import annotations
 
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,15 +49,15 @@ def narrowed(hidden: Tensor, layout: Layout) -> Tensor:
 def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     layout: Layout | None = kwargs.get(LAYOUT_KEYWORD)
     if layout is None:
-        return type(self).forward(self, hidden_states, *args, **kwargs)
+        return cast(Tensor, type(self).forward(self, hidden_states, *args, **kwargs))
     attended, _ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
     hidden = _keep(hidden_states + attended, layout)
-    return hidden + self.mlp(self.post_attention_layernorm(hidden))
+    return hidden + cast(Tensor, self.mlp(self.post_attention_layernorm(hidden)))
 
 
-@torch.compiler.disable  # positions are numbers of this batch: a compiler would start anew for every one
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # positions are numbers of this batch: a compiler would start anew for every one
 def _keep(x: Tensor, layout: Layout) -> Tensor:
-    return _Keep.apply(x, layout.on(x.device, "kept_index"))
+    return cast(Tensor, _Keep.apply(x, layout.on(x.device, "kept_index")))
 
 
 _forward.__name__ = "forward"  # so that a pickle of a bound method finds it: a revived layer has its class's forward

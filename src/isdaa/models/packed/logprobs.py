@@ -175,7 +175,7 @@ class _LinearLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: tuple
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, settings: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor]:
         chunk, scale, softcap, with_wpo, with_grad, _ = settings
         dtype = _compute_dtype(hidden, weight)

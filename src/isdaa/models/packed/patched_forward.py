@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,10 +78,10 @@ def install_forward(model: nn.Module) -> _State:
     if getattr(forward, "__func__", None) is type(model).forward:
         forward = None  # a pickled model comes back with its class's forward in the place of ours
     elif _STATE in model.__dict__:
-        return model.__dict__[_STATE]
+        return cast(_State, model.__dict__[_STATE])
     state = _State(forward)
     setattr(model, _STATE, state)
-    model.forward = MethodType(_make_forward(type(model)), model)  # type: ignore[method-assign]
+    model.forward = MethodType(_make_forward(type(model)), model)
     return state
 
 
@@ -96,7 +96,7 @@ def _make_forward(cls: type) -> Callable[..., Any]:
     # transformers and the Trainer read the class's signature here; accelerate would follow `__wrapped__` past this
     # function when it unwraps a model.
     forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
-    del forward.__wrapped__  # type: ignore[attr-defined]
+    del forward.__wrapped__
     return forward
 
 
@@ -128,7 +128,7 @@ def _decoder_name(model: nn.Module) -> str:
 
 
 def _decoder(model: nn.Module) -> nn.Module:
-    return getattr(model, _decoder_name(model))
+    return cast(nn.Module, getattr(model, _decoder_name(model)))
 
 
 def _packed_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor, layout: Layout, tie: Tie | None) -> Tensor:
@@ -155,7 +155,7 @@ def _two_row_states(model: nn.Module, packed: Tensor, layout: Layout, tie: Tie |
     rows, mask, index = layout.cached((str(packed.device), "two_rows"), lambda: _two_rows(layout, packed.device))
     # Padding repeats a real token: masks decide, and no model needs to know a pad token.
     out = _decoder(model)(**_inputs(model, packed[rows], tie), attention_mask=mask, use_cache=False)
-    return out.last_hidden_state.flatten(0, 1).index_select(0, index)
+    return cast(Tensor, out.last_hidden_state).flatten(0, 1).index_select(0, index)
 
 
 def _two_rows(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,7 +196,7 @@ def _own_logits(model: nn.Module, hidden: Tensor) -> Tensor:
     ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
     try:
         model._modules[name] = _Given(hidden[None])
-        return _own_forward(model, input_ids=ids, use_cache=False).logits[0]
+        return cast(Tensor, _own_forward(model, input_ids=ids, use_cache=False).logits[0])
     finally:
         model._modules[name] = decoder
 
@@ -217,7 +217,7 @@ class _Given(nn.Module):
         from transformers.modeling_outputs import MoeModelOutputWithPast
 
         out = MoeModelOutputWithPast(last_hidden_state=self.hidden)
-        out.cross_attentions = None  # type: ignore[attr-defined]  # GPT-2 and its like pass them on
+        out.cross_attentions = None  # GPT-2 and its like pass them on
         return out
 
 

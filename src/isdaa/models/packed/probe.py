@@ -181,7 +181,7 @@ def _last_logits(model: nn.Module, ids: Tensor, count: int) -> Tensor:
     the model cannot do less."""
     can_keep = "logits_to_keep" in inspect.signature(inner_model(model).forward).parameters
     kwargs = {"logits_to_keep": count + 1} if can_keep else {}
-    logits = model(input_ids=ids, **kwargs).logits[:, -count - 1 :]
+    logits: Tensor = model(input_ids=ids, **kwargs).logits[:, -count - 1 :]
     return logits if logits.dtype == torch.float64 else logits.float()
 
 

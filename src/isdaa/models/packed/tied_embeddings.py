@@ -8,7 +8,7 @@ gradient in a `Tie`; the embedding's adds its few rows to it and hands it on as 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,8 @@ def tie_of(model: nn.Module) -> Tie | None:
 def embed(model: nn.Module, input_ids: Tensor, tie: Tie) -> Tensor:
     """(…, D) embeddings of token ids (…), whose backward pass gives the gradient of the head as well."""
     embedding: Any = _layer(model, "get_input_embeddings")
-    return _Embed.apply(embedding.weight, input_ids, -1 if embedding.padding_idx is None else embedding.padding_idx, tie)
+    padding = -1 if embedding.padding_idx is None else embedding.padding_idx
+    return cast(Tensor, _Embed.apply(embedding.weight, input_ids, padding, tie))
 
 
 class _Embed(torch.autograd.Function):
