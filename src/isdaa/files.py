@@ -219,6 +219,14 @@ def clean(text: str, most: int | None = None) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").replace("\0", "\ufffd")
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """The same file under another name, or a copy of it on a file system without hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write a JSON file atomically; NaN and infinities are refused, since no other tool reads them."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n")

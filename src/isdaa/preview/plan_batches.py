@@ -5,7 +5,7 @@ Legend: N rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from isdaa.config import Config, OptimisationConfig
 from isdaa.models.attention.layout import Layout
 from isdaa.models.packed.forward import PASS_TOKENS
+from isdaa.models.packed.token_batches import by_tokens
 from isdaa.preview.fake_step import Rows, layout_of
 from isdaa.preview.rows_seen import Examined
 from isdaa.training.trainer.batches import GlobalBatchSampler
@@ -71,7 +72,7 @@ def batches_of(
     return Batches(
         heaviest=_layout(examined, pieces[int(tokens.argmax())]),
         typical=_layout(examined, pieces[typical]),
-        reference=_layout(examined, _first_of_reference(examined, longest.tolist(), pass_tokens)),
+        reference=_layout(examined, next(_pieces(examined, longest.tolist(), pass_tokens))),
         tokens=int(tokens.sum()) * processes,
         plain=plain,
         steps=steps,
@@ -93,31 +94,14 @@ def _tokens(examined: Examined, pairs: Sequence[int]) -> int:
     return int(examined.lengths[pairs, 1:].sum() + examined.lengths[np.asarray(pairs)[first], 0].sum())
 
 
-def _pieces(examined: Examined, pairs: Sequence[int], budget: int) -> list[list[int]]:
-    """Consecutive pieces of at most so many tokens, as `pieces.split_by_tokens` cuts them: the prompt of the pair before costs
-    nothing."""
+def _pieces(examined: Examined, pairs: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Consecutive pieces of at most so many tokens, as `packing.split_by_tokens` and `reference_logps` cut them: the prompt of
+    the pair before costs nothing."""
     assert examined.groups is not None
-    pieces: list[list[int]] = [[]]
-    used = 0
-    for i in pairs:
-        whole = int(examined.lengths[i].sum())
-        known = bool(pieces[-1]) and examined.groups[i] == examined.groups[pieces[-1][-1]]
-        cost = whole - int(examined.lengths[i, 0]) if known else whole
-        if pieces[-1] and used + cost > budget:
-            pieces.append([])
-            used, cost = 0, whole
-        pieces[-1].append(i)
-        used += cost
-    return pieces
-
-
-def _first_of_reference(examined: Examined, order: Sequence[int], budget: int) -> list[int]:
-    """The pairs of the first pass of `training.trainer.reference_logps`."""
-    assert examined.groups is not None
-    lengths, groups = examined.lengths[order], examined.groups[order]
-    repeated = np.append(False, np.diff(groups) == 0)
-    ends = (lengths.sum(1) - repeated * lengths[:, 0]).cumsum()
-    return list(order[: max(1, int((ends <= budget).sum()))])
+    lengths, groups = examined.lengths[pairs], examined.groups[pairs]
+    shared = np.append(False, np.diff(groups) == 0) * lengths[:, 0]
+    for piece in by_tokens(lengths.sum(1).tolist(), budget, shared.tolist()):
+        yield [pairs[place] for place in piece]
 
 
 def _layout(examined: Examined, pairs: Sequence[int]) -> Layout:

@@ -39,7 +39,7 @@ def common_pairs(files: Sequence[str]) -> list[dict[str, Any]] | None:
     return kept or None
 
 
-def tokenize_held_out(pairs: Iterable[Mapping[str, Any]], tokenizer: Any, tokenization: TokenizationConfig) -> list[Record]:
+def tokenize_held_out(pairs: Iterable[Mapping[str, Any]], tokenizer: Any, tokenization: TokenizationSettings) -> list[Record]:
     """Canonical pairs as `{"id", "prompt", "prompt_ids", "chosen_ids", "rejected_ids"}`, `prompt` a digest of its ids.
 
     Pairs whose responses are equal are left out.
@@ -66,13 +66,15 @@ def pair_logps(
     """
     import torch
 
+    from isdaa.models.packed.token_batches import longest_first
     from isdaa.models.attention.layout import Layout
     from isdaa.models.packed.forward import pass_tokens
 
     parts = ("prompt_ids", "chosen_ids", "rejected_ids")
     device = next(forward.model.parameters()).device
     result = [(0.0, 0.0)] * len(pairs)
-    for batch in _batches([sum(len(pair[part]) for part in parts) for pair in pairs], batch_tokens or pass_tokens(forward.model)):
+    lengths = [sum(len(pair[part]) for part in parts) for pair in pairs]
+    for batch in longest_first(lengths, batch_tokens or pass_tokens(forward.model)):
         ids = torch.tensor([token for i in batch for part in parts for token in pairs[i][part]], device=device)
         layout = Layout.of_pairs(*(torch.tensor([len(pairs[i][part]) for i in batch]) for part in parts))
         with torch.no_grad():
@@ -102,16 +104,3 @@ def held_out_summary(policy: Sequence[Record], reference: Sequence[Record], **bo
     return {"pairs": len(policy)} | {
         name: mean_interval(means[:, column], **bootstrap).to_json() for column, name in enumerate(names)
     }
-
-
-def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Row numbers in batches of at most `batch_tokens`, longest first; a longer row is a batch of its own."""
-    batches: list[list[int]] = []
-    room = 0
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or lengths[i] > room:
-            batches.append([])
-            room = batch_tokens
-        batches[-1].append(i)
-        room -= lengths[i]
-    return batches

@@ -1,7 +1,6 @@
 """Logps and divergences of plain (prompt, response) rows, through the same forward as training.
 
-Rows are grouped into packed batches by a budget of tokens; the
-results come back in the order of the rows.
+Rows are grouped into packed batches by a budget of tokens; the results come back in the order of the rows.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from isdaa.models.attention.layout import Layout
 from isdaa.models.packed.forward import PairForward, evaluating
 from isdaa.models.packed.logprobs import full_vocabulary_kl
+from isdaa.models.packed.token_batches import longest_first
 
 Row = tuple[Sequence[int], Sequence[int]]
 Progress = Callable[[int], object]
@@ -87,23 +87,8 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _batches(rows: Sequence[Row], batch_tokens: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Layout]]:
-    """(row numbers, (T,) packed row, layout) in order of falling length: what does not fit into memory fails at once,
-    and rows of one length share a batch."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
-    batch: list[int] = []
-    tokens = 0
-    for i in order:
-        length = len(rows[i][0]) + len(rows[i][1])
-        if batch and tokens + length > batch_tokens:
-            yield _pack(rows, batch, device)
-            batch, tokens = [], 0
-        batch.append(i)
-        tokens += length
-    if batch:
-        yield _pack(rows, batch, device)
-
-
-def _pack(rows: Sequence[Row], batch: list[int], device: torch.device) -> tuple[Tensor, Tensor, Layout]:
-    ids = [token for i in batch for part in rows[i] for token in part]
-    prompts, responses = (torch.tensor([len(rows[i][part]) for i in batch]) for part in (0, 1))
-    return torch.tensor(batch), torch.tensor(ids, device=device), Layout.of_rows(prompts, responses)
+    """(row numbers, (T,) packed row, layout), the longest rows first."""
+    for batch in longest_first([len(prompt) + len(response) for prompt, response in rows], batch_tokens):
+        ids = [token for i in batch for part in rows[i] for token in part]
+        prompts, responses = (torch.tensor([len(rows[i][part]) for i in batch]) for part in (0, 1))
+        yield torch.tensor(batch), torch.tensor(ids, device=device), Layout.of_rows(prompts, responses)

@@ -17,6 +17,7 @@ from isdaa.models.packed.forward import PairForward, evaluating
 from isdaa.models.packed.logprobs import full_vocabulary_kl, token_logps
 from isdaa.models.packed.patched_forward import head_of, inner_model
 from isdaa.models.packed.plain_rows import Progress, Row, RowDivergences, sequence_logps
+from isdaa.models.packed.token_batches import longest_first
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def kl_from_states(
     there, elsewhere = (next(side.model.parameters()).device for side in (policy, reference))
     out = RowDivergences(*(torch.zeros(len(rows)) for _ in range(3)))
     with evaluating(reference.model):
-        for batch in _batches(rows, batch_tokens):
+        for batch in longest_first([len(prompt) + len(response) for prompt, response in rows], batch_tokens):
             of_batch = [rows[i] for i in batch]
             known = torch.cat([states[i] for i in batch]).to(there)
             lengths = [len(response) for _, response in of_batch]
@@ -82,21 +83,3 @@ def kl_from_states(
             if progress is not None:
                 progress(len(batch))
     return out
-
-
-def _length(row: Row) -> int:
-    return len(row[0]) + len(row[1])
-
-
-def _batches(rows: Sequence[Row], tokens: int) -> list[list[int]]:
-    """Row numbers in order of falling length, in batches of at most `tokens`; a longer row is a batch of its own."""
-    batches: list[list[int]] = []
-    room = 0
-    for i in sorted(range(len(rows)), key=lambda i: -_length(rows[i])):
-        length = _length(rows[i])
-        if not batches or length > room:
-            batches.append([])
-            room = tokens
-        batches[-1].append(i)
-        room -= length
-    return batches

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from isdaa.errors import UserError
 from isdaa.models.attention.shared_prefix import plain_attention
-from isdaa.models.packed.forward import inner_model
+from isdaa.models.packed.forward import evaluating, inner_model
 from isdaa.models.sampling.decoding import CachedDecoder, Decoder, Group, PlainDecoder, cache_works
 
 # Finished rows leave the batch once they are this share of it. Only rows that move into their places are copied.
@@ -158,7 +158,7 @@ def sample(
     for index in range(len(keys)):
         groups.setdefault(tuple(prompts[index // n]), []).append(index)
     results: dict[int, Sample] = {}
-    with _evaluation_mode(model), plain_attention(model), torch.no_grad():
+    with evaluating(model), plain_attention(model), torch.no_grad():
         longest = max(groups, key=len)
         cached = cache_works(model, longest)
         kind: Callable[..., Decoder] = CachedDecoder if cached else PlainDecoder
@@ -297,14 +297,3 @@ def _check_prompts(
                 f"{name}: {len(prompt)} tokens and max_new_tokens {settings.max_new_tokens} exceed the model's context "
                 f"of {context} tokens; lower max_new_tokens or max_prompt_length"
             )
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -29,7 +29,7 @@ from isdaa.evaluation.fragments import many, warning
 from isdaa.evaluation.scorers import GoldScorer, Scorer, about, learnt_alike, load_scorer
 from isdaa.evaluation.statistics import mean_interval
 from isdaa.evaluation.verdict.fall_statistics import gains_shown
-from isdaa.files import remove_tree, write_folder_atomically
+from isdaa.files import link_or_copy, remove_tree, write_folder_atomically
 from isdaa.models.packed.forward import PairForward, prepare
 from isdaa.models.saving import save_model
 from isdaa.record import ModelRecord, read_record
@@ -332,7 +332,7 @@ class BestModel:
         source = self._candidate(step)
 
         def fill(aside: Path) -> None:
-            shutil.copytree(source, aside, dirs_exist_ok=True, copy_function=_link_or_copy)
+            shutil.copytree(source, aside, dirs_exist_ok=True, copy_function=link_or_copy)
 
         write_folder_atomically(self.folder, fill)
 
@@ -341,13 +341,6 @@ class BestModel:
         for folder in self.candidates.glob(f"{BEST}-*"):
             if folder not in kept:
                 _remove(folder)
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, target)
 
 
 def _remove(folder: Path) -> None:

@@ -6,7 +6,6 @@ A model with its card: no optimiser states, and no `training_args.bin`, in which
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from fnmatch import fnmatch
@@ -16,6 +15,7 @@ from typing import Any
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
+from isdaa.files import link_or_copy
 from isdaa.manifest import MANIFEST, write_manifest
 from isdaa.ownership import SEAL
 from isdaa.record import NAME as RECORD
@@ -86,7 +86,7 @@ def upload(
         if file.name in WITH_PATHS:
             (aside / file).write_text(_without_places((folder / file).read_text(encoding="utf-8")), encoding="utf-8")
         elif file.name != MANIFEST:
-            _link(folder / file, aside / file)
+            link_or_copy(folder / file, aside / file)
     if (aside / "trainer_state.json").is_file():
         write_manifest(aside, own=False)  # whoever fetches a whole checkpoint can go on from it
     job = HfApi(library_name="isdaa").upload_folder(
@@ -107,10 +107,3 @@ def _without_places(text: str) -> str:
     content = json.loads(text)
     content.pop(SEAL, None)
     return json.dumps(without_places(content), indent=2, ensure_ascii=False) + "\n"
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without links
-        shutil.copy2(source, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from isdaa.data.collation import PairBatch
 from isdaa.models.attention.layout import Layout
 from isdaa.models.packed.forward import pass_tokens
+from isdaa.models.packed.token_batches import by_tokens
 from isdaa.objectives.objective import Objective
 
 
@@ -101,14 +103,8 @@ def split_by_tokens(batch: PairBatch, budget: int | None, at_least: int = 1) -> 
     if (budget is None or int(lengths.sum()) <= budget) and at_least <= 1:
         return [batch]
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).tolist()
-    cuts, tokens = [0], 0
-    for index, (length, shared) in enumerate(zip(lengths.tolist(), _repeated_prompts(batch, ends), strict=True)):
-        cost = length - shared
-        if budget is not None and tokens and tokens + cost > budget:
-            cuts.append(index)
-            tokens, cost = 0, length
-        tokens += cost
-    cuts.append(len(batch))
+    parts = by_tokens(lengths.tolist(), math.inf if budget is None else budget, _repeated_prompts(batch, ends))
+    cuts = [*(part[0] for part in parts), len(batch)]
     while len(cuts) - 1 < min(at_least, len(batch)):
         widest = int(np.argmax(np.diff(cuts)))
         cuts.insert(widest + 1, (cuts[widest] + cuts[widest + 1]) // 2)

@@ -27,6 +27,7 @@ from isdaa.files import digest, own_file, write_atomically
 from isdaa.models.attention.layout import Layout
 from isdaa.models.packed.forward import PairForward, ResponseLogps, pass_tokens
 from isdaa.models.packed.patched_forward import SHARED_PREFIX
+from isdaa.models.packed.token_batches import by_tokens
 from isdaa.terminal import progress as show_progress
 from isdaa.training.trainer.batches import TokenisedPairs, tokenised
 from isdaa.training.trainer.packing import packed
@@ -216,7 +217,8 @@ def _compute(
     batch_tokens = batch_tokens or pass_tokens(forward.model)
     prompt_tokens = np.diff(pairs.tokens["prompt_ids"][1])
     repeated = np.append(False, np.diff(prompts[order]) == 0)  # behind a pair of the same prompt
-    groups, part = _groups(order, lengths, repeated * prompt_tokens[order], batch_tokens), None
+    shared = (repeated * prompt_tokens[order]).tolist()
+    groups, part = [order[batch] for batch in by_tokens(lengths[order].tolist(), batch_tokens, shared)], None
     if path is not None:
         key = {**key, "order": digest(order.tobytes()), "batch_tokens": batch_tokens}  # of them every batch's numerics
         part = _Part(path.parent / f".{path.name}.part-{digest(key)}", key, len(pairs))
@@ -314,20 +316,3 @@ def _shares(pairs: TokenisedPairs, prompts: np.ndarray, world: int) -> np.ndarra
         so_far, shares[group] = heapq.heappop(heap)
         heapq.heappush(heap, (so_far + int(tokens[group]), int(shares[group])))
     return shares
-
-
-def _groups(order: np.ndarray, lengths: np.ndarray, shared: np.ndarray, budget: int) -> list[np.ndarray]:
-    """`order` in consecutive groups of at most `budget` tokens; a longer pair is a group of its own.
-
-    lengths: (N,) tokens of each pair. shared: of those of each place in `order`, what the place before it has already.
-    """
-    groups: list[list[int]] = []
-    tokens = 0
-    for index, known in zip(order.tolist(), shared.tolist(), strict=True):
-        more = int(lengths[index]) - (known if groups else 0)
-        if not groups or tokens + more > budget:
-            groups.append([])
-            tokens, more = 0, int(lengths[index])
-        groups[-1].append(index)
-        tokens += more
-    return [np.array(group, dtype=np.int64) for group in groups]
