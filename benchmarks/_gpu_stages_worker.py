@@ -227,7 +227,7 @@ def label(config: Config, cell: Cell, scale: Scale, phases: Phases, steps: Steps
     from isdaa.training.stages import label as stage
 
     with (
-        patch.object(stage, "sample", phases.of("sampling", stage.sample)),
+        patch.object(stage, "respond", phases.of("sampling", stage.respond)),
         patch.object(stage, "reference_logps", phases.of("behaviour logps", stage.reference_logps)),
         _scoring(phases),
     ):

@@ -35,7 +35,7 @@ def run(name: str, output: Path, *options: object) -> int:
 
 def writing(monkeypatch, text: str) -> None:
     """Every model writes that, whatever it draws."""
-    monkeypatch.setattr(Respondent, "_text", lambda self, ids, stop, chat: text)
+    monkeypatch.setattr(isdaa.models.sampling.sampling, "text_of", lambda ids, finished, tokenizer: text)
 
 
 def better(talk) -> str:

@@ -19,7 +19,7 @@ from isdaa.models.loading import add_lora, random_model
 from isdaa.models.packed.forward import prepare
 from isdaa.models.sampling import decoding, kv_cache, sampling
 from isdaa.models.sampling.kv_cache import RoomyLayer
-from isdaa.models.sampling.sampling import Sample, SamplingSettings, _without, draw, probabilities, sample, uniforms
+from isdaa.models.sampling.sampling import Sample, SamplingSettings, _without, draw, probabilities, respond, sample, uniforms
 
 VOCABULARY, EOS = 40, 2
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -420,6 +420,35 @@ def test_padding_token_may_be_the_stop_token(family: str) -> None:
     model, prompts = tiny(family), some_prompts(40)
     assert any(EOS in p for p in prompts)
     assert run(model, prompts, pad_id=EOS) == run(model, prompts, pad_id=0) == run(model, prompts, pad_id=33)
+
+
+class Numbers:
+    """A tokenizer whose words are numbers; the one for id 9 is a NUL."""
+
+    pad_token_id, eos_token_id = None, EOS
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        assert not skip_special_tokens
+        return " ".join("\0" if i == 9 else str(i) for i in ids)
+
+
+def test_responses_are_samples_read_up_to_the_stop_token_that_ended_them() -> None:
+    model, prompts = tiny(sharp=3.0), some_prompts(16)
+    chats = [i % 3 == 0 for i in range(16)]
+    stops, settings = {False: {EOS}, True: {EOS, *range(20, 28)}}, SamplingSettings(max_new_tokens=10)
+    keys = [f"{i}/{k}" for i in range(16) for k in range(2)]
+    found = respond(model, Numbers(), list(zip(prompts, chats, strict=True)), settings, stops, 3, keys, 4, n=2)
+    assert {one.finished for one in found} == {True, False}
+    for chat, stop in stops.items():
+        places = [i for i in range(16) if chats[i] == chat]
+        own = [i * 2 + k for i in places for k in range(2)]
+        alone = sample(model, [prompts[i] for i in places], settings, stop, EOS, 3, [keys[i] for i in own], 4, n=2)
+        assert [(found[i].ids, found[i].finished) for i in own] == [(one.ids, one.finished) for one in alone]
+        for one in alone:
+            assert one.finished == (one.ids[-1] in stop) and not set(one.ids[:-1]) & stop
+        words = [" ".join("\ufffd" if i == 9 else str(i) for i in one.ids if i not in stop) for one in alone]
+        assert [found[i].text for i in own] == words
+    assert any("\ufffd" in one.text for one in found)
 
 
 def test_greedy_equals_generate_with_a_neutral_config() -> None:

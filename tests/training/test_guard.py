@@ -40,6 +40,7 @@ from isdaa.files import digest, write_json
 from isdaa.models.loading import load_model
 from isdaa.models.lora import add_lora
 from isdaa.models.packed.forward import prepare
+from isdaa.models.sampling import sampling
 from isdaa.record import read_record
 from isdaa.training.guard import guard, measurement
 from isdaa.training.guard.guard import BestModel, untouched_random_state
@@ -554,13 +555,13 @@ def test_kill_9_costs_a_guarded_run_nothing(tmp_path: Path) -> None:
 
 def test_opponents_are_drawn_once(place: Path, judge: Letters, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[str] = []
-    original = measurement.sample
+    original = sampling.sample
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         drawn.extend(key for key in args[6] if "opponent" in key)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(measurement, "sample", counted)
+    monkeypatch.setattr(sampling, "sample", counted)
     interrupted(preference_trainer.PreferenceTrainer, "training_step", 4, GUARDED)
     assert len(drawn) == len(set(drawn)) == 12
     assert judge.seen.count(12) == 1

@@ -12,7 +12,7 @@ from own_records import write_own
 from transformers import AutoTokenizer, GPTNeoConfig, GPTNeoForCausalLM
 
 from isdaa.models.packed.forward import TWO_ROWS
-from isdaa.training.stages import label as label_stage
+from isdaa.models.sampling import sampling
 from isdaa.training.trainer import preference_trainer, reference_logps
 
 
@@ -97,8 +97,8 @@ def test_responses_of_another_model_or_prompt_are_not_taken_for_this_ones(
     responses = tmp_path / "run/pairs/responses.jsonl"
     records = read_lines(responses)
     sampled = []
-    original = label_stage.sample
-    monkeypatch.setattr(label_stage, "sample", lambda *a, **k: sampled.append(len(a[1])) or original(*a, **k))
+    original = sampling.sample
+    monkeypatch.setattr(sampling, "sample", lambda *a, **k: sampled.append(len(a[1])) or original(*a, **k))
     state = json.loads((tmp_path / "run/run.json").read_text())
     state["stages"]["label"]["done"] = False
     write_own(tmp_path / "run/run.json", state)

@@ -36,6 +36,7 @@ from isdaa.cli import main
 from isdaa.data.reading.sources import prompt_key
 from isdaa.models.loading import add_lora, load_model, load_tokenizer, save_model
 from isdaa.models.packed import forward
+from isdaa.models.sampling import sampling
 from isdaa.models.sampling.sampling import sample
 from isdaa.training import preflight, run_stages
 from isdaa.training.stages import align as align_stage
@@ -730,9 +731,9 @@ def test_label_goes_on_from_its_responses(home: Home, tmp_path: Path, monkeypatc
         sampled.extend(args[6])
         return sample(*args, **kwargs)
 
-    monkeypatch.setattr(label_stage, "sample", counted)
+    monkeypatch.setattr(sampling, "sample", counted)
     changes = {"stages": ["label"], "model.path": str(tmp_path / "sft"), "model.random": None, "data.sft": None}
-    interrupted_run(tmp_path / "run", CHAIN | changes, label_stage, "sample", 2)
+    interrupted_run(tmp_path / "run", CHAIN | changes, sampling, "sample", 2)
     assert len(sampled) == len(set(sampled)) == 2 * 48
     assert (tmp_path / "run" / "pairs" / "train.jsonl").read_bytes() == (home.run / "pairs" / "train.jsonl").read_bytes()
 

@@ -20,7 +20,7 @@ from isdaa.evaluation.checkpoint import Checkpoint
 from isdaa.evaluation.judges.replies import TAIL, Parts, opened_by, split
 from isdaa.evaluation.model_digest import model_digest
 from isdaa.evaluation.records import Lines, Record
-from isdaa.files import clean, digest
+from isdaa.files import digest
 from isdaa.terminal import Bar, progress
 
 FORMAT = 1  # of the records; raise it when the same work would give other answers
@@ -149,26 +149,24 @@ class Respondent:
 
     def draw(self, batch: Sequence[_Asked], room: int) -> list[Record]:
         """One record each; all have the same temperature and room."""
-        from isdaa.models.sampling.sampling import SamplingSettings, sample
+        from isdaa.models.sampling.sampling import SamplingSettings, respond
 
         generation, first = self.settings.generation, batch[0]
         sampling: dict[str, Any] = {"temperature": first.temperature, "top_p": generation.top_p, "max_new_tokens": room}
         texts: list[tuple[str, int, bool]] = [("", 0, False)] * len(batch)
         if room:
-            stop = self.stop[first.chat]
-            pad = self.tokenizer.pad_token_id
-            streams = [one.stream for one in batch]
-            drawn = sample(
+            drawn = respond(
                 self.model,
-                [one.ids for one in batch],
+                self.tokenizer,
+                [(one.ids, one.chat) for one in batch],
                 SamplingSettings(**sampling),
-                stop,
-                pad if pad is not None else self.tokenizer.eos_token_id,
+                self.stop,
                 self.settings.seed,
-                streams,
+                [one.stream for one in batch],
                 self.settings.batch_size,
             )
-            texts = [(self._text(result.ids, stop, first.chat), len(result.ids), bool(result.finished)) for result in drawn]
+            # In chat, white space around an answer goes, as in the benchmarks' own programs.
+            texts = [(one.text.strip() if first.chat else one.text, len(one.ids), bool(one.finished)) for one in drawn]
         head = {"model": self.path, "model_digest": self.digest, "dtype": self.settings.dtype, "template": self.template}
         return [
             {
@@ -186,14 +184,6 @@ class Respondent:
             }
             for one, (text, tokens, finished) in zip(batch, texts, strict=True)
         ]
-
-    def _text(self, ids: Sequence[int], stop: set[int], chat: bool) -> str:
-        """A special token inside an answer stays: the judge is to see what was written. In chat, white space around it goes."""
-        end = len(ids)
-        while end and ids[end - 1] in stop:
-            end -= 1
-        text = clean(str(self.tokenizer.decode(list(ids[:end]), skip_special_tokens=False)))
-        return text.strip() if chat else text
 
     def parts(self, one: _Asked, text: str) -> Parts:
         """Thinking and answer of what the model wrote; the prompt may have begun the thought."""

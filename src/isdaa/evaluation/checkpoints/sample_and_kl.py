@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from isdaa.config import EvaluationConfig, TokenizationConfig
 from isdaa.distributed import dealt, once, world_size
@@ -18,9 +18,12 @@ from isdaa.evaluation.judges.replies import TAIL, opened_by, parts_of
 from isdaa.evaluation.model_digest import model_digest, stat_of
 from isdaa.evaluation.records import Blocks, Record, blocks_of
 from isdaa.evaluation.vocabulary import Vocabulary
-from isdaa.files import clean, digest, write_json
+from isdaa.files import digest, write_json
 from isdaa.record import git_revision, relative_to, versions
-from isdaa.terminal import progress, working
+from isdaa.terminal import Bar, progress, working
+
+if TYPE_CHECKING:
+    from isdaa.models.sampling.sampling import SamplingSettings
 
 SAMPLES, PAIRS, PLAN = "samples.jsonl", "pairs.jsonl", "plan.json"
 FORWARD = 0.1  # work of one forward pass over a response, in samples
@@ -368,48 +371,52 @@ class Collection:
         with_states: bool = False,
     ) -> list[list[Record]]:
         """For each of some prompts, a record for each purpose; with_states: and its `Sample.states`, to be taken out."""
-        from isdaa.models.sampling.sampling import SamplingSettings, sample
+        from isdaa.models.sampling.sampling import SamplingSettings
 
         model, _ = self.models.get(path)
-        tokenizer = self.prompts.tokenizer
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        records: list[list[Record]] = [[{} for _ in purposes] for _ in rows]
-        with progress(f"  {purposes[0].split('/')[0]} samples", len(rows) * len(purposes)) as bar:
-            for chat, stop in self.prompts.stop.items():
-                chosen = [i for i, row in enumerate(rows) if row["chat"] == chat]
-                # Each purpose has random numbers of its own: a policy must not share the luck of its opponent.
-                keys = [f"{purpose}/{rows[i]['prompt_id']}" for i in chosen for purpose in purposes]
-                drawn = sample(
-                    model,
-                    [rows[i]["prompt_ids"] for i in chosen],
-                    SamplingSettings(**sampling),
-                    stop,
-                    pad,
-                    self.settings.seed,
-                    keys,
-                    self.settings.batch_size,
-                    progress=bar,
-                    n=len(purposes),
-                    with_states=with_states,
-                )
-                for place, result in enumerate(drawn):
-                    i, purpose = chosen[place // len(purposes)], place % len(purposes)
-                    # A special token inside a response stays in its text: the judge is to see what the policy wrote.
-                    end = len(result.ids)
-                    while end and result.ids[end - 1] in stop:
-                        end -= 1
-                    records[i][purpose] = {
-                        "prompt_id": rows[i]["prompt_id"],
-                        "sample": int(purposes[purpose].split("/")[1]),
-                        "text": clean(tokenizer.decode(result.ids[:end], skip_special_tokens=False)),
-                        "ids": list(result.ids),
-                        "tokens": len(result.ids),
-                        "finished": bool(result.finished),
-                    }
-                    records[i][purpose] |= length_of_answer(records[i][purpose], rows[i], tokenizer)
-                    if with_states:
-                        records[i][purpose]["states"] = result.states
-        return records
+        seed, size, n = self.settings.seed, self.settings.batch_size, len(purposes)
+        with progress(f"  {purposes[0].split('/')[0]} samples", len(rows) * n) as bar:
+            found = draw_records(model, self.prompts, rows, SamplingSettings(**sampling), purposes, seed, size, bar, with_states)
+        return [found[i : i + n] for i in range(0, len(found), n)]
+
+
+def draw_records(
+    model: Any,
+    prompts: Prompts,
+    rows: Sequence[Record],
+    sampling: SamplingSettings,
+    purposes: Sequence[str],
+    seed: int,
+    batch_size: int,
+    bar: Bar,
+    with_states: bool = False,
+) -> list[Record]:
+    """A record for each of `purposes` of each of some prompts, prompt by prompt; with_states: with its `Sample.states`.
+
+    purposes: the part of the random numbers' key before the prompt's id, so that a policy does not share the luck of its
+        opponent; each ends with the number of the sample.
+    """
+    from isdaa.models.sampling.sampling import respond
+
+    keys = [f"{purpose}/{row['prompt_id']}" for row in rows for purpose in purposes]
+    asked = [(row["prompt_ids"], row["chat"]) for row in rows]
+    options: Any = {"progress": bar, "n": len(purposes), "with_states": with_states}
+    records = []
+    for place, one in enumerate(
+        respond(model, prompts.tokenizer, asked, sampling, prompts.stop, seed, keys, batch_size, **options)
+    ):
+        row, purpose = rows[place // len(purposes)], purposes[place % len(purposes)]
+        record = {
+            "prompt_id": row["prompt_id"],
+            "sample": int(purpose.rpartition("/")[2]),
+            "text": one.text,
+            "ids": one.ids,
+            "tokens": len(one.ids),
+            "finished": bool(one.finished),
+        }
+        record |= length_of_answer(record, row, prompts.tokenizer)
+        records.append(record | ({"states": one.states} if with_states else {}))
+    return records
 
 
 def length_of_answer(record: Record, prompt: Record, tokenizer: Any) -> Record:

@@ -13,8 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from isdaa.errors import UserError
+from isdaa.files import clean
 from isdaa.models.attention.shared_prefix import plain_attention
 from isdaa.models.packed.forward import evaluating, inner_model
 from isdaa.models.sampling.decoding import CachedDecoder, Decoder, Group, PlainDecoder, cache_works
@@ -76,6 +76,18 @@ class Sample:
     ids: list[int]
     finished: bool
     states: Tensor | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Response(Sample):
+    """A sample, and what it reads as (`text_of`)."""
+
+    text: str = ""
+
+
+def text_of(ids: Sequence[int], finished: bool, tokenizer: Any) -> str:
+    """A sample as text: without the stop token that ended it. Special tokens elsewhere stay: a judge is to see them."""
+    return clean(str(tokenizer.decode(list(ids[:-1] if finished else ids), skip_special_tokens=False)))
 
 
 def uniforms(seed: int, key: str, steps: int) -> np.ndarray:
@@ -174,6 +186,40 @@ def sample(
             samples = _decode(run, settings, stop_ids, randoms, [keys[i] for i in rows], progress, usual, began)
             results.update(zip(rows, samples, strict=True))
     return [results[index] for index in range(len(keys))]
+
+
+def respond(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[tuple[Sequence[int], bool]],
+    settings: SamplingSettings,
+    stop_ids: Mapping[bool, Collection[int]],
+    seed: int,
+    keys: Sequence[str],
+    batch_size: int = 256,
+    progress: Progress | None = None,
+    n: int = 1,
+    with_states: bool = False,
+) -> list[Response]:
+    """`sample`, for prompts of which some may be conversations: what labels, guards, evaluations and benchmarks draw.
+
+    Args:
+        prompts: token ids, and whether they are a conversation. Conversations and others are in batches of their own.
+        stop_ids: what ends a response, in conversations and elsewhere (`data.chat.stop_token_ids`). The first of them that
+            is drawn is the response's last id, makes it `finished`, and is no part of its text.
+    """
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    found: dict[int, Response] = {}
+    for chat in sorted({chat for _, chat in prompts}):
+        places = [i for i, prompt in enumerate(prompts) if prompt[1] == chat]
+        numbers = [i * n + k for i in places for k in range(n)]
+        ids, named = [prompts[i][0] for i in places], [keys[number] for number in numbers]
+        drawn = sample(
+            model, ids, settings, stop_ids[chat], pad, seed, named, batch_size, progress=progress, n=n, with_states=with_states
+        )
+        for number, one in zip(numbers, drawn, strict=True):
+            found[number] = Response(list(one.ids), one.finished, one.states, text_of(one.ids, one.finished, tokenizer))
+    return [found[number] for number in range(len(keys))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

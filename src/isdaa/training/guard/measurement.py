@@ -24,18 +24,18 @@ from isdaa.data.pairs import KEEP
 from isdaa.data.reading.sources import load_prompts
 from isdaa.errors import UserError
 from isdaa.evaluation.checkpoints.kl import KL_SETTINGS, divergences
-from isdaa.evaluation.checkpoints.sample_and_kl import Prompts, length_of_answer, tokenize
+from isdaa.evaluation.checkpoints.sample_and_kl import Prompts, draw_records, tokenize
 from isdaa.evaluation.checkpoints.scoring import scores_key
 from isdaa.evaluation.checkpoints.win_rate import own_win_rates, win_rates
 from isdaa.evaluation.judges.replies import parts_of
 from isdaa.evaluation.records import Blocks, Record
 from isdaa.evaluation.scorers import Scorer
 from isdaa.evaluation.statistics import mean_interval
-from isdaa.files import clean, digest
+from isdaa.files import digest
 from isdaa.models.attention.shared_prefix import Layout
 from isdaa.models.packed.forward import PairForward
 from isdaa.models.packed.logprobs import Head, OwnHead
-from isdaa.models.sampling.sampling import SamplingSettings, sample
+from isdaa.models.sampling.sampling import SamplingSettings
 from isdaa.terminal import Bar, progress, working
 from isdaa.training.run_folder import Run
 
@@ -300,37 +300,9 @@ class Looks:
     def _draw(self, model: nn.Module, sampling: SamplingSettings, purpose: str, bar: Bar, n: int = 1) -> list[Record]:
         """n records a prompt, prompt by prompt. purpose: part of the key of the random numbers, so that a look shares its
         luck neither with another look nor with its opponents."""
-        tokenizer, rows = self.prompts.tokenizer, self.prompts.rows
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        records: list[Record] = [{} for _ in range(n * len(rows))]
-        for chat, stop in self.prompts.stop.items():
-            places = [(i, k) for i, row in enumerate(rows) if row["chat"] == chat for k in range(n)]
-            with numerics(self.config.align.precision):
-                drawn = sample(
-                    model,
-                    [rows[i]["prompt_ids"] for i, k in places if k == 0],
-                    sampling,
-                    stop,
-                    pad,
-                    self.config.guard.seed,
-                    [f"guard/{purpose}/{k}/{rows[i]['prompt_id']}" for i, k in places],
-                    self.batch_size,
-                    progress=bar,
-                    n=n,
-                )
-            for (i, k), result in zip(places, drawn, strict=True):
-                end = len(result.ids)
-                while end and result.ids[end - 1] in stop:
-                    end -= 1
-                records[i * n + k] = {
-                    "prompt_id": rows[i]["prompt_id"],
-                    "sample": k,
-                    "text": clean(tokenizer.decode(result.ids[:end], skip_special_tokens=False)),
-                    "ids": list(result.ids),
-                    "finished": bool(result.finished),
-                }
-                records[i * n + k] |= length_of_answer(records[i * n + k], rows[i], tokenizer)
-        return records
+        purposes, seed = [f"guard/{purpose}/{k}" for k in range(n)], self.config.guard.seed
+        with numerics(self.config.align.precision):
+            return draw_records(model, self.prompts, self.prompts.rows, sampling, purposes, seed, self.batch_size, bar)
 
 
 def _named(name: str, mean: float, low: float | None, high: float | None) -> dict[str, float]:

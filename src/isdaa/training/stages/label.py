@@ -21,7 +21,7 @@ from isdaa.evaluation.scorers import Scorer, about, load_scorer
 from isdaa.evaluation.scorers import facts as facts_of
 from isdaa.files import append_jsonl, digest, whole_jsonl, write_json, write_jsonl
 from isdaa.models.packed.forward import prepare
-from isdaa.models.sampling.sampling import SamplingSettings, sample
+from isdaa.models.sampling.sampling import SamplingSettings, respond, text_of
 from isdaa.models.saving import weights_digest
 from isdaa.terminal import progress
 from isdaa.training.disk_room import check_labels
@@ -69,7 +69,7 @@ def label(run: Run) -> Path:
     seed = config.seed if settings.seed is None else settings.seed
     pairs = []
     for row in rows:
-        answers = [{**r, "text": _text(r["ids"], row, tokenizer, stop)} for r in responses[str(row["id"])]]
+        answers = [{**r, "text": _said(text_of(r["ids"], r["finished"], tokenizer), row)} for r in responses[str(row["id"])]]
         pairs += label_prompt(row, answers, settings, seed)
     if _is_plain_sampling(settings):
         pairs = _with_behaviour_logps(run, pairs, model, weights, tokenizer)
@@ -151,12 +151,12 @@ def _responses(
 
         def answered(block: Sequence[Row]) -> list[Row]:
             """One record a prompt."""
-            answers = sample(
+            answers = respond(
                 model,
-                [row["prompt_ids"] for row in block],
+                tokenizer,
+                [(row["prompt_ids"], isinstance(row["prompt"], list)) for row in block],
                 sampling,
-                stop[isinstance(block[0]["prompt"], list)],
-                tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                stop,
                 seed,
                 [f"label/{row['id']}/{number}" for row in block for number in range(settings.samples)],
                 batch_size=settings.batch_size,
@@ -165,7 +165,7 @@ def _responses(
             )
             flat = [row for row in block for _ in range(settings.samples)]
             judged = [
-                {**row, "response": _text(answer.ids, row, tokenizer, stop), "finished": answer.finished}
+                {**row, "response": _said(answer.text, row), "finished": answer.finished}
                 for row, answer in zip(flat, answers, strict=True)
             ]
             bar.within = f"scoring {len(judged)} responses"
@@ -203,17 +203,9 @@ def _blocks(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
             yield alike[first : first + size]
 
 
-def _text(ids: Sequence[int], prompt: Row, tokenizer: Any, stop: Mapping[bool, set[int]]) -> Any:
-    """A response as text, or as one assistant message where the prompt is a conversation; for reading and for scorers.
-
-    The stop token at its end is left out; special tokens elsewhere stay, since a scorer should see them.
-    """
-    chat = isinstance(prompt["prompt"], list)
-    words = list(ids)
-    while words and words[-1] in stop[chat]:
-        words.pop()
-    text = tokenizer.decode(words, skip_special_tokens=False)
-    return [{"role": "assistant", "content": text}] if chat else text
+def _said(text: str, row: Row) -> Any:
+    """A response as scorers and readers take it: one assistant message where the prompt is a conversation."""
+    return [{"role": "assistant", "content": text}] if isinstance(row["prompt"], list) else text
 
 
 def _is_plain_sampling(settings: Any) -> bool:
