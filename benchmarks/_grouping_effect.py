@@ -20,6 +20,7 @@ from _grouping import pair_losses
 from rich.table import Table
 
 from isdaa.config import Config, load_config
+from isdaa.data.encoder import token_settings
 from isdaa.data.reading.sources import hold_out, load_pairs
 from isdaa.data.tokenize_pairs import tokenize_pairs
 from isdaa.evaluation.checkpoints.trajectory import Trajectory, read_study
@@ -34,7 +35,6 @@ from isdaa.objectives.objective import Objective
 from isdaa.objectives.presets import resolve
 from isdaa.terminal import progress, say
 from isdaa.training.run_stages import run as run_stages
-from isdaa.training.stage_inputs import token_settings
 from isdaa.training.trainer.batches import GlobalBatchSampler, TokenisedPairs
 from isdaa.training.trainer.reference_logps import reference_logps
 from isdaa.world import make_posts
@@ -209,7 +209,7 @@ def _noise(folder: Path, start: Path, settings: Effect, base: Config, seed: int)
     tokenizer = load_tokenizer(str(start))
     rows, _ = load_pairs(str(folder / "shared" / f"seed-{seed}" / "pairs" / "train.jsonl"))
     rows, _ = hold_out(rows, base.data.eval_fraction, seed)
-    pairs = TokenisedPairs(tokenize_pairs(rows, tokenizer, token_settings(base))[0])
+    pairs = TokenisedPairs(tokenize_pairs(rows, tokenizer, token_settings(base.tokenization))[0])
     forward = prepare(load_model(str(start)))
     pairs = pairs.with_reference(*reference_logps(forward, pairs, key={}, cache_dir=None))
     groups = pairs.prompt_groups()

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from isdaa.config import load_config
+from isdaa.data.encoder import token_settings
 from isdaa.data.reading.sources import load_prompts
 from isdaa.evaluation.checkpoints.kl import KL_SETTINGS, divergences
 from isdaa.evaluation.checkpoints.sample_and_kl import tokenize
@@ -68,7 +69,7 @@ def load_work(policy: str, reference: str, config: Path, count: int, batch: int 
     chosen = settings.evaluation.model_copy(update={"prompts": count})
     assert settings.data.evaluation is not None
     rows, _ = load_prompts(settings.data.evaluation, "test", limit=count)
-    prompts = tokenize(rows, tokenizer, chosen, settings.tokenization)
+    prompts = tokenize(rows, tokenizer, chosen, token_settings(settings.tokenization))
     (stop,) = prompts.stop.values()
     return Work(
         [row["prompt_ids"] for row in prompts.rows],

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from tokenizers_for_tests import CHATML, byte_level, ids_of
 from transformers import AutoTokenizer
 
+from isdaa.config import TokenizationConfig
 from isdaa.data import context as context_room
 from isdaa.data import encoder as encoding_room
 from isdaa.data import token_cache as tokens_room
+from isdaa.data.encoder import token_settings
 from isdaa.data.pairs import Counts, canonical_pair, canonical_sft
 from isdaa.data.reading.sources import as_dataset
 from isdaa.data.tokenize_pairs import (
@@ -56,6 +58,14 @@ def refusal(tokenizer: Any, *rows: dict[str, Any], **options: Any) -> str:
         tokens(tokenizer, *rows, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_the_configuration_has_the_defaults_of_the_tokeniser() -> None:
+    assert token_settings(TokenizationConfig.model_validate({})) == TokenizationSettings()
+    values = {"max_length": 9, "max_prompt_length": 4, "truncation": "keep_start", "chat_template_kwargs": {"a": 1}}
+    section = TokenizationConfig.model_validate(values)
+    # The records of models and evaluations, and the keys of kept logps, say the same of either.
+    assert asdict(token_settings(section)) == section.model_dump() == values
 
 
 # --- plain text

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from isdaa.config import EvaluationConfig, TokenizationConfig
+from isdaa.config import EvaluationConfig
+from isdaa.data.encoder import TokenizationSettings
 from isdaa.world import build_tokenizer, make_posts
 
-TOKENIZATION = TokenizationConfig.model_validate({"max_length": 128, "max_prompt_length": 96})
+TOKENIZATION = TokenizationSettings(128, 96)
 TOKENIZER = build_tokenizer("small")
 
 

@@ -319,7 +319,7 @@ def test_a_request_reads_its_own_rows(models, tmp_path):
     prompts.write_text("".join(json.dumps(row | {"where": None}) + "\n" for row in world_rows()))
     overrides = {"reference": models["reference"], "data": str(prompts), "output_dir": str(tmp_path / "out")}
     overrides |= {f"evaluation.{key}": value for key, value in settings().model_dump().items() if value is not None}
-    overrides |= {f"tokenization.{key}": value for key, value in TOKENIZATION.model_dump().items()}
+    overrides |= {f"tokenization.{key}": value for key, value in dataclasses.asdict(TOKENIZATION).items()}
     found = requests([models["near"]], overrides)
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps({k: v for k, v in p.items() if v is not None}) + "\n" for p in world_pairs()))

@@ -14,7 +14,7 @@ from published_models import QWEN, language_model, prompts, save
 from real_tokenizers import CHATML, build
 from transformers import AutoModelForCausalLM
 
-from isdaa.config import TokenizationConfig
+from isdaa.data.encoder import TokenizationSettings
 from isdaa.errors import UserError
 from isdaa.evaluation.evaluate import evaluate
 from isdaa.evaluation.records import Blocks
@@ -24,7 +24,7 @@ from isdaa.models.loading import load_model
 from isdaa.models.vocabulary_rows import cut_vocabulary, vocabulary_rows
 
 TOKENS = len(QWEN)
-TOKENIZATION = TokenizationConfig.model_validate({"max_length": 128, "max_prompt_length": 96})
+TOKENIZATION = TokenizationSettings(128, 96)
 LEFT_OUT = f"ids from {TOKENS} on, which not all models have, are left out of samples, KL and logps of every model"
 
 

@@ -49,6 +49,14 @@ class TokenizationSettings:
             )
 
 
+UNCUT = TokenizationSettings(max_length=2**31, max_prompt_length=2**31 - 1)
+
+
+def token_settings(section: Any) -> TokenizationSettings:
+    """The `tokenization` section of a configuration as everything that tokenises takes it."""
+    return TokenizationSettings(**section.model_dump())
+
+
 class Prompt(NamedTuple):
     """ids: after any cut. before: text (None for given ids) and ids as tokenised, before any cut; chat: made by the template."""
 

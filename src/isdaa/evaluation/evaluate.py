@@ -19,7 +19,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isdaa.config import EvaluationConfig, Position, TokenizationConfig
+from isdaa.config import EvaluationConfig, Position
+from isdaa.data.encoder import TokenizationSettings
 from isdaa.distributed import is_main, once
 from isdaa.errors import UserError
 from isdaa.evaluation.card_section import write_sections
@@ -63,7 +64,7 @@ def evaluate(
     prompts: Iterable[Row],
     scorer: Scorer | str | None = None,
     settings: EvaluationConfig | None = None,
-    tokenization: TokenizationConfig | None = None,
+    tokenization: TokenizationSettings | None = None,
     output_dir: str | Path,
     held_out: Iterable[Row] | None = None,
     dtype: str = "float32",
@@ -105,7 +106,7 @@ def evaluate(
     Raises UserError; with `keep`, `Replaces` where the evaluation in the folder is not one that these models can be added to.
     """
     settings = settings or EvaluationConfig.model_validate({})
-    tokenization = tokenization or TokenizationConfig.model_validate({})
+    tokenization = tokenization or TokenizationSettings()
     if not models:
         raise UserError("no model to evaluate: give --model_path")
     described = checkpoints([model for model in models if not isinstance(model, Checkpoint)])

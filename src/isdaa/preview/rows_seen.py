@@ -19,13 +19,13 @@ import numpy as np
 from isdaa.config import Config
 from isdaa.data.chat import ChatFormat, stop_token_ids
 from isdaa.data.checks import Text
-from isdaa.data.encoder import Encoder, TokenizationSettings
+from isdaa.data.encoder import UNCUT, Encoder, token_settings
 from isdaa.data.pairs import Counts
 from isdaa.data.reading.sources import load_prompts, load_sft
 from isdaa.data.tokenize_pairs import tokenize_pairs, tokenize_prompts, tokenize_sft
 from isdaa.errors import UserError
 from isdaa.preview.token_view import Shown, shown_example, shown_pair, shown_prompt
-from isdaa.training.stage_inputs import token_settings, uses_behaviour
+from isdaa.training.stage_inputs import uses_behaviour
 from isdaa.training.stages.pair_split import read_pairs
 from isdaa.training.stages.starting_weights import unmeasured
 from isdaa.training.trainer.authors import ASSUMED, naming_columns, not_drawn, takes_reference_for_author
@@ -33,7 +33,6 @@ from isdaa.training.trainer.batches import TokenisedPairs
 
 SAMPLE = 20_000
 SOUGHT = 2_000  # rows looked through for one whose tokens would merge across the boundary
-UNCUT = TokenizationSettings(max_length=2**31, max_prompt_length=2**31 - 1)
 DATE = "isdaa-looked-at-the-clock"
 
 Row = Mapping[str, Any]
@@ -135,7 +134,7 @@ def examine(stage: str, config: Config, tokenizer: Any, source: str, cache: Path
 def _pairs(stage: str, config: Config, tokenizer: Any, source: str, cache: Path, row: int) -> Examined:
     read = read_pairs(config, source)
     behaviour = stage == "align" and uses_behaviour(config)
-    tokens, more = tokenize_pairs(read.rows, tokenizer, token_settings(config), cache_dir=cache, behaviour=behaviour)
+    tokens, more = tokenize_pairs(read.rows, tokenizer, token_settings(config.tokenization), cache_dir=cache, behaviour=behaviour)
     counts = read.counts + more
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     columns = {name: _column(tokens, name) for name in names}
@@ -147,7 +146,7 @@ def _pairs(stage: str, config: Config, tokenizer: Any, source: str, cache: Path,
     result.groups = np.array([numbers.setdefault(part.tobytes(), len(numbers)) for part in parts])
     result.different_prompts = len(numbers)
     if read.held is not None:
-        held, _ = tokenize_pairs(read.held, tokenizer, token_settings(config), cache_dir=cache, behaviour=behaviour)
+        held, _ = tokenize_pairs(read.held, tokenizer, token_settings(config.tokenization), cache_dir=cache, behaviour=behaviour)
         result.held_out = len(held)
         result.held_lengths = np.stack([_column(held, name)[1] for name in names], 1)
     if behaviour and takes_reference_for_author(config, pairs := TokenisedPairs(tokens)):
@@ -189,7 +188,7 @@ def _pairs(stage: str, config: Config, tokenizer: Any, source: str, cache: Path,
 
 def _sft(stage: str, config: Config, tokenizer: Any, source: str, cache: Path, row: int) -> Examined:
     rows, counts = load_sft(source, config.data.sft_split, limit=config.data.limit, repeated=config.data.prompt_repeated)
-    tokens, more = tokenize_sft(rows, tokenizer, token_settings(config), cache_dir=cache)
+    tokens, more = tokenize_sft(rows, tokenizer, token_settings(config.tokenization), cache_dir=cache)
     ids, lengths = _column(tokens, "input_ids")
     mask, _ = _column(tokens, "completion_mask")
     result = Examined(stage, source, counts + more, lengths[:, None], highest_id=int(ids.max()))
@@ -210,7 +209,7 @@ def _sft(stage: str, config: Config, tokenizer: Any, source: str, cache: Path, r
 
 def _label(stage: str, config: Config, tokenizer: Any, source: str, cache: Path, row: int) -> Examined:
     rows, counts = load_prompts(source, config.data.prompts_split, limit=config.data.limit, repeated=config.data.prompt_repeated)
-    ids, more = tokenize_prompts(rows, tokenizer, token_settings(config))
+    ids, more = tokenize_prompts(rows, tokenizer, token_settings(config.tokenization))
     lengths = np.array([len(prompt) for prompt in ids])
     result = Examined(stage, source, counts + more, lengths[:, None], highest_id=max(max(prompt) for prompt in ids))
     flat = np.concatenate([np.asarray(prompt, np.int64) for prompt in ids])
@@ -237,7 +236,7 @@ def written_by_label(config: Config, tokenizer: Any, prompts: Examined, cache: P
     most = min(label.max_new_tokens, config.tokenization.max_length - int(prompts.lengths.max()))
     known = [row for row in _spread(rows) if row.get("chosen") is not None]
     if known:
-        encoder = Encoder(tokenizer, token_settings(config))
+        encoder = Encoder(tokenizer, token_settings(config.tokenization))
         lengths = np.array([len(response.ids) for _, (response,) in encoder.answered(known, ("chosen",))])
         like = "the responses in the prompts' file"
     else:

@@ -6,10 +6,12 @@ import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from isdaa.config import EvaluationConfig, TokenizationConfig
+from isdaa.config import EvaluationConfig
+from isdaa.data.encoder import TokenizationSettings
 from isdaa.errors import UserError
 from isdaa.evaluation.checkpoints.trajectory import SWEEP, Study, read_sweep
 from isdaa.evaluation.checkpoints.what_to_evaluate import EvaluationRequest, expand, requests
@@ -106,8 +108,8 @@ def _options(names: Sequence[str], metrics: Mapping[str, Any]) -> list[str]:
     if label is not None and label != (asked.label if asked is not None else None):
         options += ["--scorer.label", label]
     own = asked.settings if asked is not None else EvaluationConfig.model_validate({})
-    cut = asked.tokenization if asked is not None else TokenizationConfig.model_validate({})
-    for section, values in (("evaluation", own.model_dump()), ("tokenization", cut.model_dump())):
+    cut = asked.tokenization if asked is not None else TokenizationSettings()
+    for section, values in (("evaluation", own.model_dump()), ("tokenization", asdict(cut))):
         for key, value in (metrics.get("settings" if section == "evaluation" else section) or {}).items():
             if key in values and key != "scorer" and value != values[key]:
                 options += [f"--{section}.{key}", value if isinstance(value, str) else json.dumps(value)]

@@ -121,11 +121,6 @@ def uses_behaviour(config: Config) -> bool:
     return weighs_by_behaviour(config.objective.arguments())
 
 
-def token_settings(config: Config) -> TokenizationSettings:
-    """The tokenization section as the data room's own settings."""
-    return TokenizationSettings(**config.tokenization.model_dump())
-
-
 def logps_key(
     model: Any, mode: str, tokenizer: Any, settings: TokenizationSettings, weights: str | None = None
 ) -> dict[str, Any]:

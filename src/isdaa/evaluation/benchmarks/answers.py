@@ -24,7 +24,6 @@ from isdaa.files import digest
 from isdaa.terminal import Bar, progress
 
 FORMAT = 1  # of the records; raise it when the same work would give other answers
-NO_CUT = 1_000_000_000  # tokens: a benchmark's question is never shortened
 ROOM_STEP = 128  # tokens; answers that a short context cuts share a few limits, so that they fill batches
 
 
@@ -78,7 +77,7 @@ class Respondent:
         self, model: Checkpoint, settings: Answering, questions: Sequence[Question], role: Literal["policy", "opponent"]
     ) -> None:
         from isdaa.data.chat import stop_token_ids, template_hash, tokenizer_digest
-        from isdaa.data.encoder import Encoder, TokenizationSettings
+        from isdaa.data.encoder import UNCUT, Encoder
         from isdaa.models.loading import load_tokenizer
 
         self.path, self.label, self.settings, self.role = model.path, model.label, settings, role
@@ -93,8 +92,7 @@ class Respondent:
             )
         self.tokenizer = tokenizer
         given = dict(settings.chat_template_kwargs)
-        uncut = TokenizationSettings(max_length=NO_CUT + 1, max_prompt_length=NO_CUT, chat_template_kwargs=given)
-        self.encoder = Encoder(tokenizer, uncut, settings.template_file)
+        self.encoder = Encoder(tokenizer, replace(UNCUT, chat_template_kwargs=given), settings.template_file)
         self.stop = {chat: stop_token_ids(tokenizer, chat, settings.template_file) for chat in chats}
         self.template = template_hash(tokenizer)
         self.digest = once(lambda: model_digest(model.path, settings.trust_remote_code))

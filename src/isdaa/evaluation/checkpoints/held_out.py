@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from isdaa.config import TokenizationConfig
+from isdaa.data.encoder import Encoder, TokenizationSettings
 from isdaa.evaluation.records import Record
 from isdaa.evaluation.statistics import mean_interval
 from isdaa.files import digest
@@ -44,10 +44,8 @@ def tokenize_held_out(pairs: Iterable[Mapping[str, Any]], tokenizer: Any, tokeni
 
     Pairs whose responses are equal are left out.
     """
-    from isdaa.data.encoder import Encoder, TokenizationSettings
-
     rows = [dict(pair) for pair in pairs]
-    encoder = Encoder(tokenizer, TokenizationSettings(**tokenization.model_dump()))
+    encoder = Encoder(tokenizer, tokenization)
     records = []
     for row, ids in zip(rows, encoder.pairs(rows), strict=True):
         if ids.chosen != ids.rejected:
@@ -66,9 +64,9 @@ def pair_logps(
     """
     import torch
 
-    from isdaa.models.packed.token_batches import longest_first
     from isdaa.models.attention.layout import Layout
     from isdaa.models.packed.forward import pass_tokens
+    from isdaa.models.packed.token_batches import longest_first
 
     parts = ("prompt_ids", "chosen_ids", "rejected_ids")
     device = next(forward.model.parameters()).device

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isdaa.config import EvaluationConfig, TokenizationConfig
+from isdaa.config import EvaluationConfig
+from isdaa.data.encoder import Encoder, TokenizationSettings
 from isdaa.distributed import dealt, once, world_size
 from isdaa.errors import UserError
 from isdaa.evaluation.checkpoint import Checkpoint
@@ -51,17 +52,16 @@ class Prompts:
 
 
 def tokenize(
-    rows: Iterable[Mapping[str, Any]], tokenizer: Any, settings: EvaluationConfig, tokenization: TokenizationConfig
+    rows: Iterable[Mapping[str, Any]], tokenizer: Any, settings: EvaluationConfig, tokenization: TokenizationSettings
 ) -> Prompts:
     """The first `settings.prompts` canonical prompt rows, as token ids. Raises UserError where there is none."""
     from isdaa.data.chat import stop_token_ids, template_hash, tokenizer_digest
-    from isdaa.data.encoder import Encoder, TokenizationSettings
     from isdaa.data.pairs import TEMPLATE_COLUMNS
 
     rows = [dict(row) for _, row in zip(range(settings.prompts), rows, strict=False)]
     if not rows:
         raise UserError("no prompt to evaluate on; give held-out prompts with --data")
-    encoder = Encoder(tokenizer, TokenizationSettings(**tokenization.model_dump()))
+    encoder = Encoder(tokenizer, tokenization)
     records, seen = [], set()
     for row, prompt in zip(rows, encoder.prompts(rows), strict=True):
         identity = str(row["id"])
@@ -87,7 +87,7 @@ def tokenize(
     shared = {
         "template": template_hash(tokenizer),
         "tokenizer": tokenizer_digest(tokenizer),
-        "tokenization": tokenization.model_dump(),
+        "tokenization": asdict(tokenization),
         "versions": versions(),
         "git_revision": git_revision(),
     }

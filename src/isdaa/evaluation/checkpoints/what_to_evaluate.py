@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from isdaa.config import EvaluationConfig, Position, ScorerConfig, TokenizationConfig, fields, validate
-from isdaa.data.encoder import VERSION
+from isdaa.data.encoder import VERSION, TokenizationSettings, token_settings
 from isdaa.errors import UserError, nearest_path
 from isdaa.evaluation.checkpoint import Checkpoint
 from isdaa.evaluation.checkpoints.hints import base_hint, data_hint
@@ -58,7 +58,7 @@ class EvaluationRequest:
     split: str | None
     scorer: str | None
     settings: EvaluationConfig
-    tokenization: TokenizationConfig
+    tokenization: TokenizationSettings
     output_dir: str
     held_out: tuple[str, ...] = ()  # files of pairs that the runs held out; pairs of prompts that are in all of them count
     dtype: str = "float32"
@@ -165,7 +165,7 @@ def requests(
         split=split,
         scorer=None if scorer in (None, "none") else str(scorer),
         settings=sections.evaluation,
-        tokenization=sections.tokenization,
+        tokenization=token_settings(sections.tokenization),
         output_dir=str(given.get("output_dir") or home_of(model_paths)),
         held_out=() if "data" in given else _held_out_pairs(paths, records),
         dtype=str(given.get("dtype") or model.get("dtype") or "float32"),

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from isdaa.config import Config
+from isdaa.data.encoder import token_settings
 from isdaa.data.pairs import KEEP
 from isdaa.data.reading.sources import load_prompts
 from isdaa.errors import UserError
@@ -158,7 +159,7 @@ def guard_prompts(run: Run, tokenizer: Any) -> Prompts:
         told = f"{shared} of its {len(chosen)} prompts are among {whose} held-out ones, which `isdaa evaluate` takes"
         run.say("align", [f"guard: {told}: on these, what the guard chose will look somewhat better than it is"])
     settings = config.evaluation.model_copy(update={"prompts": wanted})
-    return tokenize(chosen, tokenizer, settings, config.tokenization)
+    return tokenize(chosen, tokenizer, settings, token_settings(config.tokenization))
 
 
 def sampling_of(config: Config) -> SamplingSettings:

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from isdaa.config import departures, resolved
+from isdaa.data.encoder import token_settings
 from isdaa.data.overlap import joined, sketch
 from isdaa.data.pairs import Counts
-from isdaa.data.tokenize_pairs import tokenize_pairs, tokenizer_digest
+from isdaa.data.tokenize_pairs import tokenize_pairs
 from isdaa.distributed import once, world_size
 from isdaa.errors import UserError
 from isdaa.evaluation import fragments
-from isdaa.evaluation.vocabulary import check_tokenizers
-from isdaa.files import digest, write_json, write_jsonl
-from isdaa.foreign import read_json
+from isdaa.files import digest, write_jsonl
 from isdaa.manifest import HISTORY
 from isdaa.models.attention.gpu_attention import compile_layers
-from isdaa.models.loading import load_model, load_tokenizer
-from isdaa.models.packed.forward import PairForward, prepare
+from isdaa.models.loading import load_model
 from isdaa.models.places import is_adapter
 from isdaa.models.saving import weights_digest
 from isdaa.objectives.objective import Objective
@@ -38,13 +32,11 @@ from isdaa.training.stage_inputs import (
     adapter_base,
     cache_folder,
     check_rows,
-    coarse_weights,
     config_digest,
     described,
     device,
     is_start,
     keep_model,
-    logps_key,
     merges,
     new_adapter,
     other_digest,
@@ -53,7 +45,6 @@ from isdaa.training.stage_inputs import (
     record_of,
     resumed,
     starting_path,
-    token_settings,
     tokenizer_of,
     trained_adapter,
     trained_model,
@@ -61,14 +52,14 @@ from isdaa.training.stage_inputs import (
 )
 from isdaa.training.stages.continued import OPTIMIZER, Ancestor, ancestor_of, ancestry, seen_before, told
 from isdaa.training.stages.pair_split import read_pairs
+from isdaa.training.stages.preparation import Other, Preparation, check_vocabulary, prepared
 from isdaa.training.stages.sft_and_reward import pairs_source
-from isdaa.training.stages.starting_weights import Stalled, sample, starting_weights
-from isdaa.training.trainer.authors import foreign_text, naming_columns, not_drawn, takes_reference_for_author
+from isdaa.training.stages.starting_weights import Stalled, starting_weights, thinned
+from isdaa.training.trainer.authors import naming_columns, not_drawn, takes_reference_for_author
 from isdaa.training.trainer.batches import TokenisedPairs, own_logps
 from isdaa.training.trainer.callbacks import MetricsFile, metrics_at
 from isdaa.training.trainer.checkpoints import named, sampled_digest
 from isdaa.training.trainer.preference_trainer import PreferenceTrainer
-from isdaa.training.trainer.reference_logps import measure
 from isdaa.training.trainer.training_arguments import total_steps, training_arguments
 from isdaa.training.trainer.whole_checkpoints import TakenOver
 
@@ -81,24 +72,20 @@ def weights_at_start(run: Run) -> list[str]:
     config, start = run.config, starting_path(run)
     tokenizer = tokenizer_of(config, start)
     every = TokenisedPairs(_tokens(run, read_pairs(config, pairs_source(run, "align")).rows, tokenizer)[0])
-    pairs = sample(every)
+    pairs = thinned(every)
     policy, _ = _policy(run, tokenizer, start)
     check_rows(policy, start, *pairs.extent())
-    forward = prepare(policy, probe=config.align.probe, longest_row=longest_row(config), attention=config.align.attention)
-    key = logps_key(policy, forward.mode, tokenizer, token_settings(config), weights_digest(policy))
-    own = own_logps(every)
-    filled, _ = _with_logps(run, pairs, None, start, forward, key, tokenizer)
-    alone = config.reference.path is None or is_start(config, config.reference.path, start)
-    ours = None if alone else partial(measure, forward, key=key, cache_dir=cache_folder(run), precision=config.align.precision)
+    how = _preparation(run, tokenizer)
+    forward, sources = how.forward(policy), _sources(run, how, start)
+    key, own = how.key(forward), own_logps(every)
+    (filled,) = how.with_logps([pairs], sources, forward, key)
+    ours = None if sources["reference"] is None else partial(how.measure, forward, key, what="the policy's logps at the start")
     notes = [str(line) for line in run.state["stages"].get("align", {}).get("notes", [])]
     try:
         arguments, mu, went_on = config.objective.arguments(), config.behaviour.model_path, config.continue_from is not None
         return notes + starting_weights(arguments, filled, ours, own, mu, False, went_on, total=len(every))
     except Stalled as error:
         return [*notes, f"`isdaa train` will refuse this: {error}"]
-
-
-OF_MODEL = ("weights", "config", "dtype", "mode")  # of `logps_key`, what a model and its way through the forward pass decide
 
 
 def align(run: Run) -> Path:
@@ -133,25 +120,25 @@ def align(run: Run) -> Path:
         best=config.guard.steps is not None and config.guard.keep == "best",
         logps=2 * (len(train) + (0 if held_out is None else len(held_out))),
     )  # fmt: skip
-    forward = prepare(policy, probe=config.align.probe, longest_row=longest_row(config), attention=config.align.attention)
-    # The reference is the policy exactly as loaded: its logps come before a new adapter.
-    key = logps_key(policy, forward.mode, tokenizer, token_settings(config), weights)
-    own = own_logps(train)
-    run.note("align", own_logps=[int(own.sum()), len(own)])
-    train, held_out = _with_logps(run, train, held_out, start, forward, key, tokenizer)
-    alone = config.reference.path is None or is_start(config, config.reference.path, start)
-    options: Any = {"key": key, "cache_dir": cache_folder(run), "precision": config.align.precision}
-    measured = partial(measure, forward, progress="align: the policy's logps at the start", **options)
-    arguments, named_model = config.objective.arguments(), config.behaviour.model_path
-    policy_logps, allowed = None if alone else measured, config.objective.allow_stall
-    run.say("align", starting_weights(arguments, train, policy_logps, own, named_model, allowed, went_on=ancestor is not None))
-    if config.lora.rank and not grown:
-        plain = policy
-        base = once(lambda: adapter_base(run, plain, tokenizer, start))
-        policy = new_adapter(config, policy, base)
-        # Probed again: what the base's probe found out must hold for the forward that trains.
-        forward = prepare(policy, probe=config.align.probe, longest_row=longest_row(config), attention=config.align.attention)
-    run.say("align", coarse_weights(policy, config.align.learning_rate))
+    how = _preparation(run, tokenizer)
+
+    def adapter(plain: Any) -> Any:
+        return new_adapter(config, plain, once(lambda: adapter_base(run, plain, tokenizer, start)))
+
+    ready = prepared(
+        how,
+        policy,
+        [pairs for pairs in (train, held_out) if pairs is not None],
+        _sources(run, how, start),
+        rate=config.align.learning_rate,
+        adapter=adapter if config.lora.rank and not grown else None,
+        weights=weights,
+        allow_stall=config.objective.allow_stall,
+        went_on=ancestor is not None,
+    )
+    policy, forward, train = ready.policy, ready.forward, ready.sets[0]
+    held_out = None if held_out is None else ready.sets[1]
+    run.note("align", own_logps=[int(ready.own.sum()), len(ready.own)])
     if config.align.compile_layers:
         compile_layers(policy)
     steps = total_steps(config.align, len(train), world_size())
@@ -254,7 +241,7 @@ def _pairs(run: Run, tokenizer: Any, ancestor: Ancestor | None = None) -> tuple[
 
 
 def _tokens(run: Run, rows: Any, tokenizer: Any) -> tuple[Any, Counts]:
-    settings, behaviour = token_settings(run.config), uses_behaviour(run.config)
+    settings, behaviour = token_settings(run.config.tokenization), uses_behaviour(run.config)
     return tokenize_pairs(rows, tokenizer, settings, cache_dir=cache_folder(run), behaviour=behaviour)
 
 
@@ -262,121 +249,50 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if value is not None and key != "where"}
 
 
-def _with_logps(
-    run: Run,
-    train: TokenisedPairs,
-    held_out: TokenisedPairs | None,
-    start: str | None,
-    forward: PairForward,
-    key: dict[str, Any],
-    tokenizer: Any,
-) -> tuple[TokenisedPairs, TokenisedPairs | None]:
-    """Both sets with reference logps, and with behaviour logps where the configuration names a behaviour model.
+def _preparation(run: Run, tokenizer: Any) -> Preparation:
+    config, align = run.config, run.config.align
+    return Preparation(
+        tokenizer=tokenizer,
+        tokenization=token_settings(config.tokenization),
+        probe=align.probe,
+        attention=align.attention,
+        longest=longest_row(config),
+        precision=align.precision,
+        cache_dir=cache_folder(run),
+        objective=config.objective.arguments(),
+        mu=config.behaviour.model_path,
+        stage="align",
+        say=partial(run.say, "align"),
+    )
 
-    forward, key: of the policy as it was loaded from `start`, which stands for every model that is the same one.
-    """
+
+def _sources(run: Run, how: Preparation, start: str | None) -> dict[str, Other | None]:
+    """What gives the logps of the reference and of a behaviour model; None for the policy as it was loaded from `start`, and
+    for every model that is the same one."""
     config = run.config
-    sets = [s for s in (train, held_out) if s is not None]
-    for which, path in (("reference", config.reference.path), ("behaviour", config.behaviour.model_path)):
-        if path is None and which == "behaviour":
-            continue
-        if path is None or is_start(config, path, start):
-            sets = _filled(run, sets, which, forward, key)
-        else:
-            sets = _filled_by(run, sets, which, path, tokenizer)
-    return sets[0], sets[1] if len(sets) > 1 else None
 
+    def other(which: str, path: str) -> Other:
+        def load() -> Any:
+            model = other_model(config, path)
+            check_vocabulary(path, model, how.tokenizer, which)
+            return model
 
-def _filled_by(run: Run, sets: list[TokenisedPairs], which: str, path: str, tokenizer: Any) -> list[TokenisedPairs]:
-    """Logps under another model, which is loaded only where they are not in the cache, and let go again."""
-    settings = run.config
+        # The key is the one under which a run that started from this model has kept its logps, too.
+        files = {
+            "model": other_digest(config, path),
+            "revision": config.model.revision,
+            "dtype": config.model.dtype,
+            "probe": config.align.probe,
+            "attention": config.align.attention,
+            "longest": how.longest,
+            "versions": versions(),
+            "device": str(device()),
+        }
+        return Other(load, path, how.cache_dir / f"model-{digest(files)}.json")
 
-    @cache
-    def load() -> PairForward:
-        model = other_model(settings, path)
-        _check_vocabulary(path, model, tokenizer, which)
-        for pairs in sets:
-            check_rows(model, path, *pairs.extent())
-        return prepare(
-            model,
-            probe=settings.align.probe,
-            longest_row=longest_row(settings),
-            attention=settings.align.attention,
-        )
-
-    filled = _filled(run, sets, which, load, _key_of(run, path, tokenizer, load))
-    del load  # and with it the model
-    gc.collect()
-    return filled
-
-
-def _key_of(run: Run, path: str, tokenizer: Any, load: Callable[[], PairForward]) -> dict[str, Any]:
-    """`logps_key` of another model: the key under which a run that started from it has kept its logps, too.
-
-    It needs the model, which is loaded once for it: a note beside the logps says what its files hold.
-    """
-    config, settings = run.config, token_settings(run.config)
-    files = {
-        "model": other_digest(config, path),
-        "revision": config.model.revision,
-        "dtype": config.model.dtype,
-        "probe": config.align.probe,
-        "attention": config.align.attention,
-        "longest": longest_row(config),
-        "versions": versions(),
-        "device": str(device()),
+    named_models = {"reference": config.reference.path, "behaviour": config.behaviour.model_path}
+    return {
+        which: None if path is None or is_start(config, path, start) else other(which, path)
+        for which, path in named_models.items()
+        if path is not None or which == "reference"
     }
-    note = cache_folder(run) / f"model-{digest(files)}.json"
-    known = once(lambda: _noted(note))
-    if known is not None:
-        return {**known, "tokenizer": tokenizer_digest(tokenizer), "tokenization": asdict(settings)}
-    forward = load()
-    key = logps_key(forward.model, forward.mode, tokenizer, settings)
-    once(lambda: write_json(note, {name: key[name] for name in OF_MODEL}))
-    return key
-
-
-def _noted(note: Path) -> dict[str, str] | None:
-    """What a note says; None where there is none that can be read."""
-    with suppress(UserError, OSError):
-        found = read_json(note)
-        if isinstance(found, dict) and found.keys() == set(OF_MODEL) and all(isinstance(value, str) for value in found.values()):
-            return found
-    return None
-
-
-def _check_vocabulary(path: str, model: Any, tokenizer: Any, which: str) -> None:
-    """Raises UserError where the policy's token ids mean something else to the model at `path`, or nothing."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if vocabulary < len(tokenizer):
-        raise UserError(
-            f"{path}: its vocabulary ({vocabulary}) is smaller than that of the policy's tokenizer ({len(tokenizer)}); "
-            "name a model that shares the policy's tokenizer"
-        )
-    try:
-        own = load_tokenizer(path, require_eos=False)
-    except UserError:
-        return  # a folder of weights alone
-    instead = "take a method without μ (docs/which_method.md)" if which == "behaviour" else "name another reference"
-    advice = f"the {which} model must share the policy's tokenizer; {instead}"
-    check_tokenizers(["the policy", path], [tokenizer, own], advice)
-
-
-def _filled(
-    run: Run, sets: list[TokenisedPairs], which: str, forward: PairForward | Callable[[], PairForward], key: dict[str, Any]
-) -> list[TokenisedPairs]:
-    filled = []
-    for pairs in sets:
-        found = measure(
-            forward,
-            pairs,
-            key=key,
-            cache_dir=cache_folder(run),
-            precision=run.config.align.precision,
-            progress=f"align: {which} logps",
-        )
-        filled.append(pairs.with_reference(*found[:2]) if which == "reference" else pairs.with_behaviour(*found[:2]))
-        named_model = run.config.behaviour.model_path
-        if len(filled) == 1 and uses_behaviour(run.config) and (named_model is None) == (which == "reference"):
-            run.say("align", foreign_text(found, pairs, named_model))
-    return filled

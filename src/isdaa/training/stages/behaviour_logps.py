@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from isdaa.config import TokenizationConfig
-from isdaa.data.encoder import pair_digest
+from isdaa.data.encoder import pair_digest, token_settings
 from isdaa.data.pairs import Repeated
 from isdaa.data.reading.sources import as_dataset, load_pairs
-from isdaa.data.tokenize_pairs import TokenizationSettings, tokenize_pairs
+from isdaa.data.tokenize_pairs import tokenize_pairs
 from isdaa.distributed import once
 from isdaa.errors import UserError
 from isdaa.files import located, write_jsonl
@@ -40,7 +40,7 @@ def write_behaviour_logps(
         {**row, "behaviour_tokens": None, "id": str(i), "behaviour_chosen_logps": 0.0, "behaviour_rejected_logps": 0.0}
         for i, row in enumerate(rows)
     ]
-    settings = TokenizationSettings(**tokenization.model_dump())
+    settings = token_settings(tokenization)
     tokens, more = once(lambda: tokenize_pairs(as_dataset(marked), tokenizer, settings))
     model = load_model(model_path, device=device())
     check_rows(model, model_path, *TokenisedPairs(tokens).extent())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.data.chat import stop_token_ids
+from isdaa.data.encoder import token_settings
 from isdaa.data.pairs import TEMPLATE_COLUMNS
 from isdaa.data.reading.sources import as_dataset, load_prompts
 from isdaa.data.tokenize_pairs import tokenize_pairs, tokenize_prompts
@@ -33,7 +34,6 @@ from isdaa.training.stage_inputs import (
     logps_key,
     policy_of,
     starting_path,
-    token_settings,
     tokenizer_of,
 )
 from isdaa.training.stages.pairing import label_prompt
@@ -112,7 +112,7 @@ def _prompts(run: Run, tokenizer: Any) -> list[Row]:
     prompts, counts = load_prompts(
         source, config.data.prompts_split, limit=config.data.limit, repeated=config.data.prompt_repeated
     )
-    ids, more = tokenize_prompts(prompts, tokenizer, token_settings(config))
+    ids, more = tokenize_prompts(prompts, tokenizer, token_settings(config.tokenization))
     run.say("label", (counts + more).lines())
     rows = [{**row, "prompt_ids": list(prompt)} for row, prompt in zip(prompts, ids, strict=True)]
     _check_ids(rows)
@@ -220,7 +220,7 @@ def _with_behaviour_logps(run: Run, pairs: list[Row], model: Any, weights: str, 
     marked |= dict.fromkeys(TEMPLATE_COLUMNS)
     known = [{k: v for k, v in pair.items() if k != "pairing"} for pair in pairs]
     rows = as_dataset([{**marked, **pair, "where": f"pair {pair['id']}"} for pair in known])
-    settings = token_settings(run.config)
+    settings = token_settings(run.config.tokenization)
     tokens, counts = once(lambda: tokenize_pairs(rows, tokenizer, settings))
     if counts.dropped_behaviour_cut:
         run.say("label", [f"{counts.dropped_behaviour_cut} pairs are longer than tokenization.max_length: no behaviour logps"])

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from isdaa.config import Config, OptimisationConfig
 from isdaa.data.chat import pad_apart
 from isdaa.data.context import as_read
+from isdaa.data.encoder import token_settings
 from isdaa.data.overlap import sketch
 from isdaa.data.pairs import Counts
 from isdaa.data.reading.sources import load_sft
@@ -47,7 +48,6 @@ from isdaa.training.stage_inputs import (
     record_of,
     resumed,
     starting_path,
-    token_settings,
     tokenizer_of,
     trained_model,
 )
@@ -128,7 +128,7 @@ def _examples(run: Run, tokenizer: Any) -> Any:
     source = config.data.source("sft")
     assert source is not None
     rows, counts = load_sft(source, config.data.sft_split, limit=config.data.limit, repeated=config.data.prompt_repeated)
-    examples, more = tokenize_sft(rows, tokenizer, token_settings(config), cache_dir=cache_folder(run))
+    examples, more = tokenize_sft(rows, tokenizer, token_settings(config.tokenization), cache_dir=cache_folder(run))
     run.say("sft", (counts + more).lines())
     with writing(cache_folder(run)):  # the library's own cache, beside ours
         data = examples.map(_labels, remove_columns=[c for c in examples.column_names if c not in ("id", "input_ids")])
@@ -304,7 +304,7 @@ def _both(run: Run, tokenizer: Any) -> tuple[Any, Any | None]:
 
 
 def _read_whole(run: Run, tokenizer: Any, rows: Any, counts: Counts, what: str) -> Any:
-    settings, cache = token_settings(run.config), cache_folder(run)
+    settings, cache = token_settings(run.config.tokenization), cache_folder(run)
     tokens, more = tokenize_pairs(rows, tokenizer, settings, cache_dir=cache, behaviour=False, whole=True)
     run.say("reward", [f"{what}: {line}" for line in (counts + more).lines()])
     kept = ("id", "chosen_ids", "rejected_ids")

@@ -53,7 +53,7 @@ def starting_weights(
     if not weighs_by_behaviour(objective):
         return []
     total = total or len(pairs)
-    pairs = pairs if policy is None else sample(pairs)
+    pairs = pairs if policy is None else thinned(pairs)
     reference = np.stack([pairs.floats[name] for name in REFERENCE_COLUMNS])
     ours = reference if policy is None else policy(pairs)[:2]
     columns = [pairs.floats.get(name, np.full(len(pairs), np.nan)) for name in BEHAVIOUR_COLUMNS]
@@ -91,7 +91,7 @@ def starting_weights(
     )
 
 
-def sample(pairs: TokenisedPairs) -> TokenisedPairs:
+def thinned(pairs: TokenisedPairs) -> TokenisedPairs:
     """At most `SAMPLE` pairs, spread over all of them."""
     if len(pairs) <= SAMPLE:
         return pairs

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,21 +23,20 @@ from isdaa.files import located
 from isdaa.manifest import HISTORY
 from isdaa.models.finite_weights import check_finite
 from isdaa.models.loading import load_model, load_tokenizer
-from isdaa.models.packed.forward import PairForward, disable_dropout, prepare
+from isdaa.models.packed.forward import disable_dropout
 from isdaa.models.quantised import check_trainable
 from isdaa.objectives.formulas import one_line
 from isdaa.objectives.objective import Objective
 from isdaa.objectives.presets import weighs_by_behaviour
 from isdaa.record import ModelRecord, base_of
 from isdaa.terminal import say
-from isdaa.training.stage_inputs import check_rows, coarse_weights, described, logps_key
-from isdaa.training.stages.starting_weights import starting_weights
-from isdaa.training.trainer.authors import foreign_text, not_drawn
-from isdaa.training.trainer.batches import TokenisedPairs, own_logps
+from isdaa.training.stage_inputs import check_rows, described
+from isdaa.training.stages.preparation import Other, Preparation, check_vocabulary, prepared
+from isdaa.training.trainer.authors import not_drawn
+from isdaa.training.trainer.batches import TokenisedPairs
 from isdaa.training.trainer.callbacks import MetricsFile, metrics_at
 from isdaa.training.trainer.checkpoints import named
 from isdaa.training.trainer.preference_trainer import PreferenceTrainer
-from isdaa.training.trainer.reference_logps import measure
 from isdaa.training.trl_api.preference_config import MIGRATING, PreferenceConfig, as_dict
 
 if TYPE_CHECKING:
@@ -123,32 +121,46 @@ def preference_trainer(
     sets = [pairs for pairs in (train, held_out) if pairs is not None]
     for pairs in sets:
         check_rows(policy, name, *pairs.extent())
-    longest = max(pairs.extent()[1] for pairs in sets)
     if adapted and peft_config is not None:
         raise UserError(
             "peft_config: the model carries an adapter already; merge it (model.merge_and_unload()), save that and give it"
         )
-    forward = prepare(policy, probe=args.probe, longest_row=longest, attention=args.attention)
-    source = forward if ref_model is None else ref_model
-    mu = None if behaviour_model is None else _name(behaviour_model) or "a model in memory"
-    sets = _with_logps(sets, "reference", source, args, tokenizer, settings, longest, mu)
-    own = own_logps(sets[0])
-    if behaviour_model is not None:
-        sets = _with_logps(sets, "behaviour", behaviour_model, args, tokenizer, settings, longest, mu)
-    options: Any = {"key": {}, "cache_dir": None, "precision": _precision(args)}
-    measured = partial(measure, forward, progress="preference: the policy's logps at the start", **options)
-    for line in starting_weights(
-        args.objective_arguments(), sets[0], measured if ref_model is not None else None, own, mu, args.allow_stall
-    ):
-        say(f"preference: {line}")
-    if peft_config is not None:
+    given = args.reference_cache_dir
+    how = Preparation(
+        tokenizer=tokenizer,
+        tokenization=settings,
+        probe=args.probe,
+        attention=args.attention,
+        longest=max(pairs.extent()[1] for pairs in sets),
+        precision="bfloat16" if args.bf16 else "float32",
+        cache_dir=Path(located(given)) if given else Path(str(args.output_dir)).resolve().parent / ".isdaa_cache",
+        objective=args.objective_arguments(),
+        mu=None if behaviour_model is None else _name(behaviour_model) or "a model in memory",
+        stage="preference",
+        say=_say,
+    )
+
+    def adapter(plain: Any) -> Any:
+        revision = args.loading().get("revision") if isinstance(model, str) else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
-            policy = get_peft_model(
-                policy, peft_config, revision=args.loading().get("revision") if isinstance(model, str) else None
-            )
-        # Probed again: what the base's probe found out must hold for the forward that trains.
-        forward = prepare(policy, probe=args.probe, longest_row=longest, attention=args.attention)
+            return get_peft_model(plain, peft_config, revision=revision)
+
+    sources: dict[str, Other | None] = {
+        "reference": None if ref_model is None else _other(ref_model, "reference", args, tokenizer)
+    }
+    if behaviour_model is not None:
+        sources["behaviour"] = _other(behaviour_model, "behaviour", args, tokenizer)
+    ready = prepared(
+        how,
+        policy,
+        sets,
+        sources,
+        rate=args.learning_rate,
+        adapter=None if peft_config is None else adapter,
+        allow_stall=args.allow_stall,
+    )
+    policy, sets = ready.policy, ready.sets
     if not any(parameter.requires_grad for parameter in policy.parameters()):
         raise UserError(
             "model: no parameter of it can be trained; load an adapter with is_trainable=True, or give a peft_config; after "
@@ -161,18 +173,16 @@ def preference_trainer(
     def describe(folder: Path, step: int) -> None:
         metrics = metrics_at(trainer.state.log_history, step)
         record = ModelRecord("policy", config, step=step, reference=reference or None, metrics=metrics, base=base_of(name))
-        record.own_logps = [int(own.sum()), len(own)]
+        record.own_logps = [int(ready.own.sum()), len(ready.own)]
         for file, text in described(record, named(folder), adapter=isinstance(policy, PeftModel)).items():
             (folder / file).write_text(text, encoding="utf-8")
 
-    for line in coarse_weights(policy, args.learning_rate):
-        say(f"preference: {line}")
-    say(f"preference: {args.method}: {one_line(args.objective_arguments())}")
+    _say([f"{args.method}: {one_line(args.objective_arguments())}"])
     trainer = PreferenceTrainer(
         policy,
         Objective(**args.objective_arguments()),
         args=args,
-        forward=forward,
+        forward=ready.forward,
         train_dataset=sets[0],
         eval_dataset=sets[1] if held_out is not None else None,
         tokenizer=tokenizer,
@@ -185,6 +195,11 @@ def preference_trainer(
         optimizers=optimizers,
     )
     return trainer
+
+
+def _say(lines: Sequence[str]) -> None:
+    for line in lines:
+        say(f"preference: {line}")
 
 
 def _name(model: Any) -> str:
@@ -207,6 +222,17 @@ def _loaded(model: str | nn.Module, args: PreferenceConfig) -> Any:
         return model  # it is where it must be
     check_finite(_name(model) or "the model", model.to(args.device))
     return model
+
+
+def _other(model: str | nn.Module, which: str, args: PreferenceConfig, tokenizer: Any) -> Other:
+    def load() -> Any:
+        other = _loaded(model, args)
+        if isinstance(model, str):
+            check_vocabulary(model, other, tokenizer, which)
+        disable_dropout(other)
+        return other
+
+    return Other(load, _name(model))
 
 
 def _tokenizer(name: str, args: PreferenceConfig) -> Any:
@@ -239,47 +265,8 @@ def _pairs(rows: Any, which: str, tokenizer: Any, settings: TokenizationSettings
         return TokenisedPairs(tokens), [*(counts + more).lines(), *biased]
 
     pairs, lines = once(read)
-    for line in lines:
-        say(f"preference: {which}: {line}")
+    _say([f"{which}: {line}" for line in lines])
     return pairs
-
-
-def _with_logps(
-    sets: list[TokenisedPairs],
-    which: str,
-    source: PairForward | str | nn.Module,
-    args: PreferenceConfig,
-    tokenizer: Any,
-    settings: TokenizationSettings,
-    longest: int,
-    mu: str | None,
-) -> list[TokenisedPairs]:
-    """The sets with logps under the prepared policy, or under another model, which is prepared here. mu: the name of the model
-    that wrote the responses; None: the reference is taken for it."""
-    forward = source
-    if not isinstance(forward, PairForward):
-        other = _loaded(forward, args)
-        for pairs in sets:
-            check_rows(other, _name(other), *pairs.extent())
-        forward = prepare(other, probe=args.probe, longest_row=longest, attention=args.attention)
-        disable_dropout(other)
-    key = logps_key(forward.model, forward.mode, tokenizer, settings)
-    given = args.reference_cache_dir
-    cache = located(given) if given else Path(str(args.output_dir)).resolve().parent / ".isdaa_cache"
-    precision = _precision(args)
-    filled = []
-    for pairs in sets:
-        found = measure(forward, pairs, key=key, cache_dir=cache, precision=precision, progress=f"preference: {which} logps")
-        filled.append(pairs.with_reference(*found[:2]) if which == "reference" else pairs.with_behaviour(*found[:2]))
-        weighs = weighs_by_behaviour(args.objective_arguments())
-        if len(filled) == 1 and weighs and (mu is None) == (which == "reference"):
-            for line in foreign_text(found, pairs, mu):
-                say(f"preference: {line}")
-    return filled
-
-
-def _precision(args: PreferenceConfig) -> str:
-    return "bfloat16" if args.bf16 else "float32"
 
 
 def _recorded(
