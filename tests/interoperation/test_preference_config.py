@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from chains import ROOT
+from chains import ALIGN, ROOT, train
 from datasets import Dataset
 from interoperation_rows import MESSAGES
 from peft import LoraConfig
@@ -21,6 +22,7 @@ from isdaa import PreferenceConfig, PreferenceTrainer, preference_trainer
 from isdaa.cli import main
 from isdaa.config import fields as config_fields
 from isdaa.errors import UserError
+from isdaa.training.trainer import reference_logps
 from isdaa.training.trl_api.preference_config import DEFAULT_ALONE, GONE
 
 MIGRATING = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
@@ -223,6 +225,34 @@ def test_another_behaviour_model_is_in_the_weights_alone(place: Path, tmp_path: 
     other = trained("my_model", tmp_path / "b", method="is_dpo", behaviour_model="full/model").state.log_history[0]
     assert abs(plain["weights/log_weight_mean"]) < 1e-4 < abs(other["weights/log_weight_mean"])
     assert plain["rewards/margin"] == other["rewards/margin"]
+
+
+def test_isdaa_train_and_preference_trainer_find_each_others_logps(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = str(tmp_path / "kept")
+    settings = ALIGN | {"data.eval_fraction": 0.0, "reference.cache_dir": kept, "reference.path": "full/model"}
+    assert train(tmp_path / "run", settings) == 0
+    files = {path.name for path in Path(kept).glob("logps-*")}
+
+    def computed(*given: object) -> None:
+        raise AssertionError("logps were computed again")
+
+    monkeypatch.setattr(reference_logps, "_compute", computed)
+    given = {"max_length": 200, "max_prompt_length": 120, "reference_cache_dir": kept}
+    trained("my_model", tmp_path / "out", ref_model="full/model", **given)
+    assert {path.name for path in Path(kept).glob("logps-*")} == files
+
+
+def test_a_named_reference_of_another_tokenizer_is_refused(place: Path, tmp_path: Path) -> None:
+    shutil.copytree("my_model", tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="the reference model must share the policy's tokenizer; name another reference"):
+        trained("my_model", tmp_path / "out", ref_model=str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize(

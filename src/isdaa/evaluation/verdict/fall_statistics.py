@@ -267,8 +267,8 @@ def prompts_needed(rows: np.ndarray, offset: int, critical: float, seed: int = 0
         worse = (seen - critical * np.maximum(deviation / np.sqrt(wanted), 2 / wanted)).max(axis=1) > MARGIN
         none = (seen + _score(deviation, size, wanted)).max(axis=1) < NEGLIGIBLE
         if np.mean(worse | none) >= DECIDES:
-            digits: int = 10 ** (len(str(wanted)) - 2)
-            return -(-wanted // digits) * digits
+            digits = 10 ** (len(str(wanted)) - 2)
+            return int(-(-wanted // digits) * digits)
         wanted *= 2
     return None
 

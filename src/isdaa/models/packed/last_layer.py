@@ -52,12 +52,12 @@ def _forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Ten
         return cast(Tensor, type(self).forward(self, hidden_states, *args, **kwargs))
     attended, _ = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
     hidden = _keep(hidden_states + attended, layout)
-    return hidden + cast(Tensor, self.mlp(self.post_attention_layernorm(hidden)))
+    return cast(Tensor, hidden + self.mlp(self.post_attention_layernorm(hidden)))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # positions are numbers of this batch: a compiler would start anew for every one
 def _keep(x: Tensor, layout: Layout) -> Tensor:
-    return cast(Tensor, _Keep.apply(x, layout.on(x.device, "kept_index")))
+    return cast(Tensor, _Keep.apply(x, layout.on(x.device, "kept_index")))  # type: ignore[no-untyped-call]
 
 
 _forward.__name__ = "forward"  # so that a pickle of a bound method finds it: a revived layer has its class's forward

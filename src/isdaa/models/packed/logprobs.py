@@ -109,7 +109,7 @@ def token_logps(
     chunk = chunk or chunk_rows(head, hidden.device)
     if isinstance(head, LinearHead):
         settings = (chunk, head.scale, head.softcap, with_wpo, torch.is_grad_enabled(), tie)
-        logps, wpo = _LinearLogps.apply(hidden, head.weight, head.bias, targets, settings)
+        logps, wpo = _LinearLogps.apply(hidden, head.weight, head.bias, targets, settings)  # type: ignore[no-untyped-call]
         return logps, wpo if with_wpo else None
     logps_parts, wpo_parts = [], []
     for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):

@@ -45,7 +45,7 @@ def embed(model: nn.Module, input_ids: Tensor, tie: Tie) -> Tensor:
     """(…, D) embeddings of token ids (…), whose backward pass gives the gradient of the head as well."""
     embedding: Any = _layer(model, "get_input_embeddings")
     padding = -1 if embedding.padding_idx is None else embedding.padding_idx
-    return cast(Tensor, _Embed.apply(embedding.weight, input_ids, padding, tie))
+    return cast(Tensor, _Embed.apply(embedding.weight, input_ids, padding, tie))  # type: ignore[no-untyped-call]
 
 
 class _Embed(torch.autograd.Function):

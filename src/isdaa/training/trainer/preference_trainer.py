@@ -56,7 +56,7 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
     starts_at_reference: policy and reference start as the same model; their difference at step 0 is logged, and said
         aloud where it is more than rounding. went_on: the policy has been trained from this reference before.
     batch_tokens: a micro-batch of more tokens goes through the model in pieces; loss and gradient stay the same. None:
-        `pieces.piece_tokens`.
+        `packing.piece_tokens`.
     group_by_prompt: pairs of one prompt are read one after the other and share its forward pass.
     Dropout is switched off in the model, LoRA's included (docs/method.md).
     """
