@@ -197,7 +197,7 @@ def train(config: Config, cell: Cell, scale: Scale, phases: Phases, steps: Steps
     import transformers.trainer
 
     from isdaa.training import run_stages
-    from isdaa.training.stages import align, sft_and_reward
+    from isdaa.training.stages import align, preparation, sft_and_reward
     from isdaa.training.trainer import whole_checkpoints
 
     with ExitStack() as patched:
@@ -209,7 +209,7 @@ def train(config: Config, cell: Cell, scale: Scale, phases: Phases, steps: Steps
         replace(
             whole_checkpoints.WholeCheckpoints, "train", _method(phases, "training", whole_checkpoints.WholeCheckpoints.train)
         )
-        replace(align, "measure", phases.of("reference logps", align.measure))
+        replace(preparation, "measure", phases.of("reference logps", preparation.measure))
         if cell.saves:
             for module in (align, sft_and_reward):
                 replace(module, "keep_model", phases.of("saving the model", module.keep_model))
