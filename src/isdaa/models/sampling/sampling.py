@@ -79,7 +79,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Response(Sample):
+class SampledText(Sample):
     """A sample, and what it reads as (`text_of`)."""
 
     text: str = ""
@@ -200,7 +200,7 @@ def respond(
     progress: Progress | None = None,
     n: int = 1,
     with_states: bool = False,
-) -> list[Response]:
+) -> list[SampledText]:
     """`sample`, for prompts of which some may be conversations: what labels, guards, evaluations and benchmarks draw.
 
     Args:
@@ -209,7 +209,7 @@ def respond(
             is drawn is the response's last id, makes it `finished`, and is no part of its text.
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    found: dict[int, Response] = {}
+    found: dict[int, SampledText] = {}
     for chat in sorted({chat for _, chat in prompts}):
         places = [i for i, prompt in enumerate(prompts) if prompt[1] == chat]
         numbers = [i * n + k for i in places for k in range(n)]
@@ -218,7 +218,7 @@ def respond(
             model, ids, settings, stop_ids[chat], pad, seed, named, batch_size, progress=progress, n=n, with_states=with_states
         )
         for number, one in zip(numbers, drawn, strict=True):
-            found[number] = Response(list(one.ids), one.finished, one.states, text_of(one.ids, one.finished, tokenizer))
+            found[number] = SampledText(list(one.ids), one.finished, one.states, text_of(one.ids, one.finished, tokenizer))
     return [found[number] for number in range(len(keys))]
 
 
