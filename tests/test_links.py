@@ -48,10 +48,9 @@ def test_so_is_the_lock_of_an_evaluation_and_what_is_appended_to(kind: str, vict
     stand_in(kind, tmp_path / "metrics.jsonl", victim)
     with pytest.raises(UserError, match=r"metrics\.jsonl: no plain file"):
         append_jsonl(tmp_path / "metrics.jsonl", [{"step": 1}])
-    stand_in(kind, tmp_path / ".replies.jsonl.claims", victim)
-    cache = ReplyCache(tmp_path / "replies.jsonl")
-    with pytest.raises(UserError, match="claims: no plain file"), cache.claim("0" * 24):
-        pass
+    stand_in(kind, tmp_path / "replies.jsonl", victim)
+    with pytest.raises(UserError, match=r"replies\.jsonl: no plain file"):
+        ReplyCache(tmp_path / "replies.jsonl")
     assert victim.read_text() == "precious"
 
 

@@ -264,6 +264,7 @@ def append_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
     with writing(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(own_file(path), "r+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
             end = _end_of_lines(file)
             file.truncate(end)
             try:

@@ -1,4 +1,4 @@
-"""Replies on disk: killed, torn, shared by processes, never asked for twice."""
+"""Replies on disk: killed, torn, written by several processes, never asked for twice."""
 
 from __future__ import annotations
 
@@ -59,24 +59,15 @@ def test_what_kill_9_left_is_not_asked_again(tmp_path: Path) -> None:
         asked = len(server.asked)
         assert all(isinstance(reply, Reply) and reply.cached for reply in judge(server, cache).ask(asks(60)))
         assert len(server.asked) == asked
-    lines = cache.read_bytes().splitlines()
-    assert len(lines) == 61 and sum(_is_json(line) for line in lines) == 60
+    assert len([json.loads(line) for line in cache.read_bytes().splitlines()]) == 60
 
 
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
-
-
-def test_two_processes_share_the_work_and_ask_nothing_twice(tmp_path: Path) -> None:
+def test_two_processes_that_write_at_once_lose_no_reply(tmp_path: Path) -> None:
     cache = tmp_path / "replies.jsonl"
-    with serving(lambda number, body: Answer(delay=0.03)) as server:
-        both = [child(server.url, cache, 2, 60) for _ in range(2)]
+    with serving(replying()) as server:
+        both = [child(server.url, cache, 8, 60) for _ in range(2)]
         assert [process.wait(timeout=60) for process in both] == [0, 0]
-    assert sorted(server.contents()) == sorted(f"question {i}" for i in range(60))
+    assert len([json.loads(line) for line in cache.read_bytes().splitlines()]) == len(server.asked) >= 60
     assert len(ReplyCache(cache)) == 60
 
 
@@ -181,31 +172,8 @@ def test_another_programs_file_is_refused_and_left_alone(tmp_path: Path, content
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be kept there"):
+    with pytest.raises(UserError, match="no plain file"):
         ReplyCache(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be kept there"):
         ReplyCache(tmp_path / "file" / "replies.jsonl")
-
-
-def test_a_claim_is_held_against_other_processes_and_ends_with_its_process(tmp_path: Path) -> None:
-    cache = tmp_path / "replies.jsonl"
-    program = (
-        "import sys, time\nfrom isdaa.evaluation.judges.cache import ReplyCache\n"
-        "with ReplyCache(sys.argv[1]).claim('ab' * 12) as mine:\n    print(mine, flush=True)\n    time.sleep(60)\n"
-    )
-    paths = os.pathsep.join(filter(None, sys.path))
-    command = [sys.executable, "-c", program, str(cache)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": paths})
-    assert process.stdout is not None
-    try:
-        assert process.stdout.readline() == b"True\n"
-        ours = ReplyCache(cache)
-        with ours.claim("ab" * 12) as mine, ours.claim("cd" * 12) as other:
-            assert (mine, other) == (False, True)
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-    with ours.claim("ab" * 12) as mine:
-        assert mine

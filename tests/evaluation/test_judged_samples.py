@@ -186,7 +186,7 @@ def test_a_spent_budget_leaves_whole_prompts_and_the_next_call_goes_on(models: d
 
 def test_a_budget_that_completes_no_prompt_is_one_line_and_is_not_lost(models: dict[str, str], tmp_path: Path) -> None:
     with serving(shorter) as server:
-        with pytest.raises(DoneInPart, match=r"no prompt is judged .* \(--max_requests\) is spent"):
+        with pytest.raises(DoneInPart, match=r"no prompt is judged .* of --max_requests are used up"):
             run(models, tmp_path, server, max_requests=2)
         metrics, _ = run(models, tmp_path, server)
         assert metrics["judged"]["prompts"] == 8 and len({json.dumps(b["messages"]) for b in server.asked}) == len(server.asked)
@@ -203,7 +203,7 @@ def test_the_command_ends_with_3_after_the_page_is_written(
     told = capsys.readouterr()
     assert "which cost about" in told.err and "is enough for about 7 of the prompts" in " ".join(told.err.split())
     assert (tmp_path / "page/report.html").is_file() and "Judged in part: all numbers are of the" in told.out
-    assert told.err.splitlines()[-1].startswith("isdaa: error: ") and "The same command goes on" in told.err
+    assert told.err.splitlines()[-1].startswith("isdaa: error: ") and "the same command goes on" in told.err
     assert any("Judged in part" in note for note in read_json(tmp_path / "page/report.json")["notes"])
 
 

@@ -53,13 +53,12 @@ CALLED = ("tool_calls", "function_call", "tool_use")
 class Failure:
     """A request without a usable reply.
 
-    kind: `retry`, may go better next time; `again`, can be sent once more at once, in another way or with a smaller
-    `limit`; `question`, only this question is affected; `odd`, this question is complained of, and it is not clear
-    whether others would be; `pause`, the endpoint wants to be left alone for longer than is waited for; `fatal`, no
-    question can be answered until the user mends something. lack: what a question without a reply lacks it for.
-    way: what the endpoint may not take. wait: seconds that it asked to be left alone. unreached: nothing answered at all.
-    complaint: the status that finds fault with the request. tokens: prompt and completion tokens that were billed
-    nevertheless.
+    kind: `retry`, another try may succeed; `again`, to be sent again at once, in another way or with a smaller `limit`;
+    `question`, this question alone has no reply; `odd`, the endpoint rejects this question, perhaps all; `pause`, it asks
+    for a longer pause than is waited for; `fatal`, it answers no question until the user mends something. lack: why the
+    question has no reply. way: what the endpoint may not take. wait: seconds that it asked to wait. unreached: nothing
+    answered at all. complaint: the status that finds fault with the request. tokens: prompt and completion tokens that
+    were billed nevertheless.
     """
 
     kind: Literal["retry", "again", "question", "odd", "pause", "fatal"]
@@ -103,7 +102,7 @@ class Endpoint:
 
     @property
     def about(self) -> list[str]:
-        """What a reader must know of how it is asked, each a line; what it was told to leave out is no news."""
+        """What the endpoint does not take, each a line; not what the user said from the start."""
         known = set(self.settings.ways) | {"max_completion_tokens"}
         return [words for way, words in WAYS.items() if way in self.known - known]
 
@@ -149,7 +148,7 @@ class Endpoint:
         except Exception as error:  # whatever it is, its traceback could show the request's headers
             return Failure("fatal", self.secret.scrub(f"{type(error).__name__}: {error}"))
         if len(text) > LARGEST:
-            return Failure("question", f"the answer has {len(text):,} characters", "unreadable")
+            return Failure("question", f"the answer has {len(text):,} characters: too many to read", "unreadable")
         inside = _error_inside(text)
         if inside is not None:  # some servers and proxies say 200, and the status inside
             return self._status(inside, headers, text, sent, body)
@@ -185,7 +184,7 @@ class Endpoint:
         )
 
     def helped(self, ways: Iterable[str], good: bool) -> None:
-        """A request that taught these ways was answered then, so that they are true, and said; or complained of again."""
+        """Keep (and say) what a complaint taught, where the request was answered without it; else forget it. good: it was."""
         for way in set(ways) - self.known:
             if good:
                 self.known.add(way)
@@ -197,16 +196,14 @@ class Endpoint:
         """Names of the models that the endpoint says it serves; empty where it does not say."""
         try:
             async with asyncio.timeout(self.settings.timeout_s):
-                answer = await client.models.with_raw_response.list()
-            listed = json.loads(self.secret.scrub(answer.http_response.text))["data"]
-            return [str(model["id"]) for model in listed]
-        except Exception:  # a help in another error: without the names that one is said alone
+                return [self.secret.scrub(str(model.id)) async for model in client.models.list()]
+        except Exception:  # the names only help in another error, which is said without them
             return []
 
     def _status(
         self, status: int, headers: Mapping[str, str], text: str, sent: Mapping[str, Any], body: Mapping[str, Any]
     ) -> Failure:
-        """What a status and its words come to. sent: the request as it was sent, `body` as it was meant."""
+        """What to do after an answer with this status. sent: the request as it was sent; body: as it was meant."""
         said, whole, text = f"{self.address} answered {status}", text, complaint(text)
         if status in (401, 403) and not (status == 403 and (is_refused(text) or "logprobs" in text)):
             # Its words may quote the key in any disguise: they are not shown.
@@ -222,15 +219,16 @@ class Endpoint:
             kind: Literal["again", "question"] = "question" if limit is None else "again"
             return Failure(kind, f"too long for the judge ({said})", "too long", limit=limit)
         if status in TRANSIENT or status >= 500:
-            wait, lack = retry_after(headers), _lack(status)
+            wait = retry_after(headers)
+            lack: Lack = "rate-limited" if status == 429 else "no answer"
             if wait is not None and wait > LONGEST_WAIT:
-                return Failure("pause", f"{said}; it asks to be left alone for {wait:.0f} s", lack)
+                return Failure("pause", f"{said}; it asks for a pause of {wait:.0f} s", lack)
             return Failure("retry", said, lack, wait=wait)
         if status < 400:
             target = urlsplit(headers.get("location", ""))
             host, path = target.netloc.rpartition("@")[2], target.path.removesuffix("/chat/completions")
             place = self.secret.scrub(f"{target.scheme}://{host}{path}") if host else "elsewhere"
-            return Failure("fatal", f"{self.address} sends on to {place}; give the judge's own address with --judge_base_url")
+            return Failure("fatal", f"{self.address} redirects to {place}; give the judge's own address with --judge_base_url")
         if status == 413:
             return Failure("question", f"too long for the judge ({said})", "too long")
         if status in (400, 403) and is_refused(text):
@@ -249,9 +247,9 @@ class Endpoint:
 
 
 def address(base_url: str) -> tuple[str, str | None]:
-    """The endpoint's address as it is used and shown, and the api-version in it, as Azure's have one.
+    """(the endpoint's address as it is used and shown, the api-version in it, which Azure's have).
 
-    Raises UserError where it is none, or carries a secret.
+    Raises UserError for what is no address, and for one that holds a secret.
     """
     try:
         parts = urlsplit(base_url.strip())
@@ -267,8 +265,8 @@ def address(base_url: str) -> tuple[str, str | None]:
         or "@" in parts.netloc
     ):
         raise UserError(
-            f"the judge's base URL carries a user, password or query beside the address of {parts.hostname}; "
-            "a key comes from the environment alone: write the address like http://localhost:8000/v1"
+            f"the judge's base URL for {parts.hostname} holds a user, password or query; a key is read from the environment "
+            "alone: write the address like http://localhost:8000/v1"
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"the judge's base URL {base_url!r} is no http(s) address; write it like http://localhost:8000/v1")
@@ -277,12 +275,8 @@ def address(base_url: str) -> tuple[str, str | None]:
     return f"{parts.scheme}://{host}{port}{path}", query.get(VERSION, [None])[0]
 
 
-def _lack(status: int) -> Lack:
-    return "rate-limited" if status == 429 else "no answer"
-
-
 def without_system(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """The conversation with what the system said before what the user says next, for templates that know no system."""
+    """The conversation, each system message put before the user's next one, for templates without a system role."""
     result: list[dict[str, str]] = []
     held: list[str] = []
     for message in messages:
@@ -297,7 +291,7 @@ def without_system(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]
 
 
 def read_answer(text: str) -> Reply | Failure:
-    """A reply from the body of a chat completion, whole or streamed; a body that is none is worth another try."""
+    """A reply from the body of a chat completion, whole or streamed; any other body is a failure of the kind `retry`."""
     try:
         body = _streamed(text) if _is_stream(text) else json.loads(text.lstrip("\ufeff"))
     except (ValueError, RecursionError):
@@ -337,7 +331,7 @@ def _is_stream(text: str) -> bool:
 
 
 def _streamed(text: str) -> dict[str, Any]:
-    """The completion that the events of a stream come to. One that stops before its end broke off."""
+    """The completion that a stream's events add up to; one that stops before its end gets the reason `the stream has no end`."""
     message: dict[str, str] = {"content": ""}
     choice: dict[str, Any] = {"message": message, "finish_reason": None, "logprobs": None}
     body: dict[str, Any] = {"choices": [choice], "usage": None, "model": None}
@@ -387,23 +381,18 @@ def _error_inside(text: str) -> int | None:
 
 def retry_after(headers: Mapping[str, str], now: float | None = None) -> float | None:
     """Seconds that `Retry-After` (a number or a date) or `retry-after-ms` asks for; None without either."""
-    try:
-        milliseconds = float(headers["retry-after-ms"]) / 1000
-        if math.isfinite(milliseconds):
-            return max(milliseconds, 0.0)
-    except (KeyError, ValueError):
-        pass
-    value = headers.get("retry-after")
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
+    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
         try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - (time.time() if now is None else now)
-        except ValueError:
-            return None
-    return max(seconds, 0.0) if math.isfinite(seconds) else None
+            seconds = float(headers[name]) / unit
+        except (KeyError, ValueError):
+            continue
+        if math.isfinite(seconds):
+            return max(seconds, 0.0)
+    try:
+        moment = email.utils.parsedate_to_datetime(headers.get("retry-after", "")).timestamp()
+    except ValueError:
+        return None
+    return max(moment - (time.time() if now is None else now), 0.0)
 
 
 def unknown_model(endpoint: str, model: str, served: list[str]) -> str:
@@ -420,7 +409,7 @@ def _body_text(response: Any) -> str:
 
 
 def _text(content: Any) -> tuple[str, str]:
-    """What is said, and what parts of their own are thought."""
+    """(answer, thinking) of a message's content: a text, or a list of parts."""
     if content is None:
         return "", ""
     if isinstance(content, list):

@@ -1,18 +1,17 @@
 """A judge model behind any OpenAI-compatible endpoint: many questions in, their replies out in the same order.
 
-What was answered once is never asked again (`judge_cache`), no more requests are in flight or sent than allowed, what
-fails for a moment is tried again, and what cannot go well until the user mends it ends in one clear line.
+What was answered once is not asked again (`cache.py`), no more requests are in flight or sent than allowed, a request that
+fails for a passing reason is tried again, and one that only the user can mend ends the call with one line.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
-import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,14 +32,12 @@ from isdaa.evaluation.judges.types import (
     request_key,
 )
 from isdaa.evaluation.judges.wording import WAYS
-from isdaa.files import digest
 from isdaa.terminal import Bar, say
 
 __all__ = ["Judge", "JudgeSettings", "NoReply", "Question", "Reply", "Usage"]
 
 FIRST_PAUSE = 1.0  # seconds after the first failure; twice as long after each further one
 LONGEST_PAUSE = 60.0
-POLL = 0.02  # seconds until the next question is looked at, where another process is asking this one
 PATIENCE = 3  # questions that fail before any went well, or for each of `concurrency` later, until the judge is given up
 LONGEST_TOKEN = 12  # characters a token, of a long question, beyond which a judge can have read only a part of it
 LONG_QUESTION = 2000  # characters
@@ -50,8 +47,8 @@ ODD = 3  # different questions that are complained of before any went well, or i
 class Judge:
     """Asks one judge model. Making it sends nothing and needs neither key nor package: a cached run needs none.
 
-    cache: the JSONL file of its replies, which several processes may share; None: in memory alone. sleep and clock are
-    for tests. Raises UserError for settings or a cache file that cannot be used.
+    cache: the JSONL file of its replies; None: in memory alone. sleep: for tests.
+    Raises UserError for settings or a cache file that cannot be used.
     """
 
     def __init__(
@@ -60,7 +57,6 @@ class Judge:
         cache: str | Path | None = None,
         *,
         sleep: Callable[[float], Awaitable[Any]] = asyncio.sleep,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings = settings
         self.cache = ReplyCache(cache)
@@ -68,13 +64,12 @@ class Judge:
         known = WAYS.keys() & self.cache.learnt.get(self._endpoint.address, [])
         self._endpoint.ways |= known
         self._endpoint.known |= known
-        self._sleep, self._clock = sleep, clock
+        self._sleep = sleep
         self._random = random.Random(settings.seed or 0)
         self._quiet_until = 0.0  # an endpoint's Retry-After holds for every request
         self._answered = False
         self._answered_once = False  # in an earlier call: what fails now is for the next one
         self._failed_in_a_row = self._wordless = 0
-        self._of: dict[str, str] = {}  # key of a request -> the question that it is about
         self._odd: set[str] = set()  # questions that were complained of since the last reply
         self._worded = self._odd_told = False
         self._shortened = 0  # questions that the endpoint counted far fewer tokens of than they can have
@@ -89,18 +84,13 @@ class Judge:
         return self.settings.model
 
     @property
-    def digest(self) -> str:
-        """Changes whenever the replies may: of the model and the settings that are sent."""
-        return digest(request_body(self.settings, Question(())))
-
-    @property
     def about(self) -> list[str]:
-        """What the endpoint does not take, and what it may not have read, each a line."""
+        """What the endpoint does not take, and whether it may have read only a part of some questions; a line each."""
         if not self._shortened:
             return self._endpoint.about
         questions = f"{self._shortened} question{'s' * (self._shortened > 1)}"
         short = (
-            f"counted far fewer tokens of {questions} than they can have: it may have read a part alone; give it a longer context"
+            f"counted far fewer tokens of {questions} than they can have: it may have read only a part; give it a longer context"
         )
         return [*self._endpoint.about, short]
 
@@ -119,13 +109,13 @@ class Judge:
     def ask(self, questions: Sequence[Question], progress: Bar | None = None) -> list[Reply | NoReply]:
         """The reply to every question, in order; equal questions are asked once.
 
-        A question that has no reply after all retries gets a `NoReply`; so do, at once, those that are left when the
-        budget of requests is spent or the endpoint stops answering (one line says how many, and why). Raises UserError
-        where the endpoint refuses key, model, address or settings, or never answers: what was answered is in the cache.
+        A question without a reply after all retries gets a `NoReply`, and so do all that are not asked, since the budget of
+        requests is used up or the endpoint stopped answering; one line then says how many, and why. Raises UserError where
+        the endpoint refuses key, model, address or settings, or never answers; replies that came are in the cache.
         """
         results: dict[str, Reply | NoReply] = {}
         keys: list[str] = []
-        waiting: dict[str, dict[str, Any]] = {}
+        waiting: dict[str, Question] = {}
         for number, question in enumerate(questions):
             body = request_body(self.settings, question)
             try:
@@ -141,43 +131,37 @@ class Judge:
                 results[key] = self._roomy(reply)
                 self._answered_once = True
             else:
-                waiting[key] = body
-                self._of[key] = question.of or key
-        known = sum(key not in waiting for key in keys)
-        if progress is not None and known:
-            progress.update(known)
+                waiting[key] = question
+        times = Counter(keys)
+        if progress is not None and results:
+            progress.update(sum(times[key] for key in results))
         if waiting:
-            shares = dict.fromkeys(waiting, 0)
-            for key in keys:
-                if key in shares:
-                    shares[key] += 1
-            _run(self._ask_all(waiting, results, shares, progress))
-        self._tally(keys, results)
+            _run(self._ask_all(waiting, results, times, progress))
+        self._tally(times, results)
         return [results[key] for key in keys]
 
-    def _tally(self, keys: Sequence[str], results: dict[str, Reply | NoReply]) -> None:
-        seen: set[str] = set()
+    def _tally(self, times: Counter[str], results: dict[str, Reply | NoReply]) -> None:
         left = 0
-        for key in keys:
-            result = results[key]
-            self._count["cached"] += isinstance(result, Reply) and (result.cached or key in seen)
-            left += isinstance(result, NoReply) and result.unasked and key not in seen
-            seen.add(key)
+        for key, result in results.items():
+            if isinstance(result, Reply):
+                self._count["cached"] += times[key] - (not result.cached)
+            else:
+                left += result.unasked
         self._count["unasked"] += left
         if left:
-            say(f"{left} of {len(seen)} questions to the judge are left: {self.why_left()}; what is answered is not asked again")
+            say(f"{left} of {len(results)} questions to the judge were not asked: {self.why_left()}; the replies so far are kept")
 
     def why_left(self) -> str:
         """Why questions were left unasked, and what goes on with them."""
         budget = self.settings.max_requests
         if self.stopped:
-            return f"{self.stopped}. The same command goes on with them"
+            return f"{self.stopped}; the same command goes on with them"
         if not budget:
-            return "a budget of 0 requests (--max_requests) lets none be sent. A higher one goes on with them"
-        return f"the budget of {budget} requests (--max_requests) is spent. The same command goes on with them"
+            return "--max_requests 0 allows no request; a higher number goes on with them"
+        return f"the {budget} requests of --max_requests are used up; the same command goes on with them"
 
     async def _ask_all(
-        self, waiting: dict[str, dict[str, Any]], results: dict[str, Reply | NoReply], shares: dict[str, int], bar: Bar | None
+        self, waiting: dict[str, Question], results: dict[str, Reply | NoReply], times: Counter[str], bar: Bar | None
     ) -> None:
         """Fill `results`: one question at a time until the judge has answered one, then `concurrency` at once."""
         queue = deque(waiting.items())
@@ -185,40 +169,30 @@ class Judge:
 
         async def work(until_answered: bool) -> None:
             while queue:
-                key, body = queue.popleft()
-                result = await self._answer(client, key, body)
-                if result is None:
-                    queue.append((key, body))
-                    await asyncio.sleep(POLL)
-                    continue
-                results[key] = result
+                key, question = queue.popleft()
+                results[key] = await self._request(client, request_body(self.settings, question), question.of or key)
                 if bar is not None:
-                    bar.update(shares[key], note=self._note())
+                    bar.update(times[key], note=self._note())
                 if until_answered and self._answered:
                     return
 
+        tasks: list[asyncio.Task[None]] = []
         try:
             await work(until_answered=True)
-            async with _cancelled_together() as tasks:
-                tasks += [asyncio.create_task(work(until_answered=False)) for _ in range(self.settings.concurrency)]
-                await asyncio.gather(*tasks)
+            tasks += [asyncio.create_task(work(until_answered=False)) for _ in range(self.settings.concurrency)]
+            await asyncio.gather(*tasks)
         finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await client.close()
-
-    async def _answer(self, client: Any, key: str, body: dict[str, Any]) -> Reply | NoReply | None:
-        """By asking, or what another process that shares the cache has written; None while that one is asking."""
-        with self.cache.claim(key) as mine:
-            reply = self.cache.get(key, body["max_tokens"])
-            if reply is not None:
-                return self._roomy(reply)
-            return await self._request(client, body, self._of[key]) if mine else None
 
     async def _request(self, client: Any, body: dict[str, Any], of: str) -> Reply | NoReply:
         attempt, limit, taught = 0, body["max_tokens"], set[str]()
         while True:
             if not self._spent():
                 await self._pause(self._back_off(attempt) if attempt else 0)
-                await self._pause(self._quiet_until - self._clock())
+                await self._pause(self._quiet_until - time.monotonic())
             if self._spent():
                 return NoReply(self.why_left(), unasked=True)
             self._count["retries"] += attempt > 0
@@ -237,7 +211,7 @@ class Judge:
             if outcome.tokens is not None:
                 self._bill(outcome.tokens)
             if outcome.wait is not None:
-                self._quiet_until = max(self._quiet_until, self._clock() + outcome.wait)
+                self._quiet_until = max(self._quiet_until, time.monotonic() + outcome.wait)
             if outcome.kind == "again":
                 limit = outcome.limit or limit
                 taught |= {outcome.way} if outcome.way is not None else set()
@@ -260,7 +234,7 @@ class Judge:
             attempt += 1
 
     def _gave_up(self, outcome: Failure) -> NoReply:
-        """A question without a reply; where that has become the rule, the rest is left, or UserError if none ever came."""
+        """A question without a reply. After too many in a row the rest is not asked; UserError if none was ever answered."""
         if outcome.kind == "retry":
             self._failed_in_a_row += 1
             place = self._endpoint.address
@@ -281,29 +255,29 @@ class Judge:
         self.stopped = self.stopped or reason
 
     def _check_words(self, reply: Reply, limit: int) -> None:
-        """Raises UserError where all first replies were cut before a word of an answer: more would cost, and say nothing."""
+        """Raises UserError where the first replies were all cut before a word of an answer, as further ones would be."""
         self._worded |= reply.finish_reason != "length" or bool(split(reply.text, reply.thinking).answer.strip())
         self._wordless += 1
         if not self._worded and self._wordless == PATIENCE:
             raise UserError(
-                f"the first {PATIENCE} replies of {self.name} were cut at {limit} tokens, before a word of an answer; give it "
-                "more room with --judge_max_tokens: these questions alone are asked again"
+                f"the first {PATIENCE} replies of {self.name} were cut at {limit} tokens, before a word of an answer; raise "
+                "--judge_max_tokens: only these questions are asked again"
             )
 
     def _check_length(self, body: dict[str, Any], reply: Reply) -> None:
-        """Notices a server that shortens a long prompt without a word, as some do beyond their context."""
+        """Says so where a server seems to have shortened a long prompt silently, as some do beyond their context."""
         characters = sum(len(message["content"]) for message in body["messages"])
         if reply.prompt_tokens and characters > max(LONG_QUESTION, LONGEST_TOKEN * reply.prompt_tokens):
             self._shortened += 1
             if self._shortened == 1:
                 say(
                     f"the judge at {self._endpoint.address} counted {reply.prompt_tokens} tokens in a question of {characters:,} "
-                    "characters: it may have read a part of it alone; start it with a longer context (Ollama: num_ctx)"
+                    "characters: it may have read only a part of it; start it with a longer context (Ollama: num_ctx)"
                 )
 
     @staticmethod
     def _roomy(reply: Reply) -> Reply | NoReply:
-        """The reply, but for one that was cut where the question left it too little of the judge's context."""
+        """The reply; none where it was cut because the question left it too little of the judge's context."""
         if reply.limit is None or reply.finish_reason != "length":
             return reply
         return NoReply(f"too long for the judge: {reply.limit} tokens were left for its reply, which was cut", kind="too long")
@@ -313,7 +287,7 @@ class Judge:
         return NoReply(reason, kind=lack)
 
     async def _explained(self, client: Any, outcome: Failure) -> str:
-        """The failure's reason, with the names that the endpoint serves where the model's may be wrong."""
+        """The failure's reason; where the model's name may be wrong, with the names that the endpoint serves."""
         if outcome.complaint and not self._spent():
             self._count["requests"] += 1
             served = await self._endpoint.models(client)
@@ -333,7 +307,7 @@ class Judge:
         self._count["uncounted"] += None in tokens
 
     def _back_off(self, attempt: int) -> float:
-        """Seconds before the attempt: doubled each time, of which a random half is left out so that waiters part."""
+        """Seconds before the attempt: doubled each time, less up to half at random, so that requests do not come at once."""
         return min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE) * (0.5 + 0.5 * self._random.random())
 
     async def _pause(self, seconds: float) -> None:
@@ -348,36 +322,13 @@ class Judge:
         return ", ".join(words)
 
 
-@contextlib.asynccontextmanager
-async def _cancelled_together() -> AsyncIterator[list[asyncio.Task[None]]]:
-    """A list of tasks, none of which outlives the block."""
-    tasks: list[asyncio.Task[None]] = []
-    try:
-        yield tasks
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
 def _run(work: Coroutine[Any, Any, None]) -> None:
-    """Run to the end, also where a notebook's event loop is running already."""
+    """Run to the end; in a thread of its own where a notebook's event loop is running already."""
     if not _in_event_loop():
         asyncio.run(work)
         return
-    failed: list[BaseException] = []
-
-    def inside() -> None:
-        try:
-            asyncio.run(work)
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=inside, name="judge")
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, work).result()
 
 
 def _in_event_loop() -> bool:

@@ -1,4 +1,4 @@
-"""The judge's key: read from the environment alone, shown nowhere, and taken out of whatever an endpoint sends back."""
+"""The judge's key: read from the environment alone, never shown, and taken out of whatever an endpoint sends back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOGGERS = ("openai", "httpx", "httpx2", "httpcore", "httpcore2")
 
 
 class Secret:
-    """A key that neither `repr`, nor a traceback with local variables, nor a copy into JSON shows."""
+    """A key that no `repr`, traceback with local variables or JSON file shows."""
 
     __slots__ = ("_value",)
 

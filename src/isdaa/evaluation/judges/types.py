@@ -44,7 +44,7 @@ class JudgeSettings:
     a question. max_requests: HTTP requests that one `Judge` may send, retries included; None: no limit.
     price_in, price_out: per million tokens, in any currency; None: no cost is told. key_variable: the environment
     variable that holds the key; the key itself is in no setting. ways: what the endpoint does not take
-    (`judge_wording.WAYS`), for those it would else be asked to find out. api_version: of a classic Azure endpoint.
+    (keys of `wording.WAYS`); else its first complaint tells. api_version: of a classic Azure endpoint.
 
     Raises UserError where a value makes no sense.
     """
@@ -67,15 +67,15 @@ class JudgeSettings:
 
     def __post_init__(self) -> None:
         if not self.model.strip():
-            raise UserError("judge: the model's name is empty; name one that the endpoint serves")
+            raise UserError("judge: the model's name is empty; give the name of a model that the endpoint serves")
         for field in LIMITS:
             check_limit(field, getattr(self, field), f"judge: {field}")
         check_variable(self.key_variable, "judge: key_variable")
         strange = next((way for way in self.ways if way not in WAYS), None)
         if strange is not None:
-            raise UserError(f"judge: ways: {strange!r} is none of {', '.join(WAYS)}{nearest(strange, WAYS)}")
+            raise UserError(f"judge: ways: {strange!r} is unknown{nearest(strange, WAYS)}; known are {', '.join(WAYS)}")
         if (self.price_in is None) != (self.price_out is None):
-            raise UserError("judge: give both prices, of a million tokens read and of a million written, or neither")
+            raise UserError("judge: price_in and price_out: give both prices, per million tokens, or neither")
 
 
 def check_limit(field: str, value: float | None, name: str) -> None:
@@ -87,19 +87,17 @@ def check_limit(field: str, value: float | None, name: str) -> None:
 
 
 def check_variable(value: str, name: str) -> None:
-    """Raises UserError, which does not show it, where the name of the key's variable is none: it may be the key itself."""
+    """Raises UserError where the name of the key's variable is none. It does not show it, for it may be the key itself."""
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
-        what = "must name an environment variable (letters, digits, underscores), in which the key is"
-        raise UserError(f"{name} {what}")
+        raise UserError(f"{name} must name the environment variable that holds the key (letters, digits, underscores)")
 
 
 @dataclass(frozen=True)
 class Question:
-    """One conversation that the judge answers. The overrides stand before the judge's settings where they are not None.
+    """One conversation that the judge answers. A setting that is not None wins over the judge's own.
 
-    messages: `{"role": …, "content": …}`. of: what it is about, where several are about the same (two orders). Equal
-    questions are asked once: to sample several replies to the same
-    messages, give each a seed of its own.
+    messages: `{"role": …, "content": …}`. of: a name that questions about the same thing share (two orders). Equal
+    questions are asked once: to sample several replies to the same messages, give each a seed of its own.
     """
 
     messages: tuple[dict[str, str], ...]
@@ -114,11 +112,11 @@ class Question:
 class Reply:
     """What the judge said. `text` is empty only where `thinking` is not, or where it was cut before its first word.
 
-    text: as it came, with what it thought aloud (`evaluation.judges.replies` takes that out); thinking: what the endpoint gave
-    apart. first_token_logprobs: natural logarithms by token, of the reply's first position; None where the endpoint gave
+    text: as it came, thinking in it included (`replies.split` parts the two); thinking: what the endpoint gave apart.
+    first_token_logprobs: natural logarithms by token, of the reply's first position; None where the endpoint gave
     none (or none were wanted). cached: this reply cost no request. finish_reason: `stop`, `length`, or None where the
     endpoint does not say. model: what the endpoint said it is. limit: tokens that it was given, where the judge's context
-    left fewer than were wanted.
+    had room for fewer than were wanted.
     """
 
     text: str
@@ -134,10 +132,10 @@ class Reply:
 
 @dataclass(frozen=True)
 class NoReply:
-    """Why a question has no reply: every retry failed, the judge refused, or the budget of requests is spent.
+    """Why a question has no reply: every retry failed, the judge refused, or the budget of requests is used up.
 
-    unasked: the question was never sent, or its retries were cut short, by the budget alone. It is never cached: the
-    next `ask` asks again. kind: the reason's, for a count.
+    unasked: it was not sent, or not tried to the end, since the asking was stopped. kind: of the reason, for a count.
+    Never cached: the next `ask` asks again.
     """
 
     reason: str
@@ -150,8 +148,8 @@ class Usage:
     """What a judge has cost since it was made.
 
     requests: HTTP requests, retries included. cached: questions answered without one. failures: questions without a
-    reply; unasked: those the budget left over. Tokens are those that this process's requests were billed; uncounted:
-    requests answered without a count of tokens. cost: None without prices.
+    reply; unasked: questions that were not asked. Tokens are those of this process's requests; uncounted: requests
+    answered without a count of tokens. cost: None without prices.
     """
 
     requests: int = 0
@@ -204,7 +202,7 @@ def request_key(body: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Asking:
-    """A judge model and which of its settings the user chose: those win over the benchmark's own.
+    """A judge model. own_temperature, own_max_tokens: whether the user chose them; else the benchmark's hold.
 
     logprobs: whether log-probabilities are asked for where a benchmark wants them.
     """

@@ -18,14 +18,14 @@ LEAST_ROOM = 16  # tokens; a reply that has fewer left is not worth asking for
 
 ECHOES = ("input", "ctx", "body", "messages", "prompt", "request", "param_value", "value", "url")  # keys of what was sent
 
-# What an endpoint may not take -> what is said of it, with the option that says so from the start.
+# What an endpoint may not take -> what is said of it, with the option that tells isdaa so from the start.
 WAYS = {
-    "max_completion_tokens": "knows the limit of a reply as max_completion_tokens (--judge_max_completion_tokens)",
-    "no temperature": "takes no temperature of ours, so it replies at its own (--judge_temperature none)",
+    "max_completion_tokens": "calls the limit of a reply max_completion_tokens (--judge_max_completion_tokens)",
+    "no temperature": "takes no temperature, so it uses its own (--judge_temperature none)",
     "no logprobs": "gives no log-probabilities, so votes are hard (--judge_no_logprobs)",
-    "no system": "takes no system message, so its words stand before the user's (--judge_no_system)",
+    "no system": "takes no system message, so its text is put before the user's (--judge_no_system)",
     "no seed": "takes no seed (leave --judge_seed out)",
-    "stream": "answers in a stream alone (--judge_stream)",
+    "stream": "answers only as a stream (--judge_stream)",
 }
 
 _TOO_LONG = re.compile(
@@ -63,7 +63,7 @@ _PROMPT = re.compile(
 
 
 def complaint(text: str) -> str:
-    """What an error body says by itself, keys beside their values; what it quotes of the request (`input`, …) left out."""
+    """The words of an error body, `key: value` a line, without what it quotes of the request (`input`, …)."""
     try:
         body = json.loads(text)
     except (ValueError, RecursionError):
@@ -80,7 +80,7 @@ def complaint(text: str) -> str:
 
 
 def is_too_long(text: str) -> bool:
-    """Whether the words say that prompt and reply have no room together."""
+    """Whether the words say that prompt and reply together do not fit the model's context."""
     return _TOO_LONG.search(text.lower()) is not None
 
 
@@ -90,14 +90,14 @@ def is_refused(text: str) -> bool:
 
 
 def is_spent(text: str) -> bool:
-    """Whether the account has nothing left, which no waiting mends."""
+    """Whether the words say that the account's credit is used up: waiting does not help."""
     return _SPENT.search(text.lower()) is not None
 
 
 def room(text: str, limit: int) -> int | None:
-    """A smaller limit of the reply to try after `limit` had no room; None where the prompt alone is too long.
+    """A smaller limit of the reply to try after `limit` did not fit; None where the prompt alone is too long.
 
-    What the words say is left is taken; where they do not say, half.
+    It is what the words say is left of the context, or half of `limit` where they do not say.
     """
     low = text.lower()
     contexts, prompts, whole = _CONTEXT.search(low), _PROMPT.search(low), _SUM.search(low)
@@ -133,7 +133,7 @@ def way_of(text: str, sent: Mapping[str, Any]) -> str | None:
 
 
 def _unknown(low: str, param: str, field: str) -> bool:
-    """Whether a field is complained of as one that there is none of."""
+    """Whether the complaint is that the endpoint knows no such field."""
     return (field in param or field in low) and re.search(
         r"unsupported|unknown|not (?:supported|permitted|allowed)|extra", low
     ) is not None
@@ -169,11 +169,11 @@ def quoted(text: str) -> str:
 
 
 def valid(text: str) -> str:
-    """What JSON can carry, and files cannot, cleaned; no verdict is as long as `LONGEST`."""
+    """The text without what files cannot hold, cut to `LONGEST` characters: no verdict is as long."""
     return clean(text, LONGEST)
 
 
-# Option -> what an endpoint does not take (`judge_wording.WAYS`); the first complaint teaches the same.
+# Option -> what an endpoint does not take (a key of `WAYS`); its first complaint tells the same.
 WAY_OPTIONS = {
     "judge_max_completion_tokens": "max_completion_tokens",
     "judge_no_system": "no system",
