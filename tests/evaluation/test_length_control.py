@@ -188,7 +188,8 @@ def test_a_thousand_resamples_of_the_benchmark_are_quick_and_repeat() -> None:
     start = time.process_time()
     result = ours(rows, gamed, resamples=1000)
     assert time.process_time() - start < 6.0
-    assert 0.01 < result.rate.interval.half_width < 0.04
+    interval = result.rate.interval
+    assert interval.low is not None and interval.high is not None and 0.02 < interval.high - interval.low < 0.08
     assert np.array_equal(result.rate.draws, ours(rows, gamed, resamples=1000).rate.draws)
     assert not np.array_equal(result.rate.draws, ours(rows, gamed, resamples=1000, seed=1).rate.draws)
 

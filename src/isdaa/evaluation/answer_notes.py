@@ -88,16 +88,17 @@ def mean_length(answers: Sequence[Answer]) -> float | None:
 
 
 def lack_remarks(lacks: Mapping[str, Any] | None) -> list[str]:
-    """The reasons in words, and whether leaving these questions out may bend the result."""
+    """The reasons in words, and whether leaving these questions out may bias the result."""
     if lacks is None:
         return []
-    lines = [f"without a verdict: {', '.join(_reason(row) for row in lacks['reasons'])}"]
+    reasons = ", ".join(f"{row['lack']} {row['replies']:,}" for row in lacks["reasons"])
+    lines = [f"without a verdict: {reasons}"]
     told = apart(lacks["questions"], lacks["dropped_characters"], lacks["kept_characters"])
     return lines + ([f"its answers to questions that are left out are {told} characters"] if told is not None else [])
 
 
 def apart(count: int, dropped: float | None, kept: float | None) -> str | None:
-    """Whether `count` answers that are dropped have another mean length than those kept, so that the result may be bent."""
+    """In words, that `count` dropped answers differ in mean length from those kept, which may bias the result; None else."""
     if count < FEWEST or not dropped or not kept or 1 / APART < dropped / kept < APART:
         return None
     than, others = ("longer", "short") if dropped > kept else ("shorter", "long")
@@ -109,10 +110,6 @@ def meanings(models: Sequence[Mapping[str, Any]]) -> list[str]:
     found = {row["lack"] for model in models for row in (model.get("lacks") or {"reasons": ()})["reasons"]}
     told = [*LACKS.items(), (NOT_SAID, "the file has no verdict there, and no reason")]
     return [f"{lack}: {meaning}" for lack, meaning in told if lack in found]
-
-
-def _reason(row: Mapping[str, Any]) -> str:
-    return f"{row['lack']} {row['replies']:,}"
 
 
 def waiting(lacks: Sequence[Mapping[str, Any] | None]) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from isdaa.data.pairs import TEMPLATE_COLUMNS
-from isdaa.evaluation.benchmarks.sets.arena_hard import ARENA_HARD
 from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Benchmark, Judged, JudgeQuestion, Judgment, Question
 from isdaa.evaluation.benchmarks.sets.games import MODEL_FIRST, OPPONENT_FIRST, no_reply
 from isdaa.evaluation.judges.judge import Judge, NoReply
@@ -45,7 +44,7 @@ class BenchmarkJudge(Protocol):
     def both_orders(self) -> bool: ...
 
     def verdicts(self, bench: Benchmark, cases: Sequence[Case]) -> list[tuple[Judgment, ...] | None]:
-        """What is said of each case; None where a budget left some of it unasked."""
+        """The verdicts on each case; None where not all of its questions were asked."""
         ...
 
     def to_json(self) -> dict[str, Any]:
@@ -95,7 +94,7 @@ class ModelJudge:
         """The question as the endpoint gets it: the user's own settings stand before the benchmark's."""
         return Asked(
             question.messages,
-            temperature=None if self.asking.own_temperature else question.temperature,
+            temperature=None if self.asking.own_temperature else 0.0,
             max_tokens=None if self.asking.own_max_tokens else question.max_tokens,
             logprobs=question.logprobs if self.asking.logprobs else None,
             of=question.question,
@@ -139,7 +138,7 @@ class ScorerJudge:
         for mine, other in zip(scores[: len(ours)], scores[len(ours) :], strict=True):
             value = 0.5 if mine == other else float(mine > other)
             reply = f"{mine:.6g} against the opponent's {other:.6g}"
-            if bench.name != ARENA_HARD.name:
+            if not bench.two_games:
                 found.append((Judgment("", value, "hard", reply=reply),))
                 continue
             labels = {1.0: ("B>A", "A>B"), 0.0: ("A>B", "B>A"), 0.5: ("A=B", "A=B")}[value]

@@ -29,11 +29,6 @@ class Interval:
     high: float | None
     n: int
 
-    @property
-    def half_width(self) -> float | None:
-        """Half of high − low, for `0.61 ± 0.04`."""
-        return None if self.low is None or self.high is None else (self.high - self.low) / 2
-
     def to_json(self) -> dict[str, Any]:
         """`{"mean", "low", "high", "n"}`."""
         return asdict(self)

@@ -84,7 +84,7 @@ def test_the_judge_sees_both_orders_and_braces_survive(outputs: Path) -> None:
     user = second.messages[-1]["content"]
     assert user.index("OURS {x}") < user.index("THEIRS")
     assert first.logprobs and first.messages[0]["role"] == "system"
-    with pytest.raises(UserError, match="give its outputs"):
+    with pytest.raises(UserError, match="give the opponent's answers"):
         BENCH.judge_questions(question, Answer("1", "mine", ("a",)), None)
 
 

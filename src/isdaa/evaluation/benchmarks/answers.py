@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from isdaa.data.pairs import TEMPLATE_COLUMNS
 from isdaa.distributed import dealt, once, world_size
 from isdaa.errors import UserError
-from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Generation, Question, next_prompt
+from isdaa.evaluation.benchmarks.request import BenchmarkRequest
+from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Benchmark, Generation, Question, next_prompt
 from isdaa.evaluation.checkpoint import Checkpoint
 from isdaa.evaluation.judges.replies import TAIL, Parts, opened_by, split
 from isdaa.evaluation.model_digest import model_digest
@@ -27,25 +28,10 @@ FORMAT = 1  # of the records; raise it when the same work would give other answe
 ROOM_STEP = 128  # tokens; answers that a short context cuts share a few limits, so that they fill batches
 
 
-@dataclass(frozen=True)
-class Answering:
-    """How all models answer. generation: the benchmark's, with the user's limit.
-
-    chat_template: text that stands in for the models' own, of the file `template_file`. keep_thinking: answers stay as they
-    were written, in the conversation and before the judge.
-    """
-
-    benchmark: str
-    title: str
-    generation: Generation
-    seed: int
-    batch_size: int
-    dtype: str
-    trust_remote_code: bool = False
-    chat_template: str | None = None
-    template_file: str | None = None
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    keep_thinking: bool = False
+def generation_of(bench: Benchmark, request: BenchmarkRequest) -> Generation:
+    """How the questions are answered: as the benchmark wants it, with the user's limit on new tokens."""
+    own = bench.generation
+    return replace(own, max_new_tokens=request.max_new_tokens or own.max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -67,36 +53,42 @@ class Drawn:
 
 
 class Respondent:
-    """A model that answers. Making one reads its tokenizer and what tells its weights; the weights come when asked.
+    """A model that answers. Making one reads its tokenizer and a digest of its weights; these are loaded when first needed.
 
-    role: policies share their random numbers, so that they differ by themselves alone; the opponent has its own.
+    role: policies share their random numbers, so that only the models differ; the opponent has its own.
     Raises UserError where the tokenizer lacks what the questions need, or its chat template cannot be used.
     """
 
     def __init__(
-        self, model: Checkpoint, settings: Answering, questions: Sequence[Question], role: Literal["policy", "opponent"]
+        self,
+        model: Checkpoint,
+        bench: Benchmark,
+        request: BenchmarkRequest,
+        questions: Sequence[Question],
+        role: Literal["policy", "opponent"],
     ) -> None:
         from isdaa.data.chat import stop_token_ids, template_hash, tokenizer_digest
         from isdaa.data.encoder import UNCUT, Encoder
         from isdaa.models.loading import load_tokenizer
 
-        self.path, self.label, self.settings, self.role = model.path, model.label, settings, role
-        tokenizer = load_tokenizer(model.path, trust_remote_code=settings.trust_remote_code)
-        if settings.chat_template is not None:
-            tokenizer.chat_template = settings.chat_template
+        self.path, self.label, self.request, self.role = model.path, model.label, request, role
+        self.generation = generation_of(bench, request)
+        tokenizer = load_tokenizer(model.path, trust_remote_code=request.trust_remote_code)
+        if request.chat_template is not None:
+            tokenizer.chat_template = request.chat_template
         chats = {not isinstance(question.prompt, str) for question in questions}
         if True in chats and not tokenizer.chat_template:
             raise UserError(
-                f"{model.path}: {settings.title} asks in conversations, and the tokenizer has no chat template; give one with "
+                f"{model.path}: {bench.title} asks in conversations, and the tokenizer has no chat template; give one with "
                 "--chat_template FILE (Jinja), or set `chat_template` in its tokenizer_config.json"
             )
         self.tokenizer = tokenizer
-        given = dict(settings.chat_template_kwargs)
-        self.encoder = Encoder(tokenizer, replace(UNCUT, chat_template_kwargs=given), settings.template_file)
-        self.stop = {chat: stop_token_ids(tokenizer, chat, settings.template_file) for chat in chats}
+        given = dict(request.tokenization.chat_template_kwargs)
+        self.encoder = Encoder(tokenizer, replace(UNCUT, chat_template_kwargs=given), request.template_file)
+        self.stop = {chat: stop_token_ids(tokenizer, chat, request.template_file) for chat in chats}
         self.template = template_hash(tokenizer)
-        self.digest = once(lambda: model_digest(model.path, settings.trust_remote_code))
-        self._identity = [FORMAT, self.digest, settings.dtype, tokenizer_digest(tokenizer), settings.seed]
+        self.digest = once(lambda: model_digest(model.path, request.trust_remote_code))
+        self._identity = [FORMAT, self.digest, request.dtype, tokenizer_digest(tokenizer), request.settings.seed]
         self._model: Any = None
         self.asked(questions, {question.id: () for question in questions})  # does the template take every question?
 
@@ -110,7 +102,7 @@ class Respondent:
 
             device = "cuda" if torch.cuda.is_available() else None
             model = load_model(
-                self.path, dtype=self.settings.dtype, device=device, trust_remote_code=self.settings.trust_remote_code
+                self.path, dtype=self.request.dtype, device=device, trust_remote_code=self.request.trust_remote_code
             )
             self._model = model.requires_grad_(False)
         return self._model
@@ -123,7 +115,8 @@ class Respondent:
         """What the model is asked next, for every question that is not answered to its end."""
         found = [(question, next_prompt(question, turns[question.id])) for question in questions]
         rows = [
-            {"prompt": prompt, "prompt_ids": None, "where": question.where, **_for_template(question)}
+            {"prompt": prompt, "prompt_ids": None, "where": question.where}
+            | {name: question.row.get(name) for name in TEMPLATE_COLUMNS}
             for question, prompt in found
             if prompt is not None
         ]
@@ -132,16 +125,16 @@ class Respondent:
         return [self._asked(q, len(turns[q.id]), prompt.ids, prompt.chat) for q, prompt in zip(left, prompts, strict=True)]
 
     def _asked(self, question: Question, turn: int, ids: list[int], chat: bool) -> _Asked:
-        generation = self.settings.generation
+        generation = self.generation
         temperature, top_p = generation.temperature_of(question), generation.top_p
-        stream = f"{self.role}/{self.settings.benchmark}/{question.id}/{turn}"
+        stream = f"{self.role}/{self.request.benchmark}/{question.id}/{turn}"
         key = digest([*self._identity, stream, ids, sorted(self.stop[chat]), temperature, top_p, generation.max_new_tokens])
         return _Asked(key, question, turn, ids, chat, temperature, stream)
 
     def room(self, tokens: int) -> int:
         """How many tokens an answer to a prompt of so many may have: the limit, or what the model's context leaves."""
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        limit = self.settings.generation.max_new_tokens
+        limit = self.generation.max_new_tokens
         left = limit if context is None else context - tokens
         return limit if left >= limit else max(left - left % ROOM_STEP if left >= ROOM_STEP else left, 0)
 
@@ -149,7 +142,7 @@ class Respondent:
         """One record each; all have the same temperature and room."""
         from isdaa.models.sampling.sampling import SamplingSettings, respond
 
-        generation, first = self.settings.generation, batch[0]
+        generation, first = self.generation, batch[0]
         sampling: dict[str, Any] = {"temperature": first.temperature, "top_p": generation.top_p, "max_new_tokens": room}
         texts: list[tuple[str, int, bool]] = [("", 0, False)] * len(batch)
         if room:
@@ -159,13 +152,13 @@ class Respondent:
                 [(one.ids, one.chat) for one in batch],
                 SamplingSettings(**sampling),
                 self.stop,
-                self.settings.seed,
+                self.request.settings.seed,
                 [one.stream for one in batch],
-                self.settings.batch_size,
+                self.request.settings.batch_size,
             )
             # In chat, white space around an answer goes, as in the benchmarks' own programs.
             texts = [(one.text.strip() if first.chat else one.text, len(one.ids), bool(one.finished)) for one in drawn]
-        head = {"model": self.path, "model_digest": self.digest, "dtype": self.settings.dtype, "template": self.template}
+        head = {"model": self.path, "model_digest": self.digest, "dtype": self.request.dtype, "template": self.template}
         return [
             {
                 "key": one.key,
@@ -177,7 +170,7 @@ class Respondent:
                 "prompt_tokens": len(one.ids),
                 "room": room,
                 "sampling": sampling,
-                "seed": self.settings.seed,
+                "seed": self.request.settings.seed,
                 **head,
             }
             for one, (text, tokens, finished) in zip(batch, texts, strict=True)
@@ -189,7 +182,7 @@ class Respondent:
 
     def tokens(self, parts: Parts, record: Record) -> int:
         """Tokens of the answer; they are counted again where thinking is left out."""
-        if self.settings.keep_thinking or not parts.marked:
+        if self.request.settings.keep_thinking or not parts.marked:
             return int(record["tokens"])
         return len(self.tokenizer(parts.answer, add_special_tokens=False)["input_ids"])
 
@@ -201,12 +194,6 @@ def parted(answer: Answer, keep: bool) -> Answer:
         return replace(answer, parts=parts)
     row = {name: value for name, value in answer.row.items() if name not in ("metadata", "conv_metadata")}
     return replace(answer, turns=tuple(one.answer for one in parts), tokens=None, row=row, parts=parts)
-
-
-def _for_template(question: Question) -> dict[str, Any]:
-    from isdaa.data.pairs import TEMPLATE_COLUMNS
-
-    return {name: question.row.get(name) for name in TEMPLATE_COLUMNS}
 
 
 @dataclass(frozen=True)
@@ -235,53 +222,38 @@ def answer(respondents: Sequence[Respondent], questions: Sequence[Question], sto
 
 
 def _answers(respondent: Respondent, questions: Sequence[Question], store: Lines, bar: Bar) -> dict[str, Drawn]:
-    turns: dict[str, list[str]] = {question.id: [] for question in questions}
-    parts: dict[str, list[Parts]] = {question.id: [] for question in questions}
-    tokens: dict[str, list[int]] = {question.id: [] for question in questions}
-    records: dict[str, list[Record]] = {question.id: [] for question in questions}
-    while asked := respondent.asked(questions, turns):
+    said: dict[str, list[tuple[str, Parts, int, Record]]] = {question.id: [] for question in questions}
+    while asked := respondent.asked(questions, {name: [text for text, *_ in turns] for name, turns in said.items()}):
         missing = [one for one in asked if one.key not in store]
         bar.update(len(asked) - len(missing))
         batches = list(_batches(respondent, missing))
         for start in range(0, len(batches), world_size()):
-            for drawn in dealt(batches[start : start + world_size()], partial(_drawn, respondent)):
+            for drawn in dealt(batches[start : start + world_size()], lambda own: [respondent.draw(*one) for one in own]):
                 store.add(drawn)
                 bar.update(len(drawn))
         for one in asked:
             record = store[one.key]
             part = respondent.parts(one, record["text"])
-            turns[one.question.id].append(record["text"] if respondent.settings.keep_thinking else part.answer)
-            parts[one.question.id].append(part)
-            tokens[one.question.id].append(respondent.tokens(part, record))
-            records[one.question.id].append(record)
-    return {
-        question.id: Drawn(
-            Answer(
-                question.id,
-                respondent.label,
-                tuple(turns[question.id]),
-                tokens[question.id][-1],
-                parts=tuple(parts[question.id]),
-            ),
-            tokens=sum(tokens[question.id]),
-            cut=sum(not record["finished"] for record in records[question.id]),
-            no_room=sum(not record["room"] for record in records[question.id]),
+            text = record["text"] if respondent.request.settings.keep_thinking else part.answer
+            said[one.question.id].append((text, part, respondent.tokens(part, record), record))
+    found = {}
+    for name, turns in said.items():
+        texts, parts, tokens, records = zip(*turns, strict=True)
+        found[name] = Drawn(
+            Answer(name, respondent.label, texts, tokens[-1], parts=parts),
+            tokens=sum(tokens),
+            cut=sum(not record["finished"] for record in records),
+            no_room=sum(not record["room"] for record in records),
         )
-        for question in questions
-    }
-
-
-def _drawn(respondent: Respondent, batches: Sequence[tuple[list[_Asked], int]]) -> list[list[Record]]:
-    return [respondent.draw(batch, room) for batch, room in batches]
+    return found
 
 
 def _batches(respondent: Respondent, asked: Sequence[_Asked]) -> Iterator[tuple[list[_Asked], int]]:
-    """Batches of one temperature and one room each, with that room; the longest prompts first. No process is left idle for a
-    batch that another one could share."""
+    """(batch, room): one temperature and one room each, the longest prompts first; small enough that every process gets one."""
     groups: dict[tuple[float, int, bool], list[_Asked]] = {}
     for one in sorted(asked, key=lambda one: -len(one.ids)):
         groups.setdefault((one.temperature, respondent.room(len(one.ids)), one.chat), []).append(one)
-    size = min(respondent.settings.batch_size, max(1, math.ceil(len(asked) / world_size())))
+    size = min(respondent.request.settings.batch_size, max(1, math.ceil(len(asked) / world_size())))
     for (_, room, _), members in groups.items():
         for start in range(0, len(members), size):
             yield members[start : start + size], room

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from isdaa.data.checks import check_asked
 from isdaa.errors import UserError
-from isdaa.evaluation.benchmarks.answers import Answering, Drawn, parted
+from isdaa.evaluation.benchmarks.answers import Drawn, parted
 from isdaa.evaluation.benchmarks.request import BenchmarkRequest
 from isdaa.evaluation.benchmarks.sets.alpaca_eval import ALPACA_EVAL, BASELINE, QUESTIONS, gamed, is_official
 from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Benchmark, Question, counted, prompt_text
@@ -25,7 +25,7 @@ from isdaa.terminal import say
 
 @dataclass(frozen=True)
 class Side:
-    """Somebody's answers. drawn: where they were generated here; path, digest: of the model and of its weights.
+    """A model's answers. drawn: the same with counts, where they were generated here; digest: of the model's weights.
 
     missing: ids of questions that their file lacks.
     """
@@ -44,14 +44,13 @@ class Side:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is read before any model. given: answers of files; baseline: the model that has yet to give the opponent's.
+    """All that is read before a model is loaded. given: answers of files; baseline: the model that is to answer as the opponent.
 
-    control: of length (AlpacaEval), where there is a judge. notes: what is to be said of the questions.
+    control: of length (AlpacaEval), where there is a judge. notes: sentences about the questions, for the result.
     """
 
     questions: list[Question]
     given: list[Side]
-    answering: Answering
     opponents: dict[str, Any]
     baseline: Any
     control: Control
@@ -60,7 +59,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Control:
-    """What AlpacaEval's length control needs, or why it is not to be had; neither for other benchmarks."""
+    """gamed: what AlpacaEval's length control needs; why: the reason where it cannot be given. Other benchmarks have neither."""
 
     gamed: Gamed | None = None
     why: str = ""
@@ -71,22 +70,9 @@ def read_inputs(bench: Benchmark, request: BenchmarkRequest) -> Inputs:
     questions = questions_of(bench, request)
     check_judge(bench, request, questions)
     given = _given(bench, request, questions)
-    settings = Answering(
-        bench.name,
-        bench.title,
-        replace(bench.generation, max_new_tokens=request.max_new_tokens or bench.generation.max_new_tokens),
-        request.seed,
-        request.batch_size,
-        request.dtype,
-        request.trust_remote_code,
-        request.chat_template,
-        request.template_file,
-        request.chat_template_kwargs,
-        request.keep_thinking,
-    )
     wants_judge = request.asking is not None or request.judge is not None
     opponents, baseline = _opponents(bench, request, questions) if wants_judge else ({}, request.baseline)
-    opponents = {key: one and parted(one, request.keep_thinking) for key, one in opponents.items()}
+    opponents = {key: one and parted(one, request.settings.keep_thinking) for key, one in opponents.items()}
     notes = []
     if baseline is None and wants_judge and (left := len(questions) - len(opponents)):
         notes.append(f"{request.sources.opponent} has no answer to {left} of {counted(len(questions), 'question')}: left out")
@@ -94,11 +80,11 @@ def read_inputs(bench: Benchmark, request: BenchmarkRequest) -> Inputs:
     _check_texts(questions, [*(one for side in given for one in side.answers.values()), *filter(None, opponents.values())])
     names = {baseline.label} if baseline is not None else {one.model for one in opponents.values() if one is not None}
     control = length_control(bench, request, names) if wants_judge else Control()
-    return Inputs(questions, given, settings, opponents, baseline, control, tuple(notes))
+    return Inputs(questions, given, opponents, baseline, control, tuple(notes))
 
 
 def length_control(bench: Benchmark, request: BenchmarkRequest, opponents: Collection[str]) -> Control:
-    """What the leaderboard's length control needs, where questions and opponent are its own; `df_gamed.csv` is got last."""
+    """What the leaderboard's length control needs, where questions and opponent are the leaderboard's, too."""
     sources = request.sources
     if bench is not ALPACA_EVAL:
         return Control()
@@ -173,10 +159,10 @@ def _given(bench: Benchmark, request: BenchmarkRequest, questions: Sequence[Ques
     for file in request.sources.answers:
         read: dict[str, dict[str, Answer]] = {}
         for one in bench.read_answers(Path(file).expanduser(), questions):
-            read.setdefault(one.model, {})[one.question] = parted(one, request.keep_thinking)
+            read.setdefault(one.model, {})[one.question] = parted(one, request.settings.keep_thinking)
         for label in read:
             if label in sides or label in [model.label for model in request.models]:
-                raise UserError(f"{file}: answers of {label} are there already; rename the model in one of the files")
+                raise UserError(f"{file}: there is another model {label} already; rename one of the two")
         sides |= read
         for label, answers in read.items():
             gone[label] = lacking(bench, request, file, label, questions, answers, "answer")
@@ -213,8 +199,8 @@ def judge_of(request: BenchmarkRequest, folder: Path) -> BenchmarkJudge | None:
     if request.asking is not None:
         return ModelJudge(request.asking, folder / REPLIES)
     if request.judge is not None:
-        limit = request.max_prompt_length
-        scorer = load_scorer(request.judge, max_prompt_length=limit, position=request.position, label=request.label)
+        limit, how = request.tokenization.max_prompt_length, request.scorer
+        scorer = load_scorer(request.judge, max_prompt_length=limit, position=how.position, label=how.label)
         for line in about(scorer):
             say(f"judge {scorer.name}: {line}")
         return ScorerJudge(scorer, folder / SCORES)

@@ -1,4 +1,4 @@
-"""Judgments that another tool wrote: read, put into the order of the questions, and what becomes of those that lack."""
+"""Judgments that another tool wrote: read, put into the order of the questions, missing ones left out or counted as lost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from isdaa.errors import UserError
 from isdaa.evaluation.benchmarks.inputs import Control, lacking, length_control
 from isdaa.evaluation.benchmarks.request import BenchmarkRequest
 from isdaa.evaluation.benchmarks.sets.alpaca_eval import ALPACA_EVAL, BASELINE, QUESTIONS
-from isdaa.evaluation.benchmarks.sets.arena_hard import ARENA_HARD
 from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Benchmark, Judged, Question, counted
 from isdaa.evaluation.benchmarks.sets.games import lost
 
@@ -18,7 +17,7 @@ from isdaa.evaluation.benchmarks.sets.games import lost
 def judgments_of(
     bench: Benchmark, request: BenchmarkRequest, questions: Sequence[Question], answers: Sequence[Answer]
 ) -> tuple[dict[str, list[Judged]], dict[str, list[str]]]:
-    """Judged answers by model, all in one order: that of the questions, else that in which they are first met; what they lack.
+    """(judged answers by model, what is missing by model, in words). In the questions' order, else as they first appear.
 
     A question of several turns of which some are graded keeps these, as in FastChat.
     """
@@ -41,7 +40,7 @@ def judgments_of(
                     if question.id in missing:
                         opponent = _opponent_of(bench, file, question, own, answers)
                         empty = Judged(question, Answer(question.id, label, ("",)), opponent, (), own[0].judge)
-                        read[label].append(lost(empty, bench is ARENA_HARD))
+                        read[label].append(lost(empty, bench.two_games))
         found |= read
     met = [one.question.id for answers in found.values() for one in answers]
     place = {identifier: row for row, identifier in enumerate(dict.fromkeys([*(q.id for q in questions), *met]))}
@@ -49,7 +48,7 @@ def judgments_of(
 
 
 def _opponent_of(bench: Benchmark, file: str, question: Question, judged: Sequence[Judged], answers: Sequence[Answer]) -> Answer:
-    """The opponent's answer to a question that is not among a model's judged ones; its text may be unknown but for AlpacaEval."""
+    """The opponent's answer to a question that the model has no judgment of; its text may be unknown, except for AlpacaEval."""
     names = dict.fromkeys(one.opponent.model for one in judged if one.opponent is not None)
     name = next(iter(names)) if len(names) == 1 else bench.baselines.get(question.category, "")
     known = next((one for one in answers if (one.model, one.question) == (name, question.id)), None)

@@ -1,4 +1,4 @@
-"""What verdicts come to: scores, models compared question by question, and the result in one sentence."""
+"""From verdicts to results: models compared question by question, tables, and the result in one sentence."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def shown(value: float, share: bool) -> str:
 def headline_of(scores: Mapping[str, Score]) -> str:
     """The figure that all models are compared by: the benchmark's own where every model has it, else their raw rate.
 
-    A model of which no reply could be read has no figure, and no say; empty where that is so of all.
+    Models without a figure, of which no reply could be read, do not count; empty where no model has one.
     """
     known = [score for score in scores.values() if score.figures]
     own = {score.headline for score in known}
@@ -176,7 +176,7 @@ def _range(figure: Mapping[str, Any], share: bool) -> str:
 
 
 def told_apart(interval: Mapping[str, Any], even: float, confidence: float, decided: int) -> int:
-    """1 where the interval lies above `even`, −1 below; 0 where it holds it, or too few questions say anything.
+    """1 where the interval lies above `even`, −1 below; 0 where it contains `even`, or where too few questions decide.
 
     decided: questions with a verdict for the one side or the other (`fewest`).
     """
@@ -204,7 +204,7 @@ def _against(model: Mapping[str, Any], figure: Mapping[str, Any], confidence: fl
 
 
 def _level(order: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], share: bool) -> list[Mapping[str, Any]]:
-    """The first of the ranked models, and those whose figure reads the same and that nothing tells from it."""
+    """The best model, and those that show the same figure and cannot be told from it."""
     best = order[0]
 
     def read(model: Mapping[str, Any]) -> str:
@@ -218,7 +218,7 @@ def _level(order: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], share
 
 
 class _Lead(NamedTuple):
-    """What is to be said of the other models, and whether it leaves the first in the lead."""
+    """Words on the other models, and whether the first leads all of them."""
 
     words: str
     first: bool
@@ -227,7 +227,7 @@ class _Lead(NamedTuple):
 def _lead(
     first: Sequence[Mapping[str, Any]], order: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], share: bool
 ) -> _Lead:
-    """How far ahead of the others the first is (or those are that are level with it), and from which it cannot be told.
+    """How far the first (and those level with it) are ahead of the others, and which they cannot be told from.
 
     A model with a lower figure is ahead where both were judged on different questions and it is better on those of both.
     """

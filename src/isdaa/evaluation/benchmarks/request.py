@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from isdaa.config import Position
+from isdaa.config import EvaluationConfig, ScorerConfig, TokenizationConfig
 from isdaa.errors import UserError
 from isdaa.evaluation.checkpoint import Checkpoint
 from isdaa.evaluation.checkpoints.provenance import Records, records_of
@@ -52,14 +52,16 @@ class Sources:
 class BenchmarkRequest:
     """Everything, resolved: `models` answer, `baseline` answers for the opponent (None: a file or the data does).
 
-    reference: of the models' records, for where neither user nor data names an opponent. judge: `gold` or a reward model's
-    path; asking: a judge model; at most one of them. max_prompt_length: tokens of a prompt that a reward model reads;
-    position: where it is read. label: of two, the one that means good.
-    chat_template: text of a template that stands in for the tokenizers' own, read from `template_file`.
+    reference: of the models' records, used where neither user nor data names an opponent. judge: `gold` or a reward model's
+    path; asking: a judge model; at most one of them. settings: of which `SHARED_KEYS` count; tokenization and scorer: how a
+    reward model reads. chat_template: text that takes the place of the tokenizers' own template, from `template_file`.
     """
 
     benchmark: str
     output_dir: str
+    settings: EvaluationConfig
+    tokenization: TokenizationConfig
+    scorer: ScorerConfig
     models: tuple[Checkpoint, ...] = ()
     sources: Sources = Sources()
     baseline: Checkpoint | None = None
@@ -69,15 +71,6 @@ class BenchmarkRequest:
     max_new_tokens: int | None = None
     chat_template: str | None = None
     template_file: str | None = None
-    max_prompt_length: int = 512
-    position: Position = "auto"
-    label: str | None = None
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    keep_thinking: bool = False
-    batch_size: int = 64
-    seed: int = 0
-    resamples: int = 1000
-    confidence: float = 0.95
     dtype: str = "float32"
     trust_remote_code: bool = False
     told: tuple[str, ...] = ()  # what comes from records, one line each, to be said first
@@ -121,6 +114,9 @@ def benchmark_request(
     return BenchmarkRequest(
         benchmark=benchmark,
         output_dir=str(home),
+        settings=sections.evaluation,
+        tokenization=sections.tokenization,
+        scorer=sections.scorer,
         models=tuple(named[path] for path in paths),
         sources=sources,
         baseline=against if sources.baseline is not None else None,
@@ -130,15 +126,6 @@ def benchmark_request(
         max_new_tokens=max_new_tokens,
         chat_template=_template(chat_template),
         template_file=chat_template,
-        max_prompt_length=sections.tokenization.max_prompt_length,
-        position=sections.scorer.position,
-        label=sections.scorer.label,
-        chat_template_kwargs=sections.tokenization.chat_template_kwargs,
-        keep_thinking=sections.evaluation.keep_thinking,
-        batch_size=sections.evaluation.batch_size,
-        seed=sections.evaluation.seed,
-        resamples=sections.evaluation.bootstrap,
-        confidence=sections.evaluation.confidence,
         dtype=str(given.get("dtype") or model.get("dtype") or "float32"),
         trust_remote_code=bool(given.get("trust_remote_code", False)),
         told=tuple(found.told(["data", "scorer", *(["reference"] if sources.baseline is not None else [])])),
@@ -158,7 +145,7 @@ def _check(
     if sources.opponent is not None and sources.baseline is not None:
         raise UserError("--opponent is a file of answers and --baseline a model that gives them; give one of the two")
     if sources.missing is not None and not (sources.answers or sources.judgments or sources.opponent):
-        raise UserError("--missing: has no effect without a file of --answers, --judgments or --opponent that may lack questions")
+        raise UserError("--missing needs a file that may lack questions: --answers, --judgments or --opponent")
     if sources.limit is not None and sources.limit < 1:
         raise UserError(f"--limit is {sources.limit}; it must be 1 or more")
     for key in given:

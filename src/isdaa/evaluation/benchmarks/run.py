@@ -1,8 +1,8 @@
 """One call from models to a benchmark's figures: answer, judge, score; every step's work is found again on disk.
 
-generations.jsonl        every turn of every answer as it was drawn (`benchmark_answers.py`)
+generations.jsonl        every turn of every answer as it was drawn (`answers.py`)
 answers/MODEL            the answers in the original tool's format
-replies.jsonl            what the judge model replied (`judge_cache.py`); scores.jsonl of a reward model
+replies.jsonl            what the judge model replied (`judges/cache.py`); scores.jsonl of a reward model
 judgments/JUDGE/MODEL    the judgments in the original tool's format
 metrics.json, .csv       figures with intervals, models compared; examples.json: answers to read
 """
@@ -19,7 +19,7 @@ from isdaa.distributed import once
 from isdaa.errors import DoneInPart, UserError
 from isdaa.evaluation.answer_notes import lack_remarks, lacks_of, thinking_of, thinking_remarks, waiting
 from isdaa.evaluation.benchmarks import benchmark
-from isdaa.evaluation.benchmarks.answers import Answering, Respondent, answer
+from isdaa.evaluation.benchmarks.answers import Respondent, answer, generation_of
 from isdaa.evaluation.benchmarks.inputs import Control, Inputs, Side, check, judge_of, length_control, questions_of, read_inputs
 from isdaa.evaluation.benchmarks.judgments import among_the_official, judgments_of
 from isdaa.evaluation.benchmarks.outcome import (
@@ -33,7 +33,6 @@ from isdaa.evaluation.benchmarks.outcome import (
 )
 from isdaa.evaluation.benchmarks.request import BenchmarkRequest, file_name
 from isdaa.evaluation.benchmarks.sets.alpaca_eval import ALPACA_EVAL, QUESTIONS
-from isdaa.evaluation.benchmarks.sets.arena_hard import ARENA_HARD
 from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Benchmark, Judged, Question, Score, Scoring, counted
 from isdaa.evaluation.benchmarks.sets.games import lost, waits
 from isdaa.evaluation.benchmarks.sets.mt_bench import MT_BENCH
@@ -54,7 +53,7 @@ QUOTED = 80  # characters of a judge's reply in an error
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call came to. metrics: as in `metrics.json`; folder: of the files. stopped: why it is not the whole result."""
+    """The result of a call. metrics: as in `metrics.json`; folder: of the files. stopped: why it is not the whole result."""
 
     metrics: dict[str, Any]
     folder: Path
@@ -77,9 +76,9 @@ def run_benchmark(request: BenchmarkRequest) -> Outcome:
         say(line)
     if inputs.control.why and (request.judge is not None or request.asking is not None):
         say(f"{NO_CONTROL}: {inputs.control.why}")
-    models = [Respondent(model, inputs.answering, inputs.questions, "policy") for model in request.models]
+    models = [Respondent(model, bench, request, inputs.questions, "policy") for model in request.models]
     if inputs.baseline is not None:
-        models.append(Respondent(inputs.baseline, inputs.answering, inputs.questions, "opponent"))
+        models.append(Respondent(inputs.baseline, bench, request, inputs.questions, "opponent"))
     once(lambda: _check_narrower(Path(request.output_dir), request, inputs))
     with locked(request.output_dir) as folder:
         judges: list[BenchmarkJudge | None] = []  # the main process's own: a client cannot be sent to others
@@ -100,12 +99,14 @@ def _concluded(
     judge: BenchmarkJudge | None,
     folder: Path,
 ) -> Outcome:
-    """Answers written, judged and scored. drawn: the models' own, the opponent's last where a model gave them."""
+    """Write the answers, judge and score them. drawn: those of models; the opponent's are last where a model gave them."""
     questions, opponents = inputs.questions, inputs.opponents
-    _write_answers(bench, folder, questions, drawn)
+    for side in drawn:
+        file = folder / ANSWERS / (file_name(side.label) + bench.suffix)
+        bench.write_answers(file, questions, [side.answers[question.id] for question in questions])
     other = drawn[-1] if inputs.baseline is not None else None
     sides = [*(drawn if other is None else drawn[:-1]), *inputs.given]
-    metrics = _described(bench, request, questions, inputs.answering if drawn else None)
+    metrics = _described(bench, request, questions, bool(drawn))
     metrics["opponent_answers"] = _entry(other)["answers"] if other is not None else None
     if judge is None:
         metrics |= {"models": [_entry(side) for side in sides], "opponent": other.label if other is not None else None}
@@ -121,7 +122,8 @@ def _concluded(
     metrics |= {"judge": judge.to_json(), "partial": left > 0, "notes": list(inputs.notes)}
     if left and not any(found.values()):
         raise DoneInPart(f"{_stopped(request, judge, metrics['questions'])}; no question is judged yet")
-    _write_judgments(bench, folder, judge.name, found)
+    for label, answers in found.items():
+        bench.write_judgments(folder / JUDGMENTS / file_name(judge.name) / (file_name(label) + bench.suffix), answers)
     by_label = {side.label: side for side in sides}
     left_out = {side.label: len({q.id for q in questions}.intersection(side.missing)) for side in sides}
     gone = {label: [f"answer to {counted(count, 'question')}"] if count else [] for label, count in left_out.items()}
@@ -152,12 +154,12 @@ def _with_losses(
     for question in questions:
         if question.id in side.missing and question.id in asked:
             empty = Judged(question, Answer(question.id, side.label, ("",)), opponents[question.id], ())
-            own[question.id] = lost(empty, bench is ARENA_HARD)
+            own[question.id] = lost(empty, bench.two_games)
     return [own[question.id] for question in questions if question.id in own]
 
 
 def _judged_before(folder: Path) -> bool:
-    """Whether figures are there, which answers alone must not take the place of."""
+    """Whether the folder holds figures, which answers alone must not replace."""
     return (folder / METRICS).is_file() and read_object(folder / METRICS).get("judge") is not None
 
 
@@ -183,20 +185,6 @@ def _case(side: Side, opponents: Mapping[str, Answer | None], other: Side | None
     return Case(question, side.answers[question.id], opponents[question.id], side.finished(question.id), ended)
 
 
-def _write_answers(bench: Benchmark, folder: Path, questions: Sequence[Question], sides: Sequence[Side]) -> None:
-    for side in sides:
-        bench.write_answers(folder / ANSWERS / _file(bench, side.label), questions, [side.answers[q.id] for q in questions])
-
-
-def _write_judgments(bench: Benchmark, folder: Path, judge: str, found: Mapping[str, Sequence[Judged]]) -> None:
-    for label, answers in found.items():
-        bench.write_judgments(folder / JUDGMENTS / file_name(judge) / _file(bench, label), answers)
-
-
-def _file(bench: Benchmark, label: str) -> str:
-    return file_name(label) + (".json" if bench is ALPACA_EVAL else ".jsonl")
-
-
 def _stopped(request: BenchmarkRequest, judge: BenchmarkJudge, questions: Mapping[str, Any]) -> str:
     assert request.asking is not None and isinstance(judge, ModelJudge)
     budget = request.asking.settings.max_requests
@@ -209,7 +197,7 @@ def _stopped(request: BenchmarkRequest, judge: BenchmarkJudge, questions: Mappin
 
 
 def _unread(found: Mapping[str, Sequence[Judged]], what: str) -> str:
-    """That no verdict could be read, with the first of them; what: their name, in the plural."""
+    """Says that no verdict could be read, and quotes the first. what: what they are called."""
     said = [verdict.reply for answers in found.values() for one in answers for verdict in one.verdicts]
     first = " ".join(next((reply for reply in said if reply.strip()), "").split())
     first = first if len(first) <= QUOTED else first[: QUOTED - 1] + "…"
@@ -234,7 +222,7 @@ def _score_again(bench: Benchmark, request: BenchmarkRequest) -> Outcome:
     names = sorted({one.judge for answers in found.values() for one in answers if one.judge})
     count = len({one.question.id for answers in found.values() for one in answers})
     with locked(request.output_dir) as folder:
-        metrics = _described(bench, request, questions, None)
+        metrics = _described(bench, request, questions, drawn=False)
         metrics["questions"]["count"] = len(questions) or count
         metrics["judge"] = {"kind": "file", "name": ", ".join(names) or "unknown"}
         both = any(verdict.game for answers in found.values() for one in answers for verdict in one.verdicts)
@@ -242,24 +230,22 @@ def _score_again(bench: Benchmark, request: BenchmarkRequest) -> Outcome:
         return Outcome(metrics, folder, None if metrics["headline"] else _unread(found, "verdicts of the files"))
 
 
-def _described(
-    bench: Benchmark, request: BenchmarkRequest, questions: Sequence[Question], settings: Answering | None
-) -> dict[str, Any]:
-    """What `metrics.json` says of the call, before there are figures."""
+def _described(bench: Benchmark, request: BenchmarkRequest, questions: Sequence[Question], drawn: bool) -> dict[str, Any]:
+    """What `metrics.json` says of the call, before there are figures. drawn: whether models answer in it."""
     sources = request.sources
     generation = None
-    if settings is not None:
-        chosen = settings.generation
+    if drawn:
+        chosen = generation_of(bench, request)
         generation = {
             "max_new_tokens": chosen.max_new_tokens,
             "benchmarks_own_limit": bench.generation.max_new_tokens,
             "temperature": chosen.temperature,
             "temperature_by_category": dict(chosen.by_category),
             "top_p": chosen.top_p,
-            "seed": request.seed,
+            "seed": request.settings.seed,
             "dtype": request.dtype,
             "chat_template": "given" if request.chat_template is not None else "the tokenizer's",
-            "keep_thinking": request.keep_thinking,
+            "keep_thinking": request.settings.keep_thinking,
         }
     return {
         "format": FORMAT,
@@ -283,9 +269,9 @@ def _described(
         "opponent_answers": None,
         "models": [],
         "comparisons": [],
-        "confidence": request.confidence,
-        "resamples": request.resamples,
-        "seed": request.seed,
+        "confidence": request.settings.confidence,
+        "resamples": request.settings.bootstrap,
+        "seed": request.settings.seed,
         "versions": versions(),
         "git_revision": git_revision(),
     }
@@ -328,7 +314,8 @@ def _scored(
     gone: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
     """The metrics with figures, comparisons and the sentence; written with their table and some answers to read."""
-    scoring = Scoring(request.resamples, request.confidence, request.seed, control.gamed)
+    chosen = request.settings
+    scoring = Scoring(chosen.bootstrap, chosen.confidence, chosen.seed, control.gamed)
     scores = bench.score(found, scoring)
     models = []
     asked = len({one.question.id for answers in found.values() for one in answers})

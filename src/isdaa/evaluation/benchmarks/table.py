@@ -191,7 +191,7 @@ def legend(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def few(questions: int) -> str:
-    """What is to be said of the intervals over so few questions (`statistics.mean_interval`)."""
+    """A warning about intervals over few questions (`statistics.mean_interval`); empty for many."""
     return ", somewhat too narrow for so few" if questions < ENOUGH else ""
 
 

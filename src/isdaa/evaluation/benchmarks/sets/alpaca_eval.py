@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from isdaa.evaluation.benchmarks.sets.benchmark import (
     Reply,
     Score,
     Scoring,
+    each,
     prompt_text,
 )
 from isdaa.evaluation.benchmarks.sets.choices import choice
@@ -45,10 +45,9 @@ from isdaa.evaluation.benchmarks.sets.length_control import (
 from isdaa.evaluation.benchmarks.sets.rows import PROJECT, Texts, downloaded, key_of, matched, objects, question_rows, text
 from isdaa.evaluation.judges.replies import begins_thought, split
 from isdaa.evaluation.statistics import Estimate, Interval
-from isdaa.files import digest, write_json
+from isdaa.files import digest
 
-SOURCE = "tatsu-lab/alpaca_eval"
-HUB_FILE = "alpaca_eval_gpt4_baseline.json"
+SOURCE, HUB_FILE = "tatsu-lab/alpaca_eval", "alpaca_eval_gpt4_baseline.json"
 # The leaderboard's opponent, its questions (`digest` of the instructions in their order) and what controls for length.
 BASELINE, QUESTIONS, INSTRUCTIONS = "gpt4_1106_preview", 805, "e4356cd997a280afd66c7dd3"
 GAMED_FILE = "df_gamed.csv"
@@ -63,7 +62,7 @@ SYSTEM = (
 )
 USER = """Instruction:
 <<<instruction
-{instruction}
+{prompt}
 instruction>>>
 
 Reply of model m:
@@ -92,7 +91,7 @@ def read_questions(source: str, split: str | None = None, limit: int | None = No
 
 def _located(source: str, split: str | None, limit: int | None) -> list[tuple[Mapping[str, Any], str]]:
     columns = frozenset({"instruction", "output", "generator", "dataset"})
-    return question_rows(source, split, limit, hub_file=HUB_FILE if source == SOURCE else None, columns=columns)
+    return question_rows(source, split, limit, hub=(SOURCE, HUB_FILE), columns=columns)
 
 
 def is_official(source: str, split: str | None = None) -> bool:
@@ -131,12 +130,6 @@ def _answers(path: str | Path, output: str, generator: str, questions: Sequence[
     texts.check(path)
 
 
-def write_answers(path: str | Path, questions: Sequence[Question], answers: Sequence[Answer]) -> None:
-    """`model_outputs.json`; keys that a file brought along stay."""
-    by_id = {question.id: question for question in questions}
-    write_json(path, [_output_row(by_id[answer.question], answer) for answer in answers])
-
-
 def _output_row(question: Question, answer: Answer) -> dict[str, Any]:
     own = {"instruction": prompt_text(question), "output": answer.turns[0], "generator": answer.model}
     return {**answer.row, **own} if answer.row else {**own, "dataset": question.category}
@@ -144,37 +137,13 @@ def _output_row(question: Question, answer: Answer) -> dict[str, Any]:
 
 def judge_questions(question: Question, answer: Answer, opponent: Answer | None) -> list[JudgeQuestion]:
     """Both orders; the response in the first place is called `m`."""
-    if opponent is None:
-        raise UserError(f"{question.where}: alpaca_eval compares with a baseline; give its outputs")
-    orders = {games.OPPONENT_FIRST: (opponent, answer), games.MODEL_FIRST: (answer, opponent)}
-    return [
-        JudgeQuestion(
-            question.id,
-            game,
-            (
-                {"role": "system", "content": SYSTEM},
-                {
-                    "role": "user",
-                    "content": USER.format(
-                        instruction=games.inside(prompt_text(question)),
-                        first=games.inside(first.turns[0]),
-                        second=games.inside(second.turns[0]),
-                    ),
-                },
-            ),
-            TEMPLATE,
-            # One is enough where there are log-probabilities; `**m` and `Model m` are votes, too.
-            max_tokens=4,
-            logprobs=LOGPROBS,
-        )
-        for game, (first, second) in orders.items()
-    ]
+    # One token is enough where there are log-probabilities; `**m` and `Model m` are votes, too.
+    return games.in_both_orders(question, answer, opponent, SYSTEM, USER, TEMPLATE, max_tokens=4, logprobs=LOGPROBS)
 
 
-def parse(asked: JudgeQuestion, reply: Reply) -> Judgment:
+def read_reply(game: str, reply: Reply) -> Judgment:
     """P(the model's letter) among `m` and `M` from the first token's log-probabilities; without them, a hard vote."""
-    verdict = _soft(asked.game, reply) or _hard(asked.game, reply)
-    return replace(verdict, messages=asked.messages, template=asked.template)
+    return _soft(game, reply) or _hard(game, reply)
 
 
 def _soft(game: str, reply: Reply) -> Judgment | None:
@@ -206,16 +175,12 @@ def _hard(game: str, reply: Reply) -> Judgment:
     return games.preferred(game, reply, share, lack, {0.0: "m", 1.0: "M", 0.5: "tie", None: ""}[share])
 
 
-def score(judged: Mapping[str, Sequence[Judged]], scoring: Scoring) -> dict[str, Score]:
+def _score(judged: Sequence[Judged], scoring: Scoring) -> Score:
     """Win rates in [0, 1]: raw, discrete, and controlled for length (`isdaa.evaluation.benchmarks.sets.length_control`).
 
     The length-controlled one against the leaderboard's baseline alone, where `scoring.gamed` is given: question ids are
     then places among the official questions. Otherwise the raw one is the headline, and the length-adjusted one is below.
     """
-    return {model: _score(list(answers), scoring) for model, answers in judged.items()}
-
-
-def _score(judged: list[Judged], scoring: Scoring) -> Score:
     drawn = scoring.drawn()
     preferences = np.array([games.preference(one) for one in judged])
     lengths = np.array([[len(one.answer.turns[0]), len(one.opponent.turns[0]) if one.opponent else 0] for one in judged])
@@ -289,15 +254,11 @@ def gamed(file: str | None) -> Gamed:
     return read_gamed(file or downloaded(SOURCE, GAMED_FILE, "dataset", "give it with --gamed FILE"))
 
 
-def write_judgments(path: str | Path, judged: Sequence[Judged]) -> None:
-    """`annotations.json`: one row a question, `preference` the mean of the orders plus 1, null where it could not be read.
+def _annotation(one: Judged) -> list[dict[str, Any]]:
+    """A row of `annotations.json`: `preference` is the mean of the orders plus 1, null where it could not be read.
 
     `orders` says what each order gave, which the original tool has no key for.
     """
-    write_json(path, [_annotation(one) for one in judged])
-
-
-def _annotation(one: Judged) -> dict[str, Any]:
     preference = games.preference(one)
     row: dict[str, Any] = {"instruction": prompt_text(one.question), "dataset": one.question.category}
     if one.opponent is not None:
@@ -307,7 +268,7 @@ def _annotation(one: Judged) -> dict[str, Any]:
     if any(verdict.game for verdict in one.verdicts):
         row["orders"] = [games.game_row(verdict) for verdict in one.verdicts]
     # Keys of the file come first and stay; what it says of a preference is what it was read as, 0 for a tie included.
-    return {**one.row, **{k: v for k, v in row.items() if k not in one.row}} if one.row else row
+    return [{**one.row, **{k: v for k, v in row.items() if k not in one.row}} if one.row else row]
 
 
 def read_judgments(path: str | Path, questions: Sequence[Question], answers: Sequence[Answer] = ()) -> dict[str, list[Judged]]:
@@ -364,10 +325,11 @@ ALPACA_EVAL = Benchmark(
     source=SOURCE,
     read_questions=read_questions,
     read_answers=read_answers,
-    write_answers=write_answers,
+    answer_row=_output_row,
     judge_questions=judge_questions,
-    parse=parse,
-    score=score,
-    write_judgments=write_judgments,
+    read_reply=read_reply,
+    score=each(_score),
+    judgment_rows=_annotation,
     read_judgments=read_judgments,
+    suffix=".json",
 )

@@ -13,7 +13,6 @@ import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -56,7 +55,6 @@ from isdaa.evaluation.benchmarks.sets.style import (
     style_differences,
 )
 from isdaa.evaluation.statistics import Estimate, mean_estimate
-from isdaa.files import write_jsonl
 
 SOURCE, HUB_FILE = "lmarena-ai/arena-hard-auto", "data/arena-hard-v2.0/question.jsonl"
 TEMPLATE = "isdaa-arena-1"
@@ -102,7 +100,7 @@ USER = "<<<prompt\n{prompt}\nprompt>>>\n\n<<<answer of A\n{first}\nA>>>\n\n<<<an
 def read_questions(source: str, split: str | None = None, limit: int | None = None) -> list[Question]:
     """Questions of `question.jsonl` of either edition, of the Hub (v2.0), or the project's first turns."""
     columns = frozenset({"uid", "question_id", "category", "subcategory", "cluster", "turns"})
-    located = question_rows(source, split, limit, hub_file=HUB_FILE if source == SOURCE else None, columns=columns)
+    located = question_rows(source, split, limit, hub=(SOURCE, HUB_FILE), columns=columns)
     if source == PROJECT:
         located = [
             ({"uid": str(row["question_id"]), "category": row["category"], "prompt": row["turns"][0]}, where)
@@ -151,17 +149,12 @@ def _answer(row: Mapping[str, Any], where: str) -> Answer:
     return Answer(identity(row, IDS, where), model, (words,), tokens, where, row)
 
 
-def write_answers(path: str | Path, questions: Sequence[Question], answers: Sequence[Answer]) -> None:
-    """Answers as the original writes them, in the current form; those that were read are written as they were."""
-    by_id = {question.id: question for question in questions}
-    write_jsonl(path, [_answer_row(by_id.get(answer.question), answer) for answer in answers])
-
-
-def _answer_row(question: Question | None, answer: Answer) -> dict[str, Any]:
+def _answer_row(question: Question, answer: Answer) -> dict[str, Any]:
+    """An answer as the original writes it, in the current form; one that was read is written as it was."""
     if answer.row:
         return dict(answer.row)
     words = answer.turns[0]
-    asked = [] if question is None or isinstance(question.prompt, str) else list(question.prompt)
+    asked = [] if isinstance(question.prompt, str) else list(question.prompt)
     return {
         "uid": answer.question,
         "ans_id": uuid.uuid4().hex[:22],
@@ -175,25 +168,15 @@ def _answer_row(question: Question | None, answer: Answer) -> dict[str, Any]:
 
 def judge_questions(question: Question, answer: Answer, opponent: Answer | None) -> list[JudgeQuestion]:
     """Two games: the baseline as A, then the model as A."""
-    if opponent is None:
-        raise UserError(f"{question.where}: arena_hard compares with a baseline; give its answers")
-    orders = {games.OPPONENT_FIRST: (opponent, answer), games.MODEL_FIRST: (answer, opponent)}
-    asked = []
-    for game, (first, second) in orders.items():
-        texts = {"prompt": prompt_text(question), "first": first.turns[0], "second": second.turns[0]}
-        user = USER.format(**{name: games.inside(text) for name, text in texts.items()})
-        messages = ({"role": "system", "content": SYSTEM}, {"role": "user", "content": user})
-        asked.append(JudgeQuestion(question.id, game, messages, TEMPLATE, max_tokens=4096))
-    return asked
+    return games.in_both_orders(question, answer, opponent, SYSTEM, USER, TEMPLATE, max_tokens=4096)
 
 
-def parse(asked: JudgeQuestion, reply: Reply) -> Judgment:
+def read_reply(game: str, reply: Reply) -> Judgment:
     """The label that the answer ends with."""
     answer, lack = games.heard(reply)
     label = None if lack else label_of(answer)
     said = reply.text or reply.thinking
-    verdict = games.unparsed(asked.game, said, lack or "unreadable") if label is None else _labelled(asked.game, label, said)
-    return replace(verdict, messages=asked.messages, template=asked.template)
+    return games.unparsed(game, said, lack or "unreadable") if label is None else _labelled(game, label, said)
 
 
 def label_of(reply: str) -> str | None:
@@ -318,17 +301,13 @@ def _style(answer: Answer, alike: bool) -> list[int]:
     return [_length(answer)[0] if alike else pieces(answer.turns[0]), *sums]
 
 
-def write_judgments(path: str | Path, judged: Sequence[Judged]) -> None:
-    """One row a question, in the current form; rows that were read are written as they were."""
-    write_jsonl(path, [dict(one.row) if one.row else _judgment_row(one) for one in judged])
-
-
-def _judgment_row(one: Judged) -> dict[str, Any]:
+def _judgment_rows(one: Judged) -> list[dict[str, Any]]:
+    """A row a question, in the current form; one that was read is written as it was."""
     played = [
         {"score": verdict.label or None, "judgment": {"answer": verdict.reply}, "prompt": [dict(m) for m in verdict.messages]}
         for verdict in one.verdicts
     ]
-    return {
+    row = {
         "uid": one.question.id,
         "category": one.question.category,
         "judge": one.judge,
@@ -336,6 +315,7 @@ def _judgment_row(one: Judged) -> dict[str, Any]:
         "baseline": one.opponent.model if one.opponent is not None else "",
         "games": played,
     }
+    return [dict(one.row) or row]
 
 
 def read_judgments(path: str | Path, questions: Sequence[Question], answers: Sequence[Answer] = ()) -> dict[str, list[Judged]]:
@@ -388,11 +368,12 @@ ARENA_HARD = Benchmark(
     source=SOURCE,
     read_questions=read_questions,
     read_answers=read_answers,
-    write_answers=write_answers,
+    answer_row=_answer_row,
     judge_questions=judge_questions,
-    parse=parse,
+    read_reply=read_reply,
     score=score,
-    write_judgments=write_judgments,
+    judgment_rows=_judgment_rows,
     read_judgments=read_judgments,
     baselines=BASELINES,
+    two_games=True,
 )

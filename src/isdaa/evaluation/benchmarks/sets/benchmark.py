@@ -9,7 +9,7 @@ what to ask, and what the replies are worth:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -20,6 +20,7 @@ from isdaa.evaluation.benchmarks.sets.length_control import Gamed
 from isdaa.evaluation.judges.replies import Parts
 from isdaa.evaluation.judges.types import Lack
 from isdaa.evaluation.statistics import Estimate
+from isdaa.files import write_json, write_jsonl
 
 Row = Mapping[str, Any]
 ChatMessage = dict[str, str]
@@ -82,7 +83,6 @@ class JudgeQuestion:
     messages: tuple[ChatMessage, ...]
     template: str
     max_tokens: int
-    temperature: float = 0.0
     logprobs: int | None = None
 
 
@@ -199,8 +199,10 @@ class Benchmark:
 
     opponent: what an answer is compared with: `file` another model's answers, `data` the data set's response (or a
     file), None nothing. source: of the questions, where the user names none. baselines: which model is the opponent of
-    a category, where the file of opponents holds several. score: judged answers by model -> score by model; models are
-    scored together since some formulas pool them.
+    a category, where the file of opponents holds several. answer_row, judgment_rows: rows of the files that are written.
+    read_reply: which request it answers (`JudgeQuestion.game`) and the reply -> verdict. score: judged answers by model ->
+    score by model; models are scored together since some formulas pool them. two_games: files hold a verdict of each order,
+    whoever judged. suffix: of the files that are written.
     """
 
     name: str
@@ -210,13 +212,34 @@ class Benchmark:
     source: str
     read_questions: ReadQuestions
     read_answers: Callable[[str | Path, Sequence[Question]], list[Answer]]
-    write_answers: Callable[[str | Path, Sequence[Question], Sequence[Answer]], None]
+    answer_row: Callable[[Question, Answer], dict[str, Any]]
     judge_questions: Callable[[Question, Answer, Answer | None], list[JudgeQuestion]]
-    parse: Callable[[JudgeQuestion, Reply], Judgment]
+    read_reply: Callable[[str, Reply], Judgment]
     score: Callable[[Mapping[str, Sequence[Judged]], Scoring], dict[str, Score]]
-    write_judgments: Callable[[str | Path, Sequence[Judged]], None]
+    judgment_rows: Callable[[Judged], list[dict[str, Any]]]
     read_judgments: Callable[[str | Path, Sequence[Question], Sequence[Answer]], dict[str, list[Judged]]]
     baselines: Mapping[str, str] = field(default_factory=dict)
+    two_games: bool = False
+    suffix: Literal[".json", ".jsonl"] = ".jsonl"
+
+    def parse(self, asked: JudgeQuestion, reply: Reply) -> Judgment:
+        """What a reply says, with what was asked beside it."""
+        return replace(self.read_reply(asked.game, reply), messages=asked.messages, template=asked.template)
+
+    def write_answers(self, path: str | Path, questions: Sequence[Question], answers: Sequence[Answer]) -> None:
+        """Answers in the original tool's format; keys that a file brought along stay."""
+        by_id = {question.id: question for question in questions}
+        self._write(path, [self.answer_row(by_id[answer.question], answer) for answer in answers])
+
+    def write_judgments(self, path: str | Path, judged: Sequence[Judged]) -> None:
+        """Judgments in the original tool's format; keys that a file brought along stay."""
+        self._write(path, [row for one in judged for row in self.judgment_rows(one)])
+
+    def _write(self, path: str | Path, rows: list[dict[str, Any]]) -> None:
+        if self.suffix == ".json":
+            write_json(path, rows)
+        else:
+            write_jsonl(path, rows)
 
     def opponents(
         self, questions: Sequence[Question], answers: Sequence[Answer] = (), lacking: str = "error"
@@ -241,11 +264,7 @@ class Benchmark:
                 raise UserError(
                     f"{question.where}: nothing to compare an answer to question {question.id} with; "
                     + self._wanted(wanted, models)
-                    + (
-                        "; where the opponent has no answer nobody lost: --missing loss is not possible"
-                        if lacking == "loss"
-                        else ""
-                    )
+                    + ("; where it has none, nobody lost: --missing loss is not possible" if lacking == "loss" else "")
                 )
             found[question.id] = opponent
         return found
@@ -258,6 +277,11 @@ class Benchmark:
         return (
             f"{known}give answers of the opponent to every question of {self.name}, or leave such questions out: --missing skip"
         )
+
+
+def each(score: Callable[[Sequence[Judged], Scoring], Score]) -> Callable[..., dict[str, Score]]:
+    """`Benchmark.score` of a benchmark that scores every model by itself."""
+    return lambda judged, scoring: {model: score(answers, scoring) for model, answers in judged.items()}
 
 
 def counted(number: int, one: str, more: str | None = None) -> str:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from isdaa.errors import UserError
-from isdaa.evaluation.benchmarks.sets.benchmark import Judged, JudgeQuestion, Judgment, Reply, counted
+from isdaa.evaluation.benchmarks.sets.benchmark import (
+    Answer,
+    Judged,
+    JudgeQuestion,
+    Judgment,
+    Question,
+    Reply,
+    counted,
+    prompt_text,
+)
 from isdaa.evaluation.judges.replies import split
 from isdaa.evaluation.judges.types import MOMENTARY, Lack
 
@@ -33,16 +42,42 @@ JOINED = re.compile(r"[\s*\"'`]*(?:or|and|to|of|out of|vs\.?|/|,|–|—|-)[\s*\
 _DOUBLE = [(re.compile(r"\\?\[\\?\["), "[["), (re.compile(r"\\?\]\\?\]"), "]]")]
 
 OPPONENT_FIRST, MODEL_FIRST = "opponent first", "model first"
+PLACES = ("prompt", "first", "second")  # in a judge's question, of what is put in
 
 
 def inside(text: str) -> str:
     """The text as it stands between markers: a line of its own that would open or close one (`<<<`, `>>>`) is broken up.
 
-    So a response cannot end its part of the judge's question and go on as the judge's master. A line ends at all that
-    looks like its end, a carriage return and Unicode's separators among it. Everything else stays, Python's `>>> `
-    prompts and shifts within a line among it.
+    So a response cannot close its part of the judge's question and go on with instructions. A carriage return and Unicode's
+    separators end a line, too. Everything else stays, such as Python's `>>> ` prompts and shifts within a line.
     """
     return "".join(_CLOSES.sub(">> >", _OPENS.sub(r"\1< <<", part)) for part in _ENDS.split(text))
+
+
+def in_both_orders(
+    question: Question,
+    answer: Answer,
+    opponent: Answer | None,
+    system: str,
+    user: str | Callable[[str, str, str], str],
+    template: str,
+    max_tokens: int,
+    logprobs: int | None = None,
+) -> list[JudgeQuestion]:
+    """A comparison's two requests: the opponent's response first, then the model's.
+
+    user: what the judge is asked of a prompt and two responses: a text with `{prompt}`, `{first}` and `{second}`, or a
+    function of the three. Raises UserError where there is no opponent.
+    """
+    if opponent is None:
+        raise UserError(f"{question.where}: nothing to compare the answer with; give the opponent's answers")
+    asked = []
+    for game, sides in ((OPPONENT_FIRST, (opponent, answer)), (MODEL_FIRST, (answer, opponent))):
+        parts = (prompt_text(question), *(side.turns[0] for side in sides))
+        told = user(*parts) if callable(user) else user.format(**dict(zip(PLACES, map(inside, parts), strict=True)))
+        messages = ({"role": "system", "content": system}, {"role": "user", "content": told})
+        asked.append(JudgeQuestion(question.id, game, messages, template, max_tokens, logprobs=logprobs))
+    return asked
 
 
 def preference(judged: Judged) -> float:
@@ -108,7 +143,7 @@ def no_reply(asked: JudgeQuestion, reason: str, lack: Lack) -> Judgment:
 
 
 def heard(reply: Reply) -> tuple[str, Lack | Literal[""]]:
-    """(what the judge answered, without what it thought; why that is no verdict, as far as can be said without reading it)."""
+    """(the judge's answer without its thinking; why that can be no verdict, empty where it may be one)."""
     parts = split(reply.text, reply.thinking)
     answer = parts.answer[:-STOPS_END] + _STOPS.sub("", parts.answer[-STOPS_END:])
     if reply.finish_reason == "length":
@@ -177,8 +212,8 @@ def read_game(row: Mapping[str, Any] | None, where: str) -> Judgment:
     sound = value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1)
     if not sound or (kind == "unparsed") != (value is None) or kind not in ("soft", "hard", "unparsed"):
         raise UserError(
-            f"{where}: one order has value {value!r} and kind {kind!r}; it must have a value between 0 and 1 and kind soft or "
-            "hard, or null and unparsed"
+            f"{where}: one order has value {value!r} and kind {kind!r}; it must be a value from 0 to 1 with kind soft or "
+            "hard, or null with kind unparsed"
         )
     game, label, reply, template = (str(row.get(key) or "") for key in ("game", "label", "reply", "template"))
     lack: Lack | Literal[""] = next((lack for lack in get_args(Lack) if value is None and lack == row.get("lack")), "")

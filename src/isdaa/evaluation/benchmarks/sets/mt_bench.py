@@ -30,6 +30,7 @@ from isdaa.evaluation.benchmarks.sets.benchmark import (
     Reply,
     Score,
     Scoring,
+    each,
     prompt_text,
 )
 from isdaa.evaluation.benchmarks.sets.rows import (
@@ -44,7 +45,6 @@ from isdaa.evaluation.benchmarks.sets.rows import (
     without_repeats,
 )
 from isdaa.evaluation.statistics import Estimate, mean_estimate
-from isdaa.files import write_jsonl
 
 SOURCE, HUB_FILE = "lmsys/mt-bench", "data/mt_bench/question.jsonl"
 # Categories in which the judge is shown a right answer.
@@ -56,6 +56,7 @@ NO_REFERENCES = (
     f"{', '.join(WITH_REFERENCE[:-1])} and {WITH_REFERENCE[-1]} were graded without right answers: give the official ones "
     "(reference_answer/gpt-4.jsonl) with --references"
 )
+IDS = ("question_id", "prompt_id")
 FAILED = -1
 TURNS = ("turn 1", "turn 2")
 
@@ -80,13 +81,8 @@ LATER = " The earlier turn is there for context alone."
 def read_questions(source: str, split: str | None = None, limit: int | None = None) -> list[Question]:
     """Questions of `question.jsonl`, of a Hub data set with the columns `prompt`, `prompt_id`, or the project's own."""
     columns = frozenset({"category", "turns", "reference", "question_id", "prompt_id"})
-    located = question_rows(source, split, limit, hub_file=_hub_file(source), repo_type="space", columns=columns)
+    located = question_rows(source, split, limit, hub=(SOURCE, HUB_FILE), repo_type="space", columns=columns)
     return without_repeats([_question(row, where, source == PROJECT) for row, where in located])
-
-
-def _hub_file(source: str) -> str | None:
-    """Only the original's repository holds its questions among other files; other data sets are loaded as such."""
-    return HUB_FILE if source == SOURCE else None
 
 
 def _question(row: Mapping[str, Any], where: str, own: bool) -> Question:
@@ -94,7 +90,7 @@ def _question(row: Mapping[str, Any], where: str, own: bool) -> Question:
     turns = texts(row, ("turns", "prompt"), where, "what the user says, a text a turn")
     references = tuple(row["reference"]) if own and row.get("reference") else ()
     messages: list[dict[str, Any]] = [{"role": "user", "content": turns[0]}]
-    identifier = identity(row, ("question_id", "prompt_id"), where)
+    identifier = identity(row, IDS, where)
     category = text(row, "category", where, "the question's category")
     return Question(identifier, messages, turns[1:], category, references, where=where, row=row)
 
@@ -136,17 +132,10 @@ def with_references(questions: Sequence[Question], path: str | Path) -> list[Que
     return [replace(q, references=references[q.id].turns if q.id in references else q.references) for q in questions]
 
 
-def write_answers(path: str | Path, questions: Sequence[Question], answers: Sequence[Answer]) -> None:
-    """Answers as the original writes them; keys that a file brought along stay."""
-    rows = {question.id: question.row for question in questions}
-    write_jsonl(path, [_answer_row(rows.get(answer.question, {}), answer) for answer in answers])
-
-
-def _answer_row(question: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
-    if answer.row:
-        return dict(answer.row)
-    return {
-        "question_id": _own_id(question, answer.question),
+def _answer_row(question: Question, answer: Answer) -> dict[str, Any]:
+    """An answer as the original writes it; one that was read is written as it was."""
+    return dict(answer.row) or {
+        "question_id": _own_id(question),
         "answer_id": uuid.uuid4().hex[:22],
         "model_id": answer.model,
         "choices": [{"index": 0, "turns": list(answer.turns)}],
@@ -154,9 +143,9 @@ def _answer_row(question: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
     }
 
 
-def _own_id(row: Mapping[str, Any], identifier: str) -> Any:
+def _own_id(question: Question) -> Any:
     """The id as the question's file has it: the original's are numbers."""
-    return next((row[name] for name in ("question_id", "prompt_id") if row.get(name) is not None), identifier)
+    return next((question.row[name] for name in IDS if question.row.get(name) is not None), question.id)
 
 
 def judge_questions(question: Question, answer: Answer, opponent: Answer | None = None) -> list[JudgeQuestion]:
@@ -178,15 +167,13 @@ def judge_questions(question: Question, answer: Answer, opponent: Answer | None 
     return asked
 
 
-def parse(asked: JudgeQuestion, reply: Reply) -> Judgment:
+def read_reply(game: str, reply: Reply) -> Judgment:
     """The grade that the answer ends with."""
     answer, lack = games.heard(reply)
     value = None if lack else grade_of(answer)
     if value is None:
-        verdict = games.unparsed(asked.game, reply.text or reply.thinking, lack or "unreadable")
-    else:
-        verdict = Judgment(asked.game, value, "grade", f"{value:g}", reply=reply.text)
-    return replace(verdict, messages=asked.messages, template=asked.template)
+        return games.unparsed(game, reply.text or reply.thinking, lack or "unreadable")
+    return Judgment(game, value, "grade", f"{value:g}", reply=reply.text)
 
 
 def grade_of(reply: str) -> float | None:
@@ -215,12 +202,8 @@ def _grade(said: str) -> float | None:
     return float(number[1]) if number is not None and 1 <= float(number[1]) <= 10 else None
 
 
-def score(judged: Mapping[str, Sequence[Judged]], scoring: Scoring) -> dict[str, Score]:
+def _score(judged: Sequence[Judged], scoring: Scoring) -> Score:
     """Mean grades: overall (of all graded turns, as in the original), by turn, by category; intervals resample questions."""
-    return {model: _score(list(answers), scoring) for model, answers in judged.items()}
-
-
-def _score(judged: list[Judged], scoring: Scoring) -> Score:
     categories = dict.fromkeys(one.question.category for one in judged)
     figures = {"score": _mean(judged, TURNS, scoring)}
     figures |= {turn.replace(" ", "_"): _mean(judged, (turn,), scoring) for turn in TURNS}
@@ -262,16 +245,9 @@ def _mean(judged: Sequence[Judged], turns: Sequence[str], scoring: Scoring) -> E
     return mean_estimate(means, [float(len(g)) for g in grades], **scoring.drawn())
 
 
-def write_judgments(path: str | Path, judged: Sequence[Judged]) -> None:
-    """One row a turn, as the original writes them."""
-    write_jsonl(path, [_judgment_row(one, verdict) for one in judged for verdict in one.verdicts])
-
-
 def _judgment_row(one: Judged, verdict: Judgment) -> dict[str, Any]:
-    if verdict.row:
-        return dict(verdict.row)
-    return {
-        "question_id": _own_id(one.question.row, one.question.id),
+    return dict(verdict.row) or {
+        "question_id": _own_id(one.question),
         "model": one.answer.model,
         "judge": [one.judge, verdict.template],
         "user_prompt": verdict.messages[-1]["content"] if verdict.messages else "",
@@ -340,10 +316,10 @@ MT_BENCH = Benchmark(
     source=SOURCE,
     read_questions=read_questions,
     read_answers=read_answers,
-    write_answers=write_answers,
+    answer_row=_answer_row,
     judge_questions=judge_questions,
-    parse=parse,
-    score=score,
-    write_judgments=write_judgments,
+    read_reply=read_reply,
+    score=each(_score),
+    judgment_rows=lambda one: [_judgment_row(one, verdict) for verdict in one.verdicts],  # one a turn
     read_judgments=read_judgments,
 )

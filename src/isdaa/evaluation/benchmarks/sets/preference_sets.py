@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,12 @@ from isdaa.evaluation.benchmarks.sets.benchmark import (
     Reply,
     Score,
     Scoring,
+    each,
     prompt_text,
 )
 from isdaa.evaluation.benchmarks.sets.choices import choice
 from isdaa.evaluation.benchmarks.sets.length_control import win_rate
 from isdaa.evaluation.benchmarks.sets.rows import PROJECT, Texts, check_split, identity, matched, objects, project_rows, text
-from isdaa.files import write_jsonl
 
 # The paper's settings for win rates (Nguyen et al. 2025): temperature 0.7, top-p 0.95, 128 tokens.
 GENERATION = Generation(max_new_tokens=128, temperature=0.7, top_p=0.95)
@@ -166,46 +166,25 @@ def _is_prompt(value: Any) -> bool:
     return isinstance(value, str) or (turns and len(value) > 0)
 
 
-def write_answers(path: str | Path, questions: Sequence[Question], answers: Sequence[Answer]) -> None:
-    """One row a response; keys that a file brought along stay."""
-    by_id = {question.id: question for question in questions}
-    write_jsonl(path, [_answer_row(by_id[answer.question], answer) for answer in answers])
-
-
 def _answer_row(question: Question, answer: Answer) -> dict[str, Any]:
-    if answer.row:
-        return dict(answer.row)
-    return {"id": question.id, "prompt": question.prompt, "response": answer.turns[0], "model": answer.model}
+    own = {"id": question.id, "prompt": question.prompt, "response": answer.turns[0], "model": answer.model}
+    return dict(answer.row) or own
 
 
 def judge_questions(wording: Wording, question: Question, answer: Answer, opponent: Answer | None) -> list[JudgeQuestion]:
     """Both orders."""
-    if opponent is None:
-        raise UserError(f"{question.where}: nothing to compare the response with; give the opponent's responses")
-    orders = {games.OPPONENT_FIRST: (opponent, answer), games.MODEL_FIRST: (answer, opponent)}
-    asked = []
-    for game, (first, second) in orders.items():
-        user = wording.user(prompt_text(question), first.turns[0], second.turns[0])
-        messages = ({"role": "system", "content": SYSTEM}, {"role": "user", "content": user})
-        asked.append(JudgeQuestion(question.id, game, messages, wording.template, max_tokens=256))
-    return asked
+    return games.in_both_orders(question, answer, opponent, SYSTEM, wording.user, wording.template, max_tokens=256)
 
 
-def parse(asked: JudgeQuestion, reply: Reply) -> Judgment:
+def read_reply(game: str, reply: Reply) -> Judgment:
     """What the answer says of A and B (`choices`); the last `Better: …` counts."""
     answer, lack = games.heard(reply)
     share = None if lack else choice(answer, "A", "B")
-    label = {0.0: "A", 1.0: "B", 0.5: "tie", None: ""}[share]
-    verdict = games.preferred(asked.game, reply, share, lack, label)
-    return replace(verdict, messages=asked.messages, template=asked.template)
+    return games.preferred(game, reply, share, lack, {0.0: "A", 1.0: "B", 0.5: "tie", None: ""}[share])
 
 
-def score(judged: Mapping[str, Sequence[Judged]], scoring: Scoring) -> dict[str, Score]:
-    """Win rates in [0, 1], the mean of both orders."""
-    return {model: _score(list(answers), scoring) for model, answers in judged.items()}
-
-
-def _score(judged: list[Judged], scoring: Scoring) -> Score:
+def _score(judged: Sequence[Judged], scoring: Scoring) -> Score:
+    """The win rate in [0, 1], the mean of both orders."""
     preferences = np.array([games.preference(one) for one in judged])
     rate = win_rate(preferences, **scoring.drawn())
     count, flips = games.counts(judged), games.flip_rate(judged)
@@ -215,13 +194,9 @@ def _score(judged: list[Judged], scoring: Scoring) -> Score:
     return Score(next(iter(figures), ""), figures, count, by_question, details, tuple(games.notes(count, flips)))
 
 
-def write_judgments(path: str | Path, judged: Sequence[Judged]) -> None:
-    """One row a question, with what each order gave."""
-    write_jsonl(path, [dict(one.row) if one.row else _judgment_row(one) for one in judged])
-
-
-def _judgment_row(one: Judged) -> dict[str, Any]:
-    return {
+def _judgment_rows(one: Judged) -> list[dict[str, Any]]:
+    """A row a question, with what each order gave."""
+    row = {
         "id": one.question.id,
         **({"prompt": one.question.prompt} if one.question.prompt else {}),
         "model": one.answer.model,
@@ -229,6 +204,7 @@ def _judgment_row(one: Judged) -> dict[str, Any]:
         "judge": one.judge,
         "games": [games.game_row(verdict) for verdict in one.verdicts],
     }
+    return [dict(one.row) or row]
 
 
 def read_judgments(path: str | Path, questions: Sequence[Question], answers: Sequence[Answer] = ()) -> dict[str, list[Judged]]:
@@ -264,11 +240,11 @@ def _benchmark(name: str, title: str, wording: Wording) -> Benchmark:
         source=name,
         read_questions=lambda source, split=None, limit=None: read_questions(name, source, split, limit),
         read_answers=read_answers,
-        write_answers=write_answers,
+        answer_row=_answer_row,
         judge_questions=lambda question, answer, opponent: judge_questions(wording, question, answer, opponent),
-        parse=parse,
-        score=score,
-        write_judgments=write_judgments,
+        read_reply=read_reply,
+        score=each(_score),
+        judgment_rows=_judgment_rows,
         read_judgments=read_judgments,
     )
 

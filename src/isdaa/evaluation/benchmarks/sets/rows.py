@@ -24,15 +24,15 @@ def question_rows(
     split: str | None,
     limit: int | None,
     *,
-    hub_file: str | None = None,
+    hub: tuple[str, str],
     repo_type: str = "dataset",
     columns: frozenset[str] = frozenset(),
 ) -> list[Located]:
     """(row, 'file:row') of a path, a Hub data set, or the project's own questions in MT-Bench's format.
 
-    hub_file: the file of the questions in a Hub repository whose own loader is a script, or that holds many files.
+    hub: the original's repository and the file of its questions there, beside other files.
     """
-    single = hub_file if not Path(source).expanduser().exists() else None
+    single = hub[1] if source == hub[0] and not Path(source).expanduser().exists() else None
     check_split(source, split, single)
     if source == PROJECT:  # a folder of that name is `./project`
         return project_rows()[:limit]
