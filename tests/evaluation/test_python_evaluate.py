@@ -240,16 +240,16 @@ def test_a_judge_judges(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"model": "run/model", "settings": {"align.learning_rate": 4}}, "settings: align.learning_rate: unknown key"),
         ({"model": "run/model", "settings": {"reference": "my_model"}}, "settings: reference: unknown key"),
         ({"model": "run/model", "settings": {"evaluation.scorer": "gold"}}, "evaluation.scorer: give it as scorer="),
-        ({"model": "run/model", "settings": {"evaluation.bootstrap": None}}, "evaluation.bootstrap: None says nothing"),
+        ({"model": "run/model", "settings": {"evaluation.bootstrap": None}}, "evaluation.bootstrap: is None; leave it out"),
         ({"model": "run/model", "settings": ["evaluation.prompts"]}, "settings: a list; give a dictionary"),
-        ({"model": "run/model", "tokenizer": object()}, "tokenizer: every model is named"),
+        ({"model": "run/model", "tokenizer": object()}, "tokenizer: an object is for models in memory"),
         # In the words of the arguments.
         ({"model": "trained/checkpoint-2"}, "held-out prompts; give it with prompts=…$"),
         ({"model": "my_model"}, r'isdaa.evaluate\(…, reference="REFERENCE", prompts="DATA"\)$'),
         ({"model": "run/model", "scorer": "./gone"}, "no such model folder; scorer=… names a folder"),
         # Scorers.
-        ({"model": "run/model", "scorer": Letters}, r"scorer Letters: a class; give one of its objects, Letters\(\)"),
-        ({"model": "run/model", "scorer": 3}, "scorer: int is none; give a reward model's folder"),
+        ({"model": "run/model", "scorer": Letters}, r"scorer Letters is a class; give an object of it, Letters\(\)"),
+        ({"model": "run/model", "scorer": 3}, "scorer: cannot score with int; give a reward model's folder"),
         (
             {"model": "run/model", "scorer": lambda rows, more: rows},
             r"scorer lambda: takes \(rows, more\); it is called with the rows alone",

@@ -268,7 +268,7 @@ def test_a_task_and_a_group_that_holds_it_keep_their_own_numbers_of_examples(
 def test_a_chat_template_and_prompts_that_do_not_fit(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ("--limit", "2", "--chat_template", "--shots", "baskets=10")
     assert main(command("baskets", models=["after"], output="chat", more=more)) == 0
-    assert "Prompts longer than a model's window lost their beginning: baskets" in capsys.readouterr().out
+    assert "Prompts longer than a model's context lost their beginning: baskets" in capsys.readouterr().out
     assert entry(tax_of("chat")["reference"], "baskets")["truncated"]
 
 

@@ -55,6 +55,11 @@ if TYPE_CHECKING:
     from isdaa.evaluation.checkpoints.judged_samples import SampleJudge
 
 Row = Mapping[str, Any]
+# Arguments of `evaluate` that a `Request` has under the same names.
+SAME = (
+    *("reference", "settings", "tokenization", "output_dir", "dtype", "trust_remote_code", "position", "label", "revision"),
+    *("show_scorer_input", "one_run", "doubts", "tokenizer", "judge_model", "all_opponents"),
+)
 
 
 def evaluate(
@@ -272,29 +277,9 @@ def evaluate_request(request: EvaluationRequest, keep: bool = True) -> dict[str,
     for line in counts.lines()[1:]:
         say(f"{request.data}: {line}")
     held_out = once(lambda: common_pairs(request.held_out) if request.held_out else _pairs_of(request, prompts))
-    metrics = evaluate(
-        request.models,
-        reference=request.reference,
-        prompts=prompts,
-        scorer=scorer,
-        settings=request.settings,
-        tokenization=request.tokenization,
-        output_dir=request.output_dir,
-        held_out=held_out,
-        dtype=request.dtype,
-        trust_remote_code=request.trust_remote_code,
-        shared=request.shared if request.shared is not None else _drawn_at_home(request),
-        position=request.position,
-        label=request.label,
-        show_scorer_input=request.show_scorer_input,
-        revision=request.revision,
-        one_run=request.one_run,
-        doubts=request.doubts,
-        keep=keep,
-        tokenizer=request.tokenizer,
-        judge_model=request.judge_model,
-        all_opponents=request.all_opponents,
-    )
+    same: dict[str, Any] = {name: getattr(request, name) for name in SAME}
+    shared = request.shared if request.shared is not None else _drawn_at_home(request)
+    metrics = evaluate(request.models, prompts=prompts, scorer=scorer, held_out=held_out, shared=shared, keep=keep, **same)
     metrics |= {"data": request.data, "split": request.split}
     metrics |= {"tokenizer_path": request.tokenizer} if request.tokenizer is not None else {}
     once(lambda: write_json(Path(request.output_dir) / METRICS, metrics))

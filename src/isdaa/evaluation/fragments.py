@@ -1,4 +1,4 @@
-"""Responses that the limit on new tokens cut: fragments, of which neither win rate nor KL is that of what a model would say."""
+"""Responses that the limit on new tokens cut: win rate and KL of such fragments are not those of whole responses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints whose weights are not finite: named and left out before the first sample; what is said of runs that they end."""
+"""Checkpoints whose weights are not finite: named and left out before the first sample, with a line for a run that ends so."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def evaluate(
     check_keys(settings)
     for key, value in settings.items():
         if value is None or key == "evaluation.scorer":
-            raise UserError(f"settings: {key}: {'None says nothing; leave it out' if value is None else 'give it as scorer=…'}")
+            raise UserError(f"settings: {key}: {'is None; leave it out' if value is None else 'give it as scorer=…'}")
     entries = list(model) if isinstance(model, list | tuple) else [model]
     if not entries:
         raise UserError("isdaa.evaluate: no model is given")
@@ -156,7 +156,9 @@ def evaluate(
 
         tokenizer = load_tokenizer(named_tokenizer, trust_remote_code=trust_remote_code)
     elif tokenizer is not None and all(isinstance(entry, str | Path) for entry in (*entries, reference or "")):
-        raise UserError("tokenizer: every model is named, and has its own; for another one give a folder or Hub name")
+        raise UserError(
+            "tokenizer: an object is for models in memory, and all are folders or Hub names; give a folder or Hub name"
+        )
     alone = len(entries) == 1 and hasattr(entries[0], "state")  # a trainer, whose model is named by its step
     paths = [_path(entry, folder, tokenizer, "" if alone else f"model-{number}") for number, entry in enumerate(entries)]
     overrides: dict[str, Any] = {

@@ -194,7 +194,7 @@ class Lines:
 
 
 def fitting(folder: Path) -> Any:
-    """While records are put together: where one does not fit another, UserError, which names the folder."""
+    """A context in which records that do not fit together raise UserError, which names the folder."""
     return readable(folder, "the records of this evaluation do not fit together", AWAY)
 
 

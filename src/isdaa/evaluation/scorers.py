@@ -71,9 +71,9 @@ class OwnFacts(Protocol):
 
 
 def about(scorer: Scorer | None, prompts: Sequence[Mapping[str, Any]] = ()) -> list[str]:
-    """What a run says of a scorer before it goes by its scores, a line each: where a reward model is read, what it is worth.
+    """What a run says of a scorer before it uses it, a line each: which token a reward model is read at, and how good it is.
 
-    prompts: rows with `prompt`, where they are known: of conversations and of texts other things are true.
+    prompts: rows with `prompt`, where they are known; conversations and plain texts are read differently.
     """
     if not isinstance(scorer, RewardModelScorer):
         return []
@@ -82,7 +82,7 @@ def about(scorer: Scorer | None, prompts: Sequence[Mapping[str, Any]] = ()) -> l
 
 
 def doubts_of(scorer: Scorer | None) -> list[str]:
-    """What speaks against its scores of the prompts that `about` got, for the report, too."""
+    """Warnings about its scores of the prompts that `about` was given; the report shows them, too."""
     if not isinstance(scorer, RewardModelScorer) or scorer.reading.record is not None or not scorer.reading.bare(scorer.asked):
         return []
     return [
@@ -132,9 +132,7 @@ def facts(scorer: Scorer) -> dict[str, Any]:
 def load_scorer(
     name: str,
     *,
-    batch_size: int = 32,
     max_prompt_length: int = 512,
-    device: str | None = None,
     position: Position = "auto",
     label: str | None = None,
 ) -> Scorer:
@@ -151,9 +149,7 @@ def load_scorer(
         raise UserError(
             f"scorer {name!r}: no such folder{nearest(name, [GOLD])}; name `gold`, a reward model's folder or Hub name"
         )
-    return RewardModelScorer(
-        name, batch_size=batch_size, max_prompt_length=max_prompt_length, device=device, position=position, label=label
-    )
+    return RewardModelScorer(name, max_prompt_length=max_prompt_length, position=position, label=label)
 
 
 class OwnScorer:
@@ -166,14 +162,14 @@ class OwnScorer:
     def __init__(self, given: Any) -> None:
         kind = type(given).__name__
         if isinstance(given, type):
-            raise UserError(f"scorer {given.__name__}: a class; give one of its objects, {given.__name__}()")
+            raise UserError(f"scorer {given.__name__} is a class; give an object of it, {given.__name__}()")
         if hasattr(given, "save_pretrained"):
             raise UserError(f"scorer: a {kind} in memory; save it beside its tokenizer, and give the folder")
         self._score = given if inspect.isroutine(given) else getattr(given, "score", given)
         if not callable(self._score):
             raise UserError(
-                f"scorer: {kind} is none; give a reward model's folder or Hub name, `gold`, `none`, a function of the rows, or "
-                "an object with score(rows)"
+                f"scorer: cannot score with {kind}; give a reward model's folder or Hub name, `gold`, `none`, a "
+                "function of the rows, or an object with score(rows)"
             )
         own = getattr(given, "name", None) or getattr(given, "__name__", kind)
         self.name = own.strip("<>") if isinstance(own, str) else kind
@@ -188,7 +184,7 @@ class OwnScorer:
         told = getattr(given, "digest", None)
         if told is not None and not isinstance(told, str):
             raise UserError(
-                f"scorer {self.name}: its digest is {type(told).__name__}; give a text, another one where scores change"
+                f"scorer {self.name}: its digest is {type(told).__name__}; give a text that changes whenever its scores may"
             )
         self.digest = told or once(lambda: uuid4().hex)
 
@@ -321,7 +317,7 @@ class RewardModelScorer:
         if vocabulary is not None and max(ids, default=0) >= vocabulary:
             raise UserError(
                 f"scorer {self.name}: its tokenizer gives id {max(ids)}, but the model knows {vocabulary} tokens; "
-                "put the tokenizer into its folder that it was trained with"
+                "put the tokenizer that it was trained with into its folder"
             )
 
     def shown_input(self, prompt: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which tokenizer an evaluation uses, and which ids its models have in common; what is not a model's own is said."""
+"""Which tokenizer an evaluation uses, and which ids its models have in common; a line says what comes from another place."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ class Harness:
         except torch.OutOfMemoryError:
             raise UserError(f"{part.name}: the GPU's memory is full; choose a smaller --batch_size") from None
         except (ValueError, KeyError, AssertionError, TemplateError) as error:
-            raise UserError(f"{part.name}: lm-eval cannot ask this task: {_said(error)}") from error
+            raise UserError(f"{part.name}: lm-eval cannot run this task: {_said(error)}") from error
         results = {}
         records: list[Record] = []
         for task, samples in found["samples"].items():
@@ -241,7 +241,7 @@ def _answer(answer: Any) -> Any:
 
 
 def _is_mean(value: float, records: Sequence[Record], metric: str) -> bool:
-    """Whether a metric is the mean of its values over all items, so that it can be paired and resampled by item."""
+    """Whether the metric is a mean over items; only then can it be paired and resampled by item."""
     values = [record["values"].get(metric) for record in records]
     if not values or any(value is None for value in values):
         return False
@@ -274,10 +274,10 @@ def _said(error: Exception) -> str:
 
 @contextmanager
 def _reported(bar: Bar) -> Iterator[dict[str, bool]]:
-    """Inside, lm-eval's own bars are silent and move ours; yields whether a context was longer than the model's window.
+    """Inside, lm-eval's bars move ours; yields whether a prompt was longer than the model's context.
 
-    lm-eval says the latter in one warning a request, and has no other place for it. Nor does `simple_evaluate` describe the
-    machine, for which it starts pip and git: 1.6 s a part, 90 s for the subjects of MMLU, whose parts are kept one by one.
+    lm-eval says the latter in a warning a request and nowhere else. Nor does `simple_evaluate` describe the machine here, for
+    which it starts pip and git: 1.6 s a part, 90 s for the 57 subjects of MMLU.
     """
     import lm_eval.api.model
     import lm_eval.api.task
@@ -311,7 +311,7 @@ def _reported(bar: Bar) -> Iterator[dict[str, bool]]:
 
 
 class _Forward:
-    """Stands where lm-eval calls tqdm. What is counted by `update` (requests done) counts on our bar; loops do not."""
+    """Takes the place of lm-eval's tqdm: what it counts with `update` (requests) counts on our bar, its loops do not."""
 
     def __init__(self, bar: Bar, iterable: Any = None, *, total: float | None = None, **_: Any) -> None:
         self.bar, self.iterable = bar, iterable

@@ -82,7 +82,7 @@ def tax_notes(tax: Mapping[str, Any]) -> list[str]:
     cut = list(dict.fromkeys(entry["task"] for entry in entries if entry["truncated"]))
     if cut:
         lines.append(
-            f"Prompts longer than a model's window lost their beginning: {', '.join(cut)}; fewer fit (`isdaa tax --shots`)."
+            f"Prompts longer than a model's context lost their beginning: {', '.join(cut)}; give fewer examples with --shots."
         )
     return [*lines, "", *(model["sentence"] for model in tax["models"])]
 
