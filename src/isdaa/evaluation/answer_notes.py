@@ -29,9 +29,9 @@ APART, FEWEST = 1.5, 3  # mean lengths of dropped and kept answers that differ b
 
 
 def thinking_of(parts: Sequence[Parts]) -> dict[str, Any] | None:
-    """How much of what was written is thinking, by characters; None where there is none.
+    """The share of thinking in what was written, by characters; None without any.
 
-    only: answers that are nothing else; unfinished: those of them whose thought has no end.
+    only: answers that are thinking alone; unfinished: those of them whose thought does not end.
     """
     marked = [one for one in parts if one.marked]
     thought, written = sum(len(one.thinking) for one in parts), sum(len(one.thinking) + len(one.answer) for one in parts)
@@ -106,14 +106,14 @@ def apart(count: int, dropped: float | None, kept: float | None) -> str | None:
 
 
 def meanings(models: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the reasons mean that some model of `metrics.json` lacks a verdict for."""
+    """What each reason means for which some model of `metrics.json` lacks a verdict."""
     found = {row["lack"] for model in models for row in (model.get("lacks") or {"reasons": ()})["reasons"]}
     told = [*LACKS.items(), (NOT_SAID, "the file has no verdict there, and no reason")]
     return [f"{lack}: {meaning}" for lack, meaning in told if lack in found]
 
 
 def waiting(lacks: Sequence[Mapping[str, Any] | None]) -> str:
-    """Which replies did not come for a reason that passes; empty where there are none."""
+    """A sentence on replies that did not come for a passing reason; empty without any."""
     found: dict[str, int] = {}
     for row in (row for lack in lacks if lack is not None for row in lack["reasons"] if row["lack"] in MOMENTARY):
         found[row["lack"]] = found.get(row["lack"], 0) + row["replies"]
@@ -121,7 +121,7 @@ def waiting(lacks: Sequence[Mapping[str, Any] | None]) -> str:
 
 
 def awaited(found: Mapping[str, int]) -> str:
-    """found: replies by a reason that passes."""
+    """The sentence of `waiting`. found: replies by passing reason."""
     if not found:
         return ""
     reasons = ", ".join(f"{lack} {count:,}" for lack, count in found.items())

@@ -260,7 +260,7 @@ class RewardModelScorer:
 
     @property
     def digest(self) -> str:
-        """Of the weights and of how a row is written for them."""
+        """Of the weights, the tokenizer, and how a row becomes their input."""
         if self._digest is None:
             from isdaa.data.chat import tokenizer_digest
 
@@ -375,7 +375,7 @@ class RewardModelScorer:
 
     @property
     def _pad(self) -> int:
-        """What fills rows up: where the model's class looks for it, its own."""
+        """The padding token: the model's own where its class looks for it."""
         pad = self.tokenizer.pad_token_id if self.reading.pad_id is None else self.reading.pad_id
         return int(pad or 0)  # no token pads: the mask tells
 
@@ -513,7 +513,7 @@ class RewardModelScorer:
         return found
 
     def _warn_of_cuts(self, found: Sequence[Fed], positions: int, long: int) -> None:
-        """Say what is not read. long: prompts of more than `max_prompt_length` tokens."""
+        """Warn of what is cut. long: how many prompts have more than `max_prompt_length` tokens."""
         beside = f"prompts do not fit its {positions} positions beside their responses and lost their beginnings"
         for what, words in (("prompt", beside), ("response", f"responses do not fit its {positions} positions and were cut")):
             self._warn(sum(what in fed.lacking for fed in found), len(found), words)
@@ -568,7 +568,7 @@ def checked(scores: Sequence[Any], rows: Sequence[ScorerRow], name: str) -> list
 
 
 def _number(value: Any) -> float:
-    """NaN for what is no number; text is none, whatever it says."""
+    """NaN for anything but a number; text is no number, whatever it says."""
     try:
         return math.nan if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError, OverflowError):

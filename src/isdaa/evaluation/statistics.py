@@ -1,4 +1,4 @@
-"""Means with bootstrap intervals. The prompt is the unit that is resampled: all else in an evaluation hangs on it.
+"""Means with bootstrap intervals. Prompts are resampled, each with everything that belongs to it.
 
 Pure functions of numbers and a seed. The same seed resamples the same prompts, so intervals of two checkpoints on the
 same prompts differ by their scores alone.

@@ -30,7 +30,7 @@ def print_table(
 ) -> None:
     """Print the table, its legend and the note; ASCII rules and no colour where `file` (stdout) is no terminal.
 
-    worded: what becomes of a line of the legend.
+    worded: rewrites each line of the legend.
     """
     console = terminal_for(file, width)
     for line in endings(metrics.get("ended", {}), len({**metrics.get("verdicts", {}), **metrics.get("ended", {})})):

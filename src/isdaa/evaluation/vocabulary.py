@@ -163,7 +163,7 @@ def vocabulary_of(
 
 
 def check_ids(vocabulary: Vocabulary, chosen: Chosen, reference: str, rows: Sequence[Mapping[str, Any]], stop: set[int]) -> None:
-    """Raises UserError where ids that a model lacks would be read, drawn or waited for.
+    """Raises UserError where a prompt, a response or its end would need an id that a model lacks.
 
     Where the models have not equally many rows, no token but a padding token may have an id that one of them lacks.
     rows: of prompts and held-out pairs, with `…_ids`. stop: ids that end a response.
@@ -206,7 +206,7 @@ def check_ids(vocabulary: Vocabulary, chosen: Chosen, reference: str, rows: Sequ
 def base_remarks(
     models: Sequence[str], reference: str, recorded: Mapping[str, str | None], digest_of: Callable[[str], str]
 ) -> Iterator[str]:
-    """A line for each base model of adapters that is another than the reference.
+    """A line for each base model of adapters that differs from the reference.
 
     recorded: the reference that a model's record names. digest_of: the digest of a folder's model.
     """
@@ -229,7 +229,7 @@ def _same(one: str, other: str) -> bool:
 
 
 def _and_reference(names: Sequence[str]) -> str:
-    """Of many names, the first and the reference's are told."""
+    """The first name, how many others there are, and the reference if it is among them."""
     others = [name for name in names if name != REFERENCE]
     if len(others) == len(names):
         return _several(names)

@@ -108,7 +108,7 @@ class Respondent:
         return self._model
 
     def release(self) -> None:
-        """Let the weights go: the next model needs the room."""
+        """Free the weights: the next model needs the memory."""
         self._model = None
 
     def asked(self, questions: Sequence[Question], turns: Mapping[str, Sequence[str]]) -> list[_Asked]:
@@ -132,7 +132,7 @@ class Respondent:
         return _Asked(key, question, turn, ids, chat, temperature, stream)
 
     def room(self, tokens: int) -> int:
-        """How many tokens an answer to a prompt of so many may have: the limit, or what the model's context leaves."""
+        """How many tokens an answer to a prompt of `tokens` may have: the limit, or what the model's context leaves."""
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         limit = self.generation.max_new_tokens
         left = limit if context is None else context - tokens
@@ -188,7 +188,7 @@ class Respondent:
 
 
 def parted(answer: Answer, keep: bool) -> Answer:
-    """An answer of a file without its thinking. What the file counts in it is of all it wrote, and does not stay then."""
+    """A file's answer without its thinking, and then without the file's counts, which are of thinking and answer together."""
     parts = tuple(split(turn) for turn in answer.turns)
     if keep or not any(one.marked for one in parts):
         return replace(answer, parts=parts)

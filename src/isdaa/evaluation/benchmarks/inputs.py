@@ -1,4 +1,4 @@
-"""What a benchmark's call begins with: questions, answers of other tools, opponents, settings, read before any model."""
+"""The inputs of a benchmark's call, read before any model: questions, answers of other tools, opponents, the judge."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def length_control(bench: Benchmark, request: BenchmarkRequest, opponents: Colle
 def lacking(
     bench: Benchmark, request: BenchmarkRequest, file: str, label: str, asked: Sequence[Question], had: Collection[str], what: str
 ) -> tuple[str, ...]:
-    """Ids of the questions that a file has no answer (or judgment) of a model to. Raises UserError unless that is allowed."""
+    """Ids of the questions without a model's answer or judgment in a file. Raises UserError unless `--missing` allows it."""
     gone = tuple(question.id for question in asked if question.id not in had)
     if gone and request.sources.lacking == "error":
         shown = next(question for question in asked if question.id == gone[0])
@@ -120,7 +120,7 @@ def lacking(
 
 
 def _check_texts(questions: Sequence[Question], answers: Sequence[Answer]) -> None:
-    """Raises UserError where the judge could not be asked, or what it said not be written: before anything is paid for."""
+    """Raises UserError, before anything is paid for, where a text could not be sent to the judge or written to a file."""
     for one in questions:
         told = (one.id, one.category, one.prompt, one.follow_ups, one.references, one.responder, one.response or "")
         check_asked(told, f"{one.where}: the question, or what stands beside it,")
@@ -195,7 +195,7 @@ def _opponents(bench: Benchmark, request: BenchmarkRequest, questions: Sequence[
 
 
 def judge_of(request: BenchmarkRequest, folder: Path) -> BenchmarkJudge | None:
-    """The judge that the request names; it keeps what it says in `folder`."""
+    """The judge that the request names; its replies or scores are kept in `folder`."""
     if request.asking is not None:
         return ModelJudge(request.asking, folder / REPLIES)
     if request.judge is not None:

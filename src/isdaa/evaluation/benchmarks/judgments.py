@@ -67,7 +67,7 @@ def _opponent_of(bench: Benchmark, file: str, question: Question, judged: Sequen
 def among_the_official(
     bench: Benchmark, request: BenchmarkRequest, found: dict[str, list[Judged]], opponents: set[str]
 ) -> tuple[list[Question], dict[str, list[Judged]], dict[str, list[str]], Control]:
-    """AlpacaEval's annotations as those of its own questions, where no others are named and the Hub's are to be had.
+    """AlpacaEval's annotations matched to its official questions, if those can be had and no others are named.
 
     Raises UserError where they lack some of these questions, unless that is allowed.
     """

@@ -58,7 +58,7 @@ def judged_by(judge: Mapping[str, Any]) -> str:
 
 
 def unlike_the_leaderboard(judge: Mapping[str, Any]) -> list[str]:
-    """That a length-controlled win rate is another judge's than the leaderboard's, where it is."""
+    """A note where the judge of a length-controlled win rate is not the leaderboard's."""
     if judge["name"] == LEADERBOARDS_JUDGE and not judge.get("templates"):
         return []
     own = "isdaa's words, not the leaderboard's" if judge.get("templates") else "not the leaderboard's"
@@ -136,7 +136,7 @@ def comparisons(
 
 
 def sentence(bench: Benchmark, metrics: Mapping[str, Any]) -> str:
-    """The result for someone who reads one sentence."""
+    """The result in one sentence."""
     headline, questions = metrics["headline"], metrics["questions"]
     start = f"Partial, {questions['judged']} of {questions['count']} questions judged: " if metrics["partial"] else ""
     if not headline:
@@ -191,7 +191,7 @@ def bounded(model: Mapping[str, Any], figure: Mapping[str, Any]) -> Mapping[str,
 
 
 def decided_of(model: Mapping[str, Any], figure: Mapping[str, Any]) -> int:
-    """How many of a model's questions have a verdict that is no draw; metrics of an older isdaa do not say, and all count."""
+    """How many of a model's questions have a verdict that is no draw; all, where an older isdaa's metrics do not say."""
     return int(model.get("decided", figure["n"]))
 
 

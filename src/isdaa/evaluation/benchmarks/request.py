@@ -1,4 +1,4 @@
-"""What one call of `isdaa benchmark` asks for, as plain values, checked against each other."""
+"""The request of one call of `isdaa benchmark`: plain values that fit together."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def _single(path: str) -> str:
 
 
 def _reference(known: set[str]) -> str | None:
-    """The one reference that the records name, if it is there: it is wanted only where nothing else is an opponent."""
+    """The one reference that the records name, if it exists: the opponent where nothing else is one."""
     try:
         return _single(known.pop()) if len(known) == 1 else None
     except UserError:

@@ -1,4 +1,4 @@
-"""One call from models to a benchmark's figures: answer, judge, score; every step's work is found again on disk.
+"""One call from models to a benchmark's figures: answer, judge, score. Each step keeps its work on disk and reuses it.
 
 generations.jsonl        every turn of every answer as it was drawn (`answers.py`)
 answers/MODEL            the answers in the original tool's format
@@ -147,7 +147,7 @@ def _with_losses(
     opponents: Mapping[str, Answer | None],
     questions: Sequence[Question],
 ) -> list[Judged]:
-    """A model's judged answers, and lost comparisons on what its file lacks; not on questions that a budget left unasked."""
+    """A model's judged answers, and lost comparisons on the questions its file lacks, except those that were not asked."""
     asked = {one.question.id for answers in found.values() for one in answers}
     asked |= {question.id for question in questions if not any(question.id in one.answers for one in sides)}
     own = {one.question.id: one for one in found[side.label]}

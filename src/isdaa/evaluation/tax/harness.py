@@ -1,4 +1,4 @@
-"""lm-eval behind three functions: which tasks a name stands for, a model as it takes one, one task's items under a model.
+"""lm-eval behind a small interface: the tasks that a name stands for, a model as lm-eval takes it, a task's items.
 
 lm-eval is an extra: nothing here imports it before a function that needs it is called.
 """
@@ -130,7 +130,7 @@ class Harness:
         return name in self.index and all(not isinstance(child, str) or self._known(child) for child in self._children(name))
 
     def _parts(self, name: str) -> list[str]:
-        """The tasks of a group, each to be run and kept by itself; the group where it sets anything for them."""
+        """The tasks of a group, each run and kept by itself; the group alone where it has settings for them."""
         children, config = self._children(name), self.index[name].cfg or {}
         changes = set(config) - {"group", "group_alias", "task", "aggregate_metric_list", "metadata", "tag"}
         if not children or (config and changes) or not all(isinstance(child, str) and child in self.index for child in children):
@@ -138,7 +138,7 @@ class Harness:
         return [part for child in children for part in self._parts(child)]
 
     def _digest(self, name: str) -> str:
-        """Of all that decides a task's items: its settings, the code beside them, local files of data."""
+        """Digest of all that decides a task's items: its settings, the code beside them, local files of data."""
         entry = self.index[name]
         content: list[Any] = []
         config = entry.cfg or {}

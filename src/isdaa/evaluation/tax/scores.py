@@ -18,7 +18,7 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Answers:
-    """All items of a task that the user named, under one model: of a group, those of all its tasks."""
+    """All items of a task that the user named, under one model; of a group, those of all its tasks."""
 
     name: str
     headers: Sequence[Record]
@@ -47,7 +47,7 @@ class Answers:
         return all(result["metrics"][metric]["by_item"] for result in self.results.values())
 
     def whole(self, metric: str) -> float | None:
-        """lm-eval's own value, which a group of several tasks has none of here."""
+        """lm-eval's own value; None for a group of several tasks."""
         values = [result["metrics"][metric]["value"] for result in self.results.values()]
         return values[0] if len(values) == 1 else None
 
@@ -128,7 +128,7 @@ def sentence(label: str, measured: Record, confidence: float = 0.95) -> str:
 
 
 def clear(measured: Record, confidence: float = 0.95) -> int:
-    """-1 where a model lost beyond chance, 1 where it gained; 0 where the interval of its difference holds zero.
+    """-1 where a model lost beyond chance, 1 where it gained; 0 where the interval of its difference contains zero.
 
     measured: `difference`, `differing` and, where less may be better, `higher_is_better`. Where fewer items differ than a
     sign test needs (`statistics.fewest`), or there is no interval, it is 0, too.
@@ -150,7 +150,7 @@ def signed(difference: Record | None) -> str:
 
 
 def _figure(answers: Answers, metric: str, options: Mapping[str, Any]) -> Estimate | float | None:
-    """With draws where it is a mean over items; else lm-eval's own value, if there is one."""
+    """An estimate with draws where the metric is a mean over items; else lm-eval's own value, if there is one."""
     if metric not in answers.metrics:
         return None
     if not answers.by_item(metric):
@@ -170,7 +170,7 @@ def _json(score: Estimate | float | None, items: int) -> dict[str, Any] | None:
 
 
 def _plain_difference(score: Estimate | float | None, base: Estimate | float | None, items: int) -> dict[str, Any] | None:
-    """Of metrics that are no means over items: without an interval."""
+    """The difference of metrics that are no means over items, without an interval."""
     if not isinstance(score, float) or not isinstance(base, float):
         return None
     return Interval(score - base, None, None, items).to_json()

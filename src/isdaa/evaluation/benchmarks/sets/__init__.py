@@ -1,1 +1,1 @@
-"""The benchmarks: their files, prompts for the judge, and what verdicts come to. Pure functions."""
+"""The benchmarks as pure functions: their files, their prompts for the judge, their scores."""

@@ -95,7 +95,7 @@ def _located(source: str, split: str | None, limit: int | None) -> list[tuple[Ma
 
 
 def is_official(source: str, split: str | None = None) -> bool:
-    """Whether the source holds AlpacaEval's own instructions, all of them in their order: their places are difficulty's."""
+    """Whether the source holds all of AlpacaEval's instructions in their order, by which difficulties are found."""
     rows = _located(source, split, QUESTIONS + 1)
     return digest([row.get("instruction") for row, _ in rows]) == INSTRUCTIONS
 
@@ -147,7 +147,7 @@ def read_reply(game: str, reply: Reply) -> Judgment:
 
 
 def _soft(game: str, reply: Reply) -> Judgment | None:
-    """A vote of the first token, unless it is the first of a thought."""
+    """A vote from the first token's log-probabilities; None where they are missing, or the token opens a thought."""
     mass, thought = {"m": 0.0, "M": 0.0}, 0.0
     for token, logprob in (reply.first_token_logprobs or {}).items():
         if token.strip() in mass:
@@ -162,7 +162,7 @@ def _soft(game: str, reply: Reply) -> Judgment | None:
 
 
 def _hard(game: str, reply: Reply) -> Judgment:
-    """What the answer says; of one that the limit cut, a letter that nothing can follow but an explanation."""
+    """The answer's letter; of an answer that the limit cut, only a letter that nothing but an explanation can follow."""
     answer, lack = games.heard(reply)
     if (
         lack == "cut"
