@@ -20,7 +20,7 @@ from isdaa.errors import DoneInPart, UserError, nearest
 from isdaa.evaluation.answer_notes import awaited
 from isdaa.evaluation.benchmarks import HH, TLDR
 from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Benchmark, JudgeQuestion, Judgment, Question
-from isdaa.evaluation.benchmarks.sets.games import inside
+from isdaa.evaluation.benchmarks.sets.games import PLACES, inside
 from isdaa.evaluation.benchmarks.sets.preference_sets import Wording, judge_questions
 from isdaa.evaluation.checkpoints.judged_table import ASKED, JUDGE, JUDGED, LEFT, SAME, JudgedTable, Side, sides_of
 from isdaa.evaluation.checkpoints.sample_and_kl import PLAN, SAMPLES
@@ -36,7 +36,6 @@ from isdaa.terminal import say
 
 FORMAT = 2  # raise it when a reply comes to be read in another way
 QUESTIONS: dict[str, Benchmark] = {"hh": HH, "tldr": TLDR}
-PLACES = ("prompt", "first", "second")
 CHARACTERS = 4  # of a token, in an estimate
 
 

@@ -25,43 +25,20 @@ def tax_rows(tax: Mapping[str, Any]) -> list[dict[str, Any]]:
     (`{"mean", "low", "high", "n"}`; None for the reference), higher (whether more of the metric is better), clear (-1: lost
     beyond chance, 1: gained, 0).
     """
-    rows = []
     confidence = tax["statistics"]["confidence"]
     everyone = [tax["reference"] | {"label": "reference"}, *tax["models"]]
-    for place, task in enumerate(tax["reference"]["tasks"]):
-        for model in everyone:
-            entry = model["tasks"][place]
-            rows.append(
-                {
-                    "task": task["task"],
-                    "metric": entry["metric"],
-                    "model": model["label"],
-                    "path": model["path"],
-                    "shots": entry["shots"],
-                    "items": entry["items"],
-                    "score": entry["score"],
-                    "difference": entry["difference"],
-                    "higher": entry["higher_is_better"],
-                    "clear": clear(entry, confidence),
-                }
-            )
+    tasks = enumerate(tax["reference"]["tasks"])
+    entries = [(task["task"], model, model["tasks"][place]) for place, task in tasks for model in everyone]
     for model in everyone:
         if model["mean"] is not None:
-            rows.append(
-                {
-                    "task": MEAN,
-                    "metric": None,
-                    "model": model["label"],
-                    "path": model["path"],
-                    "shots": None,
-                    "items": model["mean"]["score"]["n"],
-                    "score": model["mean"]["score"],
-                    "difference": model["mean"]["difference"],
-                    "higher": True,
-                    "clear": clear(model["mean"], confidence),
-                }
-            )
-    return rows
+            mean = {"metric": None, "shots": None, "items": model["mean"]["score"]["n"], "higher_is_better": True}
+            entries.append((MEAN, model, mean | model["mean"]))
+    return [
+        {"task": task, "model": model["label"], "path": model["path"]}
+        | {key: entry[key] for key in ("metric", "shots", "items", "score", "difference")}
+        | {"higher": entry["higher_is_better"], "clear": clear(entry, confidence)}
+        for task, model, entry in entries
+    ]
 
 
 def tax_notes(tax: Mapping[str, Any]) -> list[str]:
