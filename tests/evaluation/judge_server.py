@@ -38,6 +38,16 @@ def completion(text: str | None, **changes: Any) -> dict[str, Any]:
     return {"id": "1", "object": "chat.completion", "model": "served-name", "choices": [choice], "usage": usage}
 
 
+def streamed(text: str, *, end: str | None = "stop", done: bool = True, field: str = "content") -> bytes:
+    """A chat completion of these letters as a stream of events. end: its reason; done: whether `[DONE]` follows."""
+    parts = [{"choices": [{"delta": {"role": "assistant"}}]}]
+    parts += [{"choices": [{"delta": {field: letter}, "finish_reason": None}]} for letter in text]
+    parts += [{"choices": [{"delta": {}, "finish_reason": end}]}] if end else []
+    parts += [{"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 4}}]
+    lines = [": keep alive", *(f"data: {json.dumps(part)}" for part in parts), *(["data: [DONE]"] if done else [])]
+    return "\n\n".join(lines).encode() + b"\n\n"
+
+
 # Told the number of the request (from 0) and its body.
 Behaviour = Callable[[int, dict[str, Any]], Answer]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judge_server import Answer, ask, asks, completion, judge, replying, serving
+from judge_server import Answer, ask, asks, completion, judge, replying, serving, streamed
 
 from isdaa.errors import UserError
 from isdaa.evaluation.judges.client import address, read_answer, without_system
@@ -248,15 +248,6 @@ def test_a_server_that_reads_a_part_of_a_long_question_is_named(capsys: pytest.C
 
 
 # --- streams and answers within answers
-
-
-def streamed(text: str, *, end: str | None = "stop", done: bool = True, field: str = "content") -> bytes:
-    parts = [{"choices": [{"delta": {"role": "assistant"}}]}]
-    parts += [{"choices": [{"delta": {field: letter}, "finish_reason": None}]} for letter in text]
-    parts += [{"choices": [{"delta": {}, "finish_reason": end}]}] if end else []
-    parts += [{"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 4}}]
-    lines = [": keep alive", *(f"data: {json.dumps(part)}" for part in parts), *(["data: [DONE]"] if done else [])]
-    return "\n\n".join(lines).encode() + b"\n\n"
 
 
 def test_a_stream_is_read_whole_whether_or_not_it_was_asked_for() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judge_server import Answer, completion, serving, sides
+from judge_server import Answer, completion, serving, sides, streamed
 
 from isdaa.cli import main
 from isdaa.evaluation.judges import judge
@@ -64,14 +64,6 @@ def unless(refused: Callable[[dict[str, Any]], bool], text: str) -> Say:
     return lambda letter, body: status(400, text)(letter, body) if refused(body) else Answer(f"Better: {letter}")
 
 
-def streamed(letter: str, body: dict[str, Any]) -> Answer:
-    parts = [
-        *({"choices": [{"delta": {"content": c}}]} for c in f"Better: {letter}"),
-        {"choices": [{"delta": {}, "finish_reason": "stop"}]},
-    ]
-    return Answer(body="".join(f"data: {json.dumps(part)}\n\n" for part in parts).encode() + b"data: [DONE]\n\n")
-
-
 def short(letter: str, body: dict[str, Any]) -> Answer:
     """Room for 100 tokens of a reply."""
     wanted = 3996 + body["max_tokens"]
@@ -93,7 +85,7 @@ WAYS: dict[str, tuple[Say, int, float, dict[str, int]]] = {
     "a draft before": (say("Better: {x}\n\nWait, on reflection:\nBetter: {}"), 0, RIGHT, {}),
     "one letter": (say("{}"), 0, RIGHT, {}),
     "a tie": (say("A and B are equal"), 0, (5 + 1.5) / 8, {}),
-    "a stream": (streamed, 0, RIGHT, {}),
+    "a stream": (lambda letter, body: Answer(body=streamed(f"Better: {letter}")), 0, RIGHT, {}),
     "a byte order mark": (lambda letter, body: Answer(body=b"\xef\xbb\xbf" + json.dumps(completion(f"Better: {letter}")).encode()), 0, RIGHT, {}),
     "half a character": (say("Better: {} \ud83d"), 0, RIGHT, {}),
     "a null character": (say("\x00Better: {}\x00"), 0, RIGHT, {}),
@@ -111,7 +103,7 @@ WAYS: dict[str, tuple[Say, int, float, dict[str, int]]] = {
     "no max_tokens": (unless(lambda body: "max_tokens" in body, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens'"), 0, RIGHT, {}),
     "no temperature": (unless(lambda body: "temperature" in body, "temperature does not support 0.0"), 0, RIGHT, {}),
     "no system": (unless(lambda body: body["messages"][0]["role"] == "system", "System role not supported"), 0, RIGHT, {}),
-    "streams alone": (lambda letter, body: streamed(letter, body) if body.get("stream") else Answer(status=400, body={"detail": "Stream must be set to true"}), 0, RIGHT, {}),
+    "streams alone": (lambda letter, body: Answer(body=streamed(f"Better: {letter}")) if body.get("stream") else Answer(status=400, body={"detail": "Stream must be set to true"}), 0, RIGHT, {}),
     "little room": (short, 0, RIGHT, {}),
     # No verdict, each with its reason.
     "names neither": (say("Both have their strengths and I cannot say."), 0, DROPPED, {"unreadable": 6}),

@@ -172,16 +172,13 @@ class Endpoint:
         """Without the key, should the endpoint have sent it back."""
         if isinstance(outcome, Failure):
             return replace(outcome, reason=self.secret.scrub(outcome.reason))
-        scrub = partial(self.secret.scrub, fragment=LONG_FRAGMENT)
-        tokens = outcome.first_token_logprobs
-        return replace(
-            outcome,
-            text=scrub(outcome.text),
-            thinking=scrub(outcome.thinking),
-            first_token_logprobs={scrub(token): value for token, value in tokens.items()} if tokens is not None else None,
-            finish_reason=scrub(outcome.finish_reason) if outcome.finish_reason is not None else None,
-            model=scrub(outcome.model) if outcome.model is not None else None,
-        )
+
+        def clean(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {clean(token): logprob for token, logprob in value.items()}
+            return self.secret.scrub(value, LONG_FRAGMENT) if isinstance(value, str) else value
+
+        return replace(outcome, **{name: clean(value) for name, value in vars(outcome).items()})
 
     def helped(self, ways: Iterable[str], good: bool) -> None:
         """Keep (and say) what a complaint taught, where the request was answered without it; else forget it. good: it was."""
