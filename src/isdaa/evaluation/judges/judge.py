@@ -47,8 +47,13 @@ ODD = 3  # different questions that are complained of before any went well, or i
 class Judge:
     """Asks one judge model. Making it sends nothing and needs neither key nor package: a cached run needs none.
 
-    cache: the JSONL file of its replies; None: in memory alone. sleep: for tests.
-    Raises UserError for settings or a cache file that cannot be used.
+    Args:
+        settings: which judge, and how it is asked.
+        cache: the JSONL file of its replies; None: in memory alone.
+        sleep: for tests.
+
+    Raises:
+        UserError: settings or a cache file that cannot be used.
     """
 
     def __init__(
@@ -103,15 +108,28 @@ class Judge:
         return Usage(**self._count, cost=cost)
 
     def ready(self) -> None:
-        """Raises UserError where a package or a key is missing; call it before long work whose result is to be judged."""
+        """Check for package and key before long work whose result is to be judged.
+
+        Raises:
+            UserError: one of them is missing.
+        """
         self._endpoint.ready()
 
     def ask(self, questions: Sequence[Question], progress: Bar | None = None) -> list[Reply | NoReply]:
-        """The reply to every question, in order; equal questions are asked once.
+        """Ask every question; equal questions are asked once.
 
-        A question without a reply after all retries gets a `NoReply`, and so do all that are not asked, since the budget of
-        requests is used up or the endpoint stopped answering; one line then says how many, and why. Raises UserError where
-        the endpoint refuses key, model, address or settings, or never answers; replies that came are in the cache.
+        Args:
+            questions: what to ask.
+            progress: a bar that counts the replies.
+
+        Returns:
+            A `Reply` for each question, in their order. A question that has no reply after all retries has a `NoReply`; so
+            have those that are left when the budget of requests is spent or the endpoint stops answering (one line says
+            how many, and why).
+
+        Raises:
+            UserError: the endpoint refuses key, model, address or settings, or never answers; what was answered is in the
+                cache.
         """
         results: dict[str, Reply | NoReply] = {}
         keys: list[str] = []

@@ -35,18 +35,27 @@ LIMITS: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """Which judge, and how it is asked. The defaults of judging stand here and nowhere else.
+    """Which judge model, and how it is asked.
 
-    model: its name at the endpoint. base_url: the endpoint's address up to `/v1`; None: `OPENAI_BASE_URL`, else OpenAI's.
-    temperature: None is not sent (models that reason refuse any but their own). max_tokens: of a reply.
-    logprobs: how many alternatives of the reply's first token are wanted; None: none. seed: None is not sent.
-    concurrency: requests in flight at once. timeout_s: seconds a whole request may take. retries: after the first try of
-    a question. max_requests: HTTP requests that one `Judge` may send, retries included; None: no limit.
-    price_in, price_out: per million tokens, in any currency; None: no cost is told. key_variable: the environment
-    variable that holds the key; the key itself is in no setting. ways: what the endpoint does not take
-    (keys of `wording.WAYS`); else its first complaint tells. api_version: of a classic Azure endpoint.
+    Attributes:
+        model: its name at the endpoint.
+        base_url: the endpoint's address up to `/v1`; None: `OPENAI_BASE_URL`, else OpenAI's.
+        temperature: of its replies; None is not sent (models that reason refuse any but their own).
+        max_tokens: of a reply.
+        logprobs: how many alternatives of the reply's first token are wanted; None: none.
+        seed: None is not sent.
+        concurrency: requests in flight at once.
+        timeout_s: seconds that a whole request may take.
+        retries: of a question, after its first try.
+        max_requests: HTTP requests that one `Judge` may send, retries included; None: no limit.
+        price_in: of a million tokens that are sent, in any currency; None: no cost is told.
+        price_out: of a million tokens that come back.
+        key_variable: the environment variable that holds the key; the key itself is in no setting.
+        ways: what the endpoint does not take (names of `evaluation.judges.wording.WAYS`), where that is known.
+        api_version: of a classic Azure endpoint.
 
-    Raises UserError where a value makes no sense.
+    Raises:
+        UserError: a value that makes no sense.
     """
 
     model: str
@@ -94,10 +103,15 @@ def check_variable(value: str, name: str) -> None:
 
 @dataclass(frozen=True)
 class Question:
-    """One conversation that the judge answers. A setting that is not None wins over the judge's own.
+    """One conversation that the judge answers. Equal questions are asked once; for several replies give each its own seed.
 
-    messages: `{"role": …, "content": …}`. of: a name that questions about the same thing share (two orders). Equal
-    questions are asked once: to sample several replies to the same messages, give each a seed of its own.
+    Attributes:
+        messages: dictionaries with `role` and `content`.
+        temperature: as in `JudgeSettings`, for this question; None: the judge's.
+        max_tokens: as above.
+        logprobs: as above.
+        seed: as above.
+        of: what it is about, where several questions are about the same (the two orders of a comparison).
     """
 
     messages: tuple[dict[str, str], ...]
