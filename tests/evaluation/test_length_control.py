@@ -285,7 +285,7 @@ def test_one_side_wins_every_comparison(value: float) -> None:
 def test_length_alone_decides_every_vote_so_there_is_no_rate() -> None:
     _, model, baseline = simulated(30)
     result = length_adjusted((model > baseline).astype(float), model, baseline, resamples=20)
-    assert result.rate is None and "tells all wins from all losses" in result.note
+    assert result.rate is None and "separates all wins from all losses" in result.note
     votes = (model > baseline).astype(float)
     votes[np.argmax(model - baseline)] = 0.0  # one upset, and there is a maximum again
     assert length_adjusted(votes, model, baseline, resamples=20).rate is not None

@@ -392,7 +392,7 @@ def test_fewer_differing_items_than_a_sign_test_needs_are_not_marked(differing: 
     measured = scores([answers("a", {"a": [0.0] * differing + [1.0] * alike})], reference, **OPTIONS)
     assert measured["tasks"][0]["difference"]["high"] < 0, "the interval alone would be marked"
     assert [row["clear"] for row in tax_rows(tax_with(measured, reference))] == [0, -1 if differing == 6 else 0]
-    assert sentence("m", measured).endswith("; worse on a" if differing == 6 else "; worse on none for sure")
+    assert sentence("m", measured).endswith("; worse on a" if differing == 6 else "; clearly worse on none")
 
 
 def test_the_mean_of_tasks_is_not_marked_by_a_task_of_few_items() -> None:

@@ -314,7 +314,7 @@ def test_a_feature_that_never_varies_and_separation() -> None:
     assert np.isfinite(style_controlled(names, ids, wins, votes, features, resamples=5).at_equal_style["m0"].value)
     decided = np.where(features[:, 0] > 0.4, votes, 0.0)
     control = style_controlled(names, ids, decided, votes, features, resamples=5)
-    assert not control.at_mean_style and "tells all wins from all losses" in control.note
+    assert not control.at_mean_style and "separates all wins from all losses" in control.note
 
 
 def test_a_model_that_wins_everything_leaves_the_others_figures_alone() -> None:
@@ -448,5 +448,5 @@ def test_answers_that_are_missing_and_lost_have_no_part_in_style() -> None:
     for name in ("equal_style_win_rate", "style_controlled_win_rate"):
         assert alone.figures[name].to_json() == beside.figures[name].to_json()
     assert beside.figures["win_rate"].value < alone.figures["win_rate"].value and beside.figures["win_rate"].interval.n == 40
-    assert "the rates with style control are without 5 lost answers: what is missing has no style" in beside.notes
+    assert "the rates with style control leave out 5 lost answers: a missing answer has no style" in beside.notes
     assert not any("lost" in note for note in alone.notes)

@@ -121,7 +121,7 @@ def sentence(label: str, measured: Record, confidence: float = 0.95) -> str:
         found.append(f"{signed(measured['mean']['difference'])} over {len(entries)} tasks")
     elif len(entries) == 1:
         found.append(f"{signed(entries[0]['difference'])} on {entries[0]['task']}")
-    found.append(f"worse on {', '.join(lost)}" if lost else "worse on none for sure")
+    found.append(f"worse on {', '.join(lost)}" if lost else "clearly worse on none")
     if won:
         found.append(f"better on {', '.join(won)}")
     return f"alignment tax of {label}: {'; '.join(found)}"

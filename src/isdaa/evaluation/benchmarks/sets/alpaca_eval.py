@@ -201,7 +201,7 @@ def _score(judged: Sequence[Judged], scoring: Scoring) -> Score:
         figures = {"length_controlled_win_rate": controlled.rate, **figures}
     else:
         if scoring.gamed is not None:
-            lines.append(f"no length-controlled win rate: not all of it is compared with {BASELINE}")
+            lines.append(f"no length-controlled win rate: not every answer is compared with {BASELINE}")
         controlled = length_adjusted(told, ours, theirs, **drawn)
         figures["length_adjusted_win_rate"] = controlled.rate
     if controlled.note:

@@ -242,7 +242,7 @@ def score(judged: Mapping[str, Sequence[Judged]], scoring: Scoring) -> dict[str,
         by_question = {one.question.id: wins / votes for one in answers for wins, votes in [_votes(one)] if votes}
         lines = (*games.notes(count, flips), *remarks[model])
         if lost := "style_controlled_win_rate" in figures[model] and sum(map(games.missing, answers)):
-            lines += (f"the rates with style control are without {counted(lost, 'lost answer')}: what is missing has no style",)
+            lines += (f"the rates with style control leave out {counted(lost, 'lost answer')}: a missing answer has no style",)
         result[model] = Score("win_rate" if figures[model] else "", figures[model], count, by_question, details[model], lines)
     return result
 

@@ -121,7 +121,7 @@ def notes(count: dict[str, int], flips: float | None = None) -> list[str]:
     if count["unparsed"]:
         lines.append(
             f"{count['unparsed']} of {counted(count['replies'], 'reply', 'replies')} gave no verdict; "
-            f"{count['left_out']} of {counted(count['questions'], 'question')} left out for it"
+            f"{count['left_out']} of {counted(count['questions'], 'question')} left out"
         )
     if count["hard"] and count["soft"]:
         lines.append(

@@ -118,7 +118,7 @@ def length_controlled(
     coefficients = votes.coefficients(fitted) | {"w_d": float(fitted[1]), "C": strength}
     notes = [] if coefficients["sd"] else [UNCONTROLLED]
     if separates(np.concatenate([own[votes.read], theirs]), np.concatenate([votes.values[votes.read], beside.targets])):
-        notes.append("no interval: the votes are so one-sided that resamples say nothing of the error")
+        notes.append("no interval: the votes are so one-sided that resampling cannot estimate the error")
         return LengthControlled(Estimate(Interval(rate, None, None, n), np.empty(0)), coefficients, "; ".join(notes))
     centre, draws = votes.resampled(beside, resamples, seed)
     draws = np.clip(draws + rate - float(votes.rates(centre[None], everyone)[0]), 0, 1)
@@ -151,7 +151,7 @@ def length_adjusted(
         return LengthControlled(figure, note=f"{side} wins every comparison, so length explains nothing")
     everyone = np.ones((1, n))
     if separates(votes.features(everyone)[0, votes.read], values):
-        return LengthControlled(None, note="length tells all wins from all losses, so no length-adjusted rate can be estimated")
+        return LengthControlled(None, note="length separates all wins from all losses: no length-adjusted rate can be estimated")
     fit, draws = votes.resampled(
         _Beside(np.empty((0, 3)), np.empty(0), np.empty(0), np.empty(0, dtype=np.int64)), resamples, seed
     )

@@ -95,7 +95,7 @@ def style_controlled(
     free = ~np.isin(which, list(extremes))
     fitted = free & (votes > 0)
     if fitted.any() and separates(design[fitted], targets[fitted]):
-        return StyleControl({}, {}, {}, "style tells all wins from all losses, so no style-controlled rate can be estimated")
+        return StyleControl({}, {}, {}, "style separates all wins from all losses: no style-controlled rate can be estimated")
     fit = fit_logistic(design, targets, votes * free)[None]
 
     def rates(coefficients: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
