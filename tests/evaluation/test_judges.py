@@ -137,6 +137,7 @@ def test_retry_after_is_a_number_or_a_date_or_milliseconds() -> None:
         Answer(body=b"\xff\xfe"),
         Answer(body=b""),
         Answer(body=b"[" * 100_000),
+        Answer(body=b"data:" * 100_000 + b'"error"'),
         Answer(body={"choices": []}),
         Answer(body={"choices": [{"message": None}]}),
         Answer(body=[1]),

@@ -327,16 +327,19 @@ def _is_stream(text: str) -> bool:
     return text.lstrip().startswith(("data:", "event:", ":"))
 
 
+def _events(text: str) -> list[str]:
+    """The data of a stream's events."""
+    data = (line.removeprefix("data:").strip() for line in text.splitlines() if line.startswith("data:"))
+    return [one for one in data if one]
+
+
 def _streamed(text: str) -> dict[str, Any]:
     """The completion that a stream's events add up to; one that stops before its end gets the reason `the stream has no end`."""
     message: dict[str, str] = {"content": ""}
     choice: dict[str, Any] = {"message": message, "finish_reason": None, "logprobs": None}
     body: dict[str, Any] = {"choices": [choice], "usage": None, "model": None}
     done = False
-    for line in text.splitlines():
-        data = line.removeprefix("data:").strip()
-        if not line.startswith("data:") or not data:
-            continue
+    for data in _events(text):
         if data == "[DONE]":
             done = True
             break
@@ -360,20 +363,16 @@ def _error_inside(text: str) -> int | None:
     """The status that the body of a 200 names, where it is an error and no completion."""
     if '"error"' not in text:
         return None
-    if _is_stream(text):
-        parts = [
-            line.removeprefix("data:").strip() for line in text.splitlines() if line.startswith("data:") and '"error"' in line
-        ]
-        return next((status for part in parts if (status := _error_inside(part)) is not None), None)
-    try:
-        body = json.loads(text.lstrip("\ufeff"))
-    except (ValueError, RecursionError):
-        return None
-    error = body.get("error") if isinstance(body, dict) and not body.get("choices") else None
-    if not error:
-        return None
-    code = error.get("code", error.get("status")) if isinstance(error, dict) else None
-    return code if isinstance(code, int) and 400 <= code < 600 else 500
+    for part in _events(text) if _is_stream(text) else [text]:
+        try:
+            body = json.loads(part.lstrip("\ufeff"))
+        except (ValueError, RecursionError):
+            continue
+        error = body.get("error") if isinstance(body, dict) and not body.get("choices") else None
+        if error:
+            code = error.get("code", error.get("status")) if isinstance(error, dict) else None
+            return code if isinstance(code, int) and 400 <= code < 600 else 500
+    return None
 
 
 def retry_after(headers: Mapping[str, str], now: float | None = None) -> float | None:
