@@ -206,6 +206,7 @@ def test_a_question_that_always_fails_has_no_reply_and_is_asked_again_by_the_nex
         (Answer(status=413, body=b""), "too long for the judge"),
         (Answer(status=400, body={"error": {"message": "x", "code": "content_filter"}}), "content filter"),
         (Answer(status=400, body={"error": {"message": "odd"}}), "answered 400: odd"),
+        (Answer(status=400, body=b'{"a": ' * 700 + b"1" + b"}" * 700), 'answered 400: {"a": {"a"'),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

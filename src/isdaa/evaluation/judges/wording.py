@@ -64,10 +64,6 @@ _PROMPT = re.compile(
 
 def complaint(text: str) -> str:
     """The words of an error body, `key: value` a line, without what it quotes of the request (`input`, …)."""
-    try:
-        body = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
 
     def words(value: Any, key: str = "") -> list[str]:
         if isinstance(value, dict):
@@ -76,7 +72,10 @@ def complaint(text: str) -> str:
             return [word for inner in value for word in words(inner, key)]
         return [f"{key}: {value}"]
 
-    return valid("\n".join(words(body)))
+    try:
+        return valid("\n".join(words(json.loads(text))))
+    except (ValueError, RecursionError):
+        return text
 
 
 def is_too_long(text: str) -> bool:
