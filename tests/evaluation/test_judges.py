@@ -121,7 +121,8 @@ def test_retry_after_is_a_number_or_a_date_or_milliseconds() -> None:
     assert retry_after({"retry-after": "2.5"}) == 2.5
     assert retry_after({"retry-after": "-1"}) == 0
     assert retry_after({"retry-after-ms": "1500", "retry-after": "9"}) == 1.5
-    assert [retry_after({"retry-after": word}) for word in ("soon", "nan", "inf")] == [None] * 3
+    endless = f"Mon, 01 Jan {'9' * 30} 00:00:00 GMT"
+    assert [retry_after({"retry-after": word}) for word in ("soon", "nan", "inf", endless)] == [None] * 4
     assert retry_after({}) is None
 
 
@@ -265,6 +266,9 @@ def test_a_redirection_is_not_followed() -> None:
         with serving(scripted(answer)) as server, pytest.raises(UserError, match=rf"redirects to {target.url}; give"):
             judge(server).ask(asks(1))
     assert not target.asked
+    nowhere = Answer(status=307, headers={"location": "http://["})
+    with serving(scripted(nowhere)) as server, pytest.raises(UserError, match="redirects to elsewhere; give"):
+        judge(server).ask(asks(1))
 
 
 def test_no_server_is_one_line() -> None:

@@ -222,7 +222,10 @@ class Endpoint:
                 return Failure("pause", f"{said}; it asks for a pause of {wait:.0f} s", lack)
             return Failure("retry", said, lack, wait=wait)
         if status < 400:
-            target = urlsplit(headers.get("location", ""))
+            try:
+                target = urlsplit(headers.get("location", ""))
+            except ValueError:  # no address at all
+                target = urlsplit("")
             host, path = target.netloc.rpartition("@")[2], target.path.removesuffix("/chat/completions")
             place = self.secret.scrub(f"{target.scheme}://{host}{path}") if host else "elsewhere"
             return Failure("fatal", f"{self.address} redirects to {place}; give the judge's own address with --judge_base_url")
@@ -386,7 +389,7 @@ def retry_after(headers: Mapping[str, str], now: float | None = None) -> float |
             return max(seconds, 0.0)
     try:
         moment = email.utils.parsedate_to_datetime(headers.get("retry-after", "")).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return max(moment - (time.time() if now is None else now), 0.0)
 
