@@ -182,6 +182,7 @@ LONG = [
     ("request (5000 tokens) exceeds the available context size (4096 tokens), try increasing it", 512, None),
     ("The input token count (1200293) exceeds the maximum number of tokens allowed (1048576).", 32, None),
     ("prompt is too long: 210000 tokens > 200000 maximum", 64, None),
+    (f"prompt is too long: {'9' * 5000} tokens > 200000 maximum", 64, 32),
     ("Sequence length 5000 exceeds model's maximum of 4096", 64, 32),
     ("Total tokens 5000 > max 4096", 64, 32),
     ("The prompt exceeds the model's context of 4096", 64, 32),

@@ -98,7 +98,7 @@ def room(text: str, limit: int) -> int | None:
 
     It is what the words say is left of the context, or half of `limit` where they do not say.
     """
-    low = text.lower()
+    low = re.sub(r"\d{19,}", "", text.lower())  # no count of tokens
     contexts, prompts, whole = _CONTEXT.search(low), _PROMPT.search(low), _SUM.search(low)
     alone = _ALONE.search(low)
     if alone is not None and int(alone[1]) > int(alone[2]):
