@@ -174,9 +174,9 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
             prepare(folder / "prepared", scale, device)
         return found
     cell = next(cell for cell in CELLS if cell.name == job["cell"])
-    from isdaa.cli import _quiet_libraries
+    from isdaa.terminal import quiet_libraries
 
-    _quiet_libraries()
+    quiet_libraries()
     if cell.stage == "embedded":
         return embedded(embedded_config(scale, folder / "embedded"))
     precision = "bfloat16" if device == "cuda" else "float32"

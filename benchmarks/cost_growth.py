@@ -37,9 +37,9 @@ from preference_step import machine
 from rich.console import Console
 from rich.table import Table
 
+from isdaa.cli.parser import OneLineParser
 from isdaa.errors import UserError, nearest
 from isdaa.files import write_json
-from isdaa.options import OneLineParser
 from isdaa.report.charts.style import save_chart
 from isdaa.terminal import Bar, clock, progress, say
 

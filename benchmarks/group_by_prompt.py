@@ -27,10 +27,10 @@ from typing import Any
 from preference_step import machine
 from rich.console import Console
 
+from isdaa.cli.parser import OneLineParser
 from isdaa.errors import UserError
 from isdaa.files import write_json
 from isdaa.foreign import read_json
-from isdaa.options import OneLineParser
 
 NAME = "group_by_prompt"
 OUT = Path("runs/bench/group-by-prompt.json")

@@ -31,9 +31,9 @@ from _summary import DEFINITIONS, LABELS, below, summarise, table, wrong
 from rich.console import Console
 from shapes import EOS, SHAPES, TINY_SHAPE, TINY_VOCABULARY, VOCABULARIES, Shape, Size, lengths_of, products, tiny
 
+from isdaa.cli.parser import OneLineParser
 from isdaa.errors import UserError, nearest
 from isdaa.files import write_json
-from isdaa.options import OneLineParser
 from isdaa.record import git_revision, versions
 from isdaa.terminal import clock, progress, say
 

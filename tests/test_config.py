@@ -7,11 +7,11 @@ import pytest
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from isdaa.cli import build_parser
+from isdaa.cli.main import parse
+from isdaa.cli.options import overrides_of
 from isdaa.config import ObjectiveConfig, allowed, departures, fields, load_config, preset_value, resolved
 from isdaa.errors import UserError
 from isdaa.objectives.presets import resolve
-from isdaa.options import overrides_of
 from isdaa.settings_text import dump_settings
 from isdaa.synonyms import SYNONYMS, WITHOUT_KEY, hint
 
@@ -117,7 +117,7 @@ def test_trackers_are_named_as_other_programs_name_them(tmp_path: Path, given: A
         assert getattr(load_config(write(tmp_path, **{stage: {"report_to": given}})), stage).report_to == trackers
     words = given if isinstance(given, list) else ["null" if given is None else given]
     command = ["train", "--config", str(write(tmp_path)), "--align.report_to", *words]
-    assert load_config(write(tmp_path), overrides_of(build_parser().parse_args(command))).align.report_to == trackers
+    assert load_config(write(tmp_path), overrides_of(parse(command))).align.report_to == trackers
     with pytest.raises(UserError, match="report_to"):
         load_config(write(tmp_path, align={"report_to": ["none", "wandb"]}))
 

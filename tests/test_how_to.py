@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from chains import ROOT, chat_model, jsonl, plain_pairs, read_lines
 
-from isdaa.cli import build_parser, main
+from isdaa.cli.main import main, parse
+from isdaa.cli.options import overrides_of
 from isdaa.config import load_config
-from isdaa.options import overrides_of
 
 PAGES = ("how_to.md", "which_method.md", "metrics.md")
 TEXTS = {name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in PAGES}
@@ -32,7 +32,7 @@ def commands() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("page", "command"), commands(), ids=lambda value: value[:60])
 def test_every_command_is_taken(page: str, command: str) -> None:
-    arguments = build_parser().parse_args(shlex.split(command)[1:])
+    arguments = parse(shlex.split(command)[1:])
     given = overrides_of(arguments)
     if arguments.command in ("train", "inspect") and "continue_from" not in given:  # which has the old run's
         load_config(None, given)

@@ -26,7 +26,6 @@ GROUND = {"objectives", "models", "data", "world", "config", "record"}
 ALLOWED = {
     "errors": set(),
     "lazy": set(),
-    "shipped": {"errors", "files"},
     "__main__": {"cli"},
     "disk": {"errors"},
     "foreign": {"errors"},
@@ -42,19 +41,15 @@ ALLOWED = {
     "models": BASEMENT,
     "data": BASEMENT | {"world"},
     "config": BASEMENT | {"objectives"},
-    "options": BASEMENT | {"config"},
     "configuration_page": BASEMENT | {"config"},
     "record": BASEMENT,
-    "benchmark_options": BASEMENT | {"evaluation"},
     "evaluation": BASEMENT | GROUND,
     "training": BASEMENT | GROUND | {"evaluation"},
     "preview": BASEMENT | GROUND | {"evaluation", "training"},
     "report": BASEMENT | GROUND | {"evaluation"},
     "exits": BASEMENT,
     "experiments": BASEMENT | GROUND | {"evaluation", "training", "report"},
-    "cli": BASEMENT
-    | GROUND
-    | {"exits", "options", "shipped", "benchmark_options", "evaluation", "training", "preview", "report", "experiments"},
+    "cli": BASEMENT | GROUND | {"exits", "evaluation", "training", "preview", "report", "experiments"},
 }
 
 

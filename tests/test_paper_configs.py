@@ -16,7 +16,7 @@ from chains import ALIGN, CHAIN, ROOT, chat_model, jsonl, read_lines
 from tokenizers_for_tests import byte_level
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from isdaa.cli import build_parser, main
+from isdaa.cli.main import main, parse
 from isdaa.config import load_config
 from isdaa.experiments import sweep as sweeps
 from isdaa.experiments.worker import Work
@@ -92,7 +92,7 @@ def documented() -> list[str]:
 
 @pytest.mark.parametrize("command", documented())
 def test_the_commands_of_the_page_are_commands(command: str) -> None:
-    arguments = build_parser().parse_args(shlex.split(command)[1:])
+    arguments = parse(shlex.split(command)[1:])
     if arguments.command in ("train", "sweep"):
         assert ROOT / arguments.config in PAPER
 

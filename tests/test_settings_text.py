@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
-from isdaa.cli import build_parser, main
+from isdaa.cli.main import main, parse, parser_of
+from isdaa.cli.options import overrides_of
 from isdaa.config import fields, load_config, resolved
 from isdaa.errors import UserError
 from isdaa.experiments.grid import cells_of, load_sweep
-from isdaa.options import overrides_of
 from isdaa.settings_text import dump_settings
 
 BASE = {"model": {"path": "m"}, "data": {"pairs": "p.jsonl"}}
@@ -121,11 +121,11 @@ def value_of(config: Any, key: str) -> Any:
     return config
 
 
-PARSER = build_parser()
+PARSER = parser_of("train")
 
 
 def given(*argv: str) -> dict[str, Any]:
-    return overrides_of(PARSER.parse_args(["train", *argv]))
+    return overrides_of(PARSER.parse_args(argv))
 
 
 def test_the_keys_below_are_all_whose_text_is_free() -> None:
@@ -359,7 +359,6 @@ def test_home_is_expanded_everywhere_alike(tmp_path: Path, monkeypatch: pytest.M
         assert value_of(load_config(own), key) == home
         with pytest.raises(UserError, match=rf"--{key}: ~nobody-here/x: no such user"):
             load_config(file, given(f"--{key}", "~nobody-here/x"))
-    parser = build_parser()
     for argv, name in (
         (["evaluate", "--model_path", "~/x"], "model_path"),
         *((["evaluate", "--model_path", "a", f"--{n}", "~/x"], n) for n in ("output", "reference", "data", "scorer", "scores")),
@@ -377,7 +376,7 @@ def test_home_is_expanded_everywhere_alike(tmp_path: Path, monkeypatch: pytest.M
         (["inspect", "--config", "a", "--out", "~/x"], "out"),
         (["demo", "--config", "~/x"], "config"),
     ):
-        value = getattr(parser.parse_args(argv), name)
+        value = getattr(parse(argv), name)
         assert value in (f"{home}/x", [f"{home}/x"]), argv
     (tmp_path / "sweep.yaml").write_text(
         'base: ~/run.yaml\noutput_dir: "~/s"\nseeds: [1]\ngrids: {g: {reference.path: [~/a, "~"], objective.beta: 1}}\n'

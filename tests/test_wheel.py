@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from isdaa import shipped
-from isdaa.cli import main
+from isdaa.cli import configs, main
 from isdaa.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -72,25 +71,25 @@ def test_commands_work_where_there_is_no_checkout(wheel: Path, tmp_path: Path, c
 
 def test_a_configuration_is_copied_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (copied,) = shipped.copy("configs/mini/demo.yaml", "mine.yaml")
+    (copied,) = configs.copy("configs/mini/demo.yaml", "mine.yaml")
     assert copied.read_text() == (ROOT / "configs" / "mini" / "demo.yaml").read_text()
-    assert shipped.copy("mini/sweep", "own/sweep.yaml") == [Path("own/sweep.yaml"), Path("own/demo.yaml")]
+    assert configs.copy("mini/sweep", "own/sweep.yaml") == [Path("own/sweep.yaml"), Path("own/demo.yaml")]
     assert main(["sweep", "--config", "own/sweep.yaml", "--dry_run"]) == 0
     Path("own/sweep.yaml").unlink()
     Path("own/demo.yaml").write_text("mine")
     with pytest.raises(UserError, match=r"own/demo\.yaml: there already"):
-        shipped.copy("mini/sweep", "own/sweep.yaml")
+        configs.copy("mini/sweep", "own/sweep.yaml")
     assert not Path("own/sweep.yaml").exists()
     with pytest.raises(UserError, match=r"mine\.yaml: there already"):
-        shipped.copy("mini/demo", "mine.yaml")
+        configs.copy("mini/demo", "mine.yaml")
     with pytest.raises(UserError, match=r'no such configuration \(did you mean "mini/demo"\?\)'):
-        shipped.copy("mini/demos")
+        configs.copy("mini/demos")
 
 
 def test_a_file_of_ones_own_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert shipped.found("configs/mini/demo.yaml") == str(shipped.FOLDER / "mini" / "demo.yaml")
-    assert shipped.found("configs/mini/none.yaml") == "configs/mini/none.yaml"
+    assert configs.found("configs/mini/demo.yaml") == str(configs.FOLDER / "mini" / "demo.yaml")
+    assert configs.found("configs/mini/none.yaml") == "configs/mini/none.yaml"
     (tmp_path / "configs" / "mini").mkdir(parents=True)
     (tmp_path / "configs" / "mini" / "demo.yaml").write_text("seed: 1\n")
-    assert shipped.found("configs/mini/demo.yaml") == "configs/mini/demo.yaml"
+    assert configs.found("configs/mini/demo.yaml") == "configs/mini/demo.yaml"

@@ -126,7 +126,7 @@ def benchmark(run: Path, output: Path) -> int:
 
     settings = ["--evaluation.batch_size", "4", "--evaluation.bootstrap", "100", "--limit", "11", "--max_new_tokens", "12"]
     words = ["--questions", "world:small", "--judge", "gold", *settings]
-    with patch("isdaa.cli.finish"):  # it ends what the program that calls goes on with
+    with patch("isdaa.distributed.finish"):  # it ends what the program that calls goes on with
         return main(["benchmark", "tldr", "--model_path", str(run), "--output", str(output), *words])
 
 

@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from isdaa.cli.parser import OneLineParser
 from isdaa.errors import UserError, shown
 from isdaa.exits import exit_status
 from isdaa.files import write_json
-from isdaa.options import OneLineParser
 
 if TYPE_CHECKING:
     import altair as alt

@@ -88,8 +88,8 @@ def _out_of_memory(error: Exception) -> UserError | None:
     if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
         return None
     return UserError(
-        f"out of memory ({str(error) or 'of this machine'}); lower batch_size, set align.batch_tokens, or take a smaller model; "
-        "`isdaa inspect` plans what a run needs"
+        f"out of memory ({str(error) or 'of this machine'}); lower batch_size (as --align.batch_size), set --align.batch_tokens, "
+        "or take a smaller model; `isdaa inspect` plans what a run needs"
     )
 
 

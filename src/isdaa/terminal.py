@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import IO, Any
@@ -300,3 +302,15 @@ def progress(
 def working(what: str) -> AbstractContextManager[Bar]:
     """A phase whose work cannot be counted: it is heard of only where it takes long."""
     return progress(what, alone=False)
+
+
+def quiet_libraries() -> None:
+    """Libraries' own bars and notices would cover ours; warnings still come through `logging`."""
+    warnings.simplefilter("ignore", FutureWarning)  # for those who write the libraries
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    log_to_stderr(logging.WARNING if is_main() else logging.ERROR)
+    logging.getLogger("isdaa").setLevel(logging.INFO if is_main() else logging.ERROR)

@@ -152,7 +152,7 @@ def yaml_trial(random: Random) -> Trial:
 
 def options_trial(random: Random) -> Trial:
     """Values of options."""
-    from isdaa.cli import build_parser
+    from isdaa.cli.main import parser_of
 
     base = random.choice(
         (
@@ -169,8 +169,7 @@ def options_trial(random: Random) -> Trial:
             "demo finite --seed x",
         )
     ).split()
-    parsers = next(action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
-    options = [action for action in parsers.choices[base[0]]._actions if action.option_strings and action.nargs != 0]
+    options = [action for action in parser_of(base[0])._actions if action.option_strings and action.nargs != 0]
     given = []
     for _ in range(random.choice((1, 1, 1, 2, 3))):
         if not options or random.random() < 0.05:
@@ -503,23 +502,11 @@ def warm() -> None:
         Trainer,
     )
 
-    import isdaa.cli
-    import isdaa.evaluation.benchmarks.run
-    import isdaa.evaluation.evaluate
-    import isdaa.evaluation.tax.tax
-    import isdaa.experiments.sweep
-    import isdaa.preview.inspect
-    import isdaa.preview.inspect_page
-    import isdaa.report.benchmarks
-    import isdaa.report.make
-    import isdaa.training.run_stages
-    import isdaa.training.stages.align
-    import isdaa.training.stages.behaviour_logps
-    import isdaa.training.stages.label
-    import isdaa.training.stages.sft_and_reward
+    from isdaa.cli.main import COMMANDS, parser_of
 
     torch.set_num_threads(1)
-    isdaa.cli.build_parser()
+    for name in COMMANDS:
+        parser_of(name)
 
 
 def _at_home(folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from report_studies import cells, metrics_of, study, sweep, trajectory, write_evaluation
 
-from isdaa.cli import build_parser
+from isdaa.cli.main import parse
 from isdaa.config import EvaluationConfig, TokenizationConfig
 from isdaa.evaluation.checkpoints.trajectory import read_study
 from isdaa.record import ModelRecord, record_text
@@ -19,7 +19,7 @@ DEFAULTS = EvaluationConfig.model_validate({}).model_dump()
 def parsed(line: str):
     name, *words = shlex.split(line)
     assert name == "isdaa"
-    return build_parser().parse_args(words)
+    return parse(words)
 
 
 def models(folder: Path, reference: Path | None, evaluation: dict, steps=(40, 80)) -> list[str]:

@@ -1,7 +1,7 @@
 """Alignment tax: what a model lost, or won, on tasks that it was not aligned for (`isdaa tax`).
 
 lm-eval asks; this module decides what is asked of whom, keeps every answer, and compares models with their reference item by
-item. The options stand here too, and nothing heavy is imported before there is a tax to measure.
+item. Nothing heavy is imported before there is a tax to measure.
 
     tax.jsonl   one block a model and task, one record an item: done once, found again
     tax.json    scores and differences of the latest call
@@ -9,15 +9,13 @@ item. The options stand here too, and nothing heavy is imported before there is 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isdaa.distributed import world_size
-from isdaa.errors import UserError, shown
-from isdaa.terminal import say
+from isdaa.errors import UserError
 
 if TYPE_CHECKING:
     from isdaa.evaluation.checkpoints.what_to_evaluate import EvaluationRequest
@@ -40,62 +38,6 @@ class TaxSettings:
     include_path: str | None = None  # folder of further tasks
     batch_size: int | str = BATCH
     chat_template: bool = False
-
-
-KEYS = ("evaluation.bootstrap", "evaluation.confidence", "evaluation.seed")
-INSTEAD = dict.fromkeys(
-    ("--data", "--split", "--scorer", "--scores", "--judge", "--judge_model", "--questions"),
-    "its items come from lm-eval, which scores them, too; leave it out",
-)
-
-
-def add_tax_options(parser: argparse.ArgumentParser) -> None:
-    """The tasks, and how they are asked."""
-    parser.add_argument(
-        "tasks", nargs="*", metavar="TASK",
-        help="lm-eval tasks, groups or tags (default: mmlu gsm8k arc_challenge hellaswag winogrande)",
-    )  # fmt: skip
-    group = parser.add_argument_group("tasks (see docs/evaluation.md; needs lm-eval)")
-    group.add_argument("--limit", metavar="N", help="the first N items of each task (of each subject of MMLU)")
-    group.add_argument(
-        "--shots", nargs="+", metavar="TASK=N",
-        help="examples in the prompt (default: mmlu 5, gsm8k 5, arc_challenge 25, hellaswag 10, winogrande 5, else the task's)",
-    )  # fmt: skip
-    group.add_argument("--include_path", metavar="DIR", help="folder of lm-eval task files of your own")
-    group.add_argument("--batch_size", metavar="N", help=f"requests at a time, or `auto` (default: {BATCH})")
-    group.add_argument("--chat_template", action="store_true", help="ask through the model's chat template (default: plain text)")
-
-
-def tax_command(arguments: argparse.Namespace, overrides: Mapping[str, Any]) -> Path:
-    """Measure and print the alignment tax that the command line asks for; returns the folder of its records.
-
-    overrides: as `requests` takes them. Raises UserError.
-    """
-    from isdaa.evaluation.tax.harness import SHOTS
-
-    swallowed = next((name for name in arguments.model_path if name in SHOTS and not Path(name).exists()), None)
-    if swallowed is not None:
-        raise UserError(
-            f"{swallowed}: is a task, and stands among the models; tasks come first: isdaa tax {swallowed} --model_path …"
-        )
-    settings = TaxSettings(
-        tasks=tuple(arguments.tasks),
-        shots=_shots(arguments.shots or []),
-        limit=_whole("--limit", arguments.limit),
-        include_path=arguments.include_path,
-        batch_size=_batch_size(arguments.batch_size),
-        chat_template=arguments.chat_template,
-    )
-    from isdaa.evaluation.checkpoints.what_to_evaluate import requests
-    from isdaa.evaluation.tax.table import print_tax
-
-    # Prompts and scorer are what a tax does without; the rest of the request it shares with every evaluation.
-    request = requests(arguments.model_path, {**overrides, "data": "none", "scorer": "none"})
-    for line in request.told:
-        say(line)
-    print_tax(measure_tax(request, settings))
-    print(f"records: {shown(Path(request.output_dir) / TAX)}")
-    return Path(request.output_dir)
 
 
 def measure_tax(request: EvaluationRequest, settings: TaxSettings) -> dict[str, Any]:
@@ -245,27 +187,3 @@ def _compared(
         models.append({**model.to_json(), "digest": digests[model.path], **measured, "sentence": told})
     reference = {"path": request.reference, "digest": digests[request.reference], **scores(own, None, **chosen)}
     return {"statistics": chosen, "reference": reference, "models": models}
-
-
-def _whole(option: str, text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"{option}: expected a whole number from 1 on, got {text!r}")
-    return int(text)
-
-
-def _batch_size(text: str | None) -> int | str:
-    return "auto" if text == "auto" else _whole("--batch_size", text) or BATCH
-
-
-def _shots(texts: Sequence[str]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for text in texts:
-        name, equals, number = text.partition("=")
-        if not (name and equals and number.isdecimal()):
-            raise UserError(f"--shots: expected TASK=N (gsm8k=8), got {text!r}")
-        if found.get(name, int(number)) != int(number):
-            raise UserError(f"--shots: {name} is given twice, with {found[name]} and {number}; give it once")
-        found[name] = int(number)
-    return found

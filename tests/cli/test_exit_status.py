@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from isdaa.cli import COMMANDS, build_parser, main
+from isdaa.cli import main
 from isdaa.errors import LONGEST, DoneInPart, UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
@@ -24,7 +24,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
     def command(arguments: Any) -> int:
         raise error
 
-    monkeypatch.setitem(COMMANDS, "methods", command)
+    monkeypatch.setattr("isdaa.cli.methods.run", command)
     return main(["methods"])
 
 
@@ -82,11 +82,12 @@ def test_a_fault_where_no_file_can_be_written_is_still_one_line(
     assert "KeyError: 'x'; no traceback, for no file can be written" in line
 
 
-def test_help_and_readme_name_the_statuses() -> None:
+def test_help_and_readme_name_the_statuses(capsys: pytest.CaptureFixture[str]) -> None:
     table = (ROOT / "docs" / "exit_status.md").read_text()
     statuses = re.findall(r"^\| (\d+) \|", table, re.MULTILINE)
     assert statuses == ["0", "1", "2", "3", "130", "141"]
-    line = next(line for line in build_parser().format_help().splitlines() if line.startswith("exit status:"))
+    assert main(["--help"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("exit status:"))
     assert re.findall(r"(?<= )\d+(?= )", line) == statuses
     assert "docs/exit_status.md" in (ROOT / "README.md").read_text()
 
@@ -145,16 +146,16 @@ def test_a_name_that_the_terminal_cannot_show_ends_nothing() -> None:
 
 
 def test_terminated_from_outside_is_the_systems_own_status() -> None:
-    program = "import os, signal; from isdaa.cli import COMMANDS, main\n"
-    program += "COMMANDS['methods'] = lambda _: os.kill(os.getpid(), signal.SIGTERM) or 0\nraise SystemExit(main(['methods']))"
+    program = "import os, signal; from isdaa.cli import main, methods\n"
+    program += "methods.run = lambda _: os.kill(os.getpid(), signal.SIGTERM)\nraise SystemExit(main(['methods']))"
     assert ended(["-c", program]).returncode == -15  # 143 in a shell
 
 
 def test_a_fault_on_one_of_several_processes_is_said_once_with_its_traceback(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(
-        "import sys\nfrom isdaa import distributed\nfrom isdaa.cli import COMMANDS, main\n"
+        "import sys\nfrom isdaa import distributed\nfrom isdaa.cli import main, methods\n"
         "def broken():\n    if distributed.rank() == 1:\n        raise KeyError('\\x1b[31m')\n"
-        "COMMANDS['methods'] = lambda _: distributed.everyones(broken)\nstatus = main(['methods'])\nassert status == 1\n"
+        "methods.run = lambda _: distributed.everyones(broken)\nstatus = main(['methods'])\nassert status == 1\n"
     )
     done = ended(
         ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "program.py")],

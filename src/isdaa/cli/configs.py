@@ -1,14 +1,35 @@
-"""The configurations that come with isdaa: listed, copied out, and found by the path that they have in a checkout."""
+"""`isdaa configs`: the configurations that come with isdaa, also found by the path that they have in a checkout."""
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 
-from isdaa.errors import UserError, nearest
+from isdaa.errors import UserError, nearest, shown
 from isdaa.files import write_atomically
 
-FOLDER = Path(__file__).parent / "configs"
+FOLDER = Path(__file__).parents[1] / "configs"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "isdaa configs [copy NAME [FILE]]"
+    parser.add_argument(
+        "what", nargs="*", metavar="copy NAME [FILE]", help="write one into a file of your own (default: list them)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """List them, or write one."""
+    if not arguments.what:
+        listed = names()
+        width = max(map(len, listed))
+        for name, words in listed.items():
+            print(f"{name:<{width}}  {words}")
+    elif arguments.what[0] == "copy" and len(arguments.what) in (2, 3):
+        print(shown(f"written: {' and its base '.join(map(str, copy(*arguments.what[1:])))}"))
+    else:
+        raise UserError("configs: write `isdaa configs`, or `isdaa configs copy NAME [FILE]`")
 
 
 def names() -> dict[str, str]:
