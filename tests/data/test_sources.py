@@ -303,7 +303,7 @@ def test_hold_out_is_by_prompt(write: Write) -> None:
     assert hold_out(pairs, 0.0) == (pairs, None)
     tiny = hold_out(pairs, 1e-6)[1]
     assert tiny is not None and len(tiny) == 2
-    with pytest.raises(UserError, match="only one prompt"):
+    with pytest.raises(UserError, match="has one prompt"):
         hold_out(pairs.select([0, 1]), 0.1)
 
 

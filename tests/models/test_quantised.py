@@ -41,7 +41,7 @@ def test_how_weights_lie_is_said() -> None:
 def test_without_an_adapter_nothing_quantised_is_trained() -> None:
     check_trainable("plain", lying(None), adapter=False)
     for settings in (FOUR, {"quant_method": "gptq", "bits": 4}, {"quant_method": "awq"}):
-        with pytest.raises(UserError, match=r"^m: its weights are quantised \(.*\) and cannot be trained; set lora.rank"):
+        with pytest.raises(UserError, match=r"^m: its weights are quantised \(.*\) and cannot be trained; give --lora.rank"):
             check_trainable("m", lying(settings), adapter=False)
 
 

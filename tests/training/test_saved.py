@@ -118,11 +118,11 @@ def test_weights_that_lie_quantised_are_refused_before_any_work(place: Path, cap
     file = place / "my_model/config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": FOUR}))
     assert train("run", ALIGN) == 2
-    message = "my_model: its weights are quantised (bitsandbytes 4 bits) and cannot be trained; set lora.rank"
+    message = "my_model: its weights are quantised (bitsandbytes 4 bits) and cannot be trained; give --lora.rank"
     assert message in capsys.readouterr().err and not (place / "run/metrics.jsonl").exists()
     options = ["--model.path", "my_model", "--data.pairs", "pairs.jsonl", "--output_dir", "i", "--no-plan"]
     refused(capsys, ["inspect", *options], "its weights are quantised")
-    with pytest.raises(UserError, match=r"cannot be trained; set lora.rank \(in Python peft_config\)"):
+    with pytest.raises(UserError, match=r"cannot be trained; give --lora.rank \(in Python peft_config\)"):
         model = chat_model(place / "object")
         model.config.quantization_config = FOUR
         preference_trainer(model, args=PreferenceConfig("out", use_cpu=True), train_dataset=plain_pairs(4))
@@ -130,7 +130,7 @@ def test_weights_that_lie_quantised_are_refused_before_any_work(place: Path, cap
     assert train("other", ALIGN | reward) == 2
     told = capsys.readouterr().err
     assert "and all weights of a reward model are trained; name the model that was quantised (reward.path)" in told
-    assert "set lora.rank" not in told, "which it has"
+    assert "give --lora.rank" not in told, "which it has"
 
 
 def test_quantised_weights_on_the_hub_are_refused_before_label_works_for_hours(

@@ -173,7 +173,7 @@ class Reading:
         if record is None or record.kind != "reward":
             return None
         if record.position not in (None, *get_args(Position)[1:]):
-            raise UserError(f"{self.path}: {NAME}: position {record.position!r} is of a later isdaa; set scorer.position")
+            raise UserError(f"{self.path}: {NAME}: position {record.position!r} is of a later isdaa; give --scorer.position")
         return record
 
     @property

@@ -331,7 +331,7 @@ def _load(
             _check_folder(name, folder)
         lies = _quantised(name, options)
         if lies is not None and "quantization_config" in options:
-            raise UserError(f"{name}: its weights are quantised already ({lies}); remove model.quantization")
+            raise UserError(f"{name}: its weights are quantised already ({lies}); leave --model.quantization out")
         if lies is not None:
             options = options | {"device_map": {"": device or "cpu"}}
         options = {key: value for key, value in options.items() if not (key == "revision" and folder)}

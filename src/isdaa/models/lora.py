@@ -44,7 +44,7 @@ def add_lora(
     if isinstance(model, PeftModel):
         if getattr(model, "is_quantized", False):
             raise UserError(
-                "lora: the model has quantised weights and an adapter already, which they cannot take in; set lora.merge true "
+                "lora: the model has quantised weights and an adapter already, which they cannot take in; give --lora.merge true "
                 "where that one is trained, or start from the model that was quantised"
             )
         model = merge(model, "the adapter that the model carries", "merge it where it was made, and give the merged model")

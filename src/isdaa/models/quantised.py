@@ -31,7 +31,7 @@ def check_trainable(name: str, config: Any, *, adapter: bool) -> None:
         return
     if not adapter:
         raise UserError(
-            f"{name}: its weights are quantised ({what}) and cannot be trained; set lora.rank (in Python peft_config) for an "
+            f"{name}: its weights are quantised ({what}) and cannot be trained; give --lora.rank (in Python peft_config) for an "
             "adapter beside them, or name the model that was quantised"
         )
     from transformers.quantizers.auto import AutoHfQuantizer

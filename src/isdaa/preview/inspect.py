@@ -340,7 +340,7 @@ def _warn(found: Inspection, tokenizers: list[Any]) -> None:
     if chat and any(writes_date(tokenizer) for tokenizer in tokenizers if tokenizer is not None):
         say(
             "the chat template writes today's date into every conversation: a run resumed tomorrow would see other tokens, and "
-            "its cached reference logps would not match; set model.tokenizer to one whose template does not write the date"
+            "its cached reference logps would not match; give a --model.tokenizer whose template does not write the date"
         )
     for report in found.stages:
         _warn_of_stage(report, config, report.architecture, say)
@@ -361,7 +361,7 @@ def _warn_of_stage(report: StageReport, config: Config, architecture: Any, say: 
         longest = _longest(examined, config)
         positions = getattr(text, "max_position_embeddings", None)
         if isinstance(positions, int) and 0 < positions < longest:
-            say(f"{stage}: the longest row has {longest} tokens, the model {positions} positions; lower tokenization.max_length")
+            say(f"{stage}: the longest row has {longest} tokens, the model {positions}; lower --tokenization.max_length")
         if examined.highest_id >= getattr(text, "vocab_size", examined.highest_id + 1):
             say(
                 f"{stage}: token id {examined.highest_id} is outside the model's vocabulary of {text.vocab_size}; "
@@ -370,7 +370,7 @@ def _warn_of_stage(report: StageReport, config: Config, architecture: Any, say: 
     if examined.ended is not None and examined.ended < 0.9:
         say(
             f"{stage}: only {examined.ended:.0%} of the responses end with an end token; only these teach the model to stop "
-            "(raise tokenization.max_length, or check whether the data was cut)"
+            "(raise --tokenization.max_length, or check whether the data was cut)"
         )
     cut = sum(int(part.cut.sum()) for part in examined.parts if part.name in ("prompt", "example"))
     share = cut / max(1, sum(len(part.lengths) for part in examined.parts if part.name in ("prompt", "example")))
@@ -387,11 +387,11 @@ def _warn_of_plan(plan: Plan, say: Any) -> None:
     if plan.available is not None and plan.peak.total > plan.available:
         say(
             f"{plan.stage}: needs about {plan.peak.total / 1e9:.1f} GB of memory, has {plan.available / 1e9:.1f}: lower "
-            f"batch_size and raise gradient_accumulation_steps, set {plan.stage}.gradient_checkpointing or lora.rank, or "
+            f"batch_size and raise gradient_accumulation_steps, set --{plan.stage}.gradient_checkpointing or --lora.rank, or "
             "shard it over more devices (--memory lists settings that fit)"
         )
     if plan.disk_free is not None and plan.disk > plan.disk_free:
-        less = "raise align.save_steps, set align.save_total_limit, or " if plan.stage == "align" else ""
+        less = "raise --align.save_steps, set --align.save_total_limit, or " if plan.stage == "align" else ""
         say(
             f"{plan.stage}: checkpoints will take {plan.disk / 1e9:.1f} GB, only {plan.disk_free / 1e9:.1f} GB are free: "
             f"{less}free some space"

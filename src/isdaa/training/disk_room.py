@@ -53,7 +53,7 @@ def check_training(
     needs = {folder: checkpoint * to_come + models * weights}
     needs[cache_folder(run)] = float(LOGPS * logps)
     parts = f"{_several(to_come, 'checkpoint')} of {in_units(checkpoint)}, {_several(models, 'model')} of {in_units(weights)}"
-    how = f"or choose another output_dir{', or keep fewer checkpoints (align.save_total_limit)' if stage == 'align' else ''}"
+    how = f"or choose another output_dir{', or keep fewer checkpoints (--align.save_total_limit)' if stage == 'align' else ''}"
     once(lambda: check_room(f"the {stage} stage", needs, how, parts))
 
 

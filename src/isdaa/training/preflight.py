@@ -117,13 +117,13 @@ def check_start(config: Config, stage: str, name: str) -> None:
         )
     check_trainable(name, architecture, adapter=config.lora.rank > 0)
     if settings.quantization is not None:
-        raise UserError(f"{name}: its weights are quantised already ({what}); take model.quantization out")
+        raise UserError(f"{name}: its weights are quantised already ({what}); leave --model.quantization out")
     later = [one for one in config.stages if one in ("reward", "align") and not (one == "reward" and config.reward.path)]
     if is_adapter(name, revision) or (stage == "sft" and later and config.lora.merge is not True):
         then = f"{later[0]} could not train what sft leaves" if stage == "sft" and later else "no second adapter can be trained"
         raise UserError(
-            f"{name}: its weights are quantised ({what}), and beside an adapter {then}: set lora.merge true where the adapter is "
-            "trained"
+            f"{name}: its weights are quantised ({what}), and beside an adapter {then}: give --lora.merge true where the adapter "
+            "is trained"
         )
 
 

@@ -156,7 +156,7 @@ def check_rows(model: Any, path: str | None, highest_id: int, longest: int) -> N
     if isinstance(positions, int) and 0 < positions < longest:
         raise UserError(
             f"{path or 'model.random'}: rows of {longest} tokens, but the model has {positions} positions; "
-            "lower tokenization.max_length"
+            "lower --tokenization.max_length"
         )
 
 
@@ -213,8 +213,8 @@ def rounded_away(of: str, rate: float, share: float | None = None) -> str:
     most = "most weights" if share is None else f"{share:.0%} of the weights"
     return (
         f"warning: {of} and all weights are trained: an update is about the learning rate ({rate:g}), and one below half of "
-        f"their spacing (1/256 of the weight in bfloat16) is rounded away, so that {most} never move; set model.dtype float32 "
-        "(and precision bfloat16), or lora.rank"
+        f"their spacing (1/256 of the weight in bfloat16) is rounded away, so that {most} never move; give --model.dtype float32 "
+        "(and precision bfloat16), or --lora.rank"
     )
 
 

@@ -189,7 +189,7 @@ class Reading:
         if self.repeated is None and self.columns is not KNOWN_COLUMNS and counts.prompt_repeated > counts.rows / 2:
             raise UserError(
                 f"{self._repeats}: the responses begin with the prompt, in {counts.prompt_repeated} of {counts.rows} rows: it "
-                "would be read twice; set data.prompt_repeated (PreferenceConfig: prompt_repeated) to strip, which takes it "
+                "would be read twice; set --data.prompt_repeated (PreferenceConfig: prompt_repeated) to strip, which takes it "
                 "off the responses, or to keep"
             )
         if counts.spoken:  # what one row's columns say of the file is true of all its texts
@@ -232,7 +232,7 @@ def hold_out(rows: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Da
     keys = [digest([seed, prompt_key(row)]) for row in _prompts_alone(rows)]
     order = sorted(set(keys))
     if len(order) < 2:
-        raise UserError("the data has only one prompt, so none can be held out; set data.eval_pairs, or data.eval_fraction to 0")
+        raise UserError("the data has one prompt, so none can be held out; give --data.eval_pairs, or --data.eval_fraction 0")
     held = set(order[: min(len(order) - 1, math.ceil(fraction * len(order)))])
     sides = [[i for i, key in enumerate(keys) if (key in held) == side] for side in (False, True)]
     return rows.select(sides[0]), rows.select(sides[1])

@@ -146,13 +146,13 @@ class PairForward:
         if self.counted is not None and layout.tokens > self.counted:
             _warn_once(
                 f"this model scales attention by a count of its own from token {self.counted + 1} on: batches of more tokens"
-                " are computed as two separate rows a pair (align.batch_tokens keeps them shorter)"
+                " are computed as two separate rows a pair (--align.batch_tokens keeps them shorter)"
             )
             mode = TWO_ROWS
         if self.switch is not None and layout.longest > self.switch >= layout.shortest:
             _warn_once(
                 f"a row of more than {self.switch} tokens changes the rotary positions of all rows of its batch: logps of shorter"
-                f" ones depend on what they meet; let none be longer (tokenization.max_length: {self.switch})"
+                f" ones depend on what they meet; let none be longer (--tokenization.max_length {self.switch})"
             )
         request = ForwardRequest(layout, mode, want)
         out = model(input_ids=input_ids, position_ids=position_ids.reshape(1, -1), **{REQUEST: request})

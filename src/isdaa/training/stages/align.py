@@ -146,7 +146,7 @@ def align(run: Run) -> Path:
         slow = (
             f"the warm-up ({config.align.warmup_steps} steps) is as long as the run ({steps} steps): the learning rate stays low"
         )
-        run.say("align", [f"warning: {slow}; lower align.warmup_steps"])
+        run.say("align", [f"warning: {slow}; lower --align.warmup_steps"])
     reference = config.reference.path or start
     checkpoints = run.folder / "checkpoints"
 

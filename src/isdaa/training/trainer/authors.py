@@ -22,7 +22,7 @@ MODEL_NAMES = re.compile(r"(^|[ _.-])(models?|generators?)($|[ _.-])")  # column
 
 HELP = (
     "importance weights are right only for text that the reference wrote; for other text, give behaviour logps of the model that "
-    "wrote it (`isdaa logps --model_path MODEL --data PAIRS --output FILE`, or behaviour.model_path), or sample new responses "
+    "wrote it (`isdaa logps --model_path MODEL --data PAIRS --output FILE`, or --behaviour.model_path), or sample new responses "
     "from the reference with the label stage (docs/method.md)"
 )
 
@@ -48,7 +48,7 @@ def not_drawn(objective: Mapping[str, Any], counts: Counts) -> list[str]:
         return []
     return [
         f"warning: {counts.best_worst} pairs are the best against the worst of several samples (pairing: best_worst), not "
-        "draws from μ × μ, so importance weights on them are biased; make pairs with label.pairing: random, or take a method "
+        "draws from μ × μ, so importance weights on them are biased; make pairs with --label.pairing random, or take a method "
         "without μ, such as chi_po"
     ]
 
