@@ -361,7 +361,9 @@ def _warn_of_stage(report: StageReport, config: Config, architecture: Any, say: 
         longest = _longest(examined, config)
         positions = getattr(text, "max_position_embeddings", None)
         if isinstance(positions, int) and 0 < positions < longest:
-            say(f"{stage}: the longest row has {longest} tokens, the model {positions}; lower --tokenization.max_length")
+            say(
+                f"{stage}: the longest row has {longest} tokens, the model {positions} positions; lower --tokenization.max_length"
+            )
         if examined.highest_id >= getattr(text, "vocab_size", examined.highest_id + 1):
             say(
                 f"{stage}: token id {examined.highest_id} is outside the model's vocabulary of {text.vocab_size}; "
