@@ -43,7 +43,7 @@ audit: $(VENV)/.installed-dev
 
 # docs/configuration.md's tables of keys, from the fields of the code.
 docs-config: $(VENV)/.installed
-	$(RUN)/python -m isdaa.configuration_page
+	$(RUN)/python -m isdaa.config.page
 
 lint: $(VENV)/.installed-dev
 	$(RUN)/ruff check .

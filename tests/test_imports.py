@@ -17,8 +17,6 @@ BASEMENT = {
     "foreign",
     "manifest",
     "ownership",
-    "settings_text",
-    "synonyms",
     "terminal",
 }
 # Room -> rooms it may import. `training` and `report` stand beside each other.
@@ -32,8 +30,6 @@ ALLOWED = {
     "files": {"errors", "disk", "foreign"},
     "manifest": {"errors", "files", "foreign", "ownership"},
     "ownership": {"errors"},
-    "settings_text": {"errors", "foreign"},
-    "synonyms": {"errors"},
     "distributed": {"errors", "disk"},
     "terminal": {"distributed", "errors"},
     "objectives": {"errors", "lazy"},
@@ -41,7 +37,6 @@ ALLOWED = {
     "models": BASEMENT,
     "data": BASEMENT | {"world"},
     "config": BASEMENT | {"objectives"},
-    "configuration_page": BASEMENT | {"config"},
     "record": BASEMENT,
     "evaluation": BASEMENT | GROUND,
     "training": BASEMENT | GROUND | {"evaluation"},

@@ -598,7 +598,7 @@ def test_only_a_guard_that_may_stop_decides_the_outcome(place: Path, capsys: pyt
     [
         ({"evaluation.scorer": None, "guard.keep": "best"}, ("guard.scorer", "no scorer")),
         ({"guard.scorer": "none", "guard.stop": "over-optimised"}, ("guard.scorer", "no scorer")),
-        ({"guard.steps": None, "guard.keep": "best"}, ("guard.steps", "every how many steps")),
+        ({"guard.steps": None, "guard.keep": "best"}, ("guard.steps", "for example --guard.steps 100")),
         ({"data.eval_fraction": 0}, ("guard.steps", "nothing is held out")),
         ({"guard.stop": "always"}, ("guard.stop", "never, over-optimised", "always")),
         ({"guard.max_new_tokens": 900}, ("900", "context", "max_new_tokens")),

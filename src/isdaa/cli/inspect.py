@@ -78,8 +78,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _config_of(path: str | None, overrides: dict[str, Any]) -> Any:
     """The configuration of a run; of a sweep's file, that of its base run."""
+    from isdaa.config.settings_text import read_settings
     from isdaa.files import located
-    from isdaa.settings_text import read_settings
 
     try:
         content = read_settings(path, lambda _: str) if path is not None else None

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from isdaa.cli.options import add_keys, overrides_of
-from isdaa.config import section_from
+from isdaa.config import layers, parsed
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the file."""
-    tokenization = section_from("tokenization", overrides_of(arguments))
+    given = overrides_of(arguments)
+    tokenization = parsed(layers(None, given), overrides=given).tokenization
     from isdaa.training.stages.behaviour_logps import write_behaviour_logps
 
     write_behaviour_logps(

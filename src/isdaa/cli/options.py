@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from isdaa.cli.parser import NUMBERS, whole
 from isdaa.config import TAKEN_AWAY, allowed, as_written, fields, layers, load_config, preset_value
+from isdaa.config.settings_text import item_kind, listed_value, option_value
 from isdaa.distributed import is_main, once
 from isdaa.errors import DoneInPart, UserError, shown
 from isdaa.exits import tell
-from isdaa.settings_text import item_kind, listed_value, option_value
 
 if TYPE_CHECKING:
     from isdaa.evaluation.judges.types import Asking
@@ -52,7 +52,9 @@ def add_keys(parser: argparse.ArgumentParser, only: Collection[str] = ()) -> Non
             help=(f"{text} ({facts})" if facts else text).strip().replace("%", "%%"),
             metavar=metavar,
         )
-    for dotted in TAKEN_AWAY if not only else ():
+    for dotted in TAKEN_AWAY:
+        if only and dotted not in only and dotted.rpartition(".")[0] not in only:
+            continue
         parser.add_argument(f"--{dotted}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 

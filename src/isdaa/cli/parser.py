@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
+from isdaa.config.synonyms import hint
 from isdaa.errors import UserError
 from isdaa.files import at_home
-from isdaa.synonyms import hint
 
 NUMBERS = {"N": "a whole number", "X": "a number"}  # what stands for a value behind an option
 

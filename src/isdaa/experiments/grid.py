@@ -26,11 +26,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from isdaa.config import REWARD, Config, Float, Int, Location, Section, Seed, fields, laid_over, load_config, resolved, validate
+from isdaa.config import REWARD, Config, Float, Int, Location, Section, Seed, laid_over, load_config, resolved, validate
+from isdaa.config.keys import fields, kind_of
+from isdaa.config.messages import refusal
+from isdaa.config.settings_text import or_list, read_settings
+from isdaa.config.synonyms import hint
+from isdaa.config.taken_away import TAKEN_AWAY, say_taken_away
 from isdaa.errors import UserError, nearest
 from isdaa.files import digest, located
-from isdaa.settings_text import or_list, read_settings
-from isdaa.synonyms import hint
 
 Keep = Literal["all", "models", "best"]
 Minutes = Annotated[Float, Field(gt=0)]
@@ -149,11 +152,9 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
 def _kind_of(path: Sequence[str]) -> Any:
     """The type of a sweep's key; of a grid's, that of the run's key, or a list of it."""
     if len(path) == 3 and path[0] == "grids":
-        kind = next((field.annotation for dotted, field, _ in fields() if dotted == path[2]), None)
+        kind = kind_of(path[2].split("."))
         return None if kind is None else or_list(kind)
-    section = SlurmConfig if len(path) == 2 and path[0] == "slurm" else SweepConfig
-    field = section.model_fields.get(path[-1]) if len(path) == 1 or section is SlurmConfig else None
-    return None if field is None else field.annotation
+    return kind_of(path, SweepConfig)
 
 
 def sweep_config(data: Mapping[str, Any], where: str, overrides: Mapping[str, Any] | None = None) -> SweepConfig:
@@ -161,19 +162,12 @@ def sweep_config(data: Mapping[str, Any], where: str, overrides: Mapping[str, An
     try:
         return SweepConfig.model_validate(data)
     except ValidationError as error:
-        first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise UserError(f"{where}: {key}: unknown key{nearest(key, SweepConfig.model_fields)}") from None
-        message = first["msg"].removeprefix("Value error, ")
-        got = "" if first["type"] in ("value_error", "missing") else f", got {first['input']!r}"
-        place = f"--{key}" if key.split(".")[0] in (overrides or {}) else f"{where}: {key}"
-        raise UserError(f"{place}: {message[0].lower() + message[1:]}{got}") from None
+        raise refusal(error, where, overrides or {}, SweepConfig) from None
 
 
 def cells_of(sweep: SweepConfig, base: Config, where: str = "sweep") -> list[Cell]:
     """Every cell once, in the order of the grids. Raises UserError naming grid and key."""
-    known = {dotted for dotted, _, _ in fields()}
+    known = {dotted for dotted, _, _ in fields()} | {*TAKEN_AWAY}
     cells: dict[str, Cell] = {}
     names: dict[str, str] = {}
     for grid, axes in sweep.grids.items():
@@ -196,15 +190,19 @@ def cells_of(sweep: SweepConfig, base: Config, where: str = "sweep") -> list[Cel
                     f"{place}.{key}: the base's label stage makes the pairs; remove label from its stages, or this key"
                 )
         values = [axes[key] if isinstance(axes[key], list) else [axes[key]] for key in keys]
+        for key, of_key in zip(keys, values, strict=True):
+            for value in of_key if key in TAKEN_AWAY else ():
+                say_taken_away(key, value, f"{place}: {key}")
         for combination in product(*values):
-            settings = dict(zip(keys, combination, strict=True))
+            named = dict(zip(keys, combination, strict=True))
+            settings = {key: value for key, value in named.items() if key not in TAKEN_AWAY}
             identity = _identity(base, settings, place)
             if identity in cells:
                 cell = cells[identity]
                 cell.grids.extend(g for g in [grid] if g not in cell.grids)
                 cell.seeds.extend(s for s in seeds if s not in cell.seeds)
                 continue
-            name = cell_name(settings, base)
+            name = cell_name(named, base)  # the folder of its runs, as it was
             if names.setdefault(name, identity) != identity:
                 raise UserError(
                     f"{place}: two different cells would both be called {name}; write their values so that they differ"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from isdaa.config import Config
+from isdaa.config.settings_text import dump_settings
 from isdaa.errors import DoneInPart, UserError
 from isdaa.evaluation.checkpoints.trajectory import SWEEP, read_sweep
 from isdaa.evaluation.records import locked
@@ -19,7 +20,6 @@ from isdaa.experiments.worker import RESULT, STATUS, ClusterJobs, Job, Launcher,
 from isdaa.files import write_atomically, write_json
 from isdaa.foreign import read_object
 from isdaa.record import versions
-from isdaa.settings_text import dump_settings
 from isdaa.terminal import say
 
 POLL = 0.25  # seconds between two looks at the running processes

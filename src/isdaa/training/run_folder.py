@@ -13,7 +13,9 @@ from textwrap import shorten
 from typing import Any
 from uuid import uuid4
 
-from isdaa.config import TAKEN_AWAY, Config, fields, resolved
+from isdaa.config import Config, fields, resolved
+from isdaa.config.settings_text import dump_settings
+from isdaa.config.taken_away import at_default
 from isdaa.data.encoder import VERSION
 from isdaa.distributed import is_main, once, world_size
 from isdaa.errors import UserError
@@ -22,7 +24,6 @@ from isdaa.foreign import check_shape, read_json
 from isdaa.manifest import HISTORY
 from isdaa.ownership import SEAL, is_own, sealed
 from isdaa.record import RUN, git_revision, versions
-from isdaa.settings_text import dump_settings
 from isdaa.terminal import say
 from isdaa.training.trainer.checkpoints import checkpoints
 from isdaa.training.unchanged import check_inputs_unchanged, check_outputs_unchanged, inputs_of, outputs_of
@@ -216,8 +217,7 @@ class Run:
                     "mix the two; start anew in another --output_dir"
                 )
             now = deciding_values(self.config, stage)
-            values = begun.get("values", {})
-            values = {key: value for key, value in values.items() if key not in TAKEN_AWAY or value != TAKEN_AWAY[key][0]}
+            values = {key: value for key, value in begun.get("values", {}).items() if not at_default(key, value)}
             begun = {**begun, "values": {**_defaults_of_new_keys(now, values), **values}}
             keys = {*now, *begun["values"]}
             if stage not in self.config.stages:  # its settings may be absent, but the later stages start from its model

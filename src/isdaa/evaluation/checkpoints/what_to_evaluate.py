@@ -11,7 +11,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from isdaa.config import EvaluationConfig, Position, ScorerConfig, TokenizationConfig, fields, validate
+from isdaa.config import Config, EvaluationConfig, Position, fields, laid_over, parsed
+from isdaa.config.synonyms import hint
+from isdaa.config.taken_away import known_keys
 from isdaa.data.encoder import VERSION, TokenizationSettings, token_settings
 from isdaa.errors import UserError, nearest_path
 from isdaa.evaluation.checkpoint import Checkpoint
@@ -25,7 +27,6 @@ from isdaa.manifest import HISTORY, MANIFEST
 from isdaa.models.places import refuse_gguf
 from isdaa.ownership import completed
 from isdaa.record import GOLD, NAME, ModelRecord, read_record, run_folder
-from isdaa.synonyms import hint
 
 logger = logging.getLogger(__name__)
 
@@ -472,17 +473,12 @@ def _resolved(value: str) -> str:
     return os.path.realpath(value) if Path(value).exists() and value != GOLD else value
 
 
-def sections_of(record: ModelRecord | None, given: Mapping[str, Any]) -> Any:
+def sections_of(record: ModelRecord | None, given: Mapping[str, Any]) -> Config:
     """The sections `evaluation`, `tokenization` and `scorer`: defaults, then the record's values, then the user's."""
-    data: dict[str, Any] = {"model": {"path": "-"}, "data": {"pairs": "-"}}
-    for name, section in (("evaluation", EvaluationConfig), ("tokenization", TokenizationConfig), ("scorer", ScorerConfig)):
-        recorded = (record.config.get(name) if record is not None else None) or {}
-        # A record of another version may hold keys that are gone.
-        data[name] = {key: value for key, value in recorded.items() if key in section.model_fields}
-    if "scorer" in data["evaluation"] and record is not None:
+    recorded = {} if record is None else {name: record.config.get(name) or {} for name in SECTIONS}
+    # A record of another version may hold keys that are gone.
+    data = known_keys(recorded, NAME)
+    if record is not None and "scorer" in data["evaluation"]:
         data["evaluation"]["scorer"] = record.scorer  # the same, as it is reached from here
     dotted = {key: value for key, value in given.items() if "." in key}
-    for key, value in dotted.items():
-        section_name, _, field = key.partition(".")
-        data[section_name][field] = value
-    return validate(data, "command line", dotted)
+    return parsed(laid_over(data, dotted), overrides=dotted)

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from isdaa.config import REWARD, Config, Location, fields, laid_over, lay_over, layers, resolved, validate
+from isdaa.config import REWARD, TAKEN_AWAY, Config, Location, fields, laid_over, lay_over, layers, parsed, resolved, validate
+from isdaa.config.taken_away import at_default
 from isdaa.data.reading.sources import common_prompts
 from isdaa.errors import UserError, nearest_path
 from isdaa.evaluation.checkpoints.provenance import records_of
@@ -36,7 +37,6 @@ NO_POLICY = {
     "sft": "a model of the sft stage, which has no reference; start from it with --model.path",
     "reward": "a reward model, not a policy; to score with it, use --guard.scorer",
 }
-NEEDED = ("sft", "prompts", "pairs")  # data, of some stage
 # Said in words of their own, or of no meaning for what comes out.
 NO_DIFFERENCE = ("output_dir", "stages", "continue_from", "continue_optimizer", "model.path", "model.random", "model.revision")
 
@@ -97,10 +97,7 @@ def config_of(path: str | Path | None, overrides: Mapping[str, Any] | None = Non
     sections = {key.partition(".")[0] for key, _, _ in fields() if "." in key}
     if not isinstance(name, str) or any(not isinstance(data.get(key, {}), dict) for key in sections):
         return validate(data, where, overrides or {})
-    named = {key: data[key] for key in ("continue_from", "output_dir", "stages") if key in data}
-    validate(
-        {"model": {"path": "-"}, "data": dict.fromkeys(NEEDED, "-"), "label": {"scorer": "-"}} | named, where, overrides or {}
-    )
+    parsed({key: data[key] for key in ("continue_from", "output_dir", "stages") if key in data}, where, overrides or {})
     ancestor = ancestor_of(name)
     # A file that does not say `continue_from` may be the old run's own: what it says of stages and reference held for that one.
     file = {} if path is None else layers(path)
@@ -248,21 +245,21 @@ def _settings_of(run: Path, stages: Mapping[str, Any]) -> tuple[dict[str, Any], 
     What decided its stages, whose code may run among it, its record says: the file could be anybody's.
     """
     path, begun = run / CONFIG, stages["align"]
-    read = validate(layers(path), str(path))
-    data, known = resolved(read), {key for key, _, _ in fields()}
+    read = parsed(layers(path), str(path))
+    data, known = resolved(read), {key for key, _, _ in fields()} | {*TAKEN_AWAY}  # which are refused, or at their defaults
     for stage in sorted(stages, key=lambda stage: stage == "align"):
         values = stages[stage].get("values", {})
         if values:  # which of these keys there are is noted with them
             data["tokenization"]["chat_template_kwargs"] = {}
             data["objective"].pop("allow_stall", None)
         for key, value in values.items():
-            if key in known or key.startswith("tokenization.chat_template_kwargs."):
+            if (key in known or key.startswith("tokenization.chat_template_kwargs.")) and not at_default(key, value):
                 lay_over(data, key, value)
     data["model"]["trust_remote_code"] = begun.get("values", {}).get("model.trust_remote_code") is True
     old, new = flattened(resolved(read)), flattened(data)
     edited = [f"{key} {new.get(key)!r} (not {old.get(key)!r})" for key in {**old, **new} if old.get(key) != new.get(key)]
     data = _placed(run, begun, data) | {"output_dir": str(run)}
-    return resolved(validate(data, str(run / RUN))), tuple(edited)
+    return resolved(parsed(data, str(run / RUN))), tuple(edited)
 
 
 def _placed(run: Path, begun: Mapping[str, Any], data: dict[str, Any]) -> dict[str, Any]:

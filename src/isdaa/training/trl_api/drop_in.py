@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from isdaa.config import resolved, validate
+from isdaa.config import parsed, resolved
 from isdaa.data.reading.sources import pairs_of
 from isdaa.data.tokenize_pairs import TokenizationSettings, tokenize_pairs
 from isdaa.distributed import once
@@ -287,10 +287,9 @@ def _recorded(
         "model": {"path": name or "a model in memory", "trust_remote_code": args.trust_remote_code},
         "reference": {"path": reference or None},
         "behaviour": {"model_path": None if behaviour_model is None else _name(behaviour_model) or "a model in memory"},
-        "data": {"pairs": "in memory"},
         "tokenization": asdict(settings),
     }
-    found = resolved(validate(given, "PreferenceConfig"))
+    found = resolved(parsed(given, "PreferenceConfig"))
     found["data"] = dict(zip(("pairs", "eval_pairs"), (f"{count} pairs in memory" for count in counts), strict=False))
     shown = {name: getattr(args, name) for name in SHOWN}
     found["align"] = {key: getattr(value, "value", value) for key, value in shown.items() if value not in (None, {})}

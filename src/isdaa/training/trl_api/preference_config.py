@@ -15,9 +15,9 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
+from isdaa.config.synonyms import SYNONYMS
 from isdaa.errors import UserError, nearest
 from isdaa.objectives.presets import DEFAULTS, resolve
-from isdaa.synonyms import SYNONYMS
 from isdaa.terminal import say
 
 MIGRATING = "docs/migrating.md"

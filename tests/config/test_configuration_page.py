@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from chains import CHAIN, ROOT, train
 
-from isdaa.cli import main
+from isdaa.cli.main import main
 from isdaa.config import Config, fields
-from isdaa.configuration_page import BEGIN, END, PAGE, renewed
+from isdaa.config.page import BEGIN, END, PAGE, renewed
 
 TEXT = (ROOT / PAGE).read_text(encoding="utf-8")
 LEFT = TEXT[TEXT.index("## What a run leaves") : TEXT.index("Beside `output_dir` lies")]

@@ -33,14 +33,20 @@ IMPLICIT = {
     "merge": ("<<$", ["<"]),
 }
 DEPTH = 4  # of keys that are typed: section.key, or grids.name.key
+DEEPEST = 100  # lists and dictionaries in one another, as the value of a key
 KindOf = Callable[[tuple[str, ...]], Any]  # path of a key -> its type; None where it is not known
 
 
 class DistinctKeys(yaml.SafeLoader):
     """YAML 1.2 of plain data whose keys are text; a key that a mapping has twice is refused, of which YAML takes the last."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # type: ignore[misc]  # noqa: RUF012
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
     yaml_constructors: dict[Any, Any] = {}  # type: ignore[misc]  # noqa: RUF012
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        if self.flow_level > DEEPEST + DEPTH:  # the scanner's time grows with its square
+            raise yaml.scanner.ScannerError(None, None, f"nested deeper than {DEEPEST}", self.get_mark())
+        super().fetch_flow_collection_start(token)
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -111,10 +117,11 @@ def option_value(text: str, kind: Any, name: str) -> Any:
         return None if text == "null" else text
     if any(_is_container(kind) for kind in others):
         return listed_value(text, kind, name)
-    node = yaml.ScalarNode(DistinctKeys("").resolve(yaml.ScalarNode, text, (True, False)), text)
+    loader: Any = DistinctKeys("")
+    node = yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text)
     if node.tag == TAG + "null":
         return None if text == "null" else text
-    return DistinctKeys("").scalar(node) if node.tag != TAG + "str" and len(text) <= LONGEST else text
+    return loader.scalar(node) if node.tag != TAG + "str" and len(text) <= LONGEST else text
 
 
 def listed_value(text: str, kind: Any, name: str) -> Any:

@@ -1,18 +1,15 @@
-"""The part of docs/configuration.md that the fields write: `make docs-config`, or `python -m isdaa.configuration_page [FILE]`."""
+"""The part of docs/configuration.md that the fields write: `make docs-config`, or `python -m isdaa.config.page [FILE]`."""
 
 from __future__ import annotations
 
 import re
 import sys
 from pathlib import Path
-from typing import Any, get_args, get_origin
 
-from pydantic import BaseModel
-
-from isdaa.config import Config, allowed, as_written, fields, preset_value
+from isdaa.config.keys import allowed, as_written, fields, kind_in_words, preset_value, section_of, takes_null
+from isdaa.config.sections import Config
+from isdaa.config.synonyms import SYNONYMS, WITHOUT_KEY
 from isdaa.files import write_atomically
-from isdaa.settings_text import item_kind
-from isdaa.synonyms import SYNONYMS, WITHOUT_KEY
 
 PAGE = "docs/configuration.md"
 BEGIN, END = "<!-- from the fields: make docs-config -->", "<!-- end of what the fields say -->"
@@ -22,8 +19,7 @@ def from_fields() -> str:
     """Every section and key as tables, and other tools' names of them."""
     parts = [_table("The run", "", "Keys without a section.")]
     for name, field in Config.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
+        if (section := section_of(field)) is not None:
             parts.append(_table(f"`{name}`", name, (section.__doc__ or "").split("\n")[0]))
     return "\n\n".join([*parts, _synonyms()])
 
@@ -35,42 +31,10 @@ def _table(title: str, section: str, what: str) -> str:
             continue
         preset = preset_value(dotted)
         value = f"`{as_written(default)}`" + (f": {preset}" if preset else "")
-        cells = [
-            f"`{dotted}`",
-            _kind(field.annotation),
-            value,
-            allowed(field) or _anything(field.annotation),
-            field.description or "",
-        ]
+        takes = allowed(field) or ("any, null" if takes_null(field) else "any")
+        cells = [f"`{dotted}`", kind_in_words(field), value, takes, field.description or ""]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
-
-
-def _kind(annotation: Any) -> str:
-    """The type of a key in a word."""
-    if hasattr(annotation, "__metadata__"):
-        return _kind(annotation.__origin__)
-    if item_kind(annotation) is not None and get_origin(annotation) is list:
-        return "list"
-    kinds = {part for part in _parts(annotation) if part is not type(None)}
-    for kind, word in ((dict, "dictionary"), (bool, "boolean"), (list, "text or list"), (float, "number"), (int, "number")):
-        if kind in kinds:
-            return word
-    return "text"
-
-
-def _parts(annotation: Any) -> set[Any]:
-    if hasattr(annotation, "__metadata__"):
-        return _parts(annotation.__origin__)
-    origin = get_origin(annotation)
-    if origin in (list, dict):
-        return {origin}
-    arguments = get_args(annotation)
-    return set().union(*map(_parts, arguments)) if arguments else {annotation}
-
-
-def _anything(annotation: Any) -> str:
-    return ", ".join(["any"] + ["null"] * (type(None) in _parts(annotation)))
 
 
 def _synonyms() -> str:

@@ -10,12 +10,12 @@ from pydantic import TypeAdapter, ValidationError
 from isdaa.cli.main import parse
 from isdaa.cli.options import overrides_of
 from isdaa.config import ObjectiveConfig, allowed, departures, fields, load_config, preset_value, resolved
+from isdaa.config.settings_text import dump_settings
+from isdaa.config.synonyms import SYNONYMS, WITHOUT_KEY, hint
 from isdaa.errors import UserError
 from isdaa.objectives.presets import resolve
-from isdaa.settings_text import dump_settings
-from isdaa.synonyms import SYNONYMS, WITHOUT_KEY, hint
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # tests/experiments/test_grid.py loads the sweeps.
 RUNS = (
     p
@@ -50,29 +50,38 @@ def test_every_config_file_loads_and_resolves_to_itself(path: Path, tmp_path: Pa
         ({"objective": {"beta": "much"}}, ["run.yaml", "objective.beta", "number", "much"]),
         ({"objective": {"beta": -1}}, ["objective", "beta", "-1"]),
         ({"objective": {"method": "dop"}}, ["objective", "dop", "dpo"]),
-        ({"objective": {"loss": "log"}}, ["objective.loss", "logistic, squared, hinge"]),
+        ({"objective": {"loss": "log"}}, ["objective.loss: expected one of logistic, squared, hinge, preset, got 'log'"]),
         ({"objective": {"method": "slic", "label_smoothing": 0.1}}, ["objective", "label_smoothing", "logistic"]),
         ({"objective": {"method": "dpo", "max_reward": 1.0}}, ["objective", "max_reward", "chi_squared"]),
         ({"objective": {"method": "dpo", "normalize": "batch"}}, ["objective", "normalize", "weight"]),
-        ({"align": {"learning_rate": -1}}, ["align.learning_rate", "greater than or equal to 0"]),
-        ({"align": {"learning_rate": float("inf")}}, ["align.learning_rate", "finite"]),
-        ({"align": {"batch_size": 0}}, ["align.batch_size", "greater than or equal to 1"]),
-        ({"align": {"batch_size": 2.5}}, ["align.batch_size", "integer"]),
+        ({"align": {"learning_rate": -1}}, ["align.learning_rate: expected a number ≥ 0, got -1"]),
+        ({"align": {"learning_rate": float("inf")}}, ["align.learning_rate: expected a finite number ≥ 0, got inf"]),
+        ({"align": {"batch_size": 0}}, ["align.batch_size: expected a whole number ≥ 1, got 0"]),
+        ({"align": {"batch_size": 2.5}}, ["align.batch_size: expected a whole number ≥ 1, got 2.5"]),
         ({"align": {"batch_size": True}}, ["run.yaml: align.batch_size", "number, got True"]),
         ({"align": {"max_steps": True}}, ["run.yaml: align.max_steps", "number, got True"]),
         ({"align": {"learning_rate": True}}, ["run.yaml: align.learning_rate", "number, got True"]),
         ({"objective": {"beta": True}}, ["run.yaml: objective.beta", "number, got True"]),
         ({"objective": {"clip_eps": False}}, ["run.yaml: objective.clip_eps", "number, got False"]),
-        ({"seed": -1}, ["run.yaml: seed", "greater than or equal to 0", "got -1"]),
-        ({"seed": 2**32}, ["run.yaml: seed", "less than or equal to 4294967295"]),
-        ({"sft": {"seed": -1}}, ["sft.seed", "greater than or equal to 0"]),
-        ({"label": {"seed": 2**32}}, ["label.seed", "less than or equal to"]),
+        ({"seed": -1}, ["run.yaml: seed: expected a whole number ≥ 0 and ≤ 4294967295, got -1"]),
+        ({"seed": 2**32}, ["run.yaml: seed", "≤ 4294967295, got 4294967296"]),
+        ({"sft": {"seed": -1}}, ["sft.seed: expected a whole number ≥ 0 and ≤ 4294967295 or null, got -1"]),
+        ({"label": {"seed": 2**32}}, ["label.seed", "≤ 4294967295 or null"]),
         ({"evaluation": {"seed": True}}, ["evaluation.seed", "number, got True"]),
         ({"lora": {"target_modules": []}}, ["run.yaml: lora.target_modules", "at least one module"]),
         ({"lora": {"target_modules": ""}}, ["run.yaml: lora.target_modules", "expected some text"]),
         ({"lora": {"target_modules": [""]}}, ["run.yaml: lora.target_modules", "at least one module"]),
         ({"align": {"logp_chunk": 1}}, ["align.logp_chunk: unknown key"]),
         ({"model": {"path": "m", "dtype": "float16"}}, ["model.dtype", "float32, bfloat16, auto"]),
+        ({"model": {"path": {"a": 1}}}, ["run.yaml: model.path: expected text, got {'a': 1}"]),
+        ({"model": {"random": "llama"}}, ["run.yaml: model.random: expected a dictionary, got 'llama'"]),
+        ({"model": ["m"]}, ["run.yaml: model: expected a section of keys, got ['m']"]),
+        ({"data": "pairs.jsonl"}, ["run.yaml: data: expected a section of keys, got 'pairs.jsonl'"]),
+        ({"align": {"probe": "perhaps"}}, ["run.yaml: align.probe: expected true or false, got 'perhaps'"]),
+        ({"stages": "align"}, ["run.yaml: stages: expected a list, got 'align'; write [align]"]),
+        ({"model": None}, ["run.yaml: model: expected a section of keys, got null"]),
+        ({"stages": []}, ["run.yaml: stages: expected any of sft, reward, label, align, got []"]),
+        ({"lora": {"target_modules": {"a": 1}}}, ["run.yaml: lora.target_modules: expected text or list, got {'a': 1}"]),
         ({"stages": ["sft", "sft"]}, ["stages", "once"]),
         ({"stages": ["train"]}, ["stages", "sft", "align"]),
         ({"stages": ["label"]}, ["label", "data.prompts"]),
@@ -83,9 +92,12 @@ def test_every_config_file_loads_and_resolves_to_itself(path: Path, tmp_path: Pa
         ({"data": {}}, ["data.pairs"]),
         ({"model": {}}, ["model.path", "model.random"]),
         ({"model": {"path": "m", "random": {"model_type": "llama"}}}, ["not both"]),
-        ({"tokenization": {"max_length": 10, "max_prompt_length": 10}}, ["max_prompt_length", "below max_length"]),
-        ({"model": "m"}, ["run.yaml: model: a section of keys of its own, got 'm'; for one value, write model.path"]),
-        ({"lora": 8}, ["run.yaml: lora: a section", "write lora.rank"]),
+        (
+            {"tokenization": {"max_length": 10, "max_prompt_length": 10}},
+            ["max_prompt_length", "must be below tokenization.max_length (10)"],
+        ),
+        ({"model": "m"}, ["run.yaml: model: expected a section of keys, got 'm'; write model: {path: m}"]),
+        ({"lora": 8}, ["run.yaml: lora: expected a section of keys, got 8; write lora: {rank: 8}"]),
         ({"align": {"lr": 1}}, ["run.yaml: align.lr: unknown key", '(did you mean "align.learning_rate"?)']),
         ({"sft": {"num_train_epochs": 1}}, ['(did you mean "sft.epochs"?)']),
         ({"label": {"batch": 1}}, ['(did you mean "label.batch_size"?)']),
@@ -131,7 +143,7 @@ def test_the_label_that_a_pairing_implies_is_its_default(tmp_path: Path) -> None
     assert load_config(again, {}).label.label == "argmax"
     for given in ({}, {"label.label": "sample"}):
         (tmp_path / "file.yaml").write_text("label: {label: sample}\n" if not given else "")
-        with pytest.raises(UserError, match=r"best_worst says that the best is; leave label out"):
+        with pytest.raises(UserError, match=r"best_worst means the best; leave label\.label out"):
             load_config(tmp_path / "file.yaml", {"label.pairing": "best_worst", "model.path": "m", "data.pairs": "p", **given})
 
 

@@ -1,17 +1,14 @@
-"""The configuration: one pydantic model a section, every default in one place, unknown keys refused with the nearest name.
+"""The sections of a configuration: pydantic models with every default in one place, each of which checks itself.
 
-A YAML file and `--section.key value` options are merged as plain data and validated once, so that both speak the same
-language and get the same one-line errors.
+What sections must agree on is checked by the commands that need it (`isdaa.config.rules`).
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -19,24 +16,19 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
+from isdaa.config.settings_text import DEEPEST
 from isdaa.errors import UserError
-from isdaa.files import at_home, located, usable
-from isdaa.objectives.presets import DEFAULTS, PRESETS, Clip, ImplicitReward, Loss, Weight, known_method, resolve
-from isdaa.settings_text import read_settings
-from isdaa.synonyms import SYNONYMS, hint
-
-logger = logging.getLogger(__name__)
+from isdaa.files import at_home, usable
+from isdaa.objectives.presets import PRESETS, Clip, ImplicitReward, Loss, Weight, known_method, resolve
 
 FromPreset = Literal["preset"]
 Stage = Literal["sft", "reward", "label", "align"]
 Position = Literal["auto", "template_end", "response_end"]  # where a reward model is read
-DEEPEST = 100  # lists and dictionaries in one another
 STAGES: tuple[str, ...] = get_args(Stage)
 REWARD = "reward"  # as a scorer: the model of the run's own reward stage
 
@@ -58,7 +50,10 @@ def _yaml_float(value: Any) -> Any:
     return _no_boolean(value)
 
 
-Float = Annotated[float, BeforeValidator(_yaml_float)]
+AS_NUMBER = BeforeValidator(_yaml_float)
+Float = Annotated[float, AS_NUMBER]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 Int = Annotated[int, BeforeValidator(_no_boolean)]
 Location = Annotated[str, AfterValidator(at_home)]  # a folder, a file, or a name on the Hub
 Seed = Annotated[Int, Field(ge=0, le=2**32 - 1)]  # what torch and numpy both take
@@ -98,28 +93,22 @@ class ObjectiveConfig(Section):
         description="preset to start from (docs/which_method.md; `isdaa methods` has formulas and sources)",
         json_schema_extra={"choices": [*PRESETS]},
     )
-    beta: Annotated[Annotated[float, Field(gt=0)] | FromPreset, BeforeValidator(_yaml_float)] = Field(
-        "preset", description="strength of the implicit KL penalty"
-    )
+    beta: Annotated[Positive | FromPreset, AS_NUMBER] = Field("preset", description="strength of the implicit KL penalty")
     implicit_reward: ImplicitReward | FromPreset = Field("preset", description="r(Δ): Δ, or Δ + e^Δ (χPO)")
     loss: Loss | FromPreset = Field("preset", description="loss on the margin")
     weight: Weight | FromPreset = Field("preset", description="what each pair's loss is multiplied by")
     clip: Clip | FromPreset = Field("preset", description="where the importance weight is clipped")
-    clip_eps: Annotated[Annotated[float, Field(ge=0)] | FromPreset | None, BeforeValidator(_yaml_float)] = Field(
+    clip_eps: Annotated[NotNegative | FromPreset | None, AS_NUMBER] = Field(
         "preset", description="upper clip ε of the log-weight; null: no clip"
     )
     normalize: Literal["batch"] | FromPreset | None = Field("preset", description="divide by the global batch's mean weight")
-    length_penalty: Annotated[float | FromPreset, BeforeValidator(_yaml_float)] = Field(
-        "preset", description="α, per token of length difference"
-    )
-    sft_coefficient: Annotated[Annotated[float, Field(ge=0)] | FromPreset, BeforeValidator(_yaml_float)] = Field(
-        "preset", description="η of the SFT term"
-    )
-    label_smoothing: Annotated[Annotated[float, Field(ge=0, le=0.5)] | FromPreset, BeforeValidator(_yaml_float)] = Field(
+    length_penalty: Annotated[float | FromPreset, AS_NUMBER] = Field("preset", description="α, per token of length difference")
+    sft_coefficient: Annotated[NotNegative | FromPreset, AS_NUMBER] = Field("preset", description="η of the SFT term")
+    label_smoothing: Annotated[Annotated[float, Field(ge=0, le=0.5)] | FromPreset, AS_NUMBER] = Field(
         "preset", description="s, the share of labels that is taken for wrong; logistic loss only"
     )
     length_normalized: bool | FromPreset = Field("preset", description="divide the log-ratios by the length in the margin")
-    max_reward: Annotated[Annotated[float, Field(gt=0)] | FromPreset | None, BeforeValidator(_yaml_float)] = Field(
+    max_reward: Annotated[Positive | FromPreset | None, AS_NUMBER] = Field(
         "preset", description="R_max of χPO: β·h is clipped to ±2·R_max; chi_squared only"
     )
     allow_stall: bool = Field(False, description="train although the weights at the start let hardly any pair teach")
@@ -145,6 +134,18 @@ class ModelConfig(Section):
     trust_remote_code: bool = Field(False, description="run code that a Hub repository ships")
     revision: str | None = Field(None, description="branch, tag or commit on the Hub")
     quantization: Literal["nf4"] | None = Field(None, description="nf4: frozen weights of 4 bits under an adapter (QLoRA)")
+
+    @model_validator(mode="after")
+    def _given_or_random(self) -> ModelConfig:
+        if self.random is None:
+            return self
+        if self.path is not None:
+            raise ValueError("model.path and model.random: give one of them, not both")
+        if self.quantization is not None:
+            raise ValueError("model.quantization: random weights gain nothing by 4 bits; leave it out, or give model.path")
+        if self.tokenizer is None:
+            raise ValueError("model.tokenizer: a random model has none of its own; name one, for example world:small")
+        return self
 
 
 class ReferenceConfig(Section):
@@ -198,7 +199,10 @@ class DataConfig(Section):
     def _subset_of_something(self) -> DataConfig:
         names = ("pairs", "eval_pairs", "sft", "prompts", "evaluation")
         if self.subset is not None and all(self.source(name) == getattr(self, name) for name in names):
-            raise ValueError(f"subset: no source is a Hub data set (owner/name) or a folder that holds a folder '{self.subset}'")
+            raise ValueError(
+                f"data.subset: no source is a data set of the Hub (owner/name) or a folder with a folder {self.subset!r} in it; "
+                "leave it out"
+            )
         return self
 
 
@@ -215,7 +219,10 @@ class TokenizationConfig(Section):
     @model_validator(mode="after")
     def _room_for_a_response(self) -> TokenizationConfig:
         if self.max_prompt_length >= self.max_length:
-            raise ValueError(f"max_prompt_length ({self.max_prompt_length}) must be below max_length ({self.max_length})")
+            raise ValueError(
+                f"tokenization.max_prompt_length ({self.max_prompt_length}) must be below tokenization.max_length "
+                f"({self.max_length}), for example --tokenization.max_prompt_length {self.max_length * 4 // 5}"
+            )
         return self
 
 
@@ -311,8 +318,8 @@ class LabelConfig(Section):
     def _best_is_chosen(self) -> LabelConfig:
         if self.pairing == "best_worst" and self.label == "sample":
             raise ValueError(
-                "label: sample draws which response is chosen, so that the worst can be, and pairing: best_worst says that the "
-                "best is; leave label out (argmax), or set pairing: random"
+                "label.label: sample may draw the worse response as chosen, and label.pairing: best_worst means the best; leave "
+                "label.label out, or set label.pairing: random"
             )
         return self
 
@@ -335,6 +342,15 @@ class AlignConfig(OptimisationConfig):
     save_total_limit: Int | None = Field(None, ge=1, description="keep the newest n checkpoints; null: all of them")
     probe: bool = Field(True, description="compare shared-prefix logps with plain rows before training")
 
+    @model_validator(mode="after")
+    def _compiled_once(self) -> AlignConfig:
+        if self.compile_layers and self.gradient_checkpointing:
+            raise ValueError(
+                "align.compile_layers and align.gradient_checkpointing: PyTorch does not compile layers that are computed again; "
+                "set one of them to false"
+            )
+        return self
+
 
 class LoraConfig(Section):
     """A new low-rank adapter on the policy (peft)."""
@@ -352,7 +368,7 @@ class LoraConfig(Section):
     @classmethod
     def _some_module(cls, value: str | list[str]) -> str | list[str]:
         if not value or not all(value):
-            raise ValueError(f"name at least one module, or all-linear, got {value!r}")
+            raise ValueError(f"name at least one module, or write all-linear; got {value!r}")
         return value
 
 
@@ -402,6 +418,12 @@ class GuardConfig(Section):
         "never", description="over-optimised: end the run where the win rate has fallen for sure"
     )
 
+    @model_validator(mode="after")
+    def _measures_before_it_acts(self) -> GuardConfig:
+        if self.acts and self.steps is None:
+            raise ValueError("guard.keep and guard.stop need guard.steps, for example --guard.steps 100")
+        return self
+
     @property
     def acts(self) -> bool:
         """Whether it does more than log."""
@@ -433,62 +455,14 @@ class Config(Section):
     guard: GuardConfig = Field(default_factory=GuardConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
 
-    @model_validator(mode="after")
-    def _stages_make_sense(self) -> Config:
-        if len(set(self.stages)) != len(self.stages):
-            raise ValueError("stages: each stage at most once")
-        if "sft" in self.stages[1:] or "align" in self.stages[:-1]:
-            raise ValueError("stages: sft comes first and align last, for each stage starts from what the earlier ones made")
-        before_label = self.stages[: self.stages.index("label")] if "label" in self.stages else []
-        if "reward" in before_label and self.data.pairs is None:
-            raise ValueError("stages: the reward stage has no pairs before label made them; put label first or set data.pairs")
-        if self.align.compile_layers and self.align.gradient_checkpointing:
-            raise ValueError("align.compile_layers: PyTorch does not compile layers that gradient_checkpointing runs again")
-        if self.model.path is None and self.model.random is None:
-            raise ValueError("model: give model.path (a folder or Hub name) or model.random (a config)")
-        if self.continue_optimizer and self.continue_from is None:
-            raise ValueError("continue_optimizer: there is no run whose optimiser could go on; name it with continue_from")
-        if self.reference.revision not in (None, self.model.revision) and self.reference.path == self.model.path:
-            raise ValueError(
-                "reference.revision: one name is read at one revision; leave it out, or give reference.path a folder"
-            )
-        if self.model.path is not None and self.model.random is not None:
-            raise ValueError("model: give model.path or model.random, not both")
-        if self.model.quantization is not None and self.model.random is not None:
-            raise ValueError("model.quantization: there is nothing to gain by 4-bit weights that are random; give model.path")
-        if self.model.quantization is not None and self.lora.rank == 0 and {"sft", "align"} & set(self.stages):
-            raise ValueError("model.quantization: weights of 4 bits cannot be trained; set lora.rank")
-        if self.model.random is not None and self.model.tokenizer is None:
-            raise ValueError("model.tokenizer: a random model has no tokenizer of its own; name one")
-        if "sft" in self.stages and self.data.sft is None:
-            raise ValueError("data.sft: the sft stage needs examples")
-        if "label" in self.stages and (self.data.prompts is None or self.label.scorer is None):
-            raise ValueError("label: the label stage needs data.prompts and label.scorer")
-        if "label" in self.stages and self.label.scorer == "none":
-            raise ValueError(
-                "label.scorer: none makes no pairs; name a reward model's folder or Hub name, `reward` (this run's) or `gold`; "
-                "by a scorer of your own you write them yourself (docs/how_to.md, Make pairs)"
-            )
-        needs_pairs = {"align", "reward"} & set(self.stages)
-        if needs_pairs and self.data.pairs is None and "label" not in self.stages:
-            raise ValueError(f"data.pairs: the {sorted(needs_pairs)[0]} stage needs preference pairs")
-        return self
-
-    @model_validator(mode="after")
-    def _guard_can_do_its_work(self) -> Config:
-        if "align" not in self.stages:
-            return self
-        if self.guard.acts and self.guard.steps is None:
-            raise ValueError("guard.steps: keep: best and stop: over-optimised go by measurements; say every how many steps")
-        if self.guard.acts and self.guard_scorer is None:
-            raise ValueError(
-                "guard.scorer: keep: best and stop: over-optimised go by a win rate, and there is no scorer "
-                "(guard.scorer or evaluation.scorer); without one nothing can tell a better checkpoint from a worse one"
-            )
-        held_out = self.data.evaluation or self.data.eval_pairs or self.data.eval_fraction > 0
-        if self.guard.steps is not None and not held_out:
-            raise ValueError("guard.steps: nothing is held out to measure on; set data.evaluation or data.eval_fraction")
-        return self
+    @field_validator("stages")
+    @classmethod
+    def _in_order(cls, stages: list[Stage]) -> list[Stage]:
+        if len(set(stages)) != len(stages):
+            raise ValueError("name each stage once")
+        if "sft" in stages[1:] or "align" in stages[:-1]:
+            raise ValueError("sft comes first and align last: each stage starts from what those before it made")
+        return stages
 
     @property
     def guard_scorer(self) -> str | None:
@@ -525,267 +499,5 @@ class Config(Section):
         if name != REWARD or not ("reward" in self.stages or own.is_dir()):
             return name
         if Path(REWARD).is_dir() and Path(REWARD).resolve() != own.resolve():
-            raise UserError(f"scorer {REWARD}: the reward model of this run, and a folder here; write {own}, or ./{REWARD}")
+            raise UserError(f"scorer {REWARD}: this run's reward model, or a folder here? Write {own}, or ./{REWARD}")
         return str(own)
-
-
-def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Config:
-    """Read a YAML file, lay dotted overrides over it and validate.
-
-    Errors: `UserError` of one line that names the file, the key, the nearest known key, or what was expected.
-    """
-    data = layers(path, overrides)
-    return validate(data, str(located(path)) if path is not None else "command line", overrides or {})
-
-
-def layers(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A YAML file with dotted overrides over it, as plain data that nobody has validated. Raises UserError as `load_config`."""
-    data: dict[str, Any] = {}
-    if path is not None:
-        path = located(path)
-        try:
-            loaded = read_settings(path, _kind_of)
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such config file") from None
-        except IsADirectoryError as error:
-            raise UserError(f"{path}: not a YAML file ({error})") from None
-        if loaded is not None and not isinstance(loaded, dict):
-            raise UserError(f"{path}: expected `key: value` lines, found {type(loaded).__name__}")
-        if loaded and "grids" in loaded:
-            raise UserError(f"{path}: describes a sweep; run it with `isdaa sweep --config {path}`")
-        data = loaded or {}
-    return laid_over(data, overrides or {})
-
-
-def _kind_of(path: Sequence[str]) -> Any:
-    field = _field(path)
-    return None if field is None else field.annotation
-
-
-def laid_over(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain data, which is changed, with dotted overrides over it, and without what would undo them.
-
-    A run's own file spells everything out: what another method or pairing had by itself goes with it, and `max_steps` where
-    `epochs` are given.
-    """
-    before: Any = data.get("objective")
-    method = before.get("method") if isinstance(before, dict) else None
-    if isinstance(method, str) and method in PRESETS and overrides.get("objective.method") not in (None, method):
-        own = resolve(method)
-        data["objective"] = {key: value for key, value in before.items() if key not in own or value not in (own[key], "preset")}
-    label = data.get("label")
-    if isinstance(label, dict) and "pairing" in label and overrides.get("label.pairing") not in (None, label["pairing"]):
-        label.pop("label", None)
-    for key, value in overrides.items():
-        section, _, name = key.partition(".")
-        if name == "epochs" and value is not None and isinstance(data.get(section), dict):
-            data[section].pop("max_steps", None)
-    for key, value in overrides.items():
-        lay_over(data, key, value)
-    return data
-
-
-def lay_over(data: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set a dotted key of plain data; sections that are not there are made."""
-    *sections, last = dotted.split(".")
-    for name in sections:
-        if not isinstance(data.get(name), dict):
-            data[name] = {}
-        data = data[name]
-    data[last] = value
-
-
-# Keys of earlier versions -> (default, why it was taken away). At the default they are accepted, with a word, for one release.
-TAKEN_AWAY: dict[str, tuple[Any, str]] = {
-    "align.fused_head": (False, "the kernel that it asked for is in no release of cut-cross-entropy"),
-}
-
-
-def _of_this_version(data: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The data without keys of earlier versions. Raises UserError where one has a value that has no effect any more."""
-    found = dict(data)
-    for dotted, (default, why) in TAKEN_AWAY.items():
-        section, _, key = dotted.rpartition(".")
-        given = found.get(section)
-        if not isinstance(given, Mapping) or key not in given:
-            continue
-        if given[key] != default:
-            raise UserError(f"{where}: {dotted}: taken away, since {why}; leave it out")
-        logger.warning("%s: %s is known no longer, and its default is what is done: leave it out", where, dotted)
-        found[section] = {name: value for name, value in given.items() if name != key}
-    return found
-
-
-def validate(data: Mapping[str, Any], where: str, overrides: Mapping[str, Any] = {}) -> Config:
-    """Validate plain data; the first error becomes a `UserError` of one line."""
-    try:
-        return Config.model_validate(_of_this_version(data, where))
-    except ValidationError as error:
-        # Unknown keys come first: they are usually the cause of what else is missing.
-        first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
-        raise UserError(_describe(first, where, overrides)) from None
-
-
-def _describe(error: Any, where: str, overrides: Mapping[str, Any]) -> str:
-    keys: list[str] = []
-    section: type[BaseModel] | None = Config
-    for part in error["loc"]:
-        known = section.model_fields if section is not None else {}
-        if section is not None and part not in known and error["type"] != "extra_forbidden":
-            break  # a member of a union, not a key
-        keys.append(str(part))
-        annotation = known[part].annotation if part in known else None
-        section = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-        if section is None and error["type"] != "extra_forbidden":
-            break
-    dotted = ".".join(keys)
-    given = sorted(f"--{key}" for key in overrides if dotted and key.startswith(f"{dotted}."))
-    if given:  # the section as a whole is wrong: what was said here may be why
-        where = f"{where} with {', '.join(given)}"
-    place = f"--{dotted}" if dotted in overrides else f"{where}: {dotted}" if dotted else where
-    if error["type"] == "extra_forbidden":
-        return f"{place}: unknown key{hint(dotted, _names())}"
-    if error["type"] == "model_type":
-        meant = SYNONYMS.get(dotted, "")
-        more = f"; for one value, write {meant}" if meant.startswith(f"{dotted}.") else ""
-        return f"{place}: a section of keys of its own, got {error['input']!r}{more}"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return f"{place}: {message}"
-    return f"{place}: {_expected(keys, message)}, got {error['input']!r}"
-
-
-def _expected(keys: Sequence[str], message: str) -> str:
-    field = _field(keys)
-    choices = [value for value in _literals(field.annotation) if value != "preset"] if field is not None else []
-    if choices and "nput should be" in message:
-        return "expected one of " + ", ".join("null" if c is None else str(c) for c in choices)
-    return message[0].lower() + message[1:]
-
-
-def _literals(annotation: Any) -> list[Any]:
-    found: list[Any] = []
-    for value in get_args(annotation):
-        if isinstance(value, str):
-            found.append(value)
-        elif value is not type(None):
-            found += _literals(value)
-    return found
-
-
-SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-
-
-def allowed(field: Any) -> str:
-    """What a key takes, in words: its choices, or its kind and range; empty for text and dictionaries."""
-    choices: list[Any] = []
-    kinds: set[Any] = set()
-    bounds: list[str] = []
-
-    def look(kind: Any, metadata: Sequence[Any]) -> None:
-        for rule in metadata:
-            bounds.extend(f"{sign} {value}" for name, sign in SIGNS.items() if (value := getattr(rule, name, None)) is not None)
-            look(None, getattr(rule, "metadata", ()))  # of a field within an annotation
-        if hasattr(kind, "__metadata__"):
-            look(kind.__origin__, kind.__metadata__)
-        elif get_origin(kind) is Literal:
-            choices.extend(value for value in get_args(kind) if value not in choices)
-        elif get_args(kind) and get_origin(kind) is not dict:
-            kinds.update(["list"] if get_origin(kind) is list else [])
-            for part in get_args(kind):
-                look(part, ())
-        else:
-            kinds.add(kind)
-
-    look(field.annotation, field.metadata)
-    extra = field.json_schema_extra
-    choices += extra.get("choices", []) if isinstance(extra, dict) else []
-    null = ["null"] if type(None) in kinds else []
-    if bool in kinds:
-        return ", ".join(["true", "false", *map(str, choices), *null])
-    number = "a whole number" if int in kinds else "a number" if float in kinds else ""
-    if number:
-        return ", ".join([" ".join([number, " and ".join(bounds)]).strip(), *map(str, choices), *null])
-    if choices:
-        return f"{'any' if 'list' in kinds else 'one'} of {', '.join([*map(str, choices), *null])}"
-    return ""
-
-
-def preset_value(dotted: str) -> str:
-    """What `preset` stands for as the value of a key of the objective; empty for other keys."""
-    section, _, name = dotted.rpartition(".")
-    if section != "objective" or name not in DEFAULTS:
-        return ""
-    values = {str(method): resolve(method)[name] for method in PRESETS}
-    default = Config.model_fields["objective"].get_default(call_default_factory=True).method
-    own = as_written(values[default])
-    return own if len({*map(str, values.values())}) == 1 else f"the method's; {own} for {default}"
-
-
-def as_written(default: Any) -> str:
-    """A default as a YAML file would have it."""
-    if default is None or isinstance(default, bool):
-        return {None: "null", True: "true", False: "false"}[default]
-    return f"[{', '.join(map(str, default))}]" if isinstance(default, list) else str(default)
-
-
-def _field(keys: Sequence[str]) -> Any:
-    section: Any = Config
-    field = None
-    for key in keys:
-        if not (isinstance(section, type) and issubclass(section, BaseModel)) or key not in section.model_fields:
-            return None
-        field = section.model_fields[key]
-        section = field.annotation
-    return field
-
-
-def _names() -> list[str]:
-    """Every key, dotted, and every section."""
-    return list(dict.fromkeys([*Config.model_fields, *(dotted for dotted, _, _ in fields())]))
-
-
-def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every key of the configuration: `(dotted name, pydantic field, default)`."""
-    for name, field in section.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            yield from fields(annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", field, field.get_default(call_default_factory=True)
-
-
-def section_from(name: str, overrides: Mapping[str, Any]) -> Any:
-    """One validated section: its defaults, with the overrides of a command line, all of this section, on top."""
-    section = Config.model_fields[name].annotation
-    assert isinstance(section, type) and issubclass(section, BaseModel)
-    try:
-        return section.model_validate({key.removeprefix(f"{name}."): value for key, value in overrides.items()})
-    except ValidationError as error:
-        found = error.errors()[0]
-        first = {**found, "loc": (name, *found["loc"])}
-        raise UserError(_describe(first, "command line", overrides)) from None
-
-
-def resolved(config: Config) -> dict[str, Any]:
-    """The configuration with every preset value spelled out, as plain data for a file."""
-    data = config.model_dump(mode="json")
-    data["objective"] = {"method": config.objective.method, **config.objective.arguments()}
-    if config.objective.allow_stall:
-        data["objective"]["allow_stall"] = True
-    return data
-
-
-def departures(objective: Mapping[str, Any]) -> list[str]:
-    """What of a resolved objective is not as its method has it, in words. β is no method's own."""
-    own = resolve(objective["method"]) if objective["method"] in PRESETS else {}
-    return [
-        f"{key} {as_written(objective[key])} ({as_written(value)})"
-        for key, value in own.items()
-        if key != "beta" and key in objective and objective[key] != value
-    ]
-
-
-def methods_table() -> list[tuple[str, str, str]]:
-    """`(name, formula, source)` of every preset."""
-    return [(name, preset.formula, preset.source) for name, preset in PRESETS.items()]
