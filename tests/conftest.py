@@ -14,9 +14,27 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
+# What tests write need not survive a power cut: on a busy disk they would wait for it most of the time.
+os.fsync = lambda descriptor: None  # type: ignore[assignment]
+
 # A key of the tests' own: they neither read nor make the user's.
 os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="isdaa-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CONFIG_HOME"], ignore_errors=True)
+
+
+PICTURE = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8" width="8" height="8"></svg>'
+
+
+@pytest.fixture(autouse=True, scope="module")
+def pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Pictures are drawn for tests/report and for modules with `DRAWN_PICTURES`: each takes a good part of a second."""
+    from isdaa.report.charts.render import Painter
+
+    with pytest.MonkeyPatch.context() as patch:
+        if "report" not in request.path.parent.name and "DRAWN_PICTURES" not in vars(request.module):
+            patch.setattr(Painter, "svg", lambda self, specification, version: PICTURE)
+            patch.setattr(Painter, "png", lambda self, svg, scale: b"\x89PNG")
+        yield
 
 
 @pytest.fixture(autouse=True)
