@@ -19,12 +19,14 @@ from transformers import PreTrainedTokenizerFast
 from isdaa.data.arrivals import Arrivals
 from isdaa.data.chat import ChatFormat
 from isdaa.data.encoder import Encoder, TokenizationSettings
-from isdaa.data.pairs import canonical_pair, canonical_prompt, canonical_sft
+from isdaa.data.pairs import Counts, canonical_pair, canonical_prompt, canonical_sft
 from isdaa.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from chat_templates import SETTINGS, shipped, tokenizer_with
+
+pytestmark = pytest.mark.fast
 
 TEMPLATES = shipped(patches=True)
 # They read pictures and texts as parts of a message, and no plain text.
@@ -39,8 +41,16 @@ def tokenizer(template: str) -> PreTrainedTokenizerFast:
     return tokenizer_with(TEMPLATES[template])
 
 
-def encoder(template: str) -> Encoder:
+@cache
+def shared(template: str) -> Encoder:
     return Encoder(tokenizer(template), SETTINGS)
+
+
+def encoder(template: str) -> Encoder:
+    """The template's encoder, which has counted nothing yet. There is one of each: what a template writes is found out once."""
+    taker = shared(template)
+    taker.counts = Counts()
+    return taker
 
 
 def message(role: str, content: str, **more: Any) -> Row:
