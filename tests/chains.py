@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from patience import HANGS
 from safetensors.torch import load_file
 from tokenizers_for_tests import byte_level
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -68,6 +69,15 @@ CHAIN: dict[str, Any] = {
     "evaluation.max_new_tokens": 10,
     "evaluation.bootstrap": 100,
 }
+# A few more steps and blocks than elsewhere, so that there is something to be killed in.
+LONGER = CHAIN | {
+    "data.limit": 200,
+    "sft.max_steps": 30,
+    "label.max_new_tokens": 24,
+    "align.max_steps": 30,
+    "align.save_steps": 2,
+    "align.logging_steps": 3,
+}
 # Alignment alone, of the model in `my_model` on a file.
 ALIGN: dict[str, Any] = {
     "model.path": "my_model",
@@ -118,7 +128,7 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
 
 
-def finish(folder: Path, seconds: float = 300) -> None:
+def finish(folder: Path, seconds: float = HANGS) -> None:
     """The same to its end."""
     assert start(folder).wait(timeout=seconds) == 0, (folder / "log.txt").read_text()
 

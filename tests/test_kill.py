@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from chains import (
     CHAIN,
+    LONGER,
     chat_model,
     config_file,
     finish,
@@ -27,6 +28,7 @@ from chains import (
     train,
     without_time,
 )
+from patience import HANGS
 
 from isdaa import files
 from isdaa.experiments.worker import PRELOAD
@@ -38,15 +40,6 @@ from isdaa.training.trainer import checkpoints
 from isdaa.training.trainer.whole_checkpoints import WholeCheckpoints
 
 KILLS = 8
-# A few more steps and blocks than elsewhere, so that there is something to be killed in.
-SETTINGS = CHAIN | {
-    "data.limit": 200,
-    "sft.max_steps": 30,
-    "label.max_new_tokens": 24,
-    "align.max_steps": 30,
-    "align.save_steps": 2,
-    "align.logging_steps": 3,
-}
 
 
 def working(folder: Path) -> bool:
@@ -64,7 +57,7 @@ def done(folder: Path) -> int:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was left alone, and how long it took."""
     folder = tmp_path_factory.mktemp("whole")
-    config_file(folder / "run.yaml", SETTINGS)
+    config_file(folder / "run.yaml", LONGER)
     begun = time.monotonic()
     finish(folder)
     (folder / "seconds").write_text(str(time.monotonic() - begun))
@@ -74,7 +67,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_killed_anywhere_a_run_ends_like_one_left_alone(whole: Path, tmp_path: Path) -> None:
     killed = tmp_path / "killed"
-    config_file(killed / "run.yaml", SETTINGS)
+    config_file(killed / "run.yaml", LONGER)
     seconds = float((whole / "seconds").read_text())
     moments = random.Random(3)
     met = []
@@ -106,7 +99,7 @@ def test_killed_while_each_stage_writes(whole: Path, tmp_path: Path, stage: str)
     """Killed as soon as the stage's first file appears, then again and again a little later."""
     signs = {"sft": "sft-checkpoints", "label": "pairs", "align": "checkpoints"}
     killed = tmp_path / "killed"
-    config_file(killed / "run.yaml", SETTINGS)
+    config_file(killed / "run.yaml", LONGER)
     for wait in (0.0, 0.05, 0.2):
         process = start(killed)
         while not (killed / "run" / signs[stage]).exists() and process.poll() is None:
@@ -303,7 +296,7 @@ def test_killed_in_every_phase_a_stage_ends_as_if_left_alone(
     def run(name: str, settings: dict[str, Any], moment: str | None = None) -> int | None:
         process = processes.Process(target=deadly_train, args=(str(tmp_path), name, settings, moment))
         process.start()
-        process.join(300)
+        process.join(HANGS)
         return process.exitcode
 
     monkeypatch.chdir(tmp_path)

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from chains import config_file, same_weights, without_time
-from test_kill import SETTINGS
+from chains import LONGER, config_file, same_weights, without_time
+from patience import HANGS
 
 STAGES = ("sft", "label", "align")
 KILLS = 3  # while each stage is at work, for each seed
 TARGETS = ("rank 0", "rank 1", "torchrun", "all")
-TWO = SETTINGS | {"sft.batch_size": 8, "align.batch_size": 4, "objective.normalize": "batch"}
+TWO = LONGER | {"sft.batch_size": 8, "align.batch_size": 4, "objective.normalize": "batch"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
@@ -29,7 +29,7 @@ def start(folder: Path) -> psutil.Popen:
 
 
 def finish(folder: Path) -> None:
-    assert start(folder).wait(timeout=200) == 0, (folder / "log.txt").read_text()[-4000:]
+    assert start(folder).wait(timeout=HANGS) == 0, (folder / "log.txt").read_text()[-4000:]
 
 
 def wait_for_work(process: psutil.Popen, folder: Path) -> None:
@@ -122,10 +122,10 @@ def test_a_start_beside_one_at_work_is_refused_and_harms_nothing(whole: Path, tm
         one.suspend()  # however long the second takes to start, the first is still at work
     second = start(tmp_path)
     try:
-        assert second.wait(timeout=100) != 0
+        assert second.wait(timeout=HANGS) != 0
     finally:
         for one in everyone:
             one.resume()
     assert (tmp_path / "log.txt").read_text().count("another isdaa process is working in this folder") == 1
-    assert process.wait(timeout=200) == 0
+    assert process.wait(timeout=HANGS) == 0
     check(tmp_path, whole)

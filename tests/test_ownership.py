@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ def _seal(_: int) -> str:
 
 
 def test_processes_that_make_a_key_at_once_have_the_same(home: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(4) as pool:
-        assert len(set(pool.map(_seal, range(16), chunksize=1))) == 1
+    with ProcessPoolExecutor(4, multiprocessing.get_context("spawn")) as pool:
+        assert len(set(pool.map(_seal, range(16)))) == 1
 
 
 @pytest.mark.parametrize("wrong", ["readable", "short", "link", "folder", "fifo"])

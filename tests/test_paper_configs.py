@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from chains import ALIGN, CHAIN, ROOT, chat_model, jsonl, read_lines
+from paper_rows import chats, dialogues, posts, scorer
 from tokenizers_for_tests import byte_level
-from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from isdaa.cli.main import main, parse
 from isdaa.config import load_config
@@ -150,35 +149,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def posts(count: int, first: int = 0) -> list[dict[str, Any]]:
-    """Rows with the columns of the TL;DR sets, SFT examples and pairs in one."""
-    rows = []
-    for i in range(first, first + count):
-        query = f"SUBREDDIT: r/cats\n\nTITLE: Cat {i}\n\nPOST: Cat {i} sleeps on box {i % 7}.\n\nTL;DR:"
-        good, bad = f" Cat {i} sleeps.", f" A dog, {i}."
-        rows.append({"id": "t3", "query": query, "summary": good.strip(), "chosen": f"{good}<|endoftext|>", "rejected": bad})
-    return rows
-
-
-def chats(count: int) -> list[dict[str, Any]]:
-    """Rows with the columns of UltraChat, UltraFeedback and HH in one."""
-    rows = []
-    for i in range(count):
-        ask = {"content": f"What is in basket {i}?", "role": "user"}
-        good, bad = ({"content": text, "role": "assistant"} for text in (f"Fruit {i}.", "No idea."))
-        more = [{"content": "And in the next?", "role": "user"}, good]
-        rows.append({"prompt": ask["content"], "messages": [ask, good, *more], "chosen": [ask, good], "rejected": [ask, bad]})
-        rows[-1] |= {"score_chosen": 8.0, "score_rejected": 2.0}
-    return rows
-
-
-def dialogues(count: int) -> list[dict[str, str]]:
-    return [
-        {"prompt": f"\n\nHuman: Who is {i}?\n\nAssistant:", "chosen": f" Number {i}.", "rejected": " Go away."}
-        for i in range(count)
-    ]
-
-
 def study_of(folder: Path, runs: list[str]) -> dict[str, Any]:
     """The sweep's record; every run has trained three checkpoints, been evaluated, and its last model is there."""
     content = json.loads((folder / "sweep.json").read_text())
@@ -238,24 +208,18 @@ def test_instruction_following(home: Path) -> None:
     start = {"model.path": "llama", "model.tokenizer": "template", "data.sft": "ultrachat:chat"}
     place.train("sft.yaml", **start, stage="sft")
     assert (home / "runs/instruct/sft/sft/chat_template.jinja").is_file()
-    for name, source in (("ultrafeedback", "ultrafeedback:chat"), ("hh", "hh_chat:hh")):
+    for name, source, methods in (
+        ("ultrafeedback", "ultrafeedback:chat", ["dpo", "is_dpo"]),
+        ("hh", "hh_chat:hh", ["dpo"]),  # the methods' own ways are those of the other set
+    ):
         data = dict.fromkeys(("data.pairs", "data.eval_pairs", "data.evaluation"), source)
         changes = {**data, **EVALUATION, "evaluation.scorer": "scorer", "align.save_steps": 2}
         place.write(f"{name}.yaml", **changes, stage="align")
-        sweep = place.write(f"{name}-sweep.yaml", **GRID)
+        grid = {"grids": {"methods": {"objective.method": methods, "objective.beta": [0.05]}}, "seeds": [1]}
+        sweep = place.write(f"{name}-sweep.yaml", **grid)
         assert main(["sweep", "--config", sweep]) == 0
         study = home / "runs/instruct" / name
-        study_of(study, ["dpo-beta0.05/seed-1", "is_dpo-beta0.05/seed-1"])
+        study_of(study, [f"{method}-beta0.05/seed-1" for method in methods])
         (held, *_) = read_lines(study / "runs/dpo-beta0.05/seed-1/eval_pairs.jsonl")
         assert [message["role"] for message in (*held["prompt"], *held["chosen"])] == ["user", "assistant"]
         assert main(["report", str(study)]) == 0
-
-
-def scorer(folder: Path) -> None:
-    """A reward model with random weights and a chat template of its own."""
-    tokenizer = byte_level("chatml")
-    torch.manual_seed(1)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=len(tokenizer), num_labels=1, pad_token_id=tokenizer.pad_token_id, **sizes)
-    LlamaForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

@@ -10,12 +10,14 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE / name) for name in (".", "data", "models", "training")]
+sys.path[:0] = [str(HERE / name) for name in (".", "support", "data", "models", "training")]
 
 import torch  # noqa: E402
 
@@ -36,6 +38,8 @@ def main() -> None:
     trainer()
     found["fully_shard"] = fully_shard()
     found["not finite"] = [message(lambda name=name: train(name)) for name in ("broken.yaml", "broken-supervised.yaml")]
+    found["bad input"] = told("train", "--config", "two.yaml", "--output_dir", "two", "--objective.beta", "3")
+    found["fault"] = fault()
     as_on_gpus()
     found["not finite"].append(message(lambda: train("fsdp2-broken.yaml")))
     for name in ("fsdp2", "fsdp2-lora", "fsdp2-supervised"):
@@ -130,11 +134,32 @@ def benchmark(run: Path, output: Path) -> int:
         return main(["benchmark", "tldr", "--model_path", str(run), "--output", str(output), *words])
 
 
+def told(*command: str) -> tuple[int, list[str]]:
+    """A command's exit status, and what isdaa says on this process's stderr."""
+    from isdaa.cli import main
+
+    with patch("isdaa.cli.finish"), redirect_stderr(StringIO()) as stderr:
+        status = main([*command])
+    return status, [line for line in stderr.getvalue().splitlines() if line.startswith(("isdaa: ", "Traceback"))]
+
+
+def fault() -> tuple[int, list[str]]:
+    """Of the second process, in work that both do."""
+    from isdaa.cli import COMMANDS
+
+    def broken() -> None:
+        if distributed.rank() == 1:
+            raise KeyError("\x1b[31m")
+
+    with patch("tempfile.tempdir", str(Path.cwd())), patch.dict(COMMANDS, methods=lambda _: distributed.everyones(broken)):
+        return told("methods")
+
+
 def trainer() -> None:
     """The trainer alone, its weights shuffled over the global batch, in float64."""
-    import test_ranks
+    from training_helpers import shuffled_run
 
-    test_ranks.run(Path("trainer-two"), batch_size=2, gradient_accumulation_steps=2)
+    shuffled_run(Path("trainer-two"), batch_size=2, gradient_accumulation_steps=2)
 
 
 def fully_shard() -> dict[str, list[float]]:

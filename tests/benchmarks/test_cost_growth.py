@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from patience import HANGS
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -112,7 +113,7 @@ def test_all_pairs_of_a_point_are_exactly_as_long_as_it_says() -> None:
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("growth") / "there"
     command = [sys.executable, str(ROOT / "benchmarks" / "cost_growth.py"), "--tiny", "--threads", "1", "--out", str(folder)]
-    done = subprocess.run(command, env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "about" in done.stderr
     return folder, json.loads((folder / "cost-growth.json").read_text())

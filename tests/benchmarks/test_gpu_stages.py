@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from chains import ROOT
+from patience import HANGS
 
 from isdaa.config import load_config
 from isdaa.experiments import sweep as sweeps
@@ -170,7 +171,7 @@ def test_the_command_itself(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_stages.py"), *TINY, "--cells", "align-full-checkpointing"]
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
     options = ["--folder", str(tmp_path / "work"), "--out", str(tmp_path / "out.json")]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, env={**os.environ, **paths}, timeout=240)
+    done = subprocess.run([*command, *options], capture_output=True, text=True, env={**os.environ, **paths}, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     told = read_json(tmp_path / "out.json")["cells"]["align-full-checkpointing"]
     assert told["status"] == "done" and told["resident_gib"] > 0.1

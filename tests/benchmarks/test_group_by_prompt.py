@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from patience import HANGS
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -158,7 +159,7 @@ def effect_command(folder: Path, *options: object) -> subprocess.CompletedProces
     program = str(ROOT / "benchmarks" / "group_by_prompt.py")
     where = ("--out", folder / "out.json", "--folder", folder / "runs", "--threads", 1)
     words = [sys.executable, program, "--tiny", *map(str, (*where, *options))]
-    return subprocess.run(words, cwd=folder, capture_output=True, text=True, env=os.environ.copy(), timeout=280)
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, env=os.environ.copy(), timeout=HANGS)
 
 
 @pytest.mark.slow

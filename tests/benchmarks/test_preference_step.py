@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from patience import HANGS
 from safetensors.numpy import save_file
 
 from isdaa.models.packed import last_layer, logprobs, patched_forward
@@ -44,7 +45,7 @@ def run_tiny(folder: Path, *options: object) -> tuple[subprocess.CompletedProces
     out = folder / "there" / "step.json"
     called = command("--tiny", "--threads", 1, "--out", out, *options)
     environment = os.environ | {"TMPDIR": str(folder)}
-    done = subprocess.run(called, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(called, cwd=folder, env=environment, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     assert not list(folder.glob("preference_step-*")), "temporary folders are left"
     return done, json.loads(out.read_text())

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 from benchmark_run_helpers import chat_model
+from patience import HANGS
 
 import isdaa.models.sampling.sampling
 from isdaa.cli import main
 from isdaa.foreign import read_jsonl
 
 QUESTIONS, BEFORE = 24, 5  # of each of two models; answers that must be there before the kill
-PATIENCE = 120  # seconds
 
 
 def command(models: list[str], output: Path, batch_size: int) -> list[str]:
@@ -33,7 +33,7 @@ def test_a_kill_while_generating_costs_no_finished_answer(tmp_path: Path, monkey
     with open(tmp_path / "log.txt", "wb") as log:
         program = [sys.executable, "-m", "isdaa.cli", *command(models, tmp_path / "out", 1)]
         process = subprocess.Popen(program, stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + HANGS
     while process.poll() is None and time.monotonic() < deadline:
         if store.exists() and store.read_bytes().count(b"\n") >= BEFORE:
             break

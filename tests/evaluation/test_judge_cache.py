@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from judge_server import Answer, ask, asks, completion, judge, replying, serving
+from patience import HANGS
 
 from isdaa.errors import UserError
 from isdaa.evaluation.judges.cache import ReplyCache
@@ -66,7 +67,7 @@ def test_two_processes_that_write_at_once_lose_no_reply(tmp_path: Path) -> None:
     cache = tmp_path / "replies.jsonl"
     with serving(replying()) as server:
         both = [child(server.url, cache, 8, 60) for _ in range(2)]
-        assert [process.wait(timeout=60) for process in both] == [0, 0]
+        assert [process.wait(timeout=HANGS) for process in both] == [0, 0]
     assert len([json.loads(line) for line in cache.read_bytes().splitlines()]) == len(server.asked) >= 60
     assert len(ReplyCache(cache)) == 60
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from judge_server import Answer, asks, completion, judge, scripted, serving
+from patience import HANGS
 
 from isdaa.cli import main
 from isdaa.errors import UserError
@@ -172,7 +173,7 @@ def test_a_program_that_dies_of_the_error_prints_no_key(tmp_path: Path) -> None:
         paths = [str(Path(__file__).parent), *sys.path]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OPENAI_LOG": "debug"}
         command = [sys.executable, "-c", program, server.url]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 1 and "unknown setting for [key]" in done.stderr and "x-key" in done.stderr
     assert not parts(done.stdout + done.stderr + "".join(file.read_text() for file in tmp_path.iterdir()))
     with contextlib.suppress(FileNotFoundError):

@@ -15,6 +15,7 @@ import pytest
 from benchmark_run_helpers import judge_of_one_word
 from evaluation_helpers import save, tiny
 from judge_server import judge
+from patience import HANGS
 
 from isdaa.cli import main
 from isdaa.errors import UserError
@@ -24,8 +25,6 @@ from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Judged, Question,
 from isdaa.evaluation.judges.judge import Question as Asked
 from isdaa.evaluation.judges.judge import Reply
 from isdaa.foreign import read_json
-
-PATIENCE = 90  # seconds until the server must have come up
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
     with open(folder / "log.txt", "wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"HF_HOME": str(folder / "home")})
     try:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + HANGS
         while not _is_up(f"http://127.0.0.1:{port}/health"):
             words = (folder / "log.txt").read_text()
             assert process.poll() is None and time.monotonic() < deadline, words
@@ -53,7 +52,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
 
 def _is_up(url: str) -> bool:
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=2) as response:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=30) as response:
             return bool(response.status == 200)
     except OSError:
         return False
@@ -68,7 +67,7 @@ def test_transformers_serve_is_a_judge(served: tuple[str, str], tmp_path: Path, 
     opponents = TLDR.opponents(questions)
     asked = [one for question, answer in pairs for one in TLDR.judge_questions(question, answer, opponents[question.id])]
     requests = [Asked(one.messages, max_tokens=8, logprobs=5) for one in asked]
-    asking = judge(url, tmp_path / "replies.jsonl", model=model, concurrency=2, timeout_s=60)
+    asking = judge(url, tmp_path / "replies.jsonl", model=model, concurrency=2, timeout_s=600)
     replies = asking.ask(requests)
     assert all(isinstance(reply, Reply) and reply.completion_tokens and reply.prompt_tokens for reply in replies)
     assert [reply.text for reply in replies if isinstance(reply, Reply)] == ["A"] * 6
@@ -105,7 +104,7 @@ def test_transformers_serve_judges_a_whole_benchmark(
     def command(address: str) -> list[str]:
         words = ["benchmark", "tldr", "--model_path", policy, "--questions", "world:small", "--split", "test"]
         words += ["--limit", "4", "--max_new_tokens", "8", "--evaluation.bootstrap", "100", "--output", str(out)]
-        return [*words, "--judge_model", model, "--judge_base_url", address, "--judge_concurrency", "2"]
+        return [*words, "--judge_model", model, "--judge_base_url", address, "--judge_concurrency", "2", "--judge_timeout", "600"]
 
     assert main(command(url)) == 0
     metrics = read_json(out / "metrics.json")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from chains import chat_model, jsonl, refused
 from evaluation_helpers import reward_model, save, tiny, world_pairs
+from patience import HANGS
 
 from isdaa import adopt
 from isdaa.cli import main
@@ -309,6 +310,6 @@ def test_processes_of_several_machines_have_the_main_ones_key(place: Path) -> No
     program += f"sys.exit(main(['evaluate', '--model_path', 'run/model', *{QUICK}]))\n"
     (place / "program.py").write_text(program)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "program.py"]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (place / "run" / "evaluation" / "metrics.json").is_file()

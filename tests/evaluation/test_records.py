@@ -4,6 +4,7 @@ import json
 import multiprocessing
 
 import pytest
+from patience import HANGS
 
 from isdaa.errors import UserError
 from isdaa.evaluation.records import Blocks, locked
@@ -68,10 +69,10 @@ def test_one_process_at_a_time(tmp_path):
     with locked(tmp_path / "evaluation"):
         process = context.Process(target=_try, args=(tmp_path / "evaluation", answer))
         process.start()
-        assert "another isdaa process" in answer.get(timeout=30)
+        assert "another isdaa process" in answer.get(timeout=HANGS)
         process.join()
     _try(tmp_path / "evaluation", answer)
-    assert answer.get(timeout=30) == "free"
+    assert answer.get(timeout=HANGS) == "free"
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"), locked(tmp_path / "file"):
         pass

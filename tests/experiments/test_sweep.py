@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from chains import CHAIN, config_file, refused, same_weights
+from patience import HANGS
 
 from isdaa import adopt
 from isdaa.cli import main
@@ -192,7 +193,7 @@ def test_a_killed_sweep_leaves_no_process_and_resumes(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     assert not left_after(process.pid, seconds=30)
-    subprocess.run(command, check=True, capture_output=True, timeout=280)
+    subprocess.run(command, check=True, capture_output=True, timeout=HANGS)
     alone = write(tmp_path / "alone", settings=settings)
     run_sweep(*load_sweep(alone), "sweep.yaml")
     for method in ("dpo", "is_dpo"):
@@ -224,6 +225,6 @@ def test_interrupting_stops_the_processes(tmp_path: Path) -> None:
     while not list(tmp_path.glob("out/runs/dpo/seed-5/checkpoints/checkpoint-*")) and process.poll() is None:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=HANGS)
     assert process.returncode == 130 and "the same command goes on" in output, output
     assert not left_after(process.pid, seconds=30)

@@ -72,6 +72,13 @@ CONFIGS = {
     ),
     "bloom": lambda: BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=4),
 }
+LAYOUTS = {
+    "pairs": Layout.of_pairs(*(torch.tensor(n) for n in ([150, 1, 60], [20, 3, 31], [41, 9, 1]))),
+    "one block": Layout.of_pairs(*(torch.tensor(n) for n in ([70, 20], [9, 8], [11, 10]))),  # T = 128
+    "short": Layout.of_pairs(*(torch.tensor([n]) for n in (1, 1, 1))),
+    "rows": Layout.of_rows(torch.tensor([40, 3]), torch.tensor([0, 100])),
+    "shared": Layout(*(torch.tensor(n) for n in ([100, 1, 40], [70, 0, 5, 40, 3, 0, 0, 9], [0, 0, 0, 0, 1, 2, 2, 2], [0], [2]))),
+}
 SHARED = [name for name in CONFIGS if name != "bloom"]
 
 
@@ -155,3 +162,38 @@ def assert_same_gradients(ours: dict[str, torch.Tensor], truth: dict[str, torch.
 def untouched(model: torch.nn.Module) -> torch.nn.Module:
     """A copy from before `prepare`; its plain rows are the truth."""
     return copy.deepcopy(model)
+
+
+def compare(model, truth_model, forward, pairs: int) -> None:
+    ids, layout = packed(lengths_of(pairs), seed=pairs)
+    truth = plain_logps(truth_model, ids, layout)
+    out = forward(model, ids, layout.position_ids, layout)
+    assert out.token_logps.dtype == torch.float32
+    assert_close(out.chosen_logps, truth[0], what="chosen")
+    assert_close(out.rejected_logps, truth[1], what="rejected")
+    ours = gradients(model, loss_of(out.chosen_logps, out.rejected_logps))
+    assert_same_gradients(ours, gradients(truth_model, loss_of(*truth)))
+
+
+def compare_shared(model, truth_model, forward) -> None:
+    """Three pairs of one prompt, two of them with one rejected response, and a pair of another prompt."""
+    lengths = torch.tensor([9, 4]), torch.tensor([5, 3, 6, 2, 7, 4]), torch.tensor([0, 0, 0, 0, 1, 1])
+    layout = Layout(*lengths, chosen=torch.tensor([0, 2, 3, 5]), rejected=torch.tensor([1, 1, 0, 4]))
+    ids = torch.randint(3, VOCABULARY, (layout.tokens,), generator=torch.Generator().manual_seed(3))
+    starts = layout.response_starts.tolist()
+    prompts = [ids[start : start + n] for start, n in zip(layout.prompt_starts.tolist(), lengths[0].tolist(), strict=True)]
+    responses = [ids[start : start + n] for start, n in zip(starts, lengths[1].tolist(), strict=True)]
+    rows = [plain_token_logps(truth_model, prompts[p], r).sum() for p, r in zip(lengths[2].tolist(), responses, strict=True)]
+    truth = torch.stack(rows)
+    out = forward(model, ids, None, layout)
+    assert_close(out.logps, truth)
+    assert torch.equal(out.chosen_logps, out.logps[layout.chosen])
+    ours = gradients(model, loss_of(out.chosen_logps, out.rejected_logps))
+    assert_same_gradients(ours, gradients(truth_model, loss_of(truth[layout.chosen], truth[layout.rejected])))
+
+
+def used(model, forward, lengths=None):
+    ids, layout = packed(lengths or lengths_of(2))
+    with torch.no_grad():
+        forward(model, ids, None, layout)
+    return layout.cached("attention", lambda: "nothing")

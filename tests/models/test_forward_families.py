@@ -11,50 +11,19 @@ from forward_helpers import (
     SHARED,
     VOCABULARY,
     assert_close,
-    assert_same_gradients,
-    gradients,
+    compare,
+    compare_shared,
     lengths_of,
-    loss_of,
     packed,
     plain_logps,
-    plain_token_logps,
     tiny,
     untouched,
 )
 
 from isdaa.models.attention import shared_prefix
-from isdaa.models.attention.layout import Layout
 from isdaa.models.packed import logprobs
 from isdaa.models.packed.forward import prepare
 from isdaa.models.packed.patched_forward import head_of, own_head
-
-
-def compare(model, truth_model, forward, pairs: int) -> None:
-    ids, layout = packed(lengths_of(pairs), seed=pairs)
-    truth = plain_logps(truth_model, ids, layout)
-    out = forward(model, ids, layout.position_ids, layout)
-    assert out.token_logps.dtype == torch.float32
-    assert_close(out.chosen_logps, truth[0], what="chosen")
-    assert_close(out.rejected_logps, truth[1], what="rejected")
-    ours = gradients(model, loss_of(out.chosen_logps, out.rejected_logps))
-    assert_same_gradients(ours, gradients(truth_model, loss_of(*truth)))
-
-
-def compare_shared(model, truth_model, forward) -> None:
-    """Three pairs of one prompt, two of them with one rejected response, and a pair of another prompt."""
-    lengths = torch.tensor([9, 4]), torch.tensor([5, 3, 6, 2, 7, 4]), torch.tensor([0, 0, 0, 0, 1, 1])
-    layout = Layout(*lengths, chosen=torch.tensor([0, 2, 3, 5]), rejected=torch.tensor([1, 1, 0, 4]))
-    ids = torch.randint(3, VOCABULARY, (layout.tokens,), generator=torch.Generator().manual_seed(3))
-    starts = layout.response_starts.tolist()
-    prompts = [ids[start : start + n] for start, n in zip(layout.prompt_starts.tolist(), lengths[0].tolist(), strict=True)]
-    responses = [ids[start : start + n] for start, n in zip(starts, lengths[1].tolist(), strict=True)]
-    rows = [plain_token_logps(truth_model, prompts[p], r).sum() for p, r in zip(lengths[2].tolist(), responses, strict=True)]
-    truth = torch.stack(rows)
-    out = forward(model, ids, None, layout)
-    assert_close(out.logps, truth)
-    assert torch.equal(out.chosen_logps, out.logps[layout.chosen])
-    ours = gradients(model, loss_of(out.chosen_logps, out.rejected_logps))
-    assert_same_gradients(ours, gradients(truth_model, loss_of(truth[layout.chosen], truth[layout.rejected])))
 
 
 @pytest.mark.parametrize("name", SHARED)

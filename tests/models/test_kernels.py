@@ -13,9 +13,12 @@ from types import ModuleType
 import pytest
 import torch
 from forward_helpers import (
+    LAYOUTS,
     SHARED,
     assert_close,
     assert_same_gradients,
+    compare,
+    compare_shared,
     gradients,
     lengths_of,
     loss_of,
@@ -23,8 +26,8 @@ from forward_helpers import (
     plain_logps,
     tiny,
     untouched,
+    used,
 )
-from test_forward_families import compare, compare_shared
 from torch.nn import functional as F
 from torch.nn.attention import flex_attention as flex_module
 
@@ -33,13 +36,6 @@ from isdaa.models.attention import attention_choice, gpu_attention, shared_prefi
 from isdaa.models.attention.layout import Layout
 from isdaa.models.packed.forward import prepare
 
-LAYOUTS = {
-    "pairs": Layout.of_pairs(*(torch.tensor(n) for n in ([150, 1, 60], [20, 3, 31], [41, 9, 1]))),
-    "one block": Layout.of_pairs(*(torch.tensor(n) for n in ([70, 20], [9, 8], [11, 10]))),  # T = 128
-    "short": Layout.of_pairs(*(torch.tensor([n]) for n in (1, 1, 1))),
-    "rows": Layout.of_rows(torch.tensor([40, 3]), torch.tensor([0, 100])),
-    "shared": Layout(*(torch.tensor(n) for n in ([100, 1, 40], [70, 0, 5, 40, 3, 0, 0, 9], [0, 0, 0, 0, 1, 2, 2, 2], [0], [2]))),
-}
 WAYS = ["flex", "varlen"]
 
 
@@ -156,8 +152,13 @@ def test_a_long_row_needs_no_square_mask(monkeypatch):
     assert 0 < max(largest) <= layout.tokens * (layout.tokens // gpu_attention.BLOCK + 2)
 
 
-@pytest.mark.parametrize("way", [*WAYS, "sdpa"])
-@pytest.mark.parametrize("name", SHARED)
+# Families that differ in what an attention is told: windows, soft caps, scales, groups of heads. SDPA's are in
+# tests/models/test_forward_families.py.
+TOLD = ("llama", "gpt2", "granite", "mistral_short_window", "gemma2", "gemma3", "cohere2")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", [name if name in TOLD else pytest.param(name, marks=pytest.mark.slow) for name in SHARED])
 def test_models_equal_plain_rows(on_cpu, way, name, caplog):
     """The equality tests of the shared prefix, through whole models of all families, with gradients."""
     model = tiny(name)
@@ -184,13 +185,6 @@ def test_gradient_checkpointing(on_cpu):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Choosing, and giving way
-
-
-def used(model, forward, lengths=None):
-    ids, layout = packed(lengths or lengths_of(2))
-    with torch.no_grad():
-        forward(model, ids, None, layout)
-    return layout.cached("attention", lambda: "nothing")
 
 
 def test_auto_on_a_cpu_and_unknown_names():

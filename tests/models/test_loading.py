@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import AutoModelForCausalLM, pipeline
 from transformers.utils import logging as hf_logging
+from words_model import CONFIG, WORDS, words
 
 from isdaa.errors import UserError
 from isdaa.manifest import MANIFEST
@@ -27,28 +27,6 @@ from isdaa.models.loading import (
     save_model,
     weights_digest,
 )
-
-WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(28))]
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": len(WORDS),
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-
-
-def words(**special: str | None) -> PreTrainedTokenizerFast:
-    tokens: dict[str, Any] = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, **{k: v for k, v in (tokens | special).items() if v is not None})
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
-from test_loading import CONFIG, words
 from torch import nn
 from transformers import GenerationConfig
+from words_model import CONFIG, words
 
 from isdaa.errors import UserError
 from isdaa.manifest import MANIFEST

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from test_loading import CONFIG, words
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
+from words_model import CONFIG, words
 
 from isdaa.errors import UserError
 from isdaa.models.attention.layout import Layout

@@ -6,9 +6,7 @@ import logging
 
 import pytest
 import torch
-from forward_helpers import tiny, untouched
-from test_forward_families import compare, compare_shared
-from test_kernels import LAYOUTS, used
+from forward_helpers import LAYOUTS, compare, compare_shared, tiny, untouched, used
 
 from isdaa.models.attention import attention_choice, cpu_attention, shared_prefix
 from isdaa.models.attention.cpu_attention import attend_blocks

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_browser import BROWSER, PROBE, dump
+from browser import BROWSER, PROBE, dump
 
 from isdaa.errors import UserError
 from isdaa.evaluation.tax.scores import Answers, scores

@@ -179,9 +179,9 @@ def test_a_run_that_dies_while_it_writes_a_checkpoint(
 KILLED_RUN = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, {here!r})
+sys.path[:0] = {paths!r}
 import test_checkpoints
-from isdaa.training import checkpoints
+from isdaa.training.trainer import checkpoints
 write_manifest = checkpoints.write_manifest
 def deadly(folder):
     if folder.name.endswith("checkpoint-8"):
@@ -197,7 +197,7 @@ test_checkpoints.start(Path({folder!r})).train()
 
 @pytest.mark.slow
 def test_kill_9_in_the_middle_of_writing_a_checkpoint(whole_run: Path, tmp_path: Path) -> None:
-    program = KILLED_RUN.format(here=str(Path(__file__).parent), folder=str(tmp_path))
+    program = KILLED_RUN.format(paths=[str(Path(__file__).parent), *sys.path], folder=str(tmp_path))
     killed = subprocess.run([sys.executable, "-c", program], env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert killed.returncode == -signal.SIGKILL
     newest = newest_complete_checkpoint(tmp_path / "checkpoints")

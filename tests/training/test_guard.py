@@ -22,16 +22,17 @@ from chains import (
     CHAIN,
     chat_model,
     config_file,
+    finish,
     jsonl,
     plain_pairs,
     read_lines,
     refused,
     same_weights,
+    start,
     train,
     weights,
     without_time,
 )
-from test_kill import finish, start
 from training_helpers import largest_difference, tiny_model, token_rows, trainer_of, weights_of, with_reference
 
 from isdaa.cli import main

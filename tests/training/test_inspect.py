@@ -15,8 +15,8 @@ import pytest
 import torch
 import yaml
 from chains import ALIGN, CHAIN, ROOT, chat_model, config_file, content, jsonl, plain_pairs, refused
+from paper_rows import chats, dialogues, posts, scorer
 from rich.console import Console
-from test_paper_configs import chats, dialogues, posts, scorer
 from tokenizers_for_tests import CHATML, byte_level
 from transformers import LlamaConfig
 

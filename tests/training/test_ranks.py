@@ -15,19 +15,17 @@ import pytest
 import torch
 from chains import CHAIN, config_file, read_lines, train, without_time
 from own_records import write_own
+from patience import HANGS
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from together import accelerate_environment, benchmark
-from training_helpers import largest_difference, moved, tiny_model, token_rows, trainer_of
+from training_helpers import largest_difference, shuffled_run, token_rows
 
-from isdaa import Objective
 from isdaa.cli import main
 from isdaa.models.loading import load_model, load_tokenizer
-from isdaa.models.packed.forward import prepare
 from isdaa.training.trainer.batches import TokenisedPairs
-from isdaa.training.trainer.callbacks import MetricsFile
 from isdaa.training.trainer.checkpoints import defect
-from isdaa.training.trainer.reference_logps import _shares, reference_logps
+from isdaa.training.trainer.reference_logps import _shares
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "tests" / "together.py"
@@ -81,23 +79,6 @@ def torchrun(*program: str | Path, processes: int = 2) -> list[str]:
     return [*launcher, *map(str, program)]
 
 
-def run(folder: Path, **settings: Any) -> None:
-    """22 and 7 pairs: neither divides among two ranks, so that fill-ins are needed. Weights span the global batch."""
-    model = moved(tiny_model()).double()
-    held_out = TokenisedPairs(token_rows(7, seed=9))
-    train = TokenisedPairs(token_rows(22, weight=[1.0 + i % 3 for i in range(22)]))
-    objective = Objective(weight="shuffled", normalize="batch", beta=0.3)
-    settings |= {"optimizer": "sgd", "logging_steps": 1, "save_steps": 3, "learning_rate": 0.02}
-    own: dict[str, Any] = {"starts_at_reference": False, "callbacks": [MetricsFile(folder / "metrics.jsonl")]}
-    reference = prepare(tiny_model())
-    data = [
-        pairs.with_reference(*reference_logps(reference, pairs, key={}, cache_dir=folder / "cache"))
-        for pairs in (train, held_out)
-    ]
-    trainer = trainer_of(model, folder / "checkpoints", *data, objective, own=own, **settings)
-    trainer.train()
-
-
 def cut(path: Path) -> None:
     """As a kill leaves a file that is appended to: its second half is missing, and half a line more."""
     lines = path.read_bytes().splitlines(keepends=True)
@@ -132,7 +113,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert train(home / f"{name}-one", alone(ONE, home) | more) == 0
     assert main(["evaluate", "--model_path", str(home / "one"), "--output", str(home / "evaluation-one")]) == 0
     assert benchmark(home / "one", home / "benchmark-one") == 0
-    run(home / "trainer-one", batch_size=8)
+    shuffled_run(home / "trainer-one", batch_size=8)
     config_file(home / "two.yaml", TWO)
     label_half_done(home)
     shutil.copytree(home / "evaluation-one", home / "evaluation-resumed")
@@ -148,10 +129,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config_file(home / f"{name}.yaml", alone(TWO, home) | BROKEN)
     config_file(home / "broken-supervised.yaml", supervised(4, home) | BROKEN)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(torchrun(PROGRAM), cwd=home, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(torchrun(PROGRAM), cwd=home, env=environment, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr[-6000:]
     (home / "stderr").write_text(done.stderr)
     return home
+
+
+def both_ranks(home: Path) -> list[dict[str, Any]]:
+    """What each process noted."""
+    return [json.loads((home / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 
 def same_run(one: Path, other: Path) -> None:
@@ -167,7 +153,7 @@ def same_run(one: Path, other: Path) -> None:
 
 
 def test_a_run_that_is_not_finite_any_more_ends_on_every_process(home: Path) -> None:
-    ranks = [json.loads((home / f"rank-{rank}.json").read_text())["not finite"] for rank in range(2)]
+    ranks = [found["not finite"] for found in both_ranks(home)]
     assert ranks[0] == ranks[1]  # the rows of both processes
     for name, said in zip(("broken", "broken-supervised", "fsdp2-broken"), ranks[0], strict=True):
         assert re.match(r"step [123]: (the|weights|held-out).* (is|are) not finite", said), said
@@ -176,7 +162,7 @@ def test_a_run_that_is_not_finite_any_more_ends_on_every_process(home: Path) -> 
 
 
 def test_the_primitives(home: Path) -> None:
-    ranks = [json.loads((home / f"rank-{rank}.json").read_text())["primitives"] for rank in range(2)]
+    ranks = [found["primitives"] for found in both_ranks(home)]
     assert ranks[0] == ranks[1] == {
         "dealt": [0, 1, 4, 9, 16, 25, 36],
         "few": [25],
@@ -283,8 +269,7 @@ def sorted_blocks(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_the_forward_in_shards_is_the_whole_ones(home: Path) -> None:
-    for rank in range(2):
-        found = json.loads((home / f"rank-{rank}.json").read_text())["fully_shard"]
+    for found in (rank["fully_shard"] for rank in both_ranks(home)):
         assert len(found) == 4
         assert all(difference < 1e-5 for both in found.values() for difference in both), found
 
@@ -310,12 +295,19 @@ def test_a_resumed_run_has_as_many_processes_as_it_began_with(home: Path, capsys
 
 
 def test_bad_input_is_said_once(home: Path) -> None:
-    command = ["-m", "isdaa.cli", "train", "--config", "two.yaml", "--output_dir", "two", "--objective.beta", "3"]
-    done = subprocess.run(torchrun(*command), cwd=home, capture_output=True, text=True, timeout=120)
-    assert done.stderr.count("isdaa: error: ") == 1
-    assert "objective.beta = 0.05, this one 3.0" in done.stderr
-    codes = [line.split()[2] for line in done.stderr.splitlines() if line.split()[:2] == ["exitcode", ":"]]
-    assert set(codes) <= {"2", "-15"} and "2" in codes, done.stderr  # torchrun ends those that had not ended yet
+    (first, said), (second, silent) = (found["bad input"] for found in both_ranks(home))
+    assert first == second == 2 and silent == []
+    (line,) = said
+    assert line.startswith("isdaa: error: ") and "objective.beta = 0.05, this one 3.0" in line
+
+
+def test_a_fault_of_one_process_is_said_once_with_its_traceback(home: Path) -> None:
+    (first, said), (second, too) = (found["fault"] for found in both_ranks(home))
+    assert first == second == 1
+    (line,) = said + too
+    assert r"a fault of isdaa: RuntimeError: process 1: KeyError: '\x1b[31m'" in line
+    (file,) = home.glob("isdaa-fault-*")
+    assert "in broken" in file.read_text()
 
 
 def test_processes_get_about_as_many_tokens_and_prompts_stay_whole() -> None:

@@ -16,6 +16,7 @@ from isdaa import Objective
 from isdaa.config import AlignConfig
 from isdaa.models.packed.forward import prepare
 from isdaa.training.trainer.batches import TokenisedPairs
+from isdaa.training.trainer.callbacks import MetricsFile
 from isdaa.training.trainer.preference_trainer import PreferenceTrainer
 from isdaa.training.trainer.reference_logps import reference_logps
 from isdaa.training.trainer.training_arguments import training_arguments
@@ -119,3 +120,20 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
 
 def logged(trainer: PreferenceTrainer, key: str = "loss") -> list[float]:
     return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def shuffled_run(folder: Path, **settings: Any) -> None:
+    """22 and 7 pairs: neither divides among two ranks, so that fill-ins are needed. Weights span the global batch."""
+    model = moved(tiny_model()).double()
+    held_out = TokenisedPairs(token_rows(7, seed=9))
+    train = TokenisedPairs(token_rows(22, weight=[1.0 + i % 3 for i in range(22)]))
+    objective = Objective(weight="shuffled", normalize="batch", beta=0.3)
+    settings |= {"optimizer": "sgd", "logging_steps": 1, "save_steps": 3, "learning_rate": 0.02}
+    own: dict[str, Any] = {"starts_at_reference": False, "callbacks": [MetricsFile(folder / "metrics.jsonl")]}
+    reference = prepare(tiny_model())
+    data = [
+        pairs.with_reference(*reference_logps(reference, pairs, key={}, cache_dir=folder / "cache"))
+        for pairs in (train, held_out)
+    ]
+    trainer = trainer_of(model, folder / "checkpoints", *data, objective, own=own, **settings)
+    trainer.train()
