@@ -41,32 +41,38 @@ def test_the_wheel_has_every_file_of_the_package(wheel: Path) -> None:
     assert inside == ours and "isdaa/py.typed" in inside
 
 
-@pytest.mark.parametrize(
-    ("command", "words"),
-    [
-        (["methods"], "chi_po"),
-        (["configs"], "mini/demo"),
-        (["inspect", "--config", "configs/mini/demo.yaml", "--no_plan", "--data.limit", "64"], "align"),
-        (["sweep", "--config", "configs/mini/sweep.yaml", "--dry_run"], "228 runs"),
-        (["configs", "copy", "mini/demo"], "written: demo.yaml"),
-        (["benchmark", "--help"], "alpaca_eval"),
-    ],
-)
-def test_commands_work_where_there_is_no_checkout(wheel: Path, tmp_path: Path, command: list[str], words: str) -> None:
-    installed = wheel.parent / "installed"
-    if not installed.is_dir():
-        zipfile.ZipFile(wheel).extractall(installed)
+COMMANDS = [
+    (["methods"], "chi_po"),
+    (["configs"], "mini/demo"),
+    (["inspect", "--config", "configs/mini/demo.yaml", "--no_plan", "--data.limit", "64"], "align"),
+    (["sweep", "--config", "configs/mini/sweep.yaml", "--dry_run"], "228 runs"),
+    (["configs", "copy", "mini/demo"], "written: demo.yaml"),
+    (["benchmark", "--help"], "alpaca_eval"),
+]
+
+
+def test_commands_work_where_there_is_no_checkout(wheel: Path, tmp_path: Path) -> None:
+    """All in one process, which imports the package once."""
+    zipfile.ZipFile(wheel).extractall(installed := wheel.parent / "installed")
     # Without site's editable installation in front of it.
     environment = os.environ | {"PYTHONPATH": str(installed), "COLUMNS": "200"}
     program = (
-        "import isdaa, sys\nassert isdaa.__file__.startswith(sys.argv.pop(1))\n"
-        "from isdaa.cli import main\nsys.exit(main(sys.argv[1:]))"
+        f"import isdaa\nassert isdaa.__file__.startswith({str(installed)!r})\n"
+        f"from isdaa.cli import main\nfor command in {[command for command, _ in COMMANDS]!r}:\n"
+        "    try:\n        status = main(command)\n    except SystemExit as ended:\n        status = ended.code\n"
+        "    assert not status, command\n    print('\\nEND', flush=True)\n"
     )
     ended = subprocess.run(
-        [sys.executable, "-c", program, str(installed), *command], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
-    assert ended.returncode == 0, ended.stderr
-    assert words in ended.stdout + ended.stderr
+    assert ended.returncode == 0, ended.stdout
+    for (command, words), said in zip(COMMANDS, ended.stdout.split("\nEND"), strict=False):
+        assert words in said, command
 
 
 def test_a_configuration_is_copied_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

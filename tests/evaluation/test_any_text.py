@@ -48,7 +48,7 @@ VALUE = st.recursive(
     max_leaves=6,
 )
 ROWS = st.lists(st.dictionaries(TEXT.map(clean), VALUE, max_size=3), min_size=1, max_size=3)
-quick = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+quick = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from benchmark_run_helpers import between, chat_model, chat_reward_model, judge_server
 from evaluation_helpers import save, tiny
+from patience import HANGS
 
 import isdaa.models.loading
 import isdaa.models.sampling.sampling
@@ -347,6 +348,7 @@ def test_an_interrupted_generation_loses_one_batch(models, tmp_path, monkeypatch
     assert whole == {row["key"]: row["text"] for row in rows}  # neither batches nor the kill change an answer
 
 
+@pytest.mark.slow  # tests/evaluation/test_judge_cache.py kills what asks, without a benchmark around it
 def test_a_kill_while_judging_loses_no_reply(models, tmp_path):
     program = [sys.executable, "-m", "isdaa.cli", "benchmark", "tldr", "--output", str(tmp_path / "out")]
     program += ["--limit", "6", "--max_new_tokens", "8", "--evaluation.bootstrap", "100", "--judge_concurrency", "1"]
@@ -360,7 +362,7 @@ def test_a_kill_while_judging_loses_no_reply(models, tmp_path):
         command = [*program, *project(models, "one"), *judge_options(url)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment))
-        assert processes[0].wait(120) == -signal.SIGKILL
+        assert processes[0].wait(HANGS) == -signal.SIGKILL
         generated = (tmp_path / "out/generations.jsonl").read_bytes()
         assert len(judge.asked) == 6
         assert main(command[3:]) == 0

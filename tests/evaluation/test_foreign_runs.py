@@ -21,19 +21,40 @@ SMALL = {"evaluation__max_new_tokens": 6, "evaluation__bootstrap": 100, "evaluat
 SMALL |= {"tokenization__max_length": 128, "tokenization__max_prompt_length": 96}
 
 
-@pytest.fixture
-def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three checkpoints whose names sort otherwise, and a final model with the weights of the last."""
-    monkeypatch.chdir(tmp_path)
-    reference = tiny(0)
-    save(reference, tmp_path / "base")
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What tests begin with, to be copied into the one folder that all work in, for records name its models: `fresh`, three
+    checkpoints whose names sort otherwise, and a final model with the weights of the last; and `reported`, with a report."""
+    home = tmp_path_factory.mktemp("foreign")
+    work, reference = home / "work", tiny(0)
+    save(reference, work / "base")
     for index, step in enumerate((5, 20, 100)):
-        folder = Path(save(moved(reference, 0.1 * (index + 1)), tmp_path / "out" / f"checkpoint-{step}"))
+        folder = Path(save(moved(reference, 0.1 * (index + 1)), work / "out" / f"checkpoint-{step}"))
         (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 100}))
-    save(moved(reference, 0.3), tmp_path / "out")
+    save(moved(reference, 0.3), work / "out")
     posts = make_posts("small", 8, split="eval")
-    jsonl(tmp_path / "prompts.jsonl", [{key: post[key] for key in ("id", "prompt", "facts")} for post in posts])
-    return tmp_path / "out"
+    jsonl(work / "prompts.jsonl", [{key: post[key] for key in ("id", "prompt", "facts")} for post in posts])
+    shutil.copytree(work, home / "fresh")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        assert report("out") == 0
+    shutil.copytree(work, home / "reported")
+    return home
+
+
+@pytest.fixture
+def out(kept: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of checkpoints in its place, without a report unless `reported` is asked for, too."""
+    work = kept / "work"
+    shutil.rmtree(work)
+    shutil.copytree(kept / ("reported" if "reported" in request.fixturenames else "fresh"), work)
+    monkeypatch.chdir(work)
+    return work / "out"
+
+
+@pytest.fixture
+def reported(out: Path) -> None:
+    """`out` has been reported on."""
 
 
 def options(**changes: Any) -> list[str]:
@@ -68,8 +89,7 @@ def test_the_folder_is_a_run_with_a_verdict_and_real_steps(out: Path, capsys: py
     refused(capsys, ["evaluate", "--model_path", "out", *options(scorer="none")], "out/evaluation: holds an evaluation of 3")
 
 
-def test_a_narrower_call_loses_nothing(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report("out") == 0
+def test_a_narrower_call_loses_nothing(out: Path, reported: None, capsys: pytest.CaptureFixture[str]) -> None:
     before = read(out / "evaluation/metrics.json")
     assert report("--checkpoints", "out/checkpoint-100", "out/checkpoint-20") == 0
     assert "its evaluation of 1 other checkpoint stays" in capsys.readouterr().err
@@ -87,9 +107,8 @@ def test_a_narrower_call_loses_nothing(out: Path, capsys: pytest.CaptureFixture[
     ],
 )
 def test_another_evaluation_goes_elsewhere_or_is_refused(
-    out: Path, capsys: pytest.CaptureFixture[str], more: dict[str, Any], told: str
+    out: Path, reported: None, capsys: pytest.CaptureFixture[str], more: dict[str, Any], told: str
 ) -> None:
-    assert report("out") == 0
     kept = {name: (out / name).read_bytes() for name in ("evaluation/metrics.json", "evaluation/plan.json", "report/report.json")}
     refused(capsys, ["report", "out", *options(**more)], "holds an evaluation of 3 checkpoints", told, "--output")
     assert report("out", output="mine", **more) == 0
@@ -105,9 +124,8 @@ def test_another_evaluation_goes_elsewhere_or_is_refused(
 
 
 def test_fewer_checkpoints_with_other_settings_or_after_a_change_are_refused(
-    out: Path, capsys: pytest.CaptureFixture[str]
+    out: Path, reported: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert report("out") == 0
     call = ["report", "--checkpoints", "out/checkpoint-100", "out/checkpoint-20"]
     refused(capsys, [*call, *options(evaluation__max_new_tokens=4)], "other settings")
     save(moved(tiny(0), 0.7), out / "checkpoint-5")  # trained again, into the same folder
@@ -156,19 +174,18 @@ def test_a_part_of_one_run_is_not_put_into_the_whole(out: Path, capsys: pytest.C
 
 
 def test_an_evaluation_knows_its_models_from_any_folder(
-    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    out: Path, reported: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert report("out") == 0
+    home = out.parent
     monkeypatch.chdir("/")
     assert main(["report", str(out)]) == 0, "nothing is asked for: it is all there"
     paths = [str(out / f"checkpoint-{step}") for step in (20, 5)]
-    where = {"reference": str(tmp_path / "base"), "data": str(tmp_path / "prompts.jsonl")}
+    where = {"reference": str(home / "base"), "data": str(home / "prompts.jsonl")}
     assert report("--checkpoints", *paths, **where) == 0
     assert steps_in(out / "report/report.json") == [5, 20, 100]
 
 
-def test_weights_that_changed_are_evaluated_again(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report("out") == 0
+def test_weights_that_changed_are_evaluated_again(out: Path, reported: None, capsys: pytest.CaptureFixture[str]) -> None:
     folder = out / "checkpoint-20"
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())  # written anew, the same
     assert main(["report", "out"]) == 0
@@ -179,8 +196,7 @@ def test_weights_that_changed_are_evaluated_again(out: Path, capsys: pytest.Capt
     assert main(call) == 0 and main(["report", "out"]) == 0
 
 
-def test_weights_that_changed_places_are_noticed(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report("out") == 0
+def test_weights_that_changed_places_are_noticed(out: Path, reported: None, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree("out/evaluation", "other/evaluation")
     for name in ("checkpoint-5", "checkpoint-20"):
         (out / name).rename(out / f"{name}-away")
@@ -192,8 +208,7 @@ def test_weights_that_changed_places_are_noticed(out: Path, capsys: pytest.Captu
     refused(capsys, ["report", "other"], "has changed since it was evaluated")
 
 
-def test_a_run_is_one_by_any_of_its_names(out: Path) -> None:
-    assert report("out") == 0
+def test_a_run_is_one_by_any_of_its_names(out: Path, reported: None) -> None:
     Path("link").symlink_to("out")
     assert report("--checkpoints", "link/checkpoint-20", "link/checkpoint-5") == 0
     assert steps_in(out / "report/report.json") == [5, 20, 100]
@@ -246,16 +261,15 @@ def test_labels_stay_apart_when_models_are_added(out: Path) -> None:
 
 
 def test_a_mistyped_path_answers_before_anything_large_is_imported(out: Path) -> None:
-    program = (
-        "import sys; from isdaa.cli import main\n"
-        "status = main({argv!r})\n"
-        "print(status, sorted({{'torch', 'transformers', 'altair'}} & set(sys.modules)))"
-    )
-    calls = (
+    calls = [
         ["report", "--checkpoints", "out/checkpoint-11", *options()],
         ["report", "out", *options(reference="bsae")],
         ["evaluate", "--model_path", "out/checkpoint-5", *options(scorer="./gould")],
+    ]
+    program = (
+        "import sys; from isdaa.cli import main\n"
+        f"for argv in {calls!r}:\n"
+        "    print(main(argv), sorted({'torch', 'transformers', 'altair'} & set(sys.modules)))"
     )
-    for argv in calls:
-        done = subprocess.run([sys.executable, "-c", program.format(argv=argv)], capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == "2 []", done
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["2 []"] * 3, done

@@ -25,7 +25,7 @@ torch.manual_seed(0)
 model = LlamaForCausalLM(LlamaConfig(
     vocab_size=vocabulary, hidden_size=hidden, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
     num_key_value_heads=2, tie_word_embeddings=False))
-forward = prepare(model)
+forward = prepare(model, probe=False)
 for parameter in model.parameters():
     parameter.grad = torch.zeros_like(parameter)
 ones = torch.ones(4, dtype=torch.long)

@@ -161,8 +161,8 @@ def test_the_best_against_the_worst_is_told_where_weights_are_made_of_mu_and_now
         assert train(f"{method}-{weight}", later | given) == 0
         said = capsys.readouterr().err
         assert (told in said) is biased and "not read: pairing" not in said, method
-        assert main(["inspect", *(f"--{key}={value}" for key, value in {"model.path": "weighted/sft", **given}.items()),
-                     "--data.pairs", "weighted/pairs/train.jsonl", "--output_dir", "none"]) == 0  # fmt: skip
+        given |= {"model.path": "weighted/sft", "data.pairs": "weighted/pairs/train.jsonl", "output_dir": "none"}
+        assert main(["inspect", "--no_plan", *(f"--{key}={value}" for key, value in given.items())]) == 0
         assert (told in " ".join("".join(capsys.readouterr()).split())) is biased, method
         args = PreferenceConfig("out", method=method, bf16=False, report_to="none", use_cpu=True)
         preference_trainer("weighted/sft", args=args, train_dataset=read_lines(Path("weighted/pairs/train.jsonl")))

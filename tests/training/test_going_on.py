@@ -123,8 +123,9 @@ def test_the_optimiser_goes_on_too(place: Path, capsys: pytest.CaptureFixture[st
     refused(capsys, again, "continue_optimizer = True, this one False")
 
 
-@pytest.mark.parametrize("old", ["old", "lora"])
-@pytest.mark.parametrize("optimizer", [[], ["--continue_optimizer"]], ids=["anew", "optimizer"])
+@pytest.mark.parametrize(
+    ("old", "optimizer"), [("old", []), ("lora", ["--continue_optimizer"])], ids=["weights anew", "adapter and optimizer"]
+)
 def test_a_kill_costs_nothing(old: str, optimizer: list[str], place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--align.max_steps", "4", "--align.save_steps", "2", *optimizer]
     assert go_on(old, *options, output="whole") == 0

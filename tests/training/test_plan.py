@@ -58,7 +58,17 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+PLANS: dict[str, Plan] = {}
+
+
 def planned(examined: dict[str, Examined], stage: str = "align", device: str = "h100", **changes: Any) -> Plan:
+    """Made once of each kind: nothing changes a plan."""
+    if (key := repr((stage, device, sorted(changes.items())))) not in PLANS:
+        PLANS[key] = newly_planned(examined, stage, device, **changes)
+    return PLANS[key]
+
+
+def newly_planned(examined: dict[str, Examined], stage: str, device: str, **changes: Any) -> Plan:
     options = {key: changes.pop(key) for key in ("processes", "sharding", "others") if key in changes}
     rows = examined["align"] if stage == "reward" else examined[stage]
     return plan(replace(rows, stage=stage), aligned(**changes), small(), device=device, speed=SPEED, **options)
@@ -353,10 +363,11 @@ def test_a_model_that_cannot_be_rehearsed_gets_no_plan_and_a_line(place: Path, c
     ("kind", "precision", "rank", "checkpointing"),
     [
         ("pairs", "float32", 0, False),
-        ("pairs", "bfloat16", 0, True),
-        ("pairs", "bfloat16", 4, False),
+        ("pairs", "bfloat16", 4, True),
         ("sft", "bfloat16", 0, True),
-        ("reward", "float32", 0, True),
+        pytest.param("pairs", "bfloat16", 0, True, marks=pytest.mark.slow),
+        pytest.param("pairs", "bfloat16", 4, False, marks=pytest.mark.slow),
+        pytest.param("reward", "float32", 0, True, marks=pytest.mark.slow),
     ],
 )
 def test_three_layers_stand_for_all_of_them_to_the_byte(kind: Any, precision: str, rank: int, checkpointing: bool) -> None:
@@ -367,13 +378,12 @@ def test_three_layers_stand_for_all_of_them_to_the_byte(kind: Any, precision: st
     )
     every.__dict__["_few"] = ()  # all layers are run
     assert few._few
-    batches = (
-        [layout_of([(40, [(20, 30)])] * 3), layout_of([(3, [(2, 2)])])] if kind == "pairs" else [Rows(4, 60, 20), Rows(2, 4, 1)]
-    )
-    for batch in batches:
-        assert few.operations(batch) == every.operations(batch)
-        for options in ({}, {"train": False}, {"accumulating": True}):
-            assert few.memory(batch, **options) == every.memory(batch, **options), options
+    batch = layout_of([(40, [(20, 30)])] * 3) if kind == "pairs" else Rows(4, 60, 20)
+    assert few.operations(batch) == every.operations(batch)
+    for options in ({}, {"train": False}, {"accumulating": True})[: None if (kind, precision) == ("pairs", "float32") else 1]:
+        assert few.memory(batch, **options) == every.memory(batch, **options), options
+    small_batch = layout_of([(3, [(2, 2)])]) if kind == "pairs" else Rows(2, 4, 1)
+    assert few.memory(small_batch) == every.memory(small_batch)
 
 
 def test_layers_that_differ_are_all_run() -> None:
