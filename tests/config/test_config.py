@@ -15,6 +15,8 @@ from isdaa.config.synonyms import SYNONYMS, WITHOUT_KEY, hint
 from isdaa.errors import UserError
 from isdaa.objectives.presets import resolve
 
+pytestmark = pytest.mark.fast
+
 ROOT = Path(__file__).parents[2]
 # tests/experiments/test_grid.py loads the sweeps.
 RUNS = (

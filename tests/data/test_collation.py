@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from isdaa.data.collation import PairBatch, collate
 
+pytestmark = pytest.mark.fast
+
 FIRST = {"prompt_ids": [10, 11, 12], "chosen_ids": [20, 21], "rejected_ids": [30]}
 SECOND = {"prompt_ids": [13], "chosen_ids": [22, 23, 24], "rejected_ids": [31, 32]}
 

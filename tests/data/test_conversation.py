@@ -4,6 +4,8 @@ import pytest
 
 from isdaa.data.conversation import conversation_text, turns_of
 
+pytestmark = pytest.mark.fast
+
 TOOL = {"type": "function", "function": {"name": "weather", "description": "Of a city", "parameters": {"type": "object"}}}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Köln"}}}
 

@@ -19,6 +19,8 @@ from isdaa.data.pairs import Counts, canonical_pair, canonical_prompt, canonical
 from isdaa.data.reading.sources import load_pairs, load_prompts, load_sft, pairs_of
 from isdaa.errors import UserError
 
+pytestmark = pytest.mark.fast
+
 WHERE = "pairs.jsonl:3"
 USER = {"role": "user", "content": "What is 1 plus two?"}
 GOOD = {"role": "assistant", "content": "3"}

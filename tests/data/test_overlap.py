@@ -8,6 +8,8 @@ import pytest
 
 from isdaa.data.overlap import joined, shared, sketch
 
+pytestmark = pytest.mark.fast
+
 
 def rows(start: int, stop: int, words: str = "") -> list[dict[str, str]]:
     return [{"prompt": f"p{i}", "chosen": f"{words}a{i}", "rejected": f"b{i}"} for i in range(start, stop)]

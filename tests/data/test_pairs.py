@@ -14,6 +14,8 @@ from isdaa.data.pairs import (
 )
 from isdaa.errors import UserError
 
+pytestmark = pytest.mark.fast
+
 USER = {"role": "user", "content": "What is the capital of France?"}
 SYSTEM = {"role": "system", "content": "Answer in one sentence."}
 GOOD = {"role": "assistant", "content": "Paris."}

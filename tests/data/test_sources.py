@@ -14,6 +14,8 @@ from datasets import Dataset, DatasetDict
 from isdaa.data.reading.sources import as_dataset, common_prompts, hold_out, load_pairs, load_prompts, load_rows, load_sft
 from isdaa.errors import UserError
 
+pytestmark = pytest.mark.fast
+
 ROWS = [
     {"prompt": "What is the capital of France?", "chosen": "Paris.", "rejected": "Lyon,\nI think."},
     {"prompt": "Is it “warm” in May?", "chosen": "Yes.", "rejected": "No."},

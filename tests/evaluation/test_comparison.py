@@ -16,6 +16,8 @@ from isdaa.evaluation.verdict.comparison import (
     to_json,
 )
 
+pytestmark = pytest.mark.fast
+
 
 def a_run(means, kl, cell, seed, prompts=6, wins=True):
     """A run whose prompts are all the same."""

@@ -5,6 +5,8 @@ import pytest
 
 from isdaa.evaluation.verdict.fall_statistics import gains_shown
 
+pytestmark = pytest.mark.fast
+
 
 def drawn(gain: float, count: int, prompts: int, seed: int, kept: float = 0.7) -> np.ndarray:
     """(C, N) win rates against four answers of the reference; prompts keep a share of their luck in all checkpoints."""

@@ -11,6 +11,8 @@ from isdaa.evaluation.checkpoints.kl import KL_SETTINGS, divergences, kl_summary
 from isdaa.models.packed.forward import prepare
 from isdaa.models.sampling.sampling import SamplingSettings, sample
 
+pytestmark = pytest.mark.fast
+
 VOCABULARY, EOS, LENGTH = 5, 2, 3
 PROMPT = [1, 3, 4]
 

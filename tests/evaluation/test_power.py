@@ -10,6 +10,8 @@ from isdaa.evaluation.verdict.overoptimization import verdict_of
 from isdaa.evaluation.verdict.power import looks_needed, seen, smallest_fall, stoppable
 from isdaa.evaluation.verdict.sequential import FallTest
 
+pytestmark = pytest.mark.fast
+
 
 def judged(curve, prompts, runs, seed):
     """(R, C, N) win rates against four samples of the reference; prompts correlate by ½ between checkpoints."""

@@ -5,6 +5,8 @@ import pytest
 
 from isdaa.evaluation.statistics import bootstrap_means, difference_interval, mean_interval
 
+pytestmark = pytest.mark.fast
+
 
 def test_two_prompts_by_hand():
     """Two values: a resample's mean is 0, ½ or 1 with probability ¼, ½, ¼, so the 95 % interval is all of it."""

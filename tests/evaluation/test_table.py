@@ -2,9 +2,12 @@
 
 import io
 
+import pytest
 from hostile import ESCAPED, NAME, harmless, unwrapped
 
 from isdaa.evaluation.table import fine, legend, percent, pm, print_table, short, unmoved
+
+pytestmark = pytest.mark.fast
 
 
 def interval(mean: float, half: float) -> dict:

@@ -14,6 +14,8 @@ from isdaa.evaluation.checkpoints import sample_and_kl
 from isdaa.evaluation.checkpoints.trajectory import read_study, trajectories
 from isdaa.evaluation.evaluate import evaluate
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, str]:

@@ -5,6 +5,8 @@ import pytest
 
 from isdaa.evaluation.checkpoints.win_rate import own_win_rates, tie_rate, win_rates
 
+pytestmark = pytest.mark.fast
+
 OPPONENTS = [[0.0, 1.0, 2.0, 3.0], [1.0, 1.0, 1.0, 1.0], [5.0, 5.0, 0.0, 5.0]]
 
 

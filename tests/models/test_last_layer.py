@@ -23,6 +23,8 @@ from isdaa.models.attention.layout import Layout
 from isdaa.models.packed import last_layer
 from isdaa.models.packed.forward import prepare
 
+pytestmark = pytest.mark.fast
+
 NARROWED = {"llama", "llama_tied", "qwen2", "qwen3", "mistral", "mistral_long_window", "mistral_short_window"}
 
 

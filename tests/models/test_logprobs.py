@@ -10,6 +10,8 @@ from isdaa.errors import UserError
 from isdaa.models.packed import logprobs
 from isdaa.models.packed.logprobs import LinearHead, OwnHead, full_vocabulary_kl, token_logps
 
+pytestmark = pytest.mark.fast
+
 N, D, V = 11, 6, 17
 
 

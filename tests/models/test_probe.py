@@ -25,6 +25,8 @@ from isdaa.models.packed import forward as forward_module
 from isdaa.models.packed import probe
 from isdaa.models.packed.forward import inner_model, prepare
 
+pytestmark = pytest.mark.fast
+
 
 def test_an_ignored_window_is_noticed(monkeypatch, caplog):
     real = shared_prefix.shared_prefix_attention

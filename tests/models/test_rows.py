@@ -10,6 +10,8 @@ from isdaa.errors import UserError
 from isdaa.models.packed.forward import prepare
 from isdaa.models.packed.plain_rows import kl_pass, sequence_logps
 
+pytestmark = pytest.mark.fast
+
 
 def rows_of(count: int) -> list[tuple[list[int], list[int]]]:
     generator = torch.Generator().manual_seed(3)

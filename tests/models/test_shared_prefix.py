@@ -15,6 +15,8 @@ from isdaa.models.attention.layout import Layout
 from isdaa.models.attention.shared_prefix import plain_attention
 from isdaa.models.packed.forward import PairForward, disable_dropout, inner_model, prepare
 
+pytestmark = pytest.mark.fast
+
 
 def test_layout_by_hand():
     #                0 1 2 | 3 4 | 5 6 7 || 8 | 9 | 10

@@ -9,6 +9,8 @@ from forward_helpers import assert_same_gradients, gradients, lengths_of, loss_o
 from isdaa.models.packed import logprobs, tied_embeddings
 from isdaa.models.packed.forward import prepare
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture(params=["kept", "recomputed"], autouse=True)
 def way(request, monkeypatch):

@@ -9,6 +9,8 @@ from isdaa.objectives import Objective, PairLogps
 from isdaa.objectives.implicit_reward import chi_squared
 from isdaa.objectives.weights import weight_metrics
 
+pytestmark = pytest.mark.fast
+
 RATIOS = (-1e4, -89.0, -88.0, -1.0, 0.0, 19.0, 20.0, 21.0, 39.0, 1e4)
 VARIANTS = list(itertools.product(("log_ratio", "chi_squared"), ("logistic", "squared", "hinge")))
 WEIGHTS = [

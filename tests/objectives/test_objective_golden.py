@@ -8,6 +8,8 @@ import torch
 
 from isdaa.objectives import Objective, PairLogps
 
+pytestmark = pytest.mark.fast
+
 CASES = json.loads((Path(__file__).parents[1] / "golden" / "objectives.json").read_text(encoding="utf-8"))["cases"]
 
 

@@ -10,6 +10,8 @@ from plain_objective import pairs_of
 
 from isdaa.objectives import PRESETS, Objective, PairLogps, resolve
 
+pytestmark = pytest.mark.fast
+
 LOSSES, REWARDS = ("logistic", "squared", "hinge"), ("log_ratio", "chi_squared")
 WEIGHTS = ("none", "importance", "wpo", "shuffled", "mean")
 

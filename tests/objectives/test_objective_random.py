@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +10,8 @@ from plain_objective import batches, compositions, pairs_of, plain
 
 from isdaa.objectives import Objective
 from isdaa.objectives.weights import permutation
+
+pytestmark = pytest.mark.fast
 
 EXAMPLES = settings(max_examples=120, deadline=None, derandomize=True)
 

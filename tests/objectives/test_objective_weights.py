@@ -13,6 +13,8 @@ from plain_objective import batches, pairs_of
 from isdaa.objectives import Objective, batch_weights, effective_sample_size, resolve, weight_metrics
 from isdaa.objectives.weights import importance_weights, permutation, wpo_weights
 
+pytestmark = pytest.mark.fast
+
 BATCHES = st.lists(st.floats(0, 50, width=32), min_size=1, max_size=12)
 QUICK = settings(max_examples=80, deadline=None, derandomize=True)
 

@@ -14,6 +14,8 @@ from plain_objective import compositions, pairs_of
 import isdaa
 from isdaa.objectives import CHOICES, DEFAULTS, FIELDS, PRESETS, Objective, PairLogps, check_settings, resolve
 
+pytestmark = pytest.mark.fast
+
 MITIGATED = [f"{kind}_{loss}" for kind in ("rpo", "chi", "r") for loss in ("dpo", "ipo", "slic")]
 RENAMED = {"rpo_dpo": "rpo", "chi_dpo": "chi_po"}
 BASES = ["dpo", "ipo", "slic", *(RENAMED.get(name, name) for name in MITIGATED), "cdpo"]

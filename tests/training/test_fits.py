@@ -12,6 +12,8 @@ from isdaa.preview.devices import Speed
 from isdaa.preview.fits import EIGHT_BIT, ROOM, Fit, _micro_batches, fits, memory_of
 from isdaa.preview.plan import Phase, Plan
 
+pytestmark = pytest.mark.fast
+
 
 def config_of(**changes: Any) -> Config:
     given = {"model.path": "m", "data.pairs": "p", "align.batch_size": 32, "align.gradient_accumulation_steps": 2}

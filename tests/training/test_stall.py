@@ -13,6 +13,8 @@ from isdaa.objectives.presets import resolve
 from isdaa.training.stages.starting_weights import SAMPLE, starting_weights
 from isdaa.training.trainer.batches import TokenisedPairs, own_logps
 
+pytestmark = pytest.mark.fast
+
 
 def pairs(count: int, mu: Any = None) -> TokenisedPairs:
     """Pairs whose responses have logp -10 under the reference; mu(i): (chosen, rejected) under the behaviour policy, or None."""

@@ -10,6 +10,8 @@ from isdaa.world import PROMPT_END, SIZES, SPLITS, explain, gold_reward, make_po
 from isdaa.world.grammar import draw_facts, split_of
 from isdaa.world.lexicon import lexicon
 
+pytestmark = pytest.mark.fast
+
 RECORDED = {
     "id": "small/eval/11/000000",
     "prompt": "my friend will not stop eating my lunch. it all started after the baby. this has lasted three months now. "

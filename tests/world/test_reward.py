@@ -11,6 +11,8 @@ from isdaa.world import SIZES, explain, gold_reward, make_posts
 from isdaa.world.lexicon import CONJUNCTIONS, PUNCTUATION, lexicon
 from isdaa.world.reward import LENGTH_ALLOWED, split_words
 
+pytestmark = pytest.mark.fast
+
 FACTS = {
     "size": "small",
     "relation": "boss",

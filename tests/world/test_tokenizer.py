@@ -6,6 +6,8 @@ from isdaa.world import PROMPT_END, SIZES, build_tokenizer, make_posts, model_co
 from isdaa.world.reward import split_words
 from isdaa.world.tokenizer import vocabulary
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture(scope="module", params=SIZES)
 def world(request):
