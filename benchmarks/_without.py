@@ -18,7 +18,7 @@ Left = Callable[[], AbstractContextManager[object]]
 LEFT: dict[str, Left] = {
     "without_blocks": lambda: patch.object(attention_choice, "FAST", {}),
     "without_last_layer": lambda: patch.object(last_layer, "install", lambda model: False),
-    "without_direction": lambda: patch.object(logprobs, "_KEPT_BYTES", {}),
+    "without_direction": lambda: patch.object(logprobs, "KEPT_BYTES", {}),
     "without_tie": lambda: patch.object(patched_forward, "tie_of", lambda model: None),
     "without_huge_pages": nullcontext,  # of the environment: `_cell.AS_IT_COMES`
 }

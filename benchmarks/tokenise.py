@@ -167,7 +167,7 @@ def measure(
         read = _peak()
         with (
             patch.object(token_cache, "content_digest", clock.wrapped("  digest of the content", token_cache.content_digest)),
-            patch.object(token_cache, "_write", clock.wrapped("  write", token_cache._write)),
+            patch.object(token_cache, "write_tokens", clock.wrapped("  write", token_cache.write_tokens)),
             clock.part("tokenise into a fresh cache"),
         ):
             result, counts = tokenize_pairs(pairs, tokenizer, cache_dir=cache)

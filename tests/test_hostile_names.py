@@ -147,7 +147,7 @@ def test_a_sweeps_overview(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert told.count(ESCAPED) == 4 and all(line.startswith(("sweep: ", "FAILED ", "finished ")) for line in told.splitlines())
     stream = io.StringIO()
     console = terminal.Terminal(file=stream, width=400, color_system=None)
-    console.print(seen._picture() if seen.running else Text(""))
+    console.print(seen.picture() if seen.running else Text(""))
     harmless(stream.getvalue())
 
 

@@ -184,7 +184,7 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "opponents not scored": lambda: before(measurement.Blocks, "add", lambda blocks, kind, *_: kind == "scores"),
     "a look": lambda: before(measurement.Looks, "look", later(2)),
     "a best model half written": lambda: before(files, "sync_tree", lambda folder: folder.name.startswith(".writing-best")),
-    "a best model not yet linked": lambda: before(guard.BestModel, "_link"),
+    "a best model not yet linked": lambda: before(guard.BestModel, "link"),
     "a best model before its checkpoint": lambda: before(WholeCheckpoints, "_save_checkpoint", later(2)),
     "facts": lambda: before(label, "write_json"),
 }

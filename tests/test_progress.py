@@ -278,7 +278,7 @@ def test_an_unweighted_loss_is_shown_beside_a_weighted_one_alone(eager: None, ca
     state.global_step = 1
     progress.on_log(None, state, control, logs={"loss": 1.0, "loss/unweighted": 1.0})
     progress.on_log(None, state, control, logs={"guard/kl": 2.0, "guard/win_rate": 0.5})
-    assert progress._bar.note == "loss 1  win rate 0.5  KL 2"
+    assert progress.bar.note == "loss 1  win rate 0.5  KL 2"
     progress.close()
 
 
@@ -292,5 +292,5 @@ def test_what_a_step_does_is_told_while_it_lasts(quick: None, capsys: pytest.Cap
     assert any(line.endswith("in step 4: pass 2 of 3") for line in heard(capsys, 1, "pass 2 of 3"))
     state.global_step = 4
     progress.on_step_end(None, state, SimpleNamespace(should_log=False))
-    assert progress._bar.within == ""
+    assert progress.bar.within == ""
     progress.close()

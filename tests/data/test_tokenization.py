@@ -696,7 +696,7 @@ def test_lengths_stay_within_bounds_and_ids_concatenate(
 
 def test_two_processes_fill_the_cache_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = as_dataset([canonical_pair(PLAIN, "pairs.jsonl:1")])
-    write = tokens_room._write
+    write = tokens_room.write_tokens
     depth = 0
 
     def meanwhile(*arguments: Any) -> None:
@@ -707,11 +707,11 @@ def test_two_processes_fill_the_cache_at_once(tmp_path: Path, monkeypatch: pytes
             tokenize_pairs(rows, byte_level(), cache_dir=tmp_path)
             assert depth == 2
 
-    monkeypatch.setattr(tokens_room, "_write", meanwhile)
+    monkeypatch.setattr(tokens_room, "write_tokens", meanwhile)
     first, _ = tokenize_pairs(rows, byte_level(), cache_dir=tmp_path)
     assert list(first) == list(tokenize_pairs(rows, byte_level())[0])
     assert [path.name[:7] for path in tmp_path.iterdir()] == ["tokens-"]
     assert depth == 2
     # Absent when it is read back, since another process is just putting its own there.
-    monkeypatch.setattr(tokens_room, "_read", lambda folder: None)
+    monkeypatch.setattr(tokens_room, "read_tokens", lambda folder: None)
     assert list(tokenize_pairs(rows, byte_level(), cache_dir=tmp_path)[0]) == list(first)

@@ -14,7 +14,7 @@ from isdaa.evaluation.benchmarks.request import file_name
 from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Judged, Judgment, Question, Scoring
 from isdaa.evaluation.benchmarks.table import cut_notes, pairs_of, print_outcome, raw_mark, signed, spread
 from isdaa.evaluation.statistics import fewest
-from isdaa.report.benchmark_charts import _domain, benchmark_figures
+from isdaa.report.benchmark_charts import axis_domain, benchmark_figures
 from isdaa.report.benchmarks import tone
 
 SCORING = Scoring(resamples=200)
@@ -160,7 +160,7 @@ def test_a_raw_difference_under_a_controlled_headline_is_marked():
 
 
 def test_equal_models_are_drawn_on_an_axis_that_can_be_read():
-    assert _domain([0.0, 0.0], None) == [-0.25, 0.25] and _domain([50.0], (0.0, 100.0)) == [49.0, 51.0]
+    assert axis_domain([0.0, 0.0], None) == [-0.25, 0.25] and axis_domain([50.0], (0.0, 100.0)) == [49.0, 51.0]
 
 
 def test_of_many_models_the_terminal_compares_each_with_the_best():

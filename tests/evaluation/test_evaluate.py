@@ -168,13 +168,13 @@ def test_what_changed_is_computed_anew_and_the_rest_reused(finished, models, tmp
     for name in ("samples.jsonl", "pairs.jsonl", "scores.jsonl"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     drawn: list[tuple[str, list[str]]] = []
-    original = sample_and_kl.Collection._sample
+    original = sample_and_kl.Collection.sample_model
 
     def listed(self, path, rows, sampling, purposes, **more):
         drawn.append((Path(path).name, list(purposes)))
         return original(self, path, rows, sampling, purposes, **more)
 
-    monkeypatch.setattr(sample_and_kl.Collection, "_sample", listed)
+    monkeypatch.setattr(sample_and_kl.Collection, "sample_model", listed)
     run(models, tmp_path, settings=settings(opponent_samples=3, bootstrap=200))
     assert drawn == [("reference", ["opponent/2"])]
     drawn.clear()
@@ -188,7 +188,7 @@ def test_what_changed_is_computed_anew_and_the_rest_reused(finished, models, tmp
 @pytest.mark.parametrize("stop_at", [0, 1, 2, 4])
 def test_an_interruption_loses_only_the_block_in_work(finished, models, tmp_path, monkeypatch, stop_at):
     metrics, _ = finished
-    original = sample_and_kl.Collection._sample
+    original = sample_and_kl.Collection.sample_model
     calls: list[str] = []
 
     def interrupted(self, path, rows, sampling, purposes, **more):
@@ -197,7 +197,7 @@ def test_an_interruption_loses_only_the_block_in_work(finished, models, tmp_path
             raise KeyboardInterrupt
         return original(self, path, rows, sampling, purposes, **more)
 
-    monkeypatch.setattr(sample_and_kl.Collection, "_sample", interrupted)
+    monkeypatch.setattr(sample_and_kl.Collection, "sample_model", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(models, tmp_path)
     assert not (tmp_path / "metrics.json").exists()
@@ -210,7 +210,7 @@ def test_an_interruption_loses_only_the_block_in_work(finished, models, tmp_path
         again.append(purposes[0])
         return original(self, path, rows, sampling, purposes, **more)
 
-    monkeypatch.setattr(sample_and_kl.Collection, "_sample", listed)
+    monkeypatch.setattr(sample_and_kl.Collection, "sample_model", listed)
     assert run(models, tmp_path) == metrics
     assert calls[:-1] + again == ["opponent/0", "policy/0", "kl/0", "policy/0", "kl/0"]
 

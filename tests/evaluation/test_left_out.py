@@ -47,7 +47,7 @@ def no_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a sample was drawn")
 
-    monkeypatch.setattr(sample_and_kl.Collection, "_sample", never)
+    monkeypatch.setattr(sample_and_kl.Collection, "sample_model", never)
 
 
 def break_weights(folder: Path, value: float = float("nan"), name: str = NAN, file: str = "model.safetensors") -> None:

@@ -271,7 +271,7 @@ def policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a sample was drawn")
 
-    monkeypatch.setattr(sample_and_kl.Collection, "_sample", never)
+    monkeypatch.setattr(sample_and_kl.Collection, "sample_model", never)
     tokenizer = build("qwen2")
     return save(tiny_of(tokenizer), tmp_path / "policy", tokenizer)
 

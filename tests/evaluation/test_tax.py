@@ -109,7 +109,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*args: Any, **options: Any) -> None:
         raise AssertionError("a model is loaded for what is on disk")
 
-    monkeypatch.setattr("isdaa.evaluation.tax.tax._load", load)
+    monkeypatch.setattr("isdaa.evaluation.tax.tax.load_for_tasks", load)
 
 
 def plain_lm_eval(model: str, task: str, shots: int | None = None) -> dict[str, float]:

@@ -32,4 +32,4 @@ def test_a_world_says_nothing_of_runs() -> None:
     with Overview([WORLD, *RUNS[:1]], 2) as seen:
         seen.ended("world", {"done": True}, 50.0)
         assert seen.left() is None
-        assert "time left not known yet" in seen._head().plain
+        assert "time left not known yet" in seen.head().plain

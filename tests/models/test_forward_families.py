@@ -36,13 +36,13 @@ def test_equals_two_plain_rows(name, monkeypatch):
     for pairs in (1, 2, 5):
         compare(model, truth_model, forward, pairs)  # short pairs: one padded block
     compare_shared(model, truth_model, forward)
-    monkeypatch.setattr(shared_prefix, "_SHORT_GROUP", 0)
+    monkeypatch.setattr(shared_prefix, "SHORT_GROUP", 0)
     compare(model, truth_model, forward, 5)  # pair by pair
     compare_shared(model, truth_model, forward)
-    monkeypatch.setattr(logprobs, "_CHUNK_ELEMENTS", {"cpu": 7 * VOCABULARY})
-    monkeypatch.setattr(logprobs, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", {"cpu": 7 * VOCABULARY})
+    monkeypatch.setattr(logprobs, "LEAST_ROWS", 1)
     compare(model, truth_model, forward, 5)  # many vocabulary chunks, the last one smaller
-    monkeypatch.setattr(logprobs, "_KEPT_BYTES", {})
+    monkeypatch.setattr(logprobs, "KEPT_BYTES", {})
     compare(model, truth_model, forward, 5)  # computed again in the backward pass
 
 
@@ -51,7 +51,7 @@ def test_two_rows_equal_two_plain_rows(name, caplog, monkeypatch):
     model = tiny(name)
     truth_model = untouched(model)
     if name != "bloom":  # a model that the shared prefix would fit, told otherwise
-        monkeypatch.setattr(shared_prefix, "_visible", lambda q, k, w: q[..., :, None] * 0 >= k[..., None, :] * 0)
+        monkeypatch.setattr(shared_prefix, "visible_keys", lambda q, k, w: q[..., :, None] * 0 >= k[..., None, :] * 0)
     with caplog.at_level(logging.WARNING):
         forward = prepare(model, attention="sdpa")
     assert forward.mode == "two_rows"

@@ -69,19 +69,19 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(flex_module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True, raising=False)  # traces for seconds
     monkeypatch.setattr(gpu_attention, "lacks", lambda *unused: None)
     monkeypatch.setattr(gpu_attention, "varlen_kernel", lambda softcap: loop_kernel)
-    monkeypatch.setattr(attention_choice, "_proofs", {})
-    monkeypatch.setattr(attention_choice, "_said", set())
+    monkeypatch.setattr(attention_choice, "proofs", {})
+    monkeypatch.setattr(attention_choice, "said_once", set())
 
 
 def attend(way, inputs, layout, scaling, window, softcap):
-    how = shared_prefix._Kernel(scaling, 0.0, window, softcap)
+    how = shared_prefix.Kernel(scaling, 0.0, window, softcap)
     settings = (layout, scaling, window, softcap)
     return {
         "flex": lambda: gpu_attention.attend_flex(*inputs, *settings),
         "varlen": lambda: gpu_attention.attend_varlen(*inputs, *settings, kernel=loop_kernel),
-        "one by one": lambda: shared_prefix._attend_one_by_one(*inputs, layout, how),
-        "block": lambda: shared_prefix._attend_in_block(*inputs, layout, how),
-        "dense": lambda: attention_choice._dense(*inputs, *settings),
+        "one by one": lambda: shared_prefix.attend_one_by_one(*inputs, layout, how),
+        "block": lambda: shared_prefix.attend_in_block(*inputs, layout, how),
+        "dense": lambda: attention_choice.dense_attention(*inputs, *settings),
     }[way]()
 
 
@@ -196,8 +196,8 @@ def test_auto_on_a_cpu_and_unknown_names():
 
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_not_there_is_said(way, caplog, monkeypatch):
-    monkeypatch.setattr(attention_choice, "_proofs", {})
-    monkeypatch.setattr(attention_choice, "_said", set())
+    monkeypatch.setattr(attention_choice, "proofs", {})
+    monkeypatch.setattr(attention_choice, "said_once", set())
     model = tiny("llama")
     with caplog.at_level(logging.WARNING):
         forward = prepare(model, attention=way)
@@ -296,9 +296,9 @@ def stand_ins(monkeypatch):
         module = ModuleType(name)
         setattr(module, function.__name__, function)
         monkeypatch.setitem(sys.modules, name, module)
-    gpu_attention._varlen_parameters.cache_clear()
+    gpu_attention.varlen_parameters.cache_clear()
     yield calls
-    gpu_attention._varlen_parameters.cache_clear()
+    gpu_attention.varlen_parameters.cache_clear()
 
 
 @pytest.mark.parametrize(("softcap", "library"), [(None, "torch"), (1.5, "flash_attn")])
@@ -307,13 +307,13 @@ def test_libraries_are_called_as_they_want(stand_ins, softcap, library, window):
     layout = LAYOUTS["pairs"]
     inputs = [torch.randn(1, h, layout.tokens, 8) for h in (6, 2, 2)]
     ours = gpu_attention.attend_varlen(*inputs, layout, 0.3, window, softcap, kernel=gpu_attention.varlen_kernel(softcap))
-    torch.testing.assert_close(ours, attention_choice._dense(*inputs, layout, 0.3, window, softcap))
+    torch.testing.assert_close(ours, attention_choice.dense_attention(*inputs, layout, 0.3, window, softcap))
     assert stand_ins == [library]
 
 
 def test_flash_attn_without_pytorchs_own(stand_ins, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
-    assert gpu_attention.varlen_kernel(None) is gpu_attention._flash_attn
+    assert gpu_attention.varlen_kernel(None) is gpu_attention.flash_attn_kernel
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     assert gpu_attention.varlen_kernel(None) is None
 
@@ -326,13 +326,13 @@ def test_pytorchs_own_without_grouped_heads(stand_ins, monkeypatch):
     monkeypatch.setattr(sys.modules["torch.nn.attention.varlen"], "varlen_attn", older)
     layout = LAYOUTS["pairs"]
     inputs = [torch.randn(1, h, layout.tokens, 8) for h in (6, 2, 2)]
-    ours = gpu_attention.attend_varlen(*inputs, layout, None, None, None, kernel=gpu_attention._torch_varlen)
-    torch.testing.assert_close(ours, attention_choice._dense(*inputs, layout, None, None, None))
+    ours = gpu_attention.attend_varlen(*inputs, layout, None, None, None, kernel=gpu_attention.torch_varlen_kernel)
+    torch.testing.assert_close(ours, attention_choice.dense_attention(*inputs, layout, None, None, None))
 
 
 def test_pytorchs_own_kernel_has_the_arguments_that_are_used():
     varlen = pytest.importorskip("torch.nn.attention.varlen")
-    assert varlen.varlen_attn and gpu_attention.varlen_kernel(None) is gpu_attention._torch_varlen
+    assert varlen.varlen_attn and gpu_attention.varlen_kernel(None) is gpu_attention.torch_varlen_kernel
 
 
 def test_one_compiled_kernel_for_all_lengths(monkeypatch):

@@ -26,7 +26,7 @@ def inputs(dtype=torch.float64, bias=True):
 @pytest.fixture(params=["kept", "recomputed"], autouse=True)
 def way(request, monkeypatch):
     """Every test runs with directions kept for the backward pass, and with logits computed again."""
-    monkeypatch.setattr(logprobs, "_KEPT_BYTES", {"cpu": 2**20 if request.param == "kept" else 0})
+    monkeypatch.setattr(logprobs, "KEPT_BYTES", {"cpu": 2**20 if request.param == "kept" else 0})
 
 
 def dense(hidden, weight, bias, targets, scale=1.0, softcap=None):
@@ -121,8 +121,8 @@ def test_no_tokens_and_wrong_shapes():
 
 
 def test_full_vocabulary_kl(monkeypatch):
-    monkeypatch.setattr(logprobs, "_CHUNK_ELEMENTS", {"cpu": 4 * V})
-    monkeypatch.setattr(logprobs, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", {"cpu": 4 * V})
+    monkeypatch.setattr(logprobs, "LEAST_ROWS", 1)
     hidden, weight, bias, targets = inputs(torch.float32)
     other_hidden, other_weight = torch.randn(N, D + 2), torch.randn(V, D + 2)
     policy, reference = LinearHead(weight, bias), LinearHead(other_weight, None, 0.5)
@@ -143,11 +143,11 @@ def test_full_vocabulary_kl(monkeypatch):
 
 def test_nothing_is_kept_without_gradients(monkeypatch):
     hidden, weight, bias, targets = inputs(torch.float32)
-    kept, chunks = [], logprobs._Chunks
+    kept, chunks = [], logprobs.Chunks
     monkeypatch.setattr(
-        logprobs, "_Chunks", lambda rows, head, keep=None: kept.append(keep is not None) or chunks(rows, head, keep)
+        logprobs, "Chunks", lambda rows, head, keep=None: kept.append(keep is not None) or chunks(rows, head, keep)
     )
-    monkeypatch.setattr(logprobs, "_KEPT_BYTES", {"cpu": 2**20})
+    monkeypatch.setattr(logprobs, "KEPT_BYTES", {"cpu": 2**20})
     token_logps(hidden, LinearHead(weight, bias), targets)
     with torch.no_grad():
         token_logps(hidden, LinearHead(weight, bias), targets)

@@ -64,7 +64,7 @@ def test_length_of_the_probe():
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
-            return probe._length(AutoModelForCausalLM.from_config(config), longest_row)
+            return probe.row_length(AutoModelForCausalLM.from_config(config), longest_row)
 
     assert length("llama") == (48, None)
     assert length("mistral_short_window") == (48, None)
@@ -83,7 +83,7 @@ def test_length_of_the_probe():
 
 
 def test_rows_beyond_an_unprobed_window_are_two_rows(monkeypatch, caplog):
-    monkeypatch.setattr(probe, "_LONGEST", 60)
+    monkeypatch.setattr(probe, "LONGEST", 60)
     model = tiny("mistral_long_window")
     truth_model = untouched(model)
     forward = prepare(model)

@@ -35,14 +35,14 @@ def test_equals_a_matrix_of_scores(name, heads, groups, block, monkeypatch):
     monkeypatch.setattr(cpu_attention, "BLOCK", block)
     for scaling in (None, 0.3):
         ours = values_and_gradients(lambda q, k, v, s=scaling: attend_blocks(q, k, v, layout, s), layout, heads, groups)
-        dense = lambda q, k, v, s=scaling: attention_choice._dense(q, k, v, layout, s, None, None)  # noqa: E731
+        dense = lambda q, k, v, s=scaling: attention_choice.dense_attention(q, k, v, layout, s, None, None)  # noqa: E731
         for found, truth in zip(ours, values_and_gradients(dense, layout, heads, groups), strict=True):
             torch.testing.assert_close(found, truth, rtol=0, atol=1e-12 * max(1.0, float(truth.abs().max())))
 
 
 def test_values_of_another_size():
     layout = LAYOUTS["shared"]
-    dense = lambda q, k, v: attention_choice._dense(q, k, v, layout, None, None, None)  # noqa: E731
+    dense = lambda q, k, v: attention_choice.dense_attention(q, k, v, layout, None, None, None)  # noqa: E731
     ways = (lambda *x: attend_blocks(*x, layout), dense)
     for found, truth in zip(*(values_and_gradients(way, layout, 6, 2, size=5) for way in ways), strict=True):
         torch.testing.assert_close(found, truth, rtol=0, atol=1e-12 * float(truth.abs().max()))
@@ -50,9 +50,9 @@ def test_values_of_another_size():
 
 def test_rounds_as_the_fused_kernel_does():
     layout = LAYOUTS["pairs"]
-    dense = lambda q, k, v: attention_choice._dense(q, k, v, layout, None, None, None)  # noqa: E731
-    how = shared_prefix._Kernel(None, 0.0, None, None)
-    sdpa = lambda q, k, v: shared_prefix._attend_one_by_one(q, k, v, layout, how)  # noqa: E731
+    dense = lambda q, k, v: attention_choice.dense_attention(q, k, v, layout, None, None, None)  # noqa: E731
+    how = shared_prefix.Kernel(None, 0.0, None, None)
+    sdpa = lambda q, k, v: shared_prefix.attend_one_by_one(q, k, v, layout, how)  # noqa: E731
     exact = values_and_gradients(dense, layout, 6, 2)
     ours, usual = (values_and_gradients(way, layout, 6, 2, torch.float32) for way in (lambda *x: attend_blocks(*x, layout), sdpa))
     for found, plain, truth in zip(ours, usual, exact, strict=True):
@@ -84,7 +84,7 @@ def test_models_equal_plain_rows(name, checkpointing):
 
 
 def test_auto_takes_it_for_rows_that_are_neither_short_nor_very_long(monkeypatch):
-    monkeypatch.setattr(cpu_attention, "_NARROWEST", 0)
+    monkeypatch.setattr(cpu_attention, "NARROWEST", 0)
     model = tiny("llama")
     forward = prepare(model)
     assert used(model, forward) == "sdpa"  # two short pairs: one padded block
@@ -93,12 +93,12 @@ def test_auto_takes_it_for_rows_that_are_neither_short_nor_very_long(monkeypatch
     assert used(model, forward, [(100, 5, 4), (3, 2, 2)]) == "sdpa"
     assert used(model, forward, [(99, 5, 4), (3, 2, 2)]) == "blocks"
     width = model.config.num_attention_heads * model.config.head_dim
-    monkeypatch.setattr(cpu_attention, "_NARROWEST", width + 1)
+    monkeypatch.setattr(cpu_attention, "NARROWEST", width + 1)
     assert used(model, forward, [(99, 5, 4), (3, 2, 2)]) == "sdpa"
 
 
 def test_a_model_in_which_it_is_wrong_goes_back_to_sdpa(monkeypatch, caplog):
-    monkeypatch.setattr(cpu_attention, "_NARROWEST", 0)
+    monkeypatch.setattr(cpu_attention, "NARROWEST", 0)
     right = cpu_attention.attend_blocks
     monkeypatch.setattr(cpu_attention, "attend_blocks", lambda *x: right(*x) * 1.01)
     model = tiny("llama")
@@ -122,7 +122,7 @@ def test_what_it_lacks():
 
 @pytest.mark.parametrize("name", ["mistral_short_window", "gemma2"])
 def test_windows_and_soft_caps_are_left_to_sdpa(name, caplog, monkeypatch):
-    monkeypatch.setattr(attention_choice, "_said", set())
+    monkeypatch.setattr(attention_choice, "said_once", set())
     model = tiny(name)
     truth_model = untouched(model)
     with caplog.at_level(logging.WARNING):
@@ -135,8 +135,8 @@ def test_windows_and_soft_caps_are_left_to_sdpa(name, caplog, monkeypatch):
 
 def test_a_rehearsal_proves_nothing_and_does_as_it_is_told(monkeypatch):
     proofs: dict = {}
-    monkeypatch.setattr(attention_choice, "_proofs", proofs)
+    monkeypatch.setattr(attention_choice, "proofs", proofs)
     batch = Layout.of_pairs(*(torch.tensor([n]) for n in (300, 20, 20)))
     told = {name: Stage(Setting("pairs", tiny("llama").config, attention=name)).operations(batch) for name in ("blocks", "sdpa")}
     assert told["blocks"] > told["sdpa"] and not proofs  # the fused kernel's operations are not counted
-    assert attention_choice._proved("blocks", "cpu", torch.float32, 4, 2, 8, None, None, None) and len(proofs) == 1
+    assert attention_choice.proved("blocks", "cpu", torch.float32, 4, 2, 8, None, None, None) and len(proofs) == 1

@@ -19,7 +19,16 @@ from isdaa.models.loading import add_lora, random_model
 from isdaa.models.packed.forward import prepare
 from isdaa.models.sampling import decoding, kv_cache, sampling
 from isdaa.models.sampling.kv_cache import RoomyLayer
-from isdaa.models.sampling.sampling import Sample, SamplingSettings, _without, draw, probabilities, respond, sample, uniforms
+from isdaa.models.sampling.sampling import (
+    Sample,
+    SamplingSettings,
+    draw,
+    probabilities,
+    respond,
+    sample,
+    uniforms,
+    without_tokens,
+)
 
 VOCABULARY, EOS = 40, 2
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -392,9 +401,9 @@ def test_rows_move_into_gaps(start: str) -> None:
 
 
 def test_rows_behind_the_new_end_fill_the_gaps() -> None:
-    assert _without(np.array([True, False, True, False, True, True])).tolist() == [0, 4, 2, 5]
-    assert _without(np.array([False, False, True])).tolist() == [2]
-    assert _without(np.array([True, True, False])).tolist() == [0, 1]
+    assert without_tokens(np.array([True, False, True, False, True, True])).tolist() == [0, 4, 2, 5]
+    assert without_tokens(np.array([False, False, True])).tolist() == [2]
+    assert without_tokens(np.array([True, True, False])).tolist() == [0, 1]
 
 
 # --- ends ------------------------------------------------------------------------------------------------------------

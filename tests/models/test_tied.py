@@ -14,7 +14,7 @@ pytestmark = pytest.mark.fast
 
 @pytest.fixture(params=["kept", "recomputed"], autouse=True)
 def way(request, monkeypatch):
-    monkeypatch.setattr(logprobs, "_KEPT_BYTES", {"cpu": 2**20 if request.param == "kept" else 0})
+    monkeypatch.setattr(logprobs, "KEPT_BYTES", {"cpu": 2**20 if request.param == "kept" else 0})
 
 
 def test_several_passes_and_one_backward():

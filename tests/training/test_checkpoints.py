@@ -362,13 +362,13 @@ def other(folder: Path, rows: int = 22, rows_seed: int = 0, **changes: Any) -> A
 def test_the_same_global_batch_split_otherwise_reads_every_pair_once_an_epoch(whole_run: Path, tmp_path: Path) -> None:
     read: list[int] = []
     again = other(tmp_path, batch_size=1, gradient_accumulation_steps=4, epochs=1)
-    original = again._pieces
+    original = again.pieces_of
 
     def noted(batch: Any, *others: Any) -> Any:
         read.extend(batch.index[batch.valid].tolist())
         return original(batch, *others)
 
-    again._pieces = noted
+    again.pieces_of = noted
     again.train(resume_from_checkpoint=str(whole_run / "checkpoints" / "checkpoint-4"))
     first = again.sampler.order(0)[:16].tolist()  # four steps of the run that was resumed
     assert sorted(first + read) == list(range(22))
@@ -387,7 +387,7 @@ def test_true_goes_on_from_the_newest_complete_checkpoint(whole_run: Path, tmp_p
     (tmp_path / "checkpoints" / "checkpoint-12" / "model.safetensors").unlink()
     again = start(tmp_path)
     steps = []
-    again._pieces = lambda *arguments, kept=again._pieces: steps.append(again.state.global_step) or kept(*arguments)
+    again.pieces_of = lambda *arguments, kept=again.pieces_of: steps.append(again.state.global_step) or kept(*arguments)
     again.train(resume_from_checkpoint=True)
     assert steps[0] == 8
     assert_same(state_of(tmp_path), state_of(whole_run))

@@ -451,7 +451,7 @@ def test_a_guard_that_sees_logits_that_are_not_finite_ends_the_run(
     from isdaa.training.guard import measurement
 
     monkeypatch.setattr(guard, "load_scorer", lambda name, **kwargs: Letters())
-    draw = measurement.Looks._draw
+    draw = measurement.Looks.draw_samples
 
     def broken(self: Any, model: Any, sampling: Any, purpose: str, *args: Any, **kwargs: Any) -> Any:
         if not purpose.endswith("/4"):
@@ -463,7 +463,7 @@ def test_a_guard_that_sees_logits_that_are_not_finite_ends_the_run(
         finally:
             hook.remove()
 
-    monkeypatch.setattr(measurement.Looks, "_draw", broken)
+    monkeypatch.setattr(measurement.Looks, "draw_samples", broken)
     assert train("run", GUARDED, align__save_steps=1) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("isdaa: error: step 4: guard: sample guard/kl/4/")

@@ -9,7 +9,7 @@ import pytest
 from isdaa.config import Config, load_config
 from isdaa.errors import UserError
 from isdaa.preview.devices import Speed
-from isdaa.preview.fits import EIGHT_BIT, ROOM, Fit, _micro_batches, fits, memory_of
+from isdaa.preview.fits import EIGHT_BIT, ROOM, Fit, fits, memory_of, micro_batches
 from isdaa.preview.plan import Phase, Plan
 
 pytestmark = pytest.mark.fast
@@ -72,7 +72,7 @@ def test_4_bits_are_for_gpus_and_an_adapters_own_rank_stays() -> None:
 @pytest.mark.parametrize(("batch", "accumulated"), [(100, 1), (7, 1), (30, 1), (32, 2), (12, 5), (1, 4)])
 def test_the_global_batch_stays_whatever_its_size(batch: int, accumulated: int) -> None:
     config = config_of(align__batch_size=batch, align__gradient_accumulation_steps=accumulated)
-    for changes in _micro_batches(config, ["align"]):
+    for changes in micro_batches(config, ["align"]):
         one = config_of(align__batch_size=batch, align__gradient_accumulation_steps=accumulated, **changes).align
         assert one.batch_size * one.gradient_accumulation_steps == batch * accumulated and one.batch_size <= batch
 

@@ -89,7 +89,7 @@ def test_the_equality_can_fail(reference: Any, pairs: Any, tmp_path: Path) -> No
         policy, tmp_path / "b", pairs, objective=objective, optimizer="sgd", logging_steps=1, learning_rate=0.02,
         batch_size=1, gradient_accumulation_steps=8, own={"starts_at_reference": False},
     )  # fmt: skip
-    trainer._weigh = lambda micro: None  # type: ignore[method-assign]
+    trainer.weigh = lambda micro: None  # type: ignore[method-assign]
     trainer.train()
     assert logged(trainer) != pytest.approx(losses, rel=1e-3)
     assert largest_difference(weights_of(policy), weights) > 1e-4
@@ -139,7 +139,7 @@ def test_fill_in_pairs_count_nothing(reference: Any, pairs: Any, tmp_path: Path)
             found.append((float(loss), {name: p.grad.clone() for name, p in policy.named_parameters()}))
         assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
         assert largest_difference(found[1][1], found[0][1]) < 1e-9
-        metrics = trainer._interval_metrics()
+        metrics = trainer.interval_metrics()
         assert metrics["weights/mean"] > 0
 
 
@@ -149,7 +149,7 @@ def test_order_and_company_of_a_pair_change_nothing(reference: Any, pairs: Any, 
 
     def losses(indices: list[int]) -> dict[int, float]:
         batch = pairs.batch(indices)
-        out, _ = trainer._losses(policy, Piece.of(batch))
+        out, _ = trainer.losses_of(policy, Piece.of(batch))
         return dict(zip(indices, out.losses.tolist(), strict=True))
 
     together = losses(list(range(12)))
@@ -287,7 +287,7 @@ def test_training_by_prompt_gives_the_same_step_for_less(reference: Any, tmp_pat
         own = {"group_by_prompt": grouped}
         folder, objective = tmp_path / str(grouped), Objective(beta=0.3)
         trainer = trainer_of(policy, folder, data, objective=objective, batch_size=size, optimizer="sgd", own=own)
-        tokens[grouped] = trainer._pieces(data.batch(trainer.sampler.order(0)), torch.device("cpu"), None)[0].layout.tokens
+        tokens[grouped] = trainer.pieces_of(data.batch(trainer.sampler.order(0)), torch.device("cpu"), None)[0].layout.tokens
         trainer.train()
         weights[grouped] = weights_of(policy)
     assert largest_difference(weights[True], weights[False]) < 1e-6  # the whole epoch is one batch
@@ -297,7 +297,7 @@ def test_training_by_prompt_gives_the_same_step_for_less(reference: Any, tmp_pat
 
     def cost(trainer: Any) -> int:
         batches = [data.batch(indices) for indices in trainer.sampler]
-        return sum(piece.layout.tokens for batch in batches for piece in trainer._pieces(batch, torch.device("cpu"), None))
+        return sum(piece.layout.tokens for batch in batches for piece in trainer.pieces_of(batch, torch.device("cpu"), None))
 
     assert cost(halves) < cost(plain)
 
@@ -308,7 +308,7 @@ def test_the_permutation_is_of_the_seed_and_the_step(reference: Any, pairs: Any,
     found = []
     for step in (0, 1):
         trainer.state.global_step = step
-        found.append(trainer._global_weights(raw, valid, torch.arange(8)).tolist())
+        found.append(trainer.global_weights(raw, valid, torch.arange(8)).tolist())
         assert found[-1] == batch_weights(raw, "shuffled", None, 3, step).tolist()
     assert found[0] != found[1] and sorted(found[0]) == sorted(raw.tolist())
 
@@ -380,6 +380,6 @@ def test_weights_over_ranks_follow_the_order_of_the_rows(reference: Any, pairs: 
     ranks.tensors = [torch.stack([r, v, i], 1).double() for r, v, i in zip(raw[:2], valid[:2], index[:2], strict=True)]
     fake = type("Args", (), {"world_size": 3, "process_index": 2})()
     trainer.args, trainer.accelerator = fake, ranks
-    final = trainer._global_weights(raw[2], valid[2], index[2])
+    final = trainer.global_weights(raw[2], valid[2], index[2])
     for index, weight in zip([i for b in per_rank[2] for i in b], final.tolist(), strict=True):
         assert weight == (pytest.approx(expected[index]) if index >= 0 else 0)

@@ -650,8 +650,8 @@ def test_the_card_names_what_the_first_run_began_with(place: Path) -> None:
 def test_the_references_logps_are_those_that_the_old_run_kept(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its logps were computed as the policy's own, now they are another model's: one key for both."""
     computed: list[str] = []
-    compute = reference_logps._compute
-    monkeypatch.setattr(reference_logps, "_compute", lambda *args: computed.append(args[4]) or compute(*args))
+    compute = reference_logps.computed_logps
+    monkeypatch.setattr(reference_logps, "computed_logps", lambda *args: computed.append(args[4]) or compute(*args))
     assert go_on(name, "--align.max_steps", "1") == 0
     assert [what for what in computed if "reference" in what] == []
     for note in (place / ".isdaa_cache").glob("model-*.json"):

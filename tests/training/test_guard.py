@@ -129,7 +129,7 @@ def looks(folder: Path) -> list[dict[str, Any]]:
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    monkeypatch.setattr(guard, "_test", lambda: Scripted(at))
+    monkeypatch.setattr(guard, "new_test", lambda: Scripted(at))
 
 
 def interrupted(owner: Any, name: str, calls: int, settings: dict[str, Any], folder: str = "run") -> None:
@@ -465,7 +465,9 @@ def test_the_real_test_tells_a_falling_run_from_a_healthy_one(
         return [share + 0.01 * (int(digest([row["id"], number])[:4], 16) % 5) for row in rows]
 
     monkeypatch.setattr(judge, "score", score)
-    monkeypatch.setattr("isdaa.evaluation.checkpoints.win_rate._wins", lambda one, other, ties: np.clip(one - other + 0.5, 0, 1))
+    monkeypatch.setattr(
+        "isdaa.evaluation.checkpoints.win_rate.wins_of", lambda one, other, ties: np.clip(one - other + 0.5, 0, 1)
+    )
     assert train("run", ACTING, guard__steps=1, align__max_steps=12, align__save_steps=6) == 0
     stopped = json.loads((place / "run" / "run.json").read_text())["stages"]["align"]["guard"]["stopped"]
     assert (stopped is not None) is falling

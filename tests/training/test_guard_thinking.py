@@ -17,7 +17,7 @@ def test_the_scorer_gets_the_answer(keep: bool, expected: list[str]) -> None:
     )
     texts = [("1", "<think>hm</think>SO"), ("1", "so"), ("2", "hm")]
     drawn = [{"prompt_id": name, "text": text, "finished": True} for name, text in texts]
-    found = Looks._scorer_rows(cast(Any, looks), drawn)
+    found = Looks.scorer_rows(cast(Any, looks), drawn)
     assert [row["response"] for row in found] == expected and [row["id"] for row in found] == ["1", "1", "2"]
 
 

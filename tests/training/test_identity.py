@@ -27,8 +27,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_changed_architecture_is_another_reference(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert train("one", ALIGN) == 0
     computed = []
-    original = reference_logps._compute
-    monkeypatch.setattr(reference_logps, "_compute", lambda *a, **k: computed.append(1) or original(*a, **k))
+    original = reference_logps.computed_logps
+    monkeypatch.setattr(reference_logps, "computed_logps", lambda *a, **k: computed.append(1) or original(*a, **k))
     assert train("two", ALIGN) == 0
     assert not computed, "the same model and data need no second pass"
     config = json.loads(Path("my_model/config.json").read_text())

@@ -26,7 +26,7 @@ from isdaa.models.attention import cpu_attention
 from isdaa.preview.devices import Speed
 from isdaa.preview.fake_step import Rows, Setting, Stage, layout_of
 from isdaa.preview.histogram import HEIGHT, heights, print_histogram
-from isdaa.preview.inspect import _warn_of_plan, inspect
+from isdaa.preview.inspect import inspect, warn_of_plan
 from isdaa.preview.inspect_page import print_to
 from isdaa.preview.plan import Phase, Plan, batches_of, plan
 from isdaa.preview.rows_seen import PartLengths, writes_date
@@ -253,7 +253,7 @@ def small(**changes: Any) -> LlamaConfig:
 
 
 def test_operations_are_those_of_the_mathematics(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_attention, "_NARROWEST", 0)
+    monkeypatch.setattr(cpu_attention, "NARROWEST", 0)
     architecture = small(num_hidden_layers=6)
     stage = Stage(Setting("pairs", architecture))
     layout = layout_of([(150, [(20, 30)]), (140, [(25, 15), (10, 10)])])
@@ -283,7 +283,7 @@ def test_parts_of_memory_move_as_they_must() -> None:
     assert lora.parameters == plain.parameters and lora.trainable_parameters * 4 == lora.adapter_bytes
     assert lora.memory(layout, accumulating=True).gradients < plain.memory(layout, accumulating=True).gradients / 2
     assert Stage(Setting("reward", small())).memory(Rows(4, 60, 1)).total > 0
-    assert all(not isinstance(t, torch.Tensor) or t.numel() for t in layout._cache.values())
+    assert all(not isinstance(t, torch.Tensor) or t.numel() for t in layout.memo.values())
 
 
 def aligned(**changes: Any) -> Any:
@@ -326,7 +326,7 @@ def test_bfloat16_weights_are_warned_of(place: Path) -> None:
 def test_a_busy_machine_is_said_to_be_one() -> None:
     said: list[str] = []
     for elsewhere in (0.02, 0.4):
-        _warn_of_plan(Plan("align", "cpu", [Phase("training", {})], replace(SPEED, elsewhere=elsewhere), 1, 1), said.append)
+        warn_of_plan(Plan("align", "cpu", [Phase("training", {})], replace(SPEED, elsewhere=elsewhere), 1, 1), said.append)
     assert len(said) == 1 and "other programs used 40% of the cores" in said[0]
 
 

@@ -271,7 +271,7 @@ def test_a_gpu_that_no_table_has_is_measured(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Something 9")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=64_000_000_000))
-    monkeypatch.setattr(devices, "_product_on_gpu", lambda dtype: 2e14 if dtype == torch.bfloat16 else 2e13)
+    monkeypatch.setattr(devices, "product_on_gpu", lambda dtype: 2e14 if dtype == torch.bfloat16 else 2e13)
     device_of.cache_clear()
     try:
         assert here() == PRESENT
@@ -376,8 +376,8 @@ def test_three_layers_stand_for_all_of_them_to_the_byte(kind: Any, precision: st
         Stage(Setting(kind, small(num_hidden_layers=6), precision=precision, lora=lora, checkpointing=checkpointing))
         for _ in range(2)
     )
-    every.__dict__["_few"] = ()  # all layers are run
-    assert few._few
+    every.__dict__["few_layers"] = ()  # all layers are run
+    assert few.few_layers
     batch = layout_of([(40, [(20, 30)])] * 3) if kind == "pairs" else Rows(4, 60, 20)
     assert few.operations(batch) == every.operations(batch)
     for options in ({}, {"train": False}, {"accumulating": True})[: None if (kind, precision) == ("pairs", "float32") else 1]:
@@ -392,4 +392,4 @@ def test_layers_that_differ_are_all_run() -> None:
         vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=8, num_attention_heads=2, num_key_value_heads=1,
         use_sliding_window=True, sliding_window=8, layer_types=types,
     )  # fmt: skip
-    assert not Stage(Setting("pairs", mixed))._few and Stage(Setting("pairs", small(num_hidden_layers=8)))._few
+    assert not Stage(Setting("pairs", mixed)).few_layers and Stage(Setting("pairs", small(num_hidden_layers=8))).few_layers

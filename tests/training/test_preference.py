@@ -457,10 +457,10 @@ def test_the_bar_is_closed_when_training_fails(pairs: TokenisedPairs, tmp_path: 
     trainer = trainer_of(tiny_model(), tmp_path, pairs)
 
     def fail(self: Any, *args: Any, **kwargs: Any) -> None:
-        assert self.progress._bar is not None
+        assert self.progress.bar is not None
         raise RuntimeError("no more memory")
 
     trainer.training_step = types.MethodType(fail, trainer)  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="no more memory"):
         trainer.train()
-    assert trainer.progress._bar is None
+    assert trainer.progress.bar is None

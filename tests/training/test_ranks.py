@@ -25,7 +25,7 @@ from isdaa.cli import main
 from isdaa.models.loading import load_model, load_tokenizer
 from isdaa.training.trainer.batches import TokenisedPairs
 from isdaa.training.trainer.checkpoints import defect
-from isdaa.training.trainer.reference_logps import _shares
+from isdaa.training.trainer.reference_logps import shares_of
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "tests" / "together.py"
@@ -320,7 +320,7 @@ def test_processes_get_about_as_many_tokens_and_prompts_stay_whole() -> None:
     for prompt, row in zip(prompts.tolist(), rows, strict=True):
         tokens[prompt] += len(row["chosen_ids"]) + len(row["rejected_ids"]) + (0 if tokens[prompt] else len(row["prompt_ids"]))
     for world in (2, 3):
-        shares = _shares(pairs, prompts, world)
+        shares = shares_of(pairs, prompts, world)
         assert shares.shape == (len(tokens),) and set(shares) == set(range(world))
         loads = [sum(n for n, share in zip(tokens, shares, strict=True) if share == rank) for rank in range(world)]
         assert max(loads) - min(loads) <= min(tokens)

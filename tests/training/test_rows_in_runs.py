@@ -62,8 +62,8 @@ def test_tokens_of_other_rules_are_made_anew(place: Path, monkeypatch: pytest.Mo
     jsonl(place / "pairs.jsonl", conversations())
     assert train("one", ALIGN) == 0
     made: list[int] = []
-    original = token_cache._in_order
-    monkeypatch.setattr(token_cache, "_in_order", lambda *a: made.append(1) or original(*a))
+    original = token_cache.in_order
+    monkeypatch.setattr(token_cache, "in_order", lambda *a: made.append(1) or original(*a))
     assert train("two", ALIGN) == 0 and not made
     monkeypatch.setattr("isdaa.data.encoder.VERSION", VERSION + 1)
     assert train("three", ALIGN) == 0 and made

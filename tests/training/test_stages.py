@@ -196,7 +196,7 @@ def test_a_second_call_reuses_all_and_runs_no_model(
 
 def test_another_objective_reads_the_reference_logps_from_disk(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home.folder)
-    forbid(monkeypatch, (reference_logps, "_compute"))
+    forbid(monkeypatch, (reference_logps, "computed_logps"))
     settings = {k: v for k, v in CHAIN.items() if not k.startswith(("model.", "data.sft", "data.prompts"))}
     changes = {"model.path": "study/run/sft", "data.pairs": "study/run/pairs/train.jsonl", "stages": ["align"]}
     assert train("study/other", settings | changes, objective__method="ipo", align__max_steps=1) == 0
@@ -633,7 +633,7 @@ def test_wandb_keeps_its_files_in_the_run_and_goes_on_with_its_run(place: Path, 
     names = ("WANDB_DIR", "WANDB_RUN_ID", "WANDB_RESUME")
     for name in names:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(preflight, "_installed", lambda *_: None)
+    monkeypatch.setattr(preflight, "installed_version", lambda *_: None)
     seen: list[Any] = []
 
     def noted(run: Any) -> Path:
@@ -791,8 +791,8 @@ def test_the_model_that_training_starts_from_is_not_loaded_twice(
     shutil.copytree("my_model", "copy")
     forbid(monkeypatch, (align_stage, "other_model"))
     computed: list[int] = []
-    compute = reference_logps._compute
-    monkeypatch.setattr(reference_logps, "_compute", lambda *given: computed.append(1) or compute(*given))
+    compute = reference_logps.computed_logps
+    monkeypatch.setattr(reference_logps, "computed_logps", lambda *given: computed.append(1) or compute(*given))
     assert train(place / "run", {**ALIGN, "objective.method": "is_dpo", which: "copy"}) == 0
     assert len(computed) == 2  # training and held-out pairs
     (first, *_) = read_lines(place / "run" / "metrics.jsonl")

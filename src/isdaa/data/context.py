@@ -51,7 +51,7 @@ class Context:
         Where the ids before are a prefix of the whole text's, the ids are the rest of those. Where a token spans the boundary,
         the text is tokenised behind a character that it does not merge with.
         """
-        tails = [self._tail(before) for before, _ in pairs]
+        tails = [self.deciding_tail(before) for before, _ in pairs]
         encoded = self.encode(
             [x for tail, (_, text) in zip(tails, pairs, strict=True) if tail is not None for x in (tail, tail + text)]
         )
@@ -78,7 +78,7 @@ class Context:
             for ids, (before, text) in zip(found, pairs, strict=True)
         ]
 
-    def _tail(self, before: Before) -> str | None:
+    def deciding_tail(self, before: Before) -> str | None:
         """The part of a text that decides the ids behind it: texts are divided at added tokens first, then between words."""
         if before.text is None:
             return None

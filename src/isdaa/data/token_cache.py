@@ -61,13 +61,13 @@ def tokenized(
     folder = None
     if cache_dir is not None:
         folder = Path(cache_dir) / f"tokens-{digest([FORMAT, key, content_digest(rows)])}"
-        if (found := _read(folder)) is not None:
+        if (found := read_tokens(folder)) is not None:
             return found
     counts = encoder.counts
     batches: list[pyarrow.RecordBatch] = []
     kept = 0
     with progress(f"tokenising {what}", len(rows)) as bar:
-        for size, values in _in_order(rows, columns, encoder.in_threads):
+        for size, values in in_order(rows, columns, encoder.in_threads):
             batches.append(_record_batch(values, kept))
             kept += batches[-1].num_rows
             bar.update(size)
@@ -79,15 +79,15 @@ def tokenized(
     table = pa.Table.from_batches(batches)
     if folder is None:
         return Dataset(_in_memory(table)), counts
-    found = _read(folder)  # another process may have filled it meanwhile
+    found = read_tokens(folder)  # another process may have filled it meanwhile
     if found is None:
-        write_folder_atomically(folder, lambda aside: _write(aside, table, counts))
-        found = _read(folder)
+        write_folder_atomically(folder, lambda aside: write_tokens(aside, table, counts))
+        found = read_tokens(folder)
     # Absent where another process is just replacing it by its own, equal one.
     return (Dataset(_in_memory(table)), counts) if found is None else found
 
 
-def _in_order(
+def in_order(
     rows: Dataset, columns: Callable[[list[Row]], dict[str, list[Any]]], in_threads: bool
 ) -> Iterator[tuple[int, dict[str, list[Any]]]]:
     """(rows taken, `columns` of them) batch by batch; a few batches ahead where there are several and threads may be used."""
@@ -139,7 +139,7 @@ def _in_memory(table: pyarrow.Table) -> Any:
     return InMemoryTable(table)
 
 
-def _write(folder: Path, table: pyarrow.Table, counts: Counts) -> None:
+def write_tokens(folder: Path, table: pyarrow.Table, counts: Counts) -> None:
     import pyarrow as pa
 
     path = folder / "tokens.arrow"
@@ -148,7 +148,7 @@ def _write(folder: Path, table: pyarrow.Table, counts: Counts) -> None:
     write_json(folder / "tokens.json", {"counts": asdict(counts), "rows": table.num_rows, "digest": file_digest(path)})
 
 
-def _read(folder: Path) -> tuple[Dataset, Counts] | None:
+def read_tokens(folder: Path) -> tuple[Dataset, Counts] | None:
     """What an earlier run kept, or None where it is absent or damaged."""
     from datasets import Dataset
 

@@ -47,19 +47,19 @@ class Overview:
 
     def __exit__(self, *_: object) -> None:
         if self.live is not None:
-            self.live.update(self._head())
+            self.live.update(self.head())
             self.live.stop()
         else:
-            self._say(self._head().plain)
+            self._say(self.head().plain)
 
     def show(self, running: Sequence[tuple[str, float, Mapping[str, Any]]]) -> None:
         """running: (name, seconds so far, status) of every running task."""
         self.running = running
         if self.live is not None:
-            self.live.update(self._picture())
+            self.live.update(self.picture())
         elif time.monotonic() - self.printed >= PLAIN_INTERVAL:
             now = "; ".join(f"{name}: {self._doing(status)}" for name, _, status in running)
-            self._say(f"{self._head().plain}  [{now}]")
+            self._say(f"{self.head().plain}  [{now}]")
 
     def ended(self, name: str, outcome: Mapping[str, Any], seconds: float) -> None:
         """A task has ended, well or not."""
@@ -89,7 +89,7 @@ class Overview:
             total += max(places)
         return total
 
-    def _head(self) -> Text:
+    def head(self) -> Text:
         done = self.total - len(self.todo) - self.failed
         text = f"sweep: {done}/{self.total} done"
         text += f", {self.failed} FAILED" if self.failed else ""
@@ -99,7 +99,7 @@ class Overview:
             text += f", about {clock(left)} left" if left is not None else ", time left not known yet"
         return Text(text)
 
-    def _picture(self) -> Group:
+    def picture(self) -> Group:
         table = Table.grid(padding=(0, 2))
         for name, seconds, status in self.running[:SHOWN]:
             share = float(status.get("share") or 0.0)
@@ -108,7 +108,7 @@ class Overview:
             table.add_row(Text(shown(name)), bar, Text(f"{share:4.0%}"), Text(clock(seconds)), doing)
         if len(self.running) > SHOWN:
             table.add_row(Text(f"and {len(self.running) - SHOWN} more"))
-        return Group(self._head(), table)
+        return Group(self.head(), table)
 
     @staticmethod
     def _doing(status: Mapping[str, Any], share: bool = True) -> str:

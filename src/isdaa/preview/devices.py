@@ -99,13 +99,13 @@ def device_of(name: str) -> Device:
     """A GPU by its name in `PRESETS`, or this machine's (`PRESENT`), whose speed is then taken from one large product."""
     if name in PRESETS:
         return PRESETS[name]
-    half, single = (_product_on_gpu(dtype) for dtype in (torch.bfloat16, torch.float32))
+    half, single = (product_on_gpu(dtype) for dtype in (torch.bfloat16, torch.float32))
     return Device(
         torch.cuda.get_device_name(), float(torch.cuda.get_device_properties(0).total_memory), half, single, measured=True
     )
 
 
-def _product_on_gpu(dtype: torch.dtype) -> float:
+def product_on_gpu(dtype: torch.dtype) -> float:
     """Operations a second of a product of two matrices of 4096 × 4096."""
     side, times = 4096, []
     a, b = (torch.randn(side, side, dtype=dtype, device="cuda") for _ in range(2))

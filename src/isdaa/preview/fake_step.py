@@ -154,7 +154,7 @@ class Stage:
             yield
 
     @cached_property
-    def _few(self) -> tuple[Stage, ...]:
+    def few_layers(self) -> tuple[Stage, ...]:
         """The same with few layers; none where layers differ, or are few."""
         sort = [(type(layer), [(name, p.shape) for name, p in layer.named_parameters()]) for layer in self.layers]
         text, count = self.setting.architecture.get_text_config(), len(self.layers)
@@ -174,8 +174,8 @@ class Stage:
 
     def operations(self, batch: Layout | Rows, train: bool = True) -> float:
         """Additions and multiplications of one micro-batch, those that are done again for want of memory included."""
-        if self._few:
-            few, more = (stage.operations(batch, train) for stage in self._few)
+        if self.few_layers:
+            few, more = (stage.operations(batch, train) for stage in self.few_layers)
             return few + (more - few) * (len(self.layers) - FEW[0]) / (FEW[1] - FEW[0])
         batch = _fresh(batch)
         with self._mode(), FlopCounterMode(display=False) as flops:
@@ -186,7 +186,7 @@ class Stage:
     def memory(self, batch: Layout | Rows, train: bool = True, accumulating: bool = False) -> Memory:
         """What one micro-batch needs. accumulating: gradients of an earlier one are there already."""
         assert not self.real
-        few = [stage._spans(batch, train, accumulating) for stage in self._few]
+        few = [stage._spans(batch, train, accumulating) for stage in self.few_layers]
         spans = self._all_layers(*few) if _alike(few, train) else self._spans(batch, train, accumulating)
         before = sum(_size(p) for p in self.trainable) if accumulating else 0
         now, worst = [before, 0, 0, 0], [before, 0, 0, 0]

@@ -107,7 +107,7 @@ def _best(form: str, config: Config, settings: dict[str, Any], memory: float, pl
         ways: dict[str, Any] = {f"{stage}.gradient_checkpointing": checkpointing for stage in stages}
         ways |= {f"{stage}.precision": "bfloat16" for stage in stages} if on_gpu else {}
         ways |= {f"{stage}.optimizer": "adamw_8bit" for stage in stages} if form == EIGHT_BIT else {}
-        sizes = _micro_batches(config, stages)
+        sizes = micro_batches(config, stages)
         low, high = 0, len(sizes) - 1  # the largest that fits, by halving; each needs less than the one before
         while low <= high:
             middle = low if low == 0 else (low + high) // 2
@@ -123,7 +123,7 @@ def _best(form: str, config: Config, settings: dict[str, Any], memory: float, pl
     return min(fitting, key=lambda one: one.seconds) if fitting else min(tried, key=lambda one: one.memory)
 
 
-def _micro_batches(config: Config, stages: Sequence[str]) -> list[dict[str, Any]]:
+def micro_batches(config: Config, stages: Sequence[str]) -> list[dict[str, Any]]:
     """Ever smaller micro-batches, at most half as large each, with as many more of them a step."""
     found: list[dict[str, Any]] = [{}]
     times = 1

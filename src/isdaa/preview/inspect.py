@@ -345,7 +345,7 @@ def _warn(found: Inspection, tokenizers: list[Any]) -> None:
     for report in found.stages:
         _warn_of_stage(report, config, report.architecture, say)
         if report.plan is not None and found.fits is None:  # else the list says what fits
-            _warn_of_plan(report.plan, say)
+            warn_of_plan(report.plan, say)
 
 
 def _warn_of_stage(report: StageReport, config: Config, architecture: Any, say: Any) -> None:
@@ -380,7 +380,7 @@ def _warn_of_stage(report: StageReport, config: Config, architecture: Any, say: 
         say(f"{stage}: {share:.0%} of the {'examples' if stage == 'sft' else 'prompts'} are cut")
 
 
-def _warn_of_plan(plan: Plan, say: Any) -> None:
+def warn_of_plan(plan: Plan, say: Any) -> None:
     if plan.speed.elsewhere > BUSY:
         say(
             f"{plan.stage}: other programs used {plan.speed.elsewhere:.0%} of the cores while the speed was measured, so the "

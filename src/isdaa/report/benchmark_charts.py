@@ -139,7 +139,7 @@ def dots(
     offset: bool = False,
     least: float = LEAST_MARGIN,
 ) -> Drawing:
-    """Dots with bars, one row a name; offset: several models stand below each other in a row; least: as `_domain` takes it."""
+    """Dots with bars, one row a name; offset: several models stand below each other in a row; least: `axis_domain`'s."""
     import altair as alt
 
     scale = 100.0 if share else 1.0
@@ -151,7 +151,7 @@ def dots(
     ]
     names = list(dict.fromkeys(row["name"] for row in drawn))
     values = [row[key] for row in drawn for key in ("mean", "low", "high", "plain") if row[key] is not None]
-    domain = _domain([*values, *([even] if even is not None else [])], within if share else None, least)
+    domain = axis_domain([*values, *([even] if even is not None else [])], within if share else None, least)
     axis = alt.Axis(title=None, domain=False, ticks=False, labelColor=INK, grid=True)
     y = alt.Y("name:N", sort=names, axis=axis)
     models = list(dict.fromkeys(row["model"] for row in drawn)) if offset else []
@@ -185,7 +185,7 @@ def dots(
     return configured([frame(layers, inner, step)], 1, 11 if small else 12)
 
 
-def _domain(values: Sequence[float], within: tuple[float, float] | None, least: float = LEAST_MARGIN) -> list[float]:
+def axis_domain(values: Sequence[float], within: tuple[float, float] | None, least: float = LEAST_MARGIN) -> list[float]:
     """A little more than what is drawn, by `least` at least, and no more than there can be."""
     low, high = min(values), max(values)
     margin = max(0.06 * (high - low), 0.02 * abs(high), least)

@@ -43,7 +43,7 @@ def check_inputs(config: Config, stages: Sequence[str]) -> None:
         if key.endswith("scorer") and name not in (GOLD, "none") and name.count("/") != 1:  # no name of the Hub
             raise UserError(f"{key}: {name}: no such folder{nearest(name, [GOLD, REWARD])}{_made(made)}")
     if config.model.quantization is not None:
-        _installed("bitsandbytes", "model.quantization")
+        installed_version("bitsandbytes", "model.quantization")
     for stage, name in starts_of(config, stages):
         if Path(name).expanduser().is_dir() or stage != stages[0]:
             check_start(config, stage, name)
@@ -51,9 +51,9 @@ def check_inputs(config: Config, stages: Sequence[str]) -> None:
         section = getattr(config, stage)
         if isinstance(section, OptimisationConfig):
             for tracker in section.report_to:
-                _installed(tracker, f"{stage}.report_to")
+                installed_version(tracker, f"{stage}.report_to")
             if "8bit" in section.optimizer:
-                _installed("bitsandbytes", f"{stage}.optimizer")
+                installed_version("bitsandbytes", f"{stage}.optimizer")
 
 
 def sources_of(config: Config, stages: Sequence[str]) -> Iterator[tuple[str, str | None, str, Purpose]]:
@@ -136,6 +136,6 @@ def _may_be_on_the_hub(source: str) -> bool:
     return source.count("/") == 1 and not source.startswith((".", "~")) and not path.suffix and not path.exists()
 
 
-def _installed(package: str, key: str) -> None:
+def installed_version(package: str, key: str) -> None:
     if find_spec(package) is None:
         raise UserError(f"{key}: {package} is not installed; pip install {package}")

@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 from isdaa.errors import UserError
 from isdaa.evaluation.benchmarks.sets import games
 from isdaa.evaluation.benchmarks.sets.arena_hard import ARENA_HARD as BENCH
-from isdaa.evaluation.benchmarks.sets.arena_hard import LABELS, _labelled, label_of
+from isdaa.evaluation.benchmarks.sets.arena_hard import LABELS, label_of, labelled
 from isdaa.evaluation.benchmarks.sets.benchmark import Answer, Judged, Question, Scoring
 from isdaa.evaluation.benchmarks.sets.style import markdown_counts, pieces, style_controlled, style_differences
 
@@ -370,16 +370,16 @@ def test_scores_with_answers_control_for_style(tmp_path: Path) -> None:
 
 def test_lengths_that_were_counted_differently_are_counted_anew(tmp_path: Path) -> None:
     """The baseline's file counts in gpt-4o's tokens, isdaa's in words and marks: then both are counted in the latter."""
-    from isdaa.evaluation.benchmarks.sets.arena_hard import _length, _style
+    from isdaa.evaluation.benchmarks.sets.arena_hard import length_of, style_of
 
     jsonl(tmp_path / "q.jsonl", V2[:1])
     questions = BENCH.read_questions(str(tmp_path / "q.jsonl"))
     (theirs,) = BENCH.read_answers(jsonl(tmp_path / "a.jsonl", [answer_row("a1", "base", "one two", 99)]), questions)
     BENCH.write_answers(tmp_path / "b.jsonl", questions, [Answer("a1", "mine", ("one two",))])
     (ours,) = BENCH.read_answers(tmp_path / "b.jsonl", questions)
-    assert _length(theirs) == (99, "gpt-4o") and _length(ours)[0] == 2
-    assert _length(Answer("a1", "x", ("one two",))) == _length(ours)
-    assert _style(theirs, alike=True)[0] == 99 and _style(theirs, alike=False)[0] == 2
+    assert length_of(theirs) == (99, "gpt-4o") and length_of(ours)[0] == 2
+    assert length_of(Answer("a1", "x", ("one two",))) == length_of(ours)
+    assert style_of(theirs, alike=True)[0] == 99 and style_of(theirs, alike=False)[0] == 2
 
 
 def test_judgments_written_by_isdaa_and_the_first_editions(tmp_path: Path) -> None:
@@ -442,7 +442,7 @@ def test_answers_that_are_missing_and_lost_have_no_part_in_style() -> None:
         if i < 5:
             gone.append(games.lost(Judged(question, Answer(str(i), "mine", ("",)), sides[1], ()), True))
             continue
-        verdicts = tuple(_labelled(game, names[rng.integers(10)], "") for game in (games.OPPONENT_FIRST, games.MODEL_FIRST))
+        verdicts = tuple(labelled(game, names[rng.integers(10)], "") for game in (games.OPPONENT_FIRST, games.MODEL_FIRST))
         kept.append(Judged(question, *sides, verdicts))
     alone, beside = (BENCH.score({"mine": rows}, Scoring(resamples=20))["mine"] for rows in (kept, gone + kept))
     for name in ("equal_style_win_rate", "style_controlled_win_rate"):

@@ -313,7 +313,7 @@ class Collection:
         """One sample a prompt for win rates, for each purpose (name -> block key) that lacks it."""
         missing = {purpose: key for purpose, key in purposes.items() if key not in self.samples}
         started = time.monotonic()
-        drawn = dealt(self.prompts.rows, lambda rows: self._sample(path, rows, self.sampling, list(missing)))
+        drawn = dealt(self.prompts.rows, lambda rows: self.sample_model(path, rows, self.sampling, list(missing)))
         header = self._header(path, "", self.sampling, started)
         for place, (purpose, key) in enumerate(missing.items()):
             self.samples.add("samples", key, header | {"purpose": purpose}, [records[place] for records in drawn])
@@ -324,7 +324,7 @@ class Collection:
         sampling = KL_SETTINGS | {"max_new_tokens": self.settings.max_new_tokens}
 
         def measured(prompts: Sequence[Record]) -> list[Record]:
-            records = [record for (record,) in self._sample(path, prompts, sampling, ["kl/0"], with_states=True)]
+            records = [record for (record,) in self.sample_model(path, prompts, sampling, ["kl/0"], with_states=True)]
             states = [record.pop("states") for record in records]  # what the tokens were drawn from: the policy is not run again
             rows = [(prompt["prompt_ids"], record["ids"]) for prompt, record in zip(prompts, records, strict=True)]
             _, policy = self.models.get(path)
@@ -362,7 +362,7 @@ class Collection:
             head |= {"rows": self.vocabulary.common}
         return head | self.prompts.shared | {"seconds": round(time.monotonic() - started, 3)}
 
-    def _sample(
+    def sample_model(
         self,
         path: str,
         rows: Sequence[Record],

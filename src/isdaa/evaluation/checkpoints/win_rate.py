@@ -23,7 +23,7 @@ def win_rates(policy: Numbers, opponents: Numbers, ties: Ties = "half") -> np.nd
     policy_table, opponent_table = _table(policy, "policy"), _table(opponents, "opponents")
     if len(policy_table) != len(opponent_table):
         raise ValueError(f"{len(policy_table)} prompts of the policy, {len(opponent_table)} of the opponent")
-    return _wins(policy_table[:, :, None], opponent_table[:, None, :], ties).mean(axis=(1, 2))
+    return wins_of(policy_table[:, :, None], opponent_table[:, None, :], ties).mean(axis=(1, 2))
 
 
 def own_win_rates(scores: Numbers, ties: Ties = "half") -> np.ndarray | None:
@@ -38,7 +38,7 @@ def own_win_rates(scores: Numbers, ties: Ties = "half") -> np.ndarray | None:
         return np.full(n, 0.5)
     if k == 1:
         return None
-    wins = _wins(table[:, :, None], table[:, None, :], ties)  # the diagonal is a tie with itself: 0 here
+    wins = wins_of(table[:, :, None], table[:, None, :], ties)  # the diagonal is a tie with itself: 0 here
     return wins.sum(axis=(1, 2)) / (k * (k - 1))
 
 
@@ -48,7 +48,7 @@ def tie_rate(policy: Numbers, opponents: Numbers) -> float:
     return float((policy_table[:, :, None] == opponent_table[:, None, :]).mean())
 
 
-def _wins(first: np.ndarray, second: np.ndarray, ties: Ties) -> np.ndarray:
+def wins_of(first: np.ndarray, second: np.ndarray, ties: Ties) -> np.ndarray:
     tied = 0.5 if ties == "half" else 0.0
     return np.where(first == second, tied, first > second)
 

@@ -123,7 +123,7 @@ def _ask_all(
     labels = {model.path: model.label for model in request.models} | {request.reference: "reference"}
     with progress("alignment tax", sum(asked.requests(part, limit) for work in todo.values() for asked, part in work)) as bar:
         for path, work in todo.items():
-            lm = _load(path, request, settings)
+            lm = load_for_tasks(path, request, settings)
             for asked, part in work:
                 bar.update(0, note=f"{labels[path]}, {part.name}")
                 with bar.part(asked.requests(part, limit), "  requests"), progress("  requests") as inner:
@@ -145,7 +145,7 @@ def _ask_all(
             del lm
 
 
-def _load(path: str, request: EvaluationRequest, settings: TaxSettings) -> Any:
+def load_for_tasks(path: str, request: EvaluationRequest, settings: TaxSettings) -> Any:
     import torch
 
     from isdaa.evaluation.tax.harness import as_lm_eval

@@ -37,8 +37,8 @@ _ATTRIBUTE = "_isdaa_attention"
 _TOLERANCE = 0.03
 
 logger = logging.getLogger(__name__)
-_proofs: dict[tuple[Any, ...], bool] = {}
-_said: set[str] = set()
+proofs: dict[tuple[Any, ...], bool] = {}
+said_once: set[str] = set()
 
 Attention = Callable[[Tensor, Tensor, Tensor, Layout], Tensor]
 
@@ -87,10 +87,10 @@ def fast_attention(
             lack = gpu_attention.lacks(name, query, key, softcap)
         if lack is None:
             # Tensors without numbers (`preview.fake_step`) cannot prove anything, and ours needs it least.
-            if (name == BLOCKS and isinstance(query, FakeTensor)) or _proved(name, *kind, **settings):
+            if (name == BLOCKS and isinstance(query, FakeTensor)) or proved(name, *kind, **settings):
                 return name, _bound(name, settings)
-        elif wanted != AUTO and lack not in _said:
-            _said.add(lack)
+        elif wanted != AUTO and lack not in said_once:
+            said_once.add(lack)
             logger.warning("attention by %s is not used: %s", name, lack)
     return None
 
@@ -106,7 +106,7 @@ def _bound(name: str, settings: dict[str, Any]) -> Attention:
 
 
 @torch.compiler.assume_constant_result
-def _proved(
+def proved(
     name: str,
     device: str,
     dtype: torch.dtype,
@@ -119,15 +119,15 @@ def _proved(
 ) -> bool:
     short = None if window is None else 9  # its kernel does not depend on how long it is
     key = (name, device, dtype, heads, kv_heads, size, scaling, short, softcap)
-    if key not in _proofs:
+    if key not in proofs:
         try:
             trouble = _trouble(*key)
         except Exception as error:  # a kernel that does not compile, or does not run here
             trouble = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if trouble is not None:
             logger.warning("attention by %s is not used on %s: %s", name, device, trouble)
-        _proofs[key] = trouble is None
-    return _proofs[key]
+        proofs[key] = trouble is None
+    return proofs[key]
 
 
 def _trouble(
@@ -151,7 +151,7 @@ def _trouble(
         *inputs, weights = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         found = _with_gradients(_bound(name, settings), inputs, weights, layout)
-        dense = functools.partial(_dense, **settings)
+        dense = functools.partial(dense_attention, **settings)
         truth = _with_gradients(dense, [x.to(exact) for x in inputs], weights.to(exact), layout)
     for what, ours, right in zip(("output", "query", "key", "value"), found, truth, strict=True):
         difference, largest = float((ours.to(exact) - right).abs().max()), float(right.abs().max())
@@ -176,7 +176,7 @@ def _with_gradients(attend: Attention, inputs: list[Tensor], weights: Tensor, la
     return [out.detach(), *torch.autograd.grad((out * weights).sum(), leaves)]
 
 
-def _dense(
+def dense_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None, window: int | None, softcap: float | None
 ) -> Tensor:
     """All scores at once: slow and obvious."""

@@ -28,7 +28,7 @@ _DTYPES = (torch.float32, torch.float64)
 _LONGEST = 4096
 # Heads times their size from which blocks win on pairs of all lengths but short ones: with 512 and more they take 0.68 to 1.08 of
 # the fused kernel's time, with 96 (the embedded world's models) 0.88 to 1.30. Between the two nothing is measured.
-_NARROWEST = 256
+NARROWEST = 256
 
 
 def attend_blocks(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float | None = None) -> Tensor:
@@ -55,7 +55,7 @@ def lacks(query: Tensor, window: int | None, softcap: float | None) -> str | Non
 
 def suits(query: Tensor, layout: Layout) -> bool:
     """Whether this attention is known to be the faster one, for queries (1, H, T, D) of a layout that is not short."""
-    return layout.longest <= _LONGEST and query.shape[1] * query.shape[3] >= _NARROWEST
+    return layout.longest <= _LONGEST and query.shape[1] * query.shape[3] >= NARROWEST
 
 
 @dataclass(frozen=True)

@@ -224,23 +224,23 @@ def varlen_kernel(softcap: float | None) -> VarlenKernel | None:
             pass
         else:
             if {"scale", "window_size"} <= set(inspect.signature(varlen_attn).parameters):
-                return _torch_varlen
+                return torch_varlen_kernel
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
         return None
     needed = {"softmax_scale", "window_size"} | ({"softcap"} if softcap is not None else set())
-    return _flash_attn if needed <= set(inspect.signature(flash_attn_varlen_func).parameters) else None
+    return flash_attn_kernel if needed <= set(inspect.signature(flash_attn_varlen_func).parameters) else None
 
 
-def _torch_varlen(
+def torch_varlen_kernel(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, most_q: int, most_k: int, scale: Any, window: Any, softcap: Any
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {}
     if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in _varlen_parameters():
+        if "enable_gqa" in varlen_parameters():
             options["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
@@ -251,13 +251,13 @@ def _torch_varlen(
 
 
 @functools.cache
-def _varlen_parameters() -> frozenset[str]:
+def varlen_parameters() -> frozenset[str]:
     from torch.nn.attention.varlen import varlen_attn
 
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def _flash_attn(
+def flash_attn_kernel(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, most_q: int, most_k: int, scale: Any, window: Any, softcap: Any
 ) -> Tensor:
     from flash_attn import flash_attn_varlen_func

@@ -40,7 +40,7 @@ class Layout:
         self.prompt_of = prompt_of.cpu().long()
         self.chosen, self.rejected = chosen.cpu().long(), rejected.cpu().long()
         self.attended = False  # whether any attention has read this layout
-        self._cache: dict[Any, Any] = {}
+        self.memo: dict[Any, Any] = {}
         if self.prompt_lengths.ndim != 1 or len(self.prompt_lengths) == 0:
             raise ValueError(f"prompt lengths (P,) with P > 0 are needed, not shape {tuple(self.prompt_lengths.shape)}")
         if self.response_lengths.ndim != 1 or self.response_lengths.shape != self.prompt_of.shape:
@@ -204,13 +204,13 @@ class Layout:
 
     def cached(self, key: Any, make: Callable[[], Any]) -> Any:
         """`make()`, once per layout and key: masks and indices are the same in every layer of a model."""
-        if key not in self._cache:
-            self._cache[key] = make()
-        return self._cache[key]
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
 
     def replace(self, key: Any, value: Any) -> None:
         """Puts another value in the place of what `cached` holds."""
-        self._cache[key] = value
+        self.memo[key] = value
 
     def response_sums(self, values: Tensor) -> Tensor:
         """Sums (N,) token values over the scored tokens of their responses, giving (R,).

@@ -36,7 +36,7 @@ LAYOUT_KEYWORD = "isdaa_layout"
 
 # Up to this many tokens a prompt and its responses, the cost of a call for each response outweighs that of padding and a
 # mask (measured on pairs: one block is faster at 80 tokens a pair, the calls are faster at 120).
-_SHORT_GROUP = 96
+SHORT_GROUP = 96
 
 # Keywords that change the attention itself in a way that is not written here: better an error (and the fallback of
 # `forward.prepare`) than a silently different model. Those of indexers change nothing in a row as short as a probe.
@@ -88,8 +88,8 @@ def shared_prefix_attention(
     if sliding_window is not None and sliding_window >= isdaa_layout.longest:
         sliding_window = None
     isdaa_layout.attended = True
-    how = _Kernel(scaling, dropout if module.training else 0.0, sliding_window, softcap)
-    short = len(isdaa_layout.prompt_lengths) > 1 and isdaa_layout.longest_group <= _SHORT_GROUP
+    how = Kernel(scaling, dropout if module.training else 0.0, sliding_window, softcap)
+    short = len(isdaa_layout.prompt_lengths) > 1 and isdaa_layout.longest_group <= SHORT_GROUP
     fast = fast_attention(
         module,
         query,
@@ -106,12 +106,12 @@ def shared_prefix_attention(
     if fast is not None:
         return fast[1](query, key, value, isdaa_layout), None
     if short:
-        return _attend_in_block(query, key, value, isdaa_layout, how), None
-    return _attend_one_by_one(query, key, value, isdaa_layout, how), None
+        return attend_in_block(query, key, value, isdaa_layout, how), None
+    return attend_one_by_one(query, key, value, isdaa_layout, how), None
 
 
 @dataclass(frozen=True)
-class _Kernel:
+class Kernel:
     """How one block of queries attends to one block of keys."""
 
     scaling: float | None
@@ -141,12 +141,12 @@ def _additive(visible: Tensor, like: Tensor) -> Tensor:
     return mask.to(like.device)
 
 
-def _visible(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
+def visible_keys(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
     distance = query_positions[..., :, None] - key_positions[..., None, :]
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
-def _attend_one_by_one(query: Tensor, key: Tensor, value: Tensor, layout: Layout, how: _Kernel) -> Tensor:
+def attend_one_by_one(query: Tensor, key: Tensor, value: Tensor, layout: Layout, how: Kernel) -> Tensor:
     """A call for each response, nothing padded: a prompt with its first response is a causal slice of the packed row as
     it stands; each further response attends to its prompt and to itself. Splitting makes views, and its backward is one
     concatenation."""
@@ -164,14 +164,14 @@ def _attend_one_by_one(query: Tensor, key: Tensor, value: Tensor, layout: Layout
     return torch.cat(outputs, 1)
 
 
-def _piece_mask(prompt: int, length: int, how: _Kernel, like: Tensor) -> Tensor | None:
+def _piece_mask(prompt: int, length: int, how: Kernel, like: Tensor) -> Tensor | None:
     if prompt == 0 and how.softcap is None and (how.window is None or how.window >= length):
         return None  # causal is enough
     row = torch.arange(prompt + length)
-    return _additive(_visible(row[prompt:], row, how.window), like)
+    return _additive(visible_keys(row[prompt:], row, how.window), like)
 
 
-def _attend_in_block(query: Tensor, key: Tensor, value: Tensor, layout: Layout, how: _Kernel) -> Tensor:
+def attend_in_block(query: Tensor, key: Tensor, value: Tensor, layout: Layout, how: Kernel) -> Tensor:
     """One call for all prompts: gathered to a padded (P, H, L, D) block, with a mask. For short ones, where the padding
     costs less than the calls."""
     into, back, padding, width = block_index(layout, query.device)
@@ -224,7 +224,7 @@ def _block_mask(layout: Layout, window: int | None, like: Tensor) -> Tensor:
     position[padding], owner[padding] = 0, -2 - padding  # each a response of its own
     position, owner = position.view(-1, width), owner.view(-1, width)
     same = owner[:, None, :] == owner[:, :, None]
-    visible = _visible(position, position, window) & ((owner[:, None, :] == -1) | same)
+    visible = visible_keys(position, position, window) & ((owner[:, None, :] == -1) | same)
     return _additive(visible, like)[:, None]
 
 

@@ -23,12 +23,12 @@ from isdaa.models.packed.tied_embeddings import Tie
 
 # Elements of one chunk of logits: 32 MiB in fp32 on a CPU, where larger ones fall out of the cache; a GPU needs more
 # rows to be busy.
-_CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
-_LEAST_ROWS = 32
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
+LEAST_ROWS = 32
 
 # Up to this size, (N, V) directions stay from the forward to the backward pass of a head that is trained; beyond, a
 # fourth product is cheaper than the memory. On a GPU memory is what batches are made of.
-_KEPT_BYTES = {"cpu": 3 * 2**26}
+KEPT_BYTES = {"cpu": 3 * 2**26}
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ Head = LinearHead | OwnHead
 
 def chunk_rows(head: Head, device: torch.device) -> int:
     """Rows of hidden states whose logits are computed at a time."""
-    return max(_LEAST_ROWS, _CHUNK_ELEMENTS.get(kind_of(device), 2**27) // head.vocabulary)
+    return max(LEAST_ROWS, CHUNK_ELEMENTS.get(kind_of(device), 2**27) // head.vocabulary)
 
 
 def token_logps(
@@ -136,7 +136,7 @@ def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-class _Chunks:
+class Chunks:
     """Logits of one chunk of hidden states after another, in the same memory: fresh pages cost as much as the product
     itself where V is large. What `fill` returns is overwritten by the next call; or, in the weight's dtype of fp32 or
     more, it lies in `kept` (N, V), where it stays."""
@@ -169,7 +169,7 @@ class _LinearLogps(torch.autograd.Function):
 
     The direction ∂logp_t/∂z_t = onehot(y_t) − softmax(z_t), (N, V), does not depend on the loss, which only scales its
     rows: what follows from it is taken in the forward pass, where the chunk is at hand. That is its product with W, for
-    the hidden states; and for the head's parameters the direction itself, kept where it is small (`_KEPT_BYTES`).
+    the hidden states; and for the head's parameters the direction itself, kept where it is small (`KEPT_BYTES`).
     Otherwise the logits of a chunk are computed again in the backward pass.
     """
 
@@ -186,12 +186,12 @@ class _LinearLogps(torch.autograd.Function):
         wpo = torch.empty_like(logps) if with_wpo else logps.new_empty(0)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         trains_head = needs_weight or needs_bias
-        small = len(h) * len(w) * dtype.itemsize <= _KEPT_BYTES.get(kind_of(hidden.device), 0)
+        small = len(h) * len(w) * dtype.itemsize <= KEPT_BYTES.get(kind_of(hidden.device), 0)
         # Under no_grad a weight still says that it requires one.
         ahead = with_grad and (needs_hidden or trains_head) and (small or not trains_head)
         kept = h.new_empty(len(h), len(w)) if ahead and trains_head else None
         hidden_direction = torch.empty_like(h) if ahead and needs_hidden else None
-        chunks = _Chunks(min(chunk, len(h)), head, kept)
+        chunks = Chunks(min(chunk, len(h)), head, kept)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(targets), chunk):
                 rows = slice(start, start + chunk)
@@ -255,7 +255,7 @@ def _recomputed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, T
     head = LinearHead(w, None if bias is None else bias.to(ctx.dtype), scale, softcap)
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     grad_hidden = torch.empty_like(h) if needs_hidden else None
-    chunks = _Chunks(min(chunk, len(h)), head)
+    chunks = Chunks(min(chunk, len(h)), head)
     # Sums over chunks are kept in fp32, like a single product would keep them.
     sums = torch.float32 if ctx.dtype in (torch.bfloat16, torch.float16) and len(h) > chunk else ctx.dtype
     grad_weight = torch.empty_like(w, dtype=sums) if needs_weight else None

@@ -16,7 +16,7 @@ from isdaa.models.packed.logprobs import LinearHead, linear_head, text_config
 from isdaa.models.packed.patched_forward import inner_model, own_head
 
 # A probe is a forward pass; above this many tokens it would no longer be a small one. Mistral's window (4096) fits.
-_LONGEST = 4352
+LONGEST = 4352
 _SHORT = 48
 
 # Tolerated |difference| of a token logp, relative to the largest |logp|; more where the model's own rounding noise is
@@ -62,7 +62,7 @@ class Probe:
 def make_probe(model: nn.Module, longest_row: int | None) -> Probe:
     """The probe of a model in evaluation mode, wrapped or not; call it without gradients."""
     inner = inner_model(model)
-    length, unprobed_window = _length(inner, longest_row)
+    length, unprobed_window = row_length(inner, longest_row)
     chosen, rejected = max(1, min(9, length - 2)), max(1, min(7, length - 3))
     prompt = max(1, length - chosen)
     generator = torch.Generator().manual_seed(0)
@@ -115,11 +115,11 @@ def head_trouble(model: nn.Module) -> str | None:
     return f"the linear head differs from the model's own logits by {difference:.2g}"
 
 
-def _length(model: nn.Module, longest_row: int | None) -> tuple[int, int | None]:
+def row_length(model: nn.Module, longest_row: int | None) -> tuple[int, int | None]:
     """(tokens of the longer row of the probe, the window that it does not exceed or None)."""
     most = getattr(text_config(model), "max_position_embeddings", None)
     most = most if isinstance(most, int) and most > 0 else None
-    limit = min(n for n in (_LONGEST, most, longest_row and max(longest_row, _SHORT)) if n)
+    limit = min(n for n in (LONGEST, most, longest_row and max(longest_row, _SHORT)) if n)
     # A window that no row can exceed needs no proof.
     windows = sorted(w for w in _windows(model) if w < min(longest_row or w + 1, most or w + 1))
     # 13 tokens more than a window: all of both responses has something that it must not see.

@@ -284,7 +284,7 @@ def _decode(
         if last:
             break
         if going.sum() <= (1 - _FINISHED_SHARE) * len(flight):
-            order = _without(going)
+            order = without_tokens(going)
             flight = flight[order]
             kept = torch.from_numpy(order).to(tokens.device)
             tokens = tokens[kept]
@@ -294,7 +294,7 @@ def _decode(
     return [Sample(ids[i, : lengths[i]].tolist(), bool(finished[i]), found[i]) for i in range(rows)]
 
 
-def _without(going: np.ndarray) -> np.ndarray:
+def without_tokens(going: np.ndarray) -> np.ndarray:
     """Places of the rows that go on. Those behind the new end fill the gaps, so that all others stay where they are."""
     count = int(going.sum())
     order = np.arange(count)

@@ -293,7 +293,7 @@ class BestModel:
     def keep(self, step: int) -> None:
         """The policy as it is now is the best so far."""
         self.write(self._candidate(step), step)
-        self._link(step)
+        self.link(step)
         self._remove_all_but({step, self._committed})
 
     def restore(self, step: int | None) -> bool:
@@ -304,7 +304,7 @@ class BestModel:
         found = True
         if step is None or self._step() != step:
             if step is not None and self._candidate(step).is_dir():
-                self._link(step)
+                self.link(step)
             else:
                 found = step is None
                 _remove(self.folder)
@@ -328,7 +328,7 @@ class BestModel:
         record = read_record(self.folder)
         return None if record is None else record.step
 
-    def _link(self, step: int) -> None:
+    def link(self, step: int) -> None:
         source = self._candidate(step)
 
         def fill(aside: Path) -> None:
@@ -437,7 +437,7 @@ def guard_of(
         few = None if held_out is None else [held_out[i] for i in range(min(settings.prompts, len(held_out)))]
         return Guard(settings, looks, forward, pairs=None if few is None else TokenisedPairs(few))
     best = BestModel(run.folder, write) if settings.keep == "best" else None
-    return Guard(settings, looks, forward, test=_test(), best=best, say=lambda line: run.say("align", [line]))
+    return Guard(settings, looks, forward, test=new_test(), best=best, say=lambda line: run.say("align", [line]))
 
 
 def _base_of(adapted: Any) -> str | None:
@@ -445,7 +445,7 @@ def _base_of(adapted: Any) -> str | None:
     return name
 
 
-def _test() -> FallTest:
+def new_test() -> FallTest:
     from isdaa.evaluation.verdict.sequential import FallTest
 
     return FallTest()

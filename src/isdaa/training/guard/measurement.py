@@ -223,11 +223,11 @@ class Looks:
         samples = 1 if self.scorer is None else 2
         with progress(f"guard at step {step}", len(rows) * (samples + 2 * FORWARD)) as bar:
             bar.in_parts = True  # not all units of work are prompts
-            drawn = self._draw(policy.model, kl_sampling, f"kl/{step}", bar)
+            drawn = self.draw_samples(policy.model, kl_sampling, f"kl/{step}", bar)
             metrics, kl = self._divergence(policy, drawn, bar)
             wins = None
             if self.scorer is not None:
-                drawn = self._draw(policy.model, self.sampling, f"policy/{step}", bar)
+                drawn = self.draw_samples(policy.model, self.sampling, f"policy/{step}", bar)
                 bar.within = f"scoring {len(drawn)} responses"
                 wins, more = self._win_rate(self.scorer, drawn)
                 metrics |= more
@@ -252,7 +252,7 @@ class Looks:
 
     def _win_rate(self, scorer: Scorer, drawn: Sequence[Record]) -> tuple[np.ndarray, dict[str, float]]:
         assert self.opponents is not None
-        scores = scorer.score(self._scorer_rows(drawn))
+        scores = scorer.score(self.scorer_rows(drawn))
         wins = win_rates(scores, self.opponents, self.config.evaluation.ties)
         interval = mean_interval(wins, **self.bootstrap)
         metrics = _named("win_rate", interval.mean, interval.low, interval.high)
@@ -273,9 +273,9 @@ class Looks:
             header = {"sampling": asdict(self.sampling), "seed": config.guard.seed, **self.prompts.shared}
             bar_of = progress("guard: opponents", k * len(self.prompts.rows))
             with self.reference.in_memory() as reference, reference.around(), bar_of as bar:
-                samples.add("opponents", key, header, self._draw(reference.model, self.sampling, "opponent", bar, k))
+                samples.add("opponents", key, header, self.draw_samples(reference.model, self.sampling, "opponent", bar, k))
         drawn = samples[key]
-        rows = self._scorer_rows(drawn)
+        rows = self.scorer_rows(drawn)
         thought = any(row["response"] != record["text"] for row, record in zip(rows, drawn, strict=True))
         score_key = scores_key(key, self.prompts.block, digest([scorer.digest, "answers"]) if thought else scorer.digest)
         if score_key not in scores:
@@ -289,7 +289,7 @@ class Looks:
         points = np.array([record["score"] for record in scores[score_key]]).reshape(-1, k)
         return points, float(np.mean([not record["finished"] for record in drawn])), self._length(drawn)
 
-    def _scorer_rows(self, drawn: Sequence[Record]) -> list[Record]:
+    def scorer_rows(self, drawn: Sequence[Record]) -> list[Record]:
         prompts = {row["prompt_id"]: row for row in self.prompts.rows}
         keep = self.config.evaluation.keep_thinking
         return [
@@ -298,7 +298,7 @@ class Looks:
             for r in drawn
         ]
 
-    def _draw(self, model: nn.Module, sampling: SamplingSettings, purpose: str, bar: Bar, n: int = 1) -> list[Record]:
+    def draw_samples(self, model: nn.Module, sampling: SamplingSettings, purpose: str, bar: Bar, n: int = 1) -> list[Record]:
         """n records a prompt, prompt by prompt. purpose: part of the key of the random numbers, so that a look shares its
         luck neither with another look nor with its opponents."""
         purposes, seed = [f"guard/{purpose}/{k}" for k in range(n)], self.config.guard.seed

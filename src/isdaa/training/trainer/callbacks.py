@@ -109,7 +109,7 @@ class TrainingProgress(TrainerCallback):
     def __init__(self, description: str = "align") -> None:
         self.description = description
         self._context: AbstractContextManager[Bar] | None = None
-        self._bar: Bar | None = None
+        self.bar: Bar | None = None
         self._figures = self._guard = ""  # of the last log, and what the guard found last
         self._covered = self._logged = 0  # the first and the last step of the last log
 
@@ -119,7 +119,7 @@ class TrainingProgress(TrainerCallback):
         self.close()
         where = f" (from step {state.global_step})" if state.global_step else ""
         self._context = progress(f"{self.description}{where}", total=max(state.max_steps, 1), first=state.global_step)
-        self._bar = self._context.__enter__()
+        self.bar = self._context.__enter__()
         self._logged, self._figures, self._guard = state.global_step, "", ""
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -127,17 +127,17 @@ class TrainingProgress(TrainerCallback):
 
     def within(self, step: int, how_far: str = "") -> None:
         """Say what the step in work does: shown until it ends."""
-        if self._bar is not None:
-            self._bar.within = f"in step {step}{how_far and ': '}{how_far}"
+        if self.bar is not None:
+            self.bar.within = f"in step {step}{how_far and ': '}{how_far}"
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._bar is not None and not control.should_log:  # a step that is logged is shown with its figures, in `on_log`
+        if self.bar is not None and not control.should_log:  # a step that is logged is shown with its figures, in `on_log`
             self._to(state.global_step, self._note(state.global_step))
 
     def _to(self, step: int, note: str) -> None:
-        assert self._bar is not None
-        self._bar.within = ""
-        self._bar.update(step - self._bar.done, note=note)
+        assert self.bar is not None
+        self.bar.within = ""
+        self.bar.update(step - self.bar.done, note=note)
 
     def on_log(
         self,
@@ -147,7 +147,7 @@ class TrainingProgress(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self._bar is None or not logs:
+        if self.bar is None or not logs:
             return
 
         def words(names: Mapping[str, str]) -> str:
@@ -163,9 +163,9 @@ class TrainingProgress(TrainerCallback):
         note = self._note(state.global_step)
         if "loss" in logs:
             self._to(state.global_step, note)
-            self._bar.begin()
+            self.bar.begin()
         else:
-            self._bar.update(0, note=note)
+            self.bar.update(0, note=note)
 
     def _note(self, step: int) -> str:
         """The last figures, and of which steps they are, where that is not `step` alone; what the guard found last."""
@@ -183,7 +183,7 @@ class TrainingProgress(TrainerCallback):
         """Give the terminal back."""
         if self._context is not None:
             self._context.__exit__(None, None, None)
-        self._context = self._bar = None
+        self._context = self.bar = None
 
 
 class StallWarning:

@@ -154,13 +154,13 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
             return [], None
         pairs = self._over_ranks(sum(int(batch.valid.sum()) for batch in batches), "sum")
         self._interval_pairs += pairs
-        micro = [MicroBatch(self._pieces(batch, device, self.batch_tokens)) for batch in batches]
+        micro = [MicroBatch(self.pieces_of(batch, device, self.batch_tokens)) for batch in batches]
         self._passes = [0, sum(len(m.pieces) for m in micro)]
         if self.objective.needs_batch and sum(len(m.pieces) for m in micro) > 1:
-            self._weigh(micro)
+            self.weigh(micro)
         return micro, pairs
 
-    def _pieces(self, batch: PairBatch, device: torch.device, budget: int | None) -> list[Piece]:
+    def pieces_of(self, batch: PairBatch, device: torch.device, budget: int | None) -> list[Piece]:
         parts = split_by_tokens(batch, budget)
         if budget is not None:
             # Sharded models gather their weights in each forward pass: every rank must make as many of them.
@@ -183,7 +183,7 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
     # ---- weights that span the global batch ----
 
     @torch.no_grad()
-    def _weigh(self, micro: list[MicroBatch]) -> None:
+    def weigh(self, micro: list[MicroBatch]) -> None:
         """Final weights of all pieces, from a pass without gradients over the whole global batch."""
         training = self.policy.training
         self.policy.eval()
@@ -197,7 +197,7 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
         self.policy.train(training)
         valid = torch.cat([piece.batch.valid for m in micro for piece in m.pieces])
         index = torch.cat([piece.batch.index for m in micro for piece in m.pieces])
-        final = self._global_weights(torch.cat(raw), valid, index)
+        final = self.global_weights(torch.cat(raw), valid, index)
         start = 0
         for m in micro:
             m.weights = []
@@ -205,7 +205,7 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
                 m.weights.append(final[start : start + len(piece.batch)])
                 start += len(piece.batch)
 
-    def _global_weights(self, raw: Tensor, valid: Tensor, index: Tensor) -> Tensor:
+    def global_weights(self, raw: Tensor, valid: Tensor, index: Tensor) -> Tensor:
         """Final weights (P,) of this rank's pairs from their own weights, validity and row numbers, each (P,).
 
         Pairs are put into the order of their row numbers, so that a permutation by (seed, step) depends on which pairs
@@ -241,14 +241,14 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
         )
         return pairs, logps
 
-    def _losses(self, model: nn.Module, piece: Piece, weights: Tensor | None = None) -> tuple[ObjectiveOutput, Tensor]:
+    def losses_of(self, model: nn.Module, piece: Piece, weights: Tensor | None = None) -> tuple[ObjectiveOutput, Tensor]:
         """The objective's output, and (B, K) figures. weights: (B,) final ones, where they were computed ahead."""
         batch = piece.batch
         pairs, logps = self._pair_logps(model, piece)
         raw = self.objective.raw_weights(pairs)[1]
         if weights is None:
             spans = self.objective.needs_batch and model.training
-            weights = self._global_weights(raw, batch.valid, batch.index) if spans else raw
+            weights = self.global_weights(raw, batch.valid, batch.index) if spans else raw
         out = self.objective(pairs, weights, valid=batch.valid)
         figures = pair_figures(self.objective, batch, logps, out, raw, self.state.global_step)
         return out, figures
@@ -265,7 +265,7 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
 
         Without `num_items_in_batch` N is the piece's own number of valid pairs.
         """
-        out, figures = self._losses(model, inputs, weights)
+        out, figures = self.losses_of(model, inputs, weights)
         self._tables.append(figures)
         batch = inputs.batch
         losses = out.losses if batch.weights is None else out.losses * batch.weights.to(out.losses.dtype)
@@ -326,14 +326,14 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the figures of all pairs since the last training log where these are training logs."""
         if "loss" in logs and self._tables:
-            logs.update(self._interval_metrics())
+            logs.update(self.interval_metrics())
         super().log(logs, start_time)
 
     def _metrics_of(self, figures: Figures) -> dict[str, float]:
         weighted, chi_squared = self.objective.weight != "none", self.objective.implicit_reward == "chi_squared"
         return figures.metrics(weighted, chi_squared, self.starts_at_reference)
 
-    def _interval_metrics(self) -> dict[str, float]:
+    def interval_metrics(self) -> dict[str, float]:
         figures = gathered(self._tables, self.accelerator.gather if self.args.world_size > 1 else None)
         now = time.perf_counter()
         metrics = self._metrics_of(figures)
@@ -409,9 +409,9 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
             for start in range(0, len(order), size * world):
                 indices = order[start : start + size * world]
                 done = 0
-                for piece in self._pieces(dataset.batch(shard(indices, world, rank)), self.args.device, budget):
+                for piece in self.pieces_of(dataset.batch(shard(indices, world, rank)), self.args.device, budget):
                     with self.compute_loss_context_manager():
-                        tables.append(self._losses(self.policy, piece)[1])
+                        tables.append(self.losses_of(self.policy, piece)[1])
                     if bar is not None:
                         more = min(len(piece.batch) * world, len(indices) - done)  # the last pairs may be fill-ins
                         done += more

@@ -86,7 +86,7 @@ def measure(
             if found is not None:
                 return found
         prepared = forward if isinstance(forward, PairForward) else forward()
-        values = _compute(prepared, rows, batch_tokens, precision, progress, path, full)
+        values = computed_logps(prepared, rows, batch_tokens, precision, progress, path, full)
         if path is not None and is_main():
             write_cache(path, full, values, rows)
             for part in path.parent.glob(f".{path.name}.part-*"):
@@ -194,7 +194,7 @@ def _content(arrays: dict[str, np.ndarray]) -> str:
 
 
 @torch.no_grad()
-def _compute(
+def computed_logps(
     forward: PairForward,
     pairs: TokenisedPairs,
     batch_tokens: int | None,
@@ -212,7 +212,7 @@ def _compute(
     np.maximum.at(longest, prompts, lengths)
     order = np.lexsort((prompts, -longest[prompts]))
     if world_size() > 1:
-        order = order[_shares(pairs, prompts, world_size())[prompts[order]] == rank()]
+        order = order[shares_of(pairs, prompts, world_size())[prompts[order]] == rank()]
 
     batch_tokens = batch_tokens or pass_tokens(forward.model)
     prompt_tokens = np.diff(pairs.tokens["prompt_ids"][1])
@@ -303,7 +303,7 @@ def _sums(logps: ResponseLogps, layout: Layout) -> Tensor:
     return torch.stack(found)
 
 
-def _shares(pairs: TokenisedPairs, prompts: np.ndarray, world: int) -> np.ndarray:
+def shares_of(pairs: TokenisedPairs, prompts: np.ndarray, world: int) -> np.ndarray:
     """Which process has the pairs of each prompt: all have about as many tokens to compute. prompts: (N,) of each pair.
 
     The prompts with most tokens first, each to where the fewest are so far.

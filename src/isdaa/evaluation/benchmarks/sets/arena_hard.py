@@ -176,7 +176,7 @@ def read_reply(game: str, reply: Reply) -> Judgment:
     answer, lack = games.heard(reply)
     label = None if lack else label_of(answer)
     said = reply.text or reply.thinking
-    return games.unparsed(game, said, lack or "unreadable") if label is None else _labelled(game, label, said)
+    return games.unparsed(game, said, lack or "unreadable") if label is None else labelled(game, label, said)
 
 
 def label_of(reply: str) -> str | None:
@@ -204,7 +204,7 @@ def label_of(reply: str) -> str | None:
     return named if named in LABELS else None
 
 
-def _labelled(game: str, label: str | None, reply: str) -> Judgment:
+def labelled(game: str, label: str | None, reply: str) -> Judgment:
     if label is None:
         return games.unparsed(game, reply, "")
     share, weight = LABELS[label]
@@ -275,21 +275,21 @@ def _controlled(rows: Mapping[str, Sequence[Judged]], drawn: Mapping[str, Any]) 
     theirs = [one.opponent for _, one in cast if one.opponent is not None]
     if not cast or len(theirs) < len(cast) or not all(answer.turns for answer in (*ours, *theirs)):
         return None
-    alike = len({_length(answer)[1] for answer in (*ours, *theirs)}) == 1
-    features = style_differences(*(np.array([_style(answer, alike) for answer in side]) for side in (ours, theirs)))
+    alike = len({length_of(answer)[1] for answer in (*ours, *theirs)}) == 1
+    features = style_differences(*(np.array([style_of(answer, alike) for answer in side]) for side in (ours, theirs)))
     votes = np.array([_votes(one) for _, one in cast])
     models, prompts = [model for model, _ in cast], [one.question.id for _, one in cast]
     return style_controlled(models, prompts, votes[:, 0], votes[:, 1], features, **drawn)
 
 
-def _length(answer: Answer) -> tuple[int, str]:
+def length_of(answer: Answer) -> tuple[int, str]:
     """(tokens, what counted them): as the answer's file says, else in words and marks."""
     if answer.tokens is not None and answer.row:
         return answer.tokens, str(answer.row.get(COUNTED_BY, ORIGINAL_COUNTER))
     return pieces(answer.turns[0]), PIECES
 
 
-def _style(answer: Answer, alike: bool) -> list[int]:
+def style_of(answer: Answer, alike: bool) -> list[int]:
     """token_len, headers, list items, bold spans: as the file's metadata says, else from the text.
 
     alike: whether all lengths are counted alike; those that different tokenizers counted do not compare, so that all
@@ -298,7 +298,7 @@ def _style(answer: Answer, alike: bool) -> list[int]:
     counted = answer.row.get("metadata") or answer.row.get("conv_metadata") or {}
     counts: dict[str, Any] = {**markdown_counts(answer.turns[0]), **counted}
     sums = [sum(v.values()) if isinstance(v, Mapping) else int(v) for v in (counts[name] for name in FEATURES[1:])]
-    return [_length(answer)[0] if alike else pieces(answer.turns[0]), *sums]
+    return [length_of(answer)[0] if alike else pieces(answer.turns[0]), *sums]
 
 
 def _judgment_rows(one: Judged) -> list[dict[str, Any]]:
@@ -356,7 +356,7 @@ def _played(row: Mapping[str, Any], where: str) -> tuple[Judgment, ...]:
         if label is not None and label not in LABELS:
             raise UserError(f"{where}: key 'games[{number}].score' is {label!r}; it must be one of {', '.join(LABELS)} or null")
         said = (inside or {}).get("judgment") or ""
-        verdicts.append(_labelled(game, label, str(said.get("answer", "") if isinstance(said, Mapping) else said)))
+        verdicts.append(labelled(game, label, str(said.get("answer", "") if isinstance(said, Mapping) else said)))
     return tuple(verdicts)
 
 
