@@ -28,7 +28,7 @@ from isdaa.training.trainer.checkpoints import defect
 from isdaa.training.trainer.reference_logps import shares_of
 
 ROOT = Path(__file__).parents[2]
-PROGRAM = ROOT / "tests" / "together.py"
+PROGRAM = ROOT / "tests" / "support" / "together.py"
 # One epoch of 43 pairs in global batches of 8: the last one has 3, so that one process gets a fill-in.
 ONE: dict[str, Any] = CHAIN | {"objective.normalize": "batch", "align.max_steps": None, "align.epochs": 1}
 TWO: dict[str, Any] = ONE | {"sft.batch_size": 8, "align.batch_size": 4}

@@ -24,7 +24,7 @@ from isdaa.training.trainer.preference_trainer import PreferenceTrainer
 # The Trainer collects garbage at each start; without the imported libraries' objects this takes no time.
 gc.freeze()
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
 TINY_LLAMA = {
     "model_type": "llama",

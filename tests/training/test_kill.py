@@ -8,8 +8,10 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +251,10 @@ def small_blocks() -> None:
 def processes() -> Any:
     """Processes start from one that has imported the libraries."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOAD, "chains"])
+    context.set_forkserver_preload([*PRELOAD, "chains", __name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # the server has no other way to find the tests
+        forkserver.ensure_running()
     return context
 
 
