@@ -64,7 +64,7 @@ def add_lora(
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft sets it right by itself, and says so
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # `merge` unties them
         torch.manual_seed(seed)
-        return get_peft_model(model, config)  # type: ignore[arg-type,return-value]
+        return get_peft_model(model, config)  # type: ignore[arg-type, return-value, unused-ignore]
 
 
 def merged_copy(model: nn.Module) -> nn.Module:

@@ -104,7 +104,7 @@ def write_generation_config(model: Any, tokenizer: PreTrainedTokenizerBase, fold
     listed = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     stops = {tokenizer.eos_token_id, *stop_ids, *(stop for stop in listed if type(stop) is int)} - {None}
     first = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    eos: list[int] = first + sorted(stops - set(first))  # type: ignore[arg-type]
+    eos: list[int] = first + sorted(stops - set(first))
     config._from_model_config = False  # or `generate` might make it anew
     config.eos_token_id = eos[0] if len(eos) == 1 else eos or None
     if config.pad_token_id is None:

@@ -116,7 +116,7 @@ def inspect(
             continue
         if tokenizer is None:
             continue
-        report = _attempt(found, lambda stage=stage, own=tokenizer: _stage(stage, run, found, own, row))  # type: ignore[misc]
+        report = _attempt(found, lambda stage=stage, own=tokenizer: _stage(stage, run, found, own, row))
         if report is not None:
             report.architecture = architecture
             _count_steps(report, config, processes)

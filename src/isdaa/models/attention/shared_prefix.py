@@ -248,7 +248,7 @@ def _register(original: str) -> str:
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         if kwargs.get(LAYOUT_KEYWORD) is not None:
             return shared_prefix_attention(module, query, key, value, mask, **kwargs)
-        function = plain or sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+        function = plain or sys.modules[type(module).__module__].eager_attention_forward
         return function(module, query, key, value, mask, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS.register(name, attention)

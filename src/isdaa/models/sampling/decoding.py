@@ -75,7 +75,7 @@ class CachedDecoder:
         lengths = [len(prompt) for prompt, _ in groups]
         self.positions = torch.tensor(lengths, device=device)
         self.logits = torch.cat(logits)
-        self.states = None if any(s is None for s in states) else torch.cat(states)  # type: ignore[arg-type]
+        self.states = None if any(s is None for s in states) else torch.cat(states)  # type: ignore[arg-type, unused-ignore]
         repeats = repeats_of(groups, device)
         if len(chunks) > 1:
             self.cache, self.mask = empty, _left_padded(lengths, max(lengths), device)

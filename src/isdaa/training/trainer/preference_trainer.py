@@ -367,7 +367,7 @@ class PreferenceTrainer(WholeCheckpoints, Trainer):
         """The figures of some held-out pairs under the policy as it is now, without logging them."""
         return self._held_out_figures(dataset).metrics(weighted=False, at_reference=self.starts_at_reference)
 
-    def evaluate(  # type: ignore[override]
+    def evaluate(  # type: ignore[override, unused-ignore]
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """The objective's loss and all figures on held-out pairs. Weights that span a batch span the held-out set."""
