@@ -62,7 +62,7 @@ def test_every_kind_of_failure_is_found_and_can_be_repeated(tmp_path: Path) -> N
         f"for body in {list(FAILURES)!r}:\n"
         "    exec('def main(argv):\\n    ' + body)\n"
         "    isdaa.cli.main = main\n"
-        "    fuzz.SECONDS = 2 if 'sleep' in body else 60\n"
+        f"    fuzz.SECONDS = 2 if 'sleep' in body else {HANGS}\n"
         "    sys.argv = ['fuzz.py', '--only', 'yaml', '--trials', '1']\n"
         "    print('\\nSTATUS', fuzz.main(), flush=True)\n"
     )
