@@ -216,7 +216,7 @@ def test_batch_size_and_order_change_nothing(family: str) -> None:
     count = 18
     model, prompts, keys = tiny(family), some_prompts(count), names(count)
     alone = run(model, prompts, keys, batch_size=1)
-    assert len({tuple(s.ids) for s in alone}) > 12 and len({len(s.ids) for s in alone}) > 2
+    assert len({tuple(s.ids) for s in alone}) > 12 and len({len(s.ids) for s in alone}) > 1
     assert 0 < sum(s.finished for s in alone) < count
     for size in (7, 64):
         assert run(model, prompts, keys, batch_size=size) == alone

@@ -138,7 +138,8 @@ def told(*command: str) -> tuple[int, list[str]]:
     """A command's exit status, and what isdaa says on this process's stderr."""
     from isdaa.cli import main
 
-    with patch("isdaa.cli.finish"), redirect_stderr(StringIO()) as stderr:
+    start = {"TORCHELASTIC_RESTART_COUNT": command[0]}  # of all processes of a start one says what is wrong, once
+    with patch.dict(os.environ, start), patch("isdaa.cli.finish"), redirect_stderr(StringIO()) as stderr:
         status = main([*command])
     return status, [line for line in stderr.getvalue().splitlines() if line.startswith(("isdaa: ", "Traceback"))]
 
