@@ -233,7 +233,7 @@ def test_changed_weights_an_unfinished_and_a_strangers_run(place: Path, capsys: 
     changed = bytearray(file.read_bytes())
     changed[-1] ^= 1
     file.write_bytes(changed)
-    refused(capsys, [*argv, "old"], "checkpoint-4", "not the weights that were written (model.safetensors is damaged)")
+    refused(capsys, [*argv, "old"], "checkpoint-4", "have changed since they were written (model.safetensors is damaged)")
     shutil.rmtree(file.parent)
     assert main([*argv, "old", "--align.max_steps", "1"]) == 0
     assert read_record(place / "new" / "model").continued["from"] == str(place / "old" / "model")  # type: ignore[union-attr,index]
@@ -375,7 +375,7 @@ def test_a_chain_gives_pairs_reference_and_reward_model(
     assert go_on("chain", "--align.max_steps", "2") == 0
     said = capsys.readouterr().err
     assert "π_ref is that run's, chain/sft" in said and "data.pairs is" not in said
-    assert "μ comes from the rows' own behaviour logps; the policy has left its reference" in said
+    assert "μ comes from the rows' own behaviour logps" in said
     assert "was trained on" not in said  # the same prompts are held out
     assert Path("new/eval_pairs.jsonl").read_bytes() == Path("chain/eval_pairs.jsonl").read_bytes()
     assert main(["evaluate", "--model_path", "new", "--evaluation.prompts", "4"]) == 0
@@ -403,7 +403,7 @@ def test_a_reference_of_the_hub_keeps_its_revision(place: Path, monkeypatch: pyt
     ref.write_text("a" * 40)
     assert config_of(None, named) == config
     ref.write_text("b" * 40)  # the branch has moved on
-    with pytest.raises(UserError, match=f"me/base, is not what it was .*--reference.revision {'a' * 40}"):
+    with pytest.raises(UserError, match=f"me/base, has changed since .*--reference.revision {'a' * 40}"):
         config_of(None, named)
     assert config_of(None, named | {"reference.revision": "a" * 40}).reference.revision == "a" * 40
 
@@ -628,7 +628,7 @@ def test_what_is_no_run_is_called_what_it_is(place: Path, capsys: pytest.Capture
     argv = ["train", "--output_dir", "new", "--reference.path", "my_model", "--data.pairs", "pairs.jsonl", "--continue_from"]
     refused(capsys, [*argv, "old/config.yaml"], "a file; name the run's folder: old")
     record = json.loads(Path("old/model/isdaa.json").read_text())
-    for kind, words in (("sft", "begin with it by --model.path old/sft"), ("reward", "a reward model")):
+    for kind, words in (("sft", "start from it with --model.path old/sft"), ("reward", "a reward model")):
         shutil.copytree("old/model", f"old/{kind}")
         write_own(place / "old" / kind / "isdaa.json", record | {"kind": kind})
         refused(capsys, [*argv, f"old/{kind}"], words)

@@ -207,7 +207,7 @@ def test_sampling_needs_prompts_first_and_a_scorer_beside_the_policy(examined: d
     assert writing.parts["keys and values"] == a_token * 256 * room_of(longest, longest + 32)
     scored = planned(examined, "label", others={"scorer": small(num_hidden_layers=8)})
     assert scored.phases[1].parts["weights of the scorer"] > 2 * scored.phases[1].parts["weights"]
-    assert "scorer" in alone.notes[0]
+    assert "scoring" in alone.notes[0]
 
 
 # --- several processes
