@@ -238,7 +238,7 @@ def test_isdaa_train_and_preference_trainer_find_each_others_logps(
     def computed(*given: object) -> None:
         raise AssertionError("logps were computed again")
 
-    monkeypatch.setattr(reference_logps, "_compute", computed)
+    monkeypatch.setattr(reference_logps, "computed_logps", computed)
     given = {"max_length": 200, "max_prompt_length": 120, "reference_cache_dir": kept}
     trained("my_model", tmp_path / "out", ref_model="full/model", **given)
     assert {path.name for path in Path(kept).glob("logps-*")} == files
