@@ -139,20 +139,20 @@ def told(*command: str) -> tuple[int, list[str]]:
     from isdaa.cli import main
 
     start = {"TORCHELASTIC_RESTART_COUNT": command[0]}  # of all processes of a start one says what is wrong, once
-    with patch.dict(os.environ, start), patch("isdaa.cli.finish"), redirect_stderr(StringIO()) as stderr:
+    with patch.dict(os.environ, start), patch("isdaa.distributed.finish"), redirect_stderr(StringIO()) as stderr:
         status = main([*command])
     return status, [line for line in stderr.getvalue().splitlines() if line.startswith(("isdaa: ", "Traceback"))]
 
 
 def fault() -> tuple[int, list[str]]:
     """Of the second process, in work that both do."""
-    from isdaa.cli import COMMANDS
+    from isdaa.cli import methods
 
     def broken() -> None:
         if distributed.rank() == 1:
             raise KeyError("\x1b[31m")
 
-    with patch("tempfile.tempdir", str(Path.cwd())), patch.dict(COMMANDS, methods=lambda _: distributed.everyones(broken)):
+    with patch("tempfile.tempdir", str(Path.cwd())), patch.object(methods, "run", lambda _: distributed.everyones(broken)):
         return told("methods")
 
 

@@ -34,13 +34,13 @@ class OneLineParser(argparse.ArgumentParser):
         self.instead: Mapping[str, str] = {}
         self.kin: Callable[[], Iterable[OneLineParser]] = tuple
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self.given = {}
         return super().parse_known_args(args, namespace)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         try:
-            return super()._get_value(action, arg_string)  # type: ignore[misc]
+            return super()._get_value(action, arg_string)
         except argparse.ArgumentError as error:
             cause = error.__context__
             if action.type is None and isinstance(cause, ValueError):  # from `at_home`, which says what is wrong
@@ -74,7 +74,7 @@ class OneLineParser(argparse.ArgumentParser):
         named = any(option.removeprefix("--") in self.common for option in action.option_strings)
         return named or not action.option_strings or isinstance(action, argparse._HelpAction)
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         given = list(args or [])
         end = given.index("--") if "--" in given else len(given)
         known, unknown = self.parse_known_args([*map(underscored, given[:end]), *given[end:]], namespace)
