@@ -14,10 +14,11 @@ HEAD = 300  # of them, before the cut
 
 
 class UserError(Exception):
-    """Bad input, or a run that had to stop.
+    """Bad input, or a run that had to stop. `str(error)` is one line; the command line prints it and exits with `status`.
 
-    `str(error)` is one line of at most `LONGEST` characters, cut in its middle; `command`, what to type, follows it uncut.
-    The command line prints it, without a traceback, and exits with `status`.
+    Args:
+        message: what is wrong, where, and how to mend it; cut in its middle beyond 500 characters.
+        command: what to type; it follows the message uncut.
     """
 
     status = 2

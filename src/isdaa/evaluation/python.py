@@ -32,8 +32,10 @@ OPTION = re.compile(
 class Evaluation:
     """What an evaluation found; `print` shows the command's table and the verdicts.
 
-    metrics: what `metrics.json` holds. folder: of the records. stopped: why it is not the whole result, or None.
-    `win_rate` and `kl` are the last model's of the table, in a run its last checkpoint's.
+    Attributes:
+        metrics: what `metrics.json` holds.
+        folder: where the records are.
+        stopped: why this is not the whole result; None: it is.
     """
 
     metrics: Mapping[str, Any]
@@ -42,18 +44,18 @@ class Evaluation:
 
     @property
     def win_rate(self) -> float | None:
-        """Of the last model, in [0, 1], against the opponent; None without a scorer or judge."""
+        """Win rate of the table's last model (of a run: its last checkpoint), in [0, 1]; None without a scorer or judge."""
         found = self.metrics["models"][-1]["win_rate"]
         return None if found is None else float(found["mean"])
 
     @property
     def kl(self) -> float:
-        """KL(π‖π_ref) of the last model, in nats a response."""
+        """KL(π‖π_ref) of the table's last model, in nats a response."""
         return float(self.metrics["models"][-1]["kl"]["mean"])
 
     @property
     def verdicts(self) -> dict[str, str]:
-        """Run -> what its checkpoints say together, or why they say nothing (`No verdict: …`), a sentence."""
+        """Run -> its verdict, a sentence; or `No verdict: …` with the reason."""
         whys = self.metrics["no_verdict"]
         return {name: str(whys[name] or found["sentence"]) for name, found in self.metrics["verdicts"].items()}
 
@@ -125,8 +127,13 @@ def evaluate(
         judge: in place of a scorer, `JudgeSettings` of a judge model (docs/judging.md).
         output_dir: folder of the records; None: `evaluation` beside the first model. A second call reuses what is there.
         tokenizer: of models in memory; a trainer has its own. A folder or Hub name: of all models.
-        split, dtype, trust_remote_code: as the command's options.
+        split: of a data set with several.
+        dtype: of the weights in memory: float32, bfloat16, float16 or auto.
+        trust_remote_code: run code that a model's repository ships.
         settings: dotted keys of `evaluation`, `tokenization` and `scorer`: `{"evaluation.prompts": 128}`.
+
+    Returns:
+        Win rates, KL and verdicts, with the folder of their records.
 
     Raises:
         UserError: one line, as the command says it, in the words of the arguments.

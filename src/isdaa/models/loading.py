@@ -80,12 +80,21 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal language model from a folder or the Hub, in evaluation mode.
 
-    A folder (or repository) that holds only a PEFT adapter gives its base model with the adapter merged into the
-    weights, all of which can be trained; `merge_adapter=False` keeps it beside them, as a `PeftModel`. Weights that lie
-    quantised in their folder stay so, and an adapter beside them; `dequantize=True` gives plain weights, into which it is merged.
-    `dtype` is that of the weights in memory,
-    "auto" that of the file. `device` None leaves the model on the CPU. `quantization` "nf4" puts the weights of linear layers,
-    but for the head, into 4 bits (Dettmers et al. 2023, arXiv 2305.14314), computing in `dtype`; needs bitsandbytes.
+    Args:
+        path_or_name: a folder or Hub name. One that holds a PEFT adapter alone gives its base model with the adapter.
+        dtype: of the weights in memory: float32, bfloat16, float16, or auto (that of the file).
+        attn_implementation: as transformers names it; None: its default.
+        trust_remote_code: run code that a Hub repository ships.
+        device: None: the CPU.
+        revision: of the Hub's repository.
+        merge_adapter: whether an adapter is merged into the weights, all of which can then be trained; False: a `PeftModel`.
+            Beside quantised weights an adapter is never merged.
+        quantization: "nf4" puts the weights of linear layers, but for the head, into 4 bits (Dettmers et al. 2023,
+            arXiv 2305.14314), computing in `dtype`; needs bitsandbytes.
+        dequantize: whether weights that lie quantised become plain ones, into which an adapter is merged.
+
+    Returns:
+        The model, all weights finite and none left at random.
 
     Raises:
         UserError: nothing is there, a folder is incomplete or damaged, no causal language model, unknown dtype, weights that are
@@ -165,10 +174,17 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or Hub name; a folder without one gives that of the run's folder around a checkpoint, or of
-    an adapter's base model.
+    """The tokenizer of a model folder or Hub name.
 
-    Where there is no padding token, EOS serves: masks decide what is padding, and embeddings are never resized.
+    Args:
+        path_or_name: a folder without a tokenizer gives that of the run's folder around a checkpoint, or of an adapter's
+            base model.
+        require_eos: whether a tokenizer without EOS is refused.
+        trust_remote_code: run code that a Hub repository ships.
+        revision: of the Hub's repository.
+
+    Returns:
+        The tokenizer. Where it has no padding token EOS serves: masks decide what is padding.
 
     Raises:
         UserError: nothing is there, no tokenizer in it, or no EOS token while `require_eos`.

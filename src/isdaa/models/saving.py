@@ -33,15 +33,22 @@ def save_model(
     merge: bool = True,
     stop_ids: Collection[int] = (),
 ) -> None:
-    """Write safetensors, configuration, tokenizer, generation config and `files` (name -> text, such as README.md).
+    """Write a model's folder: safetensors, configuration, tokenizer, generation config, a manifest.
 
-    The folder appears whole or not at all, with a manifest of its files; one of that name is replaced. It loads with
-    `AutoModelForCausalLM` and pipelines without isdaa. A `PeftModel` is saved with its adapter merged into the weights (the
-    model itself is left as it is); `merge=False` saves the adapter alone, which then needs its base model where it was.
-    `stop_ids` are further tokens that end a response, beside the tokenizer's EOS and those that the model already has.
+    The folder appears whole or not at all; one of that name is replaced. It loads with `AutoModelForCausalLM` and pipelines,
+    without isdaa.
+
+    Args:
+        model: a transformers model or a `PeftModel`; it is left as it is.
+        tokenizer: saved beside it.
+        folder: where to.
+        files: further files: name -> text, such as README.md.
+        merge: whether an adapter is merged into the weights; False: the adapter alone, which needs its base model where it was.
+        stop_ids: tokens that end a response, beside the tokenizer's EOS and those that the model already has.
 
     Raises:
         UserError: merged into the weights, the adapter would compute something else; nothing is written then.
+        ValueError: a name in `files` that leads out of the folder.
     """
     folder = Path(folder)
     for name in files or {}:

@@ -24,10 +24,19 @@ from isdaa.objectives.weights import batch_weights, importance_weights, wpo_weig
 
 @dataclass(frozen=True, eq=False)
 class PairLogps:
-    """What an objective reads of B pairs; every tensor is (B,). Logps are sums over a response, lengths count its EOS.
+    """What an objective reads of B pairs. Every tensor is (B,); half precision is computed in fp32, float64 stays float64.
 
-    Behaviour logps are those of μ, both or neither. The wpo values are means over the response's tokens of
-    [log π(y_t) − log Σ_v π(v)²], both or neither. Half precision is computed in fp32; float64 stays float64.
+    Attributes:
+        policy_chosen_logps: log π(y_w|x) in nats, summed over the response's tokens, its EOS included. It carries gradients.
+        policy_rejected_logps: log π(y_l|x), as above.
+        reference_chosen_logps: log π_ref(y_w|x).
+        reference_rejected_logps: log π_ref(y_l|x).
+        chosen_lengths: tokens of the chosen response, its EOS included.
+        rejected_lengths: tokens of the rejected response, its EOS included.
+        behaviour_chosen_logps: log μ(y_w|x); None: μ is π_ref. Both behaviour logps or neither.
+        behaviour_rejected_logps: log μ(y_l|x).
+        policy_chosen_wpo: mean over the chosen response's tokens of log π(y_t) − log Σ_v π(v)²; for the weight "wpo" alone.
+        policy_rejected_wpo: the same of the rejected response. Both or neither.
     """
 
     policy_chosen_logps: Tensor
@@ -42,7 +51,11 @@ class PairLogps:
     policy_rejected_wpo: Tensor | None = None
 
     def checked(self) -> PairLogps:
-        """The same pairs in one floating type of at least fp32. Raises ValueError on shapes or types that cannot be."""
+        """The same pairs in one floating type of at least fp32.
+
+        Raises:
+            ValueError: a shape or type that cannot be, or one of two values that go together.
+        """
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         shape = self.policy_chosen_logps.shape
         if len(shape) != 1 or not shape[0]:
@@ -65,10 +78,17 @@ class PairLogps:
 
 @dataclass(frozen=True, eq=False)
 class ObjectiveOutput:
-    """Per pair, each (B,): `losses` is what to average; log_weights are before the clip, 0 where weight is none.
+    """What an objective gives for B pairs. Every tensor is (B,); losses, unweighted_losses and logits carry gradients.
 
-    losses, logits and unweighted_losses carry gradients. weights, log_weights, clipped (bool: ε lowered the weight) and
-    the rewards β·r(Δ) do not.
+    Attributes:
+        losses: w·ℓ(u) and the SFT term: what to average.
+        weights: w, as it multiplied the loss.
+        log_weights: log w before the clip; 0 where the weight is "none".
+        logits: u = β·h + α·(|y_w| − |y_l|).
+        unweighted_losses: ℓ(u).
+        chosen_rewards: β·r(Δ) of the chosen response.
+        rejected_rewards: β·r(Δ) of the rejected response.
+        clipped: bool; whether ε lowered the weight.
     """
 
     losses: Tensor
@@ -83,10 +103,26 @@ class ObjectiveOutput:
 
 @dataclass(frozen=True)
 class Objective:
-    """A direct alignment objective, composed of independent choices; `presets.FIELDS` says what each means.
+    """A direct alignment objective, composed of independent choices (docs/method.md; sources: `isdaa methods`).
 
-    Raises ValueError, in one line, for a value out of range or a combination that means nothing. `clip_eps` and `clip`
-    are read where the weight is importance or one of its controls, and change nothing elsewhere.
+    Attributes:
+        implicit_reward: r(Δ): "log_ratio" is Δ, "chi_squared" is Δ + exp(clamp(Δ, −88, 20)).
+        loss: ℓ(u): "logistic", "squared" or "hinge".
+        beta: β > 0, the strength of the pull towards the reference.
+        weight: "none", "importance" (Nguyen et al., NeurIPS 2025), "wpo", or a control made of the importance weights:
+            "shuffled", "mean".
+        clip_eps: ε ≥ 0, the upper clip of the log importance weight; None: no clip, log w capped at 40. Without importance
+            weights it changes nothing.
+        clip: "joint" clips the sum of both log-ratios at 2ε, "per_response" each of them at ε.
+        normalize: "batch" divides the weights by their mean over the global batch.
+        length_penalty: α, a token of length difference.
+        sft_coefficient: η ≥ 0 of the SFT term β·η·(−log π(y_w|x)), which is never weighted.
+        label_smoothing: 0 ≤ s ≤ 0.5, the assumed share of flipped labels; logistic loss only.
+        length_normalized: whether Δ is divided by the response's length, in the margin alone.
+        max_reward: R_max > 0: clips β·h to ±2·R_max; chi_squared only.
+
+    Raises:
+        ValueError: a value out of range, or a combination that means nothing.
     """
 
     implicit_reward: ImplicitReward = DEFAULTS["implicit_reward"]
@@ -120,7 +156,14 @@ class Objective:
         return describe(asdict(self))
 
     def raw_weights(self, pairs: PairLogps) -> tuple[Tensor, Tensor]:
-        """log_weights (B,) before the clip, and weights (B,) before any step that spans the batch. No gradient."""
+        """The weight of each pair by itself, without gradients.
+
+        Args:
+            pairs: B pairs.
+
+        Returns:
+            log_weights (B,) before the clip, and weights (B,) before any step that spans the batch.
+        """
         log_weights, weights, _ = self._pair_weights(pairs.checked())
         return log_weights, weights
 
@@ -135,10 +178,19 @@ class Objective:
     ) -> ObjectiveOutput:
         """Losses of B pairs.
 
-        `weights` (B,), where given, are the final weights (of `batch_weights` over the global batch) and are used as
-        they are; otherwise these B pairs are taken for the global batch. `valid` (B,) bool: pairs that only fill a rank
-        up are False, and have weight and loss 0. `seed` and `step` choose the permutation of weight "shuffled".
-        Raises ValueError on shapes that do not fit or wpo values that are missing.
+        Args:
+            pairs: B pairs.
+            weights: (B,), the final weights, of `batch_weights` over the global batch; used as they are. None: these B pairs
+                are the global batch.
+            valid: (B,) bool; False: a pair that only fills a rank up, with weight and loss 0.
+            seed: with `step`, chooses the permutation of the weight "shuffled".
+            step: the optimiser step.
+
+        Returns:
+            Losses, weights and logits of the pairs.
+
+        Raises:
+            ValueError: shapes that do not fit, or wpo values that are missing.
         """
         pairs = pairs.checked()
         shape = pairs.policy_chosen_logps.shape

@@ -31,6 +31,7 @@ CHOICES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "normalize": (None, "batch"),
     }
 )
+"""Setting -> its allowed values, of the settings that are chosen from a list."""
 
 FIELDS: Mapping[str, str] = MappingProxyType(
     {
@@ -71,7 +72,14 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Preset:
-    """A named method: the settings that it fixes (the rest keep their defaults), its formula in a line, its source."""
+    """A named method.
+
+    Attributes:
+        name: as `isdaa methods` lists it.
+        settings: those that it fixes; the rest keep their defaults.
+        formula: what it computes, in a line.
+        source: the paper, with its equation or algorithm where it has one.
+    """
 
     name: str
     settings: Mapping[str, Any]
@@ -130,13 +138,21 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         for name, (settings, source) in _TABLE.items()
     }
 )
+"""Every named method: name -> `Preset`."""
 
 
 def resolve(method: str, **overrides: Any) -> dict[str, Any]:
-    """Return the complete, checked arguments of `Objective` for a named method, `overrides` winning over the preset.
+    """The complete, checked arguments of `Objective` for a named method.
 
-    Raises ValueError, in one line, for an unknown method or setting, a value out of range, or a combination that means
-    nothing.
+    Args:
+        method: a name in `PRESETS`.
+        overrides: settings that win over the preset's.
+
+    Returns:
+        A value for every name in `FIELDS`.
+
+    Raises:
+        ValueError: one line: an unknown method or setting, a value out of range, or a combination that means nothing.
     """
     return check_settings(**{**PRESETS[known_method(method)].settings, **overrides})
 
@@ -149,10 +165,17 @@ def known_method(method: str) -> str:
 
 
 def check_settings(**settings: Any) -> dict[str, Any]:
-    """Check settings of `Objective` without building one; those not given take their defaults. Returns all of them.
+    """Check settings of `Objective` without building one.
 
-    Raises ValueError, in one line, for an unknown setting, a wrong type, a value out of range, or a combination that
-    means nothing: label_smoothing without logistic, max_reward without chi_squared, normalize without a weight.
+    Args:
+        settings: by name; those that are not given take their defaults.
+
+    Returns:
+        A value for every name in `FIELDS`.
+
+    Raises:
+        ValueError: one line: an unknown setting, a wrong type, a value out of range, or a combination that means nothing
+            (label_smoothing without logistic, max_reward without chi_squared, normalize without a weight).
     """
     for name in settings:
         if name not in DEFAULTS:

@@ -57,11 +57,22 @@ def batch_weights(
     step: int = 0,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """Turn the pairs' own weights into the final ones. `weights` (B,) must cover the GLOBAL batch; returns (B,).
+    """Turn the pairs' own weights into the final ones.
 
-    mode "shuffled" permutes them among the pairs, by (seed, step) alone; "mean" gives every pair their mean; the others
-    leave them. normalize "batch" divides by the mean. Pairs whose `valid` (B,) bool is False weigh 0, count in no mean.
-    Raises ValueError on wrong shapes, an unknown mode or normalisation, or normalisation without a weight.
+    Args:
+        weights: (B,), of all pairs of the GLOBAL batch.
+        mode: "shuffled" permutes them among the pairs, by `seed` and `step` alone; "mean" gives every pair their mean;
+            "none", "importance" and "wpo" leave them.
+        normalize: "batch" divides them by their mean.
+        seed: of the permutation.
+        step: the optimiser step.
+        valid: (B,) bool; where it is False a pair weighs 0 and counts in no mean.
+
+    Returns:
+        The final weights, (B,).
+
+    Raises:
+        ValueError: wrong shapes, an unknown mode or normalisation, or normalisation without a weight.
     """
     weights, valid = _checked(weights, valid)
     for name, value in (("weight", mode), ("normalize", normalize)):
@@ -90,7 +101,18 @@ def permutation(size: int, seed: int, step: int) -> Tensor:
 
 @torch.no_grad()
 def effective_sample_size(weights: Tensor, valid: Tensor | None = None) -> Tensor:
-    """ESS/N = (Σw)²/(N·Σw²) (Kish) of the weights (B,) of the GLOBAL batch: a scalar in [0, 1], 0 if all are zero."""
+    """ESS/N = (Σw)²/(N·Σw²): the share of pairs that would teach as much if all weighed the same (Kish 1965).
+
+    Args:
+        weights: (B,), of all pairs of the GLOBAL batch.
+        valid: (B,) bool; pairs where it is False do not count.
+
+    Returns:
+        A scalar tensor in [0, 1]; 0 if all weights are zero.
+
+    Raises:
+        ValueError: wrong shapes.
+    """
     weights, valid = _checked(weights, valid)
     relative = _relative(weights[valid])
     total = relative.square().sum() * relative.numel()
@@ -99,11 +121,20 @@ def effective_sample_size(weights: Tensor, valid: Tensor | None = None) -> Tenso
 
 @torch.no_grad()
 def weight_metrics(log_weights: Tensor, weights: Tensor, clipped: Tensor, valid: Tensor | None = None) -> dict[str, float]:
-    """What the log shows about the weights of a GLOBAL batch; keys `weights/…`.
+    """What the log shows about the weights of a GLOBAL batch (docs/metrics.md).
 
-    Arguments, each (B,): log-weights before the clip; the final weights; whether ε lowered the weight. `weights/capped`
-    is a number of pairs (log-weight above 40 with no ε below it), `weights/clip_fraction` a share of them.
-    Raises ValueError on wrong shapes, or where no pair is valid.
+    Args:
+        log_weights: (B,), before the clip.
+        weights: (B,), the final ones.
+        clipped: (B,) bool; whether ε lowered the weight.
+        valid: (B,) bool; pairs where it is False do not count.
+
+    Returns:
+        Keys `weights/…`. `weights/capped` is a number of pairs (log-weight above 40 with no ε below it),
+        `weights/clip_fraction` a share of them.
+
+    Raises:
+        ValueError: wrong shapes, or no pair that is valid.
     """
     weights, valid = _checked(weights, valid)
     for name, tensor in (("log_weights", log_weights), ("clipped", clipped)):

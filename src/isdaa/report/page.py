@@ -32,9 +32,17 @@ HERE = Path(__file__).parent
 
 
 def write_report(study: Study, folder: Path) -> Path:
-    """Write `report.html`, `report.json`, `report.csv` and `charts/` into `folder`; returns the page's path.
+    """Write `report.html`, `report.json`, `report.csv` and `charts/` (docs/report.md).
 
-    Raises UserError where the study has no run or the folder cannot be written.
+    Args:
+        study: of `isdaa.evaluation.read_study`.
+        folder: where to.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        UserError: the study has no run, or the folder cannot be written.
     """
     if not study.runs:
         raise UserError(f"{study.folder}: no run to report on")

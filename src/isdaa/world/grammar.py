@@ -51,9 +51,19 @@ def punctuate(words: str) -> str:
 
 
 def make_posts(size: str, n: int, *, split: str = "sft", seed: int = 0) -> list[Row]:
-    """n rows {'id', 'prompt', 'summary', 'facts'} of one split, JSON-able; the prompt ends with `PROMPT_END`.
+    """Posts with a reference summary each. A longer draw begins with the shorter one; splits share no post.
 
-    Raises ValueError for an unknown size or split, or where the split has too few different posts.
+    Args:
+        size: "small" or "medium".
+        n: how many.
+        split: "sft", "prompts" or "eval".
+        seed: of the draw.
+
+    Returns:
+        Rows with `id`, `prompt` (it ends with `PROMPT_END`), `summary` and `facts`, as JSON takes them.
+
+    Raises:
+        ValueError: an unknown size or split, or a split with too few different posts.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: known are {', '.join(SPLITS)}")

@@ -54,7 +54,13 @@ class Clause(NamedTuple):
 
 @dataclass(frozen=True)
 class Verdict:
-    """`total` is the sum of `parts` (name -> points); `clauses` is the summary as the judge read it."""
+    """What the gold judge says of a summary.
+
+    Attributes:
+        total: points, the sum of `parts`.
+        parts: name -> points.
+        clauses: the summary as the judge read it.
+    """
 
     total: float
     parts: dict[str, float] = field(default_factory=dict)
@@ -62,12 +68,36 @@ class Verdict:
 
 
 def gold_reward(facts: Mapping[str, Any], summary: str | Sequence[str], finished: bool = True) -> float:
-    """Points for a summary (text, or its words). `finished`: the writer ended it, no limit did. Never raises on text."""
+    """Points for a summary. Any text can be judged.
+
+    Args:
+        facts: of the post, as `make_posts` writes them.
+        summary: text, or its words.
+        finished: whether the writer ended it; False: a limit cut it.
+
+    Returns:
+        Points; higher is better.
+
+    Raises:
+        KeyError: facts without their `size`.
+    """
     return explain(facts, summary, finished).total
 
 
 def explain(facts: Mapping[str, Any], summary: str | Sequence[str], finished: bool = True) -> Verdict:
-    """The verdict of `gold_reward` with its pieces. `facts` as `make_posts` writes them; without their 'size', KeyError."""
+    """The points of `gold_reward`, piece by piece.
+
+    Args:
+        facts: of the post, as `make_posts` writes them.
+        summary: text, or its words.
+        finished: whether the writer ended it; False: a limit cut it.
+
+    Returns:
+        Points by name, and the summary as the judge read it.
+
+    Raises:
+        KeyError: facts without their `size`.
+    """
     size = facts["size"]
     slots = lexicon(size).slots
     words = split_words(summary)

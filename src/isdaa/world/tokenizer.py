@@ -28,7 +28,14 @@ def vocabulary(size: str) -> list[str]:
 
 
 def build_tokenizer(size: str) -> PreTrainedTokenizerFast:
-    """Adds BOS in front by default, but no EOS (it belongs to a response that ended). Lower-cases; decodes to plain English."""
+    """The world's tokenizer: a token a word. It lower-cases, adds BOS but no EOS, and decodes to plain English.
+
+    Args:
+        size: "small" or "medium".
+
+    Returns:
+        A tokenizer for transformers.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -61,7 +68,14 @@ def build_tokenizer(size: str) -> PreTrainedTokenizerFast:
 
 
 def model_config(size: str) -> dict[str, Any]:
-    """Arguments of `transformers.LlamaConfig` for a model to be trained from scratch on this world."""
+    """The configuration of a model to be trained from scratch on this world.
+
+    Args:
+        size: "small" or "medium".
+
+    Returns:
+        `model_type` and arguments of `transformers.LlamaConfig`.
+    """
     tokens = vocabulary(size)
     hidden, intermediate, layers, heads, initial = _SHAPES[size]
     return {

@@ -32,17 +32,32 @@ CONTENT = {
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """One run. Every (C, N) array has a row a checkpoint and a column a prompt; prompts are the same for all rows.
+    """One run: C checkpoints, measured on the same N prompts.
 
-    kl: Rao–Blackwell KL from the reference, nats. wins: win rate of the prompt in [0, 1]; None without a scorer or judge.
-    rewards: the scorer's points; None without one, and of a judge model, which gives none. lengths: tokens of the sample that
-    was judged. start: the reference's own win rate (½ with ties at half), None where `wins` are; start_wins: the same prompt by
-    prompt, (N,). metrics: the checkpoints' entries of `metrics.json`, with means and intervals. history: `metrics.jsonl` of the
-    run.
+    Attributes:
+        name: of the run.
+        steps: (C,) int, rising; 1 to C where no record says the steps.
+        labels: names of the checkpoints.
+        paths: folders of the checkpoints.
+        kl: (C, N), Rao–Blackwell KL from the reference, nats.
+        wins: (C, N), win rate of each prompt in [0, 1]; None without a scorer or judge.
+        start: the reference's own win rate, ½ where ties count half; None where `wins` are.
+        rewards: (C, N), the scorer's points; None without one, and of a judge model, which gives none.
+        lengths: (C, N), tokens of the sample that was judged.
+        method: preset of the objective.
+        beta: β of the objective.
+        seed: of the run.
+        cell: the sweep's cell: runs of one cell differ by their seed alone.
+        settings: what the cell sets, dotted.
+        evaluation: folder of the records.
+        metrics: the checkpoints' entries of `metrics.json`, with means and intervals.
+        history: `metrics.jsonl` of the run.
+        start_wins: (N,), the reference's own win rate prompt by prompt.
+        ended: label of the run's last checkpoint, where that was left out: its weights are not finite.
     """
 
     name: str
-    steps: np.ndarray  # (C,) int, rising; 1..C where no record says the steps
+    steps: np.ndarray
     labels: Sequence[str]
     paths: Sequence[str]
     kl: np.ndarray
@@ -53,13 +68,13 @@ class Trajectory:
     method: str | None = None
     beta: float | None = None
     seed: int | None = None
-    cell: str | None = None  # the sweep's cell: runs of one cell differ by their seed alone
-    settings: Mapping[str, Any] = field(default_factory=dict)  # what the cell sets, dotted
-    evaluation: Path | None = None  # folder of the records
+    cell: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Path | None = None
     metrics: Sequence[Mapping[str, Any]] = ()
     history: Path | None = None
     start_wins: np.ndarray | None = None
-    ended: str | None = None  # label of the run's last checkpoint, where that was left out: its weights are not finite
+    ended: str | None = None
 
     @property
     def steps_known(self) -> bool:
@@ -75,16 +90,27 @@ class Trajectory:
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """Trajectories that are looked at together, with what they share: prompts, scorer, reference, sampling."""
+    """Runs that are looked at together, with what they share: prompts, scorer, reference, sampling.
+
+    Attributes:
+        runs: one trajectory each.
+        metrics: `metrics.json` of the (first) evaluation: scorer, settings, opponent, reference, versions.
+        title: of the study.
+        folder: of the study.
+        cells: of a sweep; dictionaries with `name`, `grids`, `settings`.
+        missing: runs of a sweep that have no evaluation yet.
+        notes: what else a reader must know, each a sentence.
+        ended: run -> label of its last checkpoint, where that was left out.
+    """
 
     runs: Sequence[Trajectory]
-    metrics: Mapping[str, Any]  # `metrics.json` of the (first) evaluation: scorer, settings, opponent, reference, versions
+    metrics: Mapping[str, Any]
     title: str
     folder: Path
-    cells: Sequence[Mapping[str, Any]] = ()  # of a sweep: {"name", "grids", "settings"}
-    missing: Sequence[str] = ()  # runs of a sweep that have no evaluation yet
-    notes: Sequence[str] = ()  # what else a reader must know, each a sentence
-    ended: Mapping[str, str] = field(default_factory=dict)  # run -> label of its last checkpoint, where that was left out
+    cells: Sequence[Mapping[str, Any]] = ()
+    missing: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    ended: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def scored(self) -> bool:
@@ -95,8 +121,15 @@ class Study:
 def read_study(path: str | Path, as_one_run: bool = False) -> Study:
     """The study in a sweep's folder, a run's folder or an evaluation's folder.
 
-    as_one_run: of an evaluation, as `trajectories` takes it.
-    Raises UserError where there is none, or where a sweep has no evaluated run yet.
+    Args:
+        path: the folder.
+        as_one_run: of an evaluation, whether models whose names say nothing of their run are checkpoints of one.
+
+    Returns:
+        Its runs, each with its checkpoints in the order of training, and what they share.
+
+    Raises:
+        UserError: there is none, or no run of a sweep has been evaluated yet.
     """
     folder = Path(path)
     if (folder / SWEEP).is_file():

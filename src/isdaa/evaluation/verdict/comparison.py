@@ -33,26 +33,44 @@ class SeedMean:
 
 @dataclass(frozen=True)
 class CellSummary:
-    """One cell (method with its settings) over its seeds."""
+    """One cell (method with its settings) over its seeds.
+
+    Attributes:
+        cell: its name.
+        runs: one a seed.
+        best: the highest checkpoint's win rate; too high, since it is chosen on what it is measured on.
+        final: win rate of the last checkpoint.
+        final_kl: KL of the last checkpoint, nats.
+        fall: win rate that was lost to the last checkpoint (`judge`); a little too large, as `best`.
+        findings: finding of the verdict -> how many seeds have it.
+    """
 
     cell: str
     runs: Sequence[Trajectory]
-    best: SeedMean  # of each seed, the highest checkpoint's win rate; optimistic, since it is chosen on what it is measured on
-    final: SeedMean  # win rate of the last checkpoint
+    best: SeedMean
+    final: SeedMean
     final_kl: SeedMean
-    fall: SeedMean  # to the last checkpoint (overoptimization.judge); a little too large, like `best`
-    findings: Mapping[str, int]  # how many seeds were found what
+    fall: SeedMean
+    findings: Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class MatchedKl:
-    """Win rates of several cells interpolated at the same √KL, seed by seed, over the range that all reach."""
+    """Win rates of several cells interpolated at the same √KL, seed by seed, over the range that all reach.
 
-    root_kl: np.ndarray  # (P,) grid
-    cells: Mapping[str, Sequence[SeedMean]]  # cell -> (P,) means
-    differences: Mapping[str, Sequence[SeedMean]]  # cell -> (P,) differences from `baseline`, paired by seed
+    Attributes:
+        root_kl: (P,), the grid.
+        cells: cell -> P means over seeds.
+        differences: cell -> P differences from `baseline`, paired by seed.
+        baseline: the cell that the others are compared with.
+        excluded: cells that do not reach the common range.
+    """
+
+    root_kl: np.ndarray
+    cells: Mapping[str, Sequence[SeedMean]]
+    differences: Mapping[str, Sequence[SeedMean]]
     baseline: str
-    excluded: Sequence[str] = ()  # cells left out because they do not reach the common range
+    excluded: Sequence[str] = ()
 
 
 def seed_mean(values: Sequence[float], *, confidence: float = 0.95) -> SeedMean:
@@ -72,10 +90,15 @@ def seed_mean(values: Sequence[float], *, confidence: float = 0.95) -> SeedMean:
 
 
 def summarise(runs: Sequence[Trajectory], *, confidence: float = 0.95) -> list[CellSummary]:
-    """One summary a cell, in the order in which cells first occur; seeds in rising order.
+    """Each cell over its seeds.
 
-    Runs that belong to no cell are a cell each, by their name. Runs without win rates count in `final_kl` alone, and runs with
-    too few checkpoints for a verdict take no part in `fall`.
+    Args:
+        runs: of `read_study(…).runs`. A run that belongs to no cell is one by itself, by its name. Runs without win rates
+            count in `final_kl` alone, and runs with too few checkpoints for a verdict take no part in `fall`.
+        confidence: of the t-intervals over seeds.
+
+    Returns:
+        One summary a cell, in the order in which cells first occur; seeds in rising order.
     """
     return [_summary(cell, members, confidence) for cell, members in _cells(runs).items()]
 
@@ -92,13 +115,22 @@ def difference(first: CellSummary, second: CellSummary, what: str = "final", *, 
 
 
 def at_matched_kl(runs: Sequence[Trajectory], baseline: str, *, points: int = 25, confidence: float = 0.95) -> MatchedKl | None:
-    """Cells at matched KL; None where no range is common to any two cells.
+    """Cells at matched KL.
 
     A run's path is read as a function of d = √KL: from the reference (0, start) over the checkpoints that set a new largest
     d, with straight lines between. What a run does after it turned back in KL is not read, since at one d it would be two values.
     The range goes from the largest of the seeds' first checkpoints to the smallest of their largest d: nobody's line
     from the untrained reference to its first checkpoint is passed off as a measurement, where the range allows (else it starts
     at 0). A cell whose least d over seeds is below half of the median cell's is `excluded`; the baseline never is.
+
+    Args:
+        runs: of `read_study(…).runs`.
+        baseline: the cell that the others are compared with.
+        points: P, of the grid over √KL.
+        confidence: of the t-intervals over seeds.
+
+    Returns:
+        Win rates and differences on the grid; None where no range is common to any two cells.
     """
     cells = {cell: [run for run in members if run.wins is not None] for cell, members in _cells(runs).items()}
     cells = {cell: members for cell, members in cells.items() if members}

@@ -34,24 +34,36 @@ NONE_BETTER = "no checkpoint is shown to be better than the reference (95 %)"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What can be said of one run. Win rates in [0, 1], raw; falls are to the last checkpoint.
+    """What can be said of one run (docs/method.md). Win rates and falls are raw, in [0, 1]; falls are to the last checkpoint.
 
-    over-optimised: the last is worse, by more than step-to-step noise, and further from the reference than the peak. worse: it
-    is, but that may be noise, or KL did not grow. not detected: no fall of `NEGLIGIBLE` or more. underpowered: none of them.
-    diverged: its last checkpoint has weights that are not finite, so nothing is said of its end; falls are none.
+    Attributes:
+        finding: "over-optimised": the last checkpoint is worse than the peak, by more than checkpoints vary, at a larger KL.
+            "worse": it is worse, but that may be ordinary variation, or KL did not grow. "not detected": no fall of 0.05 or
+            more. "underpowered": none of these. "diverged": the last checkpoint's weights are not finite, so nothing is said
+            of the run's end.
+        fall: from the peak; 0 where nothing lies above the last.
+        lower: one-sided 95 % bound of that fall, for all candidates at once.
+        upper: one-sided 95 % bound of the largest fall from any candidate.
+        bounce: standard deviation of a checkpoint around a curve with one bend or step, beyond what its prompts explain.
+        peak: index of the checkpoint that the fall counts from, unless that is the reference.
+        recommended: index of the checkpoint to keep, unless that is the reference.
+        prompts_needed: where underpowered, prompts that would decide in 8 of 10 cases or more; None: not known.
+        sentence: verdict and recommended checkpoint, for people.
+        below_start: whether the fall counts from the reference itself.
+        better: whether some checkpoint is shown to be better than the reference; None: cannot be asked.
     """
 
     finding: Finding
-    fall: float  # from the peak; 0 where nothing lies above the last
-    lower: float  # one-sided 95 % bounds: of that fall, for all candidates at once
-    upper: float  # of the largest fall from any candidate
-    bounce: float  # standard deviation of a checkpoint around a curve with one bend or step, beyond what its prompts explain
-    peak: int  # index of the checkpoint that the fall counts from, unless that is the reference
-    recommended: int  # index of the checkpoint to keep, unless that is the reference
-    prompts_needed: int | None  # where underpowered: prompts that would decide in 8 of 10 cases or more; None: not known
-    sentence: str  # verdict and recommended checkpoint, for people
-    below_start: bool = False  # the fall counts from the reference itself
-    better: bool | None = None  # whether some checkpoint is shown to be better than the reference; None: cannot be asked
+    fall: float
+    lower: float
+    upper: float
+    bounce: float
+    peak: int
+    recommended: int
+    prompts_needed: int | None
+    sentence: str
+    below_start: bool = False
+    better: bool | None = None
 
     @property
     def keeps_reference(self) -> bool:
@@ -96,11 +108,23 @@ def verdict_of(
     start_wins: np.ndarray | None = None,
     opponent: str = "reference",
 ) -> Verdict | None:
-    """The verdict from (C, N) win rates and (C,) or (C, N) KL; None from fewer than `CHECKPOINTS` or `PROMPTS`.
+    """The verdict on C checkpoints that were measured on the same N prompts.
 
-    start: the reference's own win rate; start_wins: the same prompt by prompt, (N,), where it was measured. steps: of the
-    checkpoints, where they are known. labels: their names or paths, by which the sentence goes. opponent: `reference` or
-    `chosen`, of which the win rates are.
+    Args:
+        wins: (C, N) win rates in [0, 1], checkpoints in the order of training.
+        kl: (C,) or (C, N), nats.
+        start: the reference's own win rate; None: not known.
+        steps: of the checkpoints, where they are known.
+        labels: names or paths of the checkpoints, by which the sentence goes.
+        seed: of the resampling.
+        start_wins: (N,), the reference's win rate prompt by prompt, where it was measured.
+        opponent: "reference" or "chosen": what the win rates are against.
+
+    Returns:
+        The verdict; None from fewer than 3 checkpoints or 4 prompts.
+
+    Raises:
+        ValueError: shapes that do not fit.
     """
     wins, kl = np.asarray(wins, dtype=np.float64), np.asarray(kl, dtype=np.float64)
     if wins.ndim != 2 or len(kl) != len(wins):
@@ -136,7 +160,16 @@ def verdict_of(
 
 
 def judge(run: Trajectory, *, seed: int = 0, opponent: str = "reference") -> Verdict | None:
-    """The verdict on one run; None where `why_none` says why. opponent: of its win rates."""
+    """The verdict on one run.
+
+    Args:
+        run: its checkpoints, of `read_study(…).runs`.
+        seed: of the resampling.
+        opponent: "reference" or "chosen": what its win rates are against.
+
+    Returns:
+        The verdict; None without win rates, or from fewer than 3 checkpoints or 4 prompts.
+    """
     if run.wins is None:
         return None
     steps = list(run.steps) if run.steps_known else None

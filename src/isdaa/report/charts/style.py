@@ -115,10 +115,18 @@ def legend_columns(labels: Sequence[str], width: int) -> int:
 
 
 def save_chart(chart: alt.TopLevelMixin | Drawing, path: str | Path, scale: float = 2.0) -> list[Path]:
-    """Write `path` with the suffixes .png (at `scale`) and .svg, each atomically and without a network; returns both paths.
+    """Write a chart as .png and .svg, each atomically and without a network.
 
-    Raises PictureError where the chart library cannot draw it; of an earlier chart's files none is left then, and no new .svg
-    is missing for want of a .png.
+    Args:
+        chart: of this package, or an Altair chart.
+        path: without a suffix.
+        scale: of the .png.
+
+    Returns:
+        Both paths, the .png first.
+
+    Raises:
+        PictureError: the chart library cannot draw it; of an earlier chart's files none is left then.
     """
     png, vector = (Path(path).with_name(Path(path).name + suffix) for suffix in (".png", ".svg"))
     for old in (png, vector):

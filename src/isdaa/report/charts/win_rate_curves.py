@@ -36,10 +36,20 @@ def study_chart(
 ) -> Drawing:
     """Win rate against √KL, one panel a β: the mean over seeds of each cell, every seed as a thin line behind it.
 
-    cells: names of the cells to draw, all by default; labels are those of the whole study, colours tell apart what is drawn.
-    laws: cell -> fitted law, drawn dashed with the interval of its peak at the foot of the panel, where it has one. keep: cell ->
-    index of its recommended checkpoint, drawn as a diamond where the cell has one seed.
-    Raises ValueError for a name that is no cell's, and without win rates.
+    Args:
+        study: of `isdaa.evaluation.read_study`.
+        cells: names of the cells to draw, all by default; labels are those of the whole study.
+        width: pixels, of all panels together.
+        columns: panels in a row; None: as many as fit.
+        laws: cell -> fitted law, drawn dashed with the interval of its peak at the foot of the panel, where it has one.
+        height: pixels, of a panel.
+        keep: cell -> index of its recommended checkpoint, drawn as a diamond where the cell has one seed.
+
+    Returns:
+        A chart for `save_chart`; `altair()` makes it an Altair chart.
+
+    Raises:
+        ValueError: a name that is no cell's, or no win rates.
     """
     lines = lines_of(study)
     if cells is not None:
@@ -92,7 +102,16 @@ def final_chart(
 ) -> Drawing:
     """Win rate of each cell's last checkpoint, best first: mean with interval, a dot a seed, and its best as a hollow square.
 
-    titles, colours: of the cells; their names and the first colour by default.
+    Args:
+        summaries: of `isdaa.evaluation.summarise`.
+        width: pixels.
+        titles: cell -> what it is called; its name by default.
+        colours: cell -> colour; the first colour by default.
+        opponent: what the win rates are against, for the title.
+        start: the reference's own win rate, a dashed line; None: no line.
+
+    Returns:
+        A chart for `save_chart`.
     """
     import altair as alt
 
@@ -145,7 +164,20 @@ def matched_kl_chart(
     opponent: str = "the reference",
     title: str = "",
 ) -> Drawing:
-    """Win rates of cells at the same √KL: mean over seeds as a line, its t-interval as a band."""
+    """Win rates of cells at the same √KL: mean over seeds as a line, its t-interval as a band.
+
+    Args:
+        matched: of `isdaa.evaluation.at_matched_kl`.
+        width: pixels.
+        height: pixels.
+        labels: cell -> what it is called.
+        colours: cell -> colour.
+        opponent: what the win rates are against.
+        title: of the chart.
+
+    Returns:
+        A chart for `save_chart`.
+    """
     return matched_charts(
         [(title, matched)], width=width, height=height, columns=1, labels=labels, colours=colours, opponent=opponent
     )

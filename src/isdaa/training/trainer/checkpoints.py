@@ -63,10 +63,19 @@ def check_resumable(folder: str | Path) -> None:
 
 
 def adopt(folder: str | Path) -> int:
-    """Make everything that isdaa wrote in a folder, as it is now, this user's own. Returns how many records and lists there were.
+    """Make everything that isdaa wrote in a folder, as it is now, this user's own (docs/evaluation.md).
 
-    A model in a run's folder stands for the run. A checkpoint of the Trainer without a manifest gets one. What a manifest calls
-    damaged stays so. Symbolic links below the folder are not followed. Raises UserError for a folder with nothing in it.
+    A checkpoint of the Trainer without a manifest gets one. What a manifest calls damaged stays so. Symbolic links below the
+    folder are not followed.
+
+    Args:
+        folder: of a run, sweep or model; a model in a run's folder stands for the run.
+
+    Returns:
+        How many records and lists there were.
+
+    Raises:
+        UserError: no such folder, or nothing of isdaa's in it.
     """
     given, run = Path(folder), run_folder(folder)
     folder = run if run is not None and (run / RUN).is_file() else given

@@ -48,17 +48,31 @@ logger = logging.getLogger(__name__)
 
 
 class PreferenceTrainer(WholeCheckpoints, Trainer):
-    """Minimises an `Objective` over tokenised pairs that carry reference logps.
+    """Minimises an `Objective` over tokenised pairs that carry reference logps; `preference_trainer` makes one.
 
-    model: the policy, a transformers causal LM or a peft model around one. forward: `models.packed.forward.prepare(model)`.
-    train_dataset, eval_dataset: `TokenisedPairs` or rows for it, with `reference_*_logps`. ValueError without.
-    tokenizer: saved into every checkpoint. before_rename(folder, step): writes further files into a checkpoint.
-    starts_at_reference: policy and reference start as the same model; their difference at step 0 is logged, and said
-        aloud where it is more than rounding. went_on: the policy has been trained from this reference before.
-    batch_tokens: a micro-batch of more tokens goes through the model in pieces; loss and gradient stay the same. None:
-        `packing.piece_tokens`.
-    group_by_prompt: pairs of one prompt are read one after the other and share its forward pass.
-    Dropout is switched off in the model, LoRA's included (docs/method.md).
+    A `transformers.Trainer`. Dropout is switched off in the model, LoRA's included (docs/architecture.md).
+
+    Args:
+        model: the policy, a transformers causal LM or a peft model around one.
+        objective: what is minimised.
+        args: transformers' own.
+        forward: `models.packed.forward.prepare(model)`.
+        train_dataset: `TokenisedPairs` or rows for it, with `reference_*_logps`.
+        eval_dataset: the same of held-out pairs.
+        tokenizer: saved into every checkpoint.
+        callbacks: transformers' own.
+        starts_at_reference: whether policy and reference start as the same model; their difference at step 0 is logged then,
+            and said aloud where it is more than rounding.
+        went_on: whether the policy has been trained from this reference before.
+        batch_tokens: a micro-batch of more tokens goes through the model in parts; loss and gradient stay the same. None: on a
+            CPU, what a pass of a few seconds holds; on a GPU no limit.
+        group_by_prompt: whether pairs of one prompt are read one after the other and share its forward pass.
+        before_rename: called with folder and step; writes further files into a checkpoint.
+        description: of the progress bar.
+        kwargs: further arguments of `transformers.Trainer`.
+
+    Raises:
+        ValueError: rows without reference logps.
     """
 
     def __init__(

@@ -89,16 +89,25 @@ def preference_trainer(
     optimizers: tuple[Any, Any] = (None, None),
     peft_config: Any = None,
 ) -> PreferenceTrainer:
-    """A `PreferenceTrainer` that is ready to train, from the arguments of TRL's `DPOTrainer`.
-
-    model: a causal language model, a PeftModel around one, or a folder or Hub name. Its dropout is switched off.
-    ref_model: π_ref; None: the policy exactly as it is given, an adapter included. behaviour_model: μ of the importance
-        weights; None: the rows' own behaviour logps, else π_ref. Both may be names, and are let go before training starts.
-    train_dataset, eval_dataset: rows with prompt, chosen and rejected, as text or messages (docs/configuration.md).
-    peft_config: of a new adapter, of a model that carries none.
+    """A `PreferenceTrainer` that is ready to train, from the arguments of TRL's `DPOTrainer` (docs/migrating.md).
 
     The logps under reference and behaviour policy are computed here, once, and kept on disk. `output_dir` gets `metrics.jsonl`,
     and every checkpoint its card and `isdaa.json`, by which `isdaa evaluate` knows it.
+
+    Args:
+        model: a causal language model, a PeftModel around one, or a folder or Hub name. Its dropout is switched off.
+        ref_model: π_ref; None: the policy exactly as it is given, an adapter included. Let go before training starts.
+        args: settings; None: the defaults, with a folder named after the model.
+        train_dataset: rows with prompt, chosen and rejected, as text or messages (docs/configuration.md).
+        eval_dataset: the same, held out.
+        processing_class: the tokenizer; None: the model's own.
+        behaviour_model: μ of the importance weights; None: the rows' own behaviour logps, else π_ref. Let go as `ref_model`.
+        callbacks: transformers' own.
+        optimizers: an optimizer and a scheduler of your own.
+        peft_config: of a new adapter, of a model that carries none.
+
+    Returns:
+        The trainer; call its `train()`.
 
     Raises:
         UserError: bad arguments or rows.

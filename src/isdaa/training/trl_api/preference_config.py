@@ -108,7 +108,10 @@ class PreferenceConfig(TrainingArguments):
     """Arguments of `preference_trainer`: transformers' own, the objective's, and how text becomes tokens.
 
     Settings of the objective (`isdaa.Objective`; `isdaa methods` lists the presets) that are None have the method's value.
-    Raises UserError for a name of TRL's that is none here, with what to write instead.
+    docs/migrating.md has every field of TRL's `DPOConfig`.
+
+    Raises:
+        UserError: a value that means nothing, or a name of TRL's that is none here, with what to write instead.
     """
 
     learning_rate: float = _setting(1e-6, "as DPOConfig")
