@@ -48,8 +48,6 @@ def test_the_example_pairs_are_what_the_readme_says() -> None:
     [
         "make demo",
         "make test",
-        "make lint",
-        "make test-slow",
         "pip install -r requirements.txt",
         "python scripts/train.py --config config.yaml",
         "python scripts/evaluate.py --model_path",

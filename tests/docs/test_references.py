@@ -47,14 +47,11 @@ def test_files_of_the_architecture_and_of_the_tree_exist() -> None:
             folder = name.rpartition("/")[0] if "/" in name else folder
             assert (source / folder / name.rpartition("/")[2]).is_file() or (source / name).is_file(), name
     tree = (ROOT / "README.md").read_text(encoding="utf-8").split("src/isdaa/\n")[1].split("```")[0]
-    depth: list[str] = []
+    room = ""
     for line in tree.splitlines():
-        level = (len(line) - len(line.lstrip()) - 2) // 2
-        found = re.findall(r"(?:^| {2,})(\w+)/(?= )", line)  # folders in the column of names; several may share a line
-        depth = [*depth[:level], *found[:1]]
-        assert all((source.joinpath(*depth[:level]) / name).is_dir() for name in found), line
-        for name in re.findall(r"\b(\w+\.py)\b", line):
-            assert source.joinpath(*depth, name).is_file() or (source / name).is_file(), f"{line}: {name}"
+        room = found[1] if (found := re.match(r"  (\w+)/", line)) else room if line.startswith("    ") else ""
+        for name in re.findall(r"(?<![\w/])([\w/]+(?:\.py|/))", line):
+            assert (source / room / name).exists() or (source / name).exists(), f"{line}: {name}"
 
 
 def test_dotted_names_of_modules_exist() -> None:
