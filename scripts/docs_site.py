@@ -47,13 +47,35 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     return markdown if uri in OUTSIDE else site_text(markdown, f"docs/{uri}", uri)
 
 
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Pages that docstrings name become links."""
+    if not page.file.src_uri.startswith("api/"):
+        return html
+    link = '<a href="../{0}.html">{1}</a>'
+    return re.sub(r"(?<![\w/])docs/(\w+)\.md", lambda name: link.format(name[1], titles()[f"{name[1]}.md"]), html)
+
+
 def site_text(text: str, file: str, page: str) -> str:
     """A page's text for the site: its links lead to pages, code in tables has plain bars, words lead to the glossary."""
     home = posixpath.dirname(page) or "."
-    text = re.sub(r"\[([^\]]*)\]\(([^)\s]+)\)", lambda m: m[1] if (ROOT / target_of(m[2], file)).is_dir() else m[0], text)
+    text = re.sub(r"\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)", lambda link: _named(link, file), text)
     text = LINK.sub(lambda found: posixpath.relpath(site_path(target_of(found[1], file)), home), text)
     text = re.sub(r"^\|.*$", lambda line: re.sub(r"`[^`]*`", lambda code: code[0].replace(r"\|", "|"), line[0]), text, flags=re.M)
     return text if page in UNLINKED else with_glossary(text, posixpath.relpath(GLOSSARY, home))
+
+
+def _named(link: re.Match[str], file: str) -> str:
+    """A link to a folder is its text alone; one whose text is a page's file is called as in the navigation."""
+    path = target_of(link[2], file)
+    title = titles().get(site_path(path)) if link[1].endswith(".md") else None
+    return link[1] if (ROOT / path).is_dir() else f"[{title or link[1]}]({link[2]}{link[3] or ''})"
+
+
+@cache
+def titles() -> dict[str, str]:
+    """Page -> what the navigation calls it."""
+    lines = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    return {page: title.strip('"') for title, page in re.findall(r"^ +- (.+): (\S+\.md)$", lines, re.M)}
 
 
 def anchor(title: str) -> str:

@@ -57,6 +57,7 @@ def test_api_pages_show_what_the_docstrings_say(site: Path) -> None:
     for words in ("ESS/N = (Σw)²/(N·Σw²)", "log π(y_w|x) in nats", "Raises", "Nguyen et al."):
         assert words in shown, words
     assert "isdaa.evaluate" in text_of(site / "api" / "isdaa.html")
+    assert '<a href="../method.html">' in (site / "api" / "objectives.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("package", ["isdaa", *(f"isdaa.{name}" for name in sorted(API) if name not in ("isdaa", "index"))])

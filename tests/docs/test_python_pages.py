@@ -35,11 +35,19 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_the_readme_s_script_trains_here(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, script = python_of("README.md", "## As a library")
+    (script,) = python_of("README.md", "## In Python")
     space: dict[str, Any] = {"pairs": plain_pairs(8)}
     exec(script, space)
     assert space["trainer"].state.global_step == 3
     assert "bf16 is off" in capsys.readouterr().err or space["trainer"].args.bf16
+
+
+def test_the_loss_alone_in_a_loop_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+    (script,) = python_of("docs/api/objectives.md")
+    space: dict[str, Any] = {}
+    exec(script, space)
+    assert space["policy_chosen"].grad.abs().min() > 0 and space["out"].weights.shape == (2,)
+    assert "0.05·h" in capsys.readouterr().out
 
 
 def test_going_on_in_python(home: Path) -> None:
