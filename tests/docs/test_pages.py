@@ -14,7 +14,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")] + sorted(DOCS.rglob("*.md"))
 WIDTH = 120
 WRITTEN = ("results/",)  # by programs
-SITE = runpy.run_path(str(ROOT / "scripts" / "docs_site.py"))
+SITE = runpy.run_path(str(ROOT / "docs" / "site.py"))
 
 
 def prose(page: Path) -> list[str]:

@@ -105,13 +105,13 @@ class ObjectiveConfig(Section):
     length_penalty: Annotated[float | FromPreset, AS_NUMBER] = Field("preset", description="α, per token of length difference")
     sft_coefficient: Annotated[NotNegative | FromPreset, AS_NUMBER] = Field("preset", description="η of the SFT term")
     label_smoothing: Annotated[Annotated[float, Field(ge=0, le=0.5)] | FromPreset, AS_NUMBER] = Field(
-        "preset", description="s, the share of labels that is taken for wrong; logistic loss only"
+        "preset", description="s, assumed share of wrong labels; logistic loss only"
     )
     length_normalized: bool | FromPreset = Field("preset", description="divide the log-ratios by the length in the margin")
     max_reward: Annotated[Positive | FromPreset | None, AS_NUMBER] = Field(
         "preset", description="R_max of χPO: β·h is clipped to ±2·R_max; chi_squared only"
     )
-    allow_stall: bool = Field(False, description="train although the weights at the start let hardly any pair teach")
+    allow_stall: bool = Field(False, description="train even if almost all importance weights are 0 at the start")
 
     @model_validator(mode="after")
     def _meaningful(self) -> ObjectiveConfig:
@@ -151,9 +151,11 @@ class ModelConfig(Section):
 class ReferenceConfig(Section):
     """π_ref, in every margin."""
 
-    path: Location | None = Field(None, description="null: the policy exactly as loaded, an SFT adapter included")
+    path: Location | None = Field(None, description="null: the policy as loaded, with an SFT adapter if there is one")
     revision: str | None = Field(None, description="branch, tag or commit of `reference.path` on the Hub")
-    cache_dir: Location | None = Field(None, description="of reference logps; null: `.isdaa_cache` beside the output folder")
+    cache_dir: Location | None = Field(
+        None, description="folder of cached reference logps; null: `.isdaa_cache` beside the output folder"
+    )
 
 
 class BehaviourConfig(Section):
@@ -169,7 +171,7 @@ class DataConfig(Section):
     pairs_split: str = Field("train", description="split of a Hub data set or of a folder with splits")
     eval_pairs: Location | None = Field(None, description="held-out pairs; null: eval_fraction of the prompts")
     eval_split: str = Field("test", description="split of `eval_pairs`")
-    eval_fraction: Float = Field(0.05, ge=0, lt=1, description="of the prompts, held out where `eval_pairs` is null")
+    eval_fraction: Float = Field(0.05, ge=0, lt=1, description="share of the prompts held out if `eval_pairs` is null")
     sft: Location | None = Field(None, description="SFT examples: file, folder, Hub name, recipe or `world:small`")
     sft_split: str = Field("train", description="split of `sft`")
     prompts: Location | None = Field(None, description="prompts that `label` samples for")
@@ -183,7 +185,7 @@ class DataConfig(Section):
         None, description="configuration of the Hub data sets named above, or a sub-folder of that name in a local copy"
     )
     prompt_repeated: Literal["strip", "keep"] | None = Field(
-        None, description="where responses begin with the text prompt once more; null: an error if most do"
+        None, description="what to do with responses that repeat the text prompt; null: an error if most do"
     )
 
     def source(self, name: str) -> str | None:
@@ -233,7 +235,7 @@ class OptimisationConfig(Section):
     max_steps: Int | None = Field(None, ge=1, description="stop after this many optimiser steps; null: `epochs` decides")
     batch_size: Int = Field(8, ge=1, description="rows (pairs) of one forward pass on one device")
     gradient_accumulation_steps: Int = Field(1, ge=1, description="forward passes of one optimiser step")
-    learning_rate: Float = Field(1e-6, ge=0, description="at its highest, after the warm-up")
+    learning_rate: Float = Field(1e-6, ge=0, description="highest learning rate, reached after the warm-up")
     lr_scheduler: Literal["cosine_with_min_lr", "cosine", "linear", "constant", "constant_with_warmup"] = Field(
         "cosine_with_min_lr", description="how the learning rate falls; all but `constant` start with the warm-up"
     )
@@ -265,7 +267,7 @@ class OptimisationConfig(Section):
 class SftConfig(OptimisationConfig):
     """Supervised fine-tuning, on the completion alone."""
 
-    learning_rate: Float = Field(1e-5, ge=0, description="at its highest, after the warm-up")
+    learning_rate: Float = Field(1e-5, ge=0, description="highest learning rate, reached after the warm-up")
 
 
 class RewardConfig(OptimisationConfig):
@@ -280,11 +282,11 @@ class ScorerConfig(Section):
 
     position: Position = Field(
         "auto",
-        description="the token whose output is the score; auto: where the model's maker trained it, as its folder tells "
+        description="the token whose output is the score; auto: the position it was trained at, according to its folder "
         "(docs/evaluation.md); template_end: where plain transformers reads it; response_end: the last token of the response",
     )
     label: str | None = Field(
-        None, description="of a classifier with two labels, the one that means good, by name or number; null: by their names"
+        None, description="for a classifier with two labels, name or number of the good one; null: by the labels' names"
     )
 
 
@@ -295,12 +297,14 @@ class LabelConfig(Section):
         None, description="`gold` (embedded world), a sequence-classification model's path, or `reward`: this run's own"
     )
     samples: Int = Field(2, ge=2, description="responses a prompt")
-    pairing: Literal["random", "best_worst"] = Field("random", description="best_worst is not a draw from μ × μ, and is marked")
+    pairing: Literal["random", "best_worst"] = Field(
+        "random", description="best_worst: highest against lowest score; no draw from μ × μ, and marked in each row"
+    )
     label: Literal["sample", "argmax"] = Field(
         "sample", description="Bradley–Terry draw, or the larger reward; with best_worst: argmax"
     )
     scale: Float = Field(1.0, gt=0, description="σ(scale · reward difference) is the Bradley–Terry probability")
-    max_new_tokens: Int = Field(128, ge=1, description="limit of a response; what it cuts has no end (EOS)")
+    max_new_tokens: Int = Field(128, ge=1, description="longest response in tokens; a cut response has no EOS")
     temperature: Float = Field(1.0, ge=0, description="of the samples; at 1, with top_p 1 and top_k 0, they are draws from μ")
     top_p: Float = Field(1.0, gt=0, le=1, description="sample from the most probable tokens of this mass")
     top_k: Int = Field(0, ge=0, description="sample from the k most probable tokens; 0: from all")
@@ -330,17 +334,17 @@ class AlignConfig(OptimisationConfig):
     batch_tokens: Int | None = Field(
         None,
         ge=1,
-        description="split a forward pass into pieces of at most so many tokens; null: on a CPU of a few seconds, else not",
+        description="split a forward pass into passes of at most this many tokens; null: a few seconds each on a CPU, else one",
     )
     group_by_prompt: bool = Field(False, description="pairs of one prompt one after the other, sharing its forward pass")
     attention: Literal["auto", "sdpa", "blocks", "flex", "varlen"] = Field(
-        "auto", description="kernel of the shared prefix; auto: the fastest that proves itself on this device"
+        "auto", description="auto: the fastest kernel that passes a check on this device"
     )
     compile_layers: bool = Field(False, description="torch.compile of every decoder layer; not with gradient_checkpointing")
     eval_steps: Int | None = Field(None, ge=1, description="held-out loss and accuracy every n steps; null: at each save")
     save_steps: Int | None = Field(None, ge=1, description="a checkpoint every n optimiser steps; null: ten a run")
     save_total_limit: Int | None = Field(None, ge=1, description="keep the newest n checkpoints; null: all of them")
-    probe: bool = Field(True, description="compare shared-prefix logps with plain rows before training")
+    probe: bool = Field(True, description="compare shared-prefix logps with separate rows before training")
 
     @model_validator(mode="after")
     def _compiled_once(self) -> AlignConfig:
@@ -360,8 +364,8 @@ class LoraConfig(Section):
     target_modules: str | list[str] = Field("all-linear", description="names, or ends of names, of linear layers")
     merge: bool | None = Field(
         None,
-        description="save the model with the adapter in its weights; false: the adapter alone; null: merged, but where the base "
-        "model's folder holds quantised weights, which true turns into plain ones",
+        description="true: save the model with the adapter merged; false: the adapter alone; null: merged, unless the base's "
+        "folder has quantised weights (true dequantises them)",
     )
 
     @field_validator("target_modules")
@@ -384,8 +388,8 @@ class EvaluationConfig(Section):
     )
     opponent_samples: Int = Field(4, ge=1, description="reference samples a prompt")
     ties: Literal["half", "loss"] = Field("half", description="what a tie of two scores counts: half a win, or none")
-    keep_thinking: bool = Field(False, description="what a model thinks aloud is scored, judged and measured with its answer")
-    max_new_tokens: Int = Field(128, ge=1, description="limit of a response")
+    keep_thinking: bool = Field(False, description="score, judge and measure the model's thinking together with its answer")
+    max_new_tokens: Int = Field(128, ge=1, description="longest response in tokens")
     temperature: Float = Field(0.7, ge=0, description="of the samples for win rates; KL always samples at 1")
     top_p: Float = Field(0.95, gt=0, le=1, description="of the samples for win rates; KL always has 1")
     top_k: Int = Field(0, ge=0, description="of the samples for win rates; 0: all tokens; KL always has 0")
@@ -399,7 +403,7 @@ class GuardConfig(Section):
     """Measurements during alignment, on a few held-out prompts: logged, and, where asked for, acted upon (docs/guard.md)."""
 
     steps: Int | None = Field(None, ge=1, description="measure every n optimiser steps and at the last one; null: never")
-    prompts: Int = Field(128, ge=2, description="held-out prompts, behind those that `isdaa evaluate` will use")
+    prompts: Int = Field(128, ge=2, description="number of held-out prompts, taken after those of `isdaa evaluate`")
     scorer: Location | None = Field(
         None,
         description="`gold`, a reward model's path, or `reward`: this run's own; null: evaluation.scorer, else `reward` where "
@@ -415,7 +419,7 @@ class GuardConfig(Section):
     seed: Seed = Field(0, description="of its samples")
     keep: Literal["all", "best"] = Field("all", description="best: the model of the highest win rate so far is in `best/`")
     stop: Literal["never", "over-optimised"] = Field(
-        "never", description="over-optimised: end the run where the win rate has fallen for sure"
+        "never", description="over-optimised: end the run when the win rate has fallen with 95 % confidence"
     )
 
     @model_validator(mode="after")
@@ -438,8 +442,8 @@ class Config(Section):
         None, description="run or checkpoint whose weights, reference and settings a new run begins with (docs/going_on.md)"
     )
     continue_optimizer: bool = Field(False, description="begin with the state of its optimiser, too")
-    stages: list[Stage] = Field(["align"], min_length=1, description="what runs, in this order")
-    seed: Seed = Field(1, description="of weights, order of the pairs and samples, where a section has none of its own")
+    stages: list[Stage] = Field(["align"], min_length=1, description="stages to run, in this order")
+    seed: Seed = Field(1, description="default seed of weights, pair order and samples; sections may set their own")
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     reference: ReferenceConfig = Field(default_factory=ReferenceConfig)

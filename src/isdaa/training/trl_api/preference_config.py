@@ -134,7 +134,7 @@ class PreferenceConfig(TrainingArguments):
     label_smoothing: float | None = _setting(None, "share of flipped labels (cDPO)")
     length_normalized: bool | None = _setting(None, "divide the log-ratios by the length in the margin")
     max_reward: float | None = _setting(None, "R_max of χPO")
-    allow_stall: bool = _setting(False, "train although the weights at the start let hardly any pair teach")
+    allow_stall: bool = _setting(False, "train even if almost all importance weights are 0 at the start")
 
     max_length: int | None = _setting(1024, "tokens of prompt + response; None: as many as the model has positions")
     max_prompt_length: int | None = _setting(None, "tokens of the prompt; None: four fifths of max_length")
