@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from dataclasses import replace as with_fields
 
@@ -13,6 +14,7 @@ from plain_objective import compositions, pairs_of
 
 import isdaa
 from isdaa.objectives import CHOICES, DEFAULTS, FIELDS, PRESETS, Objective, PairLogps, check_settings, resolve
+from isdaa.objectives.formulas import describe, one_line
 
 pytestmark = pytest.mark.fast
 
@@ -113,6 +115,13 @@ def test_formulas_with_their_numbers() -> None:
     assert "ℓ = (u/0.01 − 1/(2·0.01))²" in Objective(**resolve("r_ipo", beta=0.01)).formula()
     assert PRESETS["is_ipo"].formula == "w·(Δ_w − Δ_l − 1/(2β))², w = min(π(y_w)π(y_l)/(μ(y_w)μ(y_l)), e^{2ε}), ε = 1"
     assert PRESETS["dpo"].formula == "−log σ(β·(Δ_w − Δ_l))"
+
+
+@pytest.mark.parametrize("write", [one_line, describe])
+@pytest.mark.parametrize("name", ["loss", "implicit_reward", "weight"])
+def test_a_choice_without_a_text_does_not_get_the_formula_of_another(write: Callable[[dict], str], name: str) -> None:
+    with pytest.raises(KeyError, match=f"{name} 'new' has no formula"):
+        write({**DEFAULTS, name: "new"})
 
 
 ERRORS = [

@@ -8,9 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+# What both functions have a text for. Anything else is an error: it must not get the formula of another.
+TOLD = {
+    "implicit_reward": ("log_ratio", "chi_squared"),
+    "loss": ("logistic", "squared", "hinge"),
+    "weight": ("none", "importance", "wpo", "shuffled", "mean"),
+}
+
 
 def one_line(settings: Mapping[str, Any]) -> str:
-    """The loss of one pair of a preset in symbols, from its complete settings."""
+    """The loss of one pair of a preset in symbols, from its complete settings. KeyError for a choice without a text."""
+    _check_told(settings)
     margin = "Δ_w − Δ_l"
     if settings["implicit_reward"] == "chi_squared":
         margin = "Δ_w + e^Δ_w − Δ_l − e^Δ_l"
@@ -45,7 +53,12 @@ def one_line(settings: Mapping[str, Any]) -> str:
 
 
 def describe(settings: Mapping[str, Any]) -> str:
-    """Exactly what an objective computes, with its numbers: several lines of text, from its complete settings."""
+    """Exactly what an objective computes, with its numbers: several lines of text, from its complete settings.
+
+    Raises:
+        KeyError: a choice without a text.
+    """
+    _check_told(settings)
     beta = number(settings["beta"])
     weighted = settings["weight"] != "none"
     loss = "w·ℓ" if weighted else "ℓ"
@@ -80,6 +93,12 @@ def _pair_loss(settings: Mapping[str, Any]) -> str:
     if not smoothing:
         return "−log σ(u)"
     return f"−{number(1 - smoothing)}·log σ(u) − {number(smoothing)}·log σ(−u)"
+
+
+def _check_told(settings: Mapping[str, Any]) -> None:
+    for name, told in TOLD.items():
+        if settings[name] not in told:
+            raise KeyError(f"{name} {settings[name]!r} has no formula; add its text to one_line and describe")
 
 
 def _weight_lines(settings: Mapping[str, Any]) -> list[str]:
