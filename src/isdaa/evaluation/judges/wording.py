@@ -22,7 +22,7 @@ ECHOES = ("input", "ctx", "body", "messages", "prompt", "request", "param_value"
 WAYS = {
     "max_completion_tokens": "calls the limit of a reply max_completion_tokens (--judge_max_completion_tokens)",
     "no temperature": "takes no temperature, so it uses its own (--judge_temperature none)",
-    "no logprobs": "gives no log-probabilities, so votes are hard (--judge_no_logprobs)",
+    "no logprobs": "gives no log-probabilities, so each vote counts 0 or 1 (--judge_no_logprobs)",
     "no system": "takes no system message, so its text is put before the user's (--judge_no_system)",
     "no seed": "takes no seed (leave --judge_seed out)",
     "stream": "answers only as a stream (--judge_stream)",
