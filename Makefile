@@ -17,11 +17,11 @@ real: $(VENV)/.installed
 	$(RUN)/isdaa report runs/real
 
 test: $(VENV)/.installed-dev
-	$(RUN)/python -m pytest -n 2 --dist loadfile
+	$(RUN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The loss, tokens, KL, configuration, verdict and commands: the files with the marker `fast`, in a minute.
 test-fast: $(VENV)/.installed-dev
-	$(RUN)/python -m pytest -q -n 2 --dist loadfile -m "fast and not slow and not real" $$(grep -rl 'mark\.fast' tests --include='test_*.py')
+	$(RUN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "fast and not slow and not real" $$(grep -rl 'mark\.fast' tests --include='test_*.py')
 
 test-slow: $(VENV)/.installed-dev
 	$(RUN)/python -m pytest -m slow

@@ -22,6 +22,18 @@ os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="isdaa-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CONFIG_HOME"], ignore_errors=True)
 
 
+# Files that take longest go first, so that no process is left with one of them in the end.
+LONGEST = (
+    *("test_going_on", "test_sweep", "test_ranks", "test_misbehaving_judge", "test_kill", "test_plan", "test_judged_samples"),
+    *("test_paper_configs", "test_guard", "test_finite_steps", "test_provenance", "test_pictures", "test_demo", "test_full_disk"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order files by `LONGEST`, the others as they come."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 PICTURE = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8" width="8" height="8"></svg>'
 
 

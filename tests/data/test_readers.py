@@ -206,7 +206,7 @@ def test_a_folders_files_are_found_whatever_their_ending(tmp_path: Path) -> None
 def test_a_file_beside_its_packed_self_is_not_read_twice(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"a": 1}\n')
     (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n'))
-    assert "train.jsonl: is there twice" in refusal(tmp_path)
+    assert "train.jsonl: exists twice" in refusal(tmp_path)
 
 
 def test_names_that_end_like_files_are_no_names_on_the_hub() -> None:

@@ -194,7 +194,7 @@ def test_rows_with_behaviour_logps_are_dropped_rather_than_cut() -> None:
         assert pair["index"] == 0
         assert (counts.rows, counts.kept, counts.dropped_behaviour_cut) == (2, 1, 1)
         assert counts.prompts_cut + counts.chosen_cut == 1  # of the pair that is kept
-        assert "1 dropped: would be cut" in refusal(tokenizer, known, **limits)
+        assert "1 dropped: too long, and their behaviour logps" in refusal(tokenizer, known, **limits)
 
 
 def test_pairs_that_a_cut_makes_equal_are_dropped() -> None:

@@ -25,7 +25,7 @@ def test_the_default_is_named_where_it_differs(capsys: pytest.CaptureFixture[str
     assert main(["methods"]) == 0
     printed = capsys.readouterr().out
     default = ObjectiveConfig().method
-    assert f"{METHOD} at objective.beta {BETA:g}" in printed
+    assert f"{METHOD} at --objective.beta {BETA:g}" in printed
     assert f"{default} at β = {ObjectiveConfig().arguments()['beta']:g} is the default" in printed
     page = (ROOT / "docs" / "which_method.md").read_text(encoding="utf-8")
     assert f"default is `{default}` at β = {ObjectiveConfig().arguments()['beta']:g}" in page

@@ -32,7 +32,7 @@ def judged(behaviour: Any, bench: Benchmark, ours: str = "good {}", theirs: str 
     asked = [bench.judge_questions(q, a, opponents[q.id]) for q, a in zip(questions, answers, strict=True)]
     flat = [one for pair in asked for one in pair]
     with serving(behaviour) as server:
-        requests = [Asked(one.messages, temperature=one.temperature, max_tokens=one.max_tokens) for one in flat]
+        requests = [Asked(one.messages, temperature=0.0, max_tokens=one.max_tokens) for one in flat]
         replies = iter(judge(server, retries=1).ask(requests))
     found = []
     for question, answer, pair in zip(questions, answers, asked, strict=True):

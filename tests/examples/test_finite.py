@@ -26,6 +26,7 @@ from finite import (
 from isdaa.errors import UserError
 from isdaa.objectives import Objective, PairLogps, resolve
 
+DRAWN_PICTURES = True
 CLIPS = ("joint", "per_response")
 
 

@@ -29,6 +29,7 @@ from gaussians import (
 
 from isdaa.errors import UserError
 
+DRAWN_PICTURES = True
 DOUBLE = torch.float64
 
 

@@ -439,7 +439,7 @@ def test_wrong_dtype(saved: Path) -> None:
 def test_foreign_weights_are_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     edit(folder, num_hidden_layers=1)
     load_model(folder)
-    assert "9 weights are not part of LlamaForCausalLM" in caplog.text
+    assert "9 weights in the file are not used by LlamaForCausalLM" in caplog.text
 
 
 # --- digests ---------------------------------------------------------------------------------------------------------

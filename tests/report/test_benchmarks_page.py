@@ -115,7 +115,7 @@ def test_an_older_isdaas_length_controlled_rate_is_refused_and_its_other_figures
         if not share:
             assert write_benchmark_report(tmp_path).is_file()
             continue
-        with pytest.raises(UserError, match=r"metrics\.json: its length-controlled win rate is an older isdaa's, and not the"):
+        with pytest.raises(UserError, match=r"metrics\.json: its length-controlled win rate is from an older isdaa and not the"):
             write_benchmark_report(tmp_path)
 
 

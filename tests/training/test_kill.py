@@ -182,7 +182,7 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "second block": lambda: before(label, "append_jsonl", later(2), half_a_line),
     "behaviour logps": lambda: before(label, "reference_logps"),
     "pairs": lambda: before(label, "write_jsonl"),
-    "opponents": lambda: before(measurement, "sample"),
+    "opponents": lambda: before(measurement, "draw_records"),
     "opponents not scored": lambda: before(measurement.Blocks, "add", lambda blocks, kind, *_: kind == "scores"),
     "a look": lambda: before(measurement.Looks, "look", later(2)),
     "a best model half written": lambda: before(files, "sync_tree", lambda folder: folder.name.startswith(".writing-best")),

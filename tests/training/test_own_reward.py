@@ -84,7 +84,7 @@ def test_it_labels_and_judges_in_one_command(place: Path, capsys: pytest.Capture
     capsys.readouterr()
     assert train("run", settings) == 0
     said = capsys.readouterr().err
-    assert "label: scorer run/reward: read at" in said and "align: trains on what label wrote" in said
+    assert "label: scorer run/reward: read at" in said and "align: trains on the pairs that label wrote" in said
     assert "was trained on the policy's own pairs" not in said
     assert "warning: guard: scorer run/reward labelled the pairs that the policy is trained on" in said
     held = {row["prompt"] for row in read_lines(Path("run/eval_pairs.jsonl"))}

@@ -144,8 +144,8 @@ def test_labelled_pairs_carry_ids_rewards_and_behaviour_logps(home: Home) -> Non
     learnt = json.loads((home.run / "run.json").read_text())["stages"]["align"]["notes"]
     lower = sum(pair["chosen_reward"] < pair["rejected_reward"] for pair in pairs)
     assert 0 < lower == facts["chosen_lower"]
-    assert any(f"lower score in {lower} of 48 pairs (label.label is sample: which is chosen is drawn" in note for note in notes)
-    assert any("of the training pairs' responses were cut: no end is learnt from them" in note for note in learnt)
+    assert any(f"lower score in {lower} of 48 pairs (label.label: sample draws the chosen response" in note for note in notes)
+    assert any("of the training pairs' responses were cut: the model learns no end from them" in note for note in learnt)
     assert facts["settings"]["temperature"] == 1
     assert facts["pairs"] == 48
 
