@@ -47,7 +47,7 @@ audit: $(VENV)/.installed-dev
 
 # The docs as a site, build/site/index.html; a warning is an error.
 docs: $(VENV)/.installed-dev
-	NO_MKDOCS_2_WARNING=1 NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --quiet
 
 # docs/configuration.md's tables of keys, from the fields of the code.
 docs-config: $(VENV)/.installed

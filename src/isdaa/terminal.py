@@ -306,7 +306,7 @@ def working(what: str) -> AbstractContextManager[Bar]:
 
 def quiet_libraries() -> None:
     """Libraries' own bars and notices would cover ours; warnings still come through `logging`."""
-    warnings.simplefilter("ignore", FutureWarning)  # for those who write the libraries
+    warnings.simplefilter("ignore", FutureWarning, append=True)  # for those who write the libraries
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

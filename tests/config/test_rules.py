@@ -48,6 +48,14 @@ RUN = {"model": {"path": "m"}, "data": {"pairs": "p.jsonl"}}
             "or add the reward stage",
         ),
         (
+            RUN | {"guard": {"keep": "best", "scorer": "s"}},
+            "guard.keep and guard.stop need guard.steps, for example --guard.steps 100",
+        ),
+        (
+            RUN | {"guard": {"stop": "over-optimised", "scorer": "s"}},
+            "guard.keep and guard.stop need guard.steps, for example --guard.steps 100",
+        ),
+        (
             RUN | {"guard": {"steps": 5}, "data": {"pairs": "p", "eval_fraction": 0}},
             "guard.steps: nothing is held out to measure on; set data.evaluation, data.eval_pairs or data.eval_fraction",
         ),
@@ -72,8 +80,6 @@ def test_what_a_run_lacks_is_said_and_its_sections_can_be_read(data: dict[str, A
             {"model": {"random": {"model_type": "llama"}, "quantization": "nf4"}},
             "model.quantization: random weights gain nothing by 4 bits; leave it out, or give model.path",
         ),
-        ({"guard": {"keep": "best"}}, "guard.keep and guard.stop need guard.steps, for example --guard.steps 100"),
-        ({"guard": {"stop": "over-optimised"}}, "guard.keep and guard.stop need guard.steps, for example --guard.steps 100"),
         (
             {"align": {"compile_layers": True, "gradient_checkpointing": True}},
             "align.compile_layers and align.gradient_checkpointing: PyTorch does not compile layers that are computed again; set "
@@ -104,6 +110,10 @@ def test_a_section_checks_itself_without_the_others(data: dict[str, Any], messag
     with pytest.raises(UserError) as caught:
         parsed(data, "run.yaml")
     assert str(caught.value) == f"run.yaml: {message}"
+
+
+def test_a_guard_of_a_run_that_does_not_align_is_no_matter() -> None:
+    assert validate(RUN | {"stages": ["reward"], "guard": {"stop": "over-optimised"}}, "run.yaml").guard.steps is None
 
 
 def test_commands_that_read_a_section_need_neither_model_nor_pairs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Scorers: the gold reward, a reward model against its own plain forward, and what cannot be scored."""
 
+import hashlib
 import logging
 import math
 
@@ -11,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, LlamaForSequenceCla
 from isdaa.data.tokenize_pairs import tokenize_prompt, tokenize_response
 from isdaa.errors import UserError
 from isdaa.evaluation.scorers import GoldScorer, RewardModelScorer, load_scorer
-from isdaa.world import build_tokenizer, gold_reward
+from isdaa.world import build_tokenizer, gold_reward, make_posts
 
 
 def rows_with(*responses: tuple[str, bool]) -> list[dict]:
@@ -84,7 +85,19 @@ def test_digests_tell_scorers_apart(tmp_path):
     digests = [RewardModelScorer(path).digest for path in (first, same, other)]
     assert digests[0] == digests[1] != digests[2]
     assert RewardModelScorer(first, max_prompt_length=9).digest != digests[0]
-    assert GoldScorer().digest == GoldScorer().digest
+
+
+def test_the_gold_judge_scores_as_its_digest_says() -> None:
+    """Folders keep scores under the digest: scores that change need another one. 3 600 of them, 784 different."""
+    scores = []
+    for size in ("small", "medium"):
+        posts = make_posts(size, 300, split="prompts")
+        for post, other in zip(posts, posts[1:] + posts[:1], strict=True):
+            own, strange = post["summary"], other["summary"]
+            texts = (own, strange, f"{own} {strange}", post["prompt"], "", own[:40])
+            scores += [round(gold_reward(post["facts"], text), 6) for text in texts]
+    found = hashlib.sha256(repr(scores).encode()).hexdigest()[:24]
+    assert (GoldScorer.digest, found) == ("87de42710d3c83d00c2c4b9e", "15dfb1e64e306a338e065da5")
 
 
 def test_scores_that_are_no_numbers_name_the_row(tmp_path):

@@ -58,7 +58,9 @@ def copy(name: str, target: str | None = None) -> list[Path]:
     name = name.removeprefix("configs/").removesuffix(".yaml")
     if name not in names():
         raise UserError(f"configs copy {name}: no such configuration{nearest(name, names())}; `isdaa configs` lists them")
-    source, file = FOLDER / f"{name}.yaml", Path(target or f"{Path(name).name}.yaml")
+    source, file = FOLDER / f"{name}.yaml", Path(target or ".")
+    if file.is_dir():
+        file /= source.name
     text = source.read_text(encoding="utf-8")
     base = re.search(r"^base: (\S+)", text, re.MULTILINE)
     copies = {file: text}

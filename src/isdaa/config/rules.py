@@ -59,6 +59,8 @@ def _guard(config: Config) -> Iterator[str]:
     guard, data = config.guard, config.data
     if "align" not in config.stages:
         return
+    if guard.acts and guard.steps is None:
+        yield "guard.keep and guard.stop need guard.steps, for example --guard.steps 100"
     if guard.acts and config.guard_scorer is None:
         yield (
             "guard.keep and guard.stop need win rates, and there is no scorer: name one with guard.scorer or evaluation.scorer, "

@@ -422,12 +422,6 @@ class GuardConfig(Section):
         "never", description="over-optimised: end the run when the win rate has fallen with 95 % confidence"
     )
 
-    @model_validator(mode="after")
-    def _measures_before_it_acts(self) -> GuardConfig:
-        if self.acts and self.steps is None:
-            raise ValueError("guard.keep and guard.stop need guard.steps, for example --guard.steps 100")
-        return self
-
     @property
     def acts(self) -> bool:
         """Whether it does more than log."""

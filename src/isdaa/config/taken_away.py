@@ -35,7 +35,7 @@ def of_this_version(data: Mapping[str, Any], where: str, options: Container[str]
 def say_taken_away(dotted: str, value: Any, place: str) -> None:
     """A word about one of `TAKEN_AWAY` at its default. Raises UserError where it has another value."""
     default, why = TAKEN_AWAY[dotted]
-    if value != default:
+    if value != default or type(value) is not type(default):
         raise UserError(f"{place}: taken away, since {why}; leave it out")
     logger.warning("%s: taken away; what it was by default is what is done, so leave it out", place)
 

@@ -25,7 +25,7 @@ from isdaa.distributed import once
 from isdaa.errors import UserError, nearest
 from isdaa.evaluation.model_digest import model_digest
 from isdaa.evaluation.reward_reading import Frame, Reading
-from isdaa.files import digest, file_digest
+from isdaa.files import digest
 from isdaa.record import read_record
 from isdaa.terminal import Bar
 
@@ -202,12 +202,8 @@ class GoldScorer:
     """The embedded world's judge, who knows the facts behind each post."""
 
     name = GOLD
-
-    def __init__(self) -> None:
-        from isdaa.world import lexicon, reward
-
-        # The judge is code: another version of it is another scorer.
-        self.digest = digest([file_digest(str(module.__file__)) for module in (lexicon, reward)])
+    # The judge is code: one that scores otherwise is another scorer, and needs another digest (a test holds its scores to it).
+    digest = "87de42710d3c83d00c2c4b9e"
 
     def check(self, prompts: Sequence[Mapping[str, Any]]) -> None:
         """Raises UserError where answers to these prompts could not be judged, before there are any."""

@@ -28,7 +28,6 @@ from isdaa.preview.rows_seen import Examined
 from isdaa.training.trainer.training_arguments import STATES
 
 Sharding = Literal["ddp", "fsdp2", "zero2", "zero3"]
-SHARDINGS = ("ddp", "fsdp2", "zero2", "zero3")
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 4 bits, and constants of blocks, themselves quantised
 # Memory lost to fragmentation by the C library's allocator, as a number of layers' activations (plan-check.json).
 SCATTERED_LAYERS = 3

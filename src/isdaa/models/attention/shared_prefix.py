@@ -258,11 +258,6 @@ def _register(original: str) -> str:
     return name
 
 
-def own_implementation(name: str) -> str:
-    """The attention implementation behind a name: that which `install` has put ours in front of, or itself."""
-    return _ORIGINAL_OF.get(name, name)
-
-
 def _configs(model: nn.Module) -> list[Any]:
     found = {id(m.__dict__["config"]): m.__dict__["config"] for m in model.modules() if "config" in m.__dict__}
     return [c for c in found.values() if getattr(c, "_attn_implementation", None) is not None]
