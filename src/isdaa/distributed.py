@@ -28,12 +28,12 @@ _alone = False  # inside a function of `once` or `everyones`: it is this process
 
 
 def world_size() -> int:
-    """How many processes work together; 1 inside what `once`, `everyones` and `dealt` call."""
+    """Number of processes that work together; 1 inside functions that `once`, `everyones` and `dealt` call."""
     return 1 if _alone else int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """Number of this process, from 0."""
     return int(os.environ.get("RANK") or 0) if int(os.environ.get("WORLD_SIZE") or 1) > 1 else 0
 
 
@@ -126,7 +126,7 @@ def speaks_first() -> bool:
 
 
 def left_alone(error: Exception) -> bool:
-    """Whether an error says no more than that another process is gone; what it ended by is its own to say."""
+    """Whether an error only says that another process is gone. That process reports the cause itself."""
     return world_size() > 1 and any(f"Connection {how} by peer" in str(error) for how in ("closed", "reset"))
 
 

@@ -1,4 +1,4 @@
-"""The kind of device that a computation is made for: what sizes of pieces, and ways that exist on one kind alone, go by."""
+"""The kind of device that a computation is for. Chunk sizes and the choice of kernels depend on it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def kind_of(device: torch.device) -> str:
 
 @contextmanager
 def standing_for(kind: str | None) -> Iterator[None]:
-    """Computations go the ways of another kind of device, such as those of a GPU that is not here (`preview.fake_step`).
-    None: their own."""
+    """Choose chunk sizes and kernels as for another kind of device, such as a GPU that is not here (`preview.fake_step`).
+    None: as for the device itself."""
     global _stands_for
     before, _stands_for = _stands_for, kind
     try:
