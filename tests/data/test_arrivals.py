@@ -26,8 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from chat_templates import SETTINGS, shipped, tokenizer_with
 
-pytestmark = pytest.mark.fast
-
 TEMPLATES = shipped(patches=True)
 # They read pictures and texts as parts of a message, and no plain text.
 PICTURES = {f"{name}{patch}" for name in ("idefics3", "llava_next", "smolvlm") for patch in ("", "_training")}

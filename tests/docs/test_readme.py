@@ -75,11 +75,6 @@ def test_what_it_installs_reads_the_model_that_it_names() -> None:
     assert f"pip install {pin}" in (ROOT / "src/isdaa/models/gguf.py").read_text()
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:src|docs|tests|configs|scripts)/[\w./-]+)`", README))))
-def test_files_that_the_readme_names_exist(path: str) -> None:
-    assert (ROOT / path).exists()
-
-
 def test_the_scripts_train_and_evaluate_the_shipped_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

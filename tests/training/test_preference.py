@@ -34,8 +34,6 @@ from isdaa.training.trainer.callbacks import MetricsFile
 from isdaa.training.trainer.preference_trainer import PreferenceTrainer
 from isdaa.training.trainer.training_arguments import total_steps, training_arguments
 
-pytestmark = pytest.mark.fast
-
 
 @pytest.fixture(scope="module")
 def reference() -> Any:

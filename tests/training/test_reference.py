@@ -17,8 +17,6 @@ from isdaa.training.trainer import reference_logps as reference_module
 from isdaa.training.trainer.batches import TokenisedPairs
 from isdaa.training.trainer.reference_logps import cache_key, measure, read_cache, reference_logps
 
-pytestmark = pytest.mark.fast
-
 KEY = {"weights": "abc", "template": "t", "truncation": "keep_end"}
 
 

@@ -21,8 +21,6 @@ from isdaa.models.packed.forward import PairForward, prepare
 from isdaa.training.trainer.batches import TokenisedPairs
 from isdaa.training.trainer.packing import packed
 
-pytestmark = pytest.mark.fast
-
 TEMPLATES = Path(trl_file).parent / "chat_templates"
 USER = {"role": "user", "content": "How much is 1 + 2?"}
 CALL = {
