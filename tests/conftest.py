@@ -6,6 +6,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +48,16 @@ def pictures(request: pytest.FixtureRequest) -> Iterator[None]:
             patch.setattr(Painter, "svg", lambda self, specification, version: PICTURE)
             patch.setattr(Painter, "png", lambda self, svg, scale: b"\x89PNG")
         yield
+
+
+@pytest.fixture(scope="session")
+def my_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small model with a chat template, to be copied or linked to."""
+    from chains import chat_model
+
+    folder = tmp_path_factory.mktemp("models") / "my_model"
+    chat_model(folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -15,10 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gaussians import checked, command, counts, dressed, print_plain
-
-from isdaa.errors import shown
-from isdaa.files import write_json
+from gaussians import checked, command, counts, dressed, kept
 
 if TYPE_CHECKING:
     import altair as alt
@@ -64,17 +61,9 @@ def run_finite(output_dir: Path, seed: int = 0) -> Path:
     Deterministic in `seed`. Raises UserError for a negative seed or a folder that cannot be written.
     """
     output_dir = checked(output_dir, seed)
-    from isdaa.report.charts.style import save_chart
-
     results = summary(problems(PROBLEMS, seed), seed)
-    write_json(output_dir / "finite.json", results)
-    chart = save_chart(draw(results), output_dir / "finite")[0]
-    print_plain(identity_table(results))
-    print_plain(clip_table(results))
-    for sentence in sentences(results):
-        print(sentence)
-    print(f"\nchart:   {shown(chart)}\nnumbers: {shown(output_dir / 'finite.json')}")
-    return chart
+    tables = [identity_table(results), clip_table(results)]
+    return kept(output_dir / "finite", results, draw(results), tables, sentences(results))
 
 
 def problems(count: int, seed: int, shift: float = POLICY_SHIFT) -> Problem:

@@ -80,18 +80,24 @@ def run_gaussians(output_dir: Path, seed: int = 0) -> Path:
     Deterministic in `seed`. Raises UserError for a negative seed or a folder that cannot be written.
     """
     output_dir = checked(output_dir, seed)
-    from isdaa.report.charts.style import save_chart
-
     runs = planned()
     fits = {name: fit(runs, data, eps, seed) for name, (_, data, eps) in FITS.items()}
     results = summary(fits, seed)
-    write_json(output_dir / "gaussians.json", results)
-    chart = save_chart(draw(fits), output_dir / "gaussians")[0]
-    print_plain(table(results))
-    for sentence in sentences(results):
-        print(sentence)
-    print(f"\nchart:   {shown(chart)}\nnumbers: {shown(output_dir / 'gaussians.json')}")
-    return chart
+    return kept(output_dir / "gaussians", results, draw(fits), [table(results)], sentences(results))
+
+
+def kept(place: Path, results: Mapping[str, Any], chart: alt.TopLevelMixin, tables: Sequence[Table], said: Sequence[str]) -> Path:
+    """Write numbers and chart beside each other under one name, and print the rest; returns the PNG's path."""
+    from isdaa.report.charts.style import save_chart
+
+    numbers = place.with_suffix(".json")
+    write_json(numbers, results)
+    picture = save_chart(chart, place)[0]
+    for one in tables:
+        print_plain(one)
+    print(*said, sep="\n")
+    print(f"\nchart:   {shown(picture)}\nnumbers: {shown(numbers)}")
+    return picture
 
 
 def command(run: Callable[[Path, int], Path], name: str) -> int:

@@ -20,17 +20,10 @@ from isdaa.cli import main
 PAIRS = plain_pairs(10)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "my_model"
-    chat_model(folder)
-    return folder
-
-
 @pytest.fixture
-def place(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(my_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a model, pairs, a configuration and the outputs of something earlier."""
-    (tmp_path / "my_model").symlink_to(model)
+    (tmp_path / "my_model").symlink_to(my_model)
     jsonl(tmp_path / "pairs.jsonl", PAIRS)
     config_file(tmp_path / "run.yaml", ALIGN | {"output_dir": "runs/new"})
     (tmp_path / "runs" / "earlier").mkdir(parents=True)
@@ -40,10 +33,10 @@ def place(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(my_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run, with its pairs and model beside it."""
     home = tmp_path_factory.mktemp("finished")
-    (home / "my_model").symlink_to(model)
+    (home / "my_model").symlink_to(my_model)
     jsonl(home / "pairs.jsonl", PAIRS)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)

@@ -77,6 +77,8 @@ def test_the_script_evaluates_a_model(called: list[Namespace], monkeypatch: pyte
         ("evaluate --model_path a --benchmark", ["--benchmark", "expected one argument"]),
         ("evaluate --model_path a --limit 3", ["--limit: has no effect", "`isdaa benchmark` and `isdaa tax`"]),
         ("evaluate --model_path a --shots mmlu=3", ["--shots: has no effect", "belongs to `isdaa tax`"]),
+        ("evaluate --model_path a --guard.steps 5", ["--guard.steps: has no effect with `isdaa evaluate`", "isdaa train"]),
+        ("benchmark hh --model_path a --judge_model j --judge_base_url http://x --judge_timeout nan", ["0.001, got nan"]),
         ("evaluate --model_path a --judge=gold", ["--judge: has no effect", "--scorer"]),
         ("evaluate mt_bench --model_path a", ["'mt_bench' belongs to no option"]),
         ("benchmark --model_path a mt_bench", ["NAME", "isdaa benchmark --help"]),

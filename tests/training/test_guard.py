@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import random
 import shutil
-import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +31,7 @@ from chains import (
     weights,
     without_time,
 )
+from patience import killed_after
 from training_helpers import largest_difference, tiny_model, token_rows, trainer_of, weights_of, with_reference
 
 from isdaa.cli import main
@@ -537,14 +536,8 @@ def test_kill_9_costs_a_guarded_run_nothing(tmp_path: Path) -> None:
     finish(tmp_path / "whole")
     seconds, moments, met = time.monotonic() - begun, random.Random(5), 0
     for _ in range(4):
-        process = start(tmp_path / "killed")
-        deadline = time.monotonic() + moments.uniform(0.4, 0.8) * seconds
-        while time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.005)
-        if process.poll() is not None:
+        if not killed_after(start(tmp_path / "killed"), moments.uniform(0.4, 0.8) * seconds):
             break
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
         met += 1
     assert met, "the run was never met at work"
     finish(tmp_path / "killed")

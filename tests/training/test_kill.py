@@ -30,7 +30,7 @@ from chains import (
     train,
     without_time,
 )
-from patience import HANGS
+from patience import HANGS, killed_after
 
 from isdaa import files
 from isdaa.experiments.worker import PRELOAD
@@ -77,13 +77,8 @@ def test_killed_anywhere_a_run_ends_like_one_left_alone(whole: Path, tmp_path: P
         process = start(killed)
         while not working(killed) and process.poll() is None:
             time.sleep(0.01)
-        deadline = time.monotonic() + moments.uniform(0.1, 0.6) * seconds
-        while time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.005)
-        if process.poll() is not None:
+        if not killed_after(process, moments.uniform(0.1, 0.6) * seconds):
             break
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
         met.append(done(killed))
     assert met, "the run was never met at work"
     finish(killed)

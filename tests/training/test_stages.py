@@ -68,17 +68,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     return found
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "my_model"
-    chat_model(folder)
-    return folder
-
-
 @pytest.fixture
-def place(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(my_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with `my_model` and `pairs.jsonl`, to work in."""
-    shutil.copytree(model, tmp_path / "my_model")
+    shutil.copytree(my_model, tmp_path / "my_model")
     jsonl(tmp_path / "pairs.jsonl", plain_pairs(12))
     monkeypatch.chdir(tmp_path)
     return tmp_path

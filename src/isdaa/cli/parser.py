@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
+from isdaa.config.keys import fields
 from isdaa.config.synonyms import hint
 from isdaa.errors import UserError
 from isdaa.files import at_home
@@ -91,6 +92,8 @@ class OneLineParser(argparse.ArgumentParser):
         owners = [f"`{other.prog}`" for other in self.kin() if option in other._option_string_actions]
         if owners:
             raise UserError(f"{option}: has no effect with `{self.prog}`; it belongs to {' and '.join(owners)}")
+        if option.removeprefix("--") in {dotted for dotted, _, _ in fields()}:
+            raise UserError(f"{option}: has no effect with `{self.prog}`; it is a key of what `isdaa train` runs")
         known = [name.removeprefix("--") for name in options]
         raise UserError(f"unknown option {word}{hint(option, known, '--') if option.startswith('--') else ''}")
 
@@ -105,7 +108,7 @@ class HelpAll(argparse._HelpAction):
 
 class _Once(argparse._StoreAction):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        if option_string is not None and parser.given.setdefault(option_string, values) != values:
+        if repr(parser.given.setdefault(str(option_string), values)) != repr(values):  # NaN is not equal to itself
             raise UserError(f"{option_string} is given twice, {parser.given[option_string]!r} and {values!r}; give it once")
         super().__call__(parser, namespace, values, option_string)
 

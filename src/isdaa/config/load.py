@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +42,22 @@ def parsed(data: Mapping[str, Any], where: str = COMMAND_LINE, overrides: Mappin
         raise refusal(error, where, overrides) from None
 
 
+def settings_file(path: str | Path, kind: Callable[[Sequence[str]], Any], what: str) -> Any:
+    """What a YAML file holds, texts read by the kinds of their keys. Raises UserError where there is no such file (`what`)."""
+    try:
+        return read_settings(path, kind)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such {what}") from None
+    except IsADirectoryError as error:
+        raise UserError(f"{path}: not a YAML file ({error})") from None
+
+
 def layers(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A YAML file with dotted overrides over it, as plain data that nobody has validated. Raises UserError as `load_config`."""
     data: dict[str, Any] = {}
     if path is not None:
         path = located(path)
-        try:
-            loaded = read_settings(path, kind_of)
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such config file") from None
-        except IsADirectoryError as error:
-            raise UserError(f"{path}: not a YAML file ({error})") from None
+        loaded = settings_file(path, kind_of, "config file")
         if loaded is not None and not isinstance(loaded, dict):
             raise UserError(f"{path}: expected `key: value` lines, found {type(loaded).__name__}")
         if loaded and "grids" in loaded:

@@ -28,8 +28,9 @@ from pydantic import Field, ValidationError, field_validator
 
 from isdaa.config import REWARD, Config, Float, Int, Location, Section, Seed, laid_over, load_config, resolved, validate
 from isdaa.config.keys import fields, kind_of
+from isdaa.config.load import settings_file
 from isdaa.config.messages import refusal
-from isdaa.config.settings_text import or_list, read_settings
+from isdaa.config.settings_text import or_list
 from isdaa.config.synonyms import hint
 from isdaa.config.taken_away import TAKEN_AWAY, say_taken_away
 from isdaa.errors import UserError, nearest
@@ -136,12 +137,7 @@ def load_sweep(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     line.
     """
     file = Path(located(path))
-    try:
-        data = read_settings(file, _kind_of)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such sweep file") from None
-    except IsADirectoryError as error:
-        raise UserError(f"{path}: not a YAML file ({error})") from None
+    data = settings_file(file, _kind_of, "sweep file")
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected `key: value` lines with base, seeds and grids")
     given = {key: value for key, value in (overrides or {}).items() if value is not None}

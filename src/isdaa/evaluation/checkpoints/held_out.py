@@ -1,7 +1,7 @@
 """Held-out preference pairs: does the policy rank them as their labels do, and how far have their logps drifted?
 
-Neither number predicts the win rate: accuracy rises and both logps fall in runs that get better and in runs that get
-worse.
+Neither number predicts the win rate: both logps fall in runs that get better and in runs that get worse, and accuracy does
+not tell them apart.
 """
 
 from __future__ import annotations
