@@ -108,8 +108,9 @@ class HelpAll(argparse._HelpAction):
 
 class _Once(argparse._StoreAction):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        if repr(parser.given.setdefault(str(option_string), values)) != repr(values):  # NaN is not equal to itself
-            raise UserError(f"{option_string} is given twice, {parser.given[option_string]!r} and {values!r}; give it once")
+        name = option_string or self.dest  # of a positional argument, which stands beside others
+        if repr(parser.given.setdefault(name, values)) != repr(values):  # NaN is not equal to itself
+            raise UserError(f"{name} is given twice, {parser.given[name]!r} and {values!r}; give it once")
         super().__call__(parser, namespace, values, option_string)
 
 
