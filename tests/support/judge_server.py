@@ -72,6 +72,7 @@ class JudgeServer:
     def _handler(server) -> type[BaseHTTPRequestHandler]:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # a body after its headers would wait 40 ms for their receipt
 
             def do_GET(self) -> None:
                 listed = {"object": "list", "data": [{"id": name, "object": "model"} for name in server.models]}
