@@ -25,8 +25,10 @@ atexit.register(shutil.rmtree, os.environ["XDG_CONFIG_HOME"], ignore_errors=True
 
 # Files that take longest go first, so that no process is left with one of them in the end.
 LONGEST = (
-    *("test_going_on", "test_sweep", "test_ranks", "test_misbehaving_judge", "test_kill", "test_plan", "test_judged_samples"),
-    *("test_paper_configs", "test_guard", "test_finite_steps", "test_provenance", "test_pictures", "test_demo", "test_full_disk"),
+    *("test_sweep", "test_ranks", "test_kill", "test_plan", "test_going_on", "test_judged_samples", "test_guard", "test_stages"),
+    *("test_provenance", "test_misbehaving_judge", "test_finite_steps", "test_foreign_runs", "test_own_reward", "test_demo"),
+    *("test_memory", "test_paper_configs", "test_inspect", "test_tokens_in_context", "test_wheel", "test_full_disk"),
+    *("test_judge_serve", "test_first_use", "test_any_text", "test_benchmark_run"),
 )
 
 
