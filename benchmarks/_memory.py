@@ -21,6 +21,7 @@ PACKED = ("isdaa_dpo", "isdaa_is_dpo", "isdaa_bare", *WITHOUT)
 ONE_BY_ONE = ("isdaa_one", "trl_best", "trl_gpu_head")
 EVERYWHERE = ("trl_best", "trl_whole", "trl_defaults", "two_rows")  # these score prompts and padding, too
 RECOMPUTED, SECOND_MODEL = "trl_defaults", "trl_defaults"
+HALF = "_bf16"  # ends the name of an arm whose products are in bfloat16
 
 
 def of_products(size: Size, lengths: Sequence[Sequence[Lengths]]) -> float:
@@ -69,6 +70,7 @@ class Budget:
 
 
 def _tokens(lengths: Sequence[Lengths], arm: str) -> int:
+    arm = arm.removesuffix(HALF)
     if arm in PACKED:
         return sum(map(sum, lengths))
     if arm in ONE_BY_ONE:
@@ -78,7 +80,8 @@ def _tokens(lengths: Sequence[Lengths], arm: str) -> int:
 
 def _kept(size: Size, lengths: Sequence[Lengths], arm: str) -> float:
     """Weights and two moments; and the activations of a step, which the allocator does not give back."""
-    models = 4 if arm == SECOND_MODEL else 3
+    models = 4 if arm == SECOND_MODEL else 3.5 if arm.endswith(HALF) else 3  # with the weights' copies in half precision
+    arm = arm.removesuffix(HALF)
     layers = 1.5 if arm == RECOMPUTED else size.layers
     floats = layers * (9 * size.hidden + 4 * size.intermediate) + size.layers * size.hidden
     scattered = 1.35 if arm.endswith("two_rows") else 1.0  # as measured
@@ -87,6 +90,7 @@ def _kept(size: Size, lengths: Sequence[Lengths], arm: str) -> float:
 
 def _on_top(size: Size, lengths: Sequence[Lengths], arm: str) -> float:
     """The logits that exist at once, several times over; gradients, the embedding's twice."""
+    arm = arm.removesuffix(HALF)
     scored = _tokens(lengths, arm) if arm in EVERYWHERE else max(c + r for _, c, r in lengths)
     if arm == "two_rows":
         logits = 4.0 * scored * size.vocabulary

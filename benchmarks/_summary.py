@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 from _cell import Cell, Recorded
-from _memory import BASE
+from _memory import BASE, HALF
 from rich.table import Table
 from safetensors import safe_open
 from shapes import BETA, Lengths
 
 WEIGHTED, BARE = "isdaa_is_dpo", "isdaa_bare"
-PACKED = ("isdaa_dpo", WEIGHTED, "isdaa_one", BARE)
-OTHER_WORK = (WEIGHTED,)  # another objective: its loss and weights are not compared
+TRL_HALF = ("trl_best_bf16", "trl_whole_bf16", "trl_gpu_head_bf16", "trl_defaults")  # whose distance from fp32 is the measure
+PACKED = ("isdaa_dpo", WEIGHTED, "isdaa_one", BARE, "isdaa_dpo_bf16", "isdaa_is_dpo_bf16")
+OTHER_WORK = (WEIGHTED, WEIGHTED + HALF)  # another objective: its loss and weights are not compared
 ROUNDING = 2.0**-22  # of a sum of logps: a few units in the last place
 UPDATE_TOLERANCE = 1e-2  # of the largest update, and of the update's length
 
@@ -32,6 +33,12 @@ LABELS = {
     "trl_gpu_head": "TRL, best, head as on a GPU",
     "trl_defaults": "TRL, defaults",
     "two_rows": "separate rows, full logits",
+    "isdaa_dpo_bf16": "isdaa dpo, bf16",
+    "isdaa_is_dpo_bf16": "isdaa is_dpo, bf16",
+    "trl_best_bf16": "TRL, best settings, bf16",
+    "trl_whole_bf16": "TRL, best, batch at once, bf16",
+    "trl_gpu_head_bf16": "TRL, best, head as on a GPU, bf16",
+    "two_rows_bf16": "separate rows, full logits, bf16",
     "without_blocks": "without blocks of queries",
     "without_last_layer": "without the cut last layer",
     "without_direction": "without the kept direction",
@@ -66,7 +73,9 @@ DEFINITIONS = {
     "relative_difference": "Euclidean length of the weights' difference over that of isdaa_dpo's whole update",
     "loss_tolerance": "β times what rounding may do to the logp of the longest response, 2^-22 · its tokens · log V",
     "same_work": f"loss_difference ≤ loss_tolerance, weight_difference ≤ {UPDATE_TOLERANCE:g} · largest_update, "
-    f"relative_difference ≤ {UPDATE_TOLERANCE:g}",
+    f"relative_difference ≤ {UPDATE_TOLERANCE:g}; in bf16: loss_difference and relative_difference no larger than the largest of "
+    "TRL's arms in bf16 in the same cell, and null where there is none",
+    "fastest": "seconds of TRL's fastest arm over those of isdaa's fastest, dpo alone, by the medians: in fp32, in bf16, of any precision",
 }
 
 
@@ -155,6 +164,7 @@ def summarise(cell: Cell, batch_size: int) -> dict[str, Any]:
     """Everything about a cell, as JSON-able data."""
     base = cell.arms.get(BASE)
     arms = {name: _arm(cell, name, recorded, base, batch_size) for name, recorded in cell.arms.items()}
+    _judge_half({name: arm["comparison"] for name, arm in arms.items() if "comparison" in arm})
     pairs = {"weighting": (WEIGHTED, BASE), "trainer": (BASE, BARE)}
     costs = {
         name: spread(ratios(cell.arms[one].seconds, cell.arms[other].seconds)) if {one, other} <= cell.arms.keys() else None
@@ -174,6 +184,7 @@ def summarise(cell: Cell, batch_size: int) -> dict[str, Any]:
         "elsewhere": spread([share for recorded in cell.arms.values() for share in recorded.elsewhere]),
         "matmul_gflops_per_second": spread([f / s / 1e9 for f, s in zip(cell.flops, cell.multiplied, strict=True)]),
         "arms": arms,
+        "fastest": fastest({name: arm["seconds"] for name, arm in arms.items() if name not in OTHER_WORK}),
         "cost_of_weighting": costs["weighting"],
         "cost_of_trainer": costs["trainer"],
         "left_out": cell.out,
@@ -208,13 +219,55 @@ def _arm(cell: Cell, name: str, recorded: Recorded, base: Recorded | None, batch
     return found
 
 
+def is_half(name: str) -> bool:
+    """Whether an arm's products are in bfloat16."""
+    return name.endswith(HALF) or name == "trl_defaults"
+
+
+def _judge_half(comparisons: Mapping[str, dict[str, Any]]) -> None:
+    """Rounding in bf16 moves losses and weights by more than any fixed limit allows: TRL's arms say how far is usual."""
+    kinds = ("loss_difference", "relative_difference")
+
+    def far(name: str, kind: str) -> float:
+        value = comparisons[name][kind]
+        return math.inf if value is None else value
+
+    usual = {kind: max((far(name, kind) for name in TRL_HALF if name in comparisons), default=None) for kind in kinds}
+    for name, found in comparisons.items():
+        if is_half(name):
+            limits = [(far(name, kind), usual[kind]) for kind in kinds]
+            found["same_work"] = (
+                None
+                if usual[kinds[0]] is None
+                else all(value <= limit < math.inf for value, limit in limits if limit is not None)
+            )
+
+
+def fastest(seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """TRL's fastest arm over isdaa's fastest, by their medians, in fp32, in bf16, and of any precision; ratios within rounds."""
+    found = {}
+    for kind, of_kind in {"fp32": (False,), "bf16": (True,), "any": (False, True)}.items():
+        ours, theirs = (
+            min(
+                (name for name in seconds if name.startswith(tool) and is_half(name) in of_kind),
+                key=lambda name: statistics.median(seconds[name]),
+                default=None,
+            )
+            for tool in ("isdaa", "trl")
+        )
+        if ours is not None and theirs is not None:
+            rounds = ratios(seconds[theirs], seconds[ours])
+            found[kind] = {"isdaa": ours, "trl": theirs, "ratio": spread(rounds), "rounds": rounds}
+    return found
+
+
 def wrong(summary: Mapping[str, Any]) -> list[str]:
     """What forbids to trust a cell's ratios, a line each."""
     lines = [f"{summary['name']}: {arm} failed: {why}" for arm, why in summary["failed"].items()]
     if BASE in summary["left_out"]:
         lines.append(f"{summary['name']}: nothing to compare with: {summary['left_out'][BASE]}")
     for name, arm in summary["arms"].items():
-        if not arm.get("comparison", {"same_work": True})["same_work"]:
+        if arm.get("comparison", {"same_work": True})["same_work"] is False:
             lines.append(f"{summary['name']}: {name} does NOT do the same work as {BASE}")
     return lines
 
@@ -262,6 +315,8 @@ def below(summary: Mapping[str, Any]) -> list[str]:
         lines.append(f"importance weighting: is_dpo / dpo {_range(summary['cost_of_weighting'], digits=3)}")
     if summary["cost_of_trainer"] is not None:
         lines.append(f"Trainer, logging and collation: dpo / bare loop {_range(summary['cost_of_trainer'], digits=3)}")
+    for kind, found in summary["fastest"].items():
+        lines.append(f"{kind}: {LABELS[found['trl']]} over {LABELS[found['isdaa']]} {_range(found['ratio'])}")
     return lines + [f"{LABELS[name]}: {why}" for name, why in {**summary["left_out"], **summary["failed"]}.items()]
 
 
@@ -270,7 +325,8 @@ def _differences(name: str, found: Mapping[str, Any] | None) -> tuple[str, str]:
         return ("–", "other objective" if name in OTHER_WORK else "–")
     loss, weight = found["loss_difference"], found["weight_difference"]
     text = "∞" if weight is None else f"{weight:.1e} / {found['largest_update']:.1e}"
-    return "∞" if loss is None else f"{loss:.1e}", text if found["same_work"] else f"{text}  NOT the same work"
+    said = {True: text, False: f"{text}  NOT the same work", None: f"{text}, no TRL in bf16 to compare"}
+    return "∞" if loss is None else f"{loss:.1e}", said[found["same_work"]]
 
 
 def _range(found: Mapping[str, float] | None, percent: bool = False, digits: int = 2) -> str:

@@ -17,8 +17,9 @@ What TRL is given (trl.trainer.dpo_trainer and dpo_config of 1.16 are the source
 * `trl_whole` is the same with the whole batch at once, the settings that a user of a GPU would carry over.
 * Torch's memory in huge pages, which isdaa switches on when it is imported, and any script can by an environment variable:
   all arms have them, but not TRL's defaults, which run as they come.
-* Defaults: whole batches, gradient checkpointing, and a second model that computes the reference at every step. `bf16`, which
-  is on by default, is off: differences of loss and weights could not be compared with fp32 otherwise.
+* Defaults: whole batches, gradient checkpointing, a second model that computes the reference at every step, and `bf16`.
+* An arm whose name ends in `_bf16` trains its fp32 weights under autocast to bfloat16, as TRL does by default and isdaa does with
+  `align.precision: bfloat16`. All other arms but TRL's defaults are in fp32.
 * `max_length=None`, so that nothing is cut.
 * Without Triton, on a CPU, TRL's head scores every position of every row, on a GPU only those of responses. `trl_gpu_head`
   is the best settings with that choice made as on a GPU, by a patch: not what a user gets, but a fairer opponent.
@@ -30,7 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from _without import LEFT, Left
@@ -123,7 +124,12 @@ class _Gated(TrainerCallback):
 
 
 def isdaa_trainer(
-    job: Job, gate: Gate, method: str = "dpo", mode: str = SHARED_PREFIX, batch_tokens: int | None = None
+    job: Job,
+    gate: Gate,
+    method: str = "dpo",
+    mode: str = SHARED_PREFIX,
+    batch_tokens: int | None = None,
+    precision: Literal["float32", "bfloat16"] = "float32",
 ) -> nn.Module:
     """`PreferenceTrainer`, set up as `isdaa train` does it. batch_tokens: of a forward pass, at least one pair."""
     model = load(job.model)
@@ -131,6 +137,7 @@ def isdaa_trainer(
         AlignConfig(
             batch_size=job.batch_size, max_steps=job.steps, learning_rate=LEARNING_RATE, lr_scheduler="constant",
             warmup_steps=0, adam_epsilon=EPSILON, max_grad_norm=MAX_GRAD_NORM, logging_steps=LOGGING_STEPS,
+            precision=precision,
         ),
         job.folder, seed=SEED, pairs=len(job.rows), use_cpu=True,
     )  # fmt: skip
@@ -145,7 +152,7 @@ def isdaa_trainer(
         Objective(**resolve(method, beta=BETA)),
         args=args,
         forward=forward,
-        train_dataset=pairs.with_reference(*reference_logps(forward, pairs, key={}, cache_dir=None)),
+        train_dataset=pairs.with_reference(*reference_logps(forward, pairs, key={}, cache_dir=None, precision=precision)),
         callbacks=[MetricsFile(job.folder / "metrics.jsonl")],
         batch_tokens=batch_tokens,
     )
@@ -203,14 +210,14 @@ def _forward(model: nn.Module, job: Job, mode: str) -> PairForward:
 # TRL
 
 
-def trl_trainer(job: Job, gate: Gate, settings: dict[str, Any], gpu_head: bool = False) -> nn.Module:
+def trl_trainer(job: Job, gate: Gate, settings: dict[str, Any], gpu_head: bool = False, bf16: bool = False) -> nn.Module:
     """`DPOTrainer` on text, through its own tokenisation. settings: what differs from its defaults."""
     if gpu_head:
         _score_responses_only()
     args = DPOConfig(
         output_dir=str(job.folder), max_steps=job.steps, beta=BETA, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
         warmup_steps=0, weight_decay=0.0, adam_epsilon=EPSILON, max_grad_norm=MAX_GRAD_NORM, logging_steps=LOGGING_STEPS,
-        bf16=False, max_length=None, train_sampling_strategy="sequential", save_strategy="no", report_to="none", use_cpu=True,
+        bf16=bf16, max_length=None, train_sampling_strategy="sequential", save_strategy="no", report_to="none", use_cpu=True,
         seed=SEED, **settings,
     )  # fmt: skip
     trainer = DPOTrainer(
@@ -228,18 +235,18 @@ def trl_trainer(job: Job, gate: Gate, settings: dict[str, Any], gpu_head: bool =
     return trainer.accelerator.unwrap_model(trainer.model)
 
 
-def trl_best(job: Job, gate: Gate, at_once: int = 1, gpu_head: bool = False) -> nn.Module:
+def trl_best(job: Job, gate: Gate, at_once: int = 1, gpu_head: bool = False, bf16: bool = False) -> nn.Module:
     """The settings that are fastest on a CPU. at_once: pairs of a forward pass."""
     settings = {
         "precompute_ref_log_probs": True, "gradient_checkpointing": False, "disable_tqdm": True,
         "per_device_train_batch_size": at_once, "gradient_accumulation_steps": job.batch_size // at_once,
     }  # fmt: skip
-    return trl_trainer(job, gate, settings, gpu_head)
+    return trl_trainer(job, gate, settings, gpu_head, bf16)
 
 
 def trl_defaults(job: Job, gate: Gate) -> nn.Module:
     """As it comes."""
-    return trl_trainer(job, gate, {"per_device_train_batch_size": job.batch_size})
+    return trl_trainer(job, gate, {"per_device_train_batch_size": job.batch_size}, bf16=True)
 
 
 def _score_responses_only() -> None:
@@ -252,16 +259,19 @@ def _score_responses_only() -> None:
 # A plain script
 
 
-def two_rows(job: Job, gate: Gate) -> nn.Module:
+def two_rows(job: Job, gate: Gate, bf16: bool = False) -> nn.Module:
     """Padded rows `prompt + response`, chosen ones first, full logits, in the loop that most scripts write."""
     model = load(job.model)
     batches = [_padded(rows) for rows in job.batches]
-    with torch.no_grad():
+    half = torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16)
+    with torch.no_grad(), half:
         references = [_row_logps(model, *batch) for batch in batches]
     optimiser = adamw(model.train())
     gate.ready()
     for batch, reference in zip(batches, references, strict=True):
-        gate.step(update(_plain_loss(model, batch, reference), model, optimiser))
+        with half:
+            loss = _plain_loss(model, batch, reference)
+        gate.step(update(loss, model, optimiser))
     return model
 
 
@@ -287,7 +297,7 @@ def _padded(rows: Sequence[dict[str, list[int]]]) -> tuple[Tensor, Tensor, Tenso
 def _row_logps(model: nn.Module, ids: Tensor, attention: Tensor, responses: Tensor) -> Tensor:
     """(2B,) summed logps of the responses."""
     logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
-    logps = torch.log_softmax(logits[:, :-1], -1).gather(2, ids[:, 1:, None])[..., 0]
+    logps = torch.log_softmax(logits[:, :-1].float(), -1).gather(2, ids[:, 1:, None])[..., 0]
     return (logps * responses[:, 1:]).sum(1)
 
 
@@ -336,4 +346,10 @@ ARMS: dict[str, Callable[[Job, Gate], nn.Module]] = {
     "trl_gpu_head": lambda job, gate: trl_best(job, gate, gpu_head=True),
     "trl_defaults": trl_defaults,
     "two_rows": two_rows,
+    "isdaa_dpo_bf16": partial(isdaa_trainer, precision="bfloat16"),
+    "isdaa_is_dpo_bf16": partial(isdaa_trainer, method="is_dpo", precision="bfloat16"),
+    "trl_best_bf16": partial(trl_best, bf16=True),
+    "trl_whole_bf16": lambda job, gate: trl_best(job, gate, at_once=job.batch_size, bf16=True),
+    "trl_gpu_head_bf16": partial(trl_best, gpu_head=True, bf16=True),
+    "two_rows_bf16": partial(two_rows, bf16=True),
 } | {name: partial(isdaa_without, left=left) for name, left in LEFT.items()}
