@@ -75,7 +75,7 @@ DEFINITIONS = {
     "same_work": f"loss_difference ≤ loss_tolerance, weight_difference ≤ {UPDATE_TOLERANCE:g} · largest_update, "
     f"relative_difference ≤ {UPDATE_TOLERANCE:g}; in bf16: loss_difference and relative_difference no larger than the largest of "
     "TRL's arms in bf16 in the same cell, and null where there is none",
-    "fastest": "seconds of TRL's fastest arm over those of isdaa's fastest, dpo alone, by the medians: in fp32, in bf16, of any precision",
+    "fastest": "seconds of TRL's fastest arm over those of isdaa's fastest, dpo alone: in fp32, in bf16, of any precision",
 }
 
 

@@ -5,10 +5,11 @@
     python benchmarks/preference_step.py --arms without                 # what each thing that makes isdaa fast is worth
 
 Every arm trains the same random Llama on the same random pairs, with the same loss and optimiser, in a process of its own that
-has all threads: in fp32, or with the products in bfloat16 where its name ends in `_bf16`. A round is one step of every arm, one after the other in an order that is shuffled, so that whatever
-else the machine does falls on all of them; ratios are taken within a round. The machine's own matrix products, at the shapes
-that the step needs, take their turn, too. In the end the losses and the trained weights are compared: where they differ by more
-than rounding, the table says so and the exit status is 1.
+has all threads: in fp32, or with its products in bfloat16 where its name ends in `_bf16`. A round is one step of every arm, one
+after the other in an order that is shuffled, so that whatever else the machine does falls on all of them; ratios are taken within
+a round. The machine's own matrix products, at the shapes that the step needs, take their turn, too. In the end the losses and the
+trained weights are compared with isdaa's in fp32. An arm in fp32 may differ by rounding, one in bf16 by as much as TRL's do:
+where it is more, the table says so and the exit status is 1.
 
 `peers.py` says how each arm is set up, `shapes.py` what it trains on, and the JSON file defines every number in it.
 """
@@ -42,7 +43,8 @@ OUT = Path("runs/bench/preference_step.json")
 SLOWNESS = {
     "isdaa_dpo": 1.6, "isdaa_is_dpo": 1.6, "isdaa_one": 1.8, "isdaa_bare": 1.6, "isdaa_two_rows": 4,
     "trl_best": 6, "trl_whole": 10, "trl_gpu_head": 4, "trl_defaults": 15, "two_rows": 6, MATMUL: 3,
-    "isdaa_dpo_bf16": 0.9, "isdaa_is_dpo_bf16": 0.9, "trl_best_bf16": 5, "trl_whole_bf16": 7, "trl_gpu_head_bf16": 4, "two_rows_bf16": 5,
+    "isdaa_dpo_bf16": 0.9, "isdaa_is_dpo_bf16": 0.9,
+    "trl_best_bf16": 5, "trl_whole_bf16": 7, "trl_gpu_head_bf16": 4, "two_rows_bf16": 5,
 } | dict.fromkeys(WITHOUT, 1.8)  # fmt: skip
 ALL = [name for name in LABELS if name not in WITHOUT]
 START = 25.0  # seconds in which the processes of a cell begin
