@@ -30,6 +30,7 @@ _fresh = multiprocessing.get_context("spawn")
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 AS_IT_COMES = (
     "trl_defaults",
+    "trl_defaults_bf16",
     "without_huge_pages",
 )  # without huge pages, which isdaa switches on and all other arms are given, too
 

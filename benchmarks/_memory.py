@@ -80,8 +80,9 @@ def _tokens(lengths: Sequence[Lengths], arm: str) -> int:
 
 def _kept(size: Size, lengths: Sequence[Lengths], arm: str) -> float:
     """Weights and two moments; and the activations of a step, which the allocator does not give back."""
-    models = 4 if arm == SECOND_MODEL else 3.5 if arm.endswith(HALF) else 3  # with the weights' copies in half precision
+    half = 0.5 if arm.endswith(HALF) else 0.0  # the weights' copies
     arm = arm.removesuffix(HALF)
+    models = half + (4 if arm == SECOND_MODEL else 3)
     layers = 1.5 if arm == RECOMPUTED else size.layers
     floats = layers * (9 * size.hidden + 4 * size.intermediate) + size.layers * size.hidden
     scattered = 1.35 if arm.endswith("two_rows") else 1.0  # as measured

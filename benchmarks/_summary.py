@@ -16,7 +16,12 @@ from safetensors import safe_open
 from shapes import BETA, Lengths
 
 WEIGHTED, BARE = "isdaa_is_dpo", "isdaa_bare"
-TRL_HALF = ("trl_best_bf16", "trl_whole_bf16", "trl_gpu_head_bf16", "trl_defaults")  # whose distance from fp32 is the measure
+TRL_HALF = (
+    "trl_best_bf16",
+    "trl_whole_bf16",
+    "trl_gpu_head_bf16",
+    "trl_defaults_bf16",
+)  # whose distance from fp32 is the measure
 PACKED = ("isdaa_dpo", WEIGHTED, "isdaa_one", BARE, "isdaa_dpo_bf16", "isdaa_is_dpo_bf16")
 OTHER_WORK = (WEIGHTED, WEIGHTED + HALF)  # another objective: its loss and weights are not compared
 ROUNDING = 2.0**-22  # of a sum of logps: a few units in the last place
@@ -31,14 +36,15 @@ LABELS = {
     "trl_best": "TRL, best settings",
     "trl_whole": "TRL, best, batch at once",
     "trl_gpu_head": "TRL, best, head as on a GPU",
-    "trl_defaults": "TRL, defaults",
     "two_rows": "separate rows, full logits",
     "isdaa_dpo_bf16": "isdaa dpo, bf16",
     "isdaa_is_dpo_bf16": "isdaa is_dpo, bf16",
     "trl_best_bf16": "TRL, best settings, bf16",
     "trl_whole_bf16": "TRL, best, batch at once, bf16",
     "trl_gpu_head_bf16": "TRL, best, head as on a GPU, bf16",
-    "two_rows_bf16": "separate rows, full logits, bf16",
+    "trl_defaults": "TRL, defaults but for bf16",
+    "trl_defaults_bf16": "TRL, defaults",
+    "two_rows_bf16": "separate rows in bf16, full logits",
     "without_blocks": "without blocks of queries",
     "without_last_layer": "without the cut last layer",
     "without_direction": "without the kept direction",
@@ -164,7 +170,7 @@ def summarise(cell: Cell, batch_size: int) -> dict[str, Any]:
     """Everything about a cell, as JSON-able data."""
     base = cell.arms.get(BASE)
     arms = {name: _arm(cell, name, recorded, base, batch_size) for name, recorded in cell.arms.items()}
-    _judge_half({name: arm["comparison"] for name, arm in arms.items() if "comparison" in arm})
+    judge_half({name: arm["comparison"] for name, arm in arms.items() if "comparison" in arm})
     pairs = {"weighting": (WEIGHTED, BASE), "trainer": (BASE, BARE)}
     costs = {
         name: spread(ratios(cell.arms[one].seconds, cell.arms[other].seconds)) if {one, other} <= cell.arms.keys() else None
@@ -221,10 +227,10 @@ def _arm(cell: Cell, name: str, recorded: Recorded, base: Recorded | None, batch
 
 def is_half(name: str) -> bool:
     """Whether an arm's products are in bfloat16."""
-    return name.endswith(HALF) or name == "trl_defaults"
+    return name.endswith(HALF)
 
 
-def _judge_half(comparisons: Mapping[str, dict[str, Any]]) -> None:
+def judge_half(comparisons: Mapping[str, dict[str, Any]]) -> None:
     """Rounding in bf16 moves losses and weights by more than any fixed limit allows: TRL's arms say how far is usual."""
     kinds = ("loss_difference", "relative_difference")
 

@@ -17,9 +17,10 @@ What TRL is given (trl.trainer.dpo_trainer and dpo_config of 1.16 are the source
 * `trl_whole` is the same with the whole batch at once, the settings that a user of a GPU would carry over.
 * Torch's memory in huge pages, which isdaa switches on when it is imported, and any script can by an environment variable:
   all arms have them, but not TRL's defaults, which run as they come.
-* Defaults: whole batches, gradient checkpointing, a second model that computes the reference at every step, and `bf16`.
+* Defaults: whole batches, gradient checkpointing, and a second model that computes the reference at every step. `bf16`, which is
+  on by default, is off in `trl_defaults` and on in `trl_defaults_bf16`.
 * An arm whose name ends in `_bf16` trains its fp32 weights under autocast to bfloat16, as TRL does by default and isdaa does with
-  `align.precision: bfloat16`. All other arms but TRL's defaults are in fp32.
+  `align.precision: bfloat16`. All other arms are in fp32.
 * `max_length=None`, so that nothing is cut.
 * Without Triton, on a CPU, TRL's head scores every position of every row, on a GPU only those of responses. `trl_gpu_head`
   is the best settings with that choice made as on a GPU, by a patch: not what a user gets, but a fairer opponent.
@@ -244,9 +245,9 @@ def trl_best(job: Job, gate: Gate, at_once: int = 1, gpu_head: bool = False, bf1
     return trl_trainer(job, gate, settings, gpu_head, bf16)
 
 
-def trl_defaults(job: Job, gate: Gate) -> nn.Module:
+def trl_defaults(job: Job, gate: Gate, bf16: bool = False) -> nn.Module:
     """As it comes."""
-    return trl_trainer(job, gate, {"per_device_train_batch_size": job.batch_size}, bf16=True)
+    return trl_trainer(job, gate, {"per_device_train_batch_size": job.batch_size}, bf16=bf16)
 
 
 def _score_responses_only() -> None:
@@ -351,5 +352,6 @@ ARMS: dict[str, Callable[[Job, Gate], nn.Module]] = {
     "trl_best_bf16": partial(trl_best, bf16=True),
     "trl_whole_bf16": lambda job, gate: trl_best(job, gate, at_once=job.batch_size, bf16=True),
     "trl_gpu_head_bf16": partial(trl_best, gpu_head=True, bf16=True),
+    "trl_defaults_bf16": partial(trl_defaults, bf16=True),
     "two_rows_bf16": partial(two_rows, bf16=True),
 } | {name: partial(isdaa_without, left=left) for name, left in LEFT.items()}

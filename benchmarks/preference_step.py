@@ -44,7 +44,8 @@ SLOWNESS = {
     "isdaa_dpo": 1.6, "isdaa_is_dpo": 1.6, "isdaa_one": 1.8, "isdaa_bare": 1.6, "isdaa_two_rows": 4,
     "trl_best": 6, "trl_whole": 10, "trl_gpu_head": 4, "trl_defaults": 15, "two_rows": 6, MATMUL: 3,
     "isdaa_dpo_bf16": 0.9, "isdaa_is_dpo_bf16": 0.9,
-    "trl_best_bf16": 5, "trl_whole_bf16": 7, "trl_gpu_head_bf16": 4, "two_rows_bf16": 5,
+    "trl_best_bf16": 5, "trl_whole_bf16": 7, "trl_gpu_head_bf16": 4, "trl_defaults_bf16": 12,
+    "two_rows_bf16": 5,
 } | dict.fromkeys(WITHOUT, 1.8)  # fmt: skip
 ALL = [name for name in LABELS if name not in WITHOUT]
 START = 25.0  # seconds in which the processes of a cell begin

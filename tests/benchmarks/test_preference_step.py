@@ -26,7 +26,17 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import peers  # noqa: E402
 import preference_step  # noqa: E402
 from _memory import BASE, GIB, Budget  # noqa: E402
-from _summary import LABELS, OTHER_WORK, is_same_work, loss_tolerance, losses_apart, weights_apart, wrong  # noqa: E402
+from _summary import (  # noqa: E402
+    LABELS,
+    OTHER_WORK,
+    fastest,
+    is_same_work,
+    judge_half,
+    loss_tolerance,
+    losses_apart,
+    weights_apart,
+    wrong,
+)
 from _worker import time_product, took_by_one  # noqa: E402
 from performance_tables import overview, together  # noqa: E402
 from shapes import EOS, PAD, SHAPES, TINY_SHAPE, Product, Size, draw_pairs, lengths_of, products, saved, tiny  # noqa: E402
@@ -268,6 +278,35 @@ def test_tables_show_what_forbids_to_trust_a_ratio(ran: Any) -> None:
     assert [line for line in lines if LABELS["trl_whole"] in line and "| out of memory |" in line]
     assert [line for line in lines if LABELS["trl_defaults"] in line and "ValueError: no" in line]
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_half_precision_is_judged_by_how_far_trls_goes() -> None:
+    def apart(loss: float | None, weights: float) -> dict[str, Any]:
+        return {"loss_difference": loss, "relative_difference": weights, "same_work": False}
+
+    arms = {"isdaa_dpo_bf16": apart(0.01, 0.2), "trl_best_bf16": apart(0.02, 0.1), "trl_whole_bf16": apart(0.001, 0.3)}
+    arms |= {"two_rows_bf16": apart(0.03, 0.2), "trl_best": apart(0.5, 0.5)}
+    judge_half(arms)
+    assert {name: found["same_work"] for name, found in arms.items()} == {
+        "isdaa_dpo_bf16": True, "trl_best_bf16": True, "trl_whole_bf16": True, "two_rows_bf16": False, "trl_best": False,
+    }  # fmt: skip
+    arms["trl_best_bf16"] = apart(None, 0.1)  # a loss that is infinite is no measure
+    judge_half(arms)
+    assert not arms["isdaa_dpo_bf16"]["same_work"]
+    alone = {"isdaa_dpo_bf16": apart(0.01, 0.2)}
+    judge_half(alone)
+    assert alone["isdaa_dpo_bf16"]["same_work"] is None
+
+
+def test_the_fastest_are_compared_within_rounds() -> None:
+    seconds = {"isdaa_dpo": [2.0, 4.0, 2.0], "isdaa_dpo_bf16": [1.0, 2.0, 1.0], "isdaa_one": [3.0, 3.0, 3.0]}
+    found = fastest(seconds | {"trl_best": [8.0, 8.0, 8.0], "trl_whole_bf16": [5.0, 5.0, 5.0], "two_rows": [0.1, 0.1, 0.1]})
+    assert {kind: (one["isdaa"], one["trl"], one["rounds"]) for kind, one in found.items()} == {
+        "fp32": ("isdaa_dpo", "trl_best", [4.0, 2.0, 4.0]),
+        "bf16": ("isdaa_dpo_bf16", "trl_whole_bf16", [5.0, 2.5, 5.0]),
+        "any": ("isdaa_dpo_bf16", "trl_whole_bf16", [5.0, 2.5, 5.0]),
+    }
+    assert fastest(seconds) == {}
 
 
 # ---- what is trained on, and its products ----
