@@ -15,6 +15,7 @@ import yaml
 from chains import CHAIN, config_file, refused, same_weights, stopped_at, train, without_time
 
 from isdaa.config import fields
+from isdaa.models import half_precision
 from isdaa.ownership import sealed
 from isdaa.training.run_folder import RUN, flattened
 
@@ -33,13 +34,16 @@ def test_the_same_command_writes_the_same_settings(tmp_path: Path, monkeypatch: 
     assert train("run", SETTINGS) == 0
     written = flattened(yaml.safe_load(Path("run/config.yaml").read_text()))
     before = flattened(yaml.safe_load((BEFORE / "config.yaml").read_text()))
+    before |= {key: "auto" for key in before if key.endswith(".precision")}  # its default was float32
     assert {key: written.get(key, ...) for key in before} == before
     assert {key: written[key] for key in written.keys() - before.keys()} == {
         key: DEFAULTS[key] for key in written.keys() - before.keys()
     }
     stages = json.loads(Path("run", RUN).read_text())["stages"]
     for stage, values in values_before().items():
+        values = {key: "auto" if key.endswith(".precision") else value for key, value in values.items()}
         assert {key: stages[stage]["values"].get(key, ...) for key in values} == values
+        assert stages[stage].get("precision", "float32") == "float32"
 
 
 def test_a_run_begun_before_goes_on_bit_for_bit(
@@ -59,3 +63,42 @@ def test_a_run_begun_before_goes_on_bit_for_bit(
     assert train("run", SETTINGS) == 0  # as typed anew
     assert without_time(Path("run/metrics.jsonl")) == without_time(Path("whole/metrics.jsonl"))
     assert same_weights(Path("run/model"), Path("whole/model"))
+
+
+@pytest.mark.parametrize("had", ["bfloat16", "float32"])
+def test_auto_goes_on_with_the_precision_that_a_run_had(
+    had: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = {"bfloat16": "float32", "float32": "bfloat16"}[had]
+    monkeypatch.chdir(tmp_path)
+    given = SETTINGS | {"align.precision": had}
+    assert train("whole", given) == 0
+    stopped_at(3, given)
+    refused(capsys, ["train", "--config", str(config_file(tmp_path / "other.yaml", SETTINGS | {"align.precision": other})),
+                     "--output_dir", "run"], f"align.precision = '{had}', this one '{other}'")  # fmt: skip
+    assert train("run", SETTINGS) == 0
+    assert without_time(Path("run/metrics.jsonl")) == without_time(Path("whole/metrics.jsonl"))
+    assert same_weights(Path("run/model"), Path("whole/model"))
+    assert json.loads(Path("run", RUN).read_text())["stages"]["align"]["precision"] == had
+    assert train("run", given) == 0  # as it was typed first: it is done
+
+
+def test_a_run_keeps_what_auto_was_found_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = half_precision.Choice("bfloat16", "it was timed", 0.4)
+    monkeypatch.setattr(half_precision, "choose", lambda *_, **__: found)
+    monkeypatch.chdir(tmp_path)
+    stopped_at(3, SETTINGS)
+    said = capsys.readouterr().err
+    assert "sft: precision: bfloat16, since it was timed" in said and "label: precision: bfloat16" in said
+    assert "align: precision" not in said  # its weights come from the logps of label
+    found = half_precision.Choice("float32", "it is slower now", 2.0)
+    assert train("run", SETTINGS) == 0
+    assert "slower" not in capsys.readouterr().err
+    stages = json.loads(Path("run", RUN).read_text())["stages"]
+    assert stages["align"]["precision"] == "bfloat16" and stages["align"]["values"]["align.precision"] == "auto"
+    assert train("whole", SETTINGS | {f"{stage}.precision": "bfloat16" for stage in ("sft", "align")}) == 0
+    assert same_weights(Path("run/model"), Path("whole/model"))
+    file = config_file(tmp_path / "other.yaml", SETTINGS | {"align.precision": "float32"})
+    refused(capsys, ["train", "--config", str(file), "--output_dir", "run"], "align.precision = 'auto'")

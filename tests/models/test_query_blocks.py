@@ -117,7 +117,8 @@ def test_what_it_lacks():
     assert "window" in cpu_attention.lacks(single, 7, None) and "soft cap" in cpu_attention.lacks(single, None, 2.0)
     assert "CPU" in cpu_attention.lacks(single.to("meta"), None, None)
     with torch.autocast("cpu", torch.bfloat16):
-        assert "fp32" in cpu_attention.lacks(single, None, None)
+        assert cpu_attention.lacks(single, None, None) is None
+        assert "fp32" in cpu_attention.lacks(half, None, None)
 
 
 @pytest.mark.parametrize("name", ["mistral_short_window", "gemma2"])

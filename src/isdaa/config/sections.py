@@ -247,7 +247,10 @@ class OptimisationConfig(Section):
     adam_epsilon: Float = Field(1e-5, gt=0, description="ε in AdamW's denominator")
     weight_decay: Float = Field(0.0, ge=0, description="of all weights but biases and norms")
     max_grad_norm: Float = Field(1.0, ge=0, description="the gradient's norm is clipped to it; 0: no gradient clipping")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast on top of `model.dtype`")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="bfloat16: autocast on top of `model.dtype`; auto: the faster one on a CPU, else float32",
+    )
     gradient_checkpointing: bool = Field(
         False, description="compute activations again in the backward pass: less memory, more time"
     )

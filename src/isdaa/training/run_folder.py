@@ -87,6 +87,7 @@ SHAPE = {
             "notes?": [str],
             "tokens?": int,
             "processes?": int,
+            "precision?": str,
             "output?": str,
         }
     }
@@ -223,9 +224,15 @@ class Run:
             if stage not in self.config.stages:  # its settings may be absent, but the later stages start from its model
                 keys = {key for key in keys if key.startswith("model.")}
             for key in sorted(keys, key=lambda key: (key != "guard.stop", key)):  # it decides whether the others count
-                if now.get(key) != begun["values"].get(key):
+                before = begun["values"].get(key)
+                if key.endswith(".precision") and now.get(key) in (
+                    "auto",
+                    begun.get("precision") if before == "auto" else before,
+                ):
+                    continue  # `auto` goes on with what the run had
+                if now.get(key) != before:
                     raise UserError(
-                        f"{self.folder}: holds a different run (its {stage} stage has {key} = {begun['values'].get(key)!r}, "
+                        f"{self.folder}: holds a different run (its {stage} stage has {key} = {before!r}, "
                         f"this one {now.get(key)!r}); choose another --output_dir or repeat its settings{self._going_on(stage)}"
                     )
 
@@ -270,7 +277,15 @@ class Run:
             "cwd": before.get("cwd") or os.path.relpath(Path.cwd(), self.folder.resolve()),  # from which paths were typed
             "tokens": VERSION,
         }
+        precision = before.get("precision") or before.get("values", {}).get(f"{stage}.precision", "auto")
+        begun |= {} if precision == "auto" else {"precision": precision}
         return begun if processes == 1 else begun | {"processes": processes}
+
+    def precision_before(self, stage: str) -> str | None:
+        """What `precision: auto` was found to be when a stage began; `align` has that of `label`."""
+        stages = self.state["stages"]
+        found: str | None = stages.get(stage, {}).get("precision")
+        return stages.get("label", {}).get("precision") if found is None and stage == "align" else found
 
     def pin(self, stage: str, **digests: str) -> None:
         """Note the weights and data that a stage works on, which no configuration value identifies.
@@ -330,7 +345,7 @@ class Run:
 
     def note(self, stage: str, **facts: Any) -> None:
         """Keep something worth knowing of a stage in `run.json`."""
-        self.state["stages"][stage].update(facts)
+        self.state["stages"].setdefault(stage, {"done": False, "values": {}}).update(facts)
         self._save()
 
     def tracker_id(self) -> str:

@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 
-from isdaa.config import Config, resolved
+from isdaa.config import Config, OptimisationConfig, resolved
 from isdaa.data.encoder import VERSION
 from isdaa.data.tokenize_pairs import TokenizationSettings, ending_ids, tokenizer_digest
 from isdaa.distributed import once
 from isdaa.errors import UserError
+from isdaa.evaluation.checkpoints.trajectory import SWEEP
 from isdaa.evaluation.model_digest import model_digest
 from isdaa.files import digest
+from isdaa.models import half_precision
 from isdaa.models.loading import load_model, load_tokenizer, random_model
 from isdaa.models.lora import add_lora
+from isdaa.models.packed.forward import pass_tokens
 from isdaa.models.places import is_adapter
 from isdaa.models.saving import save_model, weights_digest
 from isdaa.objectives.presets import weighs_by_behaviour
@@ -163,6 +166,24 @@ def check_rows(model: Any, path: str | None, highest_id: int, longest: int) -> N
 def cache_folder(run: Run) -> Path:
     """Where reference logps are kept: shared by every run beside this one."""
     return Path(run.config.reference.cache_dir or run.folder.resolve().parent / ".isdaa_cache")
+
+
+def decided(run: Run, stage: str, model: Any, tokens: float) -> Any:
+    """A stage's settings with `precision` float32 or bfloat16: `auto` is decided once a run, said, and kept in `run.json`.
+
+    `label` has those of `align`, whose weights come from its logps. model: what is trained; tokens: of an average row.
+    """
+    settings: OptimisationConfig = getattr(run.config, "align" if stage == "label" else stage)
+    if settings.precision != half_precision.AUTO:
+        return settings
+    found = run.precision_before(stage)
+    if found is None:
+        cache, rows = cache_folder(run), min(int(tokens * settings.batch_size), pass_tokens(model))
+        choice = once(lambda: half_precision.choose(model, rows, cache, shared=(cache.parent / SWEEP).is_file()))
+        found = choice.precision
+        run.say(stage, [f"precision: {found}, since {choice.why}"] if choice.ratio is not None else [])
+    run.note(stage, precision=found)
+    return settings.model_copy(update={"precision": found})
 
 
 def record_of(run: Run, kind: str, **facts: Any) -> ModelRecord:

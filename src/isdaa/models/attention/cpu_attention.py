@@ -5,6 +5,9 @@ of grouped heads repeated. Here the query heads that share keys stand below each
 group of heads; a block of queries sees its keys and no others, so that next to nothing is computed above the diagonal; and
 the backward pass takes the probabilities again, so that memory grows with T and not with its square.
 
+Under autocast to bf16 it stays in fp32, as queries and keys come from the rotary positions: the fused kernel in bf16 takes
+longer, and scores keep their digits.
+
 Legend: T tokens of the packed row, H heads, G heads of keys, r = H / G heads of queries to each, D head size; n queries
 and k keys of a block, s the factor of the scores.
 """
@@ -38,6 +41,7 @@ def attend_blocks(query: Tensor, key: Tensor, value: Tensor, layout: Layout, sca
     scaling: of the scores; None is 1/√D.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    key, value = key.to(query.dtype), value.to(query.dtype)  # under autocast queries are in fp32, values not
     attended: Tensor = _Attention.apply(query, key, value, layout, scaling)
     return attended
 
@@ -46,7 +50,7 @@ def lacks(query: Tensor, window: int | None, softcap: float | None) -> str | Non
     """Why this attention cannot be used, in words, or None."""
     if query.device.type != "cpu" or kind_of(query.device) != "cpu":
         return "it is for a CPU"
-    if query.dtype not in _DTYPES or torch.is_autocast_enabled("cpu"):
+    if query.dtype not in _DTYPES:
         return "it knows fp32 and fp64 alone"
     if window is not None or softcap is not None:
         return "it knows no windows and no soft caps"
@@ -100,10 +104,11 @@ class _Attention(torch.autograd.Function):
         keys, values = key[0].contiguous(), value[0].contiguous()
         shared, later = query.shape[1] // key.shape[1], _later(query)
         out = query.new_empty(layout.tokens, query.shape[1], value.shape[3])
-        for block in _blocks(layout):
-            rows = slice(block.first * shared, block.last * shared)
-            probabilities = _probabilities(queries[:, rows], block.keys(keys), shared, later)
-            _write(out[block.first : block.last], torch.bmm(probabilities, block.keys(values)))
+        with torch.autocast("cpu", enabled=False):
+            for block in _blocks(layout):
+                rows = slice(block.first * shared, block.last * shared)
+                probabilities = _probabilities(queries[:, rows], block.keys(keys), shared, later)
+                _write(out[block.first : block.last], torch.bmm(probabilities, block.keys(values)))
         ctx.save_for_backward(queries, keys, values)
         ctx.layout, ctx.scaling = layout, scaling
         return out[None]

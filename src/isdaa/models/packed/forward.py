@@ -15,7 +15,8 @@ from isdaa.errors import UserError
 from isdaa.models.attention import shared_prefix
 from isdaa.models.attention.attention_choice import AUTO, SDPA, choose_attention
 from isdaa.models.attention.layout import Layout
-from isdaa.models.packed import last_layer
+from isdaa.models.half_precision import FLOAT32, numerics
+from isdaa.models.packed import half_linear, last_layer
 from isdaa.models.packed.logprobs import Head
 from isdaa.models.packed.patched_forward import (
     REQUEST,
@@ -161,7 +162,9 @@ class PairForward:
         return out
 
 
-def prepare(model: nn.Module, probe: bool = True, longest_row: int | None = None, attention: str = AUTO) -> PairForward:
+def prepare(
+    model: nn.Module, probe: bool = True, longest_row: int | None = None, attention: str = AUTO, precision: str = FLOAT32
+) -> PairForward:
     """Installs the shared-prefix forward in a model and proves it on one pair.
 
     The pair is longer than any attention window of the model, or than `longest_row` where the caller will send nothing
@@ -176,6 +179,7 @@ def prepare(model: nn.Module, probe: bool = True, longest_row: int | None = None
         longest_row: the longest `prompt + response` the caller will send, in tokens.
         attention: one of `choice.NAMES`. A fast one that cannot be used here, or with which the logps are not those of
             plain rows, gives way to "sdpa", with a warning.
+        precision: "bfloat16" where the caller's passes run under autocast to it: the proof then does, too.
 
     Raises:
         UserError: an unknown attention, no causal language model, one whose logits are not finite, one whose logps can be
@@ -197,6 +201,7 @@ def prepare(model: nn.Module, probe: bool = True, longest_row: int | None = None
     state.own_head = False
     shared_prefix.install(inner)
     last_layer.install(inner)
+    half_linear.install(inner)
     choose_attention(inner, attention)
     lengths: dict[str, Any] = {"counted": counted_positions(inner), "switch": switching_length(inner)}
     if not probe:
@@ -206,7 +211,8 @@ def prepare(model: nn.Module, probe: bool = True, longest_row: int | None = None
         return lambda ids, layout: PairForward(model, mode)(model, ids, None, layout).token_logps
 
     name = type(inner).__name__
-    with torch.no_grad(), evaluating(model), working("probing the forward pass"):
+    half = numerics(precision, next(inner.parameters()).device.type)
+    with torch.no_grad(), evaluating(model), half, working("probing the forward pass"):
         pair = make_probe(model, longest_row)
         if not bool(pair.truth.isfinite().all()):
             where = getattr(inner.config, "_name_or_path", "") or name

@@ -6,9 +6,10 @@ inside an autocast region.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakIdKeyDictionary
 
 from isdaa.errors import UserError
 from isdaa.models.device_kind import kind_of
@@ -136,6 +138,20 @@ def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
+# A weight's copy in half precision, (V, D), is needed within one call and never after it: the next call, and the product that is
+# the weight's gradient, find its memory warm. Fresh memory of this size takes ten times as long to fill.
+_rooms: MutableMapping[Tensor, Tensor] = WeakIdKeyDictionary()
+
+
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    if weight.dtype == dtype or kind_of(weight.device) != "cpu" or type(weight.data) is not Tensor:
+        return weight.to(dtype)
+    room = _rooms.get(weight)
+    if room is None or room.dtype != dtype or room.shape != weight.shape:
+        room = _rooms[weight] = torch.empty_like(weight, dtype=dtype, requires_grad=False)
+    return room.copy_(weight.detach())
+
+
 class Chunks:
     """Logits of one chunk of hidden states after another, in the same memory: fresh pages cost as much as the product
     itself where V is large. What `fill` returns is overwritten by the next call; or, in the weight's dtype of fp32 or
@@ -179,7 +195,7 @@ class _LinearLogps(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         chunk, scale, softcap, with_wpo, with_grad, _ = settings
         dtype = _compute_dtype(hidden, weight)
-        h, w = hidden.to(dtype), weight.to(dtype)
+        h, w = hidden.to(dtype), _cast(weight, dtype)
         head = LinearHead(w, None if bias is None else bias.to(dtype), scale, softcap)
         logps = torch.empty(len(targets), dtype=_at_least_fp32(dtype), device=hidden.device)
         normalisers = torch.empty_like(logps)
@@ -211,11 +227,12 @@ class _LinearLogps(torch.autograd.Function):
                     d = e.mul_(-1 / total[:, None])
                     d.scatter_add_(1, y, torch.ones_like(d[:, :1]))
                     d = _through_head(d, slope, head)
-                    if kept is not None and chunks.kept is None:  # else the chunk lies there already
-                        kept[rows] = d
+                    # In place it lies there already.
+                    d = kept[rows].copy_(d) if kept is not None and chunks.kept is None else d.to(dtype)
                     if hidden_direction is not None:
-                        torch.mm(d.to(dtype), w, out=hidden_direction[rows])
+                        torch.mm(d, w, out=hidden_direction[rows])
         ctx.settings, ctx.ahead, ctx.dtype = settings, ahead, dtype
+        ctx.room = None if w is weight or weight not in _rooms else ref(w)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         if ahead:
             ctx.save_for_backward(hidden if needs_weight else None, kept, hidden_direction)
@@ -238,11 +255,12 @@ class _LinearLogps(torch.autograd.Function):
 def _scaled(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden states, weight and bias from directions that the forward pass took; `grad` is (N,)."""
     hidden, direction, hidden_direction = ctx.saved_tensors
+    into = ctx.room() if ctx.room is not None else None
     _, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     g = grad.to(ctx.dtype)
     with torch.autocast(grad.device.type, enabled=False):
         grad_hidden = None if hidden_direction is None else hidden_direction * g[:, None]
-        grad_weight = direction.T @ (hidden.to(ctx.dtype) * g[:, None]) if needs_weight else None
+        grad_weight = torch.mm(direction.T, hidden.to(ctx.dtype) * g[:, None], out=into) if needs_weight else None
         grad_bias = direction.T.to(grad.dtype) @ grad if needs_bias else None
     return grad_hidden, grad_weight, grad_bias
 
@@ -251,7 +269,7 @@ def _recomputed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, T
     """The same where the direction was not kept: the logits of each chunk once more."""
     hidden, weight, bias, targets, normalisers = ctx.saved_tensors
     chunk, scale, softcap, *_ = ctx.settings
-    h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
+    h, w = hidden.to(ctx.dtype), _cast(weight, ctx.dtype)
     head = LinearHead(w, None if bias is None else bias.to(ctx.dtype), scale, softcap)
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     grad_hidden = torch.empty_like(h) if needs_hidden else None

@@ -383,6 +383,7 @@ def guard_of(
     run: Run,
     tokenizer: Any,
     forward: PairForward,
+    precision: str,
     *,
     start: str | None,
     identity: Mapping[str, Any],
@@ -391,12 +392,13 @@ def guard_of(
 ) -> Guard | None:
     """The guard that a run asks for, its opponents drawn and scored; None where it asks for none.
 
-    forward: of the policy before its first step. start: where it came from. identity: of its weights as loaded, as
-    JSON-able data. record: of the policy at a step, for the model that is kept.
+    forward: of the policy before its first step. precision: of its passes. start: where it came from. identity: of its weights
+    as loaded, as JSON-able data. record: of the policy at a step, for the model that is kept.
     """
     config, settings = run.config, run.config.guard
     if settings.steps is None:
         return None
+    config = config.model_copy(update={"align": config.align.model_copy(update={"precision": precision})})
     name = config.guard_scorer
     scorer = None
     if name is not None:
@@ -421,10 +423,11 @@ def guard_of(
             probe=config.align.probe,
             longest_row=longest_row(config),
             attention=config.align.attention,
+            precision=precision,
         )
 
     own = config.lora.rank > 0 and (path is None or is_start(config, path, _base_of(forward.model)))
-    reference = Reference(load, forward if own else None, config.align.precision)
+    reference = Reference(load, forward if own else None, precision)
 
     def write(folder: Path, step: int) -> None:
         # Quantised weights take no adapter in: it is kept as checkpoints keep it.

@@ -34,6 +34,7 @@ from isdaa.evaluation.scorers import Scorer
 from isdaa.evaluation.statistics import mean_interval
 from isdaa.files import digest
 from isdaa.models.attention.shared_prefix import Layout
+from isdaa.models.half_precision import numerics
 from isdaa.models.packed.forward import PairForward
 from isdaa.models.packed.logprobs import Head, OwnHead
 from isdaa.models.sampling.sampling import SamplingSettings
@@ -124,12 +125,6 @@ class Reference:
         model: Any = self.policy.model
         with self._numerics(), model.disable_adapter():
             yield
-
-
-def numerics(precision: str) -> AbstractContextManager[Any]:
-    """Forward passes as training makes them (`align.precision`)."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def _bytes(model: nn.Module) -> int:

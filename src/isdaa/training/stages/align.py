@@ -33,6 +33,7 @@ from isdaa.training.stage_inputs import (
     cache_folder,
     check_rows,
     config_digest,
+    decided,
     described,
     device,
     is_start,
@@ -75,7 +76,7 @@ def weights_at_start(run: Run) -> list[str]:
     pairs = thinned(every)
     policy, _ = _policy(run, tokenizer, start)
     check_rows(policy, start, *pairs.extent())
-    how = _preparation(run, tokenizer)
+    how = _preparation(run, tokenizer, decided(run, "align", policy, every.lengths().mean()).precision)
     forward, sources = how.forward(policy), _sources(run, how, start)
     key, own = how.key(forward), own_logps(every)
     (filled,) = how.with_logps([pairs], sources, forward, key)
@@ -120,7 +121,8 @@ def align(run: Run) -> Path:
         best=config.guard.steps is not None and config.guard.keep == "best",
         logps=2 * (len(train) + (0 if held_out is None else len(held_out))),
     )  # fmt: skip
-    how = _preparation(run, tokenizer)
+    settings = decided(run, "align", policy, train.lengths().mean())
+    how = _preparation(run, tokenizer, settings.precision)
 
     def adapter(plain: Any) -> Any:
         return new_adapter(config, plain, once(lambda: adapter_base(run, plain, tokenizer, start)))
@@ -157,12 +159,12 @@ def align(run: Run) -> Path:
         for name, text in described(record(step), named(folder), adapter=config.lora.rank > 0).items():
             (folder / name).write_text(text, encoding="utf-8")
 
-    guard = guard_of(run, tokenizer, forward, start=start, identity=loaded, held_out=held_out, record=record)
+    guard = guard_of(run, tokenizer, forward, settings.precision, start=start, identity=loaded, held_out=held_out, record=record)
     trainer = PreferenceTrainer(
         policy,
         Objective(**config.objective.arguments()),
         args=training_arguments(
-            config.align,
+            settings,
             checkpoints,
             seed=config.seed,
             pairs=len(train),
@@ -249,7 +251,7 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if value is not None and key != "where"}
 
 
-def _preparation(run: Run, tokenizer: Any) -> Preparation:
+def _preparation(run: Run, tokenizer: Any, precision: str) -> Preparation:
     config, align = run.config, run.config.align
     return Preparation(
         tokenizer=tokenizer,
@@ -257,7 +259,7 @@ def _preparation(run: Run, tokenizer: Any) -> Preparation:
         probe=align.probe,
         attention=align.attention,
         longest=longest_row(config),
-        precision=align.precision,
+        precision=precision,
         cache_dir=cache_folder(run),
         objective=config.objective.arguments(),
         mu=config.behaviour.model_path,

@@ -31,12 +31,14 @@ from isdaa.training.stage_inputs import (
     cache_folder,
     check_rows,
     config_digest,
+    decided,
     logps_key,
     policy_of,
     starting_path,
     tokenizer_of,
 )
 from isdaa.training.stages.pairing import label_prompt
+from isdaa.training.trainer.batches import TokenisedPairs
 from isdaa.training.trainer.reference_logps import reference_logps
 
 BLOCK = 1000  # prompts of one process between two writes
@@ -224,13 +226,14 @@ def _with_behaviour_logps(run: Run, pairs: list[Row], model: Any, weights: str, 
     tokens, counts = once(lambda: tokenize_pairs(rows, tokenizer, settings))
     if counts.dropped_behaviour_cut:
         run.say("label", [f"{counts.dropped_behaviour_cut} pairs are longer than tokenization.max_length: no behaviour logps"])
-    forward = prepare(model, longest_row=run.config.tokenization.max_length)
+    precision = decided(run, "label", model, TokenisedPairs(tokens).lengths().mean() if len(tokens) else 1).precision
+    forward = prepare(model, longest_row=run.config.tokenization.max_length, precision=precision)
     chosen, rejected = reference_logps(
         forward,
         tokens,
         key=logps_key(model, forward.mode, tokenizer, settings, weights),
         cache_dir=cache_folder(run),
-        precision=run.config.align.precision,
+        precision=precision,
         progress="label: behaviour logps",
     )
     by_id = {name: (float(c), float(r)) for name, c, r in zip(tokens["id"], chosen, rejected, strict=True)}

@@ -69,7 +69,7 @@ class Preparation:
 
     def forward(self, model: Any) -> PairForward:
         """The model, prepared for the forward that trains."""
-        return prepare(model, probe=self.probe, longest_row=self.longest, attention=self.attention)
+        return prepare(model, probe=self.probe, longest_row=self.longest, attention=self.attention, precision=self.precision)
 
     def key(self, forward: PairForward, weights: str | None = None) -> dict[str, Any]:
         """`logps_key` of a prepared model. weights: its `weights_digest`, where it is known."""

@@ -31,6 +31,7 @@ from isdaa.evaluation.statistics import share_interval
 from isdaa.files import digest
 from isdaa.manifest import HISTORY
 from isdaa.models.loading import load_model, load_sequence_classifier, model_config
+from isdaa.models.packed import half_linear
 from isdaa.models.saving import weights_digest
 from isdaa.terminal import Bar, progress, say
 from isdaa.training.disk_room import check_training
@@ -41,6 +42,7 @@ from isdaa.training.stage_inputs import (
     cache_folder,
     check_rows,
     coarse_weights,
+    decided,
     keep_model,
     merges,
     new_adapter,
@@ -88,13 +90,15 @@ def sft(run: Run) -> Path:
         model = new_adapter(config, model, base)
 
     run.say("sft", coarse_weights(model, config.sft.learning_rate))
+    decision = decided(run, "sft", model, sum(map(len, data["input_ids"])) / len(data))
+    half_linear.install(model)
 
     class Trainer(WholeCheckpoints, SFTTrainer):
         """TRL's, with checkpoints that are whole or absent."""
 
     settings = _trl_arguments(
         SFTConfig,
-        config.sft,
+        decision,
         folder,
         run,
         len(data),
@@ -188,6 +192,10 @@ def reward(run: Run) -> Path:
     check_training(run, "reward", model, config.reward, len(data), folder=folder, limit=KEPT)
 
     run.say("reward", coarse_weights(model, config.reward.learning_rate))
+    decision = decided(
+        run, "reward", model, sum(len(row) for name in ("chosen_ids", "rejected_ids") for row in data[name]) / len(data)
+    )
+    half_linear.install(model)
 
     class Trainer(WholeCheckpoints, RewardTrainer):
         """TRL's, with checkpoints that are whole or absent, and figures of held-out pairs that are of all of them alike."""
@@ -205,7 +213,7 @@ def reward(run: Run) -> Path:
 
     few = None if held is None else held.select(range(min(WATCHED, len(held))))
     settings = _trl_arguments(
-        RewardConfig, config.reward, folder, run, len(data), 0 if few is None else len(few), max_length=None, disable_dropout=True
+        RewardConfig, decision, folder, run, len(data), 0 if few is None else len(few), max_length=None, disable_dropout=True
     )
     trainer = Trainer(
         model=model,
