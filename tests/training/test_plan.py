@@ -156,6 +156,9 @@ def test_the_reference_pass_holds_the_copies_that_autocast_makes(examined: dict[
         cast.parts["weights cast by autocast"] >= Stage(Setting("pairs", small())).linear
     )  # 2 bytes each, the last ones after the peak
     assert "weights cast by autocast" not in planned(examined).phases[0].parts
+    on_cpu = planned(examined, device="cpu", **{"align.precision": "bfloat16"})
+    kept = max(phase.parts.get("weights cast by autocast", 0) for phase in on_cpu.phases)
+    assert kept <= 2 * (VOCABULARY + 2 * 96) * HIDDEN  # on a CPU the head's alone, and those of a layer at work
 
 
 def test_another_reference_and_a_behaviour_model_lie_beside_the_policy(examined: dict[str, Examined]) -> None:

@@ -35,6 +35,7 @@ from isdaa.models.attention.shared_prefix import block_index
 from isdaa.models.device_kind import standing_for
 from isdaa.models.hub_access import quiet
 from isdaa.models.lora import add_lora
+from isdaa.models.packed import half_linear
 from isdaa.models.packed.forward import PairForward, disable_dropout, prepare
 
 Kind = Literal["pairs", "sft", "reward"]
@@ -116,6 +117,7 @@ class Stage:
             if setting.kind == "pairs":
                 self.forward = prepare(model, probe=False, attention=setting.attention)
                 disable_dropout(model)
+            half_linear.install(model)
             if setting.checkpointing:
                 _checkpoint(model)
         adapter = [p for name, p in model.named_parameters() if "lora_" in name]

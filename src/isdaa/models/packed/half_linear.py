@@ -19,6 +19,8 @@ from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from isdaa.models.device_kind import kind_of
+
 HALF = torch.bfloat16
 
 
@@ -41,7 +43,7 @@ _forward.__name__ = "forward"  # so that a pickle of a bound method finds it: a 
 
 def _ours(input: Tensor, weight: Tensor) -> bool:
     plain = type(weight.data) in (Tensor, FakeTensor) and not hasattr(weight, "ds_id")
-    return plain and weight.device.type == input.device.type == "cpu" and weight.dtype == torch.float32
+    return plain and kind_of(weight.device) == input.device.type == "cpu" and weight.dtype == torch.float32
 
 
 _last: tuple[ReferenceType[Tensor], int, ReferenceType[Tensor]] | None = None
