@@ -176,3 +176,13 @@ def test_a_damaged_answer_is_measured_again(damage: str, able: list[float], tmp_
 def test_the_probe_times_both_on_this_machine() -> None:
     ratio = half_precision.products_ratio(Counter({(64, 64): 2, (64, 128): 1}), 16, seconds=0.01)
     assert 0 < ratio < 1000
+
+
+def test_a_compiled_layer_is_the_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Linear(6, 4)
+    half_linear.install(layer)
+    monkeypatch.setattr(half_linear, "shared_cast", lambda _: pytest.fail("it was called"))
+    x = torch.randn(5, 6)
+    with numerics(BFLOAT16, "cpu"):
+        out = torch.compile(layer, backend="eager", fullgraph=True)(x)
+        assert torch.equal(out, nn.functional.linear(x, layer.weight, layer.bias))

@@ -27,13 +27,14 @@ HALF = torch.bfloat16
 def install(model: nn.Module) -> None:
     """Puts the forward into the plain linear layers of a model, in place; the class, and so saving, stay as they are."""
     for module in model.modules():
-        if type(module) is nn.Linear and "forward" not in module.__dict__:
+        if type(module) is nn.Linear and module.weight.device.type == "cpu" and "forward" not in module.__dict__:
             module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
 
 
 def _forward(self: nn.Linear, input: Tensor) -> Tensor:
     weight = self.weight
-    if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != HALF or not _ours(input, weight):
+    half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == HALF
+    if not half or torch.compiler.is_compiling() or not _ours(input, weight):
         return F.linear(input, weight, self.bias)
     return cast(Tensor, _Linear.apply(input, shared_cast(input), weight, self.bias))  # type: ignore[no-untyped-call]
 
