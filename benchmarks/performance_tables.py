@@ -31,7 +31,7 @@ def main() -> None:
     except UserError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
-    print("\n".join([*overview(cells), "", *costs(cells), "", *together(cells)]))
+    print("\n".join([*overview(cells), "", *costs(cells), "", *together(cells), "", *by_precision(cells)]))
 
 
 def _cells(file: Path) -> list[dict[str, Any]]:
@@ -82,7 +82,7 @@ def _same(found: Mapping[str, Any]) -> str:
         return "–"
     difference = comparison["weight_difference"]  # None: not a number
     text = f"{'∞' if difference is None else f'{difference:.1e}'} / {comparison['largest_update']:.1e}"
-    return text if comparison.get("same_work", True) else f"{text}, NOT the same work"
+    return text if comparison.get("same_work", True) in (True, None) else f"{text}, NOT the same work"
 
 
 def costs(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -109,6 +109,19 @@ def together(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     for (shape, pairs, arm), ratios in rounds.items():
         yield f"| {shape} | {pairs} | {len(ratios)} | {LABELS[arm]} | {_median(ratios)} |"
+
+
+def by_precision(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """TRL's fastest arm over isdaa's fastest, in each precision and of any; and isdaa's fp32 over its bf16."""
+    yield "| shape | pairs | rounds | precision | slower | faster | time of the slower / the faster |"
+    yield "|---|---|---|---|---|---|---|"
+    for cell in cells:
+        name, arms = f"| {cell['name']} | {cell['batch_size']} | {cell['rounds']}", cell["arms"]
+        for kind, found in (cell.get("fastest") or {}).items():
+            yield f"{name} | {kind} | {LABELS[found['trl']]} | {LABELS[found['isdaa']]} | {_median(found['rounds'])} |"
+        if BASE in arms and BASE + "_bf16" in arms:
+            ratios = [a / b for a, b in zip(*(arms[arm]["seconds"] for arm in (BASE, BASE + "_bf16")), strict=True)]
+            yield f"{name} | fp32, bf16 | {LABELS[BASE]} | {LABELS[BASE + '_bf16']} | {_median(ratios)} |"
 
 
 def _median(ratios: Sequence[float]) -> str:
