@@ -102,3 +102,18 @@ def test_a_run_keeps_what_auto_was_found_to_be(
     assert same_weights(Path("run/model"), Path("whole/model"))
     file = config_file(tmp_path / "other.yaml", SETTINGS | {"align.precision": "float32"})
     refused(capsys, ["train", "--config", str(file), "--output_dir", "run"], "align.precision = 'auto'")
+
+
+def test_align_has_the_precision_of_the_logps_that_an_earlier_label_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stopped_at(0, SETTINGS)
+    state = json.loads(Path("run", RUN).read_text())
+    for begun in state["stages"].values():
+        begun.pop("precision", None)
+    del state["stages"]["align"]
+    Path("run", RUN).write_text(json.dumps(sealed(RUN, {key: value for key, value in state.items() if key != "seal"})))
+    monkeypatch.setattr(half_precision, "choose", lambda *_, **__: half_precision.Choice("bfloat16", "it was timed", 0.4))
+    assert train("run", SETTINGS) == 0
+    assert json.loads(Path("run", RUN).read_text())["stages"]["align"]["precision"] == "float32"

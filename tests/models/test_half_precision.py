@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -110,6 +112,7 @@ def test_the_forward_is_proved_in_the_precision_of_use(monkeypatch: pytest.Monke
     ("model", "words"),
     [
         (wide().bfloat16(), "bfloat16 themselves"),
+        (nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512).bfloat16()), "bfloat16 themselves"),
         (nn.Sequential(nn.Linear(96, 4000), nn.Linear(4000, 96)), "narrow"),
         (nn.Sequential(nn.LayerNorm(512)), "narrow"),
     ],
@@ -163,7 +166,7 @@ def test_those_who_share_a_folder_share_the_answer(able: list[float], tmp_path: 
     assert choose(wide(), 10, tmp_path).precision == FLOAT32  # alone it measures for itself
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[1]", '{"key": 1}', '{"precision": "bfloat16"}'])
+@pytest.mark.parametrize("damage", ["", "{", "[1]", "3", '"a"', '{"key": 1}', '{"precision": "bfloat16"}'])
 def test_a_damaged_answer_is_measured_again(damage: str, able: list[float], tmp_path: Path) -> None:
     able += [0.4, 0.9]
     choose(wide(), 1000, tmp_path)
@@ -186,3 +189,73 @@ def test_a_compiled_layer_is_the_compilers(monkeypatch: pytest.MonkeyPatch) -> N
     with numerics(BFLOAT16, "cpu"):
         out = torch.compile(layer, backend="eager", fullgraph=True)(x)
         assert torch.equal(out, nn.functional.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("shape", [(0, 12), (2, 0, 12), (1, 12)])
+def test_no_rows_and_one(shape: tuple[int, ...]) -> None:
+    layer = nn.Linear(12, 7)
+    half_linear.install(layer)
+    x = torch.randn(shape, requires_grad=True)
+    with numerics(BFLOAT16, "cpu"):
+        layer(x).float().sum().backward()
+    assert x.grad is not None and x.grad.shape == shape
+    assert layer.weight.grad is not None and layer.weight.grad.shape == (7, 12)
+
+
+def test_it_works_in_inference_mode_and_after_pickling() -> None:
+    layer = nn.Sequential(nn.Linear(6, 4))
+    half_linear.install(layer)
+    x = torch.randn(5, 6)
+    with torch.inference_mode(), numerics(BFLOAT16, "cpu"):
+        inner = x * 2
+        assert torch.equal(layer(inner), nn.functional.linear(inner, layer[0].weight, layer[0].bias))
+    revived = pickle.loads(pickle.dumps(layer))
+    half_linear.install(revived)
+    assert revived[0].forward.__func__ is half_linear._forward and revived[0].forward.__self__ is revived[0]
+    twin = copy.deepcopy(layer)
+    twin[0].weight.data.zero_()
+    twin[0].bias.data.zero_()
+    with torch.no_grad(), numerics(BFLOAT16, "cpu"):
+        assert not twin(x).any() and layer(x).any()
+
+
+def test_threads_never_get_each_others_cast() -> None:
+    """Wrong values would be silent: equal shapes, other numbers. 2 x 2000 casts beside each other."""
+    wrong: list[int] = []
+
+    def work(value: float) -> None:
+        for _ in range(2000):
+            x = torch.full((8, 8), value)
+            for _ in range(2):
+                wrong.extend([1] * int(not bool((half_linear.shared_cast(x) == value).all())))
+
+    threads = [threading.Thread(target=work, args=(value,)) for value in (1.0, 2.0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_machine_with_a_gpu_stays_as_it_was(able: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    able.append(0.1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose(wide(), 1000, tmp_path).precision == FLOAT32  # though the weights are still in the host's memory
+
+
+def test_a_shared_answer_holds_on_a_processor_without_bf16(
+    able: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    able.append(0.4)
+    assert choose(wide(), 1000, tmp_path, shared=True).precision == BFLOAT16
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False, raising=False)
+    assert choose(wide(), 1000, tmp_path, shared=True).precision == BFLOAT16
+    assert choose(wide(), 1000, tmp_path).precision == FLOAT32
+
+
+def test_layers_count_by_all_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large layer is timed on fewer rows than it has; its seconds are of all of them."""
+    monkeypatch.setattr(half_precision, "ONE_PRODUCT", 2.0 * 64 * 64 * 8)
+    few = half_precision._Timed(64, 64, 32)
+    few.seconds = [(1.0, 0.5)]
+    assert few.x.shape == (8, 64) and few.median(0) == 4.0 and few.median(1) == 2.0

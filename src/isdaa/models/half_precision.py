@@ -57,7 +57,7 @@ def choose(model: nn.Module, rows: int, cache_dir: Path | None, shared: bool = F
     one answer for all that share the folder, whatever their machine and rows.
     """
     shapes = linear_shapes(model)
-    known = _without_a_probe(model, shapes)
+    known = _of_the_model(model, shapes)
     if known is not None:
         return known
     rows = 1 << max(0, rows - 1).bit_length()
@@ -65,20 +65,20 @@ def choose(model: nn.Module, rows: int, cache_dir: Path | None, shared: bool = F
     if not shared:
         key |= {"rows": rows, "threads": torch.get_num_threads(), "processor": processor(), "torch": str(torch.__version__)}
     if cache_dir is None:
-        return _probed(shapes, rows)
+        return _of_the_machine(shapes, rows)
     path = cache_dir / f"precision-{digest(key)}.json"
     cache_dir.mkdir(parents=True, exist_ok=True)
     with open(own_file(cache_dir / f".{path.name}.lock"), "rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of runs that begin at once, one measures
         found = _kept(path, key)
         if found is None:
-            found = _probed(shapes, rows)
+            found = _of_the_machine(shapes, rows)
             write_json(path, {"key": key, **asdict(found)})
     return found
 
 
 def _kept(path: Path, key: dict[str, Any]) -> Choice | None:
-    with suppress(UserError, OSError, KeyError, TypeError):
+    with suppress(UserError, OSError, KeyError, TypeError, AttributeError):
         kept = read_json(path)
         if kept.pop("key") == key and kept["precision"] in (FLOAT32, BFLOAT16):
             return Choice(**kept)
@@ -86,27 +86,30 @@ def _kept(path: Path, key: dict[str, Any]) -> Choice | None:
 
 
 def linear_shapes(model: nn.Module) -> Counter[tuple[int, int]]:
-    """(inputs, outputs) of a model's plain linear layers, and how many layers have them."""
-    return Counter((module.in_features, module.out_features) for module in model.modules() if type(module) is nn.Linear)
+    """(inputs, outputs) of a model's plain linear layers, and how many layers have them; those of adapters left out."""
+    layers = (module for name, module in model.named_modules() if type(module) is nn.Linear and "lora_" not in name)
+    return Counter((layer.in_features, layer.out_features) for layer in layers)
 
 
-def _without_a_probe(model: nn.Module, shapes: Counter[tuple[int, int]]) -> Choice | None:
-    weight = next(model.parameters())
-    if weight.device.type != "cpu":
+def _of_the_model(model: nn.Module, shapes: Counter[tuple[int, int]]) -> Choice | None:
+    """The answer where no machine's speed matters."""
+    # A model that is trained on a GPU may still lie in the host's memory.
+    if torch.cuda.is_available() or next(model.parameters()).device.type != "cpu":
         return Choice(FLOAT32, "auto measures on a CPU alone; give --align.precision bfloat16 for autocast")
-    if weight.dtype != torch.float32:
-        return Choice(FLOAT32, f"the weights are in {str(weight.dtype).removeprefix('torch.')} themselves")
+    half = {m.weight.dtype for m in model.modules() if type(m) is nn.Linear} - {torch.float32}
+    if half:
+        return Choice(FLOAT32, f"weights are in {str(half.pop()).removeprefix('torch.')} themselves")
     if not all(type(p.data) is torch.Tensor for p in model.parameters()):
         return Choice(FLOAT32, "the weights are in pieces")
     if not shapes or max(min(both) for both in shapes) < NARROWEST:
         return Choice(FLOAT32, "the model is narrow: bf16 would win nothing")
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    if supported is None or not supported():
-        return Choice(FLOAT32, "this processor has no instructions for bf16")
     return None
 
 
-def _probed(shapes: Counter[tuple[int, int]], rows: int) -> Choice:
+def _of_the_machine(shapes: Counter[tuple[int, int]], rows: int) -> Choice:
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    if supported is None or not supported():
+        return Choice(FLOAT32, "this processor has no instructions for bf16")
     with working("timing products in bf16 and fp32"):
         ratio = products_ratio(shapes, rows)
     precision = BFLOAT16 if ratio <= GAIN else FLOAT32
@@ -132,7 +135,8 @@ class _Timed:
     """One linear layer in both precisions."""
 
     def __init__(self, inputs: int, outputs: int, rows: int) -> None:
-        rows = max(1, min(rows, int(ONE_PRODUCT / (2 * inputs * outputs))))
+        wanted, rows = rows, max(1, min(rows, int(ONE_PRODUCT / (2 * inputs * outputs))))
+        self.times = wanted / rows
         generator = torch.Generator().manual_seed(0)
         self.x, self.weight, self.grad = (
             torch.randn(shape, generator=generator) for shape in ((rows, inputs), (outputs, inputs), (rows, outputs))
@@ -142,10 +146,12 @@ class _Timed:
         self._single(), self._half()
 
     def turn(self) -> None:
+        """Once in each, one right after the other."""
         self.seconds.append((_seconds(self._single), _seconds(self._half)))
 
     def median(self, kind: int) -> float:
-        return sorted(pair[kind] for pair in self.seconds)[len(self.seconds) // 2]
+        """Seconds for all rows that were asked for. kind: 0 is fp32, 1 bf16."""
+        return self.times * sorted(pair[kind] for pair in self.seconds)[len(self.seconds) // 2]
 
     def _single(self) -> Any:
         return self.x @ self.weight.T, self.grad @ self.weight, self.grad.T @ self.x

@@ -115,6 +115,12 @@ def _defaults_of_new_keys(now: dict[str, Any], begun: dict[str, Any]) -> dict[st
     return {key: known[key] for key in now if key not in begun and key in known}
 
 
+def _precision(begun: dict[str, Any], stage: str) -> str | None:
+    """What a stage that was begun computes in, if that is decided; an earlier isdaa's values say it."""
+    found: str = begun.get("precision") or begun.get("values", {}).get(f"{stage}.precision", "auto")
+    return None if found == "auto" else found
+
+
 def flattened(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """A configuration by its dotted keys."""
     flat: dict[str, Any] = {}
@@ -277,15 +283,17 @@ class Run:
             "cwd": before.get("cwd") or os.path.relpath(Path.cwd(), self.folder.resolve()),  # from which paths were typed
             "tokens": VERSION,
         }
-        precision = before.get("precision") or before.get("values", {}).get(f"{stage}.precision", "auto")
-        begun |= {} if precision == "auto" else {"precision": precision}
+        precision = _precision(before, stage)
+        begun |= {} if precision is None else {"precision": precision}
         return begun if processes == 1 else begun | {"processes": processes}
 
     def precision_before(self, stage: str) -> str | None:
-        """What `precision: auto` was found to be when a stage began; `align` has that of `label`."""
+        """What `precision: auto` was found to be when a stage began; `align` has that of `label`, whose logps are its μ's."""
         stages = self.state["stages"]
-        found: str | None = stages.get(stage, {}).get("precision")
-        return stages.get("label", {}).get("precision") if found is None and stage == "align" else found
+        found = _precision(stages.get(stage, {}), stage)
+        if found is None and stage == "align" and self.is_done("label"):
+            found = stages["label"].get("precision", "float32")  # an earlier isdaa knew no `auto`, and noted nothing
+        return found
 
     def pin(self, stage: str, **digests: str) -> None:
         """Note the weights and data that a stage works on, which no configuration value identifies.

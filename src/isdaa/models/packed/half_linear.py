@@ -27,7 +27,9 @@ HALF = torch.bfloat16
 def install(model: nn.Module) -> None:
     """Puts the forward into the plain linear layers of a model, in place; the class, and so saving, stay as they are."""
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.device.type == "cpu" and "forward" not in module.__dict__:
+        own = getattr(module.__dict__.get("forward"), "__func__", None)
+        mine = "forward" not in module.__dict__ or own is nn.Linear.forward  # as unpickling leaves it
+        if type(module) is nn.Linear and module.weight.device.type == "cpu" and mine:
             module.forward = MethodType(_forward, module)  # type: ignore[method-assign]
 
 
@@ -44,6 +46,7 @@ _forward.__name__ = "forward"  # so that a pickle of a bound method finds it: a 
 
 def _ours(input: Tensor, weight: Tensor) -> bool:
     plain = type(weight.data) in (Tensor, FakeTensor) and not hasattr(weight, "ds_id")
+    plain = plain and input.dtype in (torch.float32, HALF)
     return plain and kind_of(weight.device) == input.device.type == "cpu" and weight.dtype == torch.float32
 
 
@@ -55,8 +58,11 @@ def shared_cast(x: Tensor) -> Tensor:
     global _last
     if x.dtype == HALF:
         return x.detach()
-    if _last is not None and _last[0]() is x and _last[1] == x._version:
-        known = _last[2]()
+    if x.is_inference():  # it has no version that tells whether it was changed
+        return x.to(HALF)
+    last = _last  # another thread may put its own there meanwhile
+    if last is not None and last[0]() is x and last[1] == x._version:
+        known = last[2]()
         if known is not None:
             return known
     copy = x.detach().to(HALF)
@@ -80,9 +86,9 @@ class _Linear(torch.autograd.Function):
         half, weight = ctx.saved_tensors
         needs_input, _, needs_weight, needs_bias = ctx.needs_input_grad
         grad = grads[0]
-        rows = grad.reshape(-1, grad.shape[-1])
+        rows = grad.flatten(0, -2)  # an expert that nobody chose has none
         with torch.autocast("cpu", enabled=False):
-            above = (rows @ weight.to(HALF)).to(ctx.dtype).reshape(*grad.shape[:-1], -1) if needs_input else None
-            of_weight = (rows.T @ half.reshape(-1, half.shape[-1])).to(weight.dtype) if needs_weight else None
+            above = (rows @ weight.to(HALF)).to(ctx.dtype).view(*grad.shape[:-1], weight.shape[1]) if needs_input else None
+            of_weight = (rows.T @ half.flatten(0, -2)).to(weight.dtype) if needs_weight else None
             of_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias) if needs_bias else None
         return above, None, of_weight, of_bias

@@ -257,10 +257,9 @@ def _scaled(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tenso
     hidden, direction, hidden_direction = ctx.saved_tensors
     into = ctx.room() if ctx.room is not None else None
     _, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    g = grad.to(ctx.dtype)
-    with torch.autocast(grad.device.type, enabled=False):
-        grad_hidden = None if hidden_direction is None else hidden_direction * g[:, None]
-        grad_weight = torch.mm(direction.T, hidden.to(ctx.dtype) * g[:, None], out=into) if needs_weight else None
+    with torch.autocast(grad.device.type, enabled=False):  # the loss's slope in its own dtype: a response's tokens share it
+        grad_hidden = None if hidden_direction is None else hidden_direction * grad[:, None]
+        grad_weight = torch.mm(direction.T, (hidden * grad[:, None]).to(ctx.dtype), out=into) if needs_weight else None
         grad_bias = direction.T.to(grad.dtype) @ grad if needs_bias else None
     return grad_hidden, grad_weight, grad_bias
 
