@@ -28,11 +28,8 @@ _forked.set_forkserver_preload(["_worker"])
 # Whether torch keeps its memory in huge pages is decided with the first tensor of a process, before anything is forked.
 _fresh = multiprocessing.get_context("spawn")
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-AS_IT_COMES = (
-    "trl_defaults",
-    "trl_defaults_bf16",
-    "without_huge_pages",
-)  # without huge pages, which isdaa switches on and all other arms are given, too
+# Without huge pages, which isdaa switches on and all other arms are given, too.
+AS_IT_COMES = ("trl_defaults", "trl_defaults_bf16", "without_huge_pages")
 
 
 @dataclass(frozen=True)

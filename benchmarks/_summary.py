@@ -16,12 +16,6 @@ from safetensors import safe_open
 from shapes import BETA, Lengths
 
 WEIGHTED, BARE = "isdaa_is_dpo", "isdaa_bare"
-TRL_HALF = (
-    "trl_best_bf16",
-    "trl_whole_bf16",
-    "trl_gpu_head_bf16",
-    "trl_defaults_bf16",
-)  # whose distance from fp32 is the measure
 PACKED = ("isdaa_dpo", WEIGHTED, "isdaa_one", BARE, "isdaa_dpo_bf16", "isdaa_is_dpo_bf16")
 OTHER_WORK = (WEIGHTED, WEIGHTED + HALF)  # another objective: its loss and weights are not compared
 ROUNDING = 2.0**-22  # of a sum of logps: a few units in the last place
@@ -238,7 +232,10 @@ def judge_half(comparisons: Mapping[str, dict[str, Any]]) -> None:
         value = comparisons[name][kind]
         return math.inf if value is None else value
 
-    usual = {kind: max((far(name, kind) for name in TRL_HALF if name in comparisons), default=None) for kind in kinds}
+    usual = {
+        kind: max((far(name, kind) for name in comparisons if name.startswith("trl") and is_half(name)), default=None)
+        for kind in kinds
+    }
     for name, found in comparisons.items():
         if is_half(name):
             limits = [(far(name, kind), usual[kind]) for kind in kinds]

@@ -82,7 +82,7 @@ def _same(found: Mapping[str, Any]) -> str:
         return "–"
     difference = comparison["weight_difference"]  # None: not a number
     text = f"{'∞' if difference is None else f'{difference:.1e}'} / {comparison['largest_update']:.1e}"
-    return text if comparison.get("same_work", True) in (True, None) else f"{text}, NOT the same work"
+    return f"{text}, NOT the same work" if comparison.get("same_work") is False else text
 
 
 def costs(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:

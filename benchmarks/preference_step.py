@@ -35,10 +35,12 @@ from shapes import EOS, SHAPES, TINY_SHAPE, TINY_VOCABULARY, VOCABULARIES, Shape
 from isdaa.cli.parser import OneLineParser
 from isdaa.errors import UserError, nearest
 from isdaa.files import write_json
+from isdaa.models.half_precision import processor
 from isdaa.record import git_revision, versions
 from isdaa.terminal import clock, progress, say
 
 OUT = Path("runs/bench/preference_step.json")
+PRECISION = "float32; products in bfloat16, by autocast, in arms whose name ends in _bf16 and in no other"
 # How many times longer than its matrix products a step of each arm is, roughly; for the estimate that is printed first.
 SLOWNESS = {
     "isdaa_dpo": 1.6, "isdaa_is_dpo": 1.6, "isdaa_one": 1.8, "isdaa_bare": 1.6, "isdaa_two_rows": 4,
@@ -238,10 +240,9 @@ def _speed() -> float:
 
 def machine(threads: int) -> dict[str, Any]:
     """What the numbers depend on besides the code."""
-    model = _first_line("/proc/cpuinfo", "model name")
     free = free_memory()
     return {
-        "processor": model.split(":", 1)[1].strip() if model else platform.processor() or platform.machine(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": threads,
         "free_gib": None if free is None else round(free / 2**30, 1),
@@ -250,17 +251,17 @@ def machine(threads: int) -> dict[str, Any]:
         "versions": versions(),
         "git_revision": git_revision(),
         "huge_pages": {"torch": os.environ.get(HUGE_PAGES), "system": _first_line("/sys/kernel/mm/transparent_hugepage/enabled")},
-        "precision": "float32, no autocast, in every arm",
+        "precision": PRECISION,
     }
 
 
-def _first_line(path: str, beginning: str = "") -> str | None:
+def _first_line(path: str) -> str | None:
     """Of a file that some systems have."""
     try:
         lines = Path(path).read_text().splitlines()
     except OSError:
         return None
-    return next((line for line in lines if line.startswith(beginning)), None)
+    return next(iter(lines), None)
 
 
 if __name__ == "__main__":

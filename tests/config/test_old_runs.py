@@ -117,3 +117,13 @@ def test_align_has_the_precision_of_the_logps_that_an_earlier_label_wrote(
     monkeypatch.setattr(half_precision, "choose", lambda *_, **__: half_precision.Choice("bfloat16", "it was timed", 0.4))
     assert train("run", SETTINGS) == 0
     assert json.loads(Path("run", RUN).read_text())["stages"]["align"]["precision"] == "float32"
+
+
+def test_auto_behind_a_label_stage_whose_precision_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    stopped_at(0, SETTINGS | {"align.precision": "bfloat16"})
+    state = json.loads(Path("run", RUN).read_text())
+    del state["stages"]["align"]
+    Path("run", RUN).write_text(json.dumps(sealed(RUN, {key: value for key, value in state.items() if key != "seal"})))
+    assert train("run", SETTINGS) == 0
+    assert json.loads(Path("run", RUN).read_text())["stages"]["align"]["precision"] == "bfloat16"

@@ -231,12 +231,8 @@ class Run:
                 keys = {key for key in keys if key.startswith("model.")}
             for key in sorted(keys, key=lambda key: (key != "guard.stop", key)):  # it decides whether the others count
                 before = begun["values"].get(key)
-                if key.endswith(".precision") and now.get(key) in (
-                    "auto",
-                    begun.get("precision") if before == "auto" else before,
-                ):
-                    continue  # `auto` goes on with what the run had
-                if now.get(key) != before:
+                had = _precision(begun, stage) if key == f"{stage}.precision" else None
+                if now.get(key) not in (before, *(() if had is None else ("auto", had))):  # `auto` goes on with what it had
                     raise UserError(
                         f"{self.folder}: holds a different run (its {stage} stage has {key} = {before!r}, "
                         f"this one {now.get(key)!r}); choose another --output_dir or repeat its settings{self._going_on(stage)}"

@@ -174,9 +174,7 @@ def decided(run: Run, stage: str, model: Any, tokens: float) -> Any:
     `label` has those of `align`, whose weights come from its logps. model: what is trained; tokens: of an average row.
     """
     settings: OptimisationConfig = getattr(run.config, "align" if stage == "label" else stage)
-    if settings.precision != half_precision.AUTO:
-        return settings
-    found = run.precision_before(stage)
+    found = run.precision_before(stage) if settings.precision == half_precision.AUTO else settings.precision
     if found is None:
         cache, rows = cache_folder(run), min(int(tokens * settings.batch_size), pass_tokens(model))
         choice = once(lambda: half_precision.choose(model, rows, cache, shared=(cache.parent / SWEEP).is_file()))

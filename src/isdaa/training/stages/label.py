@@ -38,7 +38,6 @@ from isdaa.training.stage_inputs import (
     tokenizer_of,
 )
 from isdaa.training.stages.pairing import label_prompt
-from isdaa.training.trainer.batches import TokenisedPairs
 from isdaa.training.trainer.reference_logps import reference_logps
 
 BLOCK = 1000  # prompts of one process between two writes
@@ -59,6 +58,9 @@ def label(run: Run) -> Path:
     check_labels(run, rows)
     stop = {chat: stop_token_ids(tokenizer, chat=chat) for chat in {isinstance(row["prompt"], list) for row in rows}}
     weights = weights_digest(model)
+    # A pair's tokens, at most; decided whether or not logps follow, since align goes by it.
+    tokens = sum(len(row["prompt_ids"]) for row in rows) / len(rows) + 2 * settings.max_new_tokens
+    precision = decided(run, "label", model, tokens).precision
     assert config.label_scorer is not None
     scorer = load_scorer(
         config.label_scorer,
@@ -74,7 +76,7 @@ def label(run: Run) -> Path:
         answers = [{**r, "text": _said(text_of(r["ids"], r["finished"], tokenizer), row)} for r in responses[str(row["id"])]]
         pairs += label_prompt(row, answers, settings, seed)
     if _is_plain_sampling(settings):
-        pairs = _with_behaviour_logps(run, pairs, model, weights, tokenizer)
+        pairs = _with_behaviour_logps(run, pairs, model, weights, tokenizer, precision)
     else:
         run.say("label", ["sampling was not at temperature 1 over all tokens: no behaviour logps are written"])
     finished = [answer["finished"] for row in rows for answer in responses[str(row["id"])]]
@@ -215,7 +217,7 @@ def _is_plain_sampling(settings: Any) -> bool:
     return settings.temperature == 1 and settings.top_p == 1 and settings.top_k == 0
 
 
-def _with_behaviour_logps(run: Run, pairs: list[Row], model: Any, weights: str, tokenizer: Any) -> list[Row]:
+def _with_behaviour_logps(run: Run, pairs: list[Row], model: Any, weights: str, tokenizer: Any, precision: str) -> list[Row]:
     """The pairs with μ's logps, by the very forward that training uses. Pairs that would be cut or are equal get none."""
     # A row that is marked as carrying behaviour logps is dropped where it would be cut: they are those of the whole response.
     marked = {"facts": None, "weight": None, "behaviour_chosen_logps": 0.0, "behaviour_rejected_logps": 0.0}
@@ -226,7 +228,6 @@ def _with_behaviour_logps(run: Run, pairs: list[Row], model: Any, weights: str, 
     tokens, counts = once(lambda: tokenize_pairs(rows, tokenizer, settings))
     if counts.dropped_behaviour_cut:
         run.say("label", [f"{counts.dropped_behaviour_cut} pairs are longer than tokenization.max_length: no behaviour logps"])
-    precision = decided(run, "label", model, TokenisedPairs(tokens).lengths().mean() if len(tokens) else 1).precision
     forward = prepare(model, longest_row=run.config.tokenization.max_length, precision=precision)
     chosen, rejected = reference_logps(
         forward,
